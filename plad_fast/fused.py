@@ -1,0 +1,120 @@
+"""The public one-pass preference loss.
+
+N tokens, V vocabulary, D hidden, S sequences in B groups of K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from plad_fast import validation as check
+from plad_fast.dispatch import get_backend
+from plad_fast.logit_spec import LogitSpec
+from plad_fast.losses import Objective, check_groups
+from plad_fast.ops import autocast_head, keep_counted, resolve_scratch
+
+
+class FusedLoss(NamedTuple):
+    """A loss to call `backward()` on, and detached values for metrics."""
+
+    loss: Tensor
+    """() with a graph to hidden, weight and bias."""
+    sums: Tensor
+    """(S,) log-probabilities, divided by count ** length_normalization."""
+    counts: Tensor
+    """(S,) int64, tokens that counted."""
+    group_losses: Tensor
+    """(B,) without the regulariser."""
+    active: Tensor
+    """(B,) bool: the preference loss has a gradient for this group."""
+
+
+def fused_linear_preference_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    *,
+    loss: str | Callable[..., Tensor] = "plad_ranking",
+    group_size: int = 2,
+    scores: Tensor | None = None,  # (S,)
+    sft_weight: float = 0.0,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    num_groups: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    **loss_options: Any,
+) -> FusedLoss:
+    """A preference loss straight from hidden states, in three matrix products.
+
+    loss = sum of group losses / num_groups + sft_weight * sum of NLL(y+) / num_tokens
+
+    Value and gradients equal those of `preference_loss` on `linear_sequence_logprobs`. Gradients
+    are made during the forward, while a chunk's logits still exist; a group whose gradient is
+    zero (a satisfied hinge) costs its forward only. Without a tensor that requires a gradient no
+    gradient is made.
+
+    Args:
+        hidden, weight, targets, cu_seqlens, bias, softcap, logit_scale, temperature,
+            ignore_index, impl, scratch_bytes: as in `linear_sequence_logprobs`. The sequences of a
+            group lie next to each other, best first: y+, y-, y+, y-, ... for pairs. The
+            budget must hold a group's logits for three products; a longer group takes four.
+        loss: a registered name (`plad_fast.losses.available()`), or a function of `logps` (B, K)
+            that returns (B,), each group on its own; it may ask for `scores` and `counts` (B, K)
+            by naming them.
+        group_size: K, sequences in a group.
+        scores: (S,) quality of each sequence, higher is better, for losses that ask for it.
+        sft_weight: lambda of the regulariser, the NLL per token of each group's first sequence.
+        length_normalization: alpha; the loss sees sum / count ** alpha.
+        num_groups, num_tokens: denominators, by default those of this call. Under gradient
+            accumulation pass the totals of the whole window.
+        **loss_options: of the loss, `beta` for example.
+
+    Raises:
+        UsageError: unknown loss or option, sequences that do not form whole groups, or anything
+            `linear_sequence_logprobs` refuses.
+    """
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check.check_head(hidden, weight, bias)
+    check.check_targets(targets, len(hidden), hidden.device)
+    check.check_cu_seqlens(cu_seqlens, len(hidden))
+    check.check_scores(scores, len(cu_seqlens) - 1)
+    objective = Objective.bind(
+        loss,
+        group_size=group_size,
+        sft_weight=sft_weight,
+        length_normalization=length_normalization,
+        has_scores=scores is not None,
+        **loss_options,
+    )
+    check_groups(len(cu_seqlens) - 1, group_size)
+    spec = LogitSpec(softcap, logit_scale, temperature)
+    scratch = resolve_scratch(scratch_bytes, hidden.device)
+    backend = get_backend(impl, hidden)
+    rows, kept_targets, kept_seqlens = keep_counted(targets, cu_seqlens, ignore_index)
+    check.check_target_range(kept_targets, len(weight))
+    counts = kept_seqlens.diff()
+    grouped_counts = counts.reshape(-1, group_size)
+    value, sums, group_losses, active = backend.linear_preference_loss(
+        hidden if rows is None else hidden.index_select(0, rows),
+        weight,
+        bias,
+        kept_targets,
+        kept_seqlens,
+        scores,
+        objective,
+        objective.denominators(grouped_counts, num_groups, num_tokens),
+        spec,
+        scratch,
+    )
+    normalized = objective.normalize(sums, counts)
+    return FusedLoss(value, normalized, counts, group_losses, active)

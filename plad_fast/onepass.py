@@ -1,0 +1,263 @@
+"""One pass from hidden states to a preference loss and its gradients: three products, not four.
+
+A preference loss sees a token only through its sequence's sum, so the gradient of the logits is
+one number per sequence times (onehot - p). As soon as the groups of a chunk are summed, their
+loss and that number are known, while their exponentials still lie in the scratch buffer: the
+gradient is made in place and multiplied on. Groups with a zero gradient cost their forward only.
+
+A group that is longer than the buffer is run in two phases, sums first, logits computed anew.
+
+N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from plad_fast.logit_spec import LogitSpec
+from plad_fast.losses import Objective
+from plad_fast.segments import segment_sums
+from plad_fast.softmax_rows import RowStatistics
+from plad_fast.workspace import HeadGradients, Workspace, compacting_order
+
+Denominators = tuple[float | Tensor, float | Tensor]
+
+
+def linear_preference_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,), none of them ignored
+    cu_seqlens: Tensor,  # (S + 1,)
+    scores: Tensor | None,  # (S,)
+    objective: Objective,
+    denominators: Denominators,
+    spec: LogitSpec,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), and detached: sums (S,), group losses (B,), whether a group is active (B,)."""
+    return _LinearPreferenceLoss.apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        cu_seqlens,
+        scores,
+        objective,
+        denominators,
+        spec,
+        scratch_bytes,
+    )
+
+
+class _LinearPreferenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        scores: Tensor | None,
+        objective: Objective,
+        denominators: Denominators,
+        spec: LogitSpec,
+        scratch_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs = ctx.needs_input_grad
+        with torch.autocast(hidden.device.type, enabled=False):
+            space = Workspace(hidden, weight, bias, spec, scratch_bytes, for_gradient=any(needs))
+            # float16 keeps float32 until backward: a loss scale arrives only with the upstream.
+            half = hidden.dtype == torch.float16
+            grads = HeadGradients(
+                hidden if needs[0] else None,
+                weight if needs[1] else None,
+                bias if bias is not None and needs[2] else None,
+                space.products,
+                hidden_dtype=torch.float32 if half else hidden.dtype,
+            )
+            sequences = _GroupLosses(cu_seqlens, scores, objective, denominators)
+            for first, last in _packed_groups(sequences.group_bounds, space.rows):
+                _run_groups(space, grads, sequences, hidden, targets, first, last)
+            loss, sums, group_losses, active = sequences.results(hidden, space.products.dtype)
+            if not half and grads.weight is not None:
+                grads.weight = grads.weight.to(weight.dtype)
+        ctx.grads = grads
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(sums, group_losses, active)
+        return loss, sums, group_losses, active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias
+        # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
+        unit = grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        scaled = (
+            None if g is None else (g if unit else g * grad_loss.to(g.dtype)).to(dtype)
+            for g, dtype in zip(stored, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None, None, None, None
+
+
+class _Step(NamedTuple):
+    """Upstream gradients of the sequences of some groups."""
+
+    grad_sums: Tensor  # (sequences,)
+    any_active: bool
+
+
+class _GroupLosses:
+    """The loss side: takes sums of whole groups, gives their gradients, collects the results."""
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,  # (S + 1,)
+        scores: Tensor | None,  # (S,)
+        objective: Objective,
+        denominators: Denominators,
+    ) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.scores = scores
+        self.objective = objective
+        self.denominators = denominators
+        self.group_bounds: list[int] = cu_seqlens[:: objective.group_size].tolist()
+        self._sums: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._active: list[Tensor] = []
+        self._value: list[Tensor] = []
+
+    def offsets(self, first: int, last: int) -> Tensor:
+        """cu_seqlens of groups [first, last), counted from their first row."""
+        size = self.objective.group_size
+        offsets = self.cu_seqlens[first * size : last * size + 1]
+        return offsets - offsets[0]
+
+    def step(self, first: int, last: int, sums: Tensor) -> _Step:
+        """Evaluate the loss of groups [first, last) and differentiate it by their sums."""
+        size = self.objective.group_size
+        shape = (-1, size)
+        counts = self.offsets(first, last).diff().reshape(shape)
+        scores = None
+        if self.scores is not None:
+            scores = self.scores[first * size : last * size].reshape(shape).to(sums.dtype)
+        with torch.enable_grad():
+            leaf = sums.detach().reshape(shape).requires_grad_()
+            losses = self.objective.group_losses(leaf, counts, scores)
+            of_losses = _gradient(losses, leaf)
+        # The value is linear in the group losses and in the first sums: the rest is arithmetic.
+        of_groups, of_tokens = self.denominators
+        grad = of_losses / of_groups
+        if self.objective.sft_weight:
+            grad[:, 0] -= self.objective.sft_weight / of_tokens
+        value = self.objective.value(losses.detach(), leaf.detach(), self.denominators)
+        self._sums.append(sums)
+        self._losses.append(losses.detach())
+        self._active.append((of_losses != 0).any(dim=1))
+        self._value.append(value)
+        return _Step(grad.reshape(-1), bool((grad != 0).any()))
+
+    def results(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss (), sums (S,), group losses (B,), active (B,) of all groups seen, in order."""
+        empty = hidden.new_empty(0, dtype=dtype)
+        return (
+            torch.stack(self._value).sum() if self._value else hidden.new_zeros((), dtype=dtype),
+            torch.cat([empty, *self._sums]),
+            torch.cat([empty, *self._losses]),
+            torch.cat([empty.bool(), *self._active]),
+        )
+
+
+def _gradient(losses: Tensor, leaf: Tensor) -> Tensor:
+    """Gradient of each group's loss by its sums; 0 for a loss that is constant in them."""
+    if not losses.requires_grad:
+        return torch.zeros_like(leaf)
+    (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True, materialize_grads=True)
+    return grad
+
+
+def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Consecutive ranges [first, last) of groups that fit `rows` together, or of one group.
+
+    bounds: first row of every group, and the number of rows at the end.
+    """
+    ranges: list[tuple[int, int]] = []
+    first = 0
+    while first < len(bounds) - 1:
+        last = first + 1
+        while last < len(bounds) - 1 and bounds[last + 1] - bounds[first] <= rows:
+            last += 1
+        ranges.append((first, last))
+        first = last
+    return ranges
+
+
+def _run_groups(
+    space: Workspace,
+    grads: HeadGradients,
+    sequences: _GroupLosses,
+    hidden: Tensor,  # (N, D)
+    targets: Tensor,  # (N,)
+    first: int,
+    last: int,
+) -> None:
+    """Forward, loss and gradients of groups [first, last)."""
+    start, stop = sequences.group_bounds[first], sequences.group_bounds[last]
+    chunks = list(space.chunks(start, stop))
+    parts = [space.forward(hidden[rows], targets[rows]) for rows in chunks]
+    offsets = sequences.offsets(first, last)
+    empty = hidden.new_empty(0, dtype=space.products.dtype)
+    token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
+    step = sequences.step(first, last, segment_sums(token_logprobs, offsets))
+    if not (grads.wanted and step.any_active):
+        return
+    grad = step.grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
+    if len(chunks) == 1:
+        _backward_in_place(space, grads, parts[0], grad, hidden, targets, start)
+    else:
+        _backward_anew(space, grads, grad, hidden, targets, start)
+
+
+def _backward_in_place(
+    space: Workspace,
+    grads: HeadGradients,
+    statistics: RowStatistics,
+    grad: Tensor,  # (n,)
+    hidden: Tensor,
+    targets: Tensor,
+    start: int,
+) -> None:
+    """The exponentials of all n rows are still in the buffer."""
+    active = grad != 0
+    rows: Tensor | slice = slice(start, start + len(grad))
+    if not active.all():
+        order = compacting_order(active)
+        space.keep_rows_(order)
+        statistics = statistics.take(order)
+        grad = grad[order]
+        rows = start + order
+    d_logits = space.gradient(targets[rows], statistics, grad)
+    grads.add(d_logits, hidden[rows], rows)
+
+
+def _backward_anew(
+    space: Workspace,
+    grads: HeadGradients,
+    grad: Tensor,  # (n,)
+    hidden: Tensor,
+    targets: Tensor,
+    start: int,
+) -> None:
+    """The group was longer than the buffer: its active rows are computed a second time."""
+    active = (grad != 0).nonzero().squeeze(1)
+    for chunk in space.chunks(0, len(active)):
+        local = active[chunk]
+        rows = start + local
+        statistics = space.forward(hidden[rows], targets[rows])
+        grads.add(space.gradient(targets[rows], statistics, grad[local]), hidden[rows], rows)

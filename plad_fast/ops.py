@@ -1,0 +1,198 @@
+"""The public ops: from hidden states, or from logits, to sequence log-probabilities.
+
+N tokens, V vocabulary, D hidden, S sequences. Tokens of one sequence lie next to each other;
+`cu_seqlens` (S + 1,) holds where each sequence starts, and N at the end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plad_fast import validation as check
+from plad_fast.dispatch import default_scratch_bytes, get_backend
+from plad_fast.logit_spec import LogitSpec
+from plad_fast.segments import segment_sums
+
+
+class SequenceLogProbs(NamedTuple):
+    """Log-probabilities in nat; float32, or float64 for float64 inputs."""
+
+    sums: Tensor
+    """(S,) sum over a sequence's tokens, divided by count ** length_normalization."""
+    counts: Tensor
+    """(S,) int64, tokens that counted: those whose target was not `ignore_index`."""
+    token_logprobs: Tensor
+    """(N,), 0 where the target was ignored."""
+    lse: Tensor | None = None
+    """(N,) log of the sum of exponentiated logits, differentiable; on request."""
+    entropy: Tensor | None = None
+    """(N,) entropy of the next-token distribution, detached; on request."""
+
+
+def linear_sequence_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+) -> SequenceLogProbs:
+    """Log-probabilities of the targets under an LM head, without storing its logits.
+
+    logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+
+    Differentiable in hidden, weight and bias, for any upstream gradient of the sums and of the
+    token log-probabilities. Tokens whose upstream gradient is zero cost nothing in the backward.
+    Same inputs give the same bits. Softmax statistics, sums and gradients accumulate in float32
+    (float64 for float64 inputs).
+
+    Args:
+        hidden: last hidden states of the tokens that predict the targets, (N, D); float64, float32,
+            bfloat16 or float16. Under `torch.autocast` all three are cast to its dtype.
+        weight: of the LM head, (V, D), same dtype and device.
+        targets: (N,) int64 in [0, V), or `ignore_index`.
+        cu_seqlens: (S + 1,) integers; an empty sequence sums to 0.
+        bias: (V,) or None.
+        softcap: Gemma 2's `final_logit_softcapping`, or None.
+        logit_scale: multiplies the logits (Cohere); for Granite, 1 / `logits_scaling`.
+        temperature: divides the logits at last.
+        length_normalization: alpha of sum / count ** alpha: 0 for sums, 1 for means.
+        ignore_index: targets equal to it count for nothing and cost nothing.
+        impl: "auto", or a backend by name ("torch"); a named one never falls back.
+        scratch_bytes: bound on the memory beside inputs, results and gradients; by default
+            64 MiB on the CPU, and on CUDA chosen from the free memory. At least one row of
+            logits is used. 16-bit weights take a float32 gradient accumulator on top.
+        return_lse: also return `lse`.
+        return_entropy: also return `entropy`.
+
+    Raises:
+        UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
+    """
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check.check_head(hidden, weight, bias)
+    check.check_targets(targets, len(hidden), hidden.device)
+    check.check_cu_seqlens(cu_seqlens, len(hidden))
+    check.check_length_normalization(length_normalization)
+    spec = LogitSpec(softcap, logit_scale, temperature)
+    scratch = resolve_scratch(scratch_bytes, hidden.device)
+    backend = get_backend(impl, hidden)
+    rows, kept_targets, kept_seqlens = keep_counted(targets, cu_seqlens, ignore_index)
+    check.check_target_range(kept_targets, len(weight))
+    kept_hidden = hidden if rows is None else hidden.index_select(0, rows)
+    sums, token_logprobs, lse, entropy = backend.linear_sequence_logprobs(
+        kept_hidden, weight, bias, kept_targets, kept_seqlens, spec, scratch, return_entropy
+    )
+    counts = kept_seqlens.diff()
+    return SequenceLogProbs(
+        sums=_normalize(sums, counts, length_normalization),
+        counts=counts,
+        token_logprobs=_spread(token_logprobs, rows, len(hidden)),
+        lse=_spread(lse, rows, len(hidden)) if return_lse else None,
+        entropy=None if entropy is None else _spread(entropy, rows, len(hidden)),
+    )
+
+
+def sequence_logprobs(
+    logits: Tensor,  # (N, V), or (S, T, V)
+    targets: Tensor,  # (N,), or (S, T)
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+) -> SequenceLogProbs:
+    """Log-probabilities of the targets under logits that exist already.
+
+    Options as in `linear_sequence_logprobs`. Padded logits (S, T, V) need no `cu_seqlens`: each
+    row of the batch is a sequence and padding has `ignore_index` as its target. Ignored rows get
+    a zero gradient.
+
+    Raises:
+        UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
+    """
+    if logits.ndim == 3 and cu_seqlens is None:
+        batch, length, _ = logits.shape
+        cu_seqlens = torch.arange(0, batch * length + 1, max(length, 1), device=logits.device)
+        cu_seqlens = cu_seqlens if length else cu_seqlens.new_zeros(batch + 1)
+        logits, targets = logits.flatten(0, 1), targets.reshape(-1)
+    if logits.ndim != 2 or cu_seqlens is None:
+        raise check.UsageError(
+            "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
+            f"{tuple(logits.shape)}"
+        )
+    check.check_targets(targets, len(logits), logits.device)
+    check.check_cu_seqlens(cu_seqlens, len(logits))
+    check.check_length_normalization(length_normalization)
+    spec = LogitSpec(softcap, logit_scale, temperature)
+    scratch = resolve_scratch(scratch_bytes, logits.device)
+    backend = get_backend(impl, logits)
+    keep = targets != ignore_index
+    check.check_target_range(targets[keep], logits.shape[1])
+    token_logprobs = backend.stored_token_logprobs(
+        logits, targets.where(keep, 0).long(), spec, scratch
+    )
+    token_logprobs = token_logprobs.where(keep, 0)
+    counts = segment_sums(keep.double(), cu_seqlens).long()
+    sums = segment_sums(token_logprobs, cu_seqlens)
+    return SequenceLogProbs(_normalize(sums, counts, length_normalization), counts, token_logprobs)
+
+
+def autocast_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's inputs in the dtype in which autocast would multiply them; else unchanged."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def resolve_scratch(scratch_bytes: int | None, device: torch.device) -> int:
+    """The caller's scratch budget, or the device's default."""
+    if scratch_bytes is None:
+        return default_scratch_bytes(device)
+    check.check_scratch(scratch_bytes)
+    return scratch_bytes
+
+
+def keep_counted(
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    ignore_index: int,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Rows that count (None for all), their targets, and cu_seqlens of what is left; int64."""
+    targets, cu_seqlens = targets.long(), cu_seqlens.long()
+    keep = targets != ignore_index
+    if keep.all():
+        return None, targets, cu_seqlens
+    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    rows = keep.nonzero().squeeze(1)
+    return rows, targets[rows], kept_before[cu_seqlens]
+
+
+def _normalize(sums: Tensor, counts: Tensor, alpha: float) -> Tensor:
+    return sums if alpha == 0 else sums / counts.clamp(min=1).to(sums.dtype) ** alpha
+
+
+def _spread(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:  # (N,)
+    """Back to all N tokens, 0 for those that were dropped."""
+    if rows is None:
+        return values
+    return values.new_zeros(num_tokens).index_copy(0, rows, values)

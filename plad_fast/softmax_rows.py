@@ -1,0 +1,104 @@
+"""Softmax statistics of a chunk of logits, and the logits' gradient, both in place.
+
+n rows of the chunk, V vocabulary. Everything is float32, or float64 for float64 input. The same
+buffer is in turn: raw product -> logits z -> exp(z - max z) -> gradient of the raw product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plad_fast.logit_spec import LogitSpec
+
+
+class RowStatistics(NamedTuple):
+    """What of a row of logits survives the chunk it was computed in."""
+
+    row_max: Tensor  # (n,)
+    sum_exp: Tensor  # (n,) of exp(z - row_max)
+    token_logprobs: Tensor  # (n,)
+    entropy: Tensor | None  # (n,), nat
+
+    def take(self, rows: Tensor) -> RowStatistics:
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return RowStatistics(
+            self.row_max[rows], self.sum_exp[rows], self.token_logprobs[rows], entropy
+        )
+
+
+def softmax_rows_(
+    buffer: Tensor,  # (n, V): raw product on entry, exp(z - max z) on return
+    targets: Tensor,  # (n,)
+    spec: LogitSpec,
+    bias: Tensor | None = None,  # (V,)
+    tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
+    entropy_rows: int = 0,
+) -> RowStatistics:
+    """Turn raw products into unnormalised probabilities and take each row's statistics.
+
+    log p(target) is (z_t - max) - log(sum of exp): for a confident target both terms are near 0
+    and keep their digits, which the difference z_t - lse would lose.
+    """
+    if bias is not None:
+        buffer.add_(bias)
+    if spec.softcap is None:
+        if spec.slope != 1:
+            buffer.mul_(spec.slope)
+    else:
+        buffer.mul_(spec.logit_scale / spec.softcap).tanh_()
+        if tanh_slope is not None:
+            torch.mul(buffer, buffer, out=tanh_slope).neg_().add_(1)
+        buffer.mul_(spec.softcap / spec.temperature)
+    row_max = buffer.amax(dim=1)
+    buffer.sub_(row_max.unsqueeze(1))
+    centred_target = buffer.gather(1, targets.unsqueeze(1)).squeeze(1)
+    expected = None
+    if entropy_rows:
+        expected = _exp_with_expectation_(buffer, entropy_rows)
+    else:
+        buffer.exp_()
+    sum_exp = buffer.sum(dim=1)
+    log_sum = sum_exp.log()
+    entropy = None if expected is None else log_sum - expected / sum_exp
+    return RowStatistics(row_max, sum_exp, centred_target - log_sum, entropy)
+
+
+def _exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
+    """exp in place; returns each row's sum of x exp(x), with 0 for x = -inf."""
+    expected = buffer.new_empty(buffer.shape[0])
+    for start in range(0, buffer.shape[0], block_rows):
+        rows = slice(start, start + block_rows)
+        logits = buffer[rows].clone()
+        probabilities = buffer[rows].exp_()
+        expected[rows] = torch.where(probabilities > 0, logits.mul_(probabilities), 0).sum(dim=1)
+    return expected
+
+
+def logits_gradient_(
+    buffer: Tensor,  # (n, V): exp(z - max z) on entry, d raw product on return
+    targets: Tensor,  # (n,)
+    spec: LogitSpec,
+    sum_exp: Tensor,  # (n,)
+    token_logprobs: Tensor,  # (n,)
+    grad_logprobs: Tensor,  # (n,)
+    grad_lse: Tensor | None = None,  # (n,)
+    tanh_slope: Tensor | None = None,  # (n, V)
+) -> None:
+    """d raw = slope * (g (onehot - p) + g_lse p), for any upstream g and g_lse.
+
+    At the target 1 - p is -expm1(log p): it stays right where p rounds to 1.
+    """
+    at_target = -grad_logprobs * torch.expm1(token_logprobs)
+    of_probability = -grad_logprobs
+    if grad_lse is not None:
+        at_target = at_target + grad_lse * token_logprobs.exp()
+        of_probability = of_probability + grad_lse
+    buffer.mul_((of_probability / sum_exp).unsqueeze(1))
+    buffer.scatter_(1, targets.unsqueeze(1), at_target.unsqueeze(1))
+    if tanh_slope is not None:
+        buffer.mul_(tanh_slope)
+    if spec.slope != 1:
+        buffer.mul_(spec.slope)

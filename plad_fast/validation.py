@@ -1,0 +1,104 @@
+"""Checks at the public boundary of the ops: what was expected, what came, in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (N, D), weight (V, D), bias (V,): shapes, one floating dtype, one device."""
+    _check_tensor("hidden", hidden, 2, "(N, D)")
+    _check_tensor("weight", weight, 2, "(V, D)")
+    if hidden.shape[1] != weight.shape[1]:
+        raise UsageError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must agree in their "
+            "last dimension: (N, D) and (V, D)"
+        )
+    if weight.shape[0] == 0:
+        raise UsageError(
+            "weight has no rows: is it a sharded parameter that was not gathered (FSDP, ZeRO-3)?"
+        )
+    _check_same(hidden, "weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias, 1, "(V,)")
+        if bias.shape[0] != weight.shape[0]:
+            raise UsageError(
+                f"bias has {bias.shape[0]} entries for a vocabulary of {weight.shape[0]}"
+            )
+        _check_same(hidden, "bias", bias)
+
+
+def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> None:
+    """targets (N,) int64 on the device of the logits."""
+    if targets.ndim != 1 or targets.shape[0] != num_tokens:
+        raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"targets must be int64, got {targets.dtype}")
+    if targets.device != device:
+        raise UsageError(f"targets are on {targets.device}, the logits' inputs on {device}")
+
+
+def check_target_range(kept_targets: Tensor, vocab: int) -> None:
+    """Every target that counts is a row of the weight. On a GPU this waits for the device."""
+    if kept_targets.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(kept_targets))
+    if low < 0 or high >= vocab:
+        raise UsageError(
+            f"targets must lie in [0, {vocab}) or equal ignore_index; they span {low} to {high}"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """cu_seqlens (S + 1,): 0 first, N last, never falling."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+        raise UsageError(
+            "cu_seqlens must be a vector of S + 1 integers, got "
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    bounds = cu_seqlens.tolist()
+    falling = any(b < a for a, b in itertools.pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != num_tokens or falling:
+        raise UsageError(
+            f"cu_seqlens must start at 0, never fall and end at the number of tokens "
+            f"({num_tokens}); got {bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
+        )
+
+
+def check_scores(scores: Tensor | None, num_sequences: int) -> None:
+    """scores (S,), finite is not asked for: a score may be -inf."""
+    if scores is not None and scores.shape != (num_sequences,):
+        raise UsageError(f"scores must have shape ({num_sequences},), got {tuple(scores.shape)}")
+
+
+def check_scratch(scratch_bytes: int) -> None:
+    if scratch_bytes <= 0:
+        raise UsageError(f"scratch_bytes must be positive, got {scratch_bytes}")
+
+
+def check_length_normalization(alpha: float) -> None:
+    if not alpha >= 0:
+        raise UsageError(f"length_normalization must be at least 0, got {alpha}")
+
+
+def _check_tensor(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
+    if tensor.ndim != ndim:
+        raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in _FLOATING:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
+        raise UsageError(f"{name} must be one of {known}, got {tensor.dtype}")
+
+
+def _check_same(hidden: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
+        raise UsageError(
+            f"hidden is {hidden.dtype} on {hidden.device}, {name} is {tensor.dtype} on "
+            f"{tensor.device}; they must be alike (run under torch.autocast to have them cast)"
+        )

@@ -1,0 +1,159 @@
+"""Scratch memory of the torch backend: one buffer, reused for every chunk of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from plad_fast.logit_spec import LogitSpec
+from plad_fast.products import Products, products_for
+from plad_fast.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
+
+# The share of the budget that goes to blocks of the weight; the rest holds logits.
+_BLOCK_SHARE = 8
+
+
+class Workspace:
+    """Logits of `rows` tokens at a time, and what is done with them.
+
+    Args:
+        hidden: (N, D). Only its dtype, device and N are used.
+        weight: (V, D).
+        bias: (V,) or None.
+        spec: softcap, scale and temperature of the logits.
+        scratch_bytes: what all temporaries together may take; at least one row of logits is used.
+        for_gradient: whether `gradient` will be called, which softcapped logits pay extra for.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: LogitSpec,
+        scratch_bytes: int,
+        *,
+        for_gradient: bool,
+    ) -> None:
+        block_bytes = scratch_bytes // _BLOCK_SHARE
+        self.products: Products = products_for(hidden, weight, block_bytes)
+        self.spec = spec
+        self.bias = bias
+        vocab = weight.shape[0]
+        dtype = self.products.dtype
+        keep_slope = for_gradient and spec.softcap is not None
+        bytes_per_logit = dtype.itemsize * (2 if keep_slope else 1)
+        bytes_per_logit += self.products.row_bytes_per_logit
+        budget = (scratch_bytes - block_bytes) // max(vocab * bytes_per_logit, 1)
+        self.rows = max(1, min(budget, hidden.shape[0]))
+        self.entropy_rows = max(1, block_bytes // max(3 * vocab * dtype.itemsize, 1))
+        self._buffer = hidden.new_empty(self.rows, vocab, dtype=dtype)
+        self._slope = torch.empty_like(self._buffer) if keep_slope else None
+
+    def chunks(self, start: int, stop: int) -> Iterator[slice]:
+        """Slices of [start, stop) that fit, all of nearly the same length."""
+        count = -(-(stop - start) // self.rows)
+        for i in range(count):
+            length = stop - start
+            yield slice(start + i * length // count, start + (i + 1) * length // count)
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor, with_entropy: bool = False
+    ) -> RowStatistics:  # hidden (n, D), targets (n,)
+        """Statistics of n <= rows tokens; their exponentials stay in the buffer."""
+        n = hidden.shape[0]
+        buffer = self._buffer[:n]
+        self.products.logits(hidden, out=buffer)
+        return softmax_rows_(
+            buffer,
+            targets,
+            self.spec,
+            self.bias,
+            None if self._slope is None else self._slope[:n],
+            self.entropy_rows if with_entropy else 0,
+        )
+
+    def keep_rows_(self, order: Tensor) -> None:
+        """Bring the buffer's rows order[0], order[1], ... to its front; see `compacting_order`."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
+        for buffer in (self._buffer, self._slope):
+            if buffer is not None:
+                for places in moved.split(self.entropy_rows):
+                    buffer.index_copy_(0, places, buffer.index_select(0, order[places]))
+
+    def gradient(
+        self,
+        targets: Tensor,  # (n,)
+        statistics: RowStatistics,  # of the same n rows
+        grad_logprobs: Tensor,  # (n,)
+        grad_lse: Tensor | None = None,  # (n,)
+    ) -> Tensor:  # (n, V)
+        """Turn the buffer's first n rows into the gradient of the raw product."""
+        n = targets.shape[0]
+        buffer = self._buffer[:n]
+        logits_gradient_(
+            buffer,
+            targets,
+            self.spec,
+            statistics.sum_exp,
+            statistics.token_logprobs,
+            grad_logprobs,
+            grad_lse,
+            None if self._slope is None else self._slope[:n],
+        )
+        return buffer
+
+
+def compacting_order(active: Tensor) -> Tensor:  # (n,) bool -> (number of active,) int64
+    """Active rows in the order in which they fill the front with the fewest moves.
+
+    An active row inside the front stays where it is; the others fill the gaps in ascending order.
+    Sources and gaps never overlap, so the rows can be moved in place.
+    """
+    rows = active.nonzero().squeeze(1)
+    front = len(rows)
+    order = torch.arange(front, device=active.device)
+    gaps = (~active[:front]).nonzero().squeeze(1)
+    order[gaps] = rows[rows >= front]
+    return order
+
+
+class HeadGradients:
+    """Accumulators for the gradients of an LM head; None where a gradient is not wanted.
+
+    Sums over tokens are kept in float32 (float64), each chunk added in turn: no atomics, so the
+    same inputs give the same bits.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor | None,  # (N, D)
+        weight: Tensor | None,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        products: Products,
+        *,
+        hidden_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.products = products
+        self.hidden = None if hidden is None else torch.zeros_like(hidden, dtype=hidden_dtype)
+        self.weight = None if weight is None else torch.zeros_like(weight, dtype=products.dtype)
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=products.dtype)
+
+    @property
+    def wanted(self) -> bool:
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(
+        self,
+        d_logits: Tensor,  # (n, V)
+        hidden: Tensor,  # (n, D)
+        rows: Tensor | slice,  # which of the N rows these are
+    ) -> None:
+        if self.hidden is not None:
+            self.hidden[rows] = self.products.grad_hidden(d_logits).to(self.hidden.dtype)
+        if self.weight is not None:
+            self.products.add_grad_weight(d_logits, hidden, self.weight)
+        if self.bias is not None:
+            self.bias += d_logits.sum(dim=0)

