@@ -52,6 +52,7 @@ def linear_preference_loss(
         denominators,
         spec,
         scratch_bytes,
+        torch.is_grad_enabled(),
     )
 
 
@@ -69,8 +70,10 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         denominators: Denominators,
         spec: LogitSpec,
         scratch_bytes: int,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs = ctx.needs_input_grad
+        # Under no_grad a leaf still "needs" its gradient, and the mode is always off in here.
+        needs = [need and grad_enabled for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             space = Workspace(hidden, weight, bias, spec, scratch_bytes, for_gradient=any(needs))
             # float16 keeps float32 until backward: a loss scale arrives only with the upstream.
@@ -103,7 +106,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             None if g is None else (g if unit else g * grad_loss.to(g.dtype)).to(dtype)
             for g, dtype in zip(stored, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, *[None] * 8
 
 
 class _Step(NamedTuple):

@@ -1,0 +1,75 @@
+"""An evaluation as plain text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Key, title, decimals.
+_COLUMNS = (
+    ("ranking_accuracy", "rank acc.", 3),
+    ("margin", "margin", 2),
+    ("rougeL_teacher", "R-L teacher", 3),
+    ("rougeL_reference", "R-L reference", 3),
+    ("mean_words", "words", 0),
+    ("distinct_2", "dist-2", 2),
+    ("repetition_4", "rep-4", 2),
+)
+_COMPARISON_PARTS = (
+    ("ranking_accuracy", "ranking accuracy", 3),
+    ("margin", "margin", 2),
+    ("rougeL_teacher", "ROUGE-L to the teacher", 3),
+    ("rougeL_reference", "ROUGE-L to the reference", 3),
+)
+
+
+def comparison_table(results: Mapping[str, Any]) -> str:
+    """The result of `evaluate_students` as plain text for a terminal, at most 100 columns wide.
+
+    A mean stands with half the width of its 95 % interval. Columns that nobody has a value for are
+    left out. Below the table, the last student is compared with each one before it.
+    """
+    rows = [results["teacher"], *results["students"]]
+    table = [["", *(_shorten(row["name"], 16) for row in rows)]]
+    for key, title, decimals in _COLUMNS:
+        if any(row[key] is not None for row in rows):
+            table.append([title, *(_cell(row[key], decimals) for row in rows)])
+    widths = [max(map(len, column)) for column in table]
+    lines = []
+    for line in zip(*table, strict=True):
+        cells = [
+            line[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
+        ]
+        lines.append("  ".join(cells).rstrip())
+    last = results["students"][-1]["name"]
+    for entry in results["comparisons"]:
+        if entry["candidate"] != last:
+            continue
+        lines += ["", f"{_shorten(last, 40)} compared with {_shorten(entry['baseline'], 40)}:"]
+        for key, title, decimals in _COMPARISON_PARTS:
+            if entry[key] is not None:
+                lines.append(f"  {title:<26}{_bracket(entry[key], decimals, sign='+')}")
+        if entry["win_rate"] is not None:
+            lines.append(f"  {'win rate':<26}{_bracket(entry['win_rate'], 3)}")
+    counts = f"{results['n_prompts']} held-out prompts, {results['n_pairs']} pairs"
+    lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float] | float | None, decimals: int) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        half = (value["high"] - value["low"]) / 2
+        return f"{value['mean']:.{decimals}f} ±{half:.{decimals}f}"
+    return f"{value:.{decimals}f}"
+
+
+def _bracket(value: Mapping[str, float], decimals: int, sign: str = "") -> str:
+    mean, low, high = (f"{value[name]:{sign}.{decimals}f}" for name in ("mean", "low", "high"))
+    return f"{mean}  [{low}, {high}]"
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "~"

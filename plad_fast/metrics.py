@@ -1,0 +1,290 @@
+"""Numbers about texts and log-probabilities: numpy arrays in, numpy arrays and floats out.
+
+Nothing here runs a model or reads a file. Every mean that is reported comes with a bootstrap
+interval (`paired_bootstrap`), and a tie counts half wherever two things are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from plad_fast.errors import UsageError
+
+FloatArray = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
+
+# Resampled values held at once; bounds the memory of a bootstrap over many examples (32 MB).
+_BOOTSTRAP_BLOCK = 4_000_000
+
+# Scripts written without spaces (Thai, Lao, kana, Han) count character by character.
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['\u2019][^\W{_UNSPACED}]+)*")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval, in the unit of the values it was taken over."""
+
+    mean: float
+    low: float
+    high: float
+    standard_error: float
+
+    def excludes(self, value: float) -> bool:
+        """Whether `value` lies outside the interval."""
+        return value < self.low or value > self.high
+
+
+def paired_bootstrap(
+    a: ArrayLike,  # (n,)
+    b: ArrayLike | None = None,  # (n,)
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `a`, or of the paired differences `a - b`, with a percentile bootstrap interval.
+
+    The examples are drawn with replacement `n_resamples` times, `a[i]` always together with `b[i]`;
+    the interval holds the middle 95 % of the means so obtained, and the standard error is
+    their standard deviation. The interval always contains the mean. It is too narrow for a handful
+    of examples, and has no width for a single one or for examples that are all alike.
+
+    Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation"; Efron
+    and Tibshirani 1993, chapter 13 (percentile interval).
+
+    Raises:
+        UsageError: no examples, a value that is not finite, lengths that differ, or fewer than two
+            resamples.
+    """
+    values = _vector(a, "a")
+    if b is not None:
+        values = values - _aligned(b, values, "b", "a")
+    if n_resamples < 2:
+        raise UsageError(f"n_resamples is {n_resamples}; take 2 or more (2000 is usual)")
+    n = len(values)
+    rng = np.random.default_rng(seed)
+    block = max(1, _BOOTSTRAP_BLOCK // n)
+    means = np.concatenate(
+        [
+            values[rng.integers(0, n, size=(min(block, n_resamples - start), n))].mean(axis=1)
+            for start in range(0, n_resamples, block)
+        ]
+    )
+    mean = float(values.mean())
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    # Rounding, or very few resamples, can leave the mean just outside.
+    return Interval(mean, min(float(low), mean), max(float(high), mean), float(means.std(ddof=1)))
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, FloatArray]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measure of each prediction, in [0, 1].
+
+    ROUGE-n is the F-measure of overlapping n-grams, ROUGE-L that of the longest common subsequence
+    of words, over the whole text. Computed by `rouge_score` with Porter stemming. Its tokenizer
+    knows ASCII letters only and scores any other text 0, so where most letters are not ASCII the
+    words of `words` are compared instead, without stemming.
+
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
+
+    Returns:
+        {"rouge1": (n,), "rouge2": (n,), "rougeL": (n,)}; an empty text scores 0.
+
+    Raises:
+        UsageError: no texts, lengths that differ, or `rouge_score` is not installed.
+    """
+    _require_texts(predictions, "predictions")
+    if len(predictions) != len(references):
+        raise UsageError(
+            f"{len(predictions)} predictions but {len(references)} references; give one of each "
+            "per example, in the same order"
+        )
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UsageError(
+            'ROUGE needs the package rouge_score; run: pip install "plad-fast[eval]"'
+        ) from error
+    tokenizer = None if _mostly_ascii(references) else _UnicodeWords()
+    scorer = RougeScorer(list(ROUGE_NAMES), use_stemmer=True, tokenizer=tokenizer)
+    scores = [
+        scorer.score(reference, text)
+        for text, reference in zip(predictions, references, strict=True)
+    ]
+    return {
+        name: np.array([score[name].fmeasure for score in scores], dtype=np.float64)
+        for name in ROUGE_NAMES
+    }
+
+
+def outcomes(a: ArrayLike, b: ArrayLike) -> FloatArray:
+    """1 where `a` is the larger, 0 where `b` is, and 0.5 for a tie; shape (n,).
+
+    Raises:
+        UsageError: no examples, a value that is not finite, or lengths that differ.
+    """
+    first = _vector(a, "a")
+    return 0.5 * (1.0 + np.sign(first - _aligned(b, first, "b", "a")))
+
+
+def ranking_accuracy(
+    chosen_logps: ArrayLike,  # (n,)
+    rejected_logps: ArrayLike,  # (n,)
+) -> float:
+    """Share of pairs whose chosen response has the larger log-probability; a tie counts half.
+
+    With an interval: `win_rate(chosen_logps, rejected_logps)`. It is what the ranking loss of PLaD
+    (arXiv 2406.02886) trains for, and the "reward accuracy" of preference learning without a
+    reference model (Rafailov et al. 2023, arXiv 2305.18290).
+
+    Raises:
+        UsageError: no pairs, a log-probability that is not finite, or lengths that differ.
+    """
+    return float(outcomes(chosen_logps, rejected_logps).mean())
+
+
+def margins(
+    chosen_logps: ArrayLike,  # (n,)
+    rejected_logps: ArrayLike,  # (n,)
+) -> FloatArray:
+    """Log-probability of the chosen response minus that of the rejected one, in nats; shape (n,).
+
+    This is the quantity inside the hinge of the ranking loss (SLiC, arXiv 2210.00045).
+
+    Raises:
+        UsageError: no pairs, a log-probability that is not finite, or lengths that differ.
+    """
+    chosen = _vector(chosen_logps, "chosen_logps")
+    return chosen - _aligned(rejected_logps, chosen, "rejected_logps", "chosen_logps")
+
+
+def mean_margin(
+    chosen_logps: ArrayLike,  # (n,)
+    rejected_logps: ArrayLike,  # (n,)
+) -> float:
+    """Mean of `margins`, in nats."""
+    return float(margins(chosen_logps, rejected_logps).mean())
+
+
+def win_rate(
+    scores_a: ArrayLike,  # (n,)
+    scores_b: ArrayLike,  # (n,)
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """How often `a` scores higher than `b` on the same example, a tie counting half.
+
+    The rates of `a` over `b` and of `b` over `a` sum to 1. The interval is that of
+    `paired_bootstrap` (Koehn 2004) over the per-example `outcomes`.
+
+    Raises:
+        UsageError: no examples, a score that is not finite, or lengths that differ.
+    """
+    return paired_bootstrap(outcomes(scores_a, scores_b), n_resamples=n_resamples, seed=seed)
+
+
+def words(text: str) -> list[str]:
+    """The lower-cased words of a text, without punctuation.
+
+    A word is a run of letters and digits, with inner apostrophes; scripts that are written without
+    spaces count character by character.
+    """
+    return _WORD.findall(text.lower())
+
+
+def mean_words(texts: Sequence[str]) -> float:
+    """Mean number of `words` in a text.
+
+    Raises:
+        UsageError: no texts.
+    """
+    _require_texts(texts, "texts")
+    return float(np.mean([len(words(text)) for text in texts]))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Distinct word n-grams of all texts together, divided by the number of n-grams; in [0, 1].
+
+    Low values mean that the texts say the same things in the same words. It falls as texts grow in
+    number and length, so compare it only over the same prompts. 0 where no text has n words.
+
+    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation
+    Models", which divides by the number of words instead.
+
+    Raises:
+        UsageError: no texts.
+    """
+    _require_texts(texts, "texts")
+    grams = [gram for text in texts for gram in _ngrams(words(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Mean over texts of the share of n-grams that came before in the same text; in [0, 1).
+
+    Near 0 for ordinary prose, near 1 for a model caught in a loop. A text shorter than n words has
+    nothing to repeat and counts 0.
+
+    Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training".
+
+    Raises:
+        UsageError: no texts.
+    """
+    _require_texts(texts, "texts")
+    shares = []
+    for text in texts:
+        grams = _ngrams(words(text), n)
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return float(np.mean(shares))
+
+
+class _UnicodeWords:
+    """The tokenizer interface that `RougeScorer` asks for."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+def _mostly_ascii(texts: Sequence[str]) -> bool:
+    letters = [character for text in texts for character in text if character.isalpha()]
+    return 2 * sum(character.isascii() for character in letters) >= len(letters)
+
+
+def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+
+
+def _require_texts(texts: Sequence[str], name: str) -> None:
+    if not texts:
+        raise UsageError(f"{name} is empty; there is nothing to measure")
+
+
+def _vector(values: ArrayLike, name: str) -> FloatArray:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or not len(vector):
+        raise UsageError(f"{name} has shape {vector.shape}; give one value for each example")
+    bad = np.flatnonzero(~np.isfinite(vector))
+    if len(bad):
+        raise UsageError(
+            f"{name} holds {len(bad)} values that are not finite, the first at index {bad[0]} "
+            f"({vector[bad[0]]}); leave those examples out of every array"
+        )
+    return vector
+
+
+def _aligned(values: ArrayLike, other: FloatArray, name: str, other_name: str) -> FloatArray:
+    vector = _vector(values, name)
+    if len(vector) != len(other):
+        raise UsageError(
+            f"{name} has {len(vector)} values and {other_name} has {len(other)}; "
+            "paired values must come from the same examples, in the same order"
+        )
+    return vector

@@ -1,0 +1,22 @@
+"""The pair factory: prompts, two models' answers to them, and preference pairs of these."""
+
+from plad_fast.pairs.build import PairReport, build_pairs, generate_answers
+from plad_fast.pairs.prompts import Prompt, as_messages, builtin_prompts, load_prompts
+from plad_fast.pairs.sampling import Sampling
+from plad_fast.pairs.store import AnswerStore
+from plad_fast.pairs.teachers import Answer, LocalModel, TextModel
+
+__all__ = [
+    "Answer",
+    "AnswerStore",
+    "LocalModel",
+    "PairReport",
+    "Prompt",
+    "Sampling",
+    "TextModel",
+    "as_messages",
+    "build_pairs",
+    "builtin_prompts",
+    "generate_answers",
+    "load_prompts",
+]

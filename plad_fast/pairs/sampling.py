@@ -1,0 +1,141 @@
+"""Seeded sampling whose rows do not depend on their batch.
+
+`generate(do_sample=True)` draws all rows of a batch from one random stream, so an answer changes
+with the batch size and with its neighbours. Here every prompt has a stream of its own, and a
+token is drawn by inverting the distribution function at one uniform number a step.
+
+Letters: B rows of a batch, V vocabulary, T most new tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. Raises UsageError for values out of range."""
+
+    max_new_tokens: int = 64
+    """Longest answer, in tokens, its end token included."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+
+    top_p: float = 1.0
+    """Smallest set of likeliest tokens with at least this probability; 1 keeps all."""
+
+    top_k: int = 0
+    """So many likeliest tokens; 0 keeps all. Applied before `top_p`."""
+
+    seed: int = 0
+    """Two models with one seed get the same uniform numbers for a prompt, which makes their
+    answers alike: give the student another seed than the teacher."""
+
+    batch_size: int = 16
+    """Prompts at once; it changes speed and memory, not the answers."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} must be a whole number of at least {least}, not {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+def row_uniforms(seed: int, prompt_ids: Sequence[str], steps: int) -> Tensor:
+    """One number in [0, 1) per row and step, (B, steps) float32 on the CPU.
+
+    A row depends on the seed and its prompt id alone, and more steps only append to it.
+    """
+    return torch.stack([_stream(seed, prompt_id, steps) for prompt_id in prompt_ids])
+
+
+def _stream(seed: int, prompt_id: str, steps: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(steps, generator=generator)
+
+
+def invert_cdf(
+    probs: Tensor,  # (B, V)
+    uniforms: Tensor,  # (B,)
+) -> Tensor:  # (B,) int64
+    """The first token, in vocabulary order, whose cumulative probability exceeds the uniform.
+
+    Vocabulary order rather than order of probability: rounding swaps tokens of nearly equal
+    probability, which would change the choice for most uniforms instead of for a few.
+    A token of probability 0 is never chosen.
+    """
+    cumulative = probs.cumsum(-1)
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    # A parallel sum may not be monotonic to the last bit, so that zeros have to be excluded.
+    eligible = (cumulative > threshold) & (probs > 0)
+    first = eligible.to(torch.uint8).argmax(-1)
+    return torch.where(eligible.any(-1), first, probs.argmax(-1))
+
+
+class RowSampler:
+    """A transformers logits processor under which greedy `generate` samples row by row.
+
+    Args:
+        sampling: temperature, filters and seed.
+        prompt_ids: of the B rows, in order.
+        prompt_length: tokens a row has before the first step, padding included.
+        device: of the logits.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[str],
+        prompt_length: int,
+        device: torch.device,
+    ) -> None:
+        self.broken = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
+        """(B,): whether a row met NaN or infinite logits. Kept on the device, to be read once."""
+
+        self._prompt_length = prompt_length
+        self._warpers = _warpers(sampling)
+        self._greedy = sampling.temperature == 0
+        self._uniforms = row_uniforms(sampling.seed, prompt_ids, sampling.max_new_tokens).to(device)
+
+    def __call__(
+        self,
+        input_ids: Tensor,  # (B, prompt_length + step)
+        scores: Tensor,  # (B, V) float32
+    ) -> Tensor:  # (B, V): 0 at the chosen token, -inf elsewhere
+        # Masked tokens have -inf; it takes NaN or +inf for the largest logit not to be finite.
+        self.broken |= ~scores.amax(-1).isfinite()
+        if self._greedy:
+            return scores
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        step = input_ids.shape[1] - self._prompt_length
+        chosen = invert_cdf(scores.softmax(-1), self._uniforms[:, step])
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def _warpers(sampling: Sampling) -> list[Any]:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = []
+    if sampling.temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers

@@ -1,0 +1,288 @@
+"""One HTML file that says what a distillation bought; it needs no network and no other file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from plad_fast._headline import headline, verdict
+from plad_fast._page import PAGE, STYLE
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import write_atomically
+
+__all__ = ["headline", "write_report"]
+
+# Key, label, decimals; percentages are marked by "%".
+_ROWS = (
+    ("ranking_accuracy", "Prefers the teacher's answer", "%"),
+    ("own_ranking_accuracy", "Prefers it to its own answer", "%"),
+    ("margin", "Margin [nat]", 2),
+    ("rouge1_teacher", "ROUGE-1 to the teacher", 3),
+    ("rouge2_teacher", "ROUGE-2 to the teacher", 3),
+    ("rougeL_teacher", "ROUGE-L to the teacher", 3),
+    ("rouge1_reference", "ROUGE-1 to the reference", 3),
+    ("rouge2_reference", "ROUGE-2 to the reference", 3),
+    ("rougeL_reference", "ROUGE-L to the reference", 3),
+    ("score", "Score", 3),
+    ("win_rate_teacher", "Wins against the teacher", "%"),
+    ("mean_words", "Words in an answer", 1),
+    ("distinct_1", "Distinct words", 3),
+    ("distinct_2", "Distinct word pairs", 3),
+    ("repetition_4", "Repetition", 3),
+)
+_ANSWERS = (
+    ("reference", "Reference"),
+    ("teacher", "Teacher"),
+    ("sft", "SFT student"),
+    ("plad", "PLaD student"),
+)
+_LONG = 400  # characters of a prompt that are shown before it has to be unfolded
+_SECRET = re.compile(
+    r"api_?key|secret|password|credential|(?:^|hub_|hf_|auth_|access_)token$", re.IGNORECASE
+)
+_SECRET_OPTION = re.compile(
+    r"(--[\w-]*(?:api[-_]?key|secret|password|credential|token)[=\s]+)\S+", re.IGNORECASE
+)
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    config: Mapping[str, Any],
+    stages: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
+    examples: Sequence[Mapping[str, Any]] = (),
+    command: str = "",
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the report of one distillation as a single HTML file.
+
+    All text is escaped, and the page forbids itself scripts and requests. Values of `config` and
+    options of `command` that are named like a key or a password are masked.
+
+    Args:
+        path: of the HTML file; it is complete or not there.
+        title: heading of the page.
+        config: settings of the run; nested mappings are flattened to dotted names.
+        stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
+        metrics: from `evaluation.evaluate_students`.
+        plots: (caption, PNG file), embedded.
+        examples: `{"prompt", "teacher", "sft", "plad"}` and optionally "reference": texts, or chat
+            messages for the prompt.
+        command: what to type to run it again.
+        versions: package -> version.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UsageError: a plot that is missing or not a PNG file.
+    """
+    sections = [
+        ("Results", _results(metrics)),
+        ("Plots", "".join(_figure(caption, file) for caption, file in plots)),
+        ("Example answers", "".join(map(_example, examples))),
+        ("How long it took", _stages(stages)),
+        ("Run it again", _reproduce(command, versions or {})),
+        ("Settings", _settings(config)),
+    ]
+    body = "".join(
+        f'<section class="{name.split()[0].lower()}"><h2>{name}</h2>{content}</section>\n'
+        for name, content in sections
+        if content
+    )
+    page = PAGE.format(
+        title=escape(title), style=STYLE, headline=escape(headline(metrics)), body=body
+    )
+    return write_atomically(path, page)
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    rows = [metrics["teacher"], *metrics["students"]]
+    change = metrics["comparisons"][0] if metrics["comparisons"] else None
+    head = "".join(f"<th scope=col>{escape(row['name'])}</th>" for row in rows)
+    if change is not None:
+        last, first = escape(change["candidate"]), escape(change["baseline"])
+        head += f"<th scope=col>Change <small>{last} &minus; {first}</small></th>"
+    lines = []
+    for key, label, decimals in _ROWS:
+        if all(row[key] is None for row in rows) or (key == "score" and _is_rouge_l(rows)):
+            continue
+        cells = "".join(f"<td>{_value(row[key], decimals)}</td>" for row in rows)
+        if change is not None:
+            cells += _change(change.get(key), decimals)
+        lines.append(f"<tr><th scope=row>{label}</th>{cells}</tr>")
+    if change is not None and change["win_rate"] is not None:
+        label = f"Wins against {escape(change['baseline'])}"
+        cells = "<td>&ndash;</td>" * len(rows) + _change(change["win_rate"], "%", neutral=0.5)
+        lines.insert(0, f"<tr><th scope=row>{label}</th>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table class="numbers"><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">{metrics["n_prompts"]} held-out prompts, {metrics["n_pairs"]} pairs; '
+        "± is half of the 95% bootstrap interval; ▲ and ▼ mark a change whose interval excludes "
+        "no change. <b>Margin</b>: log-probability of the teacher's answer minus that of the "
+        f"rejected one. <b>Wins</b> are decided by {escape(metrics['score'])}; a tie counts half. "
+        "<b>Distinct</b>: different words (word pairs) divided by all of them, over all answers. "
+        "<b>Repetition</b>: share of four-word runs that came before in the same answer.</p>"
+    )
+
+
+def _is_rouge_l(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the score repeats a line of the table."""
+    return any(
+        all(row["score"] == row[key] for row in rows)
+        for key in ("rougeL_teacher", "rougeL_reference")
+    )
+
+
+def _value(value: Mapping[str, float] | float | None, decimals: int | str) -> str:
+    if value is None:
+        return "&ndash;"
+    if not isinstance(value, Mapping):
+        return _number(value, decimals)
+    half = _number((value["high"] - value["low"]) / 2, decimals)
+    return f"{_number(value['mean'], decimals)}<small>±{half}</small>"
+
+
+def _change(value: Mapping[str, float] | None, decimals: int | str, *, neutral: float = 0.0) -> str:
+    """A difference (`neutral` 0) is signed; that of two percentages is in percentage points."""
+    if value is None:
+        return "<td>&ndash;</td>"
+    signed = neutral == 0.0
+    mean, low, high = (_number(value[key], decimals, signed) for key in ("mean", "low", "high"))
+    if signed and decimals == "%":
+        mean, low, high = mean.replace("%", " pts"), low.replace("%", ""), high.replace("%", "")
+    name, mark = {1: ("up", "▲ "), -1: ("down", "▼ "), 0: ("same", "")}[verdict(value, neutral)]
+    return f'<td class="{name}">{mark}{mean}<small>{low} to {high}</small></td>'
+
+
+def _number(value: float, decimals: int | str, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    text = f"{value:{sign}.0%}" if decimals == "%" else f"{value:{sign}.{decimals}f}"
+    return text.replace("-", "&minus;")
+
+
+def _figure(caption: str, file: str | os.PathLike[str]) -> str:
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the plot {file} ({error.strerror}); draw it first"
+        ) from error
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise UsageError(f"the plot {file} is not a PNG file; save it as PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    text = escape(caption)
+    return (
+        f'<figure><img width="{width}" height="{height}" alt="{text}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    prompt = _plain(example["prompt"])
+    shown = f'<p class="text">{escape(prompt)}</p>'
+    if len(prompt) > _LONG:
+        shown = (
+            f"<details><summary><span class=start>{escape(prompt[:_LONG])} […]</span></summary>"
+            f'<p class="text">{escape(prompt)}</p></details>'
+        )
+    answers = "".join(
+        f'<div class="{key}"><h3>{label}</h3>'
+        f'<p class="text">{escape(_plain(example[key]))}</p></div>'
+        for key, label in _ANSWERS
+        if example.get(key) is not None
+    )
+    return f'<article><h3>Prompt</h3>{shown}<div class="answers">{answers}</div></article>'
+
+
+def _plain(content: str | Sequence[Mapping[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
+    if not stages:
+        return ""
+    lines = "".join(
+        f"<tr><th scope=row>{escape(str(stage['name']))}</th><td>{_duration(stage['seconds'])}</td>"
+        f"<td>{_summary(stage['summary'])}</td></tr>"
+        for stage in stages
+    )
+    total = _duration(sum(stage["seconds"] for stage in stages))
+    return (
+        f'<table class="stages"><tbody>{lines}</tbody>'
+        f"<tfoot><tr><th scope=row>total</th><td>{total}</td><td></td></tr></tfoot></table>"
+    )
+
+
+def _summary(summary: Any) -> str:
+    if isinstance(summary, Mapping):
+        return "; ".join(f"{escape(str(k))}: {escape(_setting(v))}" for k, v in summary.items())
+    return escape(str(summary))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _reproduce(command: str, versions: Mapping[str, str]) -> str:
+    html = ""
+    if command:
+        masked = _SECRET_OPTION.sub(r"\1***", command)
+        html += f"<pre>{escape(masked)}</pre>"
+    if versions:
+        listed = ", ".join(f"{escape(k)} {escape(str(v))}" for k, v in versions.items())
+        html += f'<p class="note">Made with {listed}.</p>'
+    return html
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    lines = "".join(
+        f"<tr><th scope=row>{escape(name)}</th><td>{escape(_setting(value))}</td></tr>"
+        for name, value in _flatten(config)
+    )
+    return (
+        "<details><summary>All settings of this run</summary>"
+        f'<table class="settings"><tbody>{lines}</tbody></table></details>'
+    )
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flatten(value, f"{prefix}{key}.")
+        elif _SECRET.search(str(key)) and value:
+            rows.append((f"{prefix}{key}", "***"))
+        else:
+            rows.append((f"{prefix}{key}", value))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)

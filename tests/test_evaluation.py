@@ -1,0 +1,253 @@
+"""Scoring pairs with a model, and the comparison that is computed from the scores."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from plad_fast.chat import render_response
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import (
+    StudentOutputs,
+    comparison_table,
+    evaluate_students,
+    score_pairs,
+    write_metrics,
+)
+from plad_fast.packing import encode_prompt
+
+PAIRS = [
+    {"id": "a", "prompt": "Say hello: ", "chosen": "hello", "rejected": "hm"},
+    {"id": "b", "prompt": "1, 2, 3, ", "chosen": "4", "rejected": "a much longer answer"},
+    {
+        "id": "c",
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": [{"role": "assistant", "content": "Hi there"}],
+        "rejected": [{"role": "assistant", "content": "No"}],
+    },
+]
+TEACHER = {"p1": "the cat sat", "p2": "dogs run fast"}
+IDS = ["p1", "p2"]
+
+
+def sft(**changes):
+    fields = {
+        "name": "SFT",
+        "answers": {"p1": "a dog", "p2": "dogs run"},
+        "chosen_logps": [-3.0, -2.0],
+        "rejected_logps": [-2.0, -2.0],
+        "pair_ids": IDS,
+    }
+    return StudentOutputs(**{**fields, **changes})
+
+
+def plad(**changes):
+    fields = {
+        "name": "PLaD",
+        "answers": {"p1": "the cat sat", "p2": "dogs run"},
+        "chosen_logps": [-1.0, -2.0],
+        "rejected_logps": [-3.0, -5.0],
+    }
+    return sft(**{**fields, **changes})
+
+
+def naive_logp(model, tokenizer, prompt, response, alpha):
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    text = render_response(tokenizer, prompt, response)
+    response_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()
+    rows = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    total = rows.gather(1, torch.tensor(response_ids)[:, None]).sum()
+    return float(total / len(response_ids) ** alpha)
+
+
+@pytest.mark.parametrize(("alpha", "batch_size"), [(0.0, 1), (1.0, 2), (0.5, 8)])
+def test_score_pairs_agrees_with_full_logits(tiny_model, tiny_tokenizer, alpha, batch_size):
+    scores = score_pairs(
+        tiny_model,
+        tiny_tokenizer,
+        PAIRS,
+        length_normalization=alpha,
+        batch_size=batch_size,
+        progress=False,
+    )
+    for side in ("chosen", "rejected"):
+        expected = [
+            naive_logp(tiny_model, tiny_tokenizer, pair["prompt"], pair[side], alpha)
+            for pair in PAIRS
+        ]
+        assert scores[side].dtype == np.float64
+        np.testing.assert_allclose(scores[side], expected, rtol=1e-4)
+
+
+def test_score_pairs_restores_the_mode_and_leaves_no_gradient(tiny_model, tiny_tokenizer):
+    model = copy.deepcopy(tiny_model).train()
+    seen = []
+    model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    model.model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    score_pairs(model, tiny_tokenizer, PAIRS, progress=False)
+    assert seen
+    assert not any(seen)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_score_pairs_reports_a_diverged_model(tiny_model, tiny_tokenizer):
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"3 of 3 pairs .* pair a; the model has diverged"):
+        score_pairs(model, tiny_tokenizer, PAIRS, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "message"),
+    [
+        ([], {}, "no pairs to score"),
+        (PAIRS, {"batch_size": 0}, "batch_size is 0"),
+        (PAIRS, {"max_length": 12}, "1 of 3 pairs .* max_length=12 tokens, the first is pair b"),
+    ],
+)
+def test_score_pairs_refuses(tiny_model, tiny_tokenizer, pairs, options, message):
+    with pytest.raises(UsageError, match=message):
+        score_pairs(tiny_model, tiny_tokenizer, pairs, progress=False, **options)
+
+
+def test_evaluation_by_hand():
+    results = evaluate_students([sft(), plad()], TEACHER)
+    first, last = results["students"]
+    assert (first["ranking_accuracy"]["mean"], last["ranking_accuracy"]["mean"]) == (0.25, 1.0)
+    assert (first["margin"]["mean"], last["margin"]["mean"]) == (-0.5, 2.5)
+    # "dogs run" against "dogs run fast": precision 1, recall 2/3.
+    assert first["rougeL_teacher"]["mean"] == pytest.approx((0.0 + 0.8) / 2)
+    assert last["rougeL_teacher"]["mean"] == pytest.approx((1.0 + 0.8) / 2)
+    assert (first["mean_words"], last["mean_words"]) == (2.0, 2.5)
+    assert first["win_rate_teacher"] is None
+    assert first["rougeL_reference"] is None
+    (change,) = results["comparisons"]
+    assert (change["candidate"], change["baseline"]) == ("PLaD", "SFT")
+    assert change["ranking_accuracy"]["mean"] == 0.75
+    assert change["margin"]["mean"] == 3.0
+    assert change["rougeL_teacher"]["mean"] == pytest.approx(0.5)
+    assert change["win_rate"]["mean"] == 0.75  # a win and a tie
+    assert results["score"] == "ROUGE-L to the teacher's answer"
+
+
+def test_the_teacher_is_not_measured_against_itself():
+    alone = evaluate_students([sft()], TEACHER)["teacher"]
+    assert alone["rougeL_teacher"] is None
+    assert alone["score"] is None
+    assert alone["mean_words"] == 3.0
+    references = {"p1": "the cat sat", "p2": "no words shared"}
+    results = evaluate_students([plad()], TEACHER, references)
+    assert results["teacher"]["rougeL_reference"]["mean"] == 0.5
+    assert results["teacher"]["score"]["mean"] == 0.5
+    assert results["students"][0]["win_rate_teacher"]["mean"] == 0.5
+
+
+def test_some_references():
+    """Where one is missing, or None, the teacher's answer takes its place in the score."""
+    results = evaluate_students([sft()], TEACHER, {"p1": "a dog", "p2": None})
+    row = results["students"][0]
+    assert results["n_references"] == 1
+    assert row["rougeL_reference"]["mean"] == 1.0
+    assert row["score"]["mean"] == pytest.approx((1.0 + 0.8) / 2)
+    assert results["teacher"]["score"] is None
+
+
+def test_a_score_function_decides_the_wins():
+    def shortest(prompt, answer, target):
+        assert (prompt, target) in {("q1", "the cat sat"), ("q2", "dogs run fast")}
+        return -len(answer)
+
+    results = evaluate_students(
+        [sft(), plad()], TEACHER, score_fn=shortest, prompts={"p1": "q1", "p2": "q2"}
+    )
+    assert results["score"] == "shortest"
+    assert results["comparisons"][0]["win_rate"]["mean"] == 0.25
+    assert results["students"][0]["win_rate_teacher"]["mean"] == 1.0
+
+
+def test_texts_or_pairs_may_be_missing():
+    texts_only = sft(chosen_logps=[], rejected_logps=[], pair_ids=[])
+    pairs_only = plad(answers={}, own_rejected_logps=[-1.0, -9.0])
+    results = evaluate_students([texts_only, pairs_only], TEACHER)
+    assert results["students"][0]["ranking_accuracy"] is None
+    assert results["students"][1]["own_ranking_accuracy"]["mean"] == 0.75
+    assert results["students"][1]["mean_words"] is None
+    change = results["comparisons"][0]
+    assert change["margin"] is None
+    assert change["win_rate"] is None
+    assert "PLaD" in comparison_table(results)
+
+
+def test_last_against_first_comes_first():
+    students = [sft(name=name) for name in ("a", "b", "c")]
+    couples = [
+        (entry["candidate"], entry["baseline"])
+        for entry in evaluate_students(students, TEACHER)["comparisons"]
+    ]
+    assert couples == [("c", "a"), ("c", "b"), ("b", "a")]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluate_students([], TEACHER), "no student"),
+        (lambda: evaluate_students([sft()], {}), "teacher_answers is empty"),
+        (lambda: evaluate_students([sft(), sft()], TEACHER), "different names"),
+        (
+            lambda: evaluate_students([sft(answers={"p2": ""})], TEACHER),
+            "no answer to 1 of 2 prompts, the first is p1",
+        ),
+        (
+            lambda: evaluate_students([sft(), plad(pair_ids=["p2", "p1"])], TEACHER),
+            "scored on other pairs",
+        ),
+        (lambda: sft(chosen_logps=[1.0]), "chosen_logps of SFT has shape"),
+        (
+            lambda: evaluate_students([sft()], TEACHER, score_fn=lambda *_: 0.0),
+            "needs the prompts",
+        ),
+        (
+            lambda: evaluate_students(
+                [sft()], TEACHER, score_fn=lambda *_: float("nan"), prompts=TEACHER
+            ),
+            "gave nan for prompt p1",
+        ),
+    ],
+)
+def test_bad_input_says_what_is_wrong(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+def test_table_fits_a_terminal():
+    long_name = "a student with a long name"
+    wide = plad(name=long_name, chosen_logps=[-1234.5, 10.0], rejected_logps=[-9000.0, 0.0])
+    results = evaluate_students([sft(), wide], TEACHER, TEACHER)
+    lines = comparison_table(results).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines[1:4]] == ["teacher", "SFT", "a"]
+    assert lines[2].split()[1:3] == ["0.250", "±0.250"]
+
+
+def test_metrics_file_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "metrics.json"
+    results = evaluate_students([sft(), plad()], TEACHER)
+    assert write_metrics(results, path) == path
+    assert json.loads(path.read_text()) == results
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_metrics({"other": 1}, path)
+    assert json.loads(path.read_text()) == results
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,115 @@
+"""What an import costs and needs, and that imports go downward only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = [
+    {"errors", "logit_spec", "reference", "kernels"},
+    {"products", "losses", "segments", "softmax_rows", "validation", "dispatch", "chat"},
+    {"workspace", "stored_logits"},
+    {"onepass"},
+    {"chunked"},
+    {"ops"},
+    {"fused"},
+    {"head", "packing", "students", "training_metrics"},
+    {"pairs", "trainer", "evaluation", "metrics", "plots", "report"},
+    {"distill"},
+    {"cli"},
+]
+"""Ground floor first. A module imports from its own floor and below, never from above."""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HEAVY = ["transformers", "triton", "datasets", "accelerate", "matplotlib", "rouge_score", "yaml"]
+
+
+def test_import_needs_torch_alone():
+    """Blocking every other package, the ops import and compute."""
+    run(
+        f"""
+import sys
+for name in {HEAVY!r}:
+    sys.modules[name] = None
+import torch, plad_fast
+from plad_fast import *
+problem = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(4).long(), torch.tensor([0, 2, 4])
+assert fused_linear_preference_loss(*problem).loss.isfinite()
+"""
+    )
+
+
+def test_import_takes_no_longer_than_torch():
+    """Nothing is loaded before it is used: the package alone adds only its own lines."""
+    added = run(
+        "import torch, sys; before = set(sys.modules); import plad_fast;"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    assert ast.literal_eval(added) == ["plad_fast"]
+
+
+def test_exports_exist_and_others_do_not():
+    import plad_fast
+
+    for name in [*plad_fast.__all__, "PLaDConfig", "PLaDTrainer", "__version__"]:
+        assert getattr(plad_fast, name) is not None
+        assert name in dir(plad_fast)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        plad_fast.nothing  # noqa: B018
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted((ROOT / "plad_fast").rglob("*.py")):
+        parts = path.relative_to(ROOT / "plad_fast").parts
+        found.append((parts[0].removesuffix(".py"), path))
+    return found
+
+
+def floor(name: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), modules(), ids=lambda x: x.stem if isinstance(x, Path) else ""
+)
+def test_imports_go_downward(name, path):
+    if name in ("__init__", "__main__") or name.startswith("_"):
+        pytest.skip("the package's own door, or a private part of a module of its floor")
+    mine = floor(name)
+    assert mine is not None, f"plad_fast.{name} has no floor: add it to LAYERS"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("plad_fast."):
+            target = node.module.split(".")[1]
+            if target.startswith("_"):
+                continue
+            theirs = floor(target)
+            assert theirs is not None, f"plad_fast.{target} has no floor: add it to LAYERS"
+            assert theirs <= mine, f"{path.name} imports plad_fast.{target} from above"
+
+
+def test_kernels_import_torch_and_triton_only():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                top = name.split(".")[0]
+                ours = name.startswith("plad_fast.kernels")
+                assert ours or top in {"torch", "triton", *sys.stdlib_module_names}, name

@@ -1,0 +1,128 @@
+"""Each loss by hand, the registry, and the objective around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plad_fast import UsageError, losses, preference_loss, register_loss
+
+LOGPS = torch.tensor([[-1.0, -1.5, -4.0], [-2.0, -1.0, -2.0]], dtype=torch.float64)
+
+
+def test_ranking_by_hand():
+    got = losses.plad_ranking(LOGPS[:, :2], beta=1.0)
+    assert got.tolist() == [0.5, 2.0]
+
+
+def test_ranking_is_the_mean_over_rejected_responses():
+    got = losses.plad_ranking(LOGPS, beta=1.0)
+    assert got.tolist() == [0.25, 1.5]
+
+
+def test_margin_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.5, 0.6]], dtype=torch.float64)
+    got = losses.plad_margin(LOGPS[:, :2], scores=scores, beta=2.0)
+    torch.testing.assert_close(got, torch.tensor([1.1, 0.8], dtype=torch.float64))
+
+
+def test_listwise_by_hand():
+    """Pairs (0,1), (0,2), (1,2) with margins 1, 2, 1."""
+    got = losses.plad_listwise(LOGPS, beta=1.0)
+    assert got.tolist() == [0.5 + 0.0 + 0.0, 2.0 + 2.0 + 0.0]
+
+
+def test_listwise_of_two_is_ranking():
+    pairs = LOGPS[:, :2]
+    assert torch.equal(losses.plad_listwise(pairs, beta=0.7), losses.plad_ranking(pairs, beta=0.7))
+
+
+@pytest.mark.parametrize("name", ["plad_ranking", "plad_listwise"])
+def test_no_gradient_exactly_at_the_hinge(name):
+    logps = torch.tensor([[0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    losses.get_loss(name).fn(logps, beta=1.0).sum().backward()
+    assert logps.grad.tolist() == [[0.0, 0.0]]
+
+
+@given(st.data())
+def test_every_loss_has_right_gradients(data):
+    """Numerical derivatives at random points, away from the hinges' corners."""
+    name = data.draw(st.sampled_from(losses.available()))
+    size = data.draw(st.integers(2, 4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    logps = torch.randn(3, size, generator=generator, dtype=torch.float64, requires_grad=True)
+    spec = losses.get_loss(name)
+    extra = {"scores": torch.randn(3, size, generator=generator, dtype=torch.float64)}
+    extra = {k: v for k, v in extra.items() if k in spec.needs}
+    assert torch.autograd.gradcheck(lambda x: spec.fn(x, **extra), (logps,))
+
+
+def test_regulariser_and_denominators():
+    """loss = sum of losses / num_groups + sft_weight * NLL(y+) / num_tokens."""
+    sums, counts = LOGPS[:, :2].reshape(-1), torch.tensor([2, 3, 4, 5])
+    plain = preference_loss(sums, counts, beta=1.0)
+    assert plain.item() == pytest.approx((0.5 + 2.0) / 2)
+    regular = preference_loss(sums, counts, beta=1.0, sft_weight=0.3)
+    assert regular.item() == pytest.approx(1.25 + 0.3 * (1.0 + 2.0) / 6)
+    window = preference_loss(
+        sums, counts, beta=1.0, sft_weight=0.3, num_groups=5, num_tokens=torch.tensor(10)
+    )
+    assert window.item() == pytest.approx(2.5 / 5 + 0.3 * 3.0 / 10)
+
+
+def test_sft_is_the_mean_over_tokens_whatever_the_normalisation():
+    sums, counts = torch.tensor([-6.0, -4.0]), torch.tensor([3, 1])
+    for alpha in (0.0, 1.0):
+        got = preference_loss(sums, counts, loss="sft", group_size=1, length_normalization=alpha)
+        assert got.item() == pytest.approx(10.0 / 4)
+
+
+def test_length_normalisation_divides_by_count_to_the_alpha():
+    sums, counts = torch.tensor([-6.0, -6.0]), torch.tensor([4, 9])
+    got = preference_loss(sums, counts, beta=1.0, length_normalization=0.5)
+    assert got.item() == pytest.approx(1.0 + 6 / 2 - 6 / 3)
+
+
+def test_a_new_loss_is_one_function():
+    @register_loss("test_only_log_sigmoid")
+    def log_sigmoid(logps, *, counts, beta=0.1):
+        return (
+            -torch.nn.functional.logsigmoid(beta * (logps[:, 0] - logps[:, 1])) + 0 * counts[:, 0]
+        )
+
+    try:
+        spec = losses.get_loss("test_only_log_sigmoid")
+        assert spec.options == {"beta": 0.1}
+        assert spec.needs == ("counts",)
+        got = preference_loss(
+            torch.zeros(4), torch.ones(4).long(), loss="test_only_log_sigmoid", beta=0.5
+        )
+        assert got.item() == pytest.approx(torch.tensor(2.0).log().item())
+        with pytest.raises(ValueError, match="registered already"):
+            register_loss("test_only_log_sigmoid")(log_sigmoid)
+    finally:
+        del losses._REGISTRY["test_only_log_sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: plad_listwise"),
+        ({"beta": -1.0}, "beta .* at least 0, got -1"),
+        ({"beta": float("nan")}, "beta .* at least 0, got nan"),
+        ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),
+        ({"loss": "plad_margin"}, "needs scores"),
+        ({"group_size": 1}, "groups of 2 or more"),
+        ({"group_size": 0}, "group_size must be at least 1"),
+        ({"group_size": 3}, "4 sequences do not form groups of 3"),
+        ({"sft_weight": -0.1}, "sft_weight must not be negative"),
+        ({"length_normalization": -1}, "length_normalization must be at least 0"),
+        ({"loss": lambda logps: logps.sum()}, r"for 2 groups the shape \(2,\)"),
+        ({"loss": lambda logps, *, tau: logps[:, 0]}, "needs the option tau"),
+    ],
+)
+def test_refusals_say_what_was_wrong(options, message):
+    with pytest.raises(UsageError, match=message):
+        preference_loss(torch.zeros(4), torch.ones(4).long(), **options)

@@ -1,0 +1,188 @@
+"""From prompts to pairs: resuming, what is dropped, and the format of the rows."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from plad_fast.errors import UsageError
+from plad_fast.pairs import (
+    Answer,
+    AnswerStore,
+    LocalModel,
+    PairReport,
+    Prompt,
+    Sampling,
+    build_pairs,
+    generate_answers,
+)
+from plad_fast.pairs.filters import drop_reason
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+def answer(prompt_id, text, finish_reason="stop"):
+    return Answer(prompt_id, text, finish_reason, 3)
+
+
+class Scripted:
+    """Answers prompts in batches of two, and can be made to fail; remembers what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, fail_at=None, mute=()):
+        self.asked = []
+        self.fail_at = fail_at
+        self.mute = mute
+
+    def generate(self, prompts, sampling):
+        for start in range(0, len(prompts), 2):
+            if start == self.fail_at:
+                raise KeyboardInterrupt
+            batch = [p for p in prompts[start : start + 2] if p.id not in self.mute]
+            self.asked += [p.id for p in batch]
+            yield [answer(p.id, f"to {p.content}") for p in batch]
+
+
+PROMPTS = [Prompt(str(i), f"prompt {i}") for i in range(6)]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = Scripted(fail_at=4)
+    with AnswerStore.open(path, {}) as store, pytest.raises(KeyboardInterrupt):
+        generate_answers(first, PROMPTS, store, Sampling(), progress=False)
+    second = Scripted()
+    with AnswerStore.open(path, {}) as store:
+        answers = generate_answers(second, PROMPTS, store, Sampling(), progress=False)
+    assert first.asked + second.asked == [p.id for p in PROMPTS]
+    assert answers == {p.id: answer(p.id, f"to prompt {p.id}") for p in PROMPTS}
+
+    third = Scripted()
+    with AnswerStore.open(path, {}) as store:
+        assert list(generate_answers(third, PROMPTS[4:1:-1], store, Sampling())) == ["4", "3", "2"]
+    assert third.asked == []
+
+
+def test_a_resumed_local_run_equals_an_uninterrupted_one(tmp_path, tiny_model, tiny_tokenizer):
+    model = LocalModel(tiny_model, tiny_tokenizer, "tiny")
+    sampling = Sampling(max_new_tokens=8, batch_size=4)
+    with AnswerStore.open(tmp_path / "whole.jsonl", {}) as store:
+        whole = generate_answers(model, PROMPTS, store, sampling, progress=False)
+    with AnswerStore.open(tmp_path / "parts.jsonl", {}) as store:
+        generate_answers(model, PROMPTS[1:3], store, sampling, progress=False)
+        assert generate_answers(model, PROMPTS, store, sampling, progress=False) == whole
+
+
+def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
+    with AnswerStore.open(tmp_path / "answers.jsonl", {}) as store:
+        generate_answers(Scripted(), PROMPTS, store, Sampling())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "scripted: 100%" in err
+    assert "6/6" in err
+    assert "prompt/s" in err
+
+
+def test_answers_to_other_prompts_are_not_taken(tmp_path):
+    with AnswerStore.open(tmp_path / "answers.jsonl", {}) as store:
+        generate_answers(Scripted(), PROMPTS[:1], store, Sampling(), progress=False)
+        with pytest.raises(UsageError, match="prompt '0' is not the one that"):
+            generate_answers(Scripted(), [Prompt("0", "edited")], store, Sampling())
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    twice = [PROMPTS[0], PROMPTS[0]]
+    with (
+        AnswerStore.open(tmp_path / "answers.jsonl", {}) as store,
+        pytest.raises(UsageError, match="used more than once"),
+    ):
+        generate_answers(Scripted(), twice, store, Sampling())
+    with pytest.raises(UsageError, match="used more than once"):
+        build_pairs(twice, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        (answer("p", "a"), answer("p", "b"), None),
+        (answer("p", "a"), answer("p", "A"), None),
+        (answer("p", "a  b\n"), answer("p", " a b"), "identical"),
+        (answer("p", " \n"), answer("p", "b"), "empty"),
+        (answer("p", "a"), answer("p", "", "length"), "empty"),
+        (answer("p", "a", "length"), answer("p", "b"), "truncated"),
+        (answer("p", "a"), answer("p", "b", "length"), "truncated"),
+        (answer("p", "a"), None, "missing"),
+        (None, answer("p", "b"), "missing"),
+    ],
+)
+def test_drop_reason(teacher, student, expected):
+    assert drop_reason(teacher, student) == expected
+
+
+def test_pairs_and_report():
+    prompts = [
+        Prompt("text", "Q:", reference="gold"),
+        Prompt("space", "Q:\n"),
+        Prompt("chat", CHAT),
+        Prompt("same", "Q"),
+        Prompt("cut", "Q"),
+        Prompt("cut2", "Q"),
+        Prompt("unanswered", "Q"),
+    ]
+    teacher = {p.id: answer(p.id, "good ") for p in prompts}
+    student = {p.id: answer(p.id, "bad") for p in prompts if p.id != "unanswered"}
+    student["same"] = answer("same", "good")
+    teacher["cut"] = answer("cut", "good", "length")
+    student["cut2"] = answer("cut2", "bad", "length")
+
+    pairs, report = build_pairs(prompts, teacher, student, source="big > small")
+    source = {"source": "big > small"}
+    assert pairs == [
+        {"prompt": "Q:", "chosen": " good", "rejected": " bad", "id": "text", **source}
+        | {"reference": "gold"},
+        {"prompt": "Q:\n", "chosen": "good", "rejected": "bad", "id": "space", **source},
+        {
+            "prompt": CHAT,
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+            "id": "chat",
+            **source,
+        },
+    ]
+    assert report == PairReport(7, identical=1, truncated=2, missing=1)
+    assert str(report) == "kept 3 of 7 prompts: 1 identical, 2 truncated, 1 missing"
+    assert str(PairReport(5)) == "kept 5 of 5 prompts"
+
+
+def test_a_chat_template_makes_messages_of_text(tiny_tokenizer):
+    answers = {"p": answer("p", "good")}, {"p": answer("p", "bad")}
+    (pair,), _ = build_pairs([Prompt("p", "Hi")], *answers, tokenizer=tiny_tokenizer)
+    assert pair["prompt"] == CHAT
+    assert pair["chosen"] == [{"role": "assistant", "content": "good"}]
+    bare = types.SimpleNamespace(chat_template=None)
+    (pair,), _ = build_pairs([Prompt("p", "Hi")], *answers, tokenizer=bare)
+    assert (pair["prompt"], pair["rejected"]) == ("Hi", " bad")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        (answer("p", "a", "length"), answer("p", "b"), "1 truncated; raise max_new_tokens"),
+        (answer("p", "a"), answer("p", "a"), "1 identical; give the student another seed"),
+        (answer("p", ""), answer("p", "a"), "1 empty; check that the prompts fit"),
+    ],
+)
+def test_no_pair_left_says_why_and_what_to_do(teacher, student, expected):
+    with pytest.raises(UsageError) as caught:
+        build_pairs([Prompt("p", "Q")], {"p": teacher}, {"p": student})
+    assert str(caught.value).startswith("no pair is left: kept 0 of 1 prompts: ")
+    assert expected in str(caught.value)
+
+
+def test_nothing_to_pair():
+    with pytest.raises(UsageError, match="1 missing; let both models answer"):
+        build_pairs([Prompt("p", "Q")], {}, {})
+    with pytest.raises(UsageError, match="give at least one prompt"):
+        build_pairs([], {}, {})

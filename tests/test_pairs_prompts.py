@@ -1,0 +1,252 @@
+"""Prompts: what can be read, which ids they get, and what is said about data that is no good."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from plad_fast.errors import UsageError
+from plad_fast.pairs.prompts import (
+    Prompt,
+    as_messages,
+    builtin_prompts,
+    load_prompts,
+    require_unique_ids,
+)
+
+ROWS = [
+    {"id": "a", "prompt": "One?", "topic": "x", "answer": "1"},
+    {"id": "b", "prompt": 'Two, "or"\nnot?', "topic": "y", "answer": "2"},
+    {"id": "c", "prompt": "Drei für\u2028NA?", "topic": "007", "answer": "3"},
+]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write_jsonl(tmp_path / "prompts.jsonl", ROWS)
+
+
+def write_json(path, rows):
+    path.write_text(json.dumps(rows), "utf-8")
+
+
+def write_csv(path, rows):
+    import csv
+
+    with path.open("w", encoding="utf-8-sig", newline="") as file:  # a BOM, as Excel writes it
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("p.jsonl", write_jsonl),
+        ("p.json", write_json),
+        ("p.json", write_jsonl),  # how many hub repositories name their JSON lines
+        ("p.csv", write_csv),
+        ("p.parquet", write_parquet),
+    ],
+)
+def test_all_formats_give_the_same_prompts(tmp_path, name, write):
+    write(tmp_path / name, ROWS)
+    prompts = load_prompts(tmp_path / name, reference_column="answer")
+    assert prompts == [Prompt(row["id"], row["prompt"], row["answer"]) for row in ROWS]
+
+
+def test_csv_text_stays_text_and_may_be_long(tmp_path):
+    rows = [{"prompt": "007"}, {"prompt": "NA"}, {"prompt": "long " * 50_000}]
+    write_csv(tmp_path / "p.csv", rows)
+    assert [p.content for p in load_prompts(tmp_path / "p.csv")] == [r["prompt"] for r in rows]
+
+
+def test_template_columns_and_messages(tmp_path, jsonl):
+    prompts = load_prompts(jsonl, prompt_template="On {topic}:\n{prompt}")
+    assert prompts[0].content == "On x:\nOne?"
+    assert load_prompts(jsonl, prompt_column="topic")[2].content == "007"
+
+    # Arrow fills keys that only some messages have with null.
+    chat = [{**message, "name": None} for message in CHAT]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": chat}])
+    assert load_prompts(path)[0].content == CHAT
+
+
+def test_a_hub_data_set_is_read_with_its_config_and_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name, config, *, split):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prompts = load_prompts("owner/data:main", split="test", limit=2)
+    assert calls == [("owner/data", "main", "test")]
+    assert [p.id for p in prompts] == ["a", "b"]
+
+
+def test_a_folder_of_data_files_is_read(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS)
+    assert [p.id for p in load_prompts(folder)] == ["a", "b", "c"]
+
+
+def test_ids_do_not_depend_on_the_limit(tmp_path):
+    rows = [{"prompt": text} for text in ("same", "other", "same", "same")]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    ids = [p.id for p in load_prompts(path)]
+    assert len(set(ids)) == 4
+    assert ids[2:] == [f"{ids[0]}-1", f"{ids[0]}-2"]
+    for limit in range(1, 5):
+        assert [p.id for p in load_prompts(path, limit=limit)] == ids[:limit]
+    # A stored run has to be found again by a later release.
+    assert ids[0] == "106c4202d3d02a3f"
+
+
+@pytest.mark.parametrize("ids", [[1, 1], [None, "x"]], ids=["repeated", "null"])
+def test_an_id_column_that_is_not_unique_is_not_used(tmp_path, caplog, ids):
+    rows = [{"id": ids[0], "prompt": "One?"}, {"id": ids[1], "prompt": "Two?"}]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    # Also with a limit that hides the second occurrence, or the ids would change with it.
+    assert load_prompts(path, limit=1)[0].id == load_prompts(path)[0].id
+    assert len({p.id for p in load_prompts(path)}) == 2
+    assert "not unique" in caplog.text
+
+
+def test_builtin_prompts():
+    prompts = builtin_prompts()
+    assert len(prompts) > 50
+    require_unique_ids(prompts)
+
+
+def test_as_messages(tiny_tokenizer):
+    assert as_messages(tiny_tokenizer, "Hi") == [{"role": "user", "content": "Hi"}]
+    assert as_messages(tiny_tokenizer, CHAT) is CHAT
+    assert as_messages(types.SimpleNamespace(chat_template=None), "Hi") == "Hi"
+
+
+def message_of(*args, **options) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_prompts(*args, **options)
+    return str(caught.value)
+
+
+def test_missing_file_names_its_neighbour(jsonl):
+    message = message_of(jsonl.with_name("promts.jsonl"))
+    assert "no file" in message
+    assert f"did you mean {jsonl}?" in message
+    assert "no file" in message_of("nowhere/at/all/prompts.csv")
+    assert "no file" in message_of("./nowhere/prompts")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', "line 3, column 15 is not valid JSON"),
+        ("p.json", '[{"prompt": "a"},\n {"prompt" "b"}]', "line 2, column 12 is not valid JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n"b"\n', "row 2 is a str; every row must be an object"),
+        ("p.csv", "id,prompt\n1,a\n2,b, c\n", "line 3 has more fields than the header"),
+        ("p.csv", 'id,prompt\n1,"a" b\n', "line 2 is not valid CSV"),
+        ("p.parquet", "id,prompt\n", "not a readable Parquet file"),
+        ("p.txt", "a\n", "cannot tell the format"),
+        ("p.jsonl", "", "has no rows"),
+        ("p.json", "[]", "has no rows"),
+        ("p.csv", "prompt\n", "has no rows"),
+        ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' holds a int where a prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' holds nothing where a"),
+        ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
+        ("p.jsonl", '{"prompt": ["a"]}\n', "a list that is not chat messages"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "assistant", "content": "a"}]}\n',
+            "ends in an assistant message",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text, "utf-8")
+    assert expected in message_of(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "p.csv").write_bytes("prompt\nfür\n".encode("latin-1"))
+    assert "not UTF-8" in message_of(tmp_path / "p.csv")
+    (tmp_path / "p.jsonl").mkdir()
+    assert "cannot read" in message_of(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"prompt_column": "question"}, "it has 'id', 'prompt', 'topic', 'answer'"),
+        ({"prompt_column": "question"}, "--prompt-column"),
+        ({"reference_column": "gold"}, "--reference-column"),
+        ({"prompt_column": "prompt", "prompt_template": "{prompt}"}, "both given"),
+        ({"prompt_template": "{question}"}, "names {question}, which is no column"),
+        ({"prompt_template": "{question}"}, "has 'id', 'prompt', 'topic', 'answer'"),
+        ({"prompt_template": "{}"}, "names {}, which is no column"),
+        ({"prompt_template": "Say something."}, "names no column"),
+        ({"prompt_template": "{prompt"}, "malformed"),
+        ({"prompt_template": "{prompt.text}"}, "row 1 does not fit the prompt template"),
+        ({"prompt_template": "{prompt:d}"}, "row 1 does not fit the prompt template"),
+    ],
+)
+def test_bad_options(jsonl, options, expected):
+    assert expected in message_of(jsonl, **options)
+
+
+def test_gaps_in_columns(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"q": "a", "r": "b"}, {"q": None, "r": 5}])
+    assert "--prompt-column" in message_of(path)
+    assert "row 2 has no 'q' for the prompt template" in message_of(path, prompt_template="{q}")
+    path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "r": 5}])
+    assert "a reference is text or null" in message_of(path, reference_column="r")
+
+
+def test_hub_failures_are_one_sentence(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    # HF_HUB_OFFLINE is set for the tests: this is the library's own way of failing.
+    message = message_of("someuser/no-such-data")
+    assert "cannot be reached" in message
+    assert "\n" not in message
+
+    def failing(error):
+        def load_dataset(*args, **options):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    failing(datasets.exceptions.DatasetNotFoundError("no"))
+    assert "neither a file nor an accessible hub data set" in message_of("someuser/nothing")
+    failing(ValueError("Config name is missing.\nPlease pick one among the available configs"))
+    assert "Config name is missing.; name a split" in message_of("someuser/many")
+
+
+def test_repeated_ids_are_refused():
+    with pytest.raises(UsageError, match="1 prompt ids are used more than once, among them 'x'"):
+        require_unique_ids([Prompt("x", "a"), Prompt("x", "b"), Prompt("y", "c")])
+
+
+def test_reading_files_needs_no_hub_library(jsonl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(load_prompts(jsonl)) == 3

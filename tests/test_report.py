@@ -1,0 +1,180 @@
+"""Plots and the HTML report: files that exist, stand alone, and claim no more than the data."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import StudentOutputs, evaluate_students
+from plad_fast.plots import plot_comparison, plot_margins, plot_training
+from plad_fast.report import headline, write_report
+
+ATTACK = "<script>alert('x')</script> & \"quotes\""
+WORDS = [f"w{i}" for i in range(13)]
+HISTORY = [{"step": s, "loss": 2.0 / s, "active_pairs": 1.0 / s, "epoch": 1.0} for s in (1, 2, 3)]
+
+
+def student(name, *, lead, kept, n=40):
+    """Its margins are about `lead`, and it keeps that many of the teacher's words."""
+    rng = np.random.default_rng(len(name))
+    ids = [f"p{i}" for i in range(n)]
+    answers = {key: " ".join(WORDS[: kept + i % 3]) for i, key in enumerate(ids)}
+    rejected = rng.normal(-20.0, 3.0, n)
+    return StudentOutputs(name, answers, rejected + rng.normal(lead, 1.0, n), rejected, ids)
+
+
+def evaluate(*students):
+    return evaluate_students(
+        students, dict.fromkeys(students[0].answers, " ".join(WORDS)), n_resamples=200
+    )
+
+
+SFT = student("SFT student", lead=0.0, kept=4)
+PLAD = student("PLaD student", lead=3.0, kept=8)
+
+
+class Page(HTMLParser):
+    """Tags and the attributes that make a browser fetch something."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.links = set(), []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        wanted = {"src", "href", "srcset", "action", "data"}
+        self.links += [value for name, value in attributes if name in wanted]
+
+
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plots") / "new"
+    stages = {"SFT": [*HISTORY, {"step": 3, "eval_loss": 1.0}], "Calibration": HISTORY}
+    return [
+        plot_training(stages, folder / "training.png"),
+        plot_margins([SFT, PLAD], folder / "margins.png"),
+        plot_comparison(evaluate(SFT, PLAD), folder / "comparison.png"),
+    ]
+
+
+@pytest.fixture
+def html(tmp_path, plots):
+    path = write_report(
+        tmp_path / "report.html",
+        title=f"Run {ATTACK}",
+        config={"beta": 1.0, "hub_token": "hf_1", "sampling": {"api_key": "s3", "note": ATTACK}},
+        stages=[{"name": ATTACK, "seconds": 3725.0, "summary": {ATTACK: 0.123456789}}],
+        metrics=evaluate(SFT, PLAD),
+        plots=[(ATTACK, path) for path in plots],
+        examples=[
+            {"prompt": ATTACK + "x" * 900, "teacher": ATTACK, "sft": "", "plad": ATTACK},
+            {"prompt": [{"role": "user", "content": ATTACK}], "teacher": "t", "reference": "r"},
+        ],
+        command=f"plad-fast distill --api-key s3cret --max-new-tokens 64 {ATTACK}",
+        versions={"torch": ATTACK},
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def test_plots_are_small_png_files(plots):
+    for path in plots:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert 2_000 < len(data) < 100_000
+
+
+def test_plots_of_one_example_and_of_ties(tmp_path):
+    """No spread, no width: the axes still need one."""
+    single = student("only", lead=1.0, kept=3, n=1)
+    tied = StudentOutputs("tied", {}, [-1.0, -1.0], [-1.0, -1.0], ["a", "b"])
+    for index, students in enumerate(([single], [tied])):
+        assert plot_margins(students, tmp_path / f"{index}.png").exists()
+    assert plot_comparison(evaluate(single), tmp_path / "comparison.png").exists()
+
+
+def test_nothing_to_plot(tmp_path):
+    texts_only = StudentOutputs("SFT", {"p": "a"})
+    with pytest.raises(UsageError, match="no training step was logged"):
+        plot_training({"SFT": [{"step": 1, "train_runtime": 1.0}]}, tmp_path / "a.png")
+    with pytest.raises(UsageError, match="no student was scored"):
+        plot_margins([texts_only], tmp_path / "a.png")
+
+
+def test_report_stands_alone_and_escapes_all_text(html):
+    page = Page(html)
+    assert "script" not in page.tags
+    assert len(page.links) == 4
+    assert all(link.startswith("data:") for link in page.links)
+    assert not re.search(r"url\(|@import", html)
+    # Title twice, caption in alt and figcaption of three plots, and each place that has text.
+    assert html.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") >= 15
+    assert "<script" not in html
+
+
+def test_report_shows_results_and_masks_secrets(html):
+    text = re.sub(r"<[^>]+>", " ", html)
+    for expected in ("Distillation paid off", "ROUGE-L to the teacher", "1 h 2 min", "0.123457"):
+        assert expected in text
+    assert "s3" not in re.sub(r'src="[^"]*"', "", html)
+    assert "hf_1" not in text
+    assert "--max-new-tokens 64" in text
+
+
+def test_report_of_the_bare_minimum(tmp_path):
+    path = write_report(tmp_path / "r.html", title="t", config={}, stages=[], metrics=evaluate(SFT))
+    html = path.read_text(encoding="utf-8")
+    assert "evaluated alone" in html
+    assert "<h2>Plots" not in html
+
+
+@pytest.mark.parametrize("content", [None, b"GIF89a"])
+def test_report_refuses_what_is_no_png(tmp_path, content):
+    plot = tmp_path / "plot.png"
+    if content:
+        plot.write_bytes(content)
+    report = tmp_path / "r.html"
+    with pytest.raises(UsageError, match=r"plot\.png"):
+        write_report(
+            report, title="t", config={}, stages=[], metrics=evaluate(SFT), plots=[("c", plot)]
+        )
+    assert not report.exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "opening"),
+    [
+        ((0.0, 4), (3.0, 8), "Distillation paid off: b answers better than a."),
+        ((0.0, 8), (3.0, 4), "Distillation did harm: b answers worse than a."),
+        ((0.0, 4), (3.0, 4), "b learned to prefer the teacher's answers, but its own answers are"),
+        ((3.0, 4), (0.0, 4), "Distillation did harm: b prefers the teacher's answers less"),
+        ((0.0, 4), (0.0, 4), "Distillation bought nothing measurable: b is no better than a."),
+    ],
+)
+def test_headline_says_what_the_intervals_allow(first, last, opening):
+    students = [
+        student(name, lead=lead, kept=kept)
+        for name, (lead, kept) in zip("ab", (first, last), strict=True)
+    ]
+    assert headline(evaluate(*students)).startswith(opening)
+
+
+def test_headline_concludes_nothing_from_a_handful():
+    students = [student("a", lead=0.0, kept=4, n=5), student("b", lead=9.0, kept=9, n=5)]
+    assert "too small to tell whether b is better than a" in headline(evaluate(*students))
+
+
+def test_headline_tells_whose_merit_it_was():
+    """Both beat the untrained student; the last stage added nothing."""
+    students = [
+        student(name, lead=3.0, kept=kept) for name, kept in (("base", 2), ("SFT", 8), ("PLaD", 8))
+    ]
+    text = headline(evaluate(*students))
+    assert text.startswith("Distillation paid off: PLaD answers better than base.")
+    assert text.endswith(
+        "Against SFT it wins 50% (95% interval 50% to 50%): no measurable difference."
+    )
