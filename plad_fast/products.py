@@ -30,7 +30,7 @@ def products_for(hidden: Tensor, weight: Tensor, block_bytes: int) -> Products:
         return Products(weight, block_bytes)
     if weight.is_cuda:
         return CudaHalfProducts(weight, block_bytes)
-    if weight.dtype == torch.bfloat16 and _cpu_multiplies_bfloat16():
+    if weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
         return CpuBfloat16Products(weight, block_bytes)
     return UpcastProducts(weight, block_bytes)
 
@@ -141,6 +141,7 @@ class CudaHalfProducts(Products):
         return (d_logits / scale).to(self.weight.dtype), scale
 
 
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and bool(supported())

@@ -1,6 +1,12 @@
 """The pair factory: prompts, two models' answers to them, and preference pairs of these."""
 
-from plad_fast.pairs.build import PairReport, build_pairs, generate_answers
+from plad_fast.pairs.build import (
+    PairReport,
+    as_response,
+    build_pairs,
+    generate_answers,
+    stored_answers,
+)
 from plad_fast.pairs.prompts import Prompt, as_messages, builtin_prompts, load_prompts
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.store import AnswerStore
@@ -15,8 +21,10 @@ __all__ = [
     "Sampling",
     "TextModel",
     "as_messages",
+    "as_response",
     "build_pairs",
     "builtin_prompts",
     "generate_answers",
     "load_prompts",
+    "stored_answers",
 ]

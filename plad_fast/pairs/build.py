@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,32 @@ def generate_answers(
     return {p.id: _from_row(store.rows[p.id]) for p in prompts if p.id in store.done}
 
 
+def stored_answers(
+    load: Callable[[], TextModel],
+    prompts: Sequence[Prompt],
+    path: str | os.PathLike[str],
+    sampling: Sampling,
+    *,
+    fingerprint: Mapping[str, Any],
+    progress: bool = True,
+) -> dict[str, Answer]:
+    """Answers from a store, which is filled up first where it lacks some.
+
+    Args:
+        load: makes the model; not called if the store has all answers.
+        prompts, sampling, progress: see `generate_answers`.
+        path: of the store.
+        fingerprint: what else the answers depend on, such as the model's name.
+
+    Raises:
+        UsageError: as `AnswerStore.open` and `generate_answers`.
+    """
+    with AnswerStore.open(path, {**fingerprint, **sampling.settings()}) as store:
+        if all(prompt.id in store.done for prompt in prompts):
+            return {p.id: _from_row(store.rows[p.id]) for p in prompts}
+        return generate_answers(load(), prompts, store, sampling, progress)
+
+
 def build_pairs(
     prompts: Sequence[Prompt],
     teacher_answers: Mapping[str, Answer],
@@ -142,8 +169,8 @@ def build_pairs(
         content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
         row: dict[str, Any] = {
             "prompt": content,
-            "chosen": _as_response(content, teacher.text),
-            "rejected": _as_response(content, student.text),
+            "chosen": as_response(content, teacher.text),
+            "rejected": as_response(content, student.text),
             "id": prompt.id,
             "source": source,
         }
@@ -156,7 +183,8 @@ def build_pairs(
     return pairs, report
 
 
-def _as_response(prompt: Content, text: str) -> Content:
+def as_response(prompt: Content, text: str) -> Content:
+    """An answer in the form of its prompt: an assistant message, or text that may follow text."""
     text = text.strip()
     if not isinstance(prompt, str):
         return [{"role": "assistant", "content": text}]

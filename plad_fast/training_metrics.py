@@ -1,0 +1,93 @@
+"""Metrics of preference training: sums over groups, from which means over anything follow.
+
+B groups of K responses to one prompt, best first; S = B * K sequences of T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from plad_fast.fused import FusedLoss
+from plad_fast.losses import Objective
+
+
+class PreferenceMeter:
+    """Adds up batches. Its means weigh every group, or every token, the same.
+
+    Args:
+        objective: the loss, which says what its mean is over.
+    """
+
+    _NAMES = ("groups", "loss", "nll", "nll_tokens", "tokens", "logps/chosen")
+    _PAIR_NAMES = ("logps/rejected", "margin", "ranking_accuracy", "active_pairs")
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._columns = self._NAMES + (self._PAIR_NAMES if objective.group_size > 1 else ())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the batches and stops the clock."""
+        self.total: Tensor | None = None
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Starts the clock unless it runs."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leaves out time spent on something else."""
+        if self._started is not None:
+            self._started += seconds
+
+    def rows(
+        self,
+        out: FusedLoss,
+        attention_mask: Tensor,  # (S, T)
+    ) -> Tensor:  # (B, metrics) float32
+        """The metrics of every group in a batch; rows may be summed in any order."""
+        shape = (-1, self._objective.group_size)
+        logps, counts = out.sums.view(shape), out.counts.view(shape)
+        plain = logps * counts.clamp(min=1) ** self._objective.length_normalization
+        columns = [
+            torch.ones_like(logps[:, 0]),
+            out.group_losses,
+            -plain[:, 0],
+            counts[:, 0],
+            attention_mask.sum(1).view(shape).sum(1),
+            logps[:, 0],
+        ]
+        if shape[1] > 1:
+            chosen, rejected = logps[:, :1], logps[:, 1:]
+            columns += [
+                rejected.mean(1),
+                (chosen - rejected).mean(1),
+                (chosen > rejected).float().mean(1),
+                out.active,
+            ]
+        return torch.stack([column.float() for column in columns], dim=1)
+
+    def add(self, rows: Tensor) -> None:
+        """Adds what `rows` made."""
+        total = rows.sum(0)
+        self.total = total if self.total is None else self.total + total
+
+    def summary(self, total: Tensor | None = None) -> dict[str, float]:
+        """Means of what was added, or of `total` where it was summed over processes."""
+        total = self.total if total is None else total
+        assert total is not None
+        assert self._started is not None
+        sums = dict(zip(self._columns, total.tolist(), strict=True))
+        groups, nll_tokens = sums.pop("groups"), max(sums.pop("nll_tokens"), 1)
+        loss, nll, tokens = sums.pop("loss"), sums.pop("nll") / nll_tokens, sums.pop("tokens")
+        loss /= nll_tokens if self._objective.spec.mean_over == "tokens" else groups
+        return {
+            "loss": loss + self._objective.sft_weight * nll,
+            "nll": nll,
+            **{name: value / groups for name, value in sums.items()},
+            "tokens_per_second": tokens / (time.perf_counter() - self._started),
+        }

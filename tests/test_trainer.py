@@ -1,0 +1,438 @@
+"""The trainer against plain arithmetic on the model's own logits.
+
+Plain SGD is used wherever a scale could be wrong: Adam does not notice one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+from plad_fast.errors import UsageError
+from plad_fast.packing import tokenize_dataset
+from plad_fast.trainer import PLaDConfig, PLaDTrainer
+
+# Lengths differ on purpose: a mean of batch means would not be the mean.
+PAIRS = [
+    {"prompt": "a", "chosen": "yes indeed, it is so", "rejected": "no"},
+    {"prompt": "a longer prompt", "chosen": "y", "rejected": "not at all, never"},
+    {"prompt": "bb", "chosen": "certainly", "rejected": "nn"},
+    {"prompt": "c", "chosen": "ok", "rejected": "a rather long refusal"},
+    {"prompt": "dddd", "chosen": "fine, then", "rejected": "x"},
+    {"prompt": "e?", "chosen": "e!", "rejected": "e."},
+    {"prompt": "f", "chosen": "ffff", "rejected": "gggggggg"},
+    {"prompt": "hm", "chosen": "a", "rejected": "b"},
+]
+SCORED = [{**row, "chosen_score": i + 1.0, "rejected_score": -0.5} for i, row in enumerate(PAIRS)]
+RANKED = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"], "zz"]} for r in PAIRS]
+
+
+@pytest.fixture
+def make(tiny_model, tiny_tokenizer, tmp_path):
+    """A trainer on a copy of the tiny model; everything but the model may be overridden."""
+
+    def build(rows=PAIRS, *, eval_rows=None, model=None, output=None, callbacks=None, **options):
+        defaults = {
+            "output_dir": str(output or tmp_path / "run"),
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 3,
+            "max_steps": 1,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "train_sampling_strategy": "sequential",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return PLaDTrainer(
+            model=copy.deepcopy(tiny_model) if model is None else model,
+            args=PLaDConfig(**{**defaults, **options}),
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tiny_tokenizer,
+            callbacks=callbacks,
+        )
+
+    return build
+
+
+def naive_logps(model, tokenizer, rows, temperature=1.0):
+    """(B, K) sums and counts, from whole logits of one unpadded sequence at a time."""
+    data = tokenize_dataset(rows, tokenizer, max_length=128)
+    sums, counts = [], []
+    for row in data:
+        for response in row["response_ids"]:
+            tokens = torch.tensor(row["prompt_ids"] + response)
+            logits = model(tokens[None]).logits[0, :-1].float() / temperature
+            logprobs = logits.log_softmax(-1).gather(1, tokens[1:, None])
+            sums.append(logprobs[-len(response) :].sum())
+            counts.append(len(response))
+    shape = (len(data), -1)
+    return torch.stack(sums).view(shape), torch.tensor(counts).view(shape)
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_same_weights(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], **tolerance, msg=lambda m, n=name: n + m
+        )
+
+
+def last_log(trainer, key="loss"):
+    return next(entry for entry in reversed(trainer.state.log_history) if key in entry)
+
+
+LOSSES = {
+    "ranking": (PAIRS, {"loss": "plad_ranking", "beta": 2.0}),
+    "ranking-means-and-sft": (
+        PAIRS,
+        {"loss": "plad_ranking", "beta": 0.5, "length_normalization": 1.0, "sft_weight": 0.3},
+    ),
+    "margin": (SCORED, {"loss": "plad_margin", "beta": 3.0}),
+    "listwise": (RANKED, {"loss": "plad_listwise"}),
+    "sft": (PAIRS, {"loss": "sft"}),
+    "hot": (PAIRS, {"loss": "plad_ranking", "temperature": 2.0}),
+}
+
+
+def naive_loss(name, sums, counts, rows, options):
+    alpha = options.get("length_normalization", 0.0)
+    beta = options.get("beta", 1.0)
+    s = sums / counts**alpha
+    nll = -sums[:, 0].sum() / counts[:, 0].sum()
+    if name == "sft":
+        return nll
+    if name == "margin":
+        gaps = torch.tensor([row["chosen_score"] - row["rejected_score"] for row in rows])
+        losses = torch.relu(beta * gaps - s[:, 0] + s[:, 1])
+    elif name == "listwise":
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        losses = sum(torch.relu(beta * (j - i) - s[:, i] + s[:, j]) for i, j in pairs)
+    else:
+        losses = torch.relu(beta - s[:, 0] + s[:, 1])
+    return losses.mean() + options.get("sft_weight", 0.0) * nll
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_first_step_equals_the_naive_loss(name, make, tiny_model, tiny_tokenizer):
+    """The logged loss and the weights after one SGD step, for every loss and every option."""
+    rows, options = LOSSES[name]
+    trainer = make(rows, per_device_train_batch_size=8, **options)
+    trainer.train()
+
+    model = copy.deepcopy(tiny_model).train()
+    sums, counts = naive_logps(model, tiny_tokenizer, rows, options.get("temperature", 1.0))
+    loss = naive_loss(name, sums, counts, rows, options)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.05 * parameter.grad
+    assert last_log(trainer)["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_weights(weights(trainer), dict(model.named_parameters()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ranking-means-and-sft", "sft"])
+def test_gradient_accumulation_changes_nothing(name, make):
+    """One batch of 8 equals 4 of 2, of ragged lengths: means are over the whole window."""
+    rows, options = LOSSES[name]
+    whole = make(rows, per_device_train_batch_size=8, **options)
+    parts = make(rows, gradient_accumulation_steps=4, **options)
+    whole.train()
+    parts.train()
+    assert_same_weights(weights(parts), weights(whole), rtol=1e-5, atol=1e-6)
+    ours, theirs = last_log(parts), last_log(whole)
+    for key in ("loss", "nll", "logps/chosen"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+
+
+def test_short_last_window(make):
+    """8 rows in windows of 3 batches of 2: the last window holds one batch, and counts in full."""
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "sft_weight": 1.0}
+    ours = make(gradient_accumulation_steps=3, **options)
+    ours.train()
+    theirs = make(PAIRS[:6], **{**options, "per_device_train_batch_size": 6, "max_steps": 1})
+    theirs.train()
+    theirs = make(PAIRS[6:], model=theirs.model, **{**options, "max_steps": 1})
+    theirs.train()
+    assert_same_weights(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_metrics_equal_their_definitions(alpha, make, tiny_model, tiny_tokenizer):
+    """Logged in training over a window of ragged batches, and in evaluation with a short batch."""
+    trainer = make(
+        eval_rows=PAIRS,
+        gradient_accumulation_steps=4,
+        learning_rate=0.0,
+        length_normalization=alpha,
+        sft_weight=0.5,
+    )
+    trainer.train()
+    evaluated = trainer.evaluate()
+    with torch.no_grad():
+        sums, counts = naive_logps(tiny_model, tiny_tokenizer, PAIRS)
+    s = sums / counts**alpha
+    nll = -sums[:, 0].sum() / counts[:, 0].sum()
+    hinge = torch.relu(1.0 - s[:, 0] + s[:, 1])
+    expected = {
+        "loss": hinge.mean() + 0.5 * nll,
+        "nll": nll,
+        "logps/chosen": s[:, 0].mean(),
+        "logps/rejected": s[:, 1].mean(),
+        "margin": (s[:, 0] - s[:, 1]).mean(),
+        "ranking_accuracy": (s[:, 0] > s[:, 1]).float().mean(),
+        "active_pairs": (hinge > 0).float().mean(),
+    }
+    logged = last_log(trainer)
+    for key, value in expected.items():
+        assert logged[key] == pytest.approx(value.item(), rel=1e-4), key
+        assert evaluated[f"eval_{key}"] == pytest.approx(value.item(), rel=1e-4), key
+    assert 0 < expected["ranking_accuracy"] < 1  # else the comparison says nothing
+    assert 0 < expected["active_pairs"] < 1
+    assert min(logged["tokens_per_second"], evaluated["eval_tokens_per_second"]) > 0
+
+
+def test_metrics_of_fine_tuning_and_of_several_rejected(make, tiny_model, tiny_tokenizer):
+    trainer = make(loss="sft", learning_rate=0.0, per_device_train_batch_size=8)
+    trainer.train()
+    logged = last_log(trainer)
+    assert logged["nll"] == pytest.approx(logged["loss"], rel=1e-5)
+    assert "margin" not in logged
+
+    trainer = make(RANKED, learning_rate=0.0, per_device_train_batch_size=8)
+    trainer.train()
+    with torch.no_grad():
+        s, _ = naive_logps(tiny_model, tiny_tokenizer, RANKED)
+    above = (s[:, :1] > s[:, 1:]).float().mean().item()
+    assert last_log(trainer)["ranking_accuracy"] == pytest.approx(above)
+    assert last_log(trainer)["margin"] == pytest.approx(
+        (s[:, :1] - s[:, 1:]).mean().item(), rel=1e-4
+    )
+
+
+def test_each_log_covers_its_own_window(make):
+    """Two steps logged at once give the mean of the two logged apart, evaluation between or not."""
+    steps = {"max_steps": 2, "learning_rate": 0.0, "per_device_train_batch_size": 4}
+    apart = make(eval_rows=PAIRS[:3], eval_strategy="steps", eval_steps=1, **steps)
+    together = make(logging_steps=2, **steps)
+    apart.train()
+    together.train()
+    logs = [entry for entry in apart.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for key in ("loss", "margin", "active_pairs"):
+        mean = (logs[0][key] + logs[1][key]) / 2
+        assert last_log(together)[key] == pytest.approx(mean, rel=1e-5)
+
+
+def test_several_evaluation_sets(make):
+    trainer = make(eval_rows={"long": PAIRS[:4], "short": PAIRS[4:]})
+    metrics = trainer.evaluate()
+    assert metrics["eval_long_loss"] != metrics["eval_short_loss"]
+    assert "eval_short_ranking_accuracy" in metrics
+
+
+def test_resumed_run_ends_where_a_straight_one_does(make, tmp_path):
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "random",
+        "save_steps": 2,
+    }
+    straight = make(output=tmp_path / "a", save_strategy="steps", **options)
+    straight.train()
+    # The schedule is that of four steps, so the run is cut short rather than configured shorter.
+    resumed = make(output=tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_saved_model_scores_the_same(make, tmp_path):
+    trainer = make(eval_rows=PAIRS)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    again = make(None, eval_rows=PAIRS, model=loaded)
+    assert again.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(make):
+    plain, checkpointed = make(), make(activation_checkpointing=True)
+    plain.train()
+    checkpointed.train()
+    assert_same_weights(weights(checkpointed), weights(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_autocast(make, tiny_model, tiny_tokenizer):
+    """Weights stay float32, their step is near the float32 one, and the product is a bf16 one."""
+    exact, mixed = (
+        make(per_device_train_batch_size=8),
+        make(per_device_train_batch_size=8, bf16=True),
+    )
+    exact.train()
+    mixed.train()
+    assert mixed.model.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sums, _ = naive_logps(tiny_model, tiny_tokenizer, PAIRS)
+    assert last_log(mixed)["logps/chosen"] == pytest.approx(sums[:, 0].mean().item(), rel=2e-3)
+    assert last_log(mixed)["loss"] != last_log(exact)["loss"]
+    step, start = weights(exact), dict(tiny_model.named_parameters())
+    ours = weights(mixed)
+    for name, before in start.items():
+        moved = (step[name] - before).norm()
+        assert (ours[name] - step[name]).norm() <= 0.05 * moved + 1e-6, name
+
+
+def test_frozen_parameters_are_left_alone(make, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.lm_head.requires_grad_(False)
+    before = model.lm_head.weight.clone()
+    trainer = make(model=model)
+    trainer.train()
+    assert torch.equal(trainer.model.lm_head.weight, before)
+    assert not torch.equal(trainer.model.model.norm.weight, tiny_model.model.norm.weight)
+
+
+def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_tokenizer):
+    broken = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        token = tiny_tokenizer.convert_tokens_to_ids("y")
+        broken.model.embed_tokens.weight[token] = math.nan
+    with pytest.raises(UsageError, match=r"begin with \(model\.embed_tokens\.weight"):
+        make(model=broken).train()
+
+    trainer = make([{**row, "chosen_score": math.inf} for row in SCORED], loss="plad_margin")
+    before = weights(trainer)
+    with pytest.raises(UsageError, match="the loss is inf at step 0; look for extreme scores"):
+        trainer.train()
+    assert_same_weights(weights(trainer), before, rtol=0, atol=0)
+
+    trainer = make(learning_rate=1e30, max_steps=3)
+    with pytest.raises(UsageError, match="lower the learning rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "dpo"}, "unknown loss 'dpo'"),
+        ({"beta": -1.0}, "at least 0"),
+        ({"loss": "sft", "beta": 1.0}, "no option 'beta'"),
+        ({"loss": "sft", "sft_weight": 1.0}, "sft_weight"),
+        ({"sft_weight": -1.0}, "sft_weight"),
+        ({"length_normalization": -0.5}, "length_normalization"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_length": 1}, "max_length"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"impl": "magic"}, "unknown impl 'magic'"),
+        ({"scratch_mib": 0}, "scratch_mib"),
+        ({"label_smoothing_factor": 0.1}, "label smoothing"),
+        ({"torch_compile": True}, "model.base_model.compile"),
+    ],
+)
+def test_bad_settings_are_refused(options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        PLaDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "eval_rows", "options", "message"),
+    [
+        (None, None, {}, "nothing to train on"),
+        ([{"prompt": "p", "chosen": "c"}], None, {}, "one response each"),
+        (PAIRS, RANKED, {}, "train_dataset: 2, eval_dataset: 3"),
+        (PAIRS, None, {"loss": "plad_margin"}, "chosen_score"),
+        ([{**PAIRS[0], "prompt": "p" * 300}], None, {}, "256 positions"),
+    ],
+)
+def test_unusable_data_is_refused(rows, eval_rows, options, message, make):
+    with pytest.raises(UsageError, match=message):
+        make(rows, eval_rows=eval_rows, **options)
+
+
+def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
+    model = copy.deepcopy(tiny_model)
+    model.resize_token_embeddings(len(tiny_tokenizer) - 1)
+    with pytest.raises(UsageError, match="resize_token_embeddings"):
+        make(model=model)
+
+    model = copy.deepcopy(tiny_model)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(UsageError, match="Sequential"):
+        make(model=model)
+
+    model = copy.deepcopy(tiny_model)
+    model.config.output_router_logits = True
+    with pytest.raises(UsageError, match="router loss"):
+        make(model=model)
+
+
+def test_config_is_an_argument_parser_away(tmp_path):
+    [config] = HfArgumentParser(PLaDConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--loss", "sft", "--max_length", "99"]
+    )
+    assert (config.loss, config.max_length, config.beta) == ("sft", 99, None)
+    assert config.report_to == []
+    assert json.loads(config.to_json_string())["loss"] == "sft"
+
+
+def test_two_processes_equal_one(make, tiny_model, tiny_tokenizer, tmp_path):
+    """Denominators are summed over processes, and DDP's average of gradients is made up for."""
+    options = {"sft_weight": 0.5, "max_steps": 2, "gradient_accumulation_steps": 2}
+    single = make(PAIRS, eval_rows=PAIRS[:7], per_device_train_batch_size=2, **options)
+    single.train()
+    expected = single.evaluate()
+
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("_two_processes.py")), str(tmp_path)],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PLAD_TEST_OPTIONS": json.dumps(options),
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    result = torch.load(tmp_path / "result.pt")
+    assert_same_weights(result["weights"], weights(single), rtol=1e-5, atol=1e-6)
+    for key in ("loss", "margin", "nll"):
+        assert result["logged"][key] == pytest.approx(last_log(single)[key], rel=1e-5)
+        assert result["evaluated"][f"eval_{key}"] == pytest.approx(
+            expected[f"eval_{key}"], rel=1e-5
+        )
