@@ -60,7 +60,11 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     Raises:
         UsageError: bad input, found before long work where it can be.
     """
-    return _Distillation(config, overwrite, command).run()
+    run = _Distillation(config, overwrite, command)
+    try:
+        return run.run()
+    finally:
+        run.folder.close()
 
 
 class _Distillation:

@@ -20,6 +20,11 @@ from plad_fast.evaluation import write_atomically
 
 logger = logging.getLogger("plad_fast")
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system; two runs in one folder are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
 _RECORD = "run.json"
 _KEEP_FREE = 2**26  # bytes: less than this and not even a report would fit
 
@@ -60,6 +65,12 @@ class RunFolder:
                 f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
                 "--output-dir"
             )
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -107,9 +118,11 @@ class RunFolder:
                 f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
                 "choose another --output-dir"
             )
-        if overwrite and is_run:
-            shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_folder(self.path)
+        if overwrite and is_run:
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _read(self) -> dict[str, Any] | None:
         path = self.path / _RECORD
@@ -135,3 +148,19 @@ class RunFolder:
                 f"{self.path} was made with other settings: {'; '.join(changed)}; choose another "
                 "--output-dir, or pass --overwrite to start anew"
             )
+
+
+def _lock_folder(path: Path) -> int | None:
+    """Held as long as this process; the system drops it however that ends."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(
+            f"{path} is being filled by another process; wait for it to end, or choose another "
+            "--output-dir"
+        ) from None
+    return descriptor

@@ -82,6 +82,7 @@ def train_model(
         bf16=autocast_dtype(precision) == torch.bfloat16,
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,
+        disable_tqdm=False,
         seed=seed,
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps / saves)),

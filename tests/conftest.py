@@ -73,3 +73,17 @@ def tiny_model(tiny_tokenizer):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """A folder with a tiny model that ends its answers, which a random one hardly does."""
+    import copy
+
+    folder = tmp_path_factory.mktemp("teacher")
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight[tiny_tokenizer.eos_token_id] *= 4
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
