@@ -41,12 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except UsageError as error:
         return _fail(2, str(error))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(2, f"{where}{error.strerror or error}; what was finished before is kept")
     except KeyboardInterrupt:
         return _fail(130, "interrupted; run the same command again to go on")
     except Exception as error:
+        if _is_of_the_disk(error):
+            return _fail(2, f"{error}; what was finished is kept: make room and run it again")
         return _unexpected(error)
     return 0
 
@@ -217,6 +216,12 @@ def _command() -> str:
 def _fail(status: int, message: str) -> int:
     print(f"plad-fast: error: {message}", file=sys.stderr)
     return status
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether files could not be read or written; libraries wrap the system's error into text."""
+    words = ("no space left", "file too large", "disk quota", "read-only file", "permission denied")
+    return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
 
 
 def _unexpected(error: Exception) -> int:

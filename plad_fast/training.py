@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import ProgressCallback
 
-from plad_fast.errors import UsageError
 from plad_fast.products import cpu_multiplies_bfloat16
 from plad_fast.students import load_model, load_tokenizer
 
@@ -57,7 +56,7 @@ def train_model(
         The trainer's log history.
 
     Raises:
-        UsageError: from loading, from the trainer, or for a disk that is full.
+        UsageError: from loading or from the trainer.
     """
     from plad_fast.trainer import PLaDConfig, PLaDTrainer
 
@@ -97,20 +96,12 @@ def train_model(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
-    try:
-        trainer.train(resume_from_checkpoint=latest_checkpoint(checkpoints))
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        (partial / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        partial.rename(output)
-    except (OSError, RuntimeError) as error:
-        if not _is_disk_error(error):
-            raise
-        raise UsageError(
-            f"cannot write the model to {output.parent}: {error}; free some space and run the same "
-            "command again: it goes on from the last checkpoint"
-        ) from error
+    trainer.train(resume_from_checkpoint=latest_checkpoint(checkpoints))
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_model(str(partial))
+    (partial / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    partial.rename(output)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return trainer.state.log_history
 
@@ -162,9 +153,3 @@ class _Progress(ProgressCallback):
         metrics = {label: f"{logs[name]:.2f}" for name, label in shown if name in logs}
         if metrics:
             self.training_bar.set_postfix(metrics)
-
-
-def _is_disk_error(error: Exception) -> bool:
-    # safetensors and torch wrap the system's error into text of their own.
-    words = ("no space left", "disk quota", "read-only file system", "permission denied")
-    return isinstance(error, OSError) or any(word in str(error).lower() for word in words)

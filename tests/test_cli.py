@@ -1,0 +1,282 @@
+"""Bad input on the command line: one sentence that says what was wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from plad_fast.cli import main
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files that are wrong in one way each."""
+    good = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(8)]
+
+    def write(name: str, rows: list) -> None:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("good.jsonl", good)
+    write("empty.jsonl", [])
+    write("question.jsonl", [{"question": row["prompt"]} for row in good])
+    write("numbers.jsonl", [{"prompt": 3}])
+    write("long.jsonl", [*good, {"prompt": "x " * 400}])
+    write("unranked.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in good])
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "recipe.yaml").write_text("beta: 0.5\nlearning-rat: 1e-4\n")
+    (tmp_path / "list.yaml").write_text("- beta\n")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "no-model").mkdir()
+    return tmp_path
+
+
+DISTILL = ["distill", "--teacher", "{teacher}", "--student-layers", "1", "--output-dir", "{out}",
+           "--max-new-tokens", "40", "--teacher-temperature", "1", "--student-temperature", "1",
+           "--precision", "float32"]  # fmt: skip
+GOOD = [*DISTILL, "--prompts", "{data}/good.jsonl", "--held-out", "3"]
+TRAIN = ["train", "--model", "{teacher}", "--output-dir", "{out}"]
+EVALUATE = ["evaluate", "--output-dir", "{out}", "--pairs", "{data}/good.jsonl"]
+
+BAD_INPUTS = {
+    "missing prompts file": (
+        [*DISTILL, "--prompts", "{data}/god.jsonl"],
+        "there is no file .*god.jsonl",
+    ),
+    "a hub dataset that cannot be reached": (
+        [*DISTILL, "--prompts", "nobody/nothing"],
+        "nobody/nothing",
+    ),
+    "wrong column": (
+        [*DISTILL, "--prompts", "{data}/question.jsonl"],
+        "no column 'prompt'; it has 'question': choose one with --prompt-column",
+    ),
+    "template names no column": (
+        [*DISTILL, "--prompts", "{data}/question.jsonl", "--prompt-template", "Q: {{text}}"],
+        "names {text}, which is no column",
+    ),
+    "empty data": ([*DISTILL, "--prompts", "{data}/empty.jsonl"], "empty"),
+    "broken JSON": ([*DISTILL, "--prompts", "{data}/broken.jsonl"], "line 2"),
+    "prompts that are not text": ([*DISTILL, "--prompts", "{data}/numbers.jsonl"], "a int where"),
+    "too few prompts to hold any out": (
+        [*DISTILL, "--prompts", "{data}/good.jsonl", "--held-out", "0.05"],
+        "each needs at least 2",
+    ),
+    "a prompt longer than the model": (
+        [*DISTILL, "--prompts", "{data}/long.jsonl", "--held-out", "3"],
+        "too long for model teacher: prompt .* has .* tokens, and of 256 positions",
+    ),
+    "no such teacher": (
+        [*GOOD, "--teacher", "{data}/no-model"],
+        "cannot load a causal language model from",
+    ),
+    "no such student": (
+        [*GOOD, "--student", "{data}/no-model"],
+        "cannot load a causal language model from",
+    ),
+    "more layers than the teacher has": (
+        [*GOOD, "--student-layers", "9"],
+        "cannot keep 9 layers of 2",
+    ),
+    "layers out of order": ([*GOOD, "--student-layers", "1,0"], "increasing indices"),
+    "beta below 0": ([*GOOD, "--beta", "-1"], "--beta must be at least 0, got -1"),
+    "unknown loss": ([*GOOD, "--loss", "dpo2"], "unknown loss 'dpo2'; known losses"),
+    "a loss that needs scores": ([*GOOD, "--loss", "plad_margin"], "its pairs carry no scores"),
+    "a number that is none": ([*GOOD, "--epochs", "many"], "--epochs must be a number, got 'many'"),
+    "half a micro-batch": (
+        [*GOOD, "--batch-size", "8", "--micro-batch-size", "3"],
+        "--micro-batch-size must divide --batch-size 8",
+    ),
+    "a misspelt setting in YAML": (
+        [*GOOD, "--config", "{data}/recipe.yaml"],
+        "unknown setting 'learning-rat'; did you mean learning_rate",
+    ),
+    "YAML that is no mapping": ([*GOOD, "--config", "{data}/list.yaml"], "`name: value` lines"),
+    "output folder that is a file": ([*GOOD, "--output-dir", "{data}/file"], "is a file"),
+    "output folder that holds other things": (
+        [*GOOD, "--output-dir", "{data}/notes", "--overwrite"],
+        "not the folder of a run",
+    ),
+    "answers cut off by the length limit": (
+        [*GOOD, "--max-new-tokens", "1"],
+        "finished none of its 8 answers within --max-new-tokens 1; raise it",
+    ),
+    "all answers identical": (
+        [
+            *GOOD,
+            "--student",
+            "{silent}",
+            "--teacher",
+            "{silent}",
+            "--student-layers",
+            "2",
+            "--learning-rate",
+            "1e-9",
+            "--sft-learning-rate",
+            "1e-9",
+        ],
+        "no pair is left: .*8? ?.*identical",
+    ),
+    "NaN weights": ([*GOOD, "--teacher", "{nan}"], "produced NaN or infinite logits"),
+    "training on NaN weights": (
+        [*TRAIN, "--model", "{nan}", "--pairs", "{data}/good.jsonl"],
+        "not finite|NaN",
+    ),
+    "pairs without a rejected answer": (
+        [*TRAIN, "--pairs", "{data}/unranked.jsonl"],
+        "compares responses, but the rows have one response each",
+    ),
+    "pairs without the columns of pairs": (
+        [*TRAIN, "--pairs", "{data}/question.jsonl"],
+        "no column chosen and prompt; it has question",
+    ),
+    "no epochs": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--epochs", "0"],
+        "--epochs must be positive",
+    ),
+    "a student without a name": ([*EVALUATE, "--student", "{teacher}"], "must be NAME=PATH"),
+    "a student that is not there": ([*EVALUATE, "--student", "A={data}/none"], "none"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken_models(tiny_teacher, tmp_path_factory):
+    """A model of NaN, and one that says nothing but one short answer."""
+    from plad_fast.students import load_model
+
+    folders = {}
+    for name in ("nan", "silent"):
+        folders[name] = tmp_path_factory.mktemp("models") / name
+        shutil.copytree(tiny_teacher, folders[name])
+        model = load_model(folders[name])
+        with torch.no_grad():
+            if name == "nan":
+                model.model.norm.weight.fill_(torch.nan)
+            else:
+                # The logits depend on the last token only: after "a" the end, else "a".
+                for layer in model.model.layers:
+                    layer.self_attn.o_proj.weight.zero_()
+                    layer.mlp.down_proj.weight.zero_()
+                letter = 40
+                model.model.embed_tokens.weight.fill_(0.0)
+                model.model.embed_tokens.weight[:, 0] = 1.0
+                model.model.embed_tokens.weight[letter, 0] = -1.0
+                model.lm_head.weight.zero_()
+                model.lm_head.weight[letter, 0] = 100.0
+                model.lm_head.weight[model.config.eos_token_id, 0] = -100.0
+        model.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input(name, data, tiny_teacher, broken_models, capfd):
+    template, message = BAD_INPUTS[name]
+    places = {"data": data, "teacher": tiny_teacher, "out": data / "out", **broken_models}
+    command = [part.format(**places) for part in template]
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert main(command) == 2
+    captured = capfd.readouterr()
+    error = next(line for line in captured.err.splitlines() if line.startswith("plad-fast: error:"))
+    import re
+
+    assert re.search(message, captured.err), error
+    assert "Traceback" not in captured.err + captured.out
+    for path, content in before.items():
+        assert path.read_bytes() == content, f"{path} was touched"
+
+
+def test_teacher_and_student_may_have_different_tokenizers(data, tiny_teacher, tmp_path, capfd):
+    """Pairs are text: nothing has to be aligned, and nothing is refused."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.add_tokens(["Say", "yes"])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "student")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "student")
+    command = [
+        "pairs", "--teacher", str(tiny_teacher), "--student", str(tmp_path / "student"),
+        "--prompts", str(data / "good.jsonl"), "--output-dir", str(tmp_path / "pairs"),
+        "--teacher-temperature", "1", "--student-temperature", "1", "--max-new-tokens", "150",
+    ]  # fmt: skip
+    status = main(command)
+    error = capfd.readouterr().err
+    assert status == 0 or "no pair is left" in error
+    assert "tokenizer" not in error
+
+
+def test_a_read_only_folder(data, tiny_teacher, capfd):
+    """Root may write anywhere, so the refusal is provoked in a place that refuses even root."""
+    command = [part.format(data=data, teacher=tiny_teacher, out="/proc/run") for part in GOOD]
+    assert main(command) == 2
+    assert "cannot write to /proc/run" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by POSIX means")
+def test_a_full_disk_loses_nothing_that_was_finished(data, tiny_teacher, tmp_path):
+    """The size limit on files stands in for a full disk: a write fails part of the way."""
+    out = tmp_path / "run"
+    command = [part.format(data=data, teacher=tiny_teacher, out=out) for part in GOOD]
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        f"from plad_fast.cli import main; sys.exit(main({command!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "what was finished is kept: make room and run it again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert main(command) == 0
+
+
+def test_an_unexpected_error_leaves_one_line_and_a_file(monkeypatch, capsys, tmp_path):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("three\nlines\nlong")
+
+    monkeypatch.setattr("plad_fast.distill.distill", fail)
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "unexpected ZeroDivisionError: three; the traceback is in" in error
+    assert "ZeroDivisionError" in (tmp_path / "plad-fast-error.log").read_text()
+
+
+def test_doctor_says_what_will_be_used(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "backend", "attention", "scratch", "plad_ranking", "cores"):
+        assert word in out
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys\nfor n in ('transformers', 'datasets', 'matplotlib'): sys.modules[n] = None\n"
+    )
+    code += "from plad_fast.cli import main\nmain(['distill', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--prompt-template" in done.stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("plad-fast") is None and not os.environ.get("CI"), reason="not installed"
+)
+def test_the_console_script_is_installed():
+    script = shutil.which("plad-fast", path=os.path.dirname(sys.executable))
+    assert script is not None
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("plad-fast ")
