@@ -45,26 +45,18 @@ class RunFolder:
         self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
         self.path = Path(path).expanduser()
-        settings = json.loads(json.dumps(settings))
+        self._lock: int | None = None
         try:
-            self._open(overwrite)
-            record = self._read()
-            if record is None:
-                record = {"settings": settings, "stages": {}}
-                write_atomically(self.path / _RECORD, json.dumps(record, indent=2))
+            self._record = self._open(json.loads(json.dumps(settings)), overwrite)
         except OSError as error:
+            self.close()
             raise UsageError(
                 f"cannot write to {self.path}: {error.strerror or error}; choose another "
                 "--output-dir"
             ) from error
-        self._require_equal(record["settings"], settings)
-        self._record = record
-        free = shutil.disk_usage(self.path).free
-        if free < _KEEP_FREE:
-            raise UsageError(
-                f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
-                "--output-dir"
-            )
+        except UsageError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -109,11 +101,15 @@ class RunFolder:
         partial.rename(final)
         return final
 
-    def _open(self, overwrite: bool) -> None:
+    def _open(self, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--output-dir {self.path} is a file; choose a folder")
         is_run = (self.path / _RECORD).is_file()
-        if self.path.is_dir() and any(self.path.iterdir()) and not is_run:
+        # A run killed in its first moment leaves a hidden temporary file and no record.
+        foreign = self.path.is_dir() and any(
+            not entry.name.startswith(".") for entry in self.path.iterdir()
+        )
+        if foreign and not is_run:
             raise UsageError(
                 f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
                 "choose another --output-dir"
@@ -123,6 +119,18 @@ class RunFolder:
         if overwrite and is_run:
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        record = self._read()
+        if record is None:
+            record = {"settings": settings, "stages": {}}
+            write_atomically(self.path / _RECORD, json.dumps(record, indent=2))
+        self._require_equal(record["settings"], settings)
+        free = shutil.disk_usage(self.path).free
+        if free < _KEEP_FREE:
+            raise UsageError(
+                f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
+                "--output-dir"
+            )
+        return record
 
     def _read(self) -> dict[str, Any] | None:
         path = self.path / _RECORD

@@ -21,7 +21,10 @@ LAYERS = [
     {"fused"},
     {"head", "packing", "students", "training_metrics"},
     {"pairs", "trainer", "evaluation", "metrics", "plots", "report"},
+    {"recipe", "run_folder", "training", "doctor"},
+    {"held_out"},
     {"distill"},
+    {"stages"},
     {"cli"},
 ]
 """Ground floor first. A module imports from its own floor and below, never from above."""
