@@ -5,13 +5,15 @@ one number per sequence times (onehot - p). As soon as the groups of a chunk are
 loss and that number are known, while their exponentials still lie in the scratch buffer: the
 gradient is made in place and multiplied on. Groups with a zero gradient cost their forward only.
 
-A group that is longer than the buffer is run in two phases, sums first, logits computed anew.
+Of a group that is longer than the buffer the last rows are treated so; the logits of the others
+are computed a second time once the gradient of the group is known.
 
 N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -212,19 +214,24 @@ def _run_groups(
 ) -> None:
     """Forward, loss and gradients of groups [first, last)."""
     start, stop = sequences.group_bounds[first], sequences.group_bounds[last]
-    chunks = list(space.chunks(start, stop))
+    chunks = _chunks_with_full_last(start, stop, space.rows)
     parts = [space.forward(hidden[rows], targets[rows]) for rows in chunks]
     offsets = sequences.offsets(first, last)
     empty = hidden.new_empty(0, dtype=space.products.dtype)
     token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
     step = sequences.step(first, last, segment_sums(token_logprobs, offsets))
-    if not (grads.wanted and step.any_active):
+    if not (chunks and grads.wanted and step.any_active):
         return
     grad = step.grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
-    if len(chunks) == 1:
-        _backward_in_place(space, grads, parts[0], grad, hidden, targets, start)
-    else:
-        _backward_anew(space, grads, grad, hidden, targets, start)
+    kept = chunks[-1].start - start
+    _backward_in_place(space, grads, parts[-1], grad[kept:], hidden, targets, start + kept)
+    _backward_anew(space, grads, grad[:kept], hidden, targets, start)
+
+
+def _chunks_with_full_last(start: int, stop: int, rows: int) -> list[slice]:
+    """Slices of `rows`, the first one shorter: the rows of the last need no second product."""
+    bounds = [*range(stop, start, -rows), start]
+    return [slice(a, b) for b, a in itertools.pairwise(bounds)][::-1] if stop > start else []
 
 
 def _backward_in_place(
@@ -241,6 +248,8 @@ def _backward_in_place(
     rows: Tensor | slice = slice(start, start + len(grad))
     if not active.all():
         order = compacting_order(active)
+        if not len(order):
+            return
         space.keep_rows_(order)
         statistics = statistics.take(order)
         grad = grad[order]
@@ -257,7 +266,7 @@ def _backward_anew(
     targets: Tensor,
     start: int,
 ) -> None:
-    """The group was longer than the buffer: its active rows are computed a second time."""
+    """The buffer has moved on: of these n rows the active ones are computed a second time."""
     active = (grad != 0).nonzero().squeeze(1)
     for chunk in space.chunks(0, len(active)):
         local = active[chunk]

@@ -12,7 +12,7 @@ from plad_fast.products import Products, products_for
 from plad_fast.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 
 # The share of the budget that goes to blocks of the weight; the rest holds logits.
-_BLOCK_SHARE = 8
+_BLOCK_SHARE = 16
 
 
 class Workspace:

@@ -95,8 +95,8 @@ def make_problem(
         targets,
         bounds,
         spec,
-        # A row takes up to 16 bytes per logit; an eighth of the budget is for weight blocks.
-        scratch_bytes=rows * vocab * 16 * 8 // 7 + 64,
+        # A float64 row takes 8 bytes per logit; a sixteenth of the budget is for weight blocks.
+        scratch_bytes=rows * vocab * 8 * 16 // 15 + 64,
     )
 
 

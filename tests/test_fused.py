@@ -88,7 +88,7 @@ def test_pairs_at_and_around_the_hinge(loss, scratch_rows):
     """beta = 1: inactive at 2 and exactly at 1, active at 0.5 and -1."""
     problem = hinge_problem([2.0, 1.0, 0.5, -1.0])
     if scratch_rows:
-        problem.scratch_bytes = scratch_rows * 7 * 8 * 8 // 7 + 8
+        problem.scratch_bytes = scratch_rows * 7 * 8 * 16 // 15 + 8
     ours = fused_linear_preference_loss(*problem.inputs, loss=loss, **problem.options)
     assert ours.active.tolist() == [False, False, True, True]
     assert ours.group_losses.tolist() == pytest.approx([0.0, 0.0, 0.5, 2.0])
