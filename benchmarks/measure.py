@@ -85,9 +85,9 @@ def save_oracle(case: Case, path: Path) -> Record:
 def measure(impl: Impl, case: Case, oracle: Oracle, *, repeats: int, seconds: float) -> Record:
     """Products of a first call, memory and errors of a second, then times.
 
-    The first call also faults in the code of the libraries, some 10 MiB of resident memory that
-    have nothing to do with the method. Before it an implementation that compiles has one call for
-    that, timed as `compile_s`.
+    The first call also pays one-off costs, 3 to 20 MiB of resident memory where it was looked at,
+    so memory is taken from the second. Before both an implementation that compiles has one call
+    for that, timed as `compile_s`.
 
     Returns:
         `status` ("ok" or "mismatch", then with `reason`), `seconds` of each timed run,

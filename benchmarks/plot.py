@@ -81,7 +81,7 @@ def draw(source: Path, target: Path, share: float) -> None:
     facts = next(iter(panels.values()))[0]
     figure.supxlabel(
         f"lower left is better; hinge loss, {share:.0%} of pairs active, forward + backward; "
-        f"{facts['device_model']}, {facts['threads']} threads",
+        f"{facts['device_model']}, CPU threads: {facts['threads']}",
         fontsize=8,
     )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / (3.1 * rows + 0.6)))

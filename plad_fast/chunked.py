@@ -1,7 +1,7 @@
 """The torch backend: any device, any floating dtype, memory within a scratch budget.
 
-Two-phase: the forward keeps two numbers per token, the backward computes a chunk's logits anew,
-so four products of 2NVD flop in all, and fewer where upstream gradients are zero.
+Two-phase: the forward keeps no logits, the backward computes a chunk's anew, so four products of
+2NVD flop in all, and fewer where upstream gradients are zero.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -79,8 +79,8 @@ class _LinearSequenceLogprobs(torch.autograd.Function):
                 if statistics.entropy is not None:
                     entropy[rows] = statistics.entropy
             sums = segment_sums(token_logprobs, cu_seqlens)
-        ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, token_logprobs)
-        ctx.spec, ctx.scratch_bytes = spec, scratch_bytes
+        ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens)
+        ctx.spec, ctx.scratch_bytes, ctx.dtype = spec, scratch_bytes, space.products.dtype
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(entropy)
         return sums, token_logprobs, row_max + sum_exp.log(), entropy
@@ -94,8 +94,8 @@ class _LinearSequenceLogprobs(torch.autograd.Function):
         grad_lse: Tensor | None,  # (N,)
         _: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, cu_seqlens, token_logprobs = ctx.saved_tensors
-        grad = torch.zeros_like(token_logprobs)
+        hidden, weight, bias, targets, cu_seqlens = ctx.saved_tensors
+        grad = hidden.new_zeros(len(hidden), dtype=ctx.dtype)
         if grad_sums is not None:
             grad += grad_sums.repeat_interleave(cu_seqlens.diff(), output_size=len(grad))
         if grad_token is not None:
@@ -124,6 +124,7 @@ class _LinearSequenceLogprobs(torch.autograd.Function):
                 statistics: RowStatistics = space.forward(h, t)
                 upstream_lse = None if grad_lse is None else grad_lse[rows]
                 grads.add(space.gradient(t, statistics, grad[rows], upstream_lse), h, rows)
+        grads.finish()
         return *_cast(grads, weight, bias), None, None, None, None, None
 
 

@@ -15,6 +15,7 @@ from plad_fast.dispatch import get_backend
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.losses import Objective, check_groups
 from plad_fast.ops import autocast_head, keep_counted, resolve_scratch
+from plad_fast.segments import length_normalized
 
 
 class FusedLoss(NamedTuple):
@@ -70,7 +71,8 @@ def fused_linear_preference_loss(
             budget must hold a group's logits for three products; a longer group takes four.
         loss: a registered name (`plad_fast.losses.available()`), or a function of `logps` (B, K)
             that returns (B,), each group on its own; it may ask for `scores` and `counts` (B, K)
-            by naming them.
+            by naming them. It is evaluated on some groups at a time, and differentiated by
+            `logps` only.
         group_size: K, sequences in a group.
         scores: (S,) quality of each sequence, higher is better, for losses that ask for it.
         sft_weight: lambda of the regulariser, the NLL per token of each group's first sequence.
@@ -86,14 +88,15 @@ def fused_linear_preference_loss(
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     check.check_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
-    check.check_cu_seqlens(cu_seqlens, len(hidden))
-    check.check_scores(scores, len(cu_seqlens) - 1)
+    check.check_cu_seqlens(cu_seqlens, len(hidden), hidden.device)
+    check.check_scores(scores, len(cu_seqlens) - 1, hidden.device)
     objective = Objective.bind(
         loss,
         group_size=group_size,
         sft_weight=sft_weight,
         length_normalization=length_normalization,
         has_scores=scores is not None,
+        device=hidden.device,
         **loss_options,
     )
     check_groups(len(cu_seqlens) - 1, group_size)
@@ -116,5 +119,5 @@ def fused_linear_preference_loss(
         spec,
         scratch,
     )
-    normalized = objective.normalize(sums, counts)
+    normalized = length_normalized(sums, counts, length_normalization)
     return FusedLoss(value, normalized, counts, group_losses, active)

@@ -23,8 +23,16 @@ import torch
 from torch import Tensor
 
 from plad_fast.errors import UsageError
+from plad_fast.segments import length_normalized
+from plad_fast.validation import check_length_normalization
 
 _TENSOR_ARGUMENTS = ("scores", "counts")
+# Arguments of the ops: an option of this name would never reach the loss.
+_RESERVED = {
+    *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
+    *("softcap", "logit_scale", "temperature", "length_normalization", "ignore_index"),
+    *("num_groups", "num_tokens", "impl", "scratch_bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,16 +43,14 @@ class LossSpec:
     fn: Callable[..., Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     """Option names with their default values; `inspect.Parameter.empty` means required."""
-    needs: tuple[str, ...] = ()
-    """Which of `scores` and `counts` the function asks for."""
+    takes: tuple[str, ...] = ()
+    """Which of `scores` and `counts` the function has a parameter for."""
+    needs_scores: bool = False
+    """`scores` has no default."""
     mean_over: str = "groups"
     """`groups`, or `tokens` of the groups' first sequences: what the sum is divided by."""
     length_normalized: bool = True
     """False: the function always gets plain sums, whatever the caller's length normalisation."""
-
-    @property
-    def needs_scores(self) -> bool:
-        return "scores" in self.needs
 
 
 _REGISTRY: dict[str, LossSpec] = {}
@@ -86,13 +92,24 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
 def _spec_of(
     name: str, fn: Callable[..., Tensor], mean_over: str, length_normalized: bool
 ) -> LossSpec:
-    parameters = list(inspect.signature(fn).parameters.values())[1:]
-    named = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())[1:]
+    except ValueError:
+        raise UsageError(f"loss {name!r} shows no signature; wrap it in a function") from None
+    named = {
+        p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+    if clash := sorted(_RESERVED & named.keys()):
+        raise UsageError(
+            f"loss {name!r} has a parameter named {clash[0]!r}, which is an argument of the op; "
+            "give it another name"
+        )
     return LossSpec(
         name=name,
         fn=fn,
-        options={p.name: p.default for p in named if p.name not in _TENSOR_ARGUMENTS},
-        needs=tuple(p.name for p in named if p.name in _TENSOR_ARGUMENTS),
+        options={key: value for key, value in named.items() if key not in _TENSOR_ARGUMENTS},
+        takes=tuple(key for key in named if key in _TENSOR_ARGUMENTS),
+        needs_scores=named.get("scores") is inspect.Parameter.empty,
         mean_over=mean_over,
         length_normalized=length_normalized,
     )
@@ -188,13 +205,14 @@ class Objective:
         sft_weight: float = 0.0,
         length_normalization: float = 0.0,
         has_scores: bool,
+        device: torch.device | str = "cpu",
         **options: Any,
     ) -> Objective:
-        """Check names, options and shapes by one call on two groups of zeros.
+        """Check names, options and shapes, by calls on two groups of random numbers.
 
         Raises:
             UsageError: unknown loss or option, missing scores, negative weights, or a function
-                that does not return one number per group.
+                that does not return one number per group, each group on its own.
         """
         spec = get_loss(loss)
         unknown = sorted(set(options) - set(spec.options))
@@ -214,24 +232,40 @@ class Objective:
             raise UsageError(
                 f"loss {spec.name!r} needs scores: one number per sequence, higher is better"
             )
-        if group_size < 1:
-            raise UsageError(f"group_size must be at least 1, got {group_size}")
-        if sft_weight < 0:
+        if not isinstance(group_size, int) or group_size < 1:
+            raise UsageError(f"group_size must be a whole number of at least 1, got {group_size}")
+        if not sft_weight >= 0:
             raise UsageError(f"sft_weight must not be negative, got {sft_weight}")
-        if length_normalization < 0:
-            raise UsageError(f"length_normalization must be at least 0, got {length_normalization}")
+        check_length_normalization(length_normalization)
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
-        objective._probe()
+        objective._probe(torch.device(device))
         return objective
 
-    def _probe(self) -> None:
-        zeros = torch.zeros(2, self.group_size)
-        losses = self.group_losses(zeros, counts=zeros.long() + 1, scores=zeros)
-        if not isinstance(losses, Tensor) or losses.shape != (2,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    def _probe(self, device: torch.device) -> None:
+        draw = torch.Generator().manual_seed(0)
+        sums = -5 * torch.rand(2, self.group_size, generator=draw).to(device)
+        scores = torch.rand(2, self.group_size, generator=draw).to(device)
+        counts = torch.randint(1, 9, sums.shape, generator=draw).to(device)
+        try:
+            both = self.group_losses(sums, counts, scores)
+            parts = [self.group_losses(sums[[i]], counts[[i]], scores[[i]]) for i in (0, 1)]
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"loss {self.spec.name!r} failed on two groups of {self.group_size} random "
+                f"log-probabilities: {error}"
+            ) from error
+        if not isinstance(both, Tensor) or both.shape != (2,):
+            got = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
             raise UsageError(
                 f"loss {self.spec.name!r} must return one number per group: for 2 groups the "
                 f"shape (2,), got {got}"
+            )
+        if not torch.allclose(both, torch.cat(parts), atol=1e-4, equal_nan=True):
+            raise UsageError(
+                f"loss {self.spec.name!r} gives a group another value when it is alone; a loss "
+                "must treat groups independently, since chunks of them are evaluated apart"
             )
 
     def group_losses(
@@ -242,14 +276,10 @@ class Objective:
     ) -> Tensor:  # (B,)
         """The loss of every group, without the regulariser."""
         tensors = {"counts": counts, "scores": scores}
-        logps = self.normalize(sums, counts) if self.spec.length_normalized else sums
-        return self.spec.fn(logps, **{k: tensors[k] for k in self.spec.needs}, **self.options)
-
-    def normalize(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """sums / counts ** alpha; an empty sequence stays 0."""
-        if self.length_normalization == 0:
-            return sums
-        return sums / counts.clamp(min=1).to(sums.dtype) ** self.length_normalization
+        alpha = self.length_normalization if self.spec.length_normalized else 0.0
+        # A copy: the function may work in place.
+        logps = length_normalized(sums, counts, alpha).clone()
+        return self.spec.fn(logps, **{k: tensors[k] for k in self.spec.takes}, **self.options)
 
     def denominators(
         self,
@@ -257,10 +287,14 @@ class Objective:
         num_groups: float | Tensor | None = None,
         num_tokens: float | Tensor | None = None,
     ) -> tuple[float | Tensor, float | Tensor]:
-        """What the group losses and the regulariser are divided by; never 0."""
-        groups = len(counts) if num_groups is None else num_groups
+        """What the group losses and the regulariser are divided by; 1 in place of 0.
+
+        Raises:
+            UsageError: a negative number, or a tensor that is not a scalar.
+        """
+        groups = _denominator("num_groups", len(counts) if num_groups is None else num_groups)
         tokens = counts[:, 0].sum() if num_tokens is None else num_tokens
-        groups, tokens = _nonzero(groups), _nonzero(tokens)
+        tokens = _denominator("num_tokens", tokens)
         return (tokens if self.spec.mean_over == "tokens" else groups), tokens
 
     def value(
@@ -273,7 +307,7 @@ class Objective:
         loss = group_losses.sum() / denominators[0]
         if self.sft_weight:
             loss = loss - self.sft_weight * sums[:, 0].sum() / denominators[1]
-        return loss
+        return loss.to(sums.dtype)
 
 
 def preference_loss(
@@ -298,12 +332,21 @@ def preference_loss(
     Raises:
         UsageError: as in `Objective.bind`; a number of sequences that `group_size` does not divide.
     """
+    if sums.ndim == 2 and sums.shape[1] != group_size:
+        raise UsageError(f"sums have groups of {sums.shape[1]}, but group_size is {group_size}")
+    for name, tensor in (("counts", counts), ("scores", scores)):
+        if tensor is not None and tensor.shape != sums.shape:
+            raise UsageError(
+                f"{name} must have the shape of sums, {tuple(sums.shape)}, got "
+                f"{tuple(tensor.shape)}"
+            )
     objective = Objective.bind(
         loss,
         group_size=group_size,
         sft_weight=sft_weight,
         length_normalization=length_normalization,
         has_scores=scores is not None,
+        device=sums.device,
         **options,
     )
     check_groups(sums.numel(), group_size)
@@ -312,6 +355,27 @@ def preference_loss(
     scores = None if scores is None else scores.reshape(shape).to(sums.dtype)
     losses = objective.group_losses(sums, counts, scores)
     return objective.value(losses, sums, objective.denominators(counts, num_groups, num_tokens))
+
+
+def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:
+    """Raise a UsageError if the losses depend on another tensor than `leaf` that wants a gradient.
+
+    A loss whose gradients are made chunk by chunk during the forward cannot give it one.
+    """
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not leaf:
+            raise UsageError(
+                "the loss function uses a tensor that requires a gradient; the one-pass loss "
+                "differentiates by the log-probabilities only: use preference_loss on "
+                "linear_sequence_logprobs, or detach that tensor"
+            )
+        pending += [parent for parent, _ in node.next_functions]
 
 
 def check_groups(num_sequences: int, group_size: int) -> None:
@@ -323,11 +387,16 @@ def check_groups(num_sequences: int, group_size: int) -> None:
         )
 
 
-def _nonzero(count: float | Tensor) -> float | Tensor:
+def _denominator(name: str, count: float | Tensor) -> float | Tensor:
     if not isinstance(count, Tensor):
+        if not count >= 0:
+            raise UsageError(f"{name} must not be negative, got {count}")
         return count or 1
-    # float64: an integer tensor would turn the weight it divides into float32.
-    return torch.where(count > 0, count, 1).double()
+    if count.ndim:
+        raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
+    # A wide float: an integer tensor would turn the weight it divides into float32.
+    wide = torch.float32 if count.device.type == "mps" else torch.float64
+    return torch.where(count > 0, count, 1).to(wide)
 
 
 def _check_beta(beta: float) -> None:

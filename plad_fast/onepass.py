@@ -22,12 +22,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective
+from plad_fast.losses import Objective, refuse_outside_gradients
+from plad_fast.products import accumulation_dtype
 from plad_fast.segments import segment_sums
 from plad_fast.softmax_rows import RowStatistics
 from plad_fast.workspace import HeadGradients, Workspace, compacting_order
 
 Denominators = tuple[float | Tensor, float | Tensor]
+
+_SCALED_AT_ONCE = 2**20  # entries
 
 
 def linear_preference_loss(
@@ -78,7 +81,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         needs = [need and grad_enabled for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             space = Workspace(hidden, weight, bias, spec, scratch_bytes, for_gradient=any(needs))
-            # float16 keeps float32 until backward: a loss scale arrives only with the upstream.
+            # float16 keeps float32 until backward: a loss scale comes only with the upstream.
             half = hidden.dtype == torch.float16
             grads = HeadGradients(
                 hidden if needs[0] else None,
@@ -90,10 +93,13 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             sequences = _GroupLosses(cu_seqlens, scores, objective, denominators)
             for first, last in _packed_groups(sequences.group_bounds, space.rows):
                 _run_groups(space, grads, sequences, hidden, targets, first, last)
+            grads.finish()
             loss, sums, group_losses, active = sequences.results(hidden, space.products.dtype)
+            del space  # the scratch is free before a second copy of the gradient is made
             if not half and grads.weight is not None:
                 grads.weight = grads.weight.to(weight.dtype)
-        ctx.grads = grads
+        # Saved as tensors, so that they are handed over and freed with the graph.
+        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(sums, group_losses, active)
         return loss, sums, group_losses, active
@@ -101,14 +107,29 @@ class _LinearPreferenceLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        stored = ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias
         # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
         unit = grad_loss.device.type == "cpu" and grad_loss.item() == 1
         scaled = (
-            None if g is None else (g if unit else g * grad_loss.to(g.dtype)).to(dtype)
-            for g, dtype in zip(stored, ctx.dtypes, strict=True)
+            None if grad is None else _scaled(grad, None if unit else grad_loss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *scaled, *[None] * 8
+
+
+def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`, multiplied in float32 and rounded once, block by block.
+
+    With no factor and nothing to convert it is `grad` itself: a caller that retains the graph
+    must not write to it.
+    """
+    if factor is None and grad.dtype == dtype:
+        return grad
+    result = torch.empty_like(grad, dtype=dtype)
+    step = max(1, _SCALED_AT_ONCE // max(grad[:1].numel(), 1))
+    for source, target in zip(grad.split(step), result.split(step), strict=True):
+        wide = source.to(accumulation_dtype(source.dtype))
+        target.copy_(wide if factor is None else wide * factor)
+    return result
 
 
 class _Step(NamedTuple):
@@ -152,9 +173,12 @@ class _GroupLosses:
         scores = None
         if self.scores is not None:
             scores = self.scores[first * size : last * size].reshape(shape).to(sums.dtype)
-        with torch.enable_grad():
-            leaf = sums.detach().reshape(shape).requires_grad_()
+        # Also under inference mode: which groups are active is told by their gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = sums.clone().reshape(shape).requires_grad_()
+            counts, scores = counts.clone(), None if scores is None else scores.clone()
             losses = self.objective.group_losses(leaf, counts, scores)
+            refuse_outside_gradients(losses, leaf)
             of_losses = _gradient(losses, leaf)
         # The value is linear in the group losses and in the first sums: the rest is arithmetic.
         of_groups, of_tokens = self.denominators

@@ -14,7 +14,7 @@ from torch import Tensor
 from plad_fast import validation as check
 from plad_fast.dispatch import default_scratch_bytes, get_backend
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.segments import segment_sums
+from plad_fast.segments import length_normalized, segment_sums
 
 
 class SequenceLogProbs(NamedTuple):
@@ -73,7 +73,8 @@ def linear_sequence_logprobs(
         impl: "auto", or a backend by name ("torch"); a named one never falls back.
         scratch_bytes: bound on the memory beside inputs, results and gradients; by default
             64 MiB on the CPU, and on CUDA chosen from the free memory. At least one row of
-            logits is used. 16-bit weights take a float32 gradient accumulator on top.
+            logits is used. Not in it: where targets are ignored, a copy of the hidden states
+            that count; for 16-bit weights a float32 gradient accumulator.
         return_lse: also return `lse`.
         return_entropy: also return `entropy`.
 
@@ -83,7 +84,7 @@ def linear_sequence_logprobs(
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     check.check_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
-    check.check_cu_seqlens(cu_seqlens, len(hidden))
+    check.check_cu_seqlens(cu_seqlens, len(hidden), hidden.device)
     check.check_length_normalization(length_normalization)
     spec = LogitSpec(softcap, logit_scale, temperature)
     scratch = resolve_scratch(scratch_bytes, hidden.device)
@@ -96,7 +97,7 @@ def linear_sequence_logprobs(
     )
     counts = kept_seqlens.diff()
     return SequenceLogProbs(
-        sums=_normalize(sums, counts, length_normalization),
+        sums=length_normalized(sums, counts, length_normalization),
         counts=counts,
         token_logprobs=_spread(token_logprobs, rows, len(hidden)),
         lse=_spread(lse, rows, len(hidden)) if return_lse else None,
@@ -126,31 +127,28 @@ def sequence_logprobs(
     Raises:
         UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
     """
-    if logits.ndim == 3 and cu_seqlens is None:
+    check.check_logits(logits, targets, has_seqlens=cu_seqlens is not None)
+    flat_targets = targets.reshape(-1)
+    check.check_targets(flat_targets, targets.numel(), logits.device)
+    if cu_seqlens is None:
         batch, length, _ = logits.shape
-        cu_seqlens = torch.arange(0, batch * length + 1, max(length, 1), device=logits.device)
-        cu_seqlens = cu_seqlens if length else cu_seqlens.new_zeros(batch + 1)
-        logits, targets = logits.flatten(0, 1), targets.reshape(-1)
-    if logits.ndim != 2 or cu_seqlens is None:
-        raise check.UsageError(
-            "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
-            f"{tuple(logits.shape)}"
-        )
-    check.check_targets(targets, len(logits), logits.device)
-    check.check_cu_seqlens(cu_seqlens, len(logits))
+        cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
+    check.check_cu_seqlens(cu_seqlens, len(flat_targets), logits.device)
     check.check_length_normalization(length_normalization)
     spec = LogitSpec(softcap, logit_scale, temperature)
     scratch = resolve_scratch(scratch_bytes, logits.device)
     backend = get_backend(impl, logits)
     keep = targets != ignore_index
-    check.check_target_range(targets[keep], logits.shape[1])
+    check.check_target_range(targets[keep], logits.shape[-1])
     token_logprobs = backend.stored_token_logprobs(
         logits, targets.where(keep, 0).long(), spec, scratch
     )
-    token_logprobs = token_logprobs.where(keep, 0)
-    counts = segment_sums(keep.double(), cu_seqlens).long()
+    token_logprobs = token_logprobs.where(keep, 0).reshape(-1)
+    cu_seqlens = cu_seqlens.long()
+    counts = segment_sums(keep.reshape(-1).double(), cu_seqlens).long()
     sums = segment_sums(token_logprobs, cu_seqlens)
-    return SequenceLogProbs(_normalize(sums, counts, length_normalization), counts, token_logprobs)
+    normalized = length_normalized(sums, counts, length_normalization)
+    return SequenceLogProbs(normalized, counts, token_logprobs)
 
 
 def autocast_head(
@@ -185,10 +183,6 @@ def keep_counted(
     kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
     rows = keep.nonzero().squeeze(1)
     return rows, targets[rows], kept_before[cu_seqlens]
-
-
-def _normalize(sums: Tensor, counts: Tensor, alpha: float) -> Tensor:
-    return sums if alpha == 0 else sums / counts.clamp(min=1).to(sums.dtype) ** alpha
 
 
 def _spread(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:  # (N,)

@@ -4,15 +4,15 @@
     d_hidden  dh = d W        (n, D)
     d_weight  dW += d^T h     (V, D)
 
-for a chunk of n of the N rows. d is float32 (float64 for float64 input). What a library product
-of 16-bit operands returns is rounded to 16 bits, which for a logit of 20 is 0.04 nat; each
-strategy below avoids that in the cheapest way its device has. Temporary blocks stay within
-`block_bytes`.
+for a chunk of n of the N rows; d is the gradient of z. What a library product of 16-bit operands
+returns is rounded to 16 bits, which for a logit of 20 is 0.04 nat; each strategy below avoids
+that in the cheapest way its device has. Temporary blocks stay within `block_bytes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def products_for(hidden: Tensor, weight: Tensor, block_bytes: int) -> Products:
+def products_for(weight: Tensor, block_bytes: int) -> Products:
     """The strategy for this dtype and device."""
-    assert hidden.dtype == weight.dtype
     if weight.dtype in (torch.float32, torch.float64):
         return Products(weight, block_bytes)
     if weight.is_cuda:
@@ -35,10 +34,18 @@ def products_for(hidden: Tensor, weight: Tensor, block_bytes: int) -> Products:
     return UpcastProducts(weight, block_bytes)
 
 
+class Operand(NamedTuple):
+    """The gradient of a chunk's logits as the products want it."""
+
+    values: Tensor  # (n, V)
+    scale: Tensor | None = None
+    """(), what results are to be multiplied by; None for 1."""
+
+
 class Products:
     """float32 and float64: the library's products as they are."""
 
-    row_bytes_per_logit = 0
+    extra_bytes_per_logit = 0
     """Scratch this strategy needs for each logit of a chunk, beside the logits themselves."""
 
     def __init__(self, weight: Tensor, block_bytes: int) -> None:
@@ -49,11 +56,22 @@ class Products:
     def logits(self, hidden: Tensor, out: Tensor) -> None:  # (n, D) -> (n, V)
         torch.mm(hidden, self.weight.T, out=out)
 
-    def grad_hidden(self, d_logits: Tensor) -> Tensor:  # (n, V) -> (n, D)
-        return d_logits @ self.weight
+    def operand(self, d_logits: Tensor) -> Operand:  # (n, V), which may be overwritten
+        return Operand(d_logits)
 
-    def add_grad_weight(self, d_logits: Tensor, hidden: Tensor, out: Tensor) -> None:  # (V, D)
-        out.addmm_(d_logits.T, hidden)
+    def grad_hidden(self, operand: Operand) -> Tensor:  # (n, D)
+        return operand.values @ self.weight
+
+    def add_grad_weight(
+        self,
+        operand: Operand,
+        hidden: Tensor,  # (n, D)
+        out: Tensor,  # (V, D)
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Add the product to `out`, or write it there: a first chunk needs no zeros to add to."""
+        torch.addmm(out, operand.values.T, hidden, beta=0 if overwrite else 1, out=out)
 
     def _vocab_blocks(self, chunk_rows: int = 0) -> Iterator[slice]:
         """Slices of the vocabulary: a float32 block of them, D or n wide, fits `block_bytes`."""
@@ -80,65 +98,79 @@ class UpcastProducts(Products):
         for rows in self._vocab_blocks():
             torch.mm(hidden, self._widened(rows).T, out=out[:, rows])
 
-    def grad_hidden(self, d_logits: Tensor) -> Tensor:
-        total = d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+    def grad_hidden(self, operand: Operand) -> Tensor:
+        total = operand.values.new_zeros(len(operand.values), self.weight.shape[1])
         for rows in self._vocab_blocks():
-            total.addmm_(d_logits[:, rows], self._widened(rows))
+            total.addmm_(operand.values[:, rows], self._widened(rows))
         return total
 
-    def add_grad_weight(self, d_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-        out.addmm_(d_logits.T, hidden.to(self.dtype))
+    def add_grad_weight(
+        self, operand: Operand, hidden: Tensor, out: Tensor, *, overwrite: bool
+    ) -> None:
+        super().add_grad_weight(operand, hidden.to(self.dtype), out, overwrite=overwrite)
 
 
 class CpuBfloat16Products(Products):
     """bfloat16 on a CPU that multiplies it natively, three to five times faster than float32.
 
-    A logit is made of two 16-bit halves: hi = round(h W^T), then lo = round(h W^T - hi), where
-    the subtraction happens in the product's float32 accumulator. hi + lo is good to 2**-17, and
-    both products together still cost half of a float32 one.
+    A logit is made of two 16-bit halves: high = round(h W^T), then low = round(h W^T - high),
+    where the subtraction happens in the product's float32 accumulator. high + low is good to
+    2**-17, and both products together still cost half of a float32 one.
     """
 
-    row_bytes_per_logit = 2
+    extra_bytes_per_logit = 2
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         for rows in self._vocab_blocks(len(hidden)):
             block = self.weight[rows].T
             high = hidden @ block
-            low = torch.addmm(high, hidden, block, beta=-1)
+            # An infinite logit leaves inf - inf; its high half alone is right.
+            low = torch.addmm(high, hidden, block, beta=-1).nan_to_num_(nan=0.0)
             out[:, rows].copy_(high).add_(low)
 
-    def grad_hidden(self, d_logits: Tensor) -> Tensor:
-        return d_logits.to(self.weight.dtype) @ self.weight
+    def operand(self, d_logits: Tensor) -> Operand:
+        return Operand(d_logits.to(self.weight.dtype))
 
-    def add_grad_weight(self, d_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-        for rows in self._vocab_blocks(len(hidden)):
-            out[rows].add_(d_logits[:, rows].T.to(self.weight.dtype) @ hidden)
+    def grad_hidden(self, operand: Operand) -> Tensor:
+        return operand.values @ self.weight
+
+    def add_grad_weight(
+        self, operand: Operand, hidden: Tensor, out: Tensor, *, overwrite: bool
+    ) -> None:
+        for rows in self._vocab_blocks():
+            product = operand.values[:, rows].T @ hidden
+            out[rows].copy_(product) if overwrite else out[rows].add_(product)
 
 
 class CudaHalfProducts(Products):
     """16-bit operands on tensor cores that hand out their float32 accumulators."""
 
-    row_bytes_per_logit = 2
+    extra_bytes_per_logit = 2
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         for rows in self._vocab_blocks(len(hidden)):
             out[:, rows] = torch.mm(hidden, self.weight[rows].T, out_dtype=self.dtype)
 
-    def grad_hidden(self, d_logits: Tensor) -> Tensor:
-        half, scale = self._halved(d_logits)
-        return torch.mm(half, self.weight, out_dtype=self.dtype).mul_(scale)
-
-    def add_grad_weight(self, d_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-        half, scale = self._halved(d_logits)
-        for rows in self._vocab_blocks(len(hidden)):
-            block = torch.mm(half[:, rows].T, hidden, out_dtype=self.dtype)
-            out[rows].add_(block.mul_(scale))
-
-    def _halved(self, d_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """d_logits in 16 bits with its largest entry at 1: float16 would lose small gradients."""
+    def operand(self, d_logits: Tensor) -> Operand:
+        if self.weight.dtype == torch.bfloat16:
+            return Operand(d_logits.to(torch.bfloat16))
+        # float16 would lose small gradients: bring the largest to 1 first.
         scale = torch.linalg.vector_norm(d_logits, ord=torch.inf)
         scale = torch.where(scale > 0, scale, 1)
-        return (d_logits / scale).to(self.weight.dtype), scale
+        return Operand(d_logits.div_(scale).to(self.weight.dtype), scale)
+
+    def grad_hidden(self, operand: Operand) -> Tensor:
+        product = torch.mm(operand.values, self.weight, out_dtype=self.dtype)
+        return product if operand.scale is None else product.mul_(operand.scale)
+
+    def add_grad_weight(
+        self, operand: Operand, hidden: Tensor, out: Tensor, *, overwrite: bool
+    ) -> None:
+        for rows in self._vocab_blocks():
+            product = torch.mm(operand.values[:, rows].T, hidden, out_dtype=self.dtype)
+            if operand.scale is not None:
+                product.mul_(operand.scale)
+            out[rows].copy_(product) if overwrite else out[rows].add_(product)
 
 
 def cpu_multiplies_bfloat16() -> bool:

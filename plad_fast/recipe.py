@@ -40,7 +40,7 @@ class DistillConfig:
         None, "hub id or folder to start the student from; default: the teacher with fewer layers"
     )
     student_layers: int | tuple[int, ...] | None = setting(
-        None, "layers to keep: a number, evenly spaced, or indices such as 0,2,4; default: 4 of 5"
+        None, "layers to keep: a number, evenly spaced, or indices such as 0,2,4; default: 9 of 10"
     )
     prompts: str = setting(
         BUILTIN_PROMPTS, "JSONL, JSON, CSV or Parquet file, hub dataset id, or 'builtin'"
@@ -53,10 +53,11 @@ class DistillConfig:
     split: str = setting("train", "split of a hub dataset")
     limit: int | None = setting(None, "use the first so many prompts; default: all")
     held_out: float = setting(
-        0.2, "prompts kept for evaluation: a share below 1, or a number of prompts"
+        0.22, "prompts kept for evaluation: a share below 1, or a number of prompts"
     )
     sft_share: float = setting(
-        0.5, "share of the training prompts that fine-tuning sees; pairs come from all of them"
+        0.46,
+        "share of the training prompts for fine-tuning; the others make pairs (all do if it is 1)",
     )
     seed: int = setting(0, "of the split, of sampling and of training")
 
@@ -65,22 +66,23 @@ class DistillConfig:
     )
     teacher_temperature: float = setting(0.0, "of the teacher's answers; 0 is greedy")
     student_temperature: float = setting(
-        0.7, "of the student's samples that become rejected answers"
+        1.0, "of the student's samples that become rejected answers"
     )
     top_p: float = setting(1.0, "nucleus of the student's samples")
     generation_batch_size: int = setting(16, "prompts answered together", affects_results=False)
 
     sft_epochs: float = setting(2.0, "passes over the fine-tuning data")
-    sft_learning_rate: float = setting(3e-4, "peak learning rate of fine-tuning")
+    sft_learning_rate: float = setting(2e-4, "peak learning rate of fine-tuning")
+    sft_batch_size: int = setting(8, "prompts in an optimizer step of the fine-tuning")
     loss: str = setting("plad_ranking", "preference loss of the calibration")
-    beta: float = setting(0.5, "margin of the loss")
-    sft_weight: float = setting(0.5, "weight of the NLL regulariser")
+    beta: float = setting(1.0, "margin of the loss")
+    sft_weight: float = setting(1.0, "weight of the NLL regulariser")
     length_normalization: float = setting(
         1.0, "alpha of s(y) / |y|**alpha: 1 ranks by nat per token"
     )
-    epochs: float = setting(1.0, "passes over the pairs")
-    learning_rate: float = setting(2e-5, "peak learning rate of the calibration")
-    batch_size: int = setting(8, "prompts in an optimizer step, in both trainings")
+    epochs: float = setting(2.0, "passes over the pairs")
+    learning_rate: float = setting(3e-5, "peak learning rate of the calibration")
+    batch_size: int = setting(4, "pairs in an optimizer step of the calibration")
     micro_batch_size: int | None = setting(
         None, "prompts in memory together; default: the batch size", affects_results=False
     )
@@ -107,7 +109,10 @@ class DistillConfig:
         self._require("limit", self.limit is None or self.limit >= 1, "must be at least 1")
         self._require("precision", self.precision in PRECISIONS, f"must be one of {PRECISIONS}")
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
-        for name in ("max_new_tokens", "batch_size", "generation_batch_size", "saves_per_stage"):
+        for name in (
+            *("max_new_tokens", "batch_size", "sft_batch_size"),
+            *("generation_batch_size", "saves_per_stage"),
+        ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("sft_epochs", "epochs", "sft_learning_rate", "learning_rate"):
             self._require(name, getattr(self, name) > 0, "must be positive")
@@ -121,8 +126,10 @@ class DistillConfig:
         size = self.micro_batch_size
         self._require(
             "micro_batch_size",
-            size is None or (size >= 1 and self.batch_size % size == 0),
-            f"must divide --batch-size {self.batch_size}",
+            size is None
+            or (size >= 1 and self.batch_size % size == 0 and self.sft_batch_size % size == 0),
+            f"must divide --batch-size {self.batch_size} and --sft-batch-size "
+            f"{self.sft_batch_size}",
         )
         self._require(
             "max_length", self.max_length > self.max_new_tokens, "must exceed --max-new-tokens"

@@ -1,4 +1,4 @@
-"""Sums over ragged sequences, in a fixed order."""
+"""Sums over ragged sequences, in a fixed order, and their length normalisation."""
 
 from __future__ import annotations
 
@@ -15,5 +15,14 @@ def segment_sums(
     The addition runs in float64: there are N terms only, and the result does not depend on how a
     sequence was cut into chunks.
     """
-    sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0)
-    return sums.to(values.dtype)
+    wide = values if values.device.type == "mps" else values.double()  # MPS has no float64
+    return torch.segment_reduce(wide, "sum", offsets=cu_seqlens, initial=0).to(values.dtype)
+
+
+def length_normalized(
+    sums: Tensor,  # (S,)
+    counts: Tensor,  # (S,)
+    alpha: float,
+) -> Tensor:  # (S,)
+    """sums / counts ** alpha; an empty sequence stays 0."""
+    return sums if alpha == 0 else sums / counts.clamp(min=1).to(sums.dtype) ** alpha

@@ -20,17 +20,15 @@ class RowStatistics(NamedTuple):
     row_max: Tensor  # (n,)
     sum_exp: Tensor  # (n,) of exp(z - row_max)
     token_logprobs: Tensor  # (n,)
+    miss: Tensor  # (n,) 1 - p(target)
     entropy: Tensor | None  # (n,), nat
 
     def take(self, rows: Tensor) -> RowStatistics:
-        entropy = None if self.entropy is None else self.entropy[rows]
-        return RowStatistics(
-            self.row_max[rows], self.sum_exp[rows], self.token_logprobs[rows], entropy
-        )
+        return RowStatistics(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
 
 def softmax_rows_(
-    buffer: Tensor,  # (n, V): raw product on entry, exp(z - max z) on return
+    buffer: Tensor,  # (n, V): raw product on entry, exp(z - max z) on return, 0 at the target
     targets: Tensor,  # (n,)
     spec: LogitSpec,
     bias: Tensor | None = None,  # (V,)
@@ -60,10 +58,13 @@ def softmax_rows_(
         expected = _exp_with_expectation_(buffer, entropy_rows)
     else:
         buffer.exp_()
-    sum_exp = buffer.sum(dim=1)
-    log_sum = sum_exp.log()
+    column = targets.unsqueeze(1)
+    at_target = buffer.gather(1, column).squeeze(1)
+    rest = buffer.scatter_(1, column, 0.0).sum(dim=1)
+    sum_exp = rest + at_target
+    log_sum = torch.where(centred_target == 0, rest.log1p(), sum_exp.log())
     entropy = None if expected is None else log_sum - expected / sum_exp
-    return RowStatistics(row_max, sum_exp, centred_target - log_sum, entropy)
+    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
 
 
 def _exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
@@ -78,25 +79,21 @@ def _exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
 
 
 def logits_gradient_(
-    buffer: Tensor,  # (n, V): exp(z - max z) on entry, d raw product on return
+    buffer: Tensor,  # (n, V): as softmax_rows_ left it; d raw product on return
     targets: Tensor,  # (n,)
     spec: LogitSpec,
-    sum_exp: Tensor,  # (n,)
-    token_logprobs: Tensor,  # (n,)
+    statistics: RowStatistics,  # of the same rows
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None = None,  # (n,)
     tanh_slope: Tensor | None = None,  # (n, V)
 ) -> None:
-    """d raw = slope * (g (onehot - p) + g_lse p), for any upstream g and g_lse.
-
-    At the target 1 - p is -expm1(log p): it stays right where p rounds to 1.
-    """
-    at_target = -grad_logprobs * torch.expm1(token_logprobs)
+    """d raw = slope * (g (onehot - p) + g_lse p), for any upstream g and g_lse."""
+    at_target = grad_logprobs * statistics.miss
     of_probability = -grad_logprobs
     if grad_lse is not None:
-        at_target = at_target + grad_lse * token_logprobs.exp()
+        at_target = at_target + grad_lse * (1 - statistics.miss)
         of_probability = of_probability + grad_lse
-    buffer.mul_((of_probability / sum_exp).unsqueeze(1))
+    buffer.mul_((of_probability / statistics.sum_exp).unsqueeze(1))
     buffer.scatter_(1, targets.unsqueeze(1), at_target.unsqueeze(1))
     if tanh_slope is not None:
         buffer.mul_(tanh_slope)

@@ -19,11 +19,11 @@ from plad_fast.softmax_rows import logits_gradient_, softmax_rows_
 
 
 def stored_token_logprobs(
-    logits: Tensor,  # (N, V)
-    targets: Tensor,  # (N,), all within the vocabulary
+    logits: Tensor,  # (N, V) or (S, T, V), of any strides
+    targets: Tensor,  # (N,) or (S, T), all within the vocabulary
     spec: LogitSpec,
     scratch_bytes: int,
-) -> Tensor:  # (N,)
+) -> Tensor:  # the shape of the targets
     """Differentiable log-probability of every target, float32 (float64 for float64 logits)."""
     return _StoredTokenLogprobs.apply(logits, targets, spec, scratch_bytes)
 
@@ -33,10 +33,11 @@ class _StoredTokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, spec: LogitSpec, scratch_bytes: int
     ) -> Tensor:
-        token_logprobs = logits.new_empty(len(logits), dtype=accumulation_dtype(logits.dtype))
-        for rows in _blocks(logits, scratch_bytes):
-            block = _copy(logits[rows])
-            token_logprobs[rows] = softmax_rows_(block, targets[rows], spec).token_logprobs
+        dtype = accumulation_dtype(logits.dtype)
+        token_logprobs = logits.new_empty(targets.shape, dtype=dtype)
+        for block in _blocks(logits, scratch_bytes):
+            buffer = logits[block].to(dtype, copy=True)
+            token_logprobs[block] = softmax_rows_(buffer, targets[block], spec).token_logprobs
         ctx.save_for_backward(logits, targets)
         ctx.spec, ctx.scratch_bytes = spec, scratch_bytes
         return token_logprobs
@@ -46,32 +47,36 @@ class _StoredTokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets = ctx.saved_tensors
         d_logits = torch.zeros_like(logits)
-        for rows in _blocks(logits, ctx.scratch_bytes):
-            if not grad[rows].any():
+        for block in _blocks(logits, ctx.scratch_bytes):
+            # Rows without a gradient are left at 0, whatever their logits hold.
+            rows = grad[block].nonzero().squeeze(1)
+            if not len(rows):
                 continue
-            block = _copy(logits[rows])
-            slope = None if ctx.spec.softcap is None else torch.empty_like(block)
-            part = softmax_rows_(block, targets[rows], ctx.spec, tanh_slope=slope)
+            buffer = logits[block][rows].to(grad.dtype)
+            block_targets = targets[block][rows]
+            slope = None if ctx.spec.softcap is None else torch.empty_like(buffer)
+            part = softmax_rows_(buffer, block_targets, ctx.spec, tanh_slope=slope)
             logits_gradient_(
-                block,
-                targets[rows],
+                buffer,
+                block_targets,
                 ctx.spec,
-                part.sum_exp,
-                part.token_logprobs,
-                grad[rows],
+                part,
+                grad[block][rows],
                 tanh_slope=slope,
             )
-            d_logits[rows] = block.to(logits.dtype)
+            d_logits[block][rows] = buffer.to(logits.dtype)
         return d_logits, None, None, None
 
 
-def _copy(block: Tensor) -> Tensor:
-    return block.to(accumulation_dtype(block.dtype), copy=True)
+def _blocks(logits: Tensor, scratch_bytes: int) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of blocks of rows, which never cross from one sequence of a batch to the next.
 
-
-def _blocks(logits: Tensor, scratch_bytes: int) -> Iterator[slice]:
-    """Blocks of rows; with softcap and a converted result a row takes three times its size."""
-    num_tokens, vocab = logits.shape
-    step = max(1, scratch_bytes // max(3 * vocab * accumulation_dtype(logits.dtype).itemsize, 1))
-    for start in range(0, num_tokens, step):
-        yield slice(start, start + step)
+    With softcap and a converted result a row takes up to four times its size in float32.
+    """
+    *batch, num_tokens, vocab = logits.shape
+    row_bytes = 4 * vocab * accumulation_dtype(logits.dtype).itemsize
+    step = max(1, scratch_bytes // max(row_bytes, 1))
+    for sequence in range(*batch) if batch else [None]:
+        for start in range(0, num_tokens, step):
+            rows = slice(start, start + step)
+            yield (rows,) if sequence is None else (sequence, rows)

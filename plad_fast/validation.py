@@ -40,9 +40,25 @@ def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> Non
     if targets.ndim != 1 or targets.shape[0] != num_tokens:
         raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
-        raise UsageError(f"targets must be int64, got {targets.dtype}")
+        raise UsageError(f"targets must be int64 or int32, got {targets.dtype}")
     if targets.device != device:
         raise UsageError(f"targets are on {targets.device}, the logits' inputs on {device}")
+
+
+def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
+    """logits (N, V) with cu_seqlens, or (S, T, V) without; targets of the same leading shape."""
+    if logits.ndim != (2 if has_seqlens else 3):
+        raise UsageError(
+            "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
+            f"{tuple(logits.shape)}"
+        )
+    _check_dtype("logits", logits)
+    if targets.shape != logits.shape[:-1]:
+        raise UsageError(
+            f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise UsageError("logits have a vocabulary of 0 entries")
 
 
 def check_target_range(kept_targets: Tensor, vocab: int) -> None:
@@ -56,13 +72,15 @@ def check_target_range(kept_targets: Tensor, vocab: int) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
     """cu_seqlens (S + 1,): 0 first, N last, never falling."""
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
         raise UsageError(
             "cu_seqlens must be a vector of S + 1 integers, got "
             f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
+    if cu_seqlens.device != device:
+        raise UsageError(f"cu_seqlens are on {cu_seqlens.device}, the other tensors on {device}")
     bounds = cu_seqlens.tolist()
     falling = any(b < a for a, b in itertools.pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] != num_tokens or falling:
@@ -72,15 +90,21 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
-def check_scores(scores: Tensor | None, num_sequences: int) -> None:
-    """scores (S,), finite is not asked for: a score may be -inf."""
-    if scores is not None and scores.shape != (num_sequences,):
+def check_scores(scores: Tensor | None, num_sequences: int, device: torch.device) -> None:
+    """scores (S,), constants. Finite is not asked for: a score may be -inf."""
+    if scores is None:
+        return
+    if scores.shape != (num_sequences,):
         raise UsageError(f"scores must have shape ({num_sequences},), got {tuple(scores.shape)}")
+    if scores.device != device:
+        raise UsageError(f"scores are on {scores.device}, the other tensors on {device}")
+    if scores.requires_grad:
+        raise UsageError("scores are constants of the loss; detach them")
 
 
 def check_scratch(scratch_bytes: int) -> None:
-    if scratch_bytes <= 0:
-        raise UsageError(f"scratch_bytes must be positive, got {scratch_bytes}")
+    if not isinstance(scratch_bytes, int) or scratch_bytes <= 0:
+        raise UsageError(f"scratch_bytes must be a positive whole number, got {scratch_bytes}")
 
 
 def check_length_normalization(alpha: float) -> None:
@@ -91,6 +115,10 @@ def check_length_normalization(alpha: float) -> None:
 def _check_tensor(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
     if tensor.ndim != ndim:
         raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    _check_dtype(name, tensor)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOATING:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
         raise UsageError(f"{name} must be one of {known}, got {tensor.dtype}")

@@ -38,17 +38,20 @@ class Workspace:
         for_gradient: bool,
     ) -> None:
         block_bytes = scratch_bytes // _BLOCK_SHARE
-        self.products: Products = products_for(hidden, weight, block_bytes)
+        self.products: Products = products_for(weight, block_bytes)
         self.spec = spec
         self.bias = bias
         vocab = weight.shape[0]
         dtype = self.products.dtype
         keep_slope = for_gradient and spec.softcap is not None
         bytes_per_logit = dtype.itemsize * (2 if keep_slope else 1)
-        bytes_per_logit += self.products.row_bytes_per_logit
-        budget = (scratch_bytes - block_bytes) // max(vocab * bytes_per_logit, 1)
+        bytes_per_logit += self.products.extra_bytes_per_logit
+        # Beside its logits a row has its hidden state, its gradient, and a copy in another dtype.
+        bytes_per_row = vocab * bytes_per_logit + 3 * weight.shape[1] * dtype.itemsize
+        budget = (scratch_bytes - block_bytes) // max(bytes_per_row, 1)
         self.rows = max(1, min(budget, hidden.shape[0]))
-        self.entropy_rows = max(1, block_bytes // max(3 * vocab * dtype.itemsize, 1))
+        # Rows handled together where another copy of their logits is unavoidable.
+        self.block_rows = max(1, block_bytes // max(3 * vocab * dtype.itemsize, 1))
         self._buffer = hidden.new_empty(self.rows, vocab, dtype=dtype)
         self._slope = torch.empty_like(self._buffer) if keep_slope else None
 
@@ -72,7 +75,7 @@ class Workspace:
             self.spec,
             self.bias,
             None if self._slope is None else self._slope[:n],
-            self.entropy_rows if with_entropy else 0,
+            self.block_rows if with_entropy else 0,
         )
 
     def keep_rows_(self, order: Tensor) -> None:
@@ -80,7 +83,7 @@ class Workspace:
         moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
         for buffer in (self._buffer, self._slope):
             if buffer is not None:
-                for places in moved.split(self.entropy_rows):
+                for places in moved.split(self.block_rows):
                     buffer.index_copy_(0, places, buffer.index_select(0, order[places]))
 
     def gradient(
@@ -97,8 +100,7 @@ class Workspace:
             buffer,
             targets,
             self.spec,
-            statistics.sum_exp,
-            statistics.token_logprobs,
+            statistics,
             grad_logprobs,
             grad_lse,
             None if self._slope is None else self._slope[:n],
@@ -138,7 +140,8 @@ class HeadGradients:
     ) -> None:
         self.products = products
         self.hidden = None if hidden is None else torch.zeros_like(hidden, dtype=hidden_dtype)
-        self.weight = None if weight is None else torch.zeros_like(weight, dtype=products.dtype)
+        self.weight = None if weight is None else torch.empty_like(weight, dtype=products.dtype)
+        self._weight_is_empty = True
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=products.dtype)
 
     @property
@@ -147,13 +150,20 @@ class HeadGradients:
 
     def add(
         self,
-        d_logits: Tensor,  # (n, V)
+        d_logits: Tensor,  # (n, V), may be overwritten
         hidden: Tensor,  # (n, D)
         rows: Tensor | slice,  # which of the N rows these are
     ) -> None:
-        if self.hidden is not None:
-            self.hidden[rows] = self.products.grad_hidden(d_logits).to(self.hidden.dtype)
-        if self.weight is not None:
-            self.products.add_grad_weight(d_logits, hidden, self.weight)
         if self.bias is not None:
             self.bias += d_logits.sum(dim=0)
+        operand = self.products.operand(d_logits)
+        if self.hidden is not None:
+            self.hidden[rows] = self.products.grad_hidden(operand).to(self.hidden.dtype)
+        if self.weight is not None:
+            overwrite, self._weight_is_empty = self._weight_is_empty, False
+            self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
+
+    def finish(self) -> None:
+        """To be called after the last chunk."""
+        if self.weight is not None and self._weight_is_empty:
+            self.weight.zero_()

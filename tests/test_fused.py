@@ -53,7 +53,10 @@ def test_equals_losses_on_the_oracle(data):
     if "beta" in losses.get_loss(name).options:
         options["beta"] = data.draw(st.sampled_from([0.0, 0.5, 3.0]))
     if losses.get_loss(name).needs_scores:
-        options["scores"] = torch.randn(len(problem.cu_seqlens) - 1, dtype=torch.float64)
+        draw = torch.Generator().manual_seed(1)
+        options["scores"] = torch.randn(
+            len(problem.cu_seqlens) - 1, dtype=torch.float64, generator=draw
+        )
     ours = fused_linear_preference_loss(*problem.inputs, **options, **problem.options)
     assert_equal_with_gradients(problem, ours.loss, unfused(problem, **options))
 
@@ -123,9 +126,9 @@ def test_only_active_rows_are_multiplied(monkeypatch):
     seen = []
     real = products.Products.grad_hidden
 
-    def record(self, d_logits):
-        seen.append(len(d_logits))
-        return real(self, d_logits)
+    def record(self, operand):
+        seen.append(len(operand.values))
+        return real(self, operand)
 
     monkeypatch.setattr(products.Products, "grad_hidden", record)
     problem = hinge_problem([2.0, -1.0, 2.0, -1.0])
@@ -235,15 +238,67 @@ def test_an_empty_batch_has_a_loss_of_zero_with_a_graph():
 
 
 def test_autocast_does_not_touch_the_arithmetic_inside():
+    """Only the head's inputs are cast: also a loss with a matrix product runs in float32."""
+
+    def weighted(logps):
+        return torch.relu(20.0 - (logps @ torch.tensor([[1.0], [-1.0]])).squeeze(1))
+
     problem = make_problem([6, 5], dtype=torch.float32, width=16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = fused_linear_preference_loss(*problem.inputs, beta=20.0, **problem.options)
+        ours = fused_linear_preference_loss(*problem.inputs, loss=weighted, **problem.options)
     ours.loss.backward()
     half = problem.to(torch.bfloat16)
-    want = fused_linear_preference_loss(*half.inputs, beta=20.0, **half.options)
+    want = fused_linear_preference_loss(*half.inputs, loss=weighted, **half.options)
     want.loss.backward()
     assert torch.equal(ours.loss, want.loss)
     assert torch.equal(problem.weight.grad, half.weight.grad.float())
+
+
+def test_sums_are_normalised_and_active_leaves_out_the_regulariser():
+    problem = hinge_problem([2.0, -1.0])
+    problem.cu_seqlens = torch.tensor([0, 1, 2, 3, 4])
+    plain = fused_linear_preference_loss(*problem.inputs, sft_weight=0.5, **problem.options)
+    assert plain.active.tolist() == [False, True]
+    problem = make_problem([4, 9])
+    halved = fused_linear_preference_loss(
+        *problem.inputs, length_normalization=0.5, **problem.options
+    )
+    plain = fused_linear_preference_loss(*problem.inputs, **problem.options)
+    torch.testing.assert_close(halved.sums, plain.sums / torch.tensor([2.0, 3.0]).double())
+
+
+def test_inference_mode_tells_which_groups_are_active():
+    problem = hinge_problem([2.0, -1.0])
+    with torch.inference_mode():
+        ours = fused_linear_preference_loss(*problem.inputs, **problem.options)
+    assert ours.active.tolist() == [False, True]
+
+
+def test_gradients_are_freed_with_the_graph():
+    """The tensors of the first backward are handed over, not kept beside `.grad`."""
+    problem = make_problem([4, 4])
+    ours = fused_linear_preference_loss(*problem.inputs, beta=9.0, **problem.options)
+    ours.loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        ours.loss.backward()
+
+
+def test_a_long_group_computes_only_its_first_rows_again(monkeypatch):
+    """Of 10 rows in a buffer of 7 the last 7 are still there when the gradient is known."""
+    from plad_fast import products
+
+    seen = []
+    real = products.Products.logits
+    monkeypatch.setattr(
+        products.Products,
+        "logits",
+        lambda self, hidden, out: seen.append(len(hidden)) or real(self, hidden, out),
+    )
+    problem = make_problem([6, 4], vocab=500, width=1, scratch_rows=7)
+    problem.scratch_bytes = int((7 * (500 * 8 + 24)) * 16 / 15) + 64
+    ours = fused_linear_preference_loss(*problem.inputs, beta=99.0, **problem.options)
+    assert seen == [3, 7, 3]
+    assert_equal_with_gradients(problem, ours.loss, unfused(problem, beta=99.0))
 
 
 @pytest.mark.parametrize(
@@ -255,9 +310,18 @@ def test_autocast_does_not_touch_the_arithmetic_inside():
         ({"loss": "plad_margin", "scores": torch.zeros(3)}, r"scores must have shape \(4,\)"),
         ({"beta": -0.5}, "beta"),
         ({"impl": "triton3"}, "unknown impl"),
+        ({"targets": torch.full((8,), 37)}, r"lie in \[0, 37\)"),
+        ({"cu_seqlens": torch.tensor([0, 2, 4, 6, 7])}, "end at the number of tokens"),
+        ({"scores": torch.zeros(4, requires_grad=True)}, "scores are constants"),
+        (
+            {"loss": lambda logps, w=torch.ones(2, requires_grad=True): (logps * w).sum(1)},  # noqa: B008
+            "has no option|uses a tensor that requires a gradient",
+        ),
     ],
 )
 def test_refusals_say_what_was_wrong(options, message):
     problem = make_problem([2, 2, 2, 2])
+    names = ("hidden", "weight", "targets", "cu_seqlens")
+    arguments = dict(zip(names, problem.inputs, strict=True)) | options
     with pytest.raises(UsageError, match=message):
-        fused_linear_preference_loss(*problem.inputs, **options)
+        fused_linear_preference_loss(**arguments)

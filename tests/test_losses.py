@@ -55,7 +55,7 @@ def test_every_loss_has_right_gradients(data):
     logps = torch.randn(3, size, generator=generator, dtype=torch.float64, requires_grad=True)
     spec = losses.get_loss(name)
     extra = {"scores": torch.randn(3, size, generator=generator, dtype=torch.float64)}
-    extra = {k: v for k, v in extra.items() if k in spec.needs}
+    extra = {k: v for k, v in extra.items() if k in spec.takes}
     assert torch.autograd.gradcheck(lambda x: spec.fn(x, **extra), (logps,))
 
 
@@ -70,6 +70,36 @@ def test_regulariser_and_denominators():
         sums, counts, beta=1.0, sft_weight=0.3, num_groups=5, num_tokens=torch.tensor(10)
     )
     assert window.item() == pytest.approx(2.5 / 5 + 0.3 * 3.0 / 10)
+
+
+def test_a_denominator_of_zero_is_one():
+    """A process without groups, in a run of many, adds nothing and divides by nothing."""
+    for zero in (0, torch.tensor(0)):
+        got = preference_loss(
+            torch.zeros(0), torch.zeros(0).long(), num_groups=zero, sft_weight=1.0
+        )
+        assert got.item() == 0
+
+
+def test_the_dtype_of_the_loss_is_that_of_the_sums():
+    sums, counts = torch.zeros(4), torch.ones(4).long()
+    for options in ({}, {"sft_weight": 0.5}, {"num_groups": torch.tensor(3)}, {"loss": "sft"}):
+        assert preference_loss(sums, counts, **options).dtype == torch.float32
+
+
+def test_groups_given_as_a_matrix_keep_their_size():
+    with pytest.raises(UsageError, match="groups of 4, but group_size is 2"):
+        preference_loss(torch.zeros(2, 4), torch.ones(2, 4).long())
+
+
+def test_a_loss_may_work_in_place_and_take_scores_or_leave_them():
+    def in_place(logps, *, scores=None):
+        logps -= 1.0
+        return logps[:, 0]
+
+    sums = torch.zeros(4)
+    assert preference_loss(sums, torch.ones(4).long(), loss=in_place).item() == -1.0
+    assert not sums.any()
 
 
 def test_sft_is_the_mean_over_tokens_whatever_the_normalisation():
@@ -95,7 +125,7 @@ def test_a_new_loss_is_one_function():
     try:
         spec = losses.get_loss("test_only_log_sigmoid")
         assert spec.options == {"beta": 0.1}
-        assert spec.needs == ("counts",)
+        assert spec.takes == ("counts",)
         got = preference_loss(
             torch.zeros(4), torch.ones(4).long(), loss="test_only_log_sigmoid", beta=0.5
         )
@@ -115,12 +145,20 @@ def test_a_new_loss_is_one_function():
         ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),
         ({"loss": "plad_margin"}, "needs scores"),
         ({"group_size": 1}, "groups of 2 or more"),
-        ({"group_size": 0}, "group_size must be at least 1"),
+        ({"group_size": 0}, "group_size must be a whole number of at least 1"),
         ({"group_size": 3}, "4 sequences do not form groups of 3"),
         ({"sft_weight": -0.1}, "sft_weight must not be negative"),
         ({"length_normalization": -1}, "length_normalization must be at least 0"),
         ({"loss": lambda logps: logps.sum()}, r"for 2 groups the shape \(2,\)"),
         ({"loss": lambda logps, *, tau: logps[:, 0]}, "needs the option tau"),
+        ({"loss": lambda logps, *, bias=0.0: logps[:, 0] + bias}, "a parameter named 'bias'"),
+        ({"loss": lambda logps: logps[:, 0] - logps.mean()}, "treat groups independently"),
+        ({"loss": lambda logps: logps[:, 0] * torch.ones(3)}, "failed on two groups"),
+        ({"loss": torch.relu}, "shows no signature"),
+        ({"num_groups": -1}, "num_groups must not be negative"),
+        ({"num_tokens": torch.ones(1)}, "num_tokens must be a number or a scalar"),
+        ({"length_normalization": float("nan")}, "length_normalization must be at least 0"),
+        ({"scores": torch.zeros(2)}, r"scores must have the shape of sums, \(4,\)"),
     ],
 )
 def test_refusals_say_what_was_wrong(options, message):
