@@ -65,8 +65,8 @@ article { background: var(--panel); border-radius: 8px; padding: 1rem; margin-bo
 .answers { display: grid; margin-top: .75rem; gap: .5rem 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
 .answers > div { border-top: 3px solid var(--line); padding-top: .5rem; }
-.answers > .sft { border-color: var(--orange); }
-.answers > .plad { border-color: var(--blue); }
+.answers > .first { border-color: var(--orange); }
+.answers > .last { border-color: var(--blue); }
 summary { cursor: pointer; overflow-wrap: anywhere; white-space: pre-wrap; }
 details[open] .start { display: none; }
 pre { background: var(--panel); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;

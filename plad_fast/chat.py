@@ -1,12 +1,15 @@
-"""Prompt and response text as a model sees it; sampling and training share these two functions.
+"""Prompt and response text as a model sees it; sampling, training and scoring share this module.
 
 A prompt is plain text or a list of chat messages (`{"role": ..., "content": ...}`). A response is
-plain text or the one-element list of an assistant message, as in the standard preference format.
+plain text or messages that end in the assistant's. One rule holds everywhere: plain text is
+continued as it stands, also by a chat model, and messages go through the chat template. To ask a
+chat model a plain-text prompt, make messages of it first (`plad_fast.pairs.as_messages`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from plad_fast.errors import UsageError
 
@@ -17,6 +20,20 @@ Messages: TypeAlias = list[dict[str, str]]
 Content: TypeAlias = str | Messages
 
 
+def as_conversation(prompt: Content, responses: Sequence[Content]) -> tuple[Content, list[str]]:
+    """A prompt and the texts of its responses, of whichever form they are.
+
+    Where a response is messages and the prompt is text, the prompt is what the user said. Messages
+    of a response that repeat the prompt are left out.
+
+    Raises:
+        UsageError: messages of a response that neither repeat the prompt nor are one answer to it.
+    """
+    if isinstance(prompt, str) and not all(isinstance(response, str) for response in responses):
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt, [_answer(prompt, response) for response in responses]
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> str:
     """The text after which the model starts to answer.
 
@@ -25,39 +42,85 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> str:
         prompt: plain text, which is returned as it is, or chat messages.
 
     Raises:
-        UsageError: messages for a tokenizer that has no chat template.
+        UsageError: messages for a tokenizer that has no chat template, or that its template
+            refuses.
     """
     if isinstance(prompt, str):
         return prompt
-    _require_template(tokenizer)
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return _apply_template(tokenizer, prompt, add_generation_prompt=True)
 
 
 def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: Content) -> str:
     """The text a model would produce after `render_prompt`, up to and with its end-of-turn mark.
 
     For chat messages this is the part of the rendered conversation that follows the prompt, so a
-    template whose turn ends in something other than the EOS token (Gemma) is honoured. Where a
-    template renders the earlier turns differently once an answer follows, and for plain text, it
-    is the response followed by the EOS token.
+    template whose turn ends in something other than the EOS token (Gemma) is honoured. It is the
+    response followed by the EOS token for plain text, where a template marks no end of a turn, and
+    where it renders the earlier turns differently once an answer follows.
 
     Raises:
-        UsageError: messages for a tokenizer that has no chat template.
+        UsageError: as `as_conversation` and `render_prompt`.
     """
-    text = response if isinstance(response, str) else response[-1]["content"]
+    prompt, [text] = as_conversation(prompt, [response])
     if not isinstance(prompt, str):
-        _require_template(tokenizer)
         conversation = [*prompt, {"role": "assistant", "content": text}]
-        full = tokenizer.apply_chat_template(conversation, tokenize=False)
+        full = _apply_template(tokenizer, conversation)
         head = render_prompt(tokenizer, prompt)
         if full.startswith(head):
-            return full[len(head) :].rstrip()
+            tail = full[len(head) :].rstrip()
+            if _ends_in_mark(tokenizer, tail):
+                return tail
     return text + (tokenizer.eos_token or "")
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def _answer(prompt: Content, response: Content) -> str:
+    if isinstance(response, str):
+        return response
+    *before, last = response
+    if last["role"] != "assistant":
+        raise UsageError(
+            f"a response ends in a message of role {last['role']!r}; the last one must be the "
+            "assistant's answer"
+        )
+    if before and not _same_turns(before, prompt):
+        raise UsageError(
+            f"a response holds {len(response)} messages, and those before the last are not the "
+            "prompt; move the earlier turns into the prompt, which all responses share"
+        )
+    return last["content"]
+
+
+def _same_turns(messages: Messages, prompt: Content) -> bool:
+    turns = [
+        [(message["role"], message["content"].strip()) for message in side]
+        for side in (messages, prompt)
+        if not isinstance(side, str)
+    ]
+    return len(turns) == 2 and turns[0] == turns[1]
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any
+) -> str:
+    from jinja2 import TemplateError  # transformers needs it for templates only
+
+    name = tokenizer.name_or_path or "this tokenizer"
     if not tokenizer.chat_template:
         raise UsageError(
-            f"{tokenizer.name_or_path or 'this tokenizer'} has no chat template, but the prompt is "
-            "a list of chat messages; pass the prompt as text, or set tokenizer.chat_template"
+            f"{name} has no chat template, but there are chat messages; pass prompt and responses "
+            "as text, or set tokenizer.chat_template"
         )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UsageError(
+            f"the chat template of {name} refuses messages of the roles {roles} ({error}); change "
+            "the messages, such as a system message into the start of the first user message"
+        ) from error
+
+
+def _ends_in_mark(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the last token of a text is one that was added to the vocabulary for its meaning."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return bool(ids) and ids[-1] in tokenizer.added_tokens_decoder

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -17,10 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast import __version__
+from plad_fast._packages import require_packages
 from plad_fast.errors import UsageError
 from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
 
 _FAILURE_LOG = "plad-fast-error.log"
+_NEEDED = ("transformers", "datasets", "accelerate")
+# The system's errors that its owner can mend, and their texts, in which libraries wrap them.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+_DISK_TEXTS = tuple(os.strerror(number).lower() for number in _DISK_ERRORS)
 
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
@@ -39,14 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("plad_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()  # a reader that has gone is noticed here rather than at exit
     except UsageError as error:
         return _fail(2, str(error))
     except KeyboardInterrupt:
         return _fail(130, "interrupted; run the same command again to go on")
+    except BrokenPipeError:
+        return _broken_pipe()
     except Exception as error:
         if _is_of_the_disk(error):
             return _fail(2, f"{error}; what was finished is kept: make room and run it again")
-        return _unexpected(error)
+        if isinstance(error, OSError):
+            return _fail(2, str(error))
+        return _unexpected(error, getattr(arguments, "output_dir", None))
     return 0
 
 
@@ -79,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--teacher", required=True, help="hub id, folder or .gguf file, or offline")
     pairs.add_argument("--student", required=True, help="hub id, folder or .gguf file")
     pairs.add_argument("--output-dir", required=True, help="folder for pairs.jsonl and the answers")
+    _add_overwrite(pairs, "discard the answers stored in the folder first")
     _add_settings(pairs, DistillConfig, _PAIR_SETTINGS)
 
     train = add("train", _train, "Train a model on preference pairs, or fine-tune on their chosen.")
@@ -95,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "Compare students on held-out pairs; write a report.")
     evaluate.add_argument(
         "--student",
+        dest="students",
         action="append",
         required=True,
         metavar="NAME=PATH",
@@ -106,16 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--output-dir", required=True, help="folder for metrics.json, report.html"
     )
+    _add_overwrite(evaluate, "discard the answers and scores stored in the folder first")
     _add_settings(evaluate, DistillConfig, _EVALUATE_SETTINGS)
 
     add("doctor", _doctor, "Versions, devices, and which backend would be used and why.")
     return parser
 
 
-def _add_overwrite(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--overwrite", action="store_true", help="empty the folder of an earlier run first"
-    )
+def _add_overwrite(
+    command: argparse.ArgumentParser, text: str = "empty the folder of an earlier run first"
+) -> None:
+    command.add_argument("--overwrite", action="store_true", help=text)
 
 
 def _add_settings(
@@ -139,7 +154,14 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given as flags, in their types."""
     names = {field.name for field in dataclasses.fields(DistillConfig)}
     texts = {name: value for name, value in vars(arguments).items() if name in names}
+    if "prompt_template" in texts:
+        texts["prompt_template"] = _unescape(texts["prompt_template"])
     return {name: coerce(name, text, flag(name)) for name, text in texts.items()}
+
+
+def _unescape(text: str) -> str:
+    r"""A line break for \n, which a shell makes hard to type; \\n stays a backslash and an n."""
+    return re.sub(r"(\\?)\\n", lambda found: r"\n" if found[1] else "\n", text)
 
 
 def _distill(arguments: argparse.Namespace) -> None:
@@ -165,7 +187,9 @@ def _pairs(arguments: argparse.Namespace) -> None:
 
     given = _given(arguments)
     teacher, student = given.pop("teacher"), given.pop("student")
-    pair_models(DistillConfig(**given), teacher=teacher, student=student)
+    pair_models(
+        DistillConfig(**given), teacher=teacher, student=student, overwrite=arguments.overwrite
+    )
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -180,16 +204,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from plad_fast.stages import evaluate_on_pairs
 
     students = {}
-    for text in arguments.student:
+    for text in arguments.students:
         name, equals, path = text.partition("=")
         if not (name and equals and path) or name in students:
             raise UsageError(
                 f"--student {text} must be NAME=PATH, with a name of its own, such as SFT=runs/sft"
             )
         students[name] = Path(path)
-    given = _given(arguments)
-    given.pop("student", None)
-    evaluate_on_pairs(students, arguments.pairs, DistillConfig(**given), command=_command())
+    evaluate_on_pairs(
+        students,
+        arguments.pairs,
+        DistillConfig(**_given(arguments)),
+        overwrite=arguments.overwrite,
+        command=_command(),
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -200,6 +228,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 def _quiet_libraries() -> None:
     """Keep the bars that show our progress, and leave out those of loading and saving files."""
+    require_packages(*_NEEDED)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
@@ -218,22 +247,33 @@ def _fail(status: int, message: str) -> int:
     return status
 
 
+def _broken_pipe() -> int:
+    """The reader of our output has gone, `| head` for example: nobody is left to tell."""
+    # Python would write what is still buffered when it exits, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
 def _is_of_the_disk(error: Exception) -> bool:
-    """Whether files could not be read or written; libraries wrap the system's error into text."""
-    words = ("no space left", "file too large", "disk quota", "read-only file", "permission denied")
-    return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
+    """Whether files could not be written for want of room or permission."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _DISK_ERRORS
+    return any(text in str(error).lower() for text in _DISK_TEXTS)
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: Exception, output_dir: str | None) -> int:
     """A defect of ours, or of a library: one line for the reader, the traceback in a file."""
-    kind = type(error).__name__
+    folder = Path(output_dir).expanduser() if output_dir is not None else Path()
+    # In an empty folder the file would be the first, and the folder no longer fit for a run.
+    has_begun = folder.is_dir() and any(folder.iterdir())
+    file = (folder if has_begun else Path()) / _FAILURE_LOG
     try:
-        Path(_FAILURE_LOG).write_text(traceback.format_exc())
-    except OSError:
-        traceback.print_exc()
-        return _fail(1, f"unexpected {kind}: {error}")
-    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return _fail(1, f"unexpected {kind}: {first}; the traceback is in {_FAILURE_LOG}")
+        file.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+        place = f"the traceback is in {file}"
+    except OSError as failure:
+        place = f"the traceback could not be written to {file} ({failure.strerror})"
+    first = next(iter(str(error).strip().splitlines()), "")
+    return _fail(1, f"unexpected {type(error).__name__}: {first}; {place}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ PLaD, Zhang et al. 2024, arXiv 2406.02886, section 3.
 from __future__ import annotations
 
 import json
-import platform
-import random
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast._packages import require_packages, versions
+from plad_fast._recipe_data import (
+    load_recipe_prompts,
+    prompts_digest,
+    read_jsonl,
+    split_prompts,
+    write_jsonl,
+)
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import (
     StudentOutputs,
@@ -22,31 +28,33 @@ from plad_fast.evaluation import (
     write_atomically,
     write_metrics,
 )
-from plad_fast.held_out import HeldOut, draw_plots, evaluate_models
+from plad_fast.held_out import (
+    HeldOut,
+    draw_plots,
+    evaluate_models,
+    example_answers,
+    margin_unit,
+)
 from plad_fast.pairs import (
     Answer,
     LocalModel,
-    Prompt,
     Sampling,
     as_messages,
     as_response,
     build_pairs,
-    builtin_prompts,
-    load_prompts,
     stored_answers,
 )
-from plad_fast.recipe import BUILTIN_PROMPTS, OFFLINE_TEACHER, DistillConfig
+from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder
 from plad_fast.students import drop_layers, load_model, load_tokenizer, offline_teacher_path
-from plad_fast.training import autocast_dtype, best_device, train_model
+from plad_fast.training import train_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SFT, PLAD = "SFT student", "PLaD student"
-_LAYERS_KEPT = 0.8
-_FEWEST = 2
+_LAYERS_KEPT = 0.9
 
 
 def distill(config: DistillConfig, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
@@ -60,6 +68,8 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     Raises:
         UsageError: bad input, found before long work where it can be.
     """
+    require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
+    require_one_gpu()
     run = _Distillation(config, overwrite, command)
     try:
         return run.run()
@@ -74,11 +84,17 @@ class _Distillation:
         self.prompts = load_recipe_prompts(config)
         self.train, self.held_out = split_prompts(self.prompts, config.held_out, config.seed)
         self.sft_prompts = self.train[: max(1, round(len(self.train) * config.sft_share))]
+        # Samples for prompts that fine-tuning has seen come out too close to the teacher's answers.
+        self.pair_prompts = self.train[len(self.sft_prompts) :] or self.train
         self.teacher_source = (
             str(offline_teacher_path()) if config.teacher == OFFLINE_TEACHER else config.teacher
         )
         self._teacher: PreTrainedModel | None = None
-        self.folder = RunFolder(config.output_dir, config.results_settings(), overwrite=overwrite)
+        settings = {
+            **config.results_settings(),
+            "prompts_digest": prompts_digest(self.prompts),
+        }
+        self.folder = RunFolder(config.output_dir, settings, overwrite=overwrite)
         write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
 
     def run(self) -> dict[str, Any]:
@@ -154,6 +170,7 @@ class _Distillation:
             loss="sft",
             epochs=self.config.sft_epochs,
             learning_rate=self.config.sft_learning_rate,
+            batch_size=self.config.sft_batch_size,
         )
         return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
 
@@ -164,7 +181,7 @@ class _Distillation:
     def _pair(self) -> str:
         tokenizer = load_tokenizer(self.folder / "sft")
         parts = []
-        for name, prompts in (("train", self.train), ("held-out", self.held_out)):
+        for name, prompts in (("train", self.pair_prompts), ("held-out", self.held_out)):
             try:
                 pairs, report = build_pairs(
                     prompts, self._teacher_answers(), self._samples(), tokenizer=tokenizer
@@ -184,6 +201,7 @@ class _Distillation:
             loss=config.loss,
             epochs=config.epochs,
             learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
             beta=config.beta,
             sft_weight=config.sft_weight,
             length_normalization=config.length_normalization,
@@ -209,12 +227,13 @@ class _Distillation:
         held_out = self._held_out_data()
         write_report(
             self.folder / "report.html",
-            title=f"Distillation of {Path(config.teacher).name}",
+            title=f"Distillation of {Path(self.teacher_source).stem}",
             config=config.as_dict(),
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             metrics=results,
             plots=drawn,
-            examples=example_answers(held_out, dict(zip(("sft", "plad"), outputs, strict=True))),
+            examples=example_answers(held_out, outputs),
+            margin_unit=margin_unit(config.length_normalization),
             command=self.command,
             versions=versions(),
         )
@@ -239,7 +258,6 @@ class _Distillation:
             self.folder / source,
             rows,
             self.folder / output,
-            batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
             saves=config.saves_per_stage,
             seed=config.seed,
@@ -282,7 +300,8 @@ class _Distillation:
 
         path = self.folder / "answers" / "student.jsonl"
         sampling = self._student_sampling()
-        return stored_answers(load, self.prompts, path, sampling, fingerprint={"student": SFT})
+        prompts = [*self.pair_prompts, *self.held_out]
+        return stored_answers(load, prompts, path, sampling, fingerprint={"student": SFT})
 
     def _student_sampling(self) -> Sampling:
         return Sampling(
@@ -298,76 +317,6 @@ class _Distillation:
         prompts = [p for p in self.held_out if p.id in answers]
         texts = {p.id: answers[p.id].text for p in prompts}
         return HeldOut(prompts, texts, read_jsonl(self.folder / "pairs" / "held-out.jsonl"))
-
-
-def split_prompts(
-    prompts: Sequence[Prompt], held_out: float, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Shuffled by the seed: those to train on, and those held out (a share below 1, or a number).
-
-    Raises:
-        UsageError: fewer than two prompts would be left on a side.
-    """
-    count = round(held_out * len(prompts)) if held_out < 1 else int(held_out)
-    if min(count, len(prompts) - count) < _FEWEST:
-        raise UsageError(
-            f"{len(prompts)} prompts with --held-out {held_out:g} leave {len(prompts) - count} to "
-            f"train on and {count} to evaluate; each needs at least {_FEWEST}"
-        )
-    shuffled = list(prompts)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[count:], shuffled[:count]
-
-
-def example_answers(
-    held_out: HeldOut, students: Mapping[str, StudentOutputs], count: int = 8
-) -> list[dict[str, Any]]:
-    """Prompt, teacher's and students' answers side by side, for the report."""
-    return [
-        {
-            "prompt": prompt.content,
-            "teacher": held_out.teacher_answers[prompt.id],
-            **{key: student.answers[prompt.id] for key, student in students.items()},
-            **({} if prompt.reference is None else {"reference": prompt.reference}),
-        }
-        for prompt in held_out.prompts[:count]
-    ]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("plad-fast", "torch", "transformers", "datasets", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
-    """The prompts that the settings name, checked."""
-    if config.prompts == BUILTIN_PROMPTS:
-        prompts = builtin_prompts()
-        return prompts if config.limit is None else prompts[: config.limit]
-    template = config.prompt_template
-    return load_prompts(
-        config.prompts,
-        prompt_column=config.prompt_column,
-        prompt_template=None if template is None else template.replace("\\n", "\n"),
-        reference_column=config.reference_column,
-        limit=config.limit,
-        split=config.split,
-    )
 
 
 def _last(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:

@@ -10,11 +10,11 @@ from importlib import metadata
 import torch
 
 from plad_fast import __version__
+from plad_fast._devices import autocast_dtype, best_device
 from plad_fast.dispatch import BACKENDS, default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
 from plad_fast.losses import available
 from plad_fast.products import products_for
-from plad_fast.training import autocast_dtype, best_device
 
 _PACKAGES = (
     ("torch", "required"),
@@ -68,7 +68,7 @@ def _choices() -> list[str]:
     sample = torch.empty(1, 1, device=device)
     taken = next(name for name in BACKENDS if get_backend("auto", sample) is _module(name, sample))
     half = torch.empty(1, 1, device=device, dtype=torch.bfloat16)
-    strategy = (type(products_for(half, half, 1)).__doc__ or "").splitlines()[0].rstrip(".")
+    strategy = (type(products_for(half, 1)).__doc__ or "").splitlines()[0].rstrip(".")
     precision = str(autocast_dtype("auto")).removeprefix("torch.")
     fast = "multiplies" if precision == "bfloat16" else "does not multiply"
     return [

@@ -65,7 +65,8 @@ class StudentOutputs:
     pair_ids: Sequence[str] = ()
     """(P,) the pair that each log-probability belongs to."""
     own_rejected_logps: FloatArray | None = None
-    """(P,) log-probability of this student's own present answer, where it was scored as well."""
+    """(P,) log-probability of this student's own present answer; NaN where it gave none to score,
+    for a cut-off one, say. Those pairs are left out of `own_ranking_accuracy`."""
 
     def __post_init__(self) -> None:
         for name in ("chosen_logps", "rejected_logps", "own_rejected_logps"):
@@ -110,7 +111,8 @@ def evaluate_students(
 
         * `n_prompts`, `n_pairs`, `n_references`, `score` (what decides wins), `confidence`,
           `n_resamples`, `seed`.
-        * `students`: one row each: `name`, `n` (prompts), `n_pairs`; intervals `ranking_accuracy`,
+        * `students`: one row each: `name`, `n` (prompts), `n_pairs`, `n_own_pairs` (those behind
+          `own_ranking_accuracy`); intervals `ranking_accuracy`,
           `margin`, `own_ranking_accuracy`, `rouge{1,2,L}_teacher`, `rouge{1,2,L}_reference`,
           `score`, `win_rate_teacher`; numbers `mean_words`, `distinct_1`, `distinct_2`,
           `repetition_4`.
@@ -183,9 +185,10 @@ class _Task:
             chosen, rejected = student.chosen_logps, student.rejected_logps
             values["ranking_accuracy"] = metrics.outcomes(chosen, rejected)
             values["margin"] = metrics.margins(chosen, rejected)
-            if student.own_rejected_logps is not None:
-                own = metrics.outcomes(chosen, student.own_rejected_logps)
-                values["own_ranking_accuracy"] = own
+            own = student.own_rejected_logps
+            if own is not None and not np.isnan(own).all():
+                scored = ~np.isnan(own)
+                values["own_ranking_accuracy"] = metrics.outcomes(chosen[scored], own[scored])
         if not student.answers:
             return values
         answers = [student.answers[key] for key in self.teacher_answers]
@@ -225,6 +228,7 @@ class _Task:
             "name": student.name,
             "n": len(texts),
             "n_pairs": len(student.pair_ids),
+            "n_own_pairs": len(values.get("own_ranking_accuracy", ())),
             **{name: self._interval(values.get(name)) for name in _ROW_INTERVALS},
             "win_rate_teacher": self._interval(wins),
             "mean_words": metrics.mean_words(texts) if texts else None,

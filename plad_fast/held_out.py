@@ -7,7 +7,7 @@ file per student. A killed evaluation goes on; a finished one is computed from t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from plad_fast import plots
+from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._records import digest, model_digest, require_equal
+from plad_fast.errors import UsageError
 from plad_fast.evaluation import (
     StudentOutputs,
     evaluate_students,
@@ -22,6 +25,7 @@ from plad_fast.evaluation import (
     write_atomically,
 )
 from plad_fast.pairs import (
+    Answer,
     LocalModel,
     Prompt,
     Sampling,
@@ -29,7 +33,9 @@ from plad_fast.pairs import (
     stored_answers,
 )
 from plad_fast.students import load_model, load_tokenizer
-from plad_fast.training import autocast_dtype, best_device, log_history
+from plad_fast.training import log_history
+
+_FORMAT = {"format": "plad-fast scores", "version": 1}
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def evaluate_models(
         The metrics of `evaluate_students`, and the students' outputs.
 
     Raises:
-        UsageError: from loading, generation or storing.
+        UsageError: from loading, generation or storing; and what is stored was made by other models
+            or with other settings.
     """
     outputs = [
         _run_student(
@@ -98,7 +105,6 @@ def draw_plots(
         length_normalization: alpha, for the unit of the axis.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    unit = "nat per token" if length_normalization == 1 else "nat"
     drawn = [
         (
             "Held-out results with 95 % intervals.",
@@ -106,7 +112,9 @@ def draw_plots(
         ),
         (
             "How far each student puts the teacher's answer above the rejected one.",
-            plots.plot_margins(outputs, folder / "margins.png", unit=unit),
+            plots.plot_margins(
+                outputs, folder / "margins.png", unit=margin_unit(length_normalization)
+            ),
         ),
     ]
     logs = {name: log for name, path in trainings.items() if (log := log_history(path))}
@@ -114,6 +122,34 @@ def draw_plots(
         caption = "What the trainings logged."
         drawn.append((caption, plots.plot_training(logs, folder / "training.png")))
     return drawn
+
+
+def margin_unit(length_normalization: float) -> str:
+    """Of s(y) / |y|**alpha."""
+    named = {0.0: "nat", 1.0: "nat per token"}
+    return named.get(length_normalization, f"nat per token^{length_normalization:g}")
+
+
+def example_answers(
+    held_out: HeldOut, students: Sequence[StudentOutputs], count: int = 8
+) -> list[dict[str, Any]]:
+    """Prompt, teacher's and students' answers side by side, for the report."""
+    return [
+        {
+            "prompt": prompt.content,
+            "teacher": held_out.teacher_answers[prompt.id],
+            "students": {student.name: student.answers[prompt.id] for student in students},
+            **({} if prompt.reference is None else {"reference": prompt.reference}),
+        }
+        for prompt in held_out.prompts[:count]
+    ]
+
+
+def student_files(name: str, folder: Path) -> tuple[list[Path], Path]:
+    """Where a student's answers are stored, greedy and sampled, and where its scores."""
+    slug = name.lower().replace(" ", "-")
+    answers = [folder / f"{slug}-{kind}.jsonl" for kind in ("greedy", "sampled")]
+    return answers, folder / f"{slug}-logps.json"
 
 
 def _run_student(
@@ -126,78 +162,105 @@ def _run_student(
     max_length: int,
     precision: str,
 ) -> StudentOutputs:
-    slug = name.lower().replace(" ", "-")
     tokenizer = load_tokenizer(path)
     greedy = Sampling(sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size)
-    answers = {}
-    for kind, how in (("greedy", greedy), ("sampled", sampling)):
+    # The weights rather than the path: a run folder may move, and a path get other weights.
+    made_by = {"student": name, "weights": model_digest(path), "precision": precision}
+    answer_files, scores_file = student_files(name, folder)
+    answers = []
+    for file, how in zip(answer_files, (greedy, sampling), strict=True):
 
-        def load(kind: str = kind) -> LocalModel:
+        def load(kind: str = file.stem) -> LocalModel:
             model = load_model(path, dtype=autocast_dtype(precision), device=best_device())
-            return LocalModel(model, tokenizer, f"{name}, {kind}")
+            return LocalModel(model, tokenizer, kind)
 
-        answers[kind] = stored_answers(
-            load,
-            held_out.prompts,
-            folder / f"{slug}-{kind}.jsonl",
-            how,
-            fingerprint={"student": name},
-        )
-    texts = {
-        kind: {prompt_id: answer.text for prompt_id, answer in by_id.items()}
-        for kind, by_id in answers.items()
+        answers.append(stored_answers(load, held_out.prompts, file, how, fingerprint=made_by))
+    greedy_answers, samples = answers
+    fingerprint = {
+        **made_by,
+        "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+        "length_normalization": length_normalization,
+        "max_length": max_length,
+        **sampling.settings(),
     }
-    scores = _scores(
-        folder / f"{slug}-logps.json",
-        path,
-        tokenizer,
-        held_out.pairs,
-        texts["sampled"],
-        length_normalization,
-        max_length,
-    )
+    scores = _stored_scores(scores_file, fingerprint)
+    if scores is None:
+        model = load_model(path, dtype="float32", device=best_device())
+
+        def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            return score_pairs(
+                model,
+                tokenizer,
+                rows,
+                length_normalization=length_normalization,
+                max_length=max_length,
+            )
+
+        scores = _score(score, held_out.pairs, samples)
+        record = {**_FORMAT, "fingerprint": fingerprint, "scores": scores}
+        write_atomically(scores_file, json.dumps(record))
     return StudentOutputs(
         name,
-        texts["greedy"],
+        {prompt_id: answer.text for prompt_id, answer in greedy_answers.items()},
         chosen_logps=np.array(scores["chosen"]),
         rejected_logps=np.array(scores["rejected"]),
         pair_ids=[pair["id"] for pair in held_out.pairs],
-        own_rejected_logps=np.array(scores["own"]),
+        own_rejected_logps=np.array(scores["own"], dtype=np.float64),  # None becomes NaN
     )
 
 
-def _scores(
-    file: Path,
-    path: Path,
-    tokenizer: Any,
-    pairs: Sequence[Mapping[str, Any]],
-    own_answers: Mapping[str, str],
-    length_normalization: float,
-    max_length: int,
-) -> dict[str, list[float]]:
-    """Log-probabilities of chosen, rejected and the student's own sample, one per pair."""
-    if file.is_file():
-        return json.loads(file.read_text())
-    model = load_model(path, dtype="float32", device=best_device())
+def _stored_scores(
+    file: Path, fingerprint: Mapping[str, Any]
+) -> dict[str, list[float | None]] | None:
+    """The scores in a file of this fingerprint, or None if there is no file.
 
-    def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return score_pairs(
-            model,
-            tokenizer,
-            rows,
-            length_normalization=length_normalization,
-            max_length=max_length,
+    Raises:
+        UsageError: the file is not one of scores, or was made with another fingerprint.
+    """
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        header = {name: record[name] for name in _FORMAT}
+        found, scores = record["fingerprint"], record["scores"]
+    except (ValueError, KeyError, TypeError):
+        header = {}
+    if header != _FORMAT:
+        raise UsageError(
+            f"{file} does not hold scores of this version of plad_fast; choose another "
+            "--output-dir, or delete the file"
         )
+    advice = "choose another --output-dir, or pass --overwrite to start anew"
+    require_equal(found, json.loads(json.dumps(fingerprint)), file, advice)
+    return scores
 
+
+def _score(
+    score: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+    pairs: Sequence[Mapping[str, Any]],
+    samples: Mapping[str, Answer],
+) -> dict[str, list[float | None]]:
+    """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
+
+    A sample that is empty, or was cut off by the length limit, is not an answer: scoring adds the
+    end token, which the student did not choose. Such samples get None.
+    """
     scores = score(pairs)
-    own_pairs = [
-        {**pair, "rejected": as_response(pair["prompt"], own_answers[pair["id"]])} for pair in pairs
+    usable = [
+        index
+        for index, pair in enumerate(pairs)
+        if samples[pair["id"]].finish_reason == "stop" and samples[pair["id"]].text.strip()
     ]
-    own = score(own_pairs)
-    result = {
+    own: list[float | None] = [None] * len(pairs)
+    if usable:
+        rows = [
+            {**pair, "rejected": as_response(pair["prompt"], samples[pair["id"]].text)}
+            for pair in (pairs[index] for index in usable)
+        ]
+        for index, logp in zip(usable, score(rows)["rejected"].tolist(), strict=True):
+            own[index] = logp
+    return {
         "chosen": scores["chosen"].tolist(),
         "rejected": scores["rejected"].tolist(),
-        "own": own["rejected"].tolist(),
+        "own": own,
     }
-    write_atomically(file, json.dumps(result))
-    return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,9 @@ class DistillConfig:
     )
     prompt_column: str | None = setting(None, "column that holds the prompt; default: prompt")
     prompt_template: str | None = setting(
-        None, "text with {columns} to build the prompt from; \\n is a line break"
+        None,
+        "text with {columns} to build the prompt from; in the flag \\n is a line break and \\\\n a "
+        "backslash and an n",
     )
     reference_column: str | None = setting(None, "column with reference answers, for evaluation")
     split: str = setting("train", "split of a hub dataset")
@@ -93,6 +97,8 @@ class DistillConfig:
     saves_per_stage: int = setting(2, "checkpoints in each training", affects_results=False)
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _require_type(f, getattr(self, f.name))
         spec = get_loss(self.loss)
         if self.loss == "sft" or spec.needs_scores:
             raise UsageError(
@@ -104,6 +110,7 @@ class DistillConfig:
                 )
             )
         self._require("beta", self.beta >= 0, "must be at least 0")
+        self._require("seed", 0 <= self.seed < 2**32, "must be from 0 to 4294967295")
         self._require("held_out", self.held_out > 0, "must be positive")
         self._require("sft_share", 0 < self.sft_share <= 1, "must be above 0 and at most 1")
         self._require("limit", self.limit is None or self.limit >= 1, "must be at least 1")
@@ -169,6 +176,10 @@ def load_settings(path: str | Path) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--config {path} is not UTF-8 text ({error}); convert it first"
+        ) from error
     except yaml.YAMLError as error:
         raise UsageError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(loaded, Mapping):
@@ -200,20 +211,55 @@ def coerce(name: str, value: Any, where: str) -> Any:
         if "tuple" in kind:
             return _layers(value)
         if kind.startswith("int"):
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise ValueError
-            return int(float(value))
+            return _whole(value)
         if kind.startswith("float"):
-            return float(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{where} must be a number, got {value!r}") from None
+            return _finite(value)
+    except (TypeError, ValueError, OverflowError):
+        what = "a whole number" if kind.startswith("int") else "a finite number"
+        raise UsageError(f"{where} must be {what}, got {value!r}") from None
+    if isinstance(value, (Mapping, list, tuple)):
+        raise UsageError(f"{where} must be text, got {value!r}")
     return str(value)
+
+
+def _whole(value: Any) -> int:
+    """Also from "1e3", which YAML takes for text."""
+    number = _finite(value)
+    if number != int(number):
+        raise ValueError
+    # Of integers beyond 2**53 a float knows only a neighbour.
+    return value if isinstance(value, int) else int(number)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
 
 
 def _layers(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, str) and "," in value:
         value = value.split(",")
-    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else int(value)
+    return tuple(map(_whole, value)) if isinstance(value, (list, tuple)) else _whole(value)
+
+
+def _require_type(setting: dataclasses.Field[Any], value: Any) -> None:
+    """Raises UsageError for a value that its annotation does not allow; an int is also a float."""
+    kind = str(setting.type)
+    if value is None and "None" in kind:
+        return
+    if kind.startswith("str"):
+        fits, what = isinstance(value, str), "text"
+    elif kind.startswith("float"):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN compares false, and an integer may be larger than any float.
+        fits, what = number and abs(value) <= sys.float_info.max, "a finite number"
+    else:
+        values = value if isinstance(value, tuple) and "tuple" in kind else (value,)
+        fits = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+        what = "a whole number" + (" or a tuple of them" if "tuple" in kind else "")
+    if not fits:
+        raise UsageError(f"{flag(setting.name)} must be {what}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ __all__ = ["headline", "write_report"]
 _ROWS = (
     ("ranking_accuracy", "Prefers the teacher's answer", "%"),
     ("own_ranking_accuracy", "Prefers it to its own answer", "%"),
-    ("margin", "Margin [nat]", 2),
+    ("margin", "Margin", 2),
     ("rouge1_teacher", "ROUGE-1 to the teacher", 3),
     ("rouge2_teacher", "ROUGE-2 to the teacher", 3),
     ("rougeL_teacher", "ROUGE-L to the teacher", 3),
@@ -36,12 +36,6 @@ _ROWS = (
     ("distinct_1", "Distinct words", 3),
     ("distinct_2", "Distinct word pairs", 3),
     ("repetition_4", "Repetition", 3),
-)
-_ANSWERS = (
-    ("reference", "Reference"),
-    ("teacher", "Teacher"),
-    ("sft", "SFT student"),
-    ("plad", "PLaD student"),
 )
 _LONG = 400  # characters of a prompt that are shown before it has to be unfolded
 _SECRET = re.compile(
@@ -61,6 +55,7 @@ def write_report(
     metrics: Mapping[str, Any],
     plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     examples: Sequence[Mapping[str, Any]] = (),
+    margin_unit: str = "nat",
     command: str = "",
     versions: Mapping[str, str] | None = None,
 ) -> Path:
@@ -76,8 +71,9 @@ def write_report(
         stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
         metrics: from `evaluation.evaluate_students`.
         plots: (caption, PNG file), embedded.
-        examples: `{"prompt", "teacher", "sft", "plad"}` and optionally "reference": texts, or chat
-            messages for the prompt.
+        examples: `{"prompt", "teacher", "students"}` and optionally "reference": texts, or chat
+            messages for the prompt; "students" maps the name of each to its answer, in order.
+        margin_unit: of the margins in `metrics`, such as "nat per token".
         command: what to type to run it again.
         versions: package -> version.
 
@@ -88,7 +84,7 @@ def write_report(
         UsageError: a plot that is missing or not a PNG file.
     """
     sections = [
-        ("Results", _results(metrics)),
+        ("Results", _results(metrics, margin_unit)),
         ("Plots", "".join(_figure(caption, file) for caption, file in plots)),
         ("Example answers", "".join(map(_example, examples))),
         ("How long it took", _stages(stages)),
@@ -106,7 +102,7 @@ def write_report(
     return write_atomically(path, page)
 
 
-def _results(metrics: Mapping[str, Any]) -> str:
+def _results(metrics: Mapping[str, Any], margin_unit: str) -> str:
     rows = [metrics["teacher"], *metrics["students"]]
     change = metrics["comparisons"][0] if metrics["comparisons"] else None
     head = "".join(f"<th scope=col>{escape(row['name'])}</th>" for row in rows)
@@ -120,7 +116,8 @@ def _results(metrics: Mapping[str, Any]) -> str:
         cells = "".join(f"<td>{_value(row[key], decimals)}</td>" for row in rows)
         if change is not None:
             cells += _change(change.get(key), decimals)
-        lines.append(f"<tr><th scope=row>{label}</th>{cells}</tr>")
+        unit = f" [{escape(margin_unit)}]" if key == "margin" else ""
+        lines.append(f"<tr><th scope=row>{label}{unit}</th>{cells}</tr>")
     if change is not None and change["win_rate"] is not None:
         label = f"Wins against {escape(change['baseline'])}"
         cells = "<td>&ndash;</td>" * len(rows) + _change(change["win_rate"], "%", neutral=0.5)
@@ -131,10 +128,23 @@ def _results(metrics: Mapping[str, Any]) -> str:
         f'<p class="note">{metrics["n_prompts"]} held-out prompts, {metrics["n_pairs"]} pairs; '
         "± is half of the 95% bootstrap interval; ▲ and ▼ mark a change whose interval excludes "
         "no change. <b>Margin</b>: log-probability of the teacher's answer minus that of the "
-        f"rejected one. <b>Wins</b> are decided by {escape(metrics['score'])}; a tie counts half. "
+        f"rejected one. {_own_pairs(metrics)}"
+        f"<b>Wins</b> are decided by {escape(metrics['score'])}; a tie counts half. "
         "<b>Distinct</b>: different words (word pairs) divided by all of them, over all answers. "
         "<b>Repetition</b>: share of four-word runs that came before in the same answer.</p>"
     )
+
+
+def _own_pairs(metrics: Mapping[str, Any]) -> str:
+    """Over how many pairs students were compared with their own answers, where not over all."""
+    counts = [
+        f"{row['n_own_pairs']} for {escape(row['name'])}"
+        for row in metrics["students"]
+        if 0 < row["n_own_pairs"] < row["n_pairs"]
+    ]
+    if not counts:
+        return ""
+    return f"<b>Its own answer</b>: over the pairs for which it finished one, {', '.join(counts)}. "
 
 
 def _is_rouge_l(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -198,11 +208,19 @@ def _example(example: Mapping[str, Any]) -> str:
             f"<details><summary><span class=start>{escape(prompt[:_LONG])} […]</span></summary>"
             f'<p class="text">{escape(prompt)}</p></details>'
         )
+    students = list(example.get("students", {}).items())
+    # The colours are those of the plots: orange for the first student, blue for the last.
+    kinds = ["student"] * len(students)
+    kinds[:1], kinds[-1:] = ["first"], ["last"]
+    shown_answers = [
+        *[(key, key.title(), example.get(key)) for key in ("reference", "teacher")],
+        *[(kind, name, text) for kind, (name, text) in zip(kinds, students, strict=False)],
+    ]
     answers = "".join(
-        f'<div class="{key}"><h3>{label}</h3>'
-        f'<p class="text">{escape(_plain(example[key]))}</p></div>'
-        for key, label in _ANSWERS
-        if example.get(key) is not None
+        f'<div class="{kind}"><h3>{escape(name)}</h3>'
+        f'<p class="text">{escape(_plain(text))}</p></div>'
+        for kind, name, text in shown_answers
+        if text is not None
     )
     return f'<article><h3>Prompt</h3>{shown}<div class="answers">{answers}</div></article>'
 

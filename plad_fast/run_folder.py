@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from plad_fast._records import require_equal
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
 
@@ -26,6 +27,7 @@ except ImportError:  # not a POSIX system; two runs in one folder are then not t
     fcntl = None  # type: ignore[assignment]
 
 _RECORD = "run.json"
+_FORMAT = {"format": "plad-fast run", "version": 1}
 _KEEP_FREE = 2**26  # bytes: less than this and not even a report would fit
 
 
@@ -48,14 +50,13 @@ class RunFolder:
         self._lock: int | None = None
         try:
             self._record = self._open(json.loads(json.dumps(settings)), overwrite)
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise UsageError(
-                f"cannot write to {self.path}: {error.strerror or error}; choose another "
-                "--output-dir"
-            ) from error
-        except UsageError:
-            self.close()
+            if isinstance(error, OSError):
+                raise UsageError(
+                    f"cannot write to {self.path}: {error.strerror or error}; choose another "
+                    "--output-dir"
+                ) from error
             raise
 
     def close(self) -> None:
@@ -86,7 +87,7 @@ class RunFolder:
         summary = run()
         seconds = time.monotonic() - start
         self.stages[name] = {"seconds": round(seconds, 1), "summary": summary}
-        write_atomically(self.path / _RECORD, json.dumps(self._record, indent=2))
+        self._write(self._record)
         print(f"   {summary} ({seconds:.0f} s)", flush=True)
 
     def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
@@ -104,26 +105,23 @@ class RunFolder:
     def _open(self, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--output-dir {self.path} is a file; choose a folder")
-        is_run = (self.path / _RECORD).is_file()
-        # A run killed in its first moment leaves a hidden temporary file and no record.
-        foreign = self.path.is_dir() and any(
-            not entry.name.startswith(".") for entry in self.path.iterdir()
-        )
-        if foreign and not is_run:
-            raise UsageError(
-                f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
-                "choose another --output-dir"
-            )
+        self._require_ours()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(self.path)
-        if overwrite and is_run:
-            for entry in self.path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._lock = lock_folder(self.path)
         record = self._read()
+        # A run killed while it emptied the folder left "emptying": what is there is a remainder.
+        if record is not None and (overwrite or record.get("emptying")):
+            self._empty(record)
+            record = None
         if record is None:
-            record = {"settings": settings, "stages": {}}
-            write_atomically(self.path / _RECORD, json.dumps(record, indent=2))
-        self._require_equal(record["settings"], settings)
+            record = {**_FORMAT, "settings": settings, "stages": {}}
+            self._write(record)
+        require_equal(
+            record["settings"],
+            settings,
+            self.path,
+            "choose another --output-dir, or pass --overwrite to start anew",
+        )
         free = shutil.disk_usage(self.path).free
         if free < _KEEP_FREE:
             raise UsageError(
@@ -132,34 +130,63 @@ class RunFolder:
             )
         return record
 
+    def _require_ours(self) -> None:
+        """Nothing is written into, or deleted from, a folder that other things lie in."""
+        if not self.path.is_dir() or (self.path / _RECORD).is_file():
+            return
+        # A run killed in its first moment leaves a temporary file of the record.
+        if any(not entry.name.startswith(f".{_RECORD}.") for entry in self.path.iterdir()):
+            raise UsageError(
+                f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
+                "choose another --output-dir"
+            )
+
+    def _empty(self, record: dict[str, Any]) -> None:
+        """The record stays until it is replaced, or a kill would leave a folder of nobody."""
+        self._write({**record, "stages": {}, "emptying": True})
+        for entry in self.path.iterdir():
+            if entry.name == _RECORD:
+                continue
+            # A link is removed, and what it leads to is left alone.
+            is_tree = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_tree else entry.unlink()
+
     def _read(self) -> dict[str, Any] | None:
         path = self.path / _RECORD
         if not path.is_file():
             return None
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            ours = record["format"] == _FORMAT["format"]
+            version = record["version"]
             record["settings"], record["stages"]
         except (ValueError, KeyError, TypeError):
+            ours, version = False, None
+        if not ours:
             raise UsageError(
-                f"{path} is damaged; choose another --output-dir, or pass --overwrite to start anew"
-            ) from None
+                f"{path} is not the record of a run, or is damaged, so {self.path} is left alone; "
+                "choose another --output-dir"
+            )
+        if version != _FORMAT["version"]:
+            raise UsageError(
+                f"{path} has version {version}, this plad_fast writes version "
+                f"{_FORMAT['version']}; choose another --output-dir"
+            )
         return record
 
-    def _require_equal(self, found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed = [
-            f"{name} was {found.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted(found.keys() | now.keys())
-            if found.get(name) != now.get(name)
-        ]
-        if changed:
-            raise UsageError(
-                f"{self.path} was made with other settings: {'; '.join(changed)}; choose another "
-                "--output-dir, or pass --overwrite to start anew"
-            )
+    def _write(self, record: Mapping[str, Any]) -> None:
+        write_atomically(self.path / _RECORD, json.dumps(record, indent=2))
 
 
-def _lock_folder(path: Path) -> int | None:
-    """Held as long as this process; the system drops it however that ends."""
+def lock_folder(path: Path) -> int | None:
+    """Held as long as this process; the system drops it however that ends.
+
+    Returns:
+        The descriptor to close when done, or None where the file system has no locks.
+
+    Raises:
+        UsageError: another process holds it.
+    """
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_RDONLY)
@@ -171,4 +198,8 @@ def _lock_folder(path: Path) -> int | None:
             f"{path} is being filled by another process; wait for it to end, or choose another "
             "--output-dir"
         ) from None
+    except OSError as error:
+        os.close(descriptor)
+        logger.warning("%s: this file system has no locks (%s)", path, error)
+        return None
     return descriptor

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast._packages import require_packages, versions
+from plad_fast._recipe_data import load_recipe_prompts, write_jsonl
+from plad_fast._records import model_digest
 from plad_fast.chat import Content
-from plad_fast.distill import example_answers, load_recipe_prompts, versions, write_jsonl
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
-from plad_fast.held_out import HeldOut, draw_plots, evaluate_models
+from plad_fast.held_out import (
+    HeldOut,
+    draw_plots,
+    evaluate_models,
+    example_answers,
+    margin_unit,
+    student_files,
+)
 from plad_fast.losses import get_loss
 from plad_fast.pairs import (
     Answer,
+    AnswerStore,
     LocalModel,
     Prompt,
     Sampling,
@@ -24,15 +35,18 @@ from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
 from plad_fast.report import write_report
 from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
-from plad_fast.training import autocast_dtype, best_device, train_model
+from plad_fast.training import is_trained, train_model
 
 
-def pair_models(config: DistillConfig, *, teacher: str, student: str) -> Path:
+def pair_models(
+    config: DistillConfig, *, teacher: str, student: str, overwrite: bool = False
+) -> Path:
     """Answer the prompts with both models; write `<output_dir>/pairs.jsonl`. Resumable.
 
     Args:
         config: prompts, sampling and output folder; its other settings play no part.
         teacher, student: hub id, folder or .gguf file.
+        overwrite: discard the answers stored there.
 
     Raises:
         UsageError: from loading, generation or storing, and when no pair is left.
@@ -60,7 +74,10 @@ def pair_models(config: DistillConfig, *, teacher: str, student: str) -> Path:
             return LocalModel(model, load_tokenizer(path), role)
 
         path = folder / f"{role}.jsonl"
-        answers[role] = stored_answers(load, prompts, path, sampling, fingerprint={role: source})
+        if overwrite:
+            _discard_answers(path)
+        fingerprint = {role: source, "weights": model_digest(_resolve(source))}
+        answers[role] = stored_answers(load, prompts, path, sampling, fingerprint=fingerprint)
     pairs, report = build_pairs(
         prompts, answers["teacher"], answers["student"], tokenizer=tokenizer
     )
@@ -87,8 +104,10 @@ def train_on_pairs(
         options: of `train_model`, and `saves_per_stage`.
 
     Raises:
-        UsageError: from reading the pairs or from the training.
+        UsageError: from reading the pairs or from the training, and where the folder holds
+            anything but the model that this very training made.
     """
+    require_one_gpu()
     spec = get_loss(loss)
     positive = {"epochs": epochs, "learning_rate": learning_rate}
     positive |= {k: v for k, v in options.items() if k in ("batch_size", "micro_batch_size")}
@@ -98,6 +117,7 @@ def train_on_pairs(
     rows = read_pairs(pairs)
     if "beta" not in spec.options:
         options.pop("beta", None)
+    done_before = is_trained(Path(output_dir))
     log = train_model(
         _resolve(model),
         rows,
@@ -109,6 +129,8 @@ def train_on_pairs(
         saves=options.pop("saves_per_stage", 2),
         **options,
     )
+    if done_before:
+        print("done before, with the same settings and pairs", flush=True)
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})
     shown = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
     metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
@@ -117,7 +139,12 @@ def train_on_pairs(
 
 
 def evaluate_on_pairs(
-    students: Mapping[str, Path], pairs: str, config: DistillConfig, *, command: str = ""
+    students: Mapping[str, Path],
+    pairs: str,
+    config: DistillConfig,
+    *,
+    overwrite: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Compare students on held-out pairs whose chosen answers are the teacher's. Resumable.
 
@@ -127,16 +154,28 @@ def evaluate_on_pairs(
         students: name -> folder, the baseline first.
         pairs: file in the standard preference format.
         config: sampling, length normalisation and output folder.
+        overwrite: discard the answers and scores stored there.
+        command: what the report says to run again.
 
     Raises:
-        UsageError: from reading the pairs, loading, or generation.
+        UsageError: from reading the pairs, loading, or generation; names that cannot be told apart
+            as files; and stored answers of other models, pairs or settings.
     """
+    require_packages("rouge_score", "matplotlib")
+    _check_names(list(students))
     folder = Path(config.output_dir)
     held_out = _held_out(read_pairs(pairs))
     for name, path in students.items():
-        load_tokenizer(path)  # a wrong folder is found before another student is run
-        if not (path / "config.json").is_file() and path.is_dir():
-            raise UsageError(f"--student {name}={path} is no folder of a model")
+        # A wrong path is found before another student is run.
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UsageError(
+                f"--student {name}={path} is no folder of a model, which has a config.json; check "
+                "the path"
+            )
+        load_tokenizer(path)
+    if overwrite:
+        for name in students:
+            _discard_student(name, folder)
     results, outputs = evaluate_models(
         students,
         held_out,
@@ -160,7 +199,6 @@ def evaluate_on_pairs(
         folder / "plots",
         length_normalization=config.length_normalization,
     )
-    shown = {"sft": outputs[0], "plad": outputs[-1]} if len(outputs) > 1 else {"plad": outputs[0]}
     write_report(
         folder / "report.html",
         title=f"Evaluation of {', '.join(students)}",
@@ -168,7 +206,8 @@ def evaluate_on_pairs(
         stages=[],
         metrics=results,
         plots=drawn,
-        examples=example_answers(held_out, shown),
+        examples=example_answers(held_out, outputs),
+        margin_unit=margin_unit(config.length_normalization),
         command=command,
         versions=versions(),
     )
@@ -190,6 +229,38 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
             f"{', '.join(table.columns)}: pairs have prompt, chosen and rejected"
         )
     return [dict(row) for row in table.rows]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Names become names of files, on some systems without regard to case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if any(character in name for character in "/\\:\0") or name.startswith("."):
+            raise UsageError(
+                f"--student {name}=...: a name must not contain / \\ or : nor start with a dot, "
+                "for files are named after it; choose another"
+            )
+        plain = name.lower().replace(" ", "-")
+        if plain in seen:
+            raise UsageError(
+                f"--student {seen[plain]} and --student {name} would share their files; give them "
+                "names that differ in more than case and spaces"
+            )
+        seen[plain] = name
+
+
+def _discard_student(name: str, folder: Path) -> None:
+    answer_files, scores_file = student_files(name, folder)
+    for file in answer_files:
+        _discard_answers(file)
+    scores_file.unlink(missing_ok=True)
+
+
+def _discard_answers(path: Path) -> None:
+    """Removes a store; of a file that is none, `AnswerStore.open` says so and leaves it alone."""
+    if path.exists():
+        AnswerStore.open(path, {}, overwrite=True).close()
+        path.unlink()
 
 
 def _held_out(rows: list[dict[str, Any]]) -> HeldOut:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +46,7 @@ def load_model(
         device: where to put the weights; None leaves them on the CPU.
 
     Raises:
-        UsageError: nothing there, or not a causal language model.
+        UsageError: nothing there, not a causal language model, or not all of its weights.
     """
     location = _locate(source)
     if "gguf_file" in location:
@@ -53,12 +54,15 @@ def load_model(
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
     try:
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **location, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"cannot load a causal language model from {os.fspath(source)!r}; pass a hub id, a "
             f"folder written by save_pretrained, or a .gguf file (transformers says: {error})"
         ) from error
+    _require_all_weights(loaded, source)
     _forget_quantization(model)
     return model if device is None else model.to(device)
 
@@ -77,11 +81,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         _require_gguf()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(
             f"cannot load a tokenizer from {os.fspath(source)!r}; save one beside the model with "
             f"tokenizer.save_pretrained (transformers says: {error})"
         ) from error
+    if "gguf_file" in location and tokenizer.eos_token == tokenizer.bos_token:
+        _set_gguf_eos(tokenizer, Path(*location.values()))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UsageError(
@@ -166,6 +172,15 @@ def _require_gguf() -> None:
         raise UsageError("reading a .gguf file needs the gguf package; run `pip install gguf`")
 
 
+def _set_gguf_eos(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """transformers 4 takes the BOS token of a Llama's GGUF file for its EOS token."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.eos_token_id")
+    if field is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+
+
 def _keep_dense(location: dict[str, Any]) -> None:
     """Asks for dense weights where transformers would otherwise keep the GGUF blocks packed."""
     try:
@@ -173,6 +188,20 @@ def _keep_dense(location: dict[str, Any]) -> None:
     except ImportError:  # such versions always dequantise
         return
     location["quantization_config"] = GgufConfig(dequantize=True)
+
+
+def _require_all_weights(loaded: Mapping[str, Any], source: str | os.PathLike[str]) -> None:
+    """Refuses a model of which transformers had to make up some weights at random."""
+    missing = sorted(loaded["missing_keys"])
+    # Each of these is a name with two shapes.
+    mismatched = sorted(key[0] for key in loaded["mismatched_keys"])
+    for names, problem in ((missing, "lacks"), (mismatched, "has in another shape")):
+        if names:
+            raise UsageError(
+                f"the checkpoint {os.fspath(source)!r} {problem} {len(names)} of the model's "
+                f"weights, among them {names[0]!r}; download or save it again, whole and with the "
+                "head of a causal language model"
+            )
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import ProgressCallback
 
-from plad_fast.products import cpu_multiplies_bfloat16
+from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._records import digest, model_digest, require_equal
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import write_atomically
+from plad_fast.run_folder import lock_folder
 from plad_fast.students import load_model, load_tokenizer
 
+if TYPE_CHECKING:
+    from plad_fast.trainer import PLaDTrainer
+
 _WARMUP_SHARE = 0.1
+_RECORD = "training.json"
 
 
 def train_model(
@@ -39,13 +49,13 @@ def train_model(
     """Train the model in `source` on preference rows and save it in `output`.
 
     Checkpoints lie in `<output>.checkpoints` until the model is saved; the newest complete one is
-    resumed from. Cosine schedule, a tenth of it warm-up; AdamW without weight decay; gradients
+    resumed from. Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients
     clipped at norm 1; parameters in float32.
 
     Args:
         source: folder of the model and its tokenizer, a hub id, or a .gguf file.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
-        output: folder to make; one that is there is a finished training and is left alone.
+        output: folder to make. If this very training made it before, it is left alone.
         loss, beta, sft_weight, length_normalization: see `PLaDConfig`.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
@@ -56,37 +66,89 @@ def train_model(
         The trainer's log history.
 
     Raises:
-        UsageError: from loading or from the trainer.
+        UsageError: the folder holds something else, or checkpoints of another training lie beside
+            it, or another process trains there; and from loading or from the trainer.
     """
+    micro = micro_batch_size or batch_size
+    if batch_size % micro:
+        raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
+    # What the weights depend on; the micro-batch size changes no more than their rounding.
+    record = {
+        "source": model_digest(source),
+        "rows": f"{len(rows)} rows, {digest(list(rows))}",
+        "loss": loss,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": precision,
+        "max_length": max_length,
+        "beta": beta,
+        "sft_weight": sft_weight,
+        "length_normalization": length_normalization,
+    }
+    checkpoints = output.with_name(f"{output.name}.checkpoints")
+    if is_trained(output):  # a run may be killed between this and its own record of it
+        _require_record(output, record)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return log_history(output)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(checkpoints)
+    try:
+        if any(not entry.name.startswith(".") for entry in checkpoints.iterdir()):
+            _require_record(checkpoints, record)
+        write_atomically(checkpoints / _RECORD, json.dumps(record, indent=1))
+        steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
+        trainer = _trainer(
+            source,
+            rows,
+            output_dir=str(checkpoints),
+            loss=loss,
+            beta=beta,
+            sft_weight=sft_weight,
+            length_normalization=length_normalization,
+            max_length=max_length,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=round(_WARMUP_SHARE * steps),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=batch_size // micro,
+            bf16=autocast_dtype(precision) == torch.bfloat16,
+            seed=seed,
+            save_steps=max(1, math.ceil(steps / saves)),
+            logging_steps=max(1, steps // 20),
+        )
+        trainer.train(resume_from_checkpoint=latest_checkpoint(checkpoints))
+        log = list(trainer.state.log_history)
+        partial = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_model(str(partial))
+        (partial / "log_history.json").write_text(json.dumps(log, indent=1))
+        shutil.copy(checkpoints / _RECORD, partial / _RECORD)
+        if output.is_dir():  # empty, as was found above
+            output.rmdir()
+        partial.rename(output)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        del trainer
+        gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return log
+
+
+def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
+    """What does not change from one training to another."""
     from plad_fast.trainer import PLaDConfig, PLaDTrainer
 
-    if output.is_dir():  # a run may be killed between this and its own record of it
-        return log_history(output)
-    micro = micro_batch_size or batch_size
-    steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
     config = PLaDConfig(
-        output_dir=str(checkpoints),
-        loss=loss,
-        beta=beta,
-        sft_weight=sft_weight,
-        length_normalization=length_normalization,
-        max_length=max_length,
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(_WARMUP_SHARE * steps),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch_size // micro,
-        bf16=autocast_dtype(precision) == torch.bfloat16,
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,
         disable_tqdm=False,
-        seed=seed,
         save_strategy="steps",
-        save_steps=max(1, math.ceil(steps / saves)),
         save_total_limit=1,
-        logging_steps=max(1, steps // 20),
+        **options,
     )
     trainer = PLaDTrainer(
         load_model(source, dtype=torch.float32),
@@ -96,14 +158,24 @@ def train_model(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
-    trainer.train(resume_from_checkpoint=latest_checkpoint(checkpoints))
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_model(str(partial))
-    (partial / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    partial.rename(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return trainer.state.log_history
+    return trainer
+
+
+def is_trained(output: Path) -> bool:
+    """Whether there is something at the place of a trained model."""
+    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
+
+
+def _require_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises UsageError unless the training of this record made the folder."""
+    advice = f"choose another --output-dir, or delete {folder}"
+    try:
+        found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{folder} is there already and has no record of a training ({_RECORD}); {advice}"
+        ) from None
+    require_equal(found, json.loads(json.dumps(record)), folder, advice)
 
 
 def log_history(model_folder: Path) -> list[dict[str, Any]]:
@@ -125,22 +197,6 @@ def latest_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-def autocast_dtype(precision: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it fast, unless the caller decided."""
-    if precision == "float32":
-        return torch.float32
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
-
-
-def best_device() -> str:
-    """Where this process runs its models."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Progress(ProgressCallback):

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
+import shutil
 import sys
 
 import pytest
 import torch
 
-from plad_fast import UsageError
 from plad_fast.cli import main
-from plad_fast.distill import split_prompts
-from plad_fast.pairs import Prompt, builtin_prompts
-from plad_fast.recipe import DistillConfig
-from plad_fast.run_folder import RunFolder
+from plad_fast.pairs import builtin_prompts
 from plad_fast.training import latest_checkpoint
+from tests.recipe_runs import arguments, kill_at
 
 STAGES = [
     "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
     "evaluation",
 ]  # fmt: skip
-
-
-def arguments(teacher, output, *extra: str) -> list[str]:
-    return [
-        "distill", "--teacher", str(teacher), "--student-layers", "1", "--limit", "24",
-        "--held-out", "8", "--teacher-temperature", "1", "--student-temperature", "1",
-        "--max-new-tokens", "60", "--batch-size", "2", "--precision", "float32",
-        "--output-dir", str(output), *extra,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,39 +77,6 @@ def test_other_settings_in_the_same_folder_are_refused(finished, tiny_teacher, c
     assert (finished / "report.html").is_file()
 
 
-KILLABLE = """
-import sys, time
-import plad_fast.{module} as module
-from plad_fast.cli import main
-real = module.{name}
-count = 0
-def wait(*args, **kwargs):
-    global count
-    count += 1
-    if count == {at}:
-        print("REACHED", flush=True)
-        time.sleep(60)
-    return real(*args, **kwargs)
-module.{name} = wait
-sys.exit(main({arguments!r}))
-"""
-
-
-def kill_at(module: str, name: str, at: int, arguments: list[str]) -> None:
-    """Run a command and kill -9 it at the given call of a function."""
-    code = KILLABLE.format(module=module, name=name, at=at, arguments=arguments)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if "REACHED" in line:
-                break
-        else:
-            pytest.fail(f"{name} was never called {at} times: {process.stderr.read()}")
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signal")
 @pytest.mark.parametrize(
     ("module", "name", "at", "stage"),
@@ -133,8 +86,10 @@ def kill_at(module: str, name: str, at: int, arguments: list[str]) -> None:
         ("pairs.store", "_line", 38, "student's samples"),
         ("trainer", "fused_linear_preference_loss", 14, "calibration"),
         ("held_out", "score_pairs", 3, "evaluation"),
+        # The model is in its place, and run.json does not know yet.
+        ("run_folder", "write_atomically", 4, "fine-tuning"),
     ],
-    ids=["pairs", "sft", "samples", "calibration", "evaluation"],
+    ids=["pairs", "sft", "samples", "calibration", "evaluation", "unrecorded"],
 )
 def test_kill_and_go_on(module, name, at, stage, finished, tiny_teacher, tmp_path, capfd):
     """After kill -9 in any stage the same command ends with the numbers of a run left alone."""
@@ -145,12 +100,13 @@ def test_kill_and_go_on(module, name, at, stage, finished, tiny_teacher, tmp_pat
     assert list(done) == STAGES[: STAGES.index(stage)]
     stored = sum(len(path.read_text().splitlines()) for path in folder.rglob("*.jsonl"))
     checkpoints = list(folder.glob("*.checkpoints/checkpoint-4/trainer_state.json"))
+    assert (folder / "sft").is_dir() == (stage not in STAGES[:3] or module == "run_folder")
     assert main(command) == 0
     out = capfd.readouterr().out
     assert out.count("done before") == len(done)
     if stage in ("teacher's answers", "student's samples"):
         assert stored > 4  # what had been answered was kept
-    if stage in ("fine-tuning", "calibration"):
+    if module == "trainer":
         assert checkpoints  # there was something to go on from
     for file in ("metrics.json", "pairs/train.jsonl"):
         assert (folder / file).read_text() == (finished / file).read_text(), file
@@ -211,55 +167,25 @@ def test_the_stages_alone(finished, tiny_teacher, tmp_path, capsys):
     assert (tmp_path / "e" / "report.html").is_file()
 
 
-def test_split_is_disjoint_complete_and_seeded():
-    prompts = [Prompt(str(i), f"p{i}") for i in range(20)]
-    train, held_out = split_prompts(prompts, 0.25, seed=3)
-    assert (len(train), len(held_out)) == (15, 5)
-    assert {p.id for p in train} | {p.id for p in held_out} == {str(i) for i in range(20)}
-    assert split_prompts(prompts, 0.25, seed=3) == (train, held_out)
-    assert split_prompts(prompts, 0.25, seed=4) != (train, held_out)
-    assert len(split_prompts(prompts, 6, seed=3)[1]) == 6
-    with pytest.raises(UsageError, match="each needs at least"):
-        split_prompts(prompts, 19.0, seed=0)
+def test_a_finished_run_may_be_moved(finished, tiny_teacher, tmp_path, capsys, monkeypatch):
+    """A copy has other times and another path; nothing is computed again, nothing refused."""
+    shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
+    monkeypatch.setattr("plad_fast.held_out.load_model", None)
+    assert main(arguments(tiny_teacher, tmp_path / "moved")) == 0
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
-    folder = RunFolder(tmp_path / "run", {"a": 1})
-
-    def fail(path):
-        (path / "half").write_text("x")
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        folder.make_folder("model", fail)
-    assert not (folder / "model").exists()
-    made = folder.make_folder("model", lambda path: (path / "whole").write_text("x") and None)
-    assert [p.name for p in made.iterdir()] == ["whole"]
-
-
-def test_two_processes_cannot_share_a_run_folder(tmp_path):
-    first = RunFolder(tmp_path / "run", {})
-    with pytest.raises(UsageError, match="another process"):
-        RunFolder(tmp_path / "run", {})
-    first.close()
-    RunFolder(tmp_path / "run", {}).close()
-
-
-def test_the_defaults_are_valid_and_round_trip_through_yaml(tmp_path):
-    import yaml
-
-    from plad_fast.recipe import load_settings
-
-    config = DistillConfig(student_layers=(0, 1, 5), limit=7)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config.as_dict()))
-    assert DistillConfig(**load_settings(path)) == config
-
-
-def test_interruption_by_hand_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("plad_fast.distill.distill", interrupt)
-    assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 130
-    assert "run the same command again" in capsys.readouterr().err
+def test_a_changed_prompts_file_is_refused_at_once(tiny_teacher, tmp_path, capsys, monkeypatch):
+    """Under the same path there is one more prompt: the answers there are not to these."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": p.content}) + "\n" for p in builtin_prompts()[:12]]
+    file.write_text("".join(rows[:11]))
+    monkeypatch.setattr("plad_fast.distill._Distillation.run", lambda run: {})
+    command = [*arguments(tiny_teacher, tmp_path / "run"), "--prompts", str(file)]
+    command[command.index("--held-out") + 1] = "4"
+    assert main(command) == 0
+    file.write_text("".join(rows))
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "prompts_digest was '11 prompts, " in error
+    assert "and is '12 prompts, " in error

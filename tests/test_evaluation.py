@@ -186,6 +186,16 @@ def test_texts_or_pairs_may_be_missing():
     assert "PLaD" in comparison_table(results)
 
 
+def test_pairs_without_an_own_answer_are_left_out_of_that_metric_alone():
+    nan = float("nan")
+    row, none = evaluate_students(
+        [sft(own_rejected_logps=[nan, -9.0]), plad(own_rejected_logps=[nan, nan])], TEACHER
+    )["students"]
+    assert (row["own_ranking_accuracy"]["mean"], row["n_own_pairs"], row["n_pairs"]) == (1.0, 1, 2)
+    assert row["ranking_accuracy"]["mean"] == 0.25
+    assert (none["own_ranking_accuracy"], none["n_own_pairs"]) == (None, 0)
+
+
 def test_last_against_first_comes_first():
     students = [sft(name=name) for name in ("a", "b", "c")]
     couples = [

@@ -10,6 +10,7 @@ import pytest
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import StudentOutputs, evaluate_students
+from plad_fast.held_out import margin_unit
 from plad_fast.plots import plot_comparison, plot_margins, plot_training
 from plad_fast.report import headline, write_report
 
@@ -72,7 +73,11 @@ def html(tmp_path, plots):
         metrics=evaluate(SFT, PLAD),
         plots=[(ATTACK, path) for path in plots],
         examples=[
-            {"prompt": ATTACK + "x" * 900, "teacher": ATTACK, "sft": "", "plad": ATTACK},
+            {
+                "prompt": ATTACK + "x" * 900,
+                "teacher": ATTACK,
+                "students": {"SFT student": "", ATTACK: ATTACK},
+            },
             {"prompt": [{"role": "user", "content": ATTACK}], "teacher": "t", "reference": "r"},
         ],
         command=f"plad-fast distill --api-key s3cret --max-new-tokens 64 {ATTACK}",
@@ -123,6 +128,48 @@ def test_report_shows_results_and_masks_secrets(html):
     assert "s3" not in re.sub(r'src="[^"]*"', "", html)
     assert "hf_1" not in text
     assert "--max-new-tokens 64" in text
+
+
+def test_every_student_has_its_answer_under_its_own_name(tmp_path):
+    """First and last in the colours of the plots, any number between."""
+    answers = {"base": "b", "fine-tuned": "f", "distilled": "d"}
+    path = write_report(
+        tmp_path / "r.html",
+        title="t",
+        config={},
+        stages=[],
+        metrics=evaluate(SFT),
+        examples=[
+            {"prompt": "p", "teacher": "t", "students": answers},
+            {"prompt": "p", "teacher": "t", "students": {"alone": "a"}},
+        ],
+    )
+    found = re.findall(
+        r'<div class="(\w+)"><h3>(.*?)</h3><p class="text">(.*?)</p>', path.read_text()
+    )
+    assert found == [
+        ("teacher", "Teacher", "t"),
+        ("first", "base", "b"),
+        ("student", "fine-tuned", "f"),
+        ("last", "distilled", "d"),
+        ("teacher", "Teacher", "t"),
+        ("last", "alone", "a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "unit"), [(0.0, "nat"), (1.0, "nat per token"), (0.5, "nat per token^0.5")]
+)
+def test_the_unit_of_margins_follows_the_length_normalisation(alpha, unit, tmp_path):
+    path = write_report(
+        tmp_path / "r.html",
+        title="t",
+        config={},
+        stages=[],
+        metrics=evaluate(SFT),
+        margin_unit=margin_unit(alpha),
+    )
+    assert f"Margin [{unit}]<" in path.read_text()
 
 
 def test_report_of_the_bare_minimum(tmp_path):

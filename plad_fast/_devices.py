@@ -1,0 +1,38 @@
+"""Where models run, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from plad_fast.errors import UsageError
+from plad_fast.products import cpu_multiplies_bfloat16
+
+
+def autocast_dtype(precision: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast, unless the caller decided."""
+    if precision == "float32":
+        return torch.float32
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+
+
+def best_device() -> str:
+    """Where this process runs its models."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require_one_gpu() -> None:
+    """The Trainer would spread a batch over all GPUs it sees, which changes what a step is.
+
+    Raises:
+        UsageError: more than one GPU is visible.
+    """
+    count = torch.cuda.device_count()
+    if count > 1:
+        raise UsageError(
+            f"{count} GPUs are visible and this command uses one; choose it, for example with "
+            "CUDA_VISIBLE_DEVICES=0 before the command"
+        )

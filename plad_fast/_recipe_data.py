@@ -1,0 +1,92 @@
+"""The recipe's data: its prompts, their division, and rows as files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plad_fast._records import digest
+from plad_fast.chat import Content
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import write_atomically
+from plad_fast.pairs import Prompt, builtin_prompts, load_prompts
+from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig
+
+_FEWEST = 2
+
+
+def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
+    """The prompts that the settings name, checked."""
+    if config.prompts == BUILTIN_PROMPTS:
+        prompts = builtin_prompts()
+        return prompts if config.limit is None else prompts[: config.limit]
+    return load_prompts(
+        config.prompts,
+        prompt_column=config.prompt_column,
+        prompt_template=config.prompt_template,
+        reference_column=config.reference_column,
+        limit=config.limit,
+        split=config.split,
+    )
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """What a run records of its prompts, to notice that a file has changed since."""
+    return f"{len(prompts)} prompts, {digest([[p.id, p.content, p.reference] for p in prompts])}"
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], held_out: float, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Shuffled by the seed: those to train on, and those held out.
+
+    Prompts that differ in white space only are copies and stay together: a student must not be
+    measured on what it was trained on.
+
+    Args:
+        prompts: all of them.
+        held_out: a share of the different prompts below 1, or a number of them.
+        seed: of the shuffling.
+
+    Raises:
+        UsageError: fewer than two different prompts would be left on a side.
+    """
+    copies: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        copies.setdefault(_normalized(prompt.content), []).append(prompt)
+    groups = list(copies.values())
+    count = round(held_out * len(groups)) if held_out < 1 else int(held_out)
+    if min(count, len(groups) - count) < _FEWEST:
+        raise UsageError(
+            f"{len(groups)} different prompts with --held-out {held_out:g} leave "
+            f"{len(groups) - count} to train on and {count} to evaluate; each needs at least "
+            f"{_FEWEST}"
+        )
+    random.Random(seed).shuffle(groups)
+    return _flat(groups[count:]), _flat(groups[:count])
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows that `write_jsonl` wrote."""
+    # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row a line; the file is complete or not there."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _normalized(content: Content) -> str:
+    """Equal for prompts that a model is asked in the same words."""
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    words = [[message["role"], " ".join(message["content"].split())] for message in messages]
+    return json.dumps(words)
+
+
+def _flat(groups: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+    return [prompt for group in groups for prompt in group]

@@ -1,0 +1,70 @@
+"""Records of what a result was made from, by which a stale one is told from a current one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plad_fast.errors import UsageError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_BLOCK = 2**20  # bytes read at once
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of a JSON value; what JSON does not know counts as its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def model_digest(source: str | os.PathLike[str]) -> str:
+    """Identifies a saved model by its config and weights, wherever it lies.
+
+    Args:
+        source: a folder or a file; a hub id stands for itself.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
+        files += [file for file in (path / "config.json",) if file.is_file()]
+    else:
+        return os.fspath(source)
+    parts = []
+    for file in files:
+        state = file.stat()
+        parts.append((file.name, _file_digest(file, state.st_size, state.st_mtime_ns)))
+    return digest(parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Of the whole content; size and time are there to notice that a cached digest is old."""
+    hashed = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def require_equal(
+    found: Mapping[str, Any], now: Mapping[str, Any], path: Path, advice: str
+) -> None:
+    """Compares the settings that made a file or folder with those of now.
+
+    Raises:
+        UsageError: some differ; it names them, and ends in the advice.
+    """
+    changed = [
+        f"{name} was {found.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
+        for name in sorted(found.keys() | now.keys())
+        if found.get(name, ...) != now.get(name, ...)
+    ]
+    if changed:
+        raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}; {advice}")

@@ -1,0 +1,137 @@
+"""What the command line makes of failures and of bare installations: a status and one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from plad_fast.cli import main
+
+
+def failing(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_interruption_by_hand_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("plad_fast.distill.distill", failing(KeyboardInterrupt()))
+    assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_unexpected_error_leaves_one_line_and_a_file(has_begun, monkeypatch, capsys, tmp_path):
+    """The file lies with the run, if that got as far as a folder; it must not make one foreign."""
+    (tmp_path / "q").mkdir()
+    monkeypatch.setattr("plad_fast.distill.distill", failing(ZeroDivisionError("three\nlines\nl")))
+    monkeypatch.chdir(tmp_path)
+    if has_begun:
+        (tmp_path / "q" / "run.json").touch()
+    assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "unexpected ZeroDivisionError: three; the traceback is in" in error
+    folder = tmp_path / "q" if has_begun else tmp_path
+    assert "ZeroDivisionError" in (folder / "plad-fast-error.log").read_text()
+
+
+def test_an_unexpected_error_that_cannot_be_written_down(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("plad_fast.distill.distill", failing(ZeroDivisionError("x")))
+    (tmp_path / "plad-fast-error.log").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "could not be written" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "make_room"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("I/O error: File too large (os error 27)"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (OSError(errno.ECONNRESET, "Connection reset by peer"), False),
+        (OSError("Can't load the model"), False),
+    ],
+)
+def test_only_what_the_disk_did_is_answered_with_make_room(error, make_room, monkeypatch, capsys):
+    monkeypatch.setattr("plad_fast.distill.distill", failing(error))
+    assert main(["quickstart"]) == 2
+    printed = capsys.readouterr().err
+    assert str(error) in printed
+    assert ("make room" in printed) == make_room
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    """As `plad-fast doctor | true` does. Buffered output, the default, is written last of all."""
+    buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    code = (
+        "import sys; from plad_fast import doctor; doctor.diagnose = lambda: 'one line'\n"
+        "from plad_fast.cli import main; sys.exit(main(['doctor']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\\nabla", r"\nabla"), (r"\theta", r"\theta")],
+)
+def test_a_line_break_in_a_template_flag(text, prompt, monkeypatch):
+    seen = []
+    monkeypatch.setattr("plad_fast.distill.distill", lambda config, **_: seen.append(config))
+    assert main(["distill", "--prompt-template", text]) == 0
+    assert seen[0].prompt_template == prompt
+
+
+def without(*names: str) -> str:
+    return f"import sys\nfor n in {names!r}: sys.modules[n] = None\n"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_doctor_says_what_will_be_used():
+    """It is for installations that do not work yet, so it needs torch alone."""
+    code = without("transformers", "datasets", "accelerate", "matplotlib", "yaml")
+    done = run_python(code + "from plad_fast.cli import main; sys.exit(main(['doctor']))")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "backend", "attention", "scratch", "plad_ranking", "cores"):
+        assert word in done.stdout
+
+
+def test_a_missing_library_is_named_with_its_pip_line():
+    code = without("transformers", "datasets") + "from plad_fast.cli import main; "
+    done = run_python(code + "sys.exit(main(['distill']))")
+    assert done.returncode == 2
+    assert "run: pip install transformers datasets" in done.stderr
+
+
+def test_help_needs_no_heavy_import():
+    code = without("transformers", "datasets", "matplotlib")
+    done = run_python(code + "from plad_fast.cli import main\nmain(['distill', '--help'])")
+    assert done.returncode == 0, done.stderr
+    assert "--prompt-template" in done.stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("plad-fast") is None and not os.environ.get("CI"), reason="not installed"
+)
+def test_the_console_script_is_installed():
+    script = shutil.which("plad-fast", path=os.path.dirname(sys.executable))
+    assert script is not None
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("plad-fast ")

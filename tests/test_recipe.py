@@ -1,0 +1,103 @@
+"""Settings of the recipe and its data: types, the split, rows as files."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from plad_fast import UsageError
+from plad_fast._recipe_data import load_recipe_prompts, read_jsonl, split_prompts, write_jsonl
+from plad_fast.pairs import Prompt
+from plad_fast.recipe import DistillConfig, coerce, load_settings
+
+
+def test_split_is_disjoint_complete_and_seeded():
+    prompts = [Prompt(str(i), f"p{i}") for i in range(20)]
+    train, held_out = split_prompts(prompts, 0.25, seed=3)
+    assert (len(train), len(held_out)) == (15, 5)
+    assert {p.id for p in train} | {p.id for p in held_out} == {str(i) for i in range(20)}
+    assert split_prompts(prompts, 0.25, seed=3) == (train, held_out)
+    assert split_prompts(prompts, 0.25, seed=4) != (train, held_out)
+    assert len(split_prompts(prompts, 6, seed=3)[1]) == 6
+    with pytest.raises(UsageError, match="each needs at least"):
+        split_prompts(prompts, 19.0, seed=0)
+
+
+def test_copies_of_a_prompt_stay_on_one_side():
+    """24 rows of 4 prompts: as text, with other white space, and as a chat of the same words."""
+    forms = [
+        lambda i: f"Name {i} things.",
+        lambda i: f" Name  {i}\nthings. ",
+        lambda i: [{"role": "user", "content": f"Name {i} things."}],
+    ]
+    prompts = [Prompt(str(n), forms[n % 3](n % 4)) for n in range(24)]
+    train, held_out = split_prompts(prompts, 0.5, seed=0)
+    assert (len(train), len(held_out)) == (12, 12)
+    kinds = [{int(p.id) % 4 for p in side} for side in (train, held_out)]
+    assert kinds[0].isdisjoint(kinds[1])
+    with pytest.raises(UsageError, match="4 different prompts with --held-out 8"):
+        split_prompts(prompts, 8.0, seed=0)
+
+
+def test_rows_may_hold_any_line_separator(tmp_path):
+    rows = [{"prompt": "a\u2028b\u2029c\x85d\ne\x0bf"}, {"prompt": "g"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_the_defaults_are_valid_and_round_trip_through_yaml(tmp_path):
+    config = DistillConfig(student_layers=(0, 1, 5), limit=7)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config.as_dict()))
+    assert DistillConfig(**load_settings(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("beta", "nan", "finite number, got 'nan'"),
+        ("learning_rate", "inf", "finite number"),
+        ("beta", True, "finite number, got True"),
+        ("beta", 10**400, "finite number"),  # no float is that large
+        ("seed", "1e999", "whole number"),
+        ("seed", 1.5, "whole number, got 1.5"),
+        ("student_layers", 1.9, "whole number"),
+        ("student_layers", [0, 1.9], "whole number"),
+        ("student_layers", True, "whole number"),
+        ("prompts", ["a.jsonl", "b.jsonl"], "must be text"),
+        ("teacher", {"name": "x"}, "must be text"),
+    ],
+)
+def test_values_that_are_not_of_the_type_of_their_setting(name, value, message):
+    with pytest.raises(UsageError, match=message):
+        coerce(name, value, "here")
+    if not isinstance(value, str):  # what a flag gives is text; a caller may give anything
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be"):
+            DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [{"seed": -1}, {"beta": float("nan")}, {"epochs": float("inf")}])
+def test_values_out_of_range(bad):
+    with pytest.raises(UsageError, match=f"--{next(iter(bad))} must be"):
+        DistillConfig(**bad)
+
+
+def test_large_whole_numbers_stay_exact():
+    assert coerce("limit", 2**53 + 1, "here") == 2**53 + 1
+    assert coerce("limit", "1e3", "here") == 1000
+
+
+def test_yaml_that_is_not_utf8(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("prompt_template: é {x}\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
+        load_settings(path)
+
+
+def test_a_backslash_from_yaml_stays_one(tmp_path):
+    r"""Only a flag has to spell a line break as \n; TeX in a file is left alone."""
+    (tmp_path / "rows.jsonl").write_text('{"x": "f"}\n')
+    (tmp_path / "recipe.yaml").write_text(r"prompt_template: 'Compute $\nabla$ of {x}.'")
+    settings = load_settings(tmp_path / "recipe.yaml")
+    config = DistillConfig(**settings, prompts=str(tmp_path / "rows.jsonl"))
+    assert load_recipe_prompts(config)[0].content == r"Compute $\nabla$ of f."

@@ -1,0 +1,163 @@
+"""Results of other data, models or settings are never taken for those that were asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from plad_fast.cli import main
+from plad_fast.run_folder import lock_folder
+from plad_fast.students import load_model
+from tests.recipe_runs import kill_at
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs.jsonl", 6)
+
+
+def write_pairs(path, count: int):
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(model, pairs, output, *extra: str) -> list[str]:
+    return ["train", "--model", str(model), "--pairs", str(pairs), "--output-dir", str(output),
+            "--batch-size", "2", "--precision", "float32", *extra]  # fmt: skip
+
+
+def test_a_finished_training_is_recognised_and_another_refused(
+    tiny_teacher, pairs, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert main(train(tiny_teacher, pairs, output)) == 0
+    assert "done before" not in capsys.readouterr().out
+    weights = (output / "model.safetensors").read_bytes()
+    # Micro-batches and checkpoints change memory and safety, not the model.
+    same = train(tiny_teacher, pairs, output, "--micro-batch-size", "1", "--saves-per-stage", "1")
+    assert main(same) == 0
+    assert "done before" in capsys.readouterr().out
+
+    more = write_pairs(tmp_path / "more.jsonl", 7)
+    retrained = changed_copy(tiny_teacher, tmp_path / "retrained")
+    others = {
+        "beta was None and is 3.0": train(tiny_teacher, pairs, output, "--beta", "3"),
+        "rows was '6 rows, .* and is '7 rows, ": train(tiny_teacher, more, output),
+        "source was ": train(retrained, pairs, output),
+    }
+    for message, command in others.items():
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error)
+        assert f"choose another --output-dir, or delete {output}" in error
+    assert (output / "model.safetensors").read_bytes() == weights
+
+
+def changed_copy(model_folder, copy):
+    """The same model in every size, with one other number."""
+    shutil.copytree(model_folder, copy)
+    model = load_model(copy)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(copy)
+    return copy
+
+
+def test_checkpoints_of_another_training_are_not_resumed(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "out"
+    kill_at("trainer", "fused_linear_preference_loss", 3, train(tiny_teacher, pairs, output))
+    assert list(output.with_name("out.checkpoints").glob("checkpoint-*"))
+    assert main(train(tiny_teacher, pairs, output, "--epochs", "2")) == 2
+    assert "epochs was 1.0 and is 2.0" in capsys.readouterr().err
+    (tmp_path / "out.checkpoints" / "training.json").unlink()
+    assert main(train(tiny_teacher, pairs, output)) == 2
+    assert "out.checkpoints is there already and has no record" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_two_trainings_cannot_share_a_folder(tiny_teacher, pairs, tmp_path, capsys):
+    (tmp_path / "out.checkpoints").mkdir()
+    lock = lock_folder(tmp_path / "out.checkpoints")
+    assert main(train(tiny_teacher, pairs, tmp_path / "out")) == 2
+    assert "being filled by another process" in capsys.readouterr().err
+    os.close(lock)
+
+
+def evaluate(student, pairs, output, *extra: str) -> list[str]:
+    return ["evaluate", "--student", f"A={student}", "--pairs", str(pairs), "--output-dir",
+            str(output), "--max-new-tokens", "20", "--precision", "float32", *extra]  # fmt: skip
+
+
+def test_a_stale_evaluation_is_refused(tiny_teacher, pairs, tmp_path, capsys):
+    """Another model under the same path, other pairs, other settings: each by its name."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny_teacher, student)
+    output = tmp_path / "out"
+    assert main(evaluate(student, pairs, output)) == 0
+    # Elsewhere and with other times it is the same model.
+    shutil.copytree(student, tmp_path / "moved", copy_function=shutil.copyfile)
+    assert main(evaluate(tmp_path / "moved", pairs, output)) == 0
+    capsys.readouterr()
+
+    text = pairs.read_text()
+    cases = {
+        "length_normalization was 1.0 and is 0.0": ["--length-normalization", "0"],
+        "max_length was 1024 and is 512": ["--max-length", "512"],
+        "temperature was 1.0 and is 0.5": ["--student-temperature", "0.5"],
+        "precision was 'float32' and is 'auto'": ["--precision", "auto"],
+        "pairs was '6 pairs, ": [],
+        "weights was ": [],
+    }
+    for message, extra in cases.items():
+        if message.startswith("pairs"):
+            pairs.write_text(text.replace(" x", " y"))
+        if message.startswith("weights"):
+            shutil.rmtree(student)
+            changed_copy(tiny_teacher, student)
+        command = evaluate(student, pairs, output, *extra)
+        assert main(command) == 2, message
+        error = capsys.readouterr().err
+        assert message in error
+        assert "--overwrite" in error
+    assert main([*command, "--overwrite"]) == 0
+    assert main(command) == 0
+
+
+def test_pairs_of_a_retrained_student_are_made_anew(tiny_teacher, pairs, tmp_path, capsys):
+    student = changed_copy(tiny_teacher, tmp_path / "student")
+    command = [
+        "pairs", "--teacher", str(tiny_teacher), "--student", str(student), "--prompts", str(pairs),
+        "--output-dir", str(tmp_path / "p"), "--max-new-tokens", "60", "--precision", "float32",
+        "--teacher-temperature", "1",
+    ]  # fmt: skip
+    assert main(command) == 0
+    shutil.rmtree(student)
+    shutil.copytree(tiny_teacher, student)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "weights was " in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_cut_off_samples_are_no_answers(tiny_teacher, pairs, tmp_path):
+    """Scoring adds an end token; to a sample that did not end it would be a token never chosen."""
+    output = tmp_path / "out"
+    assert main(evaluate(tiny_teacher, pairs, output, "--student-temperature", "1")) == 0
+    lines = (output / "a-sampled.jsonl").read_text().splitlines()[1:]
+    samples = {row["id"]: row for row in map(json.loads, lines)}
+    usable = [row["finish_reason"] == "stop" and bool(row["text"]) for row in samples.values()]
+    assert 0 < sum(usable) < len(usable)
+    own = json.loads((output / "a-logps.json").read_text())["scores"]["own"]
+    assert [value is not None for value in own] == [
+        samples[str(i)]["finish_reason"] == "stop" and bool(samples[str(i)]["text"])
+        for i in range(len(own))
+    ]
+    row = json.loads((output / "metrics.json").read_text())["students"][0]
+    assert (row["n_own_pairs"], row["n_pairs"]) == (sum(usable), len(usable))
+    assert f"{sum(usable)} for A" in (output / "report.html").read_text()
