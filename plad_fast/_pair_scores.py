@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from plad_fast._rows import read_row
 from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
 
@@ -45,8 +46,8 @@ def score_pairs(
         {"chosen": (P,), "rejected": (P,)} in the order of `pairs`, float64, in nats.
 
     Raises:
-        UsageError: no pairs, a response longer than `max_length`, or a log-probability that is not
-            finite.
+        UsageError: no pairs, one that is not as above, a response longer than `max_length`, or a
+            log-probability that is not finite.
     """
     from plad_fast.head import causal_lm_logprobs
     from plad_fast.packing import PreferenceCollator, encode_group
@@ -55,12 +56,15 @@ def score_pairs(
         raise UsageError("there are no pairs to score; pass at least one")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
-    features = [
-        encode_group(
-            tokenizer, pair["prompt"], [pair["chosen"], pair["rejected"]], max_length=max_length
-        )
-        for pair in pairs
-    ]
+    features = []
+    for index, pair in enumerate(pairs):
+        try:
+            prompt, responses = read_row(pair)
+            if len(responses) != 2:
+                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
+            features.append(encode_group(tokenizer, prompt, responses, max_length=max_length))
+        except UsageError as error:
+            raise UsageError(f"pair {_pair_name(pairs, index)}: {error}") from None
     too_long = [index for index, feature in enumerate(features) if not feature["fits"]]
     if too_long:
         raise UsageError(

@@ -34,6 +34,17 @@ def as_conversation(prompt: Content, responses: Sequence[Content]) -> tuple[Cont
     return prompt, [_answer(prompt, response) for response in responses]
 
 
+def require_unicode(text: str, where: str) -> None:
+    """Raises UsageError for a lone surrogate, which JSON can hold but no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where} holds {text[error.start]!r}, half of a surrogate pair and no character; "
+            "remove it, or write both halves"
+        ) from None
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> str:
     """The text after which the model starts to answer.
 
@@ -54,9 +65,9 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, respons
     """The text a model would produce after `render_prompt`, up to and with its end-of-turn mark.
 
     For chat messages this is the part of the rendered conversation that follows the prompt, so a
-    template whose turn ends in something other than the EOS token (Gemma) is honoured. It is the
-    response followed by the EOS token for plain text, where a template marks no end of a turn, and
-    where it renders the earlier turns differently once an answer follows.
+    template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
+    marks no end of a turn, the EOS token is added. Where a template renders the earlier turns
+    differently once an answer follows, and for plain text, it is the response and the EOS token.
 
     Raises:
         UsageError: as `as_conversation` and `render_prompt`.
@@ -68,8 +79,7 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, respons
         head = render_prompt(tokenizer, prompt)
         if full.startswith(head):
             tail = full[len(head) :].rstrip()
-            if _ends_in_mark(tokenizer, tail):
-                return tail
+            return tail if _ends_in_mark(tokenizer, tail) else tail + (tokenizer.eos_token or "")
     return text + (tokenizer.eos_token or "")
 
 
@@ -99,10 +109,8 @@ def _same_turns(messages: Messages, prompt: Content) -> bool:
     return len(turns) == 2 and turns[0] == turns[1]
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any
-) -> str:
-    from jinja2 import TemplateError  # transformers needs it for templates only
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+    from jinja2 import TemplateError  # a dependency of torch, and slow to import
 
     name = tokenizer.name_or_path or "this tokenizer"
     if not tokenizer.chat_template:

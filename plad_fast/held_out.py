@@ -166,13 +166,15 @@ def _run_student(
     greedy = Sampling(sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size)
     # The weights rather than the path: a run folder may move, and a path get other weights.
     made_by = {"student": name, "weights": model_digest(path), "precision": precision}
+    # Plain-text pairs are continued as they stand: an answer is scored after what it was given to.
+    chat = not isinstance(held_out.pairs[0]["prompt"], str)
     answer_files, scores_file = student_files(name, folder)
     answers = []
     for file, how in zip(answer_files, (greedy, sampling), strict=True):
 
         def load(kind: str = file.stem) -> LocalModel:
             model = load_model(path, dtype=autocast_dtype(precision), device=best_device())
-            return LocalModel(model, tokenizer, kind)
+            return LocalModel(model, tokenizer, kind, chat=chat)
 
         answers.append(stored_answers(load, held_out.prompts, file, how, fingerprint=made_by))
     greedy_answers, samples = answers

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from plad_fast.chat import Content, render_prompt, render_response
+from plad_fast._rows import read_row, read_scores, require_columns
+from plad_fast.chat import Content, as_conversation, render_prompt, render_response
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,12 +92,13 @@ def encode_group(
     Args:
         tokenizer: of the student.
         prompt: plain text or chat messages.
-        responses: K texts or assistant messages, best first.
+        responses: K texts or lists of messages, best first; see `plad_fast.chat.as_conversation`.
         max_length: of prompt and response together.
         truncation_side: the side from which a long prompt loses tokens, "left" or "right".
     """
+    prompt, texts = as_conversation(prompt, responses)
     prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, r)) for r in responses]
+    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
     room = max_length - max(len(ids) for ids in response_ids)
     truncated = len(prompt_ids) > room
     # A group that does not fit is left whole: the caller reports and drops it.
@@ -121,8 +123,9 @@ def tokenize_dataset(
 
     Rows hold a `prompt` (text or chat messages) and one of
 
-    * `chosen` and `rejected`: a text or an assistant message list each; `rejected` may also be a
-      list of those. Scores: `chosen_score` and `rejected_score` (a number, or one per rejected).
+    * `chosen` and `rejected`: a text or a list of messages each, which may repeat those of the
+      prompt; `rejected` may also be a list of those. Scores: `chosen_score` and
+      `rejected_score` (a number, or one per rejected).
     * `responses`: a list, best first. Scores: `scores`, one per response.
     * `chosen` or `completion` alone: one response.
 
@@ -138,29 +141,38 @@ def tokenize_dataset(
         longest sequence) and, if asked for, `scores` (K).
 
     Raises:
-        UsageError: no rows, missing columns, groups of different sizes, or every row dropped.
+        UsageError: no rows, missing columns, a row that is not as above, groups of different
+            sizes, or every row dropped.
     """
-    rows = _as_dataset(dataset, name)
-    if {"prompt_ids", "response_ids"} <= set(rows.column_names):
-        return rows
-    _require_columns(rows.column_names, with_scores=with_scores, name=name)
+    columns = _require_rows(dataset, name)
+    if {"prompt_ids", "response_ids"} <= set(columns):
+        return dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+    require_columns(columns, with_scores=with_scores, name=name)
 
-    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        responses = _responses(row)[: 1 if first_only else None]
-        group = encode_group(
-            tokenizer,
-            row["prompt"],
-            responses,
-            max_length=max_length,
-            truncation_side=truncation_side,
-        )
+    def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            prompt, responses = read_row(row)
+            responses = responses[: 1 if first_only else None]
+            group = encode_group(
+                tokenizer,
+                prompt,
+                responses,
+                max_length=max_length,
+                truncation_side=truncation_side,
+            )
+            scores = read_scores(row, len(responses)) if with_scores else None
+        except UsageError as error:
+            raise UsageError(f"{name}, row {index + 1}: {error}") from None
         longest = max(len(ids) for ids in group["response_ids"])
         encoded = {**group, "length": len(group["prompt_ids"]) + longest}
-        if with_scores:
-            encoded["scores"] = _scores(row, len(responses))
-        return encoded
+        return encoded if scores is None else {**encoded, "scores": scores}
 
-    encoded = rows.map(encode, remove_columns=rows.column_names, desc=f"Tokenising {name}")
+    if isinstance(dataset, Dataset):
+        encoded = dataset.map(
+            encode, with_indices=True, remove_columns=columns, desc=f"Tokenising {name}"
+        )
+    else:  # Arrow gets the ids only: rows may hold prompts of both forms
+        encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
     sizes = sorted({len(ids) for ids in encoded["response_ids"]})
     if len(sizes) > 1:
         raise UsageError(
@@ -247,58 +259,23 @@ def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
     return ids[len(ids) - length :]
 
 
-def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dataset:
-    if not isinstance(dataset, Dataset):
-        if not isinstance(dataset, Sequence):
-            raise UsageError(
-                f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
-            )
-        dataset = Dataset.from_list([dict(row) for row in dataset])
+def _require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """The columns of a dataset that has rows."""
+    if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, (Dataset, Sequence)):
+        raise UsageError(
+            f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
+        )
     if len(dataset) == 0:
         raise UsageError(f"{name} has no rows; check how it was loaded or filtered")
-    return dataset
-
-
-def _require_columns(columns: Sequence[str], *, with_scores: bool, name: str) -> None:
-    there = set(columns)
-    found = f"{name} has the columns {', '.join(sorted(there))}"
-    if "prompt" not in there or not there & {"responses", "chosen", "completion"}:
-        raise UsageError(
-            f"{found}; it needs prompt with chosen and rejected, prompt with responses, or prompt "
-            "with chosen or completion alone"
-        )
-    if with_scores:
-        wanted = ["scores"] if "responses" in there else ["chosen_score", "rejected_score"]
-        if not there.issuperset(wanted):
+    if isinstance(dataset, Dataset):
+        return dataset.column_names
+    for number, row in enumerate(dataset, start=1):
+        if not isinstance(row, Mapping):
             raise UsageError(
-                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
+                f"{name}, row {number} is a {type(row).__name__}; every row must map column names "
+                "to values"
             )
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is one text, rather than a list of texts."""
-    return isinstance(value, str) or (bool(value) and isinstance(value[0], Mapping))
-
-
-def _responses(row: Mapping[str, Any]) -> list[Content]:
-    if row.get("responses") is not None:
-        return list(row["responses"])
-    chosen = row["chosen"] if row.get("chosen") is not None else row["completion"]
-    rejected = row.get("rejected")
-    if rejected is None:
-        return [chosen]
-    return [chosen, rejected] if _is_text(rejected) else [chosen, *rejected]
-
-
-def _scores(row: Mapping[str, Any], group_size: int) -> list[float]:
-    if row.get("responses") is not None:
-        scores = list(row["scores"])
-    else:
-        rejected: float | list[float] = row["rejected_score"]
-        scores = [row["chosen_score"], *(rejected if isinstance(rejected, list) else [rejected])]
-    if len(scores) < group_size or any(score is None for score in scores):
-        raise UsageError(f"a row has the scores {scores} for {group_size} responses; give one each")
-    return scores[:group_size]
+    return list({column: None for row in dataset for column in row})
 
 
 def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:

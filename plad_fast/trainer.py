@@ -6,6 +6,7 @@ over response tokens of everything they cover: micro-batches, gradient accumulat
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from plad_fast.training_metrics import PreferenceMeter
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_utils import EvalLoopOutput
 
@@ -66,6 +68,7 @@ class PLaDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require_finite_numbers()
         self.objective(group_size=2, has_scores=True)
         if self.fine_tunes and self.sft_weight:
             raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
@@ -86,6 +89,12 @@ class PLaDConfig(TrainingArguments):
                 "torch_compile=True would compile the loss again for every step; call "
                 "model.base_model.compile() before training instead"
             )
+
+    def _require_finite_numbers(self) -> None:
+        for name in ("beta", "sft_weight", "length_normalization", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} must be a finite number, got {value}")
 
     def objective(self, *, group_size: int, has_scores: bool) -> Objective:
         """The loss with its options, checked."""
@@ -189,6 +198,14 @@ class PLaDTrainer(Trainer):
         if self.is_world_process_zero():
             check_head(self.model)
 
+    def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
+        """As in `transformers.Trainer`; rows may also be as those of the constructor."""
+        return super().get_eval_dataloader(self._tokenized(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Rows) -> DataLoader:
+        """As in `transformers.Trainer`; rows may also be as those of the constructor."""
+        return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset"))
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[PreferenceBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PreferenceBatch], Tensor | None]:
@@ -284,6 +301,13 @@ class PLaDTrainer(Trainer):
     def _scratch_bytes(self) -> int | None:
         mib = self.args.scratch_mib
         return None if mib is None else mib * 2**20
+
+    def _tokenized(self, rows: Rows | str | None, name: str) -> Any:
+        # None is the constructor's dataset, and a text names one of several.
+        if rows is None or isinstance(rows, str):
+            return rows
+        with self.args.main_process_first(desc="tokenising"):
+            return _tokenize(rows, self.model, self.args, self.processing_class, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "response_ids", "scores", "length"]

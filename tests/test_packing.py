@@ -196,15 +196,94 @@ def test_tokenised_rows_are_taken_as_they_are(tiny_tokenizer):
         (
             [{"prompt": "p", "responses": ["a", "b"], "scores": [1.0]}],
             {"with_scores": True},
-            "give one each",
+            "row 1: the scores are .* give a number each",
         ),
         (
             [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "p", "responses": ["a"]}],
             {},
             "1 or 2 responses",
         ),
+        (["p"], {}, "row 1 is a str"),
+        (
+            [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}],
+            {},
+            "row 2: chosen is null; it should be text or a list",
+        ),
+        ([{"prompt": None, "chosen": "a"}], {}, "row 1: prompt is null"),
+        ([{"prompt": [], "chosen": "a"}], {}, "row 1: prompt is an empty list"),
+        ([{"prompt": "p", "chosen": "a", "rejected": 3}], {}, "row 1: rejected is '3', a int"),
+        ([{"prompt": "p", "chosen": "a", "rejected": ["b", 3]}], {}, "an entry of rejected is '3'"),
+        ([{"prompt": "p", "responses": []}], {}, "responses is an empty list"),
+        ([{"prompt": [{"role": "user"}], "chosen": "a"}], {}, "whose content is null"),
+        ([{"prompt": "p\ud800", "chosen": "a"}], {}, "half of a surrogate pair"),
+        # What the user said is not the prompt: which of the two is meant?
+        (
+            [{"prompt": "p", "chosen": [*CHAT, {"role": "assistant", "content": "a"}]}],
+            {},
+            "row 1.*2",
+        ),
+        ([{"prompt": CHAT, "chosen": CHAT}], {}, "ends in a message of role 'user'"),
     ],
 )
 def test_usage_errors(tiny_tokenizer, rows, options, message):
     with pytest.raises(UsageError, match=message):
         tokenize_dataset(rows, tiny_tokenizer, **{"max_length": 16, **options})
+
+
+def test_arrow_datasets_are_checked_as_lists_are(tiny_tokenizer):
+    rows = Dataset.from_list(
+        [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}, {"prompt": "p"}]
+    )
+    with pytest.raises(UsageError, match="dataset, row 2: chosen is null"):
+        tokenize_dataset(rows, tiny_tokenizer, max_length=16)
+
+
+def test_rows_of_both_forms_go_together(tiny_tokenizer):
+    """Arrow columns hold one type: rows are encoded before they become columns."""
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": ["b"]},
+        {"prompt": CHAT, "chosen": "a", "rejected": "b"},
+    ]
+    data = tokenize_dataset(rows, tiny_tokenizer, max_length=32)
+    assert [text_of(tiny_tokenizer, row["prompt_ids"]) for row in data] == [
+        "<|bos|>p",
+        "<|bos|><|user|>hi<|end|><|assistant|>",
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["hi", CHAT])
+@pytest.mark.parametrize("repeated", [[], CHAT])
+def test_responses_of_messages_answer_a_prompt_in_chat(tiny_tokenizer, prompt, repeated):
+    """As in UltraFeedback: the prompt is text, and the responses are whole conversations."""
+    chosen, rejected = ([*repeated, {"role": "assistant", "content": t}] for t in "ab")
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for rows in ([row], Dataset.from_list([row])):
+        [encoded] = tokenize_dataset(rows, tiny_tokenizer, max_length=32)
+        text = text_of(tiny_tokenizer, encoded["prompt_ids"])
+        assert text == "<|bos|><|user|>hi<|end|><|assistant|>"
+        texts = [text_of(tiny_tokenizer, ids) for ids in encoded["response_ids"]]
+        assert texts == ["a<|end|>", "b<|end|>"]
+
+
+def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    group = encode_group(tokenizer, CHAT, ["yes"], max_length=64)
+    assert text_of(tokenizer, group["prompt_ids"]) == "user: hi\nassistant: "
+    assert text_of(tokenizer, group["response_ids"][0]) == "yes<|end|>"
+
+
+def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
+    """Gemma's template raises for a system message."""
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    prompt = [{"role": "system", "content": "be kind"}, *CHAT]
+    with pytest.raises(UsageError, match=r"row 1: .* roles system, user \(no system role\)"):
+        tokenize_dataset([{"prompt": prompt, "chosen": "a"}], tokenizer, max_length=64)

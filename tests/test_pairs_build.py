@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -16,6 +17,7 @@ from plad_fast.pairs import (
     Sampling,
     build_pairs,
     generate_answers,
+    stored_answers,
 )
 from plad_fast.pairs.filters import drop_reason
 
@@ -90,6 +92,21 @@ def test_answers_to_other_prompts_are_not_taken(tmp_path):
         generate_answers(Scripted(), PROMPTS[:1], store, Sampling(), progress=False)
         with pytest.raises(UsageError, match="prompt '0' is not the one that"):
             generate_answers(Scripted(), [Prompt("0", "edited")], store, Sampling())
+
+
+def test_nor_where_all_of_them_are_stored(tmp_path):
+    """No model is loaded then, but the prompts are compared all the same."""
+    ask = functools.partial(
+        stored_answers,
+        Scripted,
+        path=tmp_path / "answers.jsonl",
+        sampling=Sampling(),
+        fingerprint={},
+        progress=False,
+    )
+    ask(PROMPTS[:1])
+    with pytest.raises(UsageError, match="prompt '0' is not the one that"):
+        ask([Prompt("0", "edited")])
 
 
 def test_repeated_ids_are_refused(tmp_path):

@@ -175,6 +175,12 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' holds nothing where a"),
         ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
         ("p.jsonl", '{"prompt": ["a"]}\n', "a list that is not chat messages"),
+        ("p.jsonl", '{"prompt": "a\\ud83d"}\n', "row 1, column 'prompt' holds '\\ud83d', half"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "user", "content": "\\ude00"}]}\n',
+            "half of a surrogate pair",
+        ),
         (
             "p.jsonl",
             '{"prompt": [{"role": "assistant", "content": "a"}]}\n',

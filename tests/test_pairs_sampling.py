@@ -85,7 +85,7 @@ def test_greedy_is_transformers_own(model, tiny_tokenizer):
     )
     assert text.count(tiny_tokenizer.bos_token) == 1
     ids = tiny_tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    output = model.model.generate(**ids, do_sample=False, max_new_tokens=12)
+    output = model.model.generate(ids["input_ids"], do_sample=False, max_new_tokens=12)
     new = tiny_tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answers(model, [prompt], temperature=0)["p"].text == new.strip()
 
@@ -98,14 +98,18 @@ def test_the_models_own_generation_settings_do_not_interfere(model):
     assert model.model.generation_config is own
 
 
-def test_plain_prompts_get_bos_once_and_no_template(model, tiny_tokenizer):
+@pytest.mark.parametrize("chat", [True, False])
+def test_plain_prompts_get_bos_once_and_no_template(model, tiny_tokenizer, chat):
+    """By a model without a template, and by a chat model that is to go on from plain text."""
     plain = copy.deepcopy(tiny_tokenizer)
-    plain.chat_template = None
+    if chat:
+        plain.chat_template = None
     seen = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    answers(LocalModel(model.model, plain, "plain"), [Prompt("p", "Hi")], max_new_tokens=1)
+    plain_model = LocalModel(model.model, plain, "plain", chat=chat)
+    answers(plain_model, [Prompt("p", "Hi")], max_new_tokens=1)
     assert seen == [[[plain.bos_token_id, *plain("Hi", add_special_tokens=False)["input_ids"]]]]
 
 
@@ -131,7 +135,7 @@ def test_end_tokens_include_the_mark_that_closes_a_turn(model, tiny_tokenizer):
     model.model.generation_config.eos_token_id = 7
     end = tiny_tokenizer.eos_token_id
     assert end_tokens(model.model, tokenizer) == {7, tokenizer.eos_token_id, end}
-    # A template without such a mark adds nothing: its last token belongs to the answer.
+    # A template without such a mark ends in EOS.
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert end_tokens(model.model, tokenizer) == {7, tokenizer.eos_token_id}
 

@@ -82,14 +82,7 @@ def generate_answers(
     """
     from tqdm import tqdm
 
-    require_unique_ids(prompts)
-    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
-    for prompt in prompts:
-        if prompt.id in store.done and store.rows[prompt.id]["prompt"] != digests[prompt.id]:
-            raise UsageError(
-                f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
-                "another output folder, or pass --overwrite to start anew"
-            )
+    digests = _checked_digests(prompts, store)
     pending = [prompt for prompt in prompts if prompt.id not in store.done]
     with tqdm(
         total=len(prompts),
@@ -125,6 +118,7 @@ def stored_answers(
         UsageError: as `AnswerStore.open` and `generate_answers`.
     """
     with AnswerStore.open(path, {**fingerprint, **sampling.settings()}) as store:
+        _checked_digests(prompts, store)
         if all(prompt.id in store.done for prompt in prompts):
             return {p.id: _from_row(store.rows[p.id]) for p in prompts}
         return generate_answers(load(), prompts, store, sampling, progress)
@@ -189,6 +183,19 @@ def as_response(prompt: Content, text: str) -> Content:
     if not isinstance(prompt, str):
         return [{"role": "assistant", "content": text}]
     return text if prompt[-1:].isspace() else f" {text}"
+
+
+def _checked_digests(prompts: Sequence[Prompt], store: AnswerStore) -> dict[str, str]:
+    """Prompt id -> digest; raises UsageError where the store has an answer to another prompt."""
+    require_unique_ids(prompts)
+    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
+    for prompt_id, digest in digests.items():
+        if prompt_id in store.done and store.rows[prompt_id]["prompt"] != digest:
+            raise UsageError(
+                f"prompt {prompt_id!r} is not the one that {store.path} has an answer to; choose "
+                "another output folder, or pass --overwrite to start anew"
+            )
+    return digests
 
 
 def _advice(report: PairReport) -> str:

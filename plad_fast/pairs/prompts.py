@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.chat import Content, Messages
+from plad_fast.chat import Content, Messages, require_unicode
 from plad_fast.errors import UsageError
 from plad_fast.pairs.tables import Row, Table, read_table
 
@@ -216,6 +216,7 @@ def _as_content(value: Any, where: str) -> Content:
         )
     if not value.strip():
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
+    require_unicode(value, where)
     return value
 
 
@@ -228,8 +229,9 @@ def _as_chat(value: list[Any], where: str) -> Messages:
         ):
             raise UsageError(
                 f"{where} holds a list that is not chat messages; each one needs a text 'role' and "
-                f"a text 'content', but one is {str(message)[:80]}"
+                f"a text 'content', but one is {ascii(message)[:80]}"
             )
+        require_unicode(message["content"], where)
     if value[-1]["role"] == "assistant":
         raise UsageError(
             f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"

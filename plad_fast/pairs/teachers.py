@@ -49,16 +49,25 @@ class LocalModel:
 
     Args:
         model: on any device. It may be in training; its mode and settings are left as they were.
-        tokenizer: with a chat template, plain prompts are asked as a user message.
+        tokenizer: of the model.
         name: for progress and messages.
+        chat: ask plain-text prompts as a user message if the tokenizer has a chat template, as
+            `build_pairs` writes them. False: continue plain text as it is, which is how rows of
+            plain text are trained and scored.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        chat: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.chat = chat
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
         """Answers the prompts, longest first, so that memory runs out early or never.
@@ -79,8 +88,9 @@ class LocalModel:
     def _encode(self, prompt: Prompt) -> list[int]:
         from plad_fast.packing import encode_prompt  # brings in datasets
 
+        content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
         try:
-            return encode_prompt(self.tokenizer, as_messages(self.tokenizer, prompt.content))
+            return encode_prompt(self.tokenizer, content)
         except UsageError as error:
             raise UsageError(f"prompt {prompt.id!r}: {error}") from None
 
@@ -179,7 +189,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     prompt: Content = [{"role": "user", "content": "a"}]
     text = render_response(tokenizer, prompt, "a")
     last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-    # The last token of a template that marks no end is part of the answer.
+    # Without an EOS token, a template that marks no end closes with the answer itself.
     return last if last in tokenizer.added_tokens_decoder else None
 
 

@@ -1,0 +1,117 @@
+"""One row of a preference dataset: checked, and read into one form whichever it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+from plad_fast.chat import Content, require_unicode
+from plad_fast.errors import UsageError
+
+_RESPONSE = 'text or a list of {"role", "content"} messages'
+
+
+class PreferenceRow(NamedTuple):
+    """A prompt and its K responses, best first."""
+
+    prompt: Content
+    responses: list[Content]
+
+
+def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -> None:
+    """Raises UsageError if no row of these columns can be read; see `tokenize_dataset`."""
+    there = set(columns)
+    found = f"{name} has the columns {', '.join(sorted(there))}"
+    if "prompt" not in there or not there & {"responses", "chosen", "completion"}:
+        raise UsageError(
+            f"{found}; it needs prompt with chosen and rejected, prompt with responses, or prompt "
+            "with chosen or completion alone"
+        )
+    if with_scores:
+        wanted = ["scores"] if "responses" in there else ["chosen_score", "rejected_score"]
+        if not there.issuperset(wanted):
+            raise UsageError(
+                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
+            )
+
+
+def read_row(row: Mapping[str, Any]) -> PreferenceRow:
+    """Prompt and responses of a row in any of the forms that `tokenize_dataset` lists.
+
+    Raises:
+        UsageError: a value is missing or of another type than it should be. The message does not
+            say which row it is: the caller knows.
+    """
+    prompt = _content(row.get("prompt"), "prompt")
+    if row.get("responses") is not None:
+        return PreferenceRow(prompt, _contents(row["responses"], "responses"))
+    best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
+    responses = [_content(row.get(best), best)]
+    rejected = row.get("rejected")
+    if rejected is not None:
+        several = isinstance(rejected, (list, tuple)) and not _is_messages(rejected)
+        responses += (
+            _contents(rejected, "rejected") if several else [_content(rejected, "rejected")]
+        )
+    return PreferenceRow(prompt, responses)
+
+
+def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
+    """The scores of a row's first `group_size` responses.
+
+    Raises:
+        UsageError: there are fewer, or one is not a number.
+    """
+    if row.get("responses") is not None:
+        scores = row.get("scores")
+    else:
+        rejected = row.get("rejected_score")
+        scores = [
+            row.get("chosen_score"),
+            *(rejected if isinstance(rejected, (list, tuple)) else [rejected]),
+        ]
+    if (
+        not isinstance(scores, (list, tuple))
+        or len(scores) < group_size
+        or not all(isinstance(s, Real) and not math.isnan(s) for s in scores)
+    ):
+        raise UsageError(f"the scores are {scores} for {group_size} responses; give a number each")
+    return list(scores[:group_size])
+
+
+def _contents(value: Any, column: str) -> list[Content]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UsageError(
+            f"{column} is {_shown(value)}; it should be a list of responses, best first"
+        )
+    return [_content(item, f"an entry of {column}") for item in value]
+
+
+def _content(value: Any, column: str) -> Content:
+    if isinstance(value, str):
+        require_unicode(value, column)
+        return value
+    if not isinstance(value, (list, tuple)) or not _is_messages(value):
+        raise UsageError(f"{column} is {_shown(value)}; it should be {_RESPONSE}")
+    for message in value:
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise UsageError(
+                    f"{column} has a message whose {key} is {_shown(message.get(key))}; it should "
+                    "be text"
+                )
+        require_unicode(message["content"], column)
+    # Arrow gives every message every key that one of them has.
+    return [{key: v for key, v in message.items() if v is not None} for message in value]
+
+
+def _is_messages(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == []:
+        return "null" if value is None else "an empty list"
+    return f"{str(value)[:60]!r}, a {type(value).__name__}"
