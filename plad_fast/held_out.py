@@ -167,7 +167,7 @@ def _run_student(
     # The weights rather than the path: a run folder may move, and a path get other weights.
     made_by = {"student": name, "weights": model_digest(path), "precision": precision}
     # Plain-text pairs are continued as they stand: an answer is scored after what it was given to.
-    chat = not isinstance(held_out.pairs[0]["prompt"], str)
+    chat = not any(isinstance(pair["prompt"], str) for pair in held_out.pairs)
     answer_files, scores_file = student_files(name, folder)
     answers = []
     for file, how in zip(answer_files, (greedy, sampling), strict=True):

@@ -10,7 +10,7 @@ from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._packages import require_packages, versions
 from plad_fast._recipe_data import load_recipe_prompts, write_jsonl
 from plad_fast._records import model_digest
-from plad_fast.chat import Content
+from plad_fast.chat import as_conversation
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
 from plad_fast.held_out import (
@@ -264,17 +264,16 @@ def _discard_answers(path: Path) -> None:
 
 
 def _held_out(rows: list[dict[str, Any]]) -> HeldOut:
+    answers = {}
     for number, row in enumerate(rows):
         if row.get("rejected") is None:
             raise UsageError(f"pair {number + 1} has no rejected answer; evaluation ranks pairs")
-        row.setdefault("id", str(number))
-        row["id"] = str(row["id"])
+        row["id"] = str(row.get("id", number))
+        # The prompt in the form in which its answers are scored: students answer that very one.
+        row["prompt"], (chosen,) = as_conversation(row["prompt"], [row["chosen"]])
+        answers[row["id"]] = chosen.strip()
     prompts = [Prompt(row["id"], row["prompt"], row.get("reference")) for row in rows]
-    return HeldOut(prompts, {row["id"]: _text(row["chosen"]) for row in rows}, rows)
-
-
-def _text(response: Content) -> str:
-    return (response if isinstance(response, str) else response[-1]["content"]).strip()
+    return HeldOut(prompts, answers, rows)
 
 
 def _resolve(source: str) -> str:
