@@ -1,6 +1,6 @@
-"""Which backend computes an op. A backend is a module with the four functions named below.
+"""Which backend computes an op; see `plad_fast.backend` for what a backend is.
 
-`impl="auto"` takes the first backend of `BACKENDS` that says it can; a backend named by the
+`impl="auto"` takes the first backend of `BACKENDS` that can and wants to; a backend named by the
 caller is used or refused, never replaced.
 """
 
@@ -9,32 +9,24 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from plad_fast.backend import Backend
 from plad_fast.errors import UsageError
 
 logger = logging.getLogger("plad_fast")
 
 BACKENDS: dict[str, str] = {
+    "triton": "plad_fast.triton_backend",
     "torch": "plad_fast.chunked",
 }
 """Name to module, in the order in which "auto" tries them."""
 
 _CPU_SCRATCH_BYTES = 64 * 2**20
 _MAX_CUDA_SCRATCH_BYTES = 2**30
-
-
-class Backend(Protocol):
-    """The module's functions; their signatures are spelled out in `plad_fast.chunked`."""
-
-    linear_sequence_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-    linear_preference_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    stored_token_logprobs: Callable[..., Tensor]
-    unavailable: Callable[[Tensor], str | None]
 
 
 def get_backend(impl: str, tensor: Tensor) -> Backend:
@@ -53,7 +45,7 @@ def get_backend(impl: str, tensor: Tensor) -> Backend:
         return backend
     for name in BACKENDS:
         backend = _load(name)
-        if backend.unavailable(tensor) is None:
+        if backend.preferred(tensor) and backend.unavailable(tensor) is None:
             _announce(name, tensor.device.type)
             return backend
     raise AssertionError("the torch backend takes every tensor")

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from plad_fast import autograd
 from plad_fast import validation as check
-from plad_fast.dispatch import get_backend
+from plad_fast.backend import LinearProblem
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.losses import Objective, check_groups
-from plad_fast.ops import autocast_head, keep_counted, resolve_scratch
-from plad_fast.segments import length_normalized
+from plad_fast.ops import autocast_head, resolve_scratch
 
 
 class FusedLoss(NamedTuple):
@@ -88,8 +88,19 @@ def fused_linear_preference_loss(
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     check.check_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
-    check.check_cu_seqlens(cu_seqlens, len(hidden), hidden.device)
+    check.check_cu_seqlens(cu_seqlens, hidden.device)
     check.check_scores(scores, len(cu_seqlens) - 1, hidden.device)
+    check_groups(len(cu_seqlens) - 1, group_size)
+    problem = LinearProblem(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        cu_seqlens.long(),
+        LogitSpec(softcap, logit_scale, temperature),
+        ignore_index,
+        resolve_scratch(scratch_bytes, hidden.device),
+    )
     objective = Objective.bind(
         loss,
         group_size=group_size,
@@ -99,25 +110,6 @@ def fused_linear_preference_loss(
         device=hidden.device,
         **loss_options,
     )
-    check_groups(len(cu_seqlens) - 1, group_size)
-    spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = resolve_scratch(scratch_bytes, hidden.device)
-    backend = get_backend(impl, hidden)
-    rows, kept_targets, kept_seqlens = keep_counted(targets, cu_seqlens, ignore_index)
-    check.check_target_range(kept_targets, len(weight))
-    counts = kept_seqlens.diff()
-    grouped_counts = counts.reshape(-1, group_size)
-    value, sums, group_losses, active = backend.linear_preference_loss(
-        hidden if rows is None else hidden.index_select(0, rows),
-        weight,
-        bias,
-        kept_targets,
-        kept_seqlens,
-        scores,
-        objective,
-        objective.denominators(grouped_counts, num_groups, num_tokens),
-        spec,
-        scratch,
+    return FusedLoss(
+        *autograd.linear_preference_loss(problem, scores, objective, num_groups, num_tokens, impl)
     )
-    normalized = length_normalized(sums, counts, length_normalization)
-    return FusedLoss(value, normalized, counts, group_losses, active)

@@ -24,7 +24,7 @@ class LogitSpec:
             raise UsageError(f"softcap must be a positive number or None, got {self.softcap}")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"temperature must be positive, got {self.temperature}")
-        if not math.isfinite(self.logit_scale):
+        if not -math.inf < self.logit_scale < math.inf:
             raise UsageError(f"logit_scale must be finite, got {self.logit_scale}")
 
     @property

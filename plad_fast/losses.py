@@ -208,7 +208,8 @@ class Objective:
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> Objective:
-        """Check names, options and shapes, by calls on two groups of random numbers.
+        """Check names, options and, unless a graph is being traced, shapes: by calls on two groups
+        of random numbers.
 
         Raises:
             UsageError: unknown loss or option, missing scores, negative weights, or a function
@@ -238,7 +239,8 @@ class Objective:
             raise UsageError(f"sft_weight must not be negative, got {sft_weight}")
         check_length_normalization(length_normalization)
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
-        objective._probe(torch.device(device))
+        if not torch.compiler.is_compiling():
+            objective._probe(torch.device(device))
         return objective
 
     def _probe(self, device: torch.device) -> None:

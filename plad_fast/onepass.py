@@ -15,121 +15,46 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from plad_fast.logit_spec import LogitSpec
+from plad_fast.backend import Denominators, HeadGradient, LinearProblem
 from plad_fast.losses import Objective, refuse_outside_gradients
-from plad_fast.products import accumulation_dtype
-from plad_fast.segments import segment_sums
-from plad_fast.softmax_rows import RowStatistics
-from plad_fast.workspace import HeadGradients, Workspace, compacting_order
-
-Denominators = tuple[float | Tensor, float | Tensor]
-
-_SCALED_AT_ONCE = 2**20  # entries
+from plad_fast.workspace import HeadGradients, TokenStatistics, Workspace, compacting_order
 
 
 def linear_preference_loss(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,), none of them ignored
-    cu_seqlens: Tensor,  # (S + 1,)
+    problem: LinearProblem,  # none of its targets is ignored
     scores: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
-    spec: LogitSpec,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), and detached: sums (S,), group losses (B,), whether a group is active (B,)."""
-    return _LinearPreferenceLoss.apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        cu_seqlens,
-        scores,
-        objective,
-        denominators,
-        spec,
-        scratch_bytes,
-        torch.is_grad_enabled(),
-    )
+    needs: tuple[bool, bool, bool],
+    workspace: type[Workspace] = Workspace,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
+    """Loss (), sums (S,), group losses (B,), whether a group is active (B,), and gradients.
 
-
-class _LinearPreferenceLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        cu_seqlens: Tensor,
-        scores: Tensor | None,
-        objective: Objective,
-        denominators: Denominators,
-        spec: LogitSpec,
-        scratch_bytes: int,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Under no_grad a leaf still "needs" its gradient, and the mode is always off in here.
-        needs = [need and grad_enabled for need in ctx.needs_input_grad]
-        with torch.autocast(hidden.device.type, enabled=False):
-            space = Workspace(hidden, weight, bias, spec, scratch_bytes, for_gradient=any(needs))
-            # float16 keeps float32 until backward: a loss scale comes only with the upstream.
-            half = hidden.dtype == torch.float16
-            grads = HeadGradients(
-                hidden if needs[0] else None,
-                weight if needs[1] else None,
-                bias if bias is not None and needs[2] else None,
-                space.products,
-                hidden_dtype=torch.float32 if half else hidden.dtype,
-            )
-            sequences = _GroupLosses(cu_seqlens, scores, objective, denominators)
-            for first, last in _packed_groups(sequences.group_bounds, space.rows):
-                _run_groups(space, grads, sequences, hidden, targets, first, last)
-            grads.finish()
-            loss, sums, group_losses, active = sequences.results(hidden, space.products.dtype)
-            del space  # the scratch is free before a second copy of the gradient is made
-            if not half and grads.weight is not None:
-                grads.weight = grads.weight.to(weight.dtype)
-        # Saved as tensors, so that they are handed over and freed with the graph.
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(sums, group_losses, active)
-        return loss, sums, group_losses, active
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
-        unit = grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        scaled = (
-            None if grad is None else _scaled(grad, None if unit else grad_loss, dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, *[None] * 8
-
-
-def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, multiplied in float32 and rounded once, block by block.
-
-    With no factor and nothing to convert it is `grad` itself: a caller that retains the graph
-    must not write to it.
+    See `plad_fast.backend.Backend`. `workspace` computes rows of logits and their gradients.
     """
-    if factor is None and grad.dtype == dtype:
-        return grad
-    result = torch.empty_like(grad, dtype=dtype)
-    step = max(1, _SCALED_AT_ONCE // max(grad[:1].numel(), 1))
-    for source, target in zip(grad.split(step), result.split(step), strict=True):
-        wide = source.to(accumulation_dtype(source.dtype))
-        target.copy_(wide if factor is None else wide * factor)
-    return result
+    hidden, weight, bias, targets, cu_seqlens, spec, _, scratch_bytes = problem
+    space = workspace(hidden, weight, bias, spec, scratch_bytes, for_gradient=any(needs))
+    # float16 keeps float32 until backward: a loss scale comes only with the upstream.
+    half = hidden.dtype == torch.float16
+    grads = HeadGradients(
+        hidden if needs[0] else None,
+        weight if needs[1] else None,
+        bias if needs[2] else None,
+        space.products,
+        hidden_dtype=torch.float32 if half else hidden.dtype,
+    )
+    sequences = _GroupLosses(cu_seqlens, scores, objective, denominators)
+    for first, last in _packed_groups(sequences.group_bounds, space.rows):
+        _run_groups(space, grads, sequences, hidden, targets, first, last)
+    results = sequences.results(hidden, space.products.dtype)
+    wide = space.products.dtype
+    del space  # the scratch is free before a second copy of the gradient is made
+    return *results, grads.finish(wide if half else weight.dtype)
 
 
 class _Step(NamedTuple):
@@ -243,7 +168,7 @@ def _run_groups(
     offsets = sequences.offsets(first, last)
     empty = hidden.new_empty(0, dtype=space.products.dtype)
     token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
-    step = sequences.step(first, last, segment_sums(token_logprobs, offsets))
+    step = sequences.step(first, last, space.segment_sums(token_logprobs, offsets))
     if not (chunks and grads.wanted and step.any_active):
         return
     grad = step.grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
@@ -261,7 +186,7 @@ def _chunks_with_full_last(start: int, stop: int, rows: int) -> list[slice]:
 def _backward_in_place(
     space: Workspace,
     grads: HeadGradients,
-    statistics: RowStatistics,
+    statistics: TokenStatistics,
     grad: Tensor,  # (n,)
     hidden: Tensor,
     targets: Tensor,
@@ -269,16 +194,15 @@ def _backward_in_place(
 ) -> None:
     """The exponentials of all n rows are still in the buffer."""
     active = grad != 0
+    of_chunk = targets[start : start + len(grad)]
     rows: Tensor | slice = slice(start, start + len(grad))
+    order = None
     if not active.all():
         order = compacting_order(active)
         if not len(order):
             return
-        space.keep_rows_(order)
-        statistics = statistics.take(order)
-        grad = grad[order]
         rows = start + order
-    d_logits = space.gradient(targets[rows], statistics, grad)
+    d_logits = space.gradient(of_chunk, statistics, grad, order=order)
     grads.add(d_logits, hidden[rows], rows)
 
 

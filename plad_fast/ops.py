@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from plad_fast import autograd
 from plad_fast import validation as check
-from plad_fast.dispatch import default_scratch_bytes, get_backend
+from plad_fast.dispatch import default_scratch_bytes
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.segments import length_normalized, segment_sums
 
@@ -46,6 +47,7 @@ def linear_sequence_logprobs(
     ignore_index: int = -100,
     impl: str = "auto",
     scratch_bytes: int | None = None,
+    skip_inactive: bool = True,
     return_lse: bool = False,
     return_entropy: bool = False,
 ) -> SequenceLogProbs:
@@ -70,11 +72,14 @@ def linear_sequence_logprobs(
         temperature: divides the logits at last.
         length_normalization: alpha of sum / count ** alpha: 0 for sums, 1 for means.
         ignore_index: targets equal to it count for nothing and cost nothing.
-        impl: "auto", or a backend by name ("torch"); a named one never falls back.
+        impl: "auto", or a backend by name ("triton", "torch"); a named one never falls back.
         scratch_bytes: bound on the memory beside inputs, results and gradients; by default
             64 MiB on the CPU, and on CUDA chosen from the free memory. At least one row of
             logits is used. Not in it: where targets are ignored, a copy of the hidden states
             that count; for 16-bit weights a float32 gradient accumulator.
+        skip_inactive: leave tokens whose upstream gradient is zero out of the backward's
+            products. Their number must be known for that, so the backward waits once for a GPU;
+            False never waits.
         return_lse: also return `lse`.
         return_entropy: also return `entropy`.
 
@@ -84,24 +89,31 @@ def linear_sequence_logprobs(
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     check.check_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
-    check.check_cu_seqlens(cu_seqlens, len(hidden), hidden.device)
+    check.check_cu_seqlens(cu_seqlens, hidden.device)
     check.check_length_normalization(length_normalization)
     spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = resolve_scratch(scratch_bytes, hidden.device)
-    backend = get_backend(impl, hidden)
-    rows, kept_targets, kept_seqlens = keep_counted(targets, cu_seqlens, ignore_index)
-    check.check_target_range(kept_targets, len(weight))
-    kept_hidden = hidden if rows is None else hidden.index_select(0, rows)
-    sums, token_logprobs, lse, entropy = backend.linear_sequence_logprobs(
-        kept_hidden, weight, bias, kept_targets, kept_seqlens, spec, scratch, return_entropy
+    sums, counts, token_logprobs, lse, _, entropy = autograd.linear_sequence_logprobs(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        cu_seqlens.long(),
+        spec.softcap,
+        spec.logit_scale,
+        spec.temperature,
+        ignore_index,
+        length_normalization,
+        return_entropy,
+        impl,
+        resolve_scratch(scratch_bytes, hidden.device),
+        skip_inactive,
     )
-    counts = kept_seqlens.diff()
     return SequenceLogProbs(
-        sums=length_normalized(sums, counts, length_normalization),
-        counts=counts,
-        token_logprobs=_spread(token_logprobs, rows, len(hidden)),
-        lse=_spread(lse, rows, len(hidden)) if return_lse else None,
-        entropy=None if entropy is None else _spread(entropy, rows, len(hidden)),
+        sums,
+        counts,
+        token_logprobs,
+        lse=lse if return_lse else None,
+        entropy=entropy if return_entropy else None,
     )
 
 
@@ -133,19 +145,23 @@ def sequence_logprobs(
     if cu_seqlens is None:
         batch, length, _ = logits.shape
         cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
-    check.check_cu_seqlens(cu_seqlens, len(flat_targets), logits.device)
+    check.check_cu_seqlens(cu_seqlens, logits.device)
     check.check_length_normalization(length_normalization)
     spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = resolve_scratch(scratch_bytes, logits.device)
-    backend = get_backend(impl, logits)
-    keep = targets != ignore_index
-    check.check_target_range(targets[keep], logits.shape[-1])
-    token_logprobs = backend.stored_token_logprobs(
-        logits, targets.where(keep, 0).long(), spec, scratch
+    targets, cu_seqlens = targets.long(), cu_seqlens.long()
+    token_logprobs, _, _ = autograd.stored_token_logprobs(
+        logits,
+        targets,
+        cu_seqlens,
+        spec.softcap,
+        spec.logit_scale,
+        spec.temperature,
+        ignore_index,
+        impl,
+        resolve_scratch(scratch_bytes, logits.device),
     )
-    token_logprobs = token_logprobs.where(keep, 0).reshape(-1)
-    cu_seqlens = cu_seqlens.long()
-    counts = segment_sums(keep.reshape(-1).double(), cu_seqlens).long()
+    token_logprobs = token_logprobs.reshape(-1)
+    counts = segment_sums((flat_targets != ignore_index).double(), cu_seqlens).long()
     sums = segment_sums(token_logprobs, cu_seqlens)
     normalized = length_normalized(sums, counts, length_normalization)
     return SequenceLogProbs(normalized, counts, token_logprobs)
@@ -168,25 +184,3 @@ def resolve_scratch(scratch_bytes: int | None, device: torch.device) -> int:
         return default_scratch_bytes(device)
     check.check_scratch(scratch_bytes)
     return scratch_bytes
-
-
-def keep_counted(
-    targets: Tensor,  # (N,)
-    cu_seqlens: Tensor,  # (S + 1,)
-    ignore_index: int,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Rows that count (None for all), their targets, and cu_seqlens of what is left; int64."""
-    targets, cu_seqlens = targets.long(), cu_seqlens.long()
-    keep = targets != ignore_index
-    if keep.all():
-        return None, targets, cu_seqlens
-    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    rows = keep.nonzero().squeeze(1)
-    return rows, targets[rows], kept_before[cu_seqlens]
-
-
-def _spread(values: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:  # (N,)
-    """Back to all N tokens, 0 for those that were dropped."""
-    if rows is None:
-        return values
-    return values.new_zeros(num_tokens).index_copy(0, rows, values)

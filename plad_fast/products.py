@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_FLOAT16_TOP = 2.0**14
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
@@ -55,6 +57,15 @@ class Products:
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:  # (n, D) -> (n, V)
         torch.mm(hidden, self.weight.T, out=out)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Of `Operand.values`."""
+        return self.dtype
+
+    def operand_scale(self, bound: Tensor) -> Tensor | None:
+        """The scale of an operand whose unscaled entries are at most `bound` (), in magnitude."""
+        return None
 
     def operand(self, d_logits: Tensor) -> Operand:  # (n, V), which may be overwritten
         return Operand(d_logits)
@@ -128,6 +139,10 @@ class CpuBfloat16Products(Products):
             low = torch.addmm(high, hidden, block, beta=-1).nan_to_num_(nan=0.0)
             out[:, rows].copy_(high).add_(low)
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
     def operand(self, d_logits: Tensor) -> Operand:
         return Operand(d_logits.to(self.weight.dtype))
 
@@ -148,16 +163,25 @@ class CudaHalfProducts(Products):
     extra_bytes_per_logit = 2
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        for rows in self._vocab_blocks(len(hidden)):
-            out[:, rows] = torch.mm(hidden, self.weight[rows].T, out_dtype=self.dtype)
+        torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def operand_scale(self, bound: Tensor) -> Tensor | None:
+        if self.weight.dtype == torch.bfloat16:
+            return None
+        # float16 loses what is small: the largest possible entry is brought near its upper end.
+        return torch.where(bound > 0, bound / _FLOAT16_TOP, 1.0)
 
     def operand(self, d_logits: Tensor) -> Operand:
-        if self.weight.dtype == torch.bfloat16:
-            return Operand(d_logits.to(torch.bfloat16))
-        # float16 would lose small gradients: bring the largest to 1 first.
-        scale = torch.linalg.vector_norm(d_logits, ord=torch.inf)
-        scale = torch.where(scale > 0, scale, 1)
-        return Operand(d_logits.div_(scale).to(self.weight.dtype), scale)
+        scale = None
+        if self.weight.dtype == torch.float16:
+            scale = self.operand_scale(torch.linalg.vector_norm(d_logits, ord=torch.inf))
+            assert scale is not None
+            d_logits.div_(scale)
+        return Operand(d_logits.to(self.weight.dtype), scale)
 
     def grad_hidden(self, operand: Operand) -> Tensor:
         product = torch.mm(operand.values, self.weight, out_dtype=self.dtype)
@@ -166,10 +190,15 @@ class CudaHalfProducts(Products):
     def add_grad_weight(
         self, operand: Operand, hidden: Tensor, out: Tensor, *, overwrite: bool
     ) -> None:
+        transposed = operand.values.T
+        if operand.scale is None:
+            beta = 0 if overwrite else 1
+            torch.addmm(out, transposed, hidden, out_dtype=self.dtype, beta=beta, out=out)
+            return
+        # The factor lies on the device: waiting for it would cost more than a pass over a block.
         for rows in self._vocab_blocks():
-            product = torch.mm(operand.values[:, rows].T, hidden, out_dtype=self.dtype)
-            if operand.scale is not None:
-                product.mul_(operand.scale)
+            product = torch.mm(transposed[rows], hidden, out_dtype=self.dtype)
+            product.mul_(operand.scale)
             out[rows].copy_(product) if overwrite else out[rows].add_(product)
 
 

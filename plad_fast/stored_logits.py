@@ -1,4 +1,4 @@
-"""Token log-probabilities of logits that somebody stored already.
+"""Token log-probabilities of logits that somebody stored already, on the torch backend.
 
 No copy of the logits is made in the forward; the backward writes one gradient of their size.
 Temporaries are a block of rows.
@@ -7,65 +7,58 @@ Temporaries are a block of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.products import accumulation_dtype
 from plad_fast.softmax_rows import logits_gradient_, softmax_rows_
 
 
-def stored_token_logprobs(
+def stored_forward(
     logits: Tensor,  # (N, V) or (S, T, V), of any strides
-    targets: Tensor,  # (N,) or (S, T), all within the vocabulary
+    targets: Tensor,  # (N,) or (S, T)
     spec: LogitSpec,
+    ignore_index: int,
     scratch_bytes: int,
-) -> Tensor:  # the shape of the targets
-    """Differentiable log-probability of every target, float32 (float64 for float64 logits)."""
-    return _StoredTokenLogprobs.apply(logits, targets, spec, scratch_bytes)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, lse and miss of every target, 0 where it is ignored."""
+    dtype = accumulation_dtype(logits.dtype)
+    results = [logits.new_zeros(targets.shape, dtype=dtype) for _ in range(3)]
+    for block in _blocks(logits, scratch_bytes):
+        keep = targets[block] != ignore_index
+        buffer = logits[block].to(dtype, copy=True)
+        part = softmax_rows_(buffer, targets[block].where(keep, 0), spec)
+        lse = part.row_max + part.sum_exp.log()
+        for result, values in zip(results, (part.token_logprobs, lse, part.miss), strict=True):
+            result[block] = values.where(keep, 0)
+    return results[0], results[1], results[2]
 
 
-class _StoredTokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, spec: LogitSpec, scratch_bytes: int
-    ) -> Tensor:
-        dtype = accumulation_dtype(logits.dtype)
-        token_logprobs = logits.new_empty(targets.shape, dtype=dtype)
-        for block in _blocks(logits, scratch_bytes):
-            buffer = logits[block].to(dtype, copy=True)
-            token_logprobs[block] = softmax_rows_(buffer, targets[block], spec).token_logprobs
-        ctx.save_for_backward(logits, targets)
-        ctx.spec, ctx.scratch_bytes = spec, scratch_bytes
-        return token_logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, targets = ctx.saved_tensors
-        d_logits = torch.zeros_like(logits)
-        for block in _blocks(logits, ctx.scratch_bytes):
-            # Rows without a gradient are left at 0, whatever their logits hold.
-            rows = grad[block].nonzero().squeeze(1)
-            if not len(rows):
-                continue
-            buffer = logits[block][rows].to(grad.dtype)
-            block_targets = targets[block][rows]
-            slope = None if ctx.spec.softcap is None else torch.empty_like(buffer)
-            part = softmax_rows_(buffer, block_targets, ctx.spec, tanh_slope=slope)
-            logits_gradient_(
-                buffer,
-                block_targets,
-                ctx.spec,
-                part,
-                grad[block][rows],
-                tanh_slope=slope,
-            )
-            d_logits[block][rows] = buffer.to(logits.dtype)
-        return d_logits, None, None, None
+def stored_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,  # not needed: the statistics are taken again
+    miss: Tensor,
+    grad: Tensor,  # of the targets' shape
+    spec: LogitSpec,
+    ignore_index: int,
+    scratch_bytes: int,
+) -> Tensor:
+    """The gradient of the logits. Rows without one are left at 0, whatever their logits hold."""
+    d_logits = torch.zeros_like(logits)
+    for block in _blocks(logits, scratch_bytes):
+        rows = grad[block].where(targets[block] != ignore_index, 0).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        buffer = logits[block][rows].to(grad.dtype)
+        block_targets = targets[block][rows]
+        slope = None if spec.softcap is None else torch.empty_like(buffer)
+        part = softmax_rows_(buffer, block_targets, spec, tanh_slope=slope)
+        logits_gradient_(buffer, block_targets, spec, part, grad[block][rows], tanh_slope=slope)
+        d_logits[block][rows] = buffer.to(logits.dtype)
+    return d_logits
 
 
 def _blocks(logits: Tensor, scratch_bytes: int) -> Iterator[tuple[int | slice, ...]]:

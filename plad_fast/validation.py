@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from plad_fast.errors import UsageError
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -39,7 +38,7 @@ def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> Non
     """targets (N,) int64 on the device of the logits."""
     if targets.ndim != 1 or targets.shape[0] != num_tokens:
         raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
-    if targets.dtype not in (torch.int64, torch.int32):
+    if targets.dtype not in _INTEGERS:
         raise UsageError(f"targets must be int64 or int32, got {targets.dtype}")
     if targets.device != device:
         raise UsageError(f"targets are on {targets.device}, the logits' inputs on {device}")
@@ -61,32 +60,48 @@ def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
         raise UsageError("logits have a vocabulary of 0 entries")
 
 
-def check_target_range(kept_targets: Tensor, vocab: int) -> None:
-    """Every target that counts is a row of the weight. On a GPU this waits for the device."""
-    if kept_targets.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(kept_targets))
-    if low < 0 or high >= vocab:
-        raise UsageError(
-            f"targets must lie in [0, {vocab}) or equal ignore_index; they span {low} to {high}"
-        )
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
-    """cu_seqlens (S + 1,): 0 first, N last, never falling."""
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
+    """cu_seqlens (S + 1,) integers on the device of the logits."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in _INTEGERS:
         raise UsageError(
             "cu_seqlens must be a vector of S + 1 integers, got "
             f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != device:
         raise UsageError(f"cu_seqlens are on {cu_seqlens.device}, the other tensors on {device}")
-    bounds = cu_seqlens.tolist()
-    falling = any(b < a for a, b in itertools.pairwise(bounds))
-    if bounds[0] != 0 or bounds[-1] != num_tokens or falling:
+
+
+def check_sequences(
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    vocab: int,
+    ignore_index: int,
+) -> None:
+    """Values: cu_seqlens starts at 0, never falls and ends at N; targets lie in the vocabulary.
+
+    Of CUDA tensors this is a device-side assertion: nothing waits for the device.
+    """
+    kept = targets != ignore_index
+    in_range = ~kept | ((targets >= 0) & (targets < vocab))
+    steps = cu_seqlens.diff()
+    if targets.is_cuda:
+        ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(targets))
+        torch._assert_async(
+            ends & (steps >= 0).all(), "cu_seqlens must start at 0, never fall and end at N"
+        )
+        torch._assert_async(in_range.all(), f"targets must lie in [0, {vocab}) or be ignored")
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(targets) or (steps < 0).any():
+        bounds = cu_seqlens.tolist()
         raise UsageError(
             f"cu_seqlens must start at 0, never fall and end at the number of tokens "
-            f"({num_tokens}); got {bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
+            f"({len(targets)}); got "
+            f"{bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
+        )
+    if not in_range.all():
+        low, high = (int(x) for x in torch.aminmax(targets[kept]))
+        raise UsageError(
+            f"targets must lie in [0, {vocab}) or equal ignore_index; they span {low} to {high}"
         )
 
 

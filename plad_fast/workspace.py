@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from plad_fast.backend import HeadGradient
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.products import Products, products_for
+from plad_fast.products import Operand, Products, products_for
+from plad_fast.segments import segment_sums
 from plad_fast.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 
 # The share of the budget that goes to blocks of the weight; the rest holds logits.
 _BLOCK_SHARE = 16
+
+
+class TokenStatistics(Protocol):
+    """What `Workspace.forward` hands to `Workspace.gradient`."""
+
+    @property
+    def token_logprobs(self) -> Tensor: ...  # (n,)
 
 
 class Workspace:
@@ -26,6 +36,9 @@ class Workspace:
         scratch_bytes: what all temporaries together may take; at least one row of logits is used.
         for_gradient: whether `gradient` will be called, which softcapped logits pay extra for.
     """
+
+    keeps_slope = True
+    """Whether softcapped logits keep the derivative of the cap in a second buffer."""
 
     def __init__(
         self,
@@ -43,7 +56,7 @@ class Workspace:
         self.bias = bias
         vocab = weight.shape[0]
         dtype = self.products.dtype
-        keep_slope = for_gradient and spec.softcap is not None
+        keep_slope = for_gradient and spec.softcap is not None and self.keeps_slope
         bytes_per_logit = dtype.itemsize * (2 if keep_slope else 1)
         bytes_per_logit += self.products.extra_bytes_per_logit
         # Beside its logits a row has its hidden state, its gradient, and a copy in another dtype.
@@ -63,8 +76,11 @@ class Workspace:
             yield slice(start + i * length // count, start + (i + 1) * length // count)
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, with_entropy: bool = False
-    ) -> RowStatistics:  # hidden (n, D), targets (n,)
+        self,
+        hidden: Tensor,  # (n, D)
+        targets: Tensor,  # (n,)
+        with_entropy: bool = False,
+    ) -> RowStatistics:
         """Statistics of n <= rows tokens; their exponentials stay in the buffer."""
         n = hidden.shape[0]
         buffer = self._buffer[:n]
@@ -78,24 +94,25 @@ class Workspace:
             self.block_rows if with_entropy else 0,
         )
 
-    def keep_rows_(self, order: Tensor) -> None:
-        """Bring the buffer's rows order[0], order[1], ... to its front; see `compacting_order`."""
-        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
-        for buffer in (self._buffer, self._slope):
-            if buffer is not None:
-                for places in moved.split(self.block_rows):
-                    buffer.index_copy_(0, places, buffer.index_select(0, order[places]))
-
     def gradient(
         self,
         targets: Tensor,  # (n,)
-        statistics: RowStatistics,  # of the same n rows
+        statistics: TokenStatistics,  # of the same n rows, as `forward` gave it
         grad_logprobs: Tensor,  # (n,)
         grad_lse: Tensor | None = None,  # (n,)
-    ) -> Tensor:  # (n, V)
-        """Turn the buffer's first n rows into the gradient of the raw product."""
-        n = targets.shape[0]
-        buffer = self._buffer[:n]
+        order: Tensor | None = None,  # (m,), from `compacting_order`
+    ) -> Tensor | Operand:  # (m, V), or (n, V) without an order
+        """The gradient of the raw product of the rows order[0], order[1], ..., or of all.
+
+        It is made in the buffer and takes the place of what `forward` has left there.
+        """
+        assert isinstance(statistics, RowStatistics)
+        if order is not None:
+            self._keep_rows_(order)
+            targets, grad_logprobs = targets[order], grad_logprobs[order]
+            statistics = statistics.take(order)
+            grad_lse = None if grad_lse is None else grad_lse[order]
+        buffer = self._buffer[: len(targets)]
         logits_gradient_(
             buffer,
             targets,
@@ -103,9 +120,21 @@ class Workspace:
             statistics,
             grad_logprobs,
             grad_lse,
-            None if self._slope is None else self._slope[:n],
+            None if self._slope is None else self._slope[: len(targets)],
         )
         return buffer
+
+    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:  # (N,), (S + 1,)
+        """Sums of consecutive values, in a fixed order."""
+        return segment_sums(values, cu_seqlens)
+
+    def _keep_rows_(self, order: Tensor) -> None:
+        """Bring the buffer's rows order[0], order[1], ... to its front."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
+        for buffer in (self._buffer, self._slope):
+            if buffer is not None:
+                for places in moved.split(self.block_rows):
+                    buffer.index_copy_(0, places, buffer.index_select(0, order[places]))
 
 
 def compacting_order(active: Tensor) -> Tensor:  # (n,) bool -> (number of active,) int64
@@ -150,20 +179,34 @@ class HeadGradients:
 
     def add(
         self,
-        d_logits: Tensor,  # (n, V), may be overwritten
+        d_logits: Tensor | Operand,  # (n, V), may be overwritten
         hidden: Tensor,  # (n, D)
         rows: Tensor | slice,  # which of the N rows these are
     ) -> None:
         if self.bias is not None:
-            self.bias += d_logits.sum(dim=0)
-        operand = self.products.operand(d_logits)
+            self.bias += _column_sums(d_logits, self.products.dtype)
+        operand = d_logits if isinstance(d_logits, Operand) else self.products.operand(d_logits)
         if self.hidden is not None:
             self.hidden[rows] = self.products.grad_hidden(operand).to(self.hidden.dtype)
         if self.weight is not None:
             overwrite, self._weight_is_empty = self._weight_is_empty, False
             self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
 
-    def finish(self) -> None:
-        """To be called after the last chunk."""
-        if self.weight is not None and self._weight_is_empty:
-            self.weight.zero_()
+    def finish(self, dtype: torch.dtype) -> HeadGradient:
+        """To be called after the last chunk. Gradients of weight and bias are cast to `dtype`."""
+        weight, bias = self.weight, self.bias
+        self.weight = None  # a float32 accumulator is freed as soon as its copy is made
+        if weight is not None and self._weight_is_empty:
+            weight.zero_()
+        return HeadGradient(
+            self.hidden,
+            None if weight is None else weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
+
+
+def _column_sums(d_logits: Tensor | Operand, dtype: torch.dtype) -> Tensor:  # (V,)
+    if isinstance(d_logits, Operand):
+        sums = d_logits.values.sum(dim=0, dtype=dtype)
+        return sums if d_logits.scale is None else sums * d_logits.scale
+    return d_logits.sum(dim=0)

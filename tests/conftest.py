@@ -10,6 +10,10 @@ import hypothesis
 import pytest
 import torch
 
+# Read when a kernel is defined: without a GPU all of them are interpreted, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same cases on every machine, and no time limit: these machines are shared.
 hypothesis.settings.register_profile("plad", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("plad")

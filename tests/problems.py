@@ -143,15 +143,21 @@ def oracle(problem: Problem, length_normalization: float = 0.0) -> tuple[Tensor,
     return sums, tokens
 
 
-def assert_within_budget(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -> None:
-    """Largest error against float64, compared with torch's own in the same dtype."""
+def assert_within_budget(
+    ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str, *, roundings: int = 1
+) -> None:
+    """Largest error against float64, compared with torch's own in the same dtype.
+
+    roundings: of the largest result. Where a problem has a handful of numbers torch may happen to
+    hit all of them exactly, and its error says nothing; drawn problems are given more than one.
+    """
     truth = truth.double()
     if truth.numel() == 0:
         assert ours.numel() == 0
         return
     error = (ours.double() - truth).abs().max().item()
     torch_error = (same_dtype.double() - truth).abs().max().item()
-    rounding = torch.finfo(ours.dtype).eps / 2 * truth.abs().max().item()
+    rounding = roundings * torch.finfo(ours.dtype).eps / 2 * truth.abs().max().item()
     assert error <= BUDGET_FACTOR * torch_error + rounding + torch.finfo(ours.dtype).tiny, (
         f"{what}: error {error:.3g} over the budget; torch in the same dtype has {torch_error:.3g}"
     )

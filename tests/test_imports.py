@@ -13,10 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "_packages", "_records", "_page", "_headline"},
-    {"products", "losses", "segments", "softmax_rows", "validation", "dispatch", "chat", "_tables"},
-    {"workspace", "stored_logits"},
-    {"onepass"},
-    {"chunked"},
+    {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
+    {"backend"},
+    {"workspace", "stored_logits", "dispatch"},
+    {"onepass", "kernel_workspace"},
+    {"chunked", "triton_backend"},
+    {"autograd"},
     {"ops"},
     {"fused"},
     {"_rows", "_devices"},

@@ -162,12 +162,17 @@ STRATEGIES = [products.UpcastProducts, products.CpuBfloat16Products, products.Cu
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_of_products(strategy, dtype, monkeypatch):
     """Also the GPU's, with the product that hands out its accumulators put in place on the CPU."""
-    real = torch.mm
+    real = {name: getattr(torch, name) for name in ("mm", "addmm")}
 
-    def wide(a, b, *, out=None, out_dtype=None):
-        return real(a, b, out=out) if out_dtype is None else real(a.to(out_dtype), b.to(out_dtype))
+    def wide(name):
+        def product(*operands, out_dtype=None, **options):
+            wanted = operands if out_dtype is None else (x.to(out_dtype) for x in operands)
+            return real[name](*wanted, **options)
 
-    monkeypatch.setattr(torch, "mm", wide)
+        return product
+
+    for name in real:
+        monkeypatch.setattr(torch, name, wide(name))
     draw = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 12, generator=draw).to(dtype) for n in (9, 50))
     # Float16 cannot hold these without the strategy's own scale; bfloat16 can.
@@ -437,7 +442,7 @@ def test_refusals_of_stored_logits(logits, targets, cu_seqlens, message):
         ({"softcap": -1.0}, "softcap must be a positive"),
         ({"length_normalization": -0.5}, "length_normalization"),
         ({"scratch_bytes": 0}, "scratch_bytes"),
-        ({"impl": "cuda"}, "unknown impl 'cuda'; this version has: auto, torch"),
+        ({"impl": "cuda"}, "unknown impl 'cuda'; this version has: auto, triton, torch"),
     ],
 )
 def test_refusals_say_what_was_wrong(change, message):

@@ -1,0 +1,187 @@
+"""Hidden states x LM head -> gradient of the raw logits, for a chunk of tokens.
+
+A tile of logits is multiplied again, and becomes g (onehot - p) with the lse of the forward before
+it leaves the registers: the chunk is written once and never read by a kernel. Two library products
+of it give the gradients of hidden and weight. Tiles of tokens vary fastest, as in the forward.
+
+n tokens of the chunk, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from plad_fast.kernels import launch
+from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.linear_forward import logits_tile
+from plad_fast.kernels.primitives import capped_logits, logit_gradient
+from torch import Tensor
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    lse_ptr,
+    miss_ptr,
+    grad_ptr,
+    grad_lse_ptr,
+    scale_ptr,  # (), what the result is divided by
+    out_ptr,
+    num_tokens,
+    vocab,
+    width,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_b,
+    stride_on,
+    cap_scale,
+    z_scale,
+    slope,
+    ignore_index,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token_tiles = tl.cdiv(num_tokens, BLOCK_N)
+    tile = tl.program_id(0) % token_tiles
+    offs_v = (tl.program_id(0) // token_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = offs_n < num_tokens
+    rows = tl.minimum(offs_n, num_tokens - 1).to(tl.int64)
+    targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
+    counted = targets != ignore_index
+    grad = tl.load(grad_ptr + offs_n, mask=counted, other=0.0)
+    active = grad != 0.0
+    grad_lse = grad
+    if HAS_GRAD_LSE:
+        grad_lse = tl.load(grad_lse_ptr + offs_n, mask=counted, other=0.0)
+        active = active | (grad_lse != 0.0)
+
+    d_raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    if tl.max(active.to(tl.int32), axis=0) > 0:
+        raw = logits_tile(
+            hidden_ptr,
+            weight_ptr,
+            bias_ptr,
+            rows,
+            offs_v,
+            vocab,
+            width,
+            stride_hn,
+            stride_hd,
+            stride_wv,
+            stride_wd,
+            stride_b,
+            HAS_BIAS,
+            EVEN_D,
+            PRECISION,
+            WIDEN,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        z, capped = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
+        lse = tl.load(lse_ptr + offs_n, mask=counted, other=0.0)
+        miss = tl.load(miss_ptr + offs_n, mask=counted, other=0.0)
+        if HAS_SCALE:
+            slope = slope / tl.load(scale_ptr)
+        d_raw = logit_gradient(
+            z,
+            lse[:, None],
+            offs_v[None, :] == targets[:, None],
+            grad[:, None],
+            grad_lse[:, None],
+            miss[:, None],
+            HAS_GRAD_LSE,
+        )
+        if HAS_SOFTCAP:
+            # A row without a gradient has 0 here, whatever its logits are.
+            d_raw = tl.where(d_raw == 0.0, 0.0, d_raw * (1.0 - capped * capped))
+        d_raw *= slope
+    out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_v[None, :]
+    inside = exists[:, None]
+    if not EVEN_V:
+        inside = inside & (offs_v[None, :] < vocab)
+    tl.store(out_ptrs, d_raw.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def logits_gradient(
+    hidden: Tensor,  # (n, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (n,) int64
+    lse: Tensor,  # (n,)
+    miss: Tensor,  # (n,)
+    grad_logprobs: Tensor,  # (n,)
+    grad_lse: Tensor | None,  # (n,)
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    out: Tensor,  # (n, V), rows contiguous
+    scale: Tensor | None = None,  # ()
+    config: LinearConfig | None = None,
+) -> Tensor:
+    """d raw / scale, written to `out` in its dtype and returned."""
+    num_tokens, width = hidden.shape
+    vocab = weight.shape[0]
+    assert out.shape == (num_tokens, vocab)
+    assert out.stride(1) == 1 or vocab == 1
+    if num_tokens == 0:
+        return out
+    config = config or launch.linear_config(hidden.dtype, num_tokens, launch.device_of(hidden))
+    cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
+    grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
+    _logits_gradient_kernel[grid](
+        hidden,
+        weight,
+        hidden if bias is None else bias,
+        targets.contiguous(),
+        lse.contiguous(),
+        miss.contiguous(),
+        grad_logprobs.contiguous(),
+        grad_logprobs if grad_lse is None else grad_lse.contiguous(),
+        lse if scale is None else scale,
+        out,
+        num_tokens,
+        vocab,
+        width,
+        hidden.stride(0),
+        hidden.stride(1),
+        weight.stride(0),
+        weight.stride(1),
+        0 if bias is None else bias.stride(0),
+        out.stride(0),
+        cap_scale,
+        z_scale,
+        logit_scale / temperature,
+        ignore_index,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_GRAD_LSE=grad_lse is not None,
+        HAS_SCALE=scale is not None,
+        EVEN_D=width % config.BLOCK_D == 0,
+        EVEN_V=vocab % config.BLOCK_V == 0,
+        PRECISION=launch.dot_precision(hidden.dtype),
+        WIDEN=launch.must_widen(hidden.dtype),
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_V=config.BLOCK_V,
+        BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

@@ -1,0 +1,353 @@
+"""Hidden states x LM head -> log-probabilities of targets; logits live in registers only.
+
+Two launches. `_linear_forward_kernel` runs over tiles of tokens times parts of the vocabulary:
+each program multiplies tile after tile of its part and keeps a running maximum and sum of
+exponentials per token, so hidden and weight are read and 2 to 4 numbers per token and part are
+written. Tiles of tokens vary fastest: programs that run together read the same weights, which
+come from the L2 cache then. `_combine_kernel` folds the parts in a fixed order and sums the tokens
+of each sequence in float64. No atomics; the same inputs on the same GPU give the same bits.
+
+N tokens, V vocabulary, D hidden, S sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from plad_fast.kernels import launch
+from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.primitives import (
+    capped_logits,
+    entropy_of,
+    finite_base,
+    online_update,
+    token_statistics,
+    without_target,
+)
+from torch import Tensor
+
+_COMBINED_TOKENS = 64
+
+
+class LinearStatistics(NamedTuple):
+    """float32; 0 for ignored tokens."""
+
+    sums: Tensor  # (S,), divided by count ** length_normalization
+    counts: Tensor  # (S,) int64
+    token_logprobs: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    miss: Tensor  # (N,) 1 - p(target)
+    entropy: Tensor | None  # (N,)
+
+
+@triton.jit
+def logits_tile(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    offs_n,  # (BLOCK_N,) int64, rows of hidden that exist
+    offs_v,  # (BLOCK_V,)
+    vocab,
+    width,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_b,
+    HAS_BIAS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Raw products of a tile, float32. Columns past the vocabulary repeat its last one."""
+    offs_d = tl.arange(0, BLOCK_D)
+    in_vocab = tl.minimum(offs_v, vocab - 1)
+    hidden_ptrs = hidden_ptr + offs_n[:, None] * stride_hn + offs_d[None, :] * stride_hd
+    weight_ptrs = (
+        weight_ptr + in_vocab.to(tl.int64)[None, :] * stride_wv + offs_d[:, None] * stride_wd
+    )
+    raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, width, BLOCK_D):
+        if EVEN_D:
+            hidden = tl.load(hidden_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            left = width - start
+            hidden = tl.load(hidden_ptrs, mask=offs_d[None, :] < left, other=0.0)
+            weight = tl.load(weight_ptrs, mask=offs_d[:, None] < left, other=0.0)
+        if WIDEN:
+            hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
+        raw = tl.dot(hidden, weight, raw, input_precision=PRECISION)
+        hidden_ptrs += BLOCK_D * stride_hd
+        weight_ptrs += BLOCK_D * stride_wd
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + in_vocab.to(tl.int64) * stride_b).to(tl.float32)[None, :]
+    return raw
+
+
+@triton.jit
+def _linear_forward_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    max_ptr,  # (splits, N)
+    rest_ptr,  # (splits, N)
+    moment_ptr,  # (splits, N)
+    z_target_ptr,  # (N,)
+    num_tokens,
+    vocab,
+    width,
+    tiles_per_split,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_b,
+    cap_scale,
+    z_scale,
+    ignore_index,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token_tiles = tl.cdiv(num_tokens, BLOCK_N)
+    tile = tl.program_id(0) % token_tiles
+    split = tl.program_id(0) // token_tiles
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = offs_n < num_tokens
+    # Rows past the end repeat the last one: loads need no mask, and nothing of them is stored.
+    rows = tl.minimum(offs_n, num_tokens - 1).to(tl.int64)
+    targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
+    counted = targets != ignore_index
+
+    row_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    rest = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    z_target = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BLOCK_V))
+    # A tile of ignored tokens has nothing to multiply.
+    last = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, last, first)
+    for vocab_tile in range(first, last):
+        offs_v = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        raw = logits_tile(
+            hidden_ptr,
+            weight_ptr,
+            bias_ptr,
+            rows,
+            offs_v,
+            vocab,
+            width,
+            stride_hn,
+            stride_hd,
+            stride_wv,
+            stride_wd,
+            stride_b,
+            HAS_BIAS,
+            EVEN_D,
+            PRECISION,
+            WIDEN,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        z, _ = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
+        others, at_target = without_target(z, offs_v, targets, vocab, EVEN_V)
+        z_target += at_target
+        row_max, rest, moment = online_update(others, row_max, rest, moment, WITH_ENTROPY)
+
+    out = split.to(tl.int64) * num_tokens + offs_n
+    tl.store(max_ptr + out, row_max, mask=exists)
+    tl.store(rest_ptr + out, rest, mask=exists)
+    if WITH_ENTROPY:
+        tl.store(moment_ptr + out, moment, mask=exists)
+    # One part of the vocabulary has the target.
+    mine = (targets >= first * BLOCK_V) & (targets < (first + tiles_per_split) * BLOCK_V)
+    tl.store(z_target_ptr + offs_n, z_target, mask=exists & counted & mine)
+
+
+@triton.jit
+def _combine_kernel(
+    max_ptr,  # (splits, N)
+    rest_ptr,  # (splits, N)
+    moment_ptr,  # (splits, N)
+    z_target_ptr,  # (N,)
+    targets_ptr,
+    cu_seqlens_ptr,
+    sums_ptr,
+    counts_ptr,
+    logprobs_ptr,
+    lse_ptr,
+    miss_ptr,
+    entropy_ptr,
+    num_tokens,
+    num_splits,
+    alpha,
+    ignore_index,
+    HAS_ALPHA: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    stop = tl.load(cu_seqlens_ptr + sequence + 1)
+    sums = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    counts = tl.zeros((BLOCK_N,), dtype=tl.int64)
+    for first in range(start, stop, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        exists = offs_n < stop
+        targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
+        counted = exists & (targets != ignore_index)
+        z_target = tl.load(z_target_ptr + offs_n, mask=counted, other=0.0)
+        row_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        part = offs_n
+        for _ in range(num_splits):
+            row_max = tl.maximum(row_max, tl.load(max_ptr + part, mask=counted, other=0.0))
+            part += num_tokens
+        base = finite_base(row_max)
+        rest = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        part = offs_n
+        for _ in range(num_splits):
+            part_max = tl.load(max_ptr + part, mask=counted, other=0.0)
+            part_rest = tl.load(rest_ptr + part, mask=counted, other=1.0)
+            decay = tl.exp(part_max - base)
+            if WITH_ENTROPY:
+                part_moment = tl.load(moment_ptr + part, mask=counted, other=0.0)
+                shift = tl.where(part_max == float("-inf"), 0.0, part_max - base)
+                moment += decay * (part_moment + shift * part_rest)
+            rest += decay * part_rest
+            part += num_tokens
+        logprob, lse, miss, new_base = token_statistics(z_target, row_max, rest)
+        tl.store(logprobs_ptr + offs_n, tl.where(counted, logprob, 0.0), mask=exists)
+        tl.store(lse_ptr + offs_n, tl.where(counted, lse, 0.0), mask=exists)
+        tl.store(miss_ptr + offs_n, tl.where(counted, miss, 0.0), mask=exists)
+        if WITH_ENTROPY:
+            entropy = entropy_of(moment, row_max, rest, z_target, new_base, lse - new_base)
+            tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
+        sums += tl.where(counted, logprob, 0.0).to(tl.float64)
+        counts += counted.to(tl.int64)
+    count = tl.sum(counts, axis=0)
+    total = tl.sum(sums, axis=0)
+    if HAS_ALPHA:
+        total *= tl.exp(-alpha * tl.log(tl.maximum(count, 1).to(tl.float64)))
+    tl.store(sums_ptr + sequence, total.to(tl.float32))
+    tl.store(counts_ptr + sequence, count)
+
+
+def linear_forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    cu_seqlens: Tensor,  # (S + 1,) int64
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    length_normalization: float,
+    with_entropy: bool,
+    config: LinearConfig | None = None,
+) -> LinearStatistics:
+    """Statistics of every token and sequence; nothing waits for the device."""
+    num_tokens, width = hidden.shape
+    vocab = weight.shape[0]
+    device = launch.device_of(hidden)
+    config = config or launch.linear_config(hidden.dtype, num_tokens, device)
+    targets, cu_seqlens = targets.contiguous(), cu_seqlens.contiguous()
+
+    def per_token() -> Tensor:
+        return torch.empty(num_tokens, device=hidden.device, dtype=torch.float32)
+
+    logprobs, lse, miss = per_token(), per_token(), per_token()
+    entropy = per_token() if with_entropy else None
+    num_sequences = cu_seqlens.shape[0] - 1
+    sums = torch.empty(num_sequences, device=hidden.device, dtype=torch.float32)
+    counts = torch.empty(num_sequences, device=hidden.device, dtype=torch.int64)
+
+    splits = 0
+    row_max = rest = moment = z_target = logprobs
+    if num_tokens:
+        vocab_tiles = triton.cdiv(vocab, config.BLOCK_V)
+        tiles_per_split = triton.cdiv(
+            vocab_tiles, launch.vocab_splits(num_tokens, vocab, config, device)
+        )
+        splits = triton.cdiv(vocab_tiles, tiles_per_split)
+        shape = (3 if with_entropy else 2, splits, num_tokens)
+        row_max, rest, *moments = torch.empty(shape, device=hidden.device, dtype=torch.float32)
+        moment = moments[0] if moments else rest
+        z_target = per_token()
+        cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
+        _linear_forward_kernel[(triton.cdiv(num_tokens, config.BLOCK_N) * splits,)](
+            hidden,
+            weight,
+            hidden if bias is None else bias,
+            targets,
+            row_max,
+            rest,
+            moment,
+            z_target,
+            num_tokens,
+            vocab,
+            width,
+            tiles_per_split,
+            hidden.stride(0),
+            hidden.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            0 if bias is None else bias.stride(0),
+            cap_scale,
+            z_scale,
+            ignore_index,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            WITH_ENTROPY=with_entropy,
+            EVEN_D=width % config.BLOCK_D == 0,
+            EVEN_V=vocab % config.BLOCK_V == 0,
+            PRECISION=launch.dot_precision(hidden.dtype),
+            WIDEN=launch.must_widen(hidden.dtype),
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_V=config.BLOCK_V,
+            BLOCK_D=config.BLOCK_D,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    if num_sequences:
+        _combine_kernel[(num_sequences,)](
+            row_max,
+            rest,
+            moment,
+            z_target,
+            targets,
+            cu_seqlens,
+            sums,
+            counts,
+            logprobs,
+            lse,
+            miss,
+            lse if entropy is None else entropy,
+            num_tokens,
+            splits,
+            length_normalization,
+            ignore_index,
+            HAS_ALPHA=length_normalization != 0,
+            WITH_ENTROPY=with_entropy,
+            BLOCK_N=_COMBINED_TOKENS,
+            num_warps=2,
+        )
+    return LinearStatistics(sums, counts, logprobs, lse, miss, entropy)

@@ -1,0 +1,130 @@
+"""Jit helpers that several kernels share. Everything in them is float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about an ulp, in plain arithmetic: it runs compiled and interpreted alike."""
+    magnitude = tl.minimum(tl.abs(x), 16.0)  # beyond it tanh is 1, and exp would overflow
+    large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    # Where that cancels: the minimax polynomial of the Cephes library (tanhf).
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    small = x + x * square * series
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def log1p(x):  # x >= 0
+    """log(1 + x) that keeps the digits of a small x (Higham, Accuracy and Stability, 1.14.1)."""
+    rounded = 1.0 + x
+    lost = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
+    return tl.where(rounded == 1.0, x, tl.log(rounded) * (x / lost))
+
+
+@triton.jit
+def capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP: tl.constexpr):
+    """Logits z of raw products h W^T + b, and tanh of the cap (0 without one).
+
+    With a cap z = z_scale * tanh(cap_scale * raw), else z = z_scale * raw; see `logit_scales`.
+    """
+    if HAS_SOFTCAP:
+        capped = tanh(raw * cap_scale)
+        return capped * z_scale, capped
+    else:
+        return raw * z_scale, raw * 0.0
+
+
+@triton.jit
+def without_target(z, offs_v, targets, vocab, EVEN_V: tl.constexpr):
+    """A tile of logits (n, v) with -inf at targets and past the vocabulary, and z at targets (n,).
+
+    The sum, in which a single term is not 0, keeps a NaN that a maximum would drop.
+    """
+    is_target = offs_v[None, :] == targets[:, None]
+    at_target = tl.sum(tl.where(is_target, z, 0.0), axis=1)
+    if EVEN_V:
+        others = tl.where(is_target, float("-inf"), z)
+    else:
+        others = tl.where(is_target | (offs_v[None, :] >= vocab), float("-inf"), z)
+    return others, at_target
+
+
+@triton.jit
+def online_update(z, row_max, rest, moment, WITH_ENTROPY: tl.constexpr):
+    """Fold a tile (n, v) into each row's max, sum of exp(z - max), and its first moment.
+
+    The moment is the sum of exp(z - max) * (z - max); a row of only -inf so far has max -inf.
+    """
+    new_max = tl.maximum(row_max, tl.max(z, axis=1))
+    base = finite_base(new_max)
+    decay = tl.exp(row_max - base)
+    weights = tl.exp(z - base[:, None])
+    if WITH_ENTROPY:
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max - base)
+        centred = tl.where(weights > 0, z - base[:, None], 0.0)
+        moment = decay * (moment + shift * rest) + tl.sum(weights * centred, axis=1)
+    rest = decay * rest + tl.sum(weights, axis=1)
+    return new_max, rest, moment
+
+
+@triton.jit
+def finite_base(row_max):
+    """What to subtract before exp: 0 in place of -inf, whose difference with itself is NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def token_statistics(z_target, row_max, rest):
+    """Log-probability, lse and 1 - p of a target from the statistics of all other entries.
+
+    row_max and rest: max z and sum of exp(z - row_max) over them.
+    """
+    maximum = tl.maximum(row_max, z_target)
+    base = finite_base(maximum)
+    rest = rest * tl.exp(row_max - base)
+    at_target = tl.exp(z_target - base)
+    total = rest + at_target
+    log_total = tl.where(z_target == maximum, log1p(rest), tl.log(tl.maximum(total, 1e-37)))
+    # Of NaN a maximum may be a number; the sum is not. A row of only -inf has no distribution.
+    undefined = (total != total) | (maximum == float("-inf"))
+    log_total = tl.where(undefined, float("nan"), log_total)
+    logprob = tl.where(undefined, float("nan"), z_target - base - log_total)
+    return logprob, base + log_total, rest / tl.maximum(total, 1e-37) + 0.0 * log_total, base
+
+
+@triton.jit
+def entropy_of(moment, row_max, rest, z_target, base, log_total):
+    """Entropy of a row: its statistics without the target, the target, and the common base."""
+    decay = tl.exp(row_max - base)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max - base)
+    moment = decay * (moment + shift * rest)
+    at_target = tl.exp(z_target - base)
+    moment += tl.where(at_target > 0, at_target * (z_target - base), 0.0)
+    return log_total - moment * tl.exp(-log_total)
+
+
+@triton.jit
+def logit_gradient(z, lse, is_target, grad, grad_lse, miss, HAS_GRAD_LSE: tl.constexpr):
+    """d z of a tile; grad, grad_lse, lse and miss broadcast over it.
+
+    A row whose gradients are 0 gets 0 whatever its logits are.
+    """
+    # Above 0 only in rows that are masked out below; a NaN stays one.
+    log_probability = z - lse
+    probability = tl.exp(tl.where(log_probability > 0.0, 0.0, log_probability))
+    at_target = grad * miss
+    of_others = -grad
+    silent = grad == 0.0
+    if HAS_GRAD_LSE:
+        at_target += grad_lse * (1.0 - miss)
+        of_others += grad_lse
+        silent = silent & (grad_lse == 0.0)
+    return tl.where(silent, 0.0, tl.where(is_target, at_target, of_others * probability))

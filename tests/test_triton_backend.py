@@ -1,0 +1,175 @@
+"""The public ops with impl="triton", run by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from problems import assert_within_budget, make_problem, oracle, problems
+
+from plad_fast import (
+    UsageError,
+    fused_linear_preference_loss,
+    linear_sequence_logprobs,
+    sequence_logprobs,
+)
+
+pytest.importorskip("triton")
+
+FEW = settings(max_examples=15)
+
+
+def gradients(loss, problem):
+    return torch.autograd.grad(loss, problem.leaves, allow_unused=True)
+
+
+@FEW
+@given(problem=problems())
+def test_op_meets_the_budget(problem):
+    """Against float64, as far off as the naive computation in float32 twice over."""
+    problem = problem.to(torch.float32)
+    upstream = torch.randn(len(problem.cu_seqlens) - 1, generator=torch.Generator().manual_seed(1))
+    results = {}
+    for name in ("truth", "torch", "ours"):
+        case = problem.to(torch.float64 if name == "truth" else torch.float32)
+        if name == "ours":
+            got = linear_sequence_logprobs(*case.inputs, impl="triton", **case.options)
+            sums, tokens = got.sums, got.token_logprobs
+        else:
+            sums, tokens = oracle(case)
+        loss = (sums * upstream.to(sums.dtype)).sum() + 0.3 * tokens.square().sum()
+        results[name] = [sums, tokens, *gradients(loss, case)]
+    for what, ours, same, truth in zip(
+        ("sums", "tokens", "hidden", "weight", "bias"),
+        *(results[k] for k in ("ours", "torch", "truth")),
+        strict=False,
+    ):
+        assert_within_budget(ours, same, truth, what, roundings=16)
+
+
+@FEW
+@given(problem=problems(group_size=2))
+def test_one_pass_equals_the_torch_backend(problem):
+    problem = problem.to(torch.float32)
+    results = [
+        fused_linear_preference_loss(
+            *problem.inputs, impl=impl, beta=3.0, sft_weight=0.2, **problem.options
+        )
+        for impl in ("triton", "torch")
+    ]
+    ours, want = results
+    torch.testing.assert_close(ours.loss, want.loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.sums, want.sums, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.counts, want.counts)
+    for mine, other in zip(*(gradients(r.loss, problem) for r in results), strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scratch_rows", [3, None])
+def test_error_budget_of_16_bits(dtype, scratch_rows):
+    """Both ways, and the losses in them: chunks of three rows, and one of all."""
+    base = make_problem(
+        [9, 7, 8, 11], width=48, vocab=301, bias=True, softcap=20.0, scratch_rows=scratch_rows
+    )
+    rounded = base.to(dtype)
+    truth = rounded.to(torch.float64)
+    sums, _ = oracle(truth)
+    want = [sums, *gradients(sums.sum(), truth)]
+    sums, _ = oracle(rounded)
+    same = [sums, *gradients(sums.sum(), rounded)]
+    got = linear_sequence_logprobs(*rounded.inputs, impl="triton", **rounded.options)
+    ours = [got.sums, *gradients(got.sums.sum(), rounded)]
+    one_pass = fused_linear_preference_loss(
+        *rounded.inputs,
+        impl="triton",
+        loss=lambda logps: logps.sum(1),
+        num_groups=1,
+        **rounded.options,
+    )
+    also_ours = [one_pass.sums, *gradients(one_pass.loss, rounded)]
+    for what, mine, too, other, exact in zip(
+        ("sums", "hidden", "weight", "bias"), ours, also_ours, same, want, strict=True
+    ):
+        assert_within_budget(mine, other, exact, what)
+        assert_within_budget(too, other, exact, f"{what} in one pass")
+
+
+def test_frozen_inputs_get_no_gradient():
+    problem = make_problem([4, 3], bias=True, dtype=torch.float32)
+    problem.weight.requires_grad_(False)
+    linear_sequence_logprobs(*problem.inputs, impl="triton", **problem.options).sums[0].backward()
+    assert problem.weight.grad is None
+    assert problem.hidden.grad[:4].any()
+    assert not problem.hidden.grad[4:].any()
+
+
+@pytest.mark.parametrize("skip_inactive", [True, False])
+def test_rows_without_a_gradient(skip_inactive):
+    """Left out of the products or multiplied as zeros: the same gradients."""
+    results = []
+    for impl in ("triton", "torch"):
+        problem = make_problem([5, 4, 6], ignored=0.3, dtype=torch.float32)
+        ours = linear_sequence_logprobs(
+            *problem.inputs, impl=impl, skip_inactive=skip_inactive, **problem.options
+        )
+        (ours.sums * torch.tensor([1.0, 0.0, -2.0])).sum().backward()
+        results.append((problem.hidden.grad, problem.weight.grad))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_lse_and_entropy_on_request():
+    problem = make_problem([5, 0, 3], ignored=0.2, temperature=0.7, dtype=torch.float32)
+    both = [
+        linear_sequence_logprobs(
+            *problem.inputs, impl=impl, return_lse=True, return_entropy=True, **problem.options
+        )
+        for impl in ("triton", "torch")
+    ]
+    for mine, other in zip(*both, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    weights = torch.arange(8.0)
+    grads = [gradients((r.lse * weights).sum(), problem) for r in both]
+    for mine, other in zip(*([g[:2] for g in grads]), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_stored_logits(padded):
+    shape = (3, 5, 19) if padded else (15, 19)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    targets = torch.randint(19, shape[:-1], generator=torch.Generator().manual_seed(4))
+    targets.view(-1)[4] = -100
+    bounds = () if padded else (torch.tensor([0, 5, 10, 15]),)
+    results = []
+    for impl in ("triton", "torch"):
+        ours = sequence_logprobs(logits, targets, *bounds, softcap=3.0, impl=impl)
+        (gradient,) = torch.autograd.grad((ours.sums * torch.tensor([1.0, 0, 2])).sum(), logits)
+        results.append((*ours[:3], gradient))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_twenty_reruns_are_bit_identical():
+    problem = make_problem([9, 4, 6, 6], width=17, vocab=133, dtype=torch.bfloat16)
+    seen = set()
+    for _ in range(20):
+        ours = linear_sequence_logprobs(*problem.inputs, impl="triton", **problem.options)
+        tensors = [ours.sums, *gradients(ours.sums.square().sum(), problem)]
+        one_pass = fused_linear_preference_loss(
+            *problem.inputs, impl="triton", beta=9.0, **problem.options
+        )
+        tensors += [one_pass.loss, *gradients(one_pass.loss, problem)]
+        seen.add(b"".join(t.detach().float().numpy().tobytes() for t in tensors))
+    assert len(seen) == 1
+
+
+def test_refusals_name_the_reason(monkeypatch):
+    problem = make_problem([3], dtype=torch.float64)
+    with pytest.raises(UsageError, match="float64 is the torch backend's"):
+        linear_sequence_logprobs(*problem.inputs, impl="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    problem = make_problem([3], dtype=torch.float32)
+    with pytest.raises(UsageError, match="on the CPU"):
+        linear_sequence_logprobs(*problem.inputs, impl="triton")
