@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Device:
     num_sms: int
 
 
+# One of every size that `linear_config` tells apart.
+_TOKENS = (1, 17, 33, 65, 129)
+
 # A stand-in for tensors on the CPU, which the interpreter runs.
 _INTERPRETER = Device((9, 0), 2)
 
@@ -93,26 +97,65 @@ def _cuda_device(index: int) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def linear_config(dtype: torch.dtype, num_tokens: int, device: Device) -> LinearConfig:
+def linear_config(
+    dtype: torch.dtype, num_tokens: int, device: Device, *, lean: bool, tma: bool
+) -> LinearConfig:
     """Of the forward and of the gradient of the logits, which are the same product.
 
-    16-bit operands: the largest tile whose accumulators and pipeline fit: 128 x 256 with four
-    stages where a block has 227 KiB (9.0, 10.0), 128 x 128 with three where it has 163 (8.0) and
-    narrower steps where it has 99 (8.6, 8.9, 12.0). float32 runs on the ordinary units, which a
-    tile of 64 x 64 keeps busy. With few tokens BLOCK_N shrinks to them, 16 at least.
+    The largest tile whose accumulators stay in registers and whose pipeline fits shared memory.
+    16-bit operands: with TMA on 9.0 and 10.0 128 x 256, else 128 x 128; a bias or softcap needs
+    registers of its own and takes a narrower tile. On 8.6, 8.9 and 12.0, where a block has 99 KiB
+    of shared memory, steps are shorter. float32 runs on the ordinary units, which a tile of
+    64 x 64 keeps busy. With few tokens BLOCK_N shrinks to them, as far as the instruction allows.
+
+    Args:
+        lean: neither bias nor softcap.
+        tma: operands come through tensor descriptors; see `use_tma`.
     """
     rows = max(16, triton.next_power_of_2(num_tokens))
     if dtype == torch.float32:
-        return LinearConfig(min(rows, 64), 64, 32, num_warps=4, num_stages=3)
-    if device.capability[0] in (9, 10):
-        if rows >= 128:
-            return LinearConfig(128, 256, 64, num_warps=8, num_stages=4)
-        return LinearConfig(max(rows, 64), 256, 64, num_warps=4, num_stages=4)
-    if device.capability == (8, 0):
-        return LinearConfig(
-            min(rows, 128), 128, 64, num_warps=8 if rows >= 128 else 4, num_stages=3
-        )
-    return LinearConfig(min(rows, 128), 128, 32, num_warps=8 if rows >= 128 else 4, num_stages=4)
+        return LinearConfig(min(rows, 64), 64, 32, num_warps=8 if rows >= 64 else 4, num_stages=3)
+    major, minor = device.capability
+    if major == 9:
+        width = 256 if lean and tma and rows >= 128 else 128
+        return _hopper_tile(rows, width)
+    if major == 10:
+        if lean and tma:
+            return _hopper_tile(rows, 256 if rows >= 128 else 128)
+        return _hopper_tile(rows, 64)
+    step, stages = (64, 3) if (major, minor) == (8, 0) else (32, 4)
+    return LinearConfig(min(rows, 128), 128, step, 8 if rows >= 128 else 4, stages)
+
+
+def _hopper_tile(rows: int, width: int) -> LinearConfig:
+    # The instructions of a warp group multiply 64 rows at least.
+    return LinearConfig(
+        128 if rows >= 128 else 64, width, 64, num_warps=8 if rows >= 128 else 4, num_stages=4
+    )
+
+
+def use_tma(device: Device, *operands: Tensor) -> bool:
+    """Whether matrices can be read through tensor descriptors: 16 bits, rows contiguous, every
+    row aligned to 16 bytes, on a GPU that has the unit.
+    """
+    return device.capability[0] in (9, 10) and all(
+        x.element_size() == 2
+        and x.stride(1) == 1
+        and x.stride(0) * 2 % 16 == 0
+        and x.stride(0) > 0
+        and x.data_ptr() % 16 == 0
+        for x in operands
+    )
+
+
+def operands(hidden: Tensor, weight: Tensor, config: LinearConfig, tma: bool) -> tuple[Any, Any]:
+    """Hidden and weight as a kernel takes them: tensor descriptors of their blocks, or tensors."""
+    if not tma:
+        return hidden, weight
+    return (
+        TensorDescriptor.from_tensor(hidden, [config.BLOCK_N, config.BLOCK_D]),
+        TensorDescriptor.from_tensor(weight, [config.BLOCK_V, config.BLOCK_D]),
+    )
 
 
 def rows_config(vocab: int) -> RowsConfig:
@@ -166,13 +209,13 @@ def logit_scales(
 
 def shipped_linear_configs(
     capability: tuple[int, int],
-) -> Iterator[tuple[torch.dtype, LinearConfig]]:
-    """Everything `linear_config` can return for a GPU."""
+) -> Iterator[tuple[torch.dtype, bool, bool, LinearConfig]]:
+    """Everything `linear_config` can return for a GPU, with what it was asked for: dtype, lean
+    and tma.
+    """
     device = Device(capability, 1)
-    seen = set()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for num_tokens in (1, 17, 33, 65, 129):
-            config = linear_config(dtype, num_tokens, device)
-            if (dtype, config) not in seen:
-                seen.add((dtype, config))
-                yield dtype, config
+        for tma in (False, True) if capability[0] in (9, 10) and dtype.itemsize == 2 else (False,):
+            for lean in (False, True):
+                tiles = (linear_config(dtype, n, device, lean=lean, tma=tma) for n in _TOKENS)
+                yield from ((dtype, lean, tma, tile) for tile in dict.fromkeys(tiles))

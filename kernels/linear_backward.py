@@ -49,6 +49,7 @@ def _logits_gradient_kernel(
     HAS_SCALE: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
+    USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -57,10 +58,10 @@ def _logits_gradient_kernel(
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile = tl.program_id(0) % token_tiles
-    offs_v = (tl.program_id(0) // token_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
+    vocab_tile = tl.program_id(0) // token_tiles
+    offs_v = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = offs_n < num_tokens
-    rows = tl.minimum(offs_n, num_tokens - 1).to(tl.int64)
     targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
     counted = targets != ignore_index
     grad = tl.load(grad_ptr + offs_n, mask=counted, other=0.0)
@@ -76,8 +77,9 @@ def _logits_gradient_kernel(
             hidden_ptr,
             weight_ptr,
             bias_ptr,
-            rows,
-            offs_v,
+            tile * BLOCK_N,
+            vocab_tile * BLOCK_V,
+            num_tokens,
             vocab,
             width,
             stride_hn,
@@ -87,6 +89,7 @@ def _logits_gradient_kernel(
             stride_b,
             HAS_BIAS,
             EVEN_D,
+            USE_TMA,
             PRECISION,
             WIDEN,
             BLOCK_N,
@@ -143,12 +146,14 @@ def logits_gradient(
     assert out.stride(1) == 1 or vocab == 1
     if num_tokens == 0:
         return out
-    config = config or launch.linear_config(hidden.dtype, num_tokens, launch.device_of(hidden))
+    device = launch.device_of(hidden)
+    tma = launch.use_tma(device, hidden, weight)
+    lean = bias is None and softcap is None
+    config = config or launch.linear_config(hidden.dtype, num_tokens, device, lean=lean, tma=tma)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
-        hidden,
-        weight,
+        *launch.operands(hidden, weight, config, tma),
         hidden if bias is None else bias,
         targets.contiguous(),
         lse.contiguous(),
@@ -176,6 +181,7 @@ def logits_gradient(
         HAS_SCALE=scale is not None,
         EVEN_D=width % config.BLOCK_D == 0,
         EVEN_V=vocab % config.BLOCK_V == 0,
+        USE_TMA=tma,
         PRECISION=launch.dot_precision(hidden.dtype),
         WIDEN=launch.must_widen(hidden.dtype),
         BLOCK_N=config.BLOCK_N,

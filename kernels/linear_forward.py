@@ -45,11 +45,12 @@ class LinearStatistics(NamedTuple):
 
 @triton.jit
 def logits_tile(
-    hidden_ptr,
-    weight_ptr,
+    hidden_ptr,  # with USE_TMA descriptors of blocks, hidden (BLOCK_N, BLOCK_D)
+    weight_ptr,  # and weight (BLOCK_V, BLOCK_D)
     bias_ptr,
-    offs_n,  # (BLOCK_N,) int64, rows of hidden that exist
-    offs_v,  # (BLOCK_V,)
+    first_n,
+    first_v,
+    num_tokens,
     vocab,
     width,
     stride_hn,
@@ -59,35 +60,45 @@ def logits_tile(
     stride_b,
     HAS_BIAS: tl.constexpr,
     EVEN_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Raw products of a tile, float32. Columns past the vocabulary repeat its last one."""
+    """Raw products of a tile, float32. Of what lies past the edges the caller makes nothing."""
+    offs_v = first_v + tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
-    in_vocab = tl.minimum(offs_v, vocab - 1)
-    hidden_ptrs = hidden_ptr + offs_n[:, None] * stride_hn + offs_d[None, :] * stride_hd
-    weight_ptrs = (
-        weight_ptr + in_vocab.to(tl.int64)[None, :] * stride_wv + offs_d[:, None] * stride_wd
-    )
+    # Rows past the end repeat the last one: loads need no mask.
+    in_vocab = tl.minimum(offs_v, vocab - 1).to(tl.int64)
     raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    for start in range(0, width, BLOCK_D):
-        if EVEN_D:
-            hidden = tl.load(hidden_ptrs)
-            weight = tl.load(weight_ptrs)
-        else:
-            left = width - start
-            hidden = tl.load(hidden_ptrs, mask=offs_d[None, :] < left, other=0.0)
-            weight = tl.load(weight_ptrs, mask=offs_d[:, None] < left, other=0.0)
-        if WIDEN:
-            hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
-        raw = tl.dot(hidden, weight, raw, input_precision=PRECISION)
-        hidden_ptrs += BLOCK_D * stride_hd
-        weight_ptrs += BLOCK_D * stride_wd
+    if USE_TMA:
+        for start in range(0, width, BLOCK_D):
+            hidden = hidden_ptr.load([first_n, start])
+            weight = weight_ptr.load([first_v, start])
+            if WIDEN:
+                hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
+            raw = tl.dot(hidden, weight.T, raw, input_precision=PRECISION)
+    else:
+        in_tokens = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_tokens - 1).to(tl.int64)
+        hidden_ptrs = hidden_ptr + in_tokens[:, None] * stride_hn + offs_d[None, :] * stride_hd
+        weight_ptrs = weight_ptr + in_vocab[None, :] * stride_wv + offs_d[:, None] * stride_wd
+        for start in range(0, width, BLOCK_D):
+            if EVEN_D:
+                hidden = tl.load(hidden_ptrs)
+                weight = tl.load(weight_ptrs)
+            else:
+                left = width - start
+                hidden = tl.load(hidden_ptrs, mask=offs_d[None, :] < left, other=0.0)
+                weight = tl.load(weight_ptrs, mask=offs_d[:, None] < left, other=0.0)
+            if WIDEN:
+                hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
+            raw = tl.dot(hidden, weight, raw, input_precision=PRECISION)
+            hidden_ptrs += BLOCK_D * stride_hd
+            weight_ptrs += BLOCK_D * stride_wd
     if HAS_BIAS:
-        raw += tl.load(bias_ptr + in_vocab.to(tl.int64) * stride_b).to(tl.float32)[None, :]
+        raw += tl.load(bias_ptr + in_vocab * stride_b).to(tl.float32)[None, :]
     return raw
 
 
@@ -118,6 +129,7 @@ def _linear_forward_kernel(
     WITH_ENTROPY: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
+    USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,8 +141,6 @@ def _linear_forward_kernel(
     split = tl.program_id(0) // token_tiles
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = offs_n < num_tokens
-    # Rows past the end repeat the last one: loads need no mask, and nothing of them is stored.
-    rows = tl.minimum(offs_n, num_tokens - 1).to(tl.int64)
     targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
     counted = targets != ignore_index
 
@@ -148,8 +158,9 @@ def _linear_forward_kernel(
             hidden_ptr,
             weight_ptr,
             bias_ptr,
-            rows,
-            offs_v,
+            tile * BLOCK_N,
+            vocab_tile * BLOCK_V,
+            num_tokens,
             vocab,
             width,
             stride_hn,
@@ -159,6 +170,7 @@ def _linear_forward_kernel(
             stride_b,
             HAS_BIAS,
             EVEN_D,
+            USE_TMA,
             PRECISION,
             WIDEN,
             BLOCK_N,
@@ -268,7 +280,9 @@ def linear_forward(
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
     device = launch.device_of(hidden)
-    config = config or launch.linear_config(hidden.dtype, num_tokens, device)
+    tma = launch.use_tma(device, hidden, weight)
+    lean = bias is None and softcap is None
+    config = config or launch.linear_config(hidden.dtype, num_tokens, device, lean=lean, tma=tma)
     targets, cu_seqlens = targets.contiguous(), cu_seqlens.contiguous()
 
     def per_token() -> Tensor:
@@ -294,8 +308,7 @@ def linear_forward(
         z_target = per_token()
         cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
         _linear_forward_kernel[(triton.cdiv(num_tokens, config.BLOCK_N) * splits,)](
-            hidden,
-            weight,
+            *launch.operands(hidden, weight, config, tma),
             hidden if bias is None else bias,
             targets,
             row_max,
@@ -319,6 +332,7 @@ def linear_forward(
             WITH_ENTROPY=with_entropy,
             EVEN_D=width % config.BLOCK_D == 0,
             EVEN_V=vocab % config.BLOCK_V == 0,
+            USE_TMA=tma,
             PRECISION=launch.dot_precision(hidden.dtype),
             WIDEN=launch.must_widen(hidden.dtype),
             BLOCK_N=config.BLOCK_N,
