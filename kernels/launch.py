@@ -7,10 +7,11 @@ functions below; `python -m plad_fast.kernels.aot` compiles everything these can
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,21 +66,101 @@ _INTERPRETER = Device((9, 0), 2)
 
 @dataclass(frozen=True)
 class AotEntry:
-    """A kernel with everything that a compiler must know, for `plad_fast.kernels.aot`."""
+    """A kernel with all that a compiler must know, for `plad_fast.kernels.aot`."""
 
-    name: str
     kernel: Any
-    signature: Mapping[str, str]
-    """Types of the arguments that are not constants; pointers and integers named in `aligned`
-    are divisible by 16."""
+    dtype: str  # of the operands: "fp32", "bf16", "fp16"
+    tile: LinearConfig | RowsConfig | SegmentsConfig
     constants: Mapping[str, Any]
-    aligned: frozenset[str]
-    num_warps: int
-    num_stages: int
-    kind: str
-    """linear, combine, rows or segments."""
-    dtype: str
-    tile: Mapping[str, int] = field(default_factory=dict)
+    types: Mapping[str, str]
+    """Of the other arguments: "*bf16", "i32" and so on."""
+    aligned: tuple[str, ...]
+    """Arguments divisible by 16: pointers, and strides and sizes of the common case."""
+
+    @property
+    def flags(self) -> str:
+        return " ".join(k for k, v in self.constants.items() if v is True)
+
+    @property
+    def linear(self) -> bool:
+        return isinstance(self.tile, LinearConfig)
+
+
+def aot_entry(
+    kernel: Any,
+    dtype: str,
+    tile: Any,
+    constants: Mapping[str, Any],
+    types: Mapping[str, str],
+    aligned: Collection[str],
+) -> AotEntry:
+    """An entry whose constants include the blocks of the tile; pointers are float32 and integers
+    32 bits wide unless `types` says otherwise.
+    """
+    blocks = {k: v for k, v in vars(tile).items() if k.startswith("BLOCK")}
+    constants = {**constants, **blocks}
+    names = [name for name in kernel.arg_names if name not in constants]
+    all_types = {n: types.get(n) or ("*fp32" if n.endswith("_ptr") else "i32") for n in names}
+    pointers = [n for n in names if all_types[n].startswith("*")]
+    kept = tuple(n for n in names if n in pointers or n in aligned)
+    return AotEntry(kernel, dtype, tile, constants, all_types, kept)
+
+
+def linear_aot_entries(
+    kernel: Any,
+    capability: tuple[int, int],
+    option: str,
+    types: Mapping[str, str],
+    constants_of: Callable[[str], Mapping[str, Any]],
+) -> Iterator[AotEntry]:
+    """Entries of a kernel on `logits_tile`, over the configurations and flags that users reach.
+
+    Sizes are multiples of the blocks or none of them is. What differs from another entry by a type
+    alone, float16 and the other precisions of float32, is compiled in the common case only.
+
+    Args:
+        option: a flag of this kernel alone.
+        types: of arguments that are not as `aot_entry` takes them.
+        constants_of: further constants of a dtype.
+    """
+    for dtype, loads, lean, tile in shipped_linear_configs(capability):
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        heads = [(False, False)] if lean else [(True, False), (False, True), (True, True)]
+        precisions = ["ieee"]
+        if name == "fp32" and loads == "vector" and lean:
+            precisions += ["tf32x3", "tf32"]
+        for precision, (bias, softcap), even, on in itertools.product(
+            precisions, heads, (True, False), (False, True)
+        ):
+            common = lean and even and not on and loads != "scalar"
+            if (precision != "ieee" or name == "fp16") and not common:
+                continue
+            tma = loads == "tma"
+            constants = {
+                "HAS_BIAS": bias,
+                "HAS_SOFTCAP": softcap,
+                option: on,
+                "EVEN_D": tma or (even and loads == "vector"),
+                "EVEN_V": even,
+                "USE_TMA": tma,
+                "PRECISION": precision,
+                "WIDEN": False,
+                **({} if tma else {"stride_hd": 1, "stride_wd": 1}),
+                **constants_of(name),
+            }
+            operand_types = {
+                "hidden_ptr": f"tensordesc<{name}[{tile.BLOCK_N},{tile.BLOCK_D}]>",
+                "weight_ptr": f"tensordesc<{name}[{tile.BLOCK_V},{tile.BLOCK_D}]>",
+            }
+            if not tma:
+                operand_types = dict.fromkeys(operand_types, f"*{name}")
+            aligned = [] if loads == "scalar" else ["width", "stride_hn", "stride_wv"]
+            aligned += ["vocab", "stride_on"] if even or lean else []
+            own = {"bias_ptr": f"*{name}", "targets_ptr": "*i64", **LOGIT_TYPES, **operand_types}
+            yield aot_entry(kernel, name, tile, constants, {**own, **types}, aligned)
+
+
+LOGIT_TYPES = {"cap_scale": "fp32", "z_scale": "fp32", "slope": "fp32"}
 
 
 def interpreted() -> bool:
@@ -98,59 +179,63 @@ def _cuda_device(index: int) -> Device:
 
 
 def linear_config(
-    dtype: torch.dtype, num_tokens: int, device: Device, *, lean: bool, tma: bool
+    dtype: torch.dtype, num_tokens: int, device: Device, *, loads: str, lean: bool
 ) -> LinearConfig:
     """Of the forward and of the gradient of the logits, which are the same product.
 
     The largest tile whose accumulators stay in registers and whose pipeline fits shared memory.
-    16-bit operands: with TMA on 9.0 and 10.0 128 x 256, else 128 x 128; a bias or softcap needs
-    registers of its own and takes a narrower tile. On 8.6, 8.9 and 12.0, where a block has 99 KiB
-    of shared memory, steps are shorter. float32 runs on the ordinary units, which a tile of
-    64 x 64 keeps busy. With few tokens BLOCK_N shrinks to them, as far as the instruction allows.
+    16-bit operands: with TMA on 9.0 and 10.0 128 x 256, else 128 x 128; a bias, a softcap or an
+    odd vocabulary needs registers of its own and takes a narrower tile. On 8.6, 8.9 and 12.0,
+    where a block has 99 KiB of shared memory, steps are shorter. float32 runs on the ordinary
+    units, which a tile of 64 x 64 keeps busy. Operands that cannot be read in vectors pass through
+    registers, of which a small tile has enough. With few tokens BLOCK_N shrinks to them, as far as
+    the instruction allows.
 
     Args:
-        lean: neither bias nor softcap.
-        tma: operands come through tensor descriptors; see `use_tma`.
+        loads: of `load_kind`.
+        lean: of `is_lean`.
     """
     rows = max(16, triton.next_power_of_2(num_tokens))
+    if loads == "scalar":
+        return LinearConfig(min(rows, 32), 64, 32, num_warps=4, num_stages=2)
     if dtype == torch.float32:
         return LinearConfig(min(rows, 64), 64, 32, num_warps=8 if rows >= 64 else 4, num_stages=3)
     major, minor = device.capability
-    if major == 9:
-        width = 256 if lean and tma and rows >= 128 else 128
-        return _hopper_tile(rows, width)
-    if major == 10:
-        if lean and tma:
-            return _hopper_tile(rows, 256 if rows >= 128 else 128)
-        return _hopper_tile(rows, 64)
+    if major in (9, 10):
+        if lean and loads == "tma":
+            width = 256 if rows >= 128 else 128
+        else:
+            width = 128 if major == 9 else 64
+        # The instructions of a warp group multiply 64 rows at least.
+        many = rows >= 128
+        return LinearConfig(128 if many else 64, width, 64, 8 if many else 4, num_stages=4)
     step, stages = (64, 3) if (major, minor) == (8, 0) else (32, 4)
     return LinearConfig(min(rows, 128), 128, step, 8 if rows >= 128 else 4, stages)
 
 
-def _hopper_tile(rows: int, width: int) -> LinearConfig:
-    # The instructions of a warp group multiply 64 rows at least.
-    return LinearConfig(
-        128 if rows >= 128 else 64, width, 64, num_warps=8 if rows >= 128 else 4, num_stages=4
-    )
-
-
-def use_tma(device: Device, *operands: Tensor) -> bool:
-    """Whether matrices can be read through tensor descriptors: 16 bits, rows contiguous, every
-    row aligned to 16 bytes, on a GPU that has the unit.
+def load_kind(device: Device, *matrices: Tensor) -> str:
+    """How rows of matrices can be read: "tma", through tensor descriptors, where the GPU has the
+    unit and operands of 16 bits lie as it wants them; "vector", 16 bytes at a time; or "scalar".
     """
-    return device.capability[0] in (9, 10) and all(
-        x.element_size() == 2
-        and x.stride(1) == 1
-        and x.stride(0) * 2 % 16 == 0
-        and x.stride(0) > 0
-        and x.data_ptr() % 16 == 0
-        for x in operands
-    )
+    if any(x.stride(1) != 1 or x.stride(0) <= 0 or x.data_ptr() % 16 for x in matrices):
+        return "scalar"
+    if device.capability[0] in (9, 10) and all(
+        x.element_size() == 2 and x.stride(0) * 2 % 16 == 0 for x in matrices
+    ):
+        return "tma"
+    # Triton sees that 16 divides a stride or size, not that 4 does.
+    aligned = all(x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in matrices)
+    return "vector" if aligned else "scalar"
 
 
-def operands(hidden: Tensor, weight: Tensor, config: LinearConfig, tma: bool) -> tuple[Any, Any]:
+def is_lean(bias: Tensor | None, softcap: float | None, vocab: int) -> bool:
+    """Whether a tile of logits needs few registers beside its accumulators."""
+    return bias is None and softcap is None and vocab % 16 == 0
+
+
+def operands(hidden: Tensor, weight: Tensor, config: LinearConfig, loads: str) -> tuple[Any, Any]:
     """Hidden and weight as a kernel takes them: tensor descriptors of their blocks, or tensors."""
-    if not tma:
+    if loads != "tma":
         return hidden, weight
     return (
         TensorDescriptor.from_tensor(hidden, [config.BLOCK_N, config.BLOCK_D]),
@@ -209,13 +294,15 @@ def logit_scales(
 
 def shipped_linear_configs(
     capability: tuple[int, int],
-) -> Iterator[tuple[torch.dtype, bool, bool, LinearConfig]]:
-    """Everything `linear_config` can return for a GPU, with what it was asked for: dtype, lean
-    and tma.
+) -> Iterator[tuple[torch.dtype, str, bool, LinearConfig]]:
+    """Everything `linear_config` can return for a GPU, with what it was asked for: dtype, loads
+    and lean.
     """
     device = Device(capability, 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for tma in (False, True) if capability[0] in (9, 10) and dtype.itemsize == 2 else (False,):
-            for lean in (False, True):
-                tiles = (linear_config(dtype, n, device, lean=lean, tma=tma) for n in _TOKENS)
-                yield from ((dtype, lean, tma, tile) for tile in dict.fromkeys(tiles))
+        kinds = ["scalar", "vector"]
+        if capability[0] in (9, 10) and dtype.itemsize == 2:
+            kinds.append("tma")
+        for loads, lean in itertools.product(kinds, (False, True)):
+            tiles = (linear_config(dtype, n, device, loads=loads, lean=lean) for n in _TOKENS)
+            yield from ((dtype, loads, lean, tile) for tile in dict.fromkeys(tiles))

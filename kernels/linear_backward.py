@@ -9,10 +9,12 @@ n tokens of the chunk, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import AotEntry, LinearConfig
 from plad_fast.kernels.linear_forward import logits_tile
 from plad_fast.kernels.primitives import capped_logits, logit_gradient
 from torch import Tensor
@@ -147,13 +149,18 @@ def logits_gradient(
     if num_tokens == 0:
         return out
     device = launch.device_of(hidden)
-    tma = launch.use_tma(device, hidden, weight)
-    lean = bias is None and softcap is None
-    config = config or launch.linear_config(hidden.dtype, num_tokens, device, lean=lean, tma=tma)
+    loads = launch.load_kind(device, hidden, weight)
+    config = config or launch.linear_config(
+        hidden.dtype,
+        num_tokens,
+        device,
+        loads=loads,
+        lean=launch.is_lean(bias, softcap, vocab),
+    )
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
-        *launch.operands(hidden, weight, config, tma),
+        *launch.operands(hidden, weight, config, loads),
         hidden if bias is None else bias,
         targets.contiguous(),
         lse.contiguous(),
@@ -181,7 +188,7 @@ def logits_gradient(
         HAS_SCALE=scale is not None,
         EVEN_D=width % config.BLOCK_D == 0,
         EVEN_V=vocab % config.BLOCK_V == 0,
-        USE_TMA=tma,
+        USE_TMA=loads == "tma",
         PRECISION=launch.dot_precision(hidden.dtype),
         WIDEN=launch.must_widen(hidden.dtype),
         BLOCK_N=config.BLOCK_N,
@@ -191,3 +198,19 @@ def logits_gradient(
         num_stages=config.num_stages,
     )
     return out
+
+
+def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
+    """For `plad_fast.kernels.aot`. float16 is divided by a scale, other dtypes are not."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield from (
+            entry
+            for entry in launch.linear_aot_entries(
+                _logits_gradient_kernel,
+                capability,
+                "HAS_GRAD_LSE",
+                {"out_ptr": f"*{dtype}"},
+                lambda name: {"HAS_SCALE": name == "fp16"},
+            )
+            if entry.dtype == dtype
+        )

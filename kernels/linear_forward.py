@@ -12,13 +12,15 @@ N tokens, V vocabulary, D hidden, S sequences.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import AotEntry, LinearConfig, SegmentsConfig
 from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
@@ -280,9 +282,14 @@ def linear_forward(
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
     device = launch.device_of(hidden)
-    tma = launch.use_tma(device, hidden, weight)
-    lean = bias is None and softcap is None
-    config = config or launch.linear_config(hidden.dtype, num_tokens, device, lean=lean, tma=tma)
+    loads = launch.load_kind(device, hidden, weight)
+    config = config or launch.linear_config(
+        hidden.dtype,
+        num_tokens,
+        device,
+        loads=loads,
+        lean=launch.is_lean(bias, softcap, vocab),
+    )
     targets, cu_seqlens = targets.contiguous(), cu_seqlens.contiguous()
 
     def per_token() -> Tensor:
@@ -308,7 +315,7 @@ def linear_forward(
         z_target = per_token()
         cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
         _linear_forward_kernel[(triton.cdiv(num_tokens, config.BLOCK_N) * splits,)](
-            *launch.operands(hidden, weight, config, tma),
+            *launch.operands(hidden, weight, config, loads),
             hidden if bias is None else bias,
             targets,
             row_max,
@@ -332,7 +339,7 @@ def linear_forward(
             WITH_ENTROPY=with_entropy,
             EVEN_D=width % config.BLOCK_D == 0,
             EVEN_V=vocab % config.BLOCK_V == 0,
-            USE_TMA=tma,
+            USE_TMA=loads == "tma",
             PRECISION=launch.dot_precision(hidden.dtype),
             WIDEN=launch.must_widen(hidden.dtype),
             BLOCK_N=config.BLOCK_N,
@@ -365,3 +372,24 @@ def linear_forward(
             num_warps=2,
         )
     return LinearStatistics(sums, counts, logprobs, lse, miss, entropy)
+
+
+def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
+    """For `plad_fast.kernels.aot`."""
+    yield from launch.linear_aot_entries(
+        _linear_forward_kernel, capability, "WITH_ENTROPY", {}, lambda dtype: {}
+    )
+    for alpha, entropy in itertools.product((False, True), repeat=2):
+        yield launch.aot_entry(
+            _combine_kernel,
+            "fp32",
+            SegmentsConfig(_COMBINED_TOKENS, num_warps=2),
+            {"HAS_ALPHA": alpha, "WITH_ENTROPY": entropy},
+            {
+                "targets_ptr": "*i64",
+                "cu_seqlens_ptr": "*i64",
+                "counts_ptr": "*i64",
+                "alpha": "fp32",
+            },
+            (),
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
-from plad_fast.kernels.launch import SegmentsConfig
+from plad_fast.kernels import launch
+from plad_fast.kernels.launch import AotEntry, SegmentsConfig
 from torch import Tensor
 
 
@@ -49,3 +52,11 @@ def segment_sums(
             num_stages=config.num_stages,
         )
     return sums
+
+
+def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
+    """For `plad_fast.kernels.aot`."""
+    types = {"cu_seqlens_ptr": "*i64"}
+    yield launch.aot_entry(
+        _segment_sums_kernel, "fp32", SegmentsConfig(), {"stride_n": 1}, types, ()
+    )
