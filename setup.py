@@ -13,6 +13,8 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
+    # CUDA builds of torch bring it. The kernels' tests need it on a CPU too.
+    "triton": ["triton>=3.7; platform_system == 'Linux'"],
     "flash": ["flash-attn>=2.6"],
     "api": ["openai>=1.50"],
     "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
@@ -36,6 +38,7 @@ EXTRAS["dev"] = [
     "types-PyYAML",
     *EXTRAS["eval"],
     *EXTRAS["gguf"],
+    *EXTRAS["triton"],
 ]
 
 setup(

@@ -106,6 +106,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="one small case, one round, nothing that compiles"
     )
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here, or torch is built without CUDA")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = (args.shape, args.dtype, args.active, args.response, args.ragged, args.impl)
     args.standard = not (args.quick or any(chosen))

@@ -9,7 +9,6 @@ N tokens, V vocabulary, D hidden, S sequences.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from typing import Any
 
@@ -29,7 +28,8 @@ from plad_fast.losses import Objective
 from plad_fast.products import Operand, products_for
 from plad_fast.workspace import HeadGradients
 
-_BLOCK_SHARE = 16
+_OLDEST_TRITON = (3, 4)
+_BLOCK_SHARE = 16  # of the scratch budget, for blocks of products
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -57,8 +57,13 @@ def preferred(tensor: Tensor) -> bool:
 
 @functools.cache
 def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton is {triton.__version__}; the kernels need {oldest} or newer"
     return None
 
 

@@ -152,3 +152,13 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     with peak_memory(torch.device("cpu")) as peak:
         torch.ones(64, 2**18)  # 64 MiB
     assert peak.extra_bytes == pytest.approx(64 * 2**20, rel=0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import loss
+
+    with pytest.raises(SystemExit) as stopped:
+        loss.parse(["--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "there is no CUDA device here" in capsys.readouterr().err

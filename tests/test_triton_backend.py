@@ -151,14 +151,15 @@ def test_stored_logits(padded):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
-def test_twenty_reruns_are_bit_identical():
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_twenty_reruns_are_bit_identical(impl):
     problem = make_problem([9, 4, 6, 6], width=17, vocab=133, dtype=torch.bfloat16)
     seen = set()
     for _ in range(20):
-        ours = linear_sequence_logprobs(*problem.inputs, impl="triton", **problem.options)
+        ours = linear_sequence_logprobs(*problem.inputs, impl=impl, **problem.options)
         tensors = [ours.sums, *gradients(ours.sums.square().sum(), problem)]
         one_pass = fused_linear_preference_loss(
-            *problem.inputs, impl="triton", beta=9.0, **problem.options
+            *problem.inputs, impl=impl, beta=9.0, **problem.options
         )
         tensors += [one_pass.loss, *gradients(one_pass.loss, problem)]
         seen.add(b"".join(t.detach().float().numpy().tobytes() for t in tensors))
