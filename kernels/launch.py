@@ -1,17 +1,16 @@
 """How kernels are launched: block sizes, warps and stages, chosen here and nowhere else.
 
 Configurations are frozen. They follow from dtype, shapes and compute capability by the two
-functions below; `python -m plad_fast.kernels.aot` compiles everything these can return.
+functions below; `python -m plad_fast.kernels.aot` compiles what these return.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,9 +56,6 @@ class Device:
     num_sms: int
 
 
-# One of every size that `linear_config` tells apart.
-_TOKENS = (1, 17, 33, 65, 129)
-
 # A stand-in for tensors on the CPU, which the interpreter runs.
 _INTERPRETER = Device((9, 0), 2)
 
@@ -84,83 +80,6 @@ class AotEntry:
     @property
     def linear(self) -> bool:
         return isinstance(self.tile, LinearConfig)
-
-
-def aot_entry(
-    kernel: Any,
-    dtype: str,
-    tile: Any,
-    constants: Mapping[str, Any],
-    types: Mapping[str, str],
-    aligned: Collection[str],
-) -> AotEntry:
-    """An entry whose constants include the blocks of the tile; pointers are float32 and integers
-    32 bits wide unless `types` says otherwise.
-    """
-    blocks = {k: v for k, v in vars(tile).items() if k.startswith("BLOCK")}
-    constants = {**constants, **blocks}
-    names = [name for name in kernel.arg_names if name not in constants]
-    all_types = {n: types.get(n) or ("*fp32" if n.endswith("_ptr") else "i32") for n in names}
-    pointers = [n for n in names if all_types[n].startswith("*")]
-    kept = tuple(n for n in names if n in pointers or n in aligned)
-    return AotEntry(kernel, dtype, tile, constants, all_types, kept)
-
-
-def linear_aot_entries(
-    kernel: Any,
-    capability: tuple[int, int],
-    option: str,
-    types: Mapping[str, str],
-    constants_of: Callable[[str], Mapping[str, Any]],
-) -> Iterator[AotEntry]:
-    """Entries of a kernel on `logits_tile`, over the configurations and flags that users reach.
-
-    Sizes are multiples of the blocks or none of them is. What differs from another entry by a type
-    alone, float16 and the other precisions of float32, is compiled in the common case only.
-
-    Args:
-        option: a flag of this kernel alone.
-        types: of arguments that are not as `aot_entry` takes them.
-        constants_of: further constants of a dtype.
-    """
-    for dtype, loads, lean, tile in shipped_linear_configs(capability):
-        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        heads = [(False, False)] if lean else [(True, False), (False, True), (True, True)]
-        precisions = ["ieee"]
-        if name == "fp32" and loads == "vector" and lean:
-            precisions += ["tf32x3", "tf32"]
-        for precision, (bias, softcap), even, on in itertools.product(
-            precisions, heads, (True, False), (False, True)
-        ):
-            common = lean and even and not on and loads != "scalar"
-            if (precision != "ieee" or name == "fp16") and not common:
-                continue
-            tma = loads == "tma"
-            constants = {
-                "HAS_BIAS": bias,
-                "HAS_SOFTCAP": softcap,
-                option: on,
-                "EVEN_D": tma or (even and loads == "vector"),
-                "EVEN_V": even,
-                "USE_TMA": tma,
-                "PRECISION": precision,
-                "WIDEN": False,
-                **({} if tma else {"stride_hd": 1, "stride_wd": 1}),
-                **constants_of(name),
-            }
-            operand_types = {
-                "hidden_ptr": f"tensordesc<{name}[{tile.BLOCK_N},{tile.BLOCK_D}]>",
-                "weight_ptr": f"tensordesc<{name}[{tile.BLOCK_V},{tile.BLOCK_D}]>",
-            }
-            if not tma:
-                operand_types = dict.fromkeys(operand_types, f"*{name}")
-            aligned = [] if loads == "scalar" else ["width", "stride_hn", "stride_wv"]
-            aligned += ["vocab", "stride_on"] if even or lean else []
-            own = {"bias_ptr": f"*{name}", "targets_ptr": "*i64", **LOGIT_TYPES, **operand_types}
-            yield aot_entry(kernel, name, tile, constants, {**own, **types}, aligned)
-
-
-LOGIT_TYPES = {"cap_scale": "fp32", "z_scale": "fp32", "slope": "fp32"}
 
 
 def interpreted() -> bool:
@@ -197,7 +116,8 @@ def linear_config(
     """
     rows = max(16, triton.next_power_of_2(num_tokens))
     if loads == "scalar":
-        return LinearConfig(min(rows, 32), 64, 32, num_warps=4, num_stages=2)
+        step = 16 if dtype == torch.float32 else 32
+        return LinearConfig(min(rows, 32), 64, step, num_warps=4, num_stages=2)
     if dtype == torch.float32:
         return LinearConfig(min(rows, 64), 64, 32, num_warps=8 if rows >= 64 else 4, num_stages=3)
     major, minor = device.capability
@@ -211,6 +131,24 @@ def linear_config(
         return LinearConfig(128 if many else 64, width, 64, 8 if many else 4, num_stages=4)
     step, stages = (64, 3) if (major, minor) == (8, 0) else (32, 4)
     return LinearConfig(min(rows, 128), 128, step, 8 if rows >= 128 else 4, stages)
+
+
+def linear_candidates(
+    dtype: torch.dtype, num_tokens: int, device: Device, *, loads: str, lean: bool
+) -> list[LinearConfig]:
+    """For `kernels.autotune`: what `linear_config` returns, then its neighbours in one field each.
+    Some may not fit the GPU.
+    """
+    first = linear_config(dtype, num_tokens, device, loads=loads, lean=lean)
+    # A tensor descriptor's block has 256 rows at most.
+    widths = (v for v in (first.BLOCK_V // 2, first.BLOCK_V * 2) if 32 <= v <= 256)
+    stages = (s for s in (first.num_stages - 1, first.num_stages + 1) if s >= 2)
+    neighbours = [
+        *(replace(first, BLOCK_V=v) for v in widths),
+        *(replace(first, num_warps=w) for w in (4, 8)),
+        *(replace(first, num_stages=s) for s in stages),
+    ]
+    return list(dict.fromkeys([first, *neighbours]))
 
 
 def load_kind(device: Device, *matrices: Tensor) -> str:
@@ -244,8 +182,8 @@ def operands(hidden: Tensor, weight: Tensor, config: LinearConfig, loads: str) -
 
 
 def rows_config(vocab: int) -> RowsConfig:
-    """16 kB of float32 at a time: enough loads in flight for a row of any length."""
-    block = min(4096, max(128, triton.next_power_of_2(vocab)))
+    """8 kB of float32 at a time: enough loads in flight, and no more than registers hold."""
+    block = min(2048, max(128, triton.next_power_of_2(vocab)))
     return RowsConfig(block, num_warps=8 if block >= 2048 else 4)
 
 
@@ -290,19 +228,3 @@ def logit_scales(
     if softcap is None:
         return 0.0, logit_scale / temperature
     return logit_scale / softcap, softcap / temperature
-
-
-def shipped_linear_configs(
-    capability: tuple[int, int],
-) -> Iterator[tuple[torch.dtype, str, bool, LinearConfig]]:
-    """Everything `linear_config` can return for a GPU, with what it was asked for: dtype, loads
-    and lean.
-    """
-    device = Device(capability, 1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        kinds = ["scalar", "vector"]
-        if capability[0] in (9, 10) and dtype.itemsize == 2:
-            kinds.append("tma")
-        for loads, lean in itertools.product(kinds, (False, True)):
-            tiles = (linear_config(dtype, n, device, loads=loads, lean=lean) for n in _TOKENS)
-            yield from ((dtype, loads, lean, tile) for tile in dict.fromkeys(tiles))

@@ -9,12 +9,10 @@ n tokens of the chunk, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
-from plad_fast.kernels import launch
-from plad_fast.kernels.launch import AotEntry, LinearConfig
+from plad_fast.kernels import autotune, launch
+from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.linear_forward import logits_tile
 from plad_fast.kernels.primitives import capped_logits, logit_gradient
 from torch import Tensor
@@ -150,13 +148,27 @@ def logits_gradient(
         return out
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
-    config = config or launch.linear_config(
-        hidden.dtype,
-        num_tokens,
-        device,
-        loads=loads,
-        lean=launch.is_lean(bias, softcap, vocab),
-    )
+    kind = {"loads": loads, "lean": launch.is_lean(bias, softcap, vocab)}
+    if config is None and autotune.wanted(hidden):
+        config = autotune.tuned_linear(
+            logits_gradient,
+            launch.linear_candidates(hidden.dtype, num_tokens, device, **kind),
+            hidden,
+            weight,
+            bias,
+            targets,
+            lse,
+            miss,
+            grad_logprobs,
+            grad_lse,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            out=out,
+            scale=scale,
+        )
+    config = config or launch.linear_config(hidden.dtype, num_tokens, device, **kind)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
@@ -198,19 +210,3 @@ def logits_gradient(
         num_stages=config.num_stages,
     )
     return out
-
-
-def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
-    """For `plad_fast.kernels.aot`. float16 is divided by a scale, other dtypes are not."""
-    for dtype in ("fp32", "bf16", "fp16"):
-        yield from (
-            entry
-            for entry in launch.linear_aot_entries(
-                _logits_gradient_kernel,
-                capability,
-                "HAS_GRAD_LSE",
-                {"out_ptr": f"*{dtype}"},
-                lambda name: {"HAS_SCALE": name == "fp16"},
-            )
-            if entry.dtype == dtype
-        )

@@ -12,15 +12,13 @@ N tokens, V vocabulary, D hidden, S sequences.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from plad_fast.kernels import launch
-from plad_fast.kernels.launch import AotEntry, LinearConfig, SegmentsConfig
+from plad_fast.kernels import autotune, launch
+from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
@@ -283,13 +281,24 @@ def linear_forward(
     vocab = weight.shape[0]
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
-    config = config or launch.linear_config(
-        hidden.dtype,
-        num_tokens,
-        device,
-        loads=loads,
-        lean=launch.is_lean(bias, softcap, vocab),
-    )
+    kind = {"loads": loads, "lean": launch.is_lean(bias, softcap, vocab)}
+    if config is None and num_tokens and autotune.wanted(hidden):
+        config = autotune.tuned_linear(
+            linear_forward,
+            launch.linear_candidates(hidden.dtype, num_tokens, device, **kind),
+            hidden,
+            weight,
+            bias,
+            targets,
+            cu_seqlens,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            length_normalization=length_normalization,
+            with_entropy=with_entropy,
+        )
+    config = config or launch.linear_config(hidden.dtype, num_tokens, device, **kind)
     targets, cu_seqlens = targets.contiguous(), cu_seqlens.contiguous()
 
     def per_token() -> Tensor:
@@ -372,24 +381,3 @@ def linear_forward(
             num_warps=2,
         )
     return LinearStatistics(sums, counts, logprobs, lse, miss, entropy)
-
-
-def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
-    """For `plad_fast.kernels.aot`."""
-    yield from launch.linear_aot_entries(
-        _linear_forward_kernel, capability, "WITH_ENTROPY", {}, lambda dtype: {}
-    )
-    for alpha, entropy in itertools.product((False, True), repeat=2):
-        yield launch.aot_entry(
-            _combine_kernel,
-            "fp32",
-            SegmentsConfig(_COMBINED_TOKENS, num_warps=2),
-            {"HAS_ALPHA": alpha, "WITH_ENTROPY": entropy},
-            {
-                "targets_ptr": "*i64",
-                "cu_seqlens_ptr": "*i64",
-                "counts_ptr": "*i64",
-                "alpha": "fp32",
-            },
-            (),
-        )

@@ -9,15 +9,13 @@ N rows, V vocabulary. Logits may be (N, V) or (S, T, V), of any strides.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import AotEntry, RowsConfig
+from plad_fast.kernels.launch import RowsConfig
 from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
@@ -339,48 +337,3 @@ def logits_rows_backward(
 def _row_strides(logits: Tensor) -> tuple[int, int]:
     """Strides from sequence to sequence and from token to token."""
     return (0, logits.stride(0)) if logits.ndim == 2 else (logits.stride(0), logits.stride(1))
-
-
-def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
-    """For `plad_fast.kernels.aot`: stored logits of any dtype, and float32 chunks in place or to
-    operands of 16 bits.
-    """
-    stride = {"stride_lv": 1, "stride_b": 1}
-    strides = ("stride_ls", "stride_lt", "stride_os", "stride_ot", "vocab")
-    options = itertools.product((False, True), repeat=4)
-    for bias, softcap, option, even in options:
-        common = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "EVEN_V": even, **stride}
-        aligned = strides if even else ()
-        for dtype in ("fp32", "bf16", "fp16"):
-            types = {
-                "logits_ptr": f"*{dtype}",
-                "bias_ptr": f"*{dtype}",
-                "targets_ptr": "*i64",
-                "rows_ptr": "*i64",
-                **launch.LOGIT_TYPES,
-            }
-            tile = launch.rows_config(2**17)
-            if dtype == "fp32" or not bias:
-                yield launch.aot_entry(
-                    _logits_rows_forward_kernel,
-                    dtype,
-                    tile,
-                    {**common, "WITH_ENTROPY": option},
-                    types,
-                    aligned,
-                )
-            out = "fp32" if dtype == "fp32" and not option else "bf16"
-            yield launch.aot_entry(
-                _logits_rows_backward_kernel,
-                dtype,
-                tile,
-                {
-                    **common,
-                    "HAS_GRAD_LSE": False,
-                    "HAS_ROWS": dtype == "fp32",
-                    "HAS_SCALE": option,
-                    "stride_ov": 1,
-                },
-                {**types, "out_ptr": f"*{out if dtype == 'fp32' else dtype}"},
-                aligned,
-            )

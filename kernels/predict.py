@@ -1,11 +1,21 @@
-"""A counted model of the linear kernels' speed. Everything it returns is a prediction.
+"""A counted model of the kernels' speed. Everything it returns is a prediction.
 
-The time of a launch is taken as that of its busiest unit, as if all overlapped perfectly:
+It counts clocks of a streaming multiprocessor (SM). A tile of BLOCK_N x BLOCK_V logits takes
 
-    tensor   2 N D V flop at the data sheet's rate, stretched by the last wave's idle SMs
-    memory   hidden and weight from HBM: the weight once if all tiles of tokens run together
-    L2       (BLOCK_N + BLOCK_V) D bytes x 2 for every tile of logits
-    exp      one exponential per logit, three with a softcap, on the special function units
+    product   ceil(D / BLOCK_D) steps, each the longest of
+                tensor   2 BLOCK_N BLOCK_V BLOCK_D flop at the data sheet's rate
+                L2       (BLOCK_N + BLOCK_V) BLOCK_D operands of 2 bytes
+                issue    instructions of the inner loop x warps / 4
+    epilogue  the longer of
+                issue    instructions around the inner loop x warps / 4
+                exp      those of them that are exp, log or 1/x x warps x 32 / 16
+    fill      1000 clocks (assumed) until a tile's first operands arrive
+
+where instructions are counted in the SASS. Blocks that share an SM hide each other's phases: of b
+blocks a tile costs max(product, epilogue, (product + epilogue + fill) / b). A launch lasts as long
+as the SM with the most tiles, or as HBM takes for what it carries: the weights once for every
+group of token tiles that run together, hidden once, results. Row kernels are the longest of the
+bytes they move, their instructions and their exponentials.
 """
 
 from __future__ import annotations
@@ -13,10 +23,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from plad_fast.kernels.launch import Device, LinearConfig, vocab_splits
-from plad_fast.kernels.resources import Gpu
+from plad_fast.kernels.launch import Device, LinearConfig, RowsConfig, vocab_splits
+from plad_fast.kernels.resources import Gpu, Resources
 
-TOKENS = 4096
+TOKENS = 2048
 MODELS = {
     # name: (D, V, whether logits are capped)
     "SmolLM2-135M": (576, 49_152, False),
@@ -25,46 +35,91 @@ MODELS = {
     "Llama-3.1-8B": (4096, 128_256, False),
     "Gemma-2-9B": (3584, 256_000, True),
 }
+_FILL_CLOCKS = 1000
+_SCHEDULERS = 4
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of the forward on `TOKENS` tokens with 16-bit operands."""
-
-    bound: str  # "tensor", "memory", "L2" or "exp"
+    bound: str
+    """The unit with the most to do: tensor, L2, HBM, exp, or issue (of instructions)."""
     milliseconds: float
-    share_of_peak: float  # of the tensor cores' rate
+    share_of_peak: float
+    """Of the tensor cores' rate for products, of HBM's for rows."""
 
 
-def predict_forward(
+def predict_linear(
     gpu: Gpu,
     tile: LinearConfig,
-    blocks_per_sm: int,
+    resources: Resources,
     width: int,
     vocab: int,
-    capped: bool,
+    *,
+    backward: bool,
     num_tokens: int = TOKENS,
 ) -> Prediction:
-    """Time of `_linear_forward_kernel` by the counts above."""
+    """Of `_linear_forward_kernel` or `_logits_gradient_kernel` on 16-bit operands."""
+    code, clock = resources.code, gpu.clock_ghz * 1e9
+    flop_per_clock = gpu.tensor_tflops * 1e12 / gpu.sms / clock
+    step = {
+        "tensor": 2 * tile.BLOCK_N * tile.BLOCK_V * tile.BLOCK_D / flop_per_clock,
+        "L2": 2 * (tile.BLOCK_N + tile.BLOCK_V) * tile.BLOCK_D / (gpu.l2_bytes_per_clock / gpu.sms),
+        "issue": code.inner * tile.num_warps / _SCHEDULERS,
+    }
+    product = math.ceil(width / tile.BLOCK_D) * max(step.values())
+    around = _clocks(gpu, code.outer, code.outer_special, tile.num_warps)
+    epilogue = max(around.values())
+
     token_tiles = math.ceil(num_tokens / tile.BLOCK_N)
     vocab_tiles = math.ceil(vocab / tile.BLOCK_V)
-    device = Device((gpu.arch // 10, gpu.arch % 10), gpu.sms)
-    per_split = math.ceil(vocab_tiles / vocab_splits(num_tokens, vocab, tile, device))
-    programs = token_tiles * math.ceil(vocab_tiles / per_split)
-    slots = gpu.sms * max(1, blocks_per_sm)
-    # An SM's resident blocks share it: what counts is how many tiles the busiest SM gets.
-    tiles_of_busiest = math.ceil(programs / gpu.sms) * per_split
-    stretch = tiles_of_busiest * gpu.sms / (token_tiles * vocab_tiles)
-    flop = 2.0 * num_tokens * width * vocab
-    passes = math.ceil(token_tiles / min(token_tiles, slots))
+    per_program = 1
+    if not backward:
+        device = Device((gpu.arch // 10, gpu.arch % 10), gpu.sms)
+        per_program = math.ceil(vocab_tiles / vocab_splits(num_tokens, vocab, tile, device))
+    programs = token_tiles * math.ceil(vocab_tiles / per_program)
+    busiest = math.ceil(programs / gpu.sms)
+    together = min(max(1, resources.blocks_per_sm), busiest)
+    per_tile = max(product, epilogue, (product + epilogue + _FILL_CLOCKS) / together)
+
+    passes = math.ceil(token_tiles / (gpu.sms * together))
+    results = vocab if backward else 2 * 4 * programs // token_tiles
+    carried = 2 * width * (vocab * passes + num_tokens) + 2 * num_tokens * results
     seconds = {
-        "tensor": flop / (gpu.tensor_tflops * 1e12) * stretch,
-        "memory": 2.0 * width * (vocab * passes + num_tokens) / (gpu.hbm_tbps * 1e12),
-        "L2": 2.0 * width * token_tiles * vocab_tiles * (tile.BLOCK_N + tile.BLOCK_V)
-        / (gpu.l2_tbps * 1e12),
-        "exp": (3 if capped else 1) * num_tokens * vocab
-        / (gpu.exps_per_clock * gpu.sms * gpu.clock_ghz * 1e9),
-    }  # fmt: skip
+        "SM": busiest * per_program * per_tile / clock,
+        "HBM": carried / (gpu.hbm_tbps * 1e12),
+    }
+    slowest = max(seconds.values())
+    if seconds["HBM"] == slowest:
+        bound = "HBM"
+    elif product >= epilogue:
+        bound = max(step, key=lambda unit: step[unit])
+    else:
+        bound = max(around, key=lambda unit: around[unit])
+    peak = 2.0 * num_tokens * width * vocab / (gpu.tensor_tflops * 1e12)
+    return Prediction(bound, slowest * 1e3, peak / slowest)
+
+
+def predict_rows(
+    gpu: Gpu,
+    tile: RowsConfig,
+    resources: Resources,
+    vocab: int,
+    *,
+    bytes_per_logit: int,
+    num_tokens: int = TOKENS,
+) -> Prediction:
+    """Of a kernel that runs over rows of logits, `bytes_per_logit` read and written."""
+    code = resources.code
+    steps = num_tokens * math.ceil(vocab / tile.BLOCK_V) / gpu.sms
+    clocks = _clocks(gpu, code.inner, code.inner_special, tile.num_warps)
+    seconds = {unit: steps * x / (gpu.clock_ghz * 1e9) for unit, x in clocks.items()}
+    seconds["HBM"] = num_tokens * vocab * bytes_per_logit / (gpu.hbm_tbps * 1e12)
     bound = max(seconds, key=lambda unit: seconds[unit])
-    peak = flop / (gpu.tensor_tflops * 1e12)
-    return Prediction(bound, seconds[bound] * 1e3, peak / seconds[bound])
+    return Prediction(bound, seconds[bound] * 1e3, seconds["HBM"] / seconds[bound])
+
+
+def _clocks(gpu: Gpu, instructions: int, special: int, warps: int) -> dict[str, float]:
+    return {
+        "issue": instructions * warps / _SCHEDULERS,
+        "exp": special * warps * 32 / gpu.specials_per_clock,
+    }

@@ -9,16 +9,18 @@ import triton.language as tl
 @triton.jit
 def tanh(x):
     """tanh to about an ulp, in plain arithmetic: it runs compiled and interpreted alike."""
-    magnitude = tl.minimum(tl.abs(x), 16.0)  # beyond it tanh is 1, and exp would overflow
+    # Beyond 16 it is 1, and exp would overflow. A plain minimum makes a number of NaN.
+    magnitude = tl.minimum(tl.abs(x), 16.0, propagate_nan=tl.PropagateNan.ALL)
     large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
     # Where that cancels: the minimax polynomial of the Cephes library (tanhf).
-    square = x * x
+    square = magnitude * magnitude
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2
     series = series * square + 1.33314422036e-1
     series = series * square - 3.33332819422e-1
-    small = x + x * square * series
-    return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
+    small = magnitude + magnitude * square * series
+    result = tl.where(magnitude < 0.625, small, large)
+    return tl.where(x < 0, -result, result)
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP: tl.constexpr):
         capped = tanh(raw * cap_scale)
         return capped * z_scale, capped
     else:
-        return raw * z_scale, raw * 0.0
+        return raw * z_scale, tl.zeros_like(raw)
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def entropy_of(moment, row_max, rest, z_target, base, log_total):
     shift = tl.where(row_max == float("-inf"), 0.0, row_max - base)
     moment = decay * (moment + shift * rest)
     at_target = tl.exp(z_target - base)
-    moment += tl.where(at_target > 0, at_target * (z_target - base), 0.0)
+    moment += at_target * tl.where(at_target > 0, z_target - base, 0.0)
     return log_total - moment * tl.exp(-log_total)
 
 

@@ -1,11 +1,10 @@
 """What a compiled kernel takes of a GPU: registers, spills, shared memory, blocks per SM.
 
-From `ptxas -v` on its PTX and from its SASS; both tools come with Triton.
+From the log of `ptxas -v` and from the SASS; the tools come with Triton.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import tempfile
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from plad_fast.kernels.sass import Code, analyse, parse_sass
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-TENSOR_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+_KIB = 1024
 
 
 @dataclass(frozen=True)
@@ -28,34 +27,49 @@ class Gpu:
     arch: int
     name: str
     sms: int
-    clock_ghz: float
-    tensor_tflops: float  # 16-bit operands
-    fp32_tflops: float
+    clock_ghz: float  # boost
+    tensor_tflops: float  # 16-bit operands, float32 accumulation
     hbm_tbps: float
-    l2_tbps: float
-    """Assumed: no data sheet has it."""
-    max_threads: int = 2048
+    l2_bytes_per_clock: int
+    """Of the whole GPU. The A100's is published (Ampere white paper); 9.0 is assumed to have the
+    same, 10.0 twice as much (two dies), the others half."""
+    max_warps: int = 64
     max_blocks: int = 32
-    shared_per_sm: int = 228 * 1024
-    shared_per_block: int = 227 * 1024
-    exps_per_clock: int = 16  # per SM
+    shared_per_sm: int = 228 * _KIB
+    tensor_columns: int = 0  # of tensor memory, where 10.0 accumulates
+    specials_per_clock: int = 16  # exp and the like, per SM
 
+    @property
+    def shared_per_block(self) -> int:
+        """What one block can have."""
+        return self.shared_per_sm - _RESERVED_SHARED
+
+
+_RESERVED_SHARED = 1 * _KIB  # the driver's, per block
 
 GPUS = {
-    80: Gpu(80, "A100 SXM 80GB", 108, 1.41, 312, 19.5, 2.04, 5.0,
-            shared_per_sm=164 * 1024, shared_per_block=163 * 1024),
-    86: Gpu(86, "RTX A6000", 84, 1.80, 155, 38.7, 0.77, 3.0, max_threads=1536, max_blocks=16,
-            shared_per_sm=100 * 1024, shared_per_block=99 * 1024),
-    89: Gpu(89, "L40S", 142, 2.52, 362, 91.6, 0.86, 4.0, max_threads=1536, max_blocks=24,
-            shared_per_sm=100 * 1024, shared_per_block=99 * 1024),
-    90: Gpu(90, "H100 SXM", 132, 1.83, 989, 66.9, 3.35, 6.0),
-    100: Gpu(100, "B200", 148, 1.85, 2250, 75.0, 8.0, 10.0),
-    120: Gpu(120, "RTX 5090", 170, 2.41, 210, 104.8, 1.79, 5.0, max_threads=1536, max_blocks=24,
-             shared_per_sm=100 * 1024, shared_per_block=99 * 1024),
-}  # fmt: skip
+    gpu.arch: gpu
+    for gpu in (
+        Gpu(80, "A100 SXM 80GB", 108, 1.41, 312, 2.04, 5120, shared_per_sm=164 * _KIB),
+        Gpu(86, "RTX A6000", 84, 1.80, 155, 0.77, 2560, 48, 16, 100 * _KIB),
+        Gpu(89, "L40S", 142, 2.52, 362, 0.86, 2560, 48, 24, 100 * _KIB),
+        Gpu(90, "H100 SXM", 132, 1.83, 989, 3.35, 5120),
+        Gpu(100, "B200", 148, 1.85, 2250, 8.0, 10240, tensor_columns=512),
+        Gpu(120, "RTX 5090", 170, 2.41, 210, 1.79, 2560, 48, 24, 100 * _KIB),
+    )
+}
+"""By compute capability, 90 for 9.0."""
 
-_REGISTERS_PER_SM = 65536
-_RESERVED_SHARED = 1024  # the driver's, per block
+_REGISTERS_PER_SM = 64 * _KIB
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What `ptxas -v` says of a kernel. Spills are a thread's, shared memory is a block's."""
+
+    registers: int
+    spill_bytes: int  # stores and loads
+    static_shared: int
 
 
 @dataclass(frozen=True)
@@ -63,87 +77,75 @@ class Resources:
     """Of one kernel on one architecture."""
 
     registers: int
-    spill_bytes: int  # stores and loads
-    shared_bytes: int
+    spill_bytes: int
+    shared_bytes: int  # static and dynamic
+    tensor_columns: int
     blocks_per_sm: int
-    tensor_instruction: str  # "tcgen05", "wgmma", "mma" or ""
-    load_bits: tuple[int, ...]  # widths of global loads, by the SASS; 0 for bulk tensor copies
+    code: Code
 
 
-def read_ptxas(log: str) -> tuple[int, int]:
-    """Registers, and bytes of spill stores and loads together, from the log of `ptxas -v`."""
-    used = re.search(r"Used (\d+) registers", log)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    if used is None or spills is None:
+def parse_ptxas(log: str) -> Usage:
+    """The log of one kernel; functions that were not inlined spill on its account."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    if not registers or not spills:
         raise RuntimeError(f"ptxas has said nothing of registers and spills:\n{log[-2000:]}")
-    return int(used[1]), int(spills[1]) + int(spills[2])
+    shared = re.findall(r"(\d+) bytes smem", log)
+    return Usage(max(map(int, registers)), sum(map(int, spills)), sum(map(int, shared)))
 
 
-def read_load_bits(sass: str) -> tuple[int, ...]:
-    """Widths of the loads from global memory, ascending; 0 for the tensor memory accelerator."""
-    widths = set()
-    for name, modifiers in re.findall(r"\b(LDG|LDGSTS|UTMALDG)((?:\.\w+)*)", sass):
-        if name == "UTMALDG":
-            widths.add(0)
-            continue
-        parts = modifiers.split(".")
-        named = [int(part) for part in parts if part in ("64", "128", "256")]
-        small = 16 if "U16" in parts or "S16" in parts else 8 if {"U8", "S8"} & {*parts} else 32
-        widths.add(named[0] if named else small)
-    return tuple(sorted(widths))
+def blocks_per_sm(
+    gpu: Gpu, *, warps: int, registers: int, shared_bytes: int, tensor_columns: int = 0
+) -> int:
+    """How many blocks are resident on an SM at once; 0 if one does not fit.
 
-
-def blocks_per_sm(gpu: Gpu, registers: int, shared_bytes: int, num_warps: int) -> int:
-    """How many blocks are resident on an SM at once.
-
-    Registers are handed out per warp in units of 256, shared memory in units of 128 bytes.
+    Registers are handed out to a warp in units of 256 and to warps in fours, one for each part of
+    an SM; shared memory in units of 128 bytes (NVIDIA's occupancy calculator).
     """
-    per_warp = math.ceil(registers * 32 / 256) * 256
-    by_registers = _REGISTERS_PER_SM // per_warp // num_warps if registers else gpu.max_blocks
-    shared = math.ceil((shared_bytes + _RESERVED_SHARED) / 128) * 128
-    by_shared = gpu.shared_per_sm // shared
-    by_threads = gpu.max_threads // (32 * num_warps)
-    return min(by_registers, by_shared, by_threads, gpu.max_blocks)
+    warps_with_registers = _REGISTERS_PER_SM // _up(registers * 32, 256) // 4 * 4
+    limits = [
+        gpu.max_blocks,
+        gpu.max_warps // warps,
+        warps_with_registers // warps,
+        gpu.shared_per_sm // (_up(shared_bytes, 128) + _RESERVED_SHARED),
+    ]
+    if tensor_columns:
+        limits.append(gpu.tensor_columns // tensor_columns)
+    return min(limits)
 
 
-def tensor_instruction(ptx: str) -> str:
-    """Which tensor core instruction the code multiplies with, or "" for none."""
-    return next((name for name, text in TENSOR_INSTRUCTIONS.items() if text in ptx), "")
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
-def resources_of(arch: int, ptx: str, cubin: bytes, shared_bytes: int, num_warps: int) -> Resources:
-    """Assembles the PTX once more, for its log, and disassembles the cubin."""
-    registers, spill_bytes = read_ptxas(_ptxas(arch, ptx))
+def resources_of(
+    arch: int, log: str, cubin: bytes, shared_bytes: int, tensor_columns: int, warps: int
+) -> Resources:
+    """From the log of ptxas, the cubin that it made, and what Triton wants at launch."""
+    usage = parse_ptxas(log)
+    shared_bytes += usage.static_shared
+    blocks = blocks_per_sm(
+        GPUS[arch],
+        warps=warps,
+        registers=usage.registers,
+        shared_bytes=shared_bytes,
+        tensor_columns=tensor_columns,
+    )
+    code = analyse(parse_sass(disassemble(cubin)))
+    return Resources(usage.registers, usage.spill_bytes, shared_bytes, tensor_columns, blocks, code)
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS, with labels where branches go."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = _run(_TOOLS / "cuobjdump", "-sass", file.name)
-    return Resources(
-        registers,
-        spill_bytes,
-        shared_bytes,
-        blocks_per_sm(GPUS[arch], registers, shared_bytes, num_warps),
-        tensor_instruction(ptx),
-        read_load_bits(sass),
-    )
-
-
-def _ptxas(arch: int, ptx: str) -> str:
-    tool = _TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    if not tool.exists():
-        tool = _TOOLS / "ptxas"
-    # The target that the code itself names: sm_90a, sm_100a.
-    target = re.search(r"\.target (sm_\w+)", ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        out = Path(folder) / "kernel.cubin"
-        return _run(tool, "-v", "--gpu-name", target[1], str(source), "-o", str(out))
-
-
-def _run(*command: str | Path) -> str:
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(_TOOLS / "nvdisasm"), "-ndf", "-c", file.name],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr[-2000:]}")
-    return done.stdout + done.stderr
+        raise RuntimeError(f"nvdisasm failed: {done.stderr[-2000:]}")
+    return done.stdout

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
-from plad_fast.kernels import launch
-from plad_fast.kernels.launch import AotEntry, SegmentsConfig
+from plad_fast.kernels.launch import SegmentsConfig
 from torch import Tensor
 
 
@@ -27,7 +24,7 @@ def _segment_sums_kernel(
     sums = tl.zeros((BLOCK_N,), dtype=tl.float64)
     for first in range(start, stop, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        values = tl.load(values_ptr + offs_n * stride_n, mask=offs_n < stop, other=0.0)
+        values = tl.load(values_ptr + offs_n.to(tl.int64) * stride_n, mask=offs_n < stop, other=0.0)
         sums += values.to(tl.float64)
     tl.store(sums_ptr + sequence, tl.sum(sums, axis=0).to(tl.float32))
 
@@ -52,11 +49,3 @@ def segment_sums(
             num_stages=config.num_stages,
         )
     return sums
-
-
-def aot_entries(capability: tuple[int, int]) -> Iterator[AotEntry]:
-    """For `plad_fast.kernels.aot`."""
-    types = {"cu_seqlens_ptr": "*i64"}
-    yield launch.aot_entry(
-        _segment_sums_kernel, "fp32", SegmentsConfig(), {"stride_n": 1}, types, ()
-    )

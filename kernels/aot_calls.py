@@ -1,0 +1,174 @@
+"""What users call, as kernels to compile: the launchers run on tensors without memory, and what
+they would launch is recorded. So `aot` compiles what runs, with the same constants and the same
+knowledge of what is divisible by 16.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from plad_fast.kernels import launch
+from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig, SegmentsConfig
+from plad_fast.kernels.linear_backward import logits_gradient
+from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
+from plad_fast.kernels.segments import segment_sums
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+_TOKENS = (16, 32, 64, 2048)
+"""One number of each size that `launch.linear_config` tells apart."""
+_HEADS = ((2048, 128_256), (768, 50_257), (1001, 4099))
+"""D and V: Llama-3.2-1B; GPT-2, whose vocabulary is odd; and rows that are not aligned."""
+_TRITON_STAGES = 3  # what a launch without num_stages gets
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a call; `rest` stands for entropy, gradients of the lse, and row orders."""
+
+    bias: bool = False
+    softcap: bool = False
+    rest: bool = False
+
+
+EVERY_CASE = tuple(Case(*x) for x in itertools.product((False, True), repeat=3))
+REACHED_CASES = (Case(), Case(softcap=True), Case(bias=True, softcap=True, rest=True))
+"""Most heads, Gemma 2's, and all that there is."""
+
+
+def entries(capability: tuple[int, int], cases: tuple[Case, ...]) -> list[AotEntry]:
+    """Every kernel that these calls launch on a GPU, once each."""
+    device, found = Device(capability, 100), {}
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        entry = _entry(self, {**dict(zip(self.arg_names, args, strict=False)), **named})
+        found[str(entry)] = entry
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launch, "device_of", return_value=device),
+    ):
+        for dtype, head, case in itertools.product(_TYPES, _HEADS, cases):
+            if dtype != torch.int64:
+                _call(dtype, head, case)
+        before = torch.get_float32_matmul_precision()
+        try:
+            for precision in ("high", "medium"):
+                torch.set_float32_matmul_precision(precision)
+                _call_linear(torch.float32, _HEADS[0], cases[0])
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return list(found.values())
+
+
+def _call(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
+    _call_linear(dtype, head, case)
+    # One pass: float32 logits, to the operand of the next product.
+    _call_rows(torch.float32, dtype, head[1], case)
+    if not case.bias:
+        # Logits that the user holds.
+        _call_rows(dtype, dtype, head[1], case)
+    segment_sums(_empty(5), _empty(3, dtype=torch.int64))
+
+
+def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
+    width, vocab = head
+    bounds = _empty(3, dtype=torch.int64)
+    for n in _TOKENS:
+        operands = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
+        bias = _empty(vocab, dtype=dtype) if case.bias else None
+        targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
+        linear_forward(
+            *operands,
+            bias,
+            targets,
+            bounds,
+            **_options(case),
+            length_normalization=float(case.rest),
+            with_entropy=case.rest,
+        )
+        logits_gradient(
+            *operands,
+            bias,
+            targets,
+            *(tokens, tokens, tokens),
+            tokens if case.rest else None,
+            **_options(case),
+            out=_empty(n, vocab, dtype=dtype),
+            scale=_scale(dtype),
+        )
+
+
+def _call_rows(dtype: torch.dtype, out_dtype: torch.dtype, vocab: int, case: Case) -> None:
+    n = _TOKENS[-1]
+    logits, targets, tokens = _empty(n, vocab, dtype=dtype), _empty(n, dtype=torch.int64), _empty(n)
+    bias = _empty(vocab, dtype=out_dtype) if case.bias else None
+    logits_rows_forward(logits, targets, bias=bias, **_options(case), with_entropy=case.rest)
+    logits_rows_backward(
+        logits,
+        targets,
+        *(tokens, tokens, tokens),
+        tokens if case.rest else None,
+        bias=bias,
+        **_options(case),
+        out=_empty(n, vocab, dtype=out_dtype),
+        rows=_empty(n, dtype=torch.int64) if case.rest else None,
+        scale=_scale(out_dtype) if dtype == torch.float32 else None,
+    )
+
+
+def _options(case: Case) -> dict[str, Any]:
+    softcap = 30.0 if case.softcap else None
+    return {"softcap": softcap, "logit_scale": 1.0, "temperature": 0.7, "ignore_index": -100}
+
+
+def _scale(dtype: torch.dtype) -> Tensor | None:
+    return _empty(1)[0] if dtype == torch.float16 else None
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
+    """A launch as a compiler sees it: Triton's own rules for what of an argument matters."""
+    constants, types, aligned = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, TensorDescriptor):
+            blocks = ", ".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{blocks}]>"
+        elif isinstance(value, Tensor):
+            types[name] = f"*{_TYPES[value.dtype]}"
+            aligned.append(name)
+        elif isinstance(value, int):
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(name)
+        else:
+            types[name] = "fp32"
+    operand = next(iter(types.values()))
+    dtype = next(x for x in _TYPES.values() if x in operand)
+    return AotEntry(kernel, dtype, _tile(values), constants, types, tuple(aligned))
+
+
+def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | SegmentsConfig:
+    blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
+    rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
+    if len(blocks) == 3:
+        return LinearConfig(*blocks, *rest)
+    return (RowsConfig if "BLOCK_V" in values else SegmentsConfig)(*blocks, *rest)
