@@ -36,11 +36,9 @@ _chosen: dict[tuple[Path, str, str], Any] = {}
 
 def wanted(tensor: Tensor) -> bool:
     """Whether launches on this tensor's device are to be tuned: not while a graph is captured."""
-    return (
-        os.environ.get("PLAD_FAST_AUTOTUNE") == "1"
-        and tensor.is_cuda
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    if os.environ.get("PLAD_FAST_AUTOTUNE") != "1" or not tensor.is_cuda:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def key_of(tensor: Tensor, **sizes: int) -> str:

@@ -115,12 +115,14 @@ def linear_config(
         lean: of `is_lean`.
     """
     rows = max(16, triton.next_power_of_2(num_tokens))
+    major, minor = device.capability
     if loads == "scalar":
-        step = 16 if dtype == torch.float32 else 32
-        return LinearConfig(min(rows, 32), 64, step, num_warps=4, num_stages=2)
+        width, step = 64, 32
+        if dtype == torch.float32:
+            width, step = (32, 32) if major == 10 else (64, 16)
+        return LinearConfig(min(rows, 32), width, step, num_warps=4, num_stages=2)
     if dtype == torch.float32:
         return LinearConfig(min(rows, 64), 64, 32, num_warps=8 if rows >= 64 else 4, num_stages=3)
-    major, minor = device.capability
     if major in (9, 10):
         if lean and loads == "tma":
             width = 256 if rows >= 128 else 128

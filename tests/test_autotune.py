@@ -256,12 +256,15 @@ def test_only_on_request_and_on_a_gpu(monkeypatch, setting, is_cuda, expected):
     monkeypatch.delenv("PLAD_FAST_AUTOTUNE", raising=False)
     if setting is not None:
         monkeypatch.setenv("PLAD_FAST_AUTOTUNE", setting)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     assert wanted(mock.Mock(is_cuda=is_cuda)) is expected
+    # A graph that is being captured must not hold what only measures.
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    assert not wanted(mock.Mock(is_cuda=is_cuda))
 
 
 def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path):
     """With the variable set, and as if the tensors were on a GPU: a candidate runs, once chosen."""
-    import torch
     from plad_fast.kernels import linear_backward, linear_forward
 
     monkeypatch.setenv("PLAD_FAST_CACHE", str(tmp_path))
