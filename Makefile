@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-all lint bench clean
+.PHONY: quickstart test test-all lint bench aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -28,6 +28,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.plot
+
+# Compiles the GPU kernels without a GPU and fails on what would not run well there.
+aot: $(VENV)/.dev
+	$(BIN)/python -m plad_fast.kernels.aot --arch 80 90 100
 
 # torch first and pinned: its CPU wheel is small, an unpinned torch brings gigabytes of CUDA.
 $(VENV)/.dev: setup.py $(CONSTRAINTS)
