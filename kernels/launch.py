@@ -157,7 +157,11 @@ def load_kind(device: Device, *matrices: Tensor) -> str:
     """How rows of matrices can be read: "tma", through tensor descriptors, where the GPU has the
     unit and operands of 16 bits lie as it wants them; "vector", 16 bytes at a time; or "scalar".
     """
-    if any(x.stride(1) != 1 or x.stride(0) <= 0 or x.data_ptr() % 16 for x in matrices):
+    # Rows that overlap, or are the same row, are no matrix for a descriptor.
+    if any(
+        x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) == 0 or x.data_ptr() % 16
+        for x in matrices
+    ):
         return "scalar"
     if device.capability[0] in (9, 10) and all(
         x.element_size() == 2 and x.stride(0) * 2 % 16 == 0 for x in matrices

@@ -82,8 +82,13 @@ def logits_tile(
             raw = tl.dot(hidden, weight.T, raw, input_precision=PRECISION)
     else:
         in_tokens = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_tokens - 1).to(tl.int64)
-        hidden_ptrs = hidden_ptr + in_tokens[:, None] * stride_hn + offs_d[None, :] * stride_hd
-        weight_ptrs = weight_ptr + in_vocab[None, :] * stride_wv + offs_d[:, None] * stride_wd
+        hidden_ptrs = (
+            hidden_ptr + in_tokens[:, None] * stride_hn + offs_d[None, :].to(tl.int64) * stride_hd
+        )
+        weight_ptrs = (
+            weight_ptr + in_vocab[None, :] * stride_wv + offs_d[:, None].to(tl.int64) * stride_wd
+        )
+        step_d = tl.full((), BLOCK_D, tl.int64)
         for start in range(0, width, BLOCK_D):
             if EVEN_D:
                 hidden = tl.load(hidden_ptrs)
@@ -95,8 +100,8 @@ def logits_tile(
             if WIDEN:
                 hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
             raw = tl.dot(hidden, weight, raw, input_precision=PRECISION)
-            hidden_ptrs += BLOCK_D * stride_hd
-            weight_ptrs += BLOCK_D * stride_wd
+            hidden_ptrs += step_d * stride_hd
+            weight_ptrs += step_d * stride_wd
     if HAS_BIAS:
         raw += tl.load(bias_ptr + in_vocab * stride_b).to(tl.float32)[None, :]
     return raw

@@ -185,9 +185,9 @@ def _logits_rows_backward_kernel(
         grad_lse = tl.load(grad_lse_ptr + row)
     lse = tl.load(lse_ptr + row)
     miss = tl.load(miss_ptr + row)
-    if target == ignore_index:
-        grad = grad * 0.0
-        grad_lse = grad_lse * 0.0
+    # Whatever came for an ignored row, also NaN.
+    grad = tl.where(target == ignore_index, 0.0, grad)
+    grad_lse = tl.where(target == ignore_index, 0.0, grad_lse)
     if HAS_SCALE:
         slope = slope / tl.load(scale_ptr)
     for start in range(0, vocab, BLOCK_V):

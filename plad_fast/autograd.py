@@ -2,14 +2,16 @@
 
 Registered ops are opaque to `torch.compile`: a compiled loss calls them without a graph break,
 and their fake implementations give it shapes that follow a dynamic N and S. What depends on the
-values of a tensor (checks, dropping rows) happens inside of them.
+values of a tensor (checks, dropping rows) or on free memory (a budget of 0 bytes stands for the
+device's default) happens inside of them.
 
 N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import torch
@@ -18,15 +20,25 @@ from torch.autograd.function import once_differentiable
 
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem, Upstream
-from plad_fast.dispatch import get_backend
+from plad_fast.dispatch import default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective, get_loss
+from plad_fast.losses import Objective, available, get_loss
 from plad_fast.products import accumulation_dtype
 from plad_fast.segments import length_normalized
 
 # Schemas are read off these signatures, which must spell Optional out for older versions of torch.
 # ruff: noqa: UP045
+
+
+@contextlib.contextmanager
+def _alone_on(tensor: Tensor) -> Iterator[None]:
+    """Without autocast, and with the tensor's GPU as the current one: Triton launches there."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+        if tensor.is_cuda:
+            stack.enter_context(torch.cuda.device(tensor.device))
+        yield
 
 
 @torch.library.custom_op("plad_fast::linear_sequence_logprobs", mutates_args=())
@@ -49,10 +61,9 @@ def linear_sequence_logprobs(
     """`LinearStatistics`, with an empty entropy where none is asked for."""
     check.check_sequences(targets, cu_seqlens, len(weight), ignore_index)
     spec = LogitSpec(softcap, logit_scale, temperature)
-    problem = LinearProblem(
-        hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch_bytes
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
+    scratch = scratch_bytes or default_scratch_bytes(hidden.device)
+    problem = LinearProblem(hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch)
+    with _alone_on(hidden):
         statistics = get_backend(impl, hidden).linear_forward(
             problem, length_normalization, with_entropy
         )
@@ -116,11 +127,10 @@ def _linear_backward(
         grad += grad_token
     upstream = Upstream(grad.where(keep, 0), None if grad_lse is None else grad_lse.where(keep, 0))
     spec = LogitSpec(softcap, logit_scale, temperature)
-    problem = LinearProblem(
-        hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch_bytes
-    )
+    scratch = scratch_bytes or default_scratch_bytes(hidden.device)
+    problem = LinearProblem(hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch)
     needs = (need_hidden, need_weight, need_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _alone_on(hidden):
         grads = get_backend(impl, hidden).linear_backward(
             problem, lse, miss, upstream, needs, skip_inactive
         )
@@ -146,6 +156,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(counts, miss, entropy)
 
 
+@once_differentiable
 def _differentiate_linear(
     ctx: Any,
     grad_sums: Tensor | None,
@@ -179,9 +190,11 @@ def stored_token_logprobs(
     """Token log-probabilities, lse and 1 - p(target), of the targets' shape."""
     check.check_sequences(targets.reshape(-1), cu_seqlens, logits.shape[-1], ignore_index)
     spec = LogitSpec(softcap, logit_scale, temperature)
-    return get_backend(impl, logits).stored_forward(
-        logits, targets, spec, ignore_index, scratch_bytes
-    )
+    scratch = scratch_bytes or default_scratch_bytes(logits.device)
+    with _alone_on(logits):
+        return get_backend(impl, logits).stored_forward(
+            logits, targets, spec, ignore_index, scratch
+        )
 
 
 @stored_token_logprobs.register_fake
@@ -205,9 +218,11 @@ def _stored_backward(
     scratch_bytes: int,
 ) -> Tensor:
     spec = LogitSpec(softcap, logit_scale, temperature)
-    return get_backend(impl, logits).stored_backward(
-        logits, targets, lse, miss, grad, spec, ignore_index, scratch_bytes
-    )
+    scratch = scratch_bytes or default_scratch_bytes(logits.device)
+    with _alone_on(logits):
+        return get_backend(impl, logits).stored_backward(
+            logits, targets, lse, miss, grad, spec, ignore_index, scratch
+        )
 
 
 @_stored_backward.register_fake
@@ -222,6 +237,7 @@ def _save_stored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(lse, miss)
 
 
+@once_differentiable
 def _differentiate_stored(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return _stored_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
@@ -270,8 +286,15 @@ def linear_preference_loss(
         enabled and bias is not None and bias.requires_grad,
     )
     if torch.compiler.is_compiling():
+        name = objective.spec.name
+        if name not in available() or get_loss(name).fn is not objective.spec.fn:
+            raise UsageError(
+                f"in a compiled graph the loss must be a registered one, and {name!r} is a "
+                "function of your own: register it, or use preference_loss on "
+                "linear_sequence_logprobs"
+            )
         names, values = ",".join(objective.options), list(objective.options.values())
-        return _linear_preference_loss(*arguments, objective.spec.name, names, values)[:5]
+        return _linear_preference_loss(*arguments, name, names, values)[:5]
     name = f"objective {id(objective)}"
     _OBJECTIVES[name] = objective
     try:
@@ -339,11 +362,11 @@ def _linear_preference_loss(
         cu_seqlens,
         LogitSpec(softcap, logit_scale, temperature),
         ignore_index,
-        scratch_bytes,
+        scratch_bytes or default_scratch_bytes(hidden.device),
     )
     denominators = objective.denominators(counts.reshape(-1, group_size), num_groups, num_tokens)
     needs = (need_hidden, need_weight, need_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _alone_on(hidden):
         value, sums, group_losses, active, grads = get_backend(impl, hidden).linear_preference_loss(
             problem, scores, objective, denominators, needs
         )

@@ -15,7 +15,7 @@ from plad_fast import validation as check
 from plad_fast.backend import LinearProblem
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.losses import Objective, check_groups
-from plad_fast.ops import autocast_head, resolve_scratch
+from plad_fast.ops import autocast_head, checked_scratch
 
 
 class FusedLoss(NamedTuple):
@@ -99,7 +99,7 @@ def fused_linear_preference_loss(
         cu_seqlens.long(),
         LogitSpec(softcap, logit_scale, temperature),
         ignore_index,
-        resolve_scratch(scratch_bytes, hidden.device),
+        checked_scratch(scratch_bytes),
     )
     objective = Objective.bind(
         loss,

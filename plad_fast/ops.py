@@ -13,7 +13,6 @@ from torch import Tensor
 
 from plad_fast import autograd
 from plad_fast import validation as check
-from plad_fast.dispatch import default_scratch_bytes
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.segments import length_normalized, segment_sums
 
@@ -105,7 +104,7 @@ def linear_sequence_logprobs(
         length_normalization,
         return_entropy,
         impl,
-        resolve_scratch(scratch_bytes, hidden.device),
+        checked_scratch(scratch_bytes),
         skip_inactive,
     )
     return SequenceLogProbs(
@@ -158,7 +157,7 @@ def sequence_logprobs(
         spec.temperature,
         ignore_index,
         impl,
-        resolve_scratch(scratch_bytes, logits.device),
+        checked_scratch(scratch_bytes),
     )
     token_logprobs = token_logprobs.reshape(-1)
     counts = segment_sums((flat_targets != ignore_index).double(), cu_seqlens).long()
@@ -178,9 +177,9 @@ def autocast_head(
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def resolve_scratch(scratch_bytes: int | None, device: torch.device) -> int:
-    """The caller's scratch budget, or the device's default."""
+def checked_scratch(scratch_bytes: int | None) -> int:
+    """The caller's scratch budget, or 0 for the device's default when the op runs."""
     if scratch_bytes is None:
-        return default_scratch_bytes(device)
+        return 0
     check.check_scratch(scratch_bytes)
     return scratch_bytes

@@ -173,7 +173,8 @@ class CudaHalfProducts(Products):
         if self.weight.dtype == torch.bfloat16:
             return None
         # float16 loses what is small: the largest possible entry is brought near its upper end.
-        return torch.where(bound > 0, bound / _FLOAT16_TOP, 1.0)
+        # Its inverse must be finite too.
+        return (bound / _FLOAT16_TOP).clamp(min=2.0**-100)
 
     def operand(self, d_logits: Tensor) -> Operand:
         scale = None

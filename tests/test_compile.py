@@ -99,3 +99,15 @@ def test_registrations_are_sound(bias):
             2**16,
         ),
     )
+
+
+def test_a_function_of_ones_own_is_not_taken_for_a_registered_loss():
+    def sft(logps):
+        return logps.sum(1)
+
+    def loss_of(problem):
+        return fused_linear_preference_loss(*problem.inputs, loss=sft).loss
+
+    problem = make_problem([2, 3])
+    with pytest.raises(Exception, match="must be a registered one"):
+        torch.compile(loss_of, backend="aot_eager", fullgraph=True)(problem)

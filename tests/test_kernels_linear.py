@@ -658,6 +658,27 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     assert torch.equal(out, gradient)
 
 
+@pytest.mark.parametrize("argument", ["hidden", "weight"])
+def test_columns_beyond_31_bits(sparse, argument):
+    """Columns so far apart that a step of the width is past 2**31 entries."""
+    problem = make_problem([3], width=20, vocab=5, dtype=torch.float32)
+    case = Case(problem)
+    want = case.forward().token_logprobs
+    operands = list(case.operands)
+    place = ("hidden", "weight").index(argument)
+    rows = len(operands[place])
+    operands[place] = sparse((rows, 20), (1, 2**28), torch.float32).copy_(operands[place])
+    ours = linear_forward(
+        *operands,
+        problem.cu_seqlens,
+        **case.options,
+        length_normalization=0.0,
+        with_entropy=False,
+        config=case.config,
+    )
+    assert torch.equal(ours.token_logprobs, want)
+
+
 def test_a_large_vocabulary():
     """Qwen2.5's."""
     problem = make_problem([1, 1], width=8, vocab=151_936, dtype=torch.float32)
@@ -741,6 +762,7 @@ HOPPER, AMPERE = Device((9, 0), 132), Device((8, 0), 108)
         (torch.bfloat16, 64, "contiguous", AMPERE, "vector"),
         (torch.bfloat16, 72, "contiguous", AMPERE, "scalar"),
         (torch.bfloat16, 64, "gaps", AMPERE, "scalar"),  # a stride of 72
+        (torch.bfloat16, 72, "gaps", AMPERE, "scalar"),  # a stride of 80, a width of 72
     ],
 )
 def test_how_operands_are_read(dtype, width, layout, device, loads):

@@ -174,3 +174,36 @@ def test_refusals_name_the_reason(monkeypatch):
     problem = make_problem([3], dtype=torch.float32)
     with pytest.raises(UsageError, match="on the CPU"):
         linear_sequence_logprobs(*problem.inputs, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_ignored_rows_of_stored_logits_take_no_nan(impl):
+    """As from a mean over tokens of which there are none."""
+    logits = torch.randn(3, 5, requires_grad=True)
+    ours = sequence_logprobs(
+        logits, torch.tensor([1, -100, 2]), torch.tensor([0, 3]), impl=impl
+    ).token_logprobs
+    (gradient,) = torch.autograd.grad(ours, logits, torch.tensor([1.0, float("nan"), 1.0]))
+    assert gradient.isfinite().all()
+    assert not gradient[1].any()
+
+
+def test_float16_gradients_too_small_for_a_finite_inverse():
+    """The scale that brings them into the range of float16 must not overflow the other way."""
+    from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
+
+    from plad_fast.products import CudaHalfProducts
+
+    options = {
+        "bias": None, "softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": -1
+    }  # fmt: skip
+    logits, targets = torch.randn(2, 9), torch.tensor([0, 8])
+    rows = logits_rows_forward(logits, targets, **options, with_entropy=False)
+    scales = CudaHalfProducts(torch.zeros(9, 2, dtype=torch.float16), 64)
+    for size in (0.0, 1e-42, 1e-37, 1e-3, 1e30):
+        scale = scales.operand_scale(torch.tensor(size))
+        out = logits_rows_backward(
+            logits, targets, rows.lse, rows.miss, torch.full((2,), size), None, **options,
+            out=torch.empty(2, 9, dtype=torch.float16), scale=scale,
+        )  # fmt: skip
+        assert (out.float() * scale).isfinite().all()
