@@ -38,6 +38,8 @@ def unavailable(tensor: Tensor) -> str | None:
         return reason
     if tensor.dtype == torch.float64:
         return "the kernels compute in float32; float64 is the torch backend's"
+    if tensor.is_cuda and torch.version.hip:
+        return "the kernels are not ready for ROCm"
     if tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         if major < 8:
