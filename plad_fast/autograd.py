@@ -5,13 +5,13 @@ and their fake implementations give it shapes that follow a dynamic N and S. Wha
 values of a tensor (checks, dropping rows) or on free memory (a budget of 0 bytes stands for the
 device's default) happens inside of them.
 
-N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
+N tokens, V vocabulary, D hidden, S sequences.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -21,18 +21,15 @@ from torch.autograd.function import once_differentiable
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem, Upstream
 from plad_fast.dispatch import default_scratch_bytes, get_backend
-from plad_fast.errors import UsageError
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective, available, get_loss
 from plad_fast.products import accumulation_dtype
-from plad_fast.segments import length_normalized
 
 # Schemas are read off these signatures, which must spell Optional out for older versions of torch.
 # ruff: noqa: UP045
 
 
 @contextlib.contextmanager
-def _alone_on(tensor: Tensor) -> Iterator[None]:
+def alone_on(tensor: Tensor) -> Iterator[None]:
     """Without autocast, and with the tensor's GPU as the current one: Triton launches there."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
@@ -63,7 +60,7 @@ def linear_sequence_logprobs(
     spec = LogitSpec(softcap, logit_scale, temperature)
     scratch = scratch_bytes or default_scratch_bytes(hidden.device)
     problem = LinearProblem(hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch)
-    with _alone_on(hidden):
+    with alone_on(hidden):
         statistics = get_backend(impl, hidden).linear_forward(
             problem, length_normalization, with_entropy
         )
@@ -130,7 +127,7 @@ def _linear_backward(
     scratch = scratch_bytes or default_scratch_bytes(hidden.device)
     problem = LinearProblem(hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch)
     needs = (need_hidden, need_weight, need_bias)
-    with _alone_on(hidden):
+    with alone_on(hidden):
         grads = get_backend(impl, hidden).linear_backward(
             problem, lse, miss, upstream, needs, skip_inactive
         )
@@ -191,7 +188,7 @@ def stored_token_logprobs(
     check.check_sequences(targets.reshape(-1), cu_seqlens, logits.shape[-1], ignore_index)
     spec = LogitSpec(softcap, logit_scale, temperature)
     scratch = scratch_bytes or default_scratch_bytes(logits.device)
-    with _alone_on(logits):
+    with alone_on(logits):
         return get_backend(impl, logits).stored_forward(
             logits, targets, spec, ignore_index, scratch
         )
@@ -219,7 +216,7 @@ def _stored_backward(
 ) -> Tensor:
     spec = LogitSpec(softcap, logit_scale, temperature)
     scratch = scratch_bytes or default_scratch_bytes(logits.device)
-    with _alone_on(logits):
+    with alone_on(logits):
         return get_backend(impl, logits).stored_backward(
             logits, targets, lse, miss, grad, spec, ignore_index, scratch
         )
@@ -243,217 +240,3 @@ def _differentiate_stored(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | 
 
 
 stored_token_logprobs.register_autograd(_differentiate_stored, setup_context=_save_stored)
-
-
-_OBJECTIVES: dict[str, Objective] = {}
-"""Objectives of calls in progress, by a name for the op, whose arguments cannot be functions."""
-
-
-def linear_preference_loss(
-    problem: LinearProblem,
-    scores: Tensor | None,  # (S,)
-    objective: Objective,
-    num_groups: float | Tensor | None,
-    num_tokens: float | Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), and detached: sums (S,), counts (S,), group losses (B,), active (B,) bool.
-
-    While a graph is traced the loss must be a registered one with numbers as its options.
-    """
-    hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch_bytes = problem
-    enabled = torch.is_grad_enabled()
-    arguments = (
-        hidden,
-        weight,
-        bias,
-        targets,
-        cu_seqlens,
-        scores,
-        _as_tensor("num_groups", num_groups),
-        _as_tensor("num_tokens", num_tokens),
-        objective.group_size,
-        objective.sft_weight,
-        objective.length_normalization,
-        spec.softcap,
-        spec.logit_scale,
-        spec.temperature,
-        ignore_index,
-        impl,
-        scratch_bytes,
-        enabled and hidden.requires_grad,
-        enabled and weight.requires_grad,
-        enabled and bias is not None and bias.requires_grad,
-    )
-    if torch.compiler.is_compiling():
-        name = objective.spec.name
-        if name not in available() or get_loss(name).fn is not objective.spec.fn:
-            raise UsageError(
-                f"in a compiled graph the loss must be a registered one, and {name!r} is a "
-                "function of your own: register it, or use preference_loss on "
-                "linear_sequence_logprobs"
-            )
-        names, values = ",".join(objective.options), list(objective.options.values())
-        return _linear_preference_loss(*arguments, name, names, values)[:5]
-    name = f"objective {id(objective)}"
-    _OBJECTIVES[name] = objective
-    try:
-        return _linear_preference_loss(*arguments, name, "", [])[:5]
-    finally:
-        del _OBJECTIVES[name]
-
-
-def _objective(
-    name: str, group_size: int, sft_weight: float, alpha: float, names: str, values: Sequence[float]
-) -> Objective:
-    """The objective of a call in progress; in a compiled graph a registered loss with options."""
-    if name in _OBJECTIVES:
-        return _OBJECTIVES[name]
-    options = dict(zip(names.split(","), values, strict=True)) if names else {}
-    return Objective(get_loss(name), group_size, options, sft_weight, alpha)
-
-
-def _as_tensor(name: str, count: float | Tensor | None) -> Tensor | None:
-    if count is None or isinstance(count, Tensor):
-        return count
-    if not count >= 0:
-        raise UsageError(f"{name} must not be negative, got {count}")
-    return torch.tensor(count, dtype=torch.float64)
-
-
-@torch.library.custom_op("plad_fast::linear_preference_loss", mutates_args=())
-def _linear_preference_loss(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Optional[Tensor],  # (V,)
-    targets: Tensor,  # (N,) int64
-    cu_seqlens: Tensor,  # (S + 1,) int64
-    scores: Optional[Tensor],  # (S,)
-    num_groups: Optional[Tensor],  # ()
-    num_tokens: Optional[Tensor],  # ()
-    group_size: int,
-    sft_weight: float,
-    length_normalization: float,
-    softcap: Optional[float],
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    impl: str,
-    scratch_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    loss: str,
-    option_names: str,
-    option_values: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, sums, counts, group losses, active; and the gradients for an upstream of 1."""
-    check.check_sequences(targets, cu_seqlens, len(weight), ignore_index)
-    objective = _objective(
-        loss, group_size, sft_weight, length_normalization, option_names, option_values
-    )
-    rows, targets, cu_seqlens = _keep_counted(targets, cu_seqlens, ignore_index)
-    counts = cu_seqlens.diff()
-    problem = LinearProblem(
-        hidden if rows is None else hidden[rows],
-        weight,
-        bias,
-        targets,
-        cu_seqlens,
-        LogitSpec(softcap, logit_scale, temperature),
-        ignore_index,
-        scratch_bytes or default_scratch_bytes(hidden.device),
-    )
-    denominators = objective.denominators(counts.reshape(-1, group_size), num_groups, num_tokens)
-    needs = (need_hidden, need_weight, need_bias)
-    with _alone_on(hidden):
-        value, sums, group_losses, active, grads = get_backend(impl, hidden).linear_preference_loss(
-            problem, scores, objective, denominators, needs
-        )
-    if rows is not None and grads.hidden is not None:
-        spread = torch.zeros_like(hidden, dtype=grads.hidden.dtype)
-        grads = grads._replace(hidden=spread.index_copy_(0, rows, grads.hidden))
-    sums = length_normalized(sums, counts, length_normalization)
-    first, second, third = (hidden.new_empty(0) if grad is None else grad for grad in grads)
-    return value, sums, counts, group_losses, active, first, second, third
-
-
-@_linear_preference_loss.register_fake
-def _(hidden, weight, bias, targets, cu_seqlens, *options):
-    dtype = accumulation_dtype(hidden.dtype)
-    num_sequences = cu_seqlens.shape[0] - 1
-    num_groups = num_sequences // options[3]
-    grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(num_sequences, dtype=dtype),
-        targets.new_empty(num_sequences),
-        hidden.new_empty(num_groups, dtype=dtype),
-        hidden.new_empty(num_groups, dtype=torch.bool),
-        *(
-            torch.empty_like(leaf, dtype=grad_dtype) if need else hidden.new_empty(0)
-            for leaf, need in zip((hidden, weight, bias), options[12:15], strict=True)
-        ),
-    )
-
-
-def _save_preference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, *_ = inputs
-    # Saved as tensors, so that they are handed over and freed with the graph.
-    ctx.save_for_backward(*output[5:])
-    # Otherwise the saved gradients, being outputs, would get zeros of their own size.
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
-
-
-@once_differentiable
-def _differentiate_preference(
-    ctx: Any, grad_loss: Tensor, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
-    eager = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu"
-    factor = None if eager and grad_loss.item() == 1 else grad_loss
-    scaled = (
-        _scaled(grad, factor, dtype) if need else None
-        for grad, dtype, need in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-        )
-    )
-    return *scaled, *[None] * 20
-
-
-_linear_preference_loss.register_autograd(_differentiate_preference, setup_context=_save_preference)
-
-
-def _keep_counted(
-    targets: Tensor,  # (N,)
-    cu_seqlens: Tensor,  # (S + 1,)
-    ignore_index: int,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Rows that count (None for all), their targets, and cu_seqlens of what is left."""
-    keep = targets != ignore_index
-    if keep.all():
-        return None, targets, cu_seqlens
-    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    rows = keep.nonzero().squeeze(1)
-    return rows, targets[rows], kept_before[cu_seqlens]
-
-
-_SCALED_AT_ONCE = 2**20  # entries
-
-
-def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, multiplied in float32 and rounded once, block by block.
-
-    With no factor and nothing to convert it is `grad` itself: a caller that retains the graph
-    must not write to it.
-    """
-    if factor is None and grad.dtype == dtype:
-        return grad
-    result = torch.empty_like(grad, dtype=dtype)
-    step = max(1, _SCALED_AT_ONCE // max(grad[:1].numel(), 1))
-    for source, target in zip(grad.split(step), result.split(step), strict=True):
-        wide = source.to(accumulation_dtype(source.dtype))
-        target.copy_(wide if factor is None else wide * factor)
-    return result

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from plad_fast import autograd
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.losses import Objective, check_groups
 from plad_fast.ops import autocast_head, checked_scratch
+from plad_fast.preference_autograd import linear_preference_loss
 
 
 class FusedLoss(NamedTuple):
@@ -111,5 +111,5 @@ def fused_linear_preference_loss(
         **loss_options,
     )
     return FusedLoss(
-        *autograd.linear_preference_loss(problem, scores, objective, num_groups, num_tokens, impl)
+        *linear_preference_loss(problem, scores, objective, num_groups, num_tokens, impl)
     )

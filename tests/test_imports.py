@@ -18,7 +18,7 @@ LAYERS = [
     {"workspace", "stored_logits", "dispatch"},
     {"onepass", "kernel_workspace"},
     {"chunked", "triton_backend"},
-    {"autograd"},
+    {"autograd", "preference_autograd"},
     {"ops"},
     {"fused"},
     {"_rows", "_devices"},
