@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +29,7 @@ from plad_fast.reference import (
 
 pytest.importorskip("triton")
 
+from interpreter import gpu_minimum, poisoned_memory  # noqa: F401
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import Device, LinearConfig
 from plad_fast.kernels.linear_backward import logits_gradient
@@ -55,31 +55,6 @@ CONFIGS = [
 ]
 LAYOUTS = ["contiguous", "transposed", "gaps", "stepped", "shifted"]
 DRAWN = settings(max_examples=200)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def poisoned_memory():
-    """What `torch.empty` returns holds NaN, or the least integer."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        worst = NAN if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
-        return tensor.fill_(worst)
-
-    with mock.patch.object(torch, "empty", poisoned):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu_minimum():
-    """Of a number and NaN a GPU takes the number; the interpreter, unless told, NaN."""
-    builder = interpreter.InterpreterBuilder
-    with (
-        mock.patch.object(builder, "create_minnumf", lambda b, x, y: b.binary_op(x, y, np.fmin)),
-        mock.patch.object(builder, "create_maxnumf", lambda b, x, y: b.binary_op(x, y, np.fmax)),
-    ):
-        yield
 
 
 @dataclass

@@ -11,9 +11,7 @@ import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +24,7 @@ from plad_fast.workspace import compacting_order
 
 pytest.importorskip("triton")
 
+from interpreter import gpu_minimum, poisoned_memory  # noqa: F401
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import RowsConfig, SegmentsConfig
 from plad_fast.kernels.logits_rows import (
@@ -52,31 +51,6 @@ SMALL = RowsConfig(16, num_warps=4)
 CONFIGS = [SMALL, RowsConfig(64, num_warps=4), None]
 OPTIONS = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": IGNORED}
 DRAWN = settings(max_examples=25)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def poisoned_memory():
-    """What `torch.empty` returns holds NaN, or the least integer."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        worst = NAN if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
-        return tensor.fill_(worst)
-
-    with mock.patch.object(torch, "empty", poisoned):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu_minimum():
-    """Of a number and NaN a GPU takes the number; the interpreter, unless told, NaN."""
-    builder = interpreter.InterpreterBuilder
-    with (
-        mock.patch.object(builder, "create_minnumf", lambda b, x, y: b.binary_op(x, y, np.fmin)),
-        mock.patch.object(builder, "create_maxnumf", lambda b, x, y: b.binary_op(x, y, np.fmax)),
-    ):
-        yield
 
 
 @dataclass
