@@ -1,4 +1,4 @@
-"""What makes Triton's interpreter a stricter stand-in for a GPU: fixtures for a module to import."""
+"""Fixtures that make Triton's interpreter a stricter stand-in for a GPU; a module imports them."""
 
 from __future__ import annotations
 
