@@ -31,7 +31,7 @@ bench: $(VENV)/.bench
 
 # Compiles the GPU kernels without a GPU and fails on what would not run well there.
 aot: $(VENV)/.dev
-	$(BIN)/python -m plad_fast.kernels.aot --arch 80 90 100
+	$(BIN)/python -m plad_fast.kernels.aot --arch 80 90 100 --all
 
 # torch first and pinned: its CPU wheel is small, an unpinned torch brings gigabytes of CUDA.
 $(VENV)/.dev: setup.py $(CONSTRAINTS)
