@@ -16,7 +16,7 @@ _EXPORTS = {
     "SequenceLogProbs": "plad_fast.ops",
     "fused_linear_preference_loss": "plad_fast.fused",
     "FusedLoss": "plad_fast.fused",
-    "preference_loss": "plad_fast.losses",
+    "preference_loss": "plad_fast.objective",
     "register_loss": "plad_fast.losses",
     "UsageError": "plad_fast.errors",
     "PLaDConfig": "plad_fast.trainer",
@@ -38,7 +38,8 @@ __all__ = [
 if TYPE_CHECKING:
     from plad_fast.errors import UsageError
     from plad_fast.fused import FusedLoss, fused_linear_preference_loss
-    from plad_fast.losses import preference_loss, register_loss
+    from plad_fast.losses import register_loss
+    from plad_fast.objective import preference_loss
     from plad_fast.ops import SequenceLogProbs, linear_sequence_logprobs, sequence_logprobs
     from plad_fast.trainer import PLaDConfig as PLaDConfig
     from plad_fast.trainer import PLaDTrainer as PLaDTrainer

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from plad_fast.packing import EncodedGroup, PreferenceBatch
+    from plad_fast.packing import PreferenceBatch
+    from plad_fast.tokenization import EncodedGroup
 
 
 def score_pairs(
@@ -50,7 +51,8 @@ def score_pairs(
             log-probability that is not finite.
     """
     from plad_fast.head import causal_lm_logprobs
-    from plad_fast.packing import PreferenceCollator, encode_group
+    from plad_fast.packing import PreferenceCollator
+    from plad_fast.tokenization import encode_group
 
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")

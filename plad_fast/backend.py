@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective
+from plad_fast.objective import Objective
 
 Denominators = tuple[float | Tensor, float | Tensor]
 
@@ -92,6 +92,7 @@ class Backend(Protocol):
         self,
         problem: LinearProblem,
         scores: Tensor | None,  # (S,)
+        reference_logps: Tensor | None,  # (S,)
         objective: Objective,
         denominators: Denominators,
         needs: tuple[bool, bool, bool],

@@ -13,7 +13,7 @@ from torch import Tensor
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective, check_groups
+from plad_fast.objective import Objective, check_groups
 from plad_fast.ops import autocast_head, checked_scratch
 from plad_fast.preference_autograd import linear_preference_loss
 
@@ -42,6 +42,7 @@ def fused_linear_preference_loss(
     loss: str | Callable[..., Tensor] = "plad_ranking",
     group_size: int = 2,
     scores: Tensor | None = None,  # (S,)
+    reference_logps: Tensor | None = None,  # (S,), plain sums
     sft_weight: float = 0.0,
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
@@ -70,11 +71,13 @@ def fused_linear_preference_loss(
             group lie next to each other, best first: y+, y-, y+, y-, ... for pairs. The
             budget must hold a group's logits for three products; a longer group takes four.
         loss: a registered name (`plad_fast.losses.available()`), or a function of `logps` (B, K)
-            that returns (B,), each group on its own; it may ask for `scores` and `counts` (B, K)
-            by naming them. It is evaluated on some groups at a time, and differentiated by
-            `logps` only.
+            that returns (B,), each group on its own; it may ask for `scores`, `counts` and
+            `reference_logps` (B, K) by naming them. It is evaluated on some groups at a time, and
+            differentiated by `logps` only.
         group_size: K, sequences in a group.
         scores: (S,) quality of each sequence, higher is better, for losses that ask for it.
+        reference_logps: (S,) log-probability of each sequence under a reference model, in nats,
+            for losses that ask for it. Plain sums: length normalisation is applied to them too.
         sft_weight: lambda of the regulariser, the NLL per token of each group's first sequence.
         length_normalization: alpha; the loss sees sum / count ** alpha.
         num_groups, num_tokens: denominators, by default those of this call. Under gradient
@@ -89,7 +92,8 @@ def fused_linear_preference_loss(
     check.check_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
     check.check_cu_seqlens(cu_seqlens, hidden.device)
-    check.check_scores(scores, len(cu_seqlens) - 1, hidden.device)
+    for name, values in (("scores", scores), ("reference_logps", reference_logps)):
+        check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
     check_groups(len(cu_seqlens) - 1, group_size)
     problem = LinearProblem(
         hidden,
@@ -107,9 +111,11 @@ def fused_linear_preference_loss(
         sft_weight=sft_weight,
         length_normalization=length_normalization,
         has_scores=scores is not None,
+        has_reference=reference_logps is not None,
         device=hidden.device,
         **loss_options,
     )
-    return FusedLoss(
-        *linear_preference_loss(problem, scores, objective, num_groups, num_tokens, impl)
+    results = linear_preference_loss(
+        problem, scores, reference_logps, objective, num_groups, num_tokens, impl
     )
+    return FusedLoss(*results)

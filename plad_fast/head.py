@@ -61,7 +61,7 @@ def find_head(model: nn.Module) -> LMHead:
         UsageError: encoder-decoder models, heads that are not one plain `nn.Linear` (LoRA,
             quantised), weights that are sharded or not loaded, unknown logit scales.
     """
-    lm = _base_model(model)
+    lm = base_model(model)
     family = type(lm).__name__
     if getattr(lm.config, "is_encoder_decoder", False):
         raise UsageError(f"{family} is an encoder-decoder model; pass a decoder-only model")
@@ -92,7 +92,7 @@ def backbone_hidden(
     Raises:
         UsageError: the model has no backbone apart from its head.
     """
-    lm = _base_model(model)
+    lm = base_model(model)
     backbone = lm.base_model
     if backbone is lm:
         raise UsageError(f"{type(lm).__name__} has no backbone apart from its LM head")
@@ -130,7 +130,7 @@ def check_head(model: nn.Module) -> None:
         model.train(was_training)
     if not expected.isfinite().all():
         raise UsageError(
-            f"the logits of {type(_base_model(model)).__name__} are not finite: its weights are "
+            f"the logits of {type(base_model(model)).__name__} are not finite: its weights are "
             f"broken, or too large for {head.weight.dtype}; load it again, in bf16 or float32"
         )
     # A wrong scale or a left-out layer is off by far more than 16-bit rounding.
@@ -138,7 +138,7 @@ def check_head(model: nn.Module) -> None:
         found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
     ):
         raise UsageError(
-            f"{type(_base_model(model)).__name__} does more to its logits than the fused loss "
+            f"{type(base_model(model)).__name__} does more to its logits than the fused loss "
             "knows (a scale, a further layer, a cut vocabulary); this model is not supported"
         )
 
@@ -154,7 +154,8 @@ def causal_lm_logprobs(
 
     Args:
         model: a causal LM; see `find_head` for which.
-        batch: from `PreferenceCollator`, on the model's device.
+        batch: from `PreferenceCollator`, on the model's device; a packed one needs
+            `plad_fast.sharing.prepare(model)` once.
         length_normalization: alpha in sum / count ** alpha.
         **options: `temperature`, `impl` and so on of `linear_sequence_logprobs`.
     """
@@ -169,7 +170,7 @@ def head_arguments(model: nn.Module, batch: PreferenceBatch) -> dict[str, Any]:
     Hidden states get the head's dtype, which they lack when a norm works in float32 or, under
     autocast, when the last layer does not; autocast itself is the op's business.
     """
-    hidden = backbone_hidden(model, batch["input_ids"], batch["attention_mask"])
+    hidden = batch_hidden(model, batch)
     head = find_head(model)
     rows = hidden.flatten(0, 1).index_select(0, batch["loss_rows"])
     return {
@@ -181,6 +182,30 @@ def head_arguments(model: nn.Module, batch: PreferenceBatch) -> dict[str, Any]:
         "softcap": head.softcap,
         "logit_scale": head.logit_scale,
     }
+
+
+def batch_hidden(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (R, T, D)
+    """Hidden states of a batch in any layout.
+
+    Raises:
+        UsageError: a packed batch for a model whose attention does not know packed rows.
+    """
+    if "row_layout" not in batch:
+        return backbone_hidden(model, batch["input_ids"], batch["attention_mask"])
+    from plad_fast.attention import is_enabled, packed_forward  # brings in transformers
+
+    if not is_enabled(base_model(model)):
+        raise UsageError(
+            "the batch is packed and the model's attention does not know packed rows; call "
+            "plad_fast.sharing.prepare(model) first, or collate with layout='padded'"
+        )
+    with packed_forward():
+        return backbone_hidden(
+            model,
+            batch["input_ids"],
+            position_ids=batch["position_ids"],
+            row_layout=batch["row_layout"],
+        )
 
 
 def call_inside(
@@ -214,7 +239,7 @@ def unwrap(wrapper: nn.Module) -> nn.Module:
     return wrapper
 
 
-def _base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model of a PEFT model, with its adapters in place; else the model."""
     get_base_model = getattr(model, "get_base_model", None)
     base: Any = model if get_base_model is None else get_base_model()

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from plad_fast.backend import Denominators, HeadGradient, LinearProblem
-from plad_fast.losses import Objective, refuse_outside_gradients
+from plad_fast.objective import Objective, refuse_outside_gradients
 from plad_fast.workspace import HeadGradients, TokenStatistics, Workspace, compacting_order
 
 
 def linear_preference_loss(
     problem: LinearProblem,  # none of its targets is ignored
     scores: Tensor | None,  # (S,)
+    reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
     needs: tuple[bool, bool, bool],
@@ -48,7 +49,7 @@ def linear_preference_loss(
         space.products,
         hidden_dtype=torch.float32 if half else hidden.dtype,
     )
-    sequences = _GroupLosses(cu_seqlens, scores, objective, denominators)
+    sequences = _GroupLosses(cu_seqlens, scores, reference_logps, objective, denominators)
     for first, last in _packed_groups(sequences.group_bounds, space.rows):
         _run_groups(space, grads, sequences, hidden, targets, first, last)
     results = sequences.results(hidden, space.products.dtype)
@@ -71,11 +72,12 @@ class _GroupLosses:
         self,
         cu_seqlens: Tensor,  # (S + 1,)
         scores: Tensor | None,  # (S,)
+        reference_logps: Tensor | None,  # (S,)
         objective: Objective,
         denominators: Denominators,
     ) -> None:
         self.cu_seqlens = cu_seqlens
-        self.scores = scores
+        self.constants = scores, reference_logps
         self.objective = objective
         self.denominators = denominators
         self.group_bounds: list[int] = cu_seqlens[:: objective.group_size].tolist()
@@ -94,15 +96,16 @@ class _GroupLosses:
         """Evaluate the loss of groups [first, last) and differentiate it by their sums."""
         size = self.objective.group_size
         shape = (-1, size)
-        counts = self.offsets(first, last).diff().reshape(shape)
-        scores = None
-        if self.scores is not None:
-            scores = self.scores[first * size : last * size].reshape(shape).to(sums.dtype)
+        span = slice(first * size, last * size)
         # Also under inference mode: which groups are active is told by their gradients.
         with torch.inference_mode(False), torch.enable_grad():
             leaf = sums.clone().reshape(shape).requires_grad_()
-            counts, scores = counts.clone(), None if scores is None else scores.clone()
-            losses = self.objective.group_losses(leaf, counts, scores)
+            counts = self.offsets(first, last).diff().reshape(shape)
+            constants = (
+                None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
+                for c in self.constants
+            )
+            losses = self.objective.group_losses(leaf, counts, *constants)
             refuse_outside_gradients(losses, leaf)
             of_losses = _gradient(losses, leaf)
         # The value is linear in the group losses and in the first sums: the rest is arithmetic.

@@ -1,191 +1,49 @@
-"""Preference data as tensors: text to token ids, dataset rows to ids, rows to padded batches.
+"""Token ids of preference groups as tensors: padded, packed, or packed with shared prompts.
 
 B groups of K responses to one prompt, best first; S = B * K sequences, each of them the prompt
-followed by one response; T tokens in the longest; N response tokens in all. Only rows of
-the hidden states that predict a response token are listed in `loss_rows`: no other row
-reaches the LM head.
+followed by one response; N response tokens in all. Only rows of the hidden states that predict a
+response token are listed in `loss_rows`: no other row reaches the LM head.
+
+* "padded": a row of its own for every sequence, (S, T), T tokens in the longest. Any model.
+* "packed": all sequences side by side in one row, (1, T), no padding.
+* "shared": as packed, but a group's prompt stands there once: [x | y+ | y-]. Positions restart
+  behind the prompt for every response, and responses of a group do not see each other.
+
+The last two need `plad_fast.attention`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from plad_fast._rows import read_row, read_scores, require_columns
-from plad_fast.chat import Content, as_conversation, render_prompt, render_response
 from plad_fast.errors import UsageError
+from plad_fast.row_layout import RowLayout
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-TRUNCATION_SIDES = ("left", "right")
+LAYOUTS = ("padded", "packed", "shared")
 
 
-class EncodedGroup(TypedDict):
-    """One prompt and its K responses as token ids."""
+class PreferenceBatch(TypedDict, total=False):
+    """What `PreferenceCollator` makes; R rows, which are S in the padded layout and else 1."""
 
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-    truncated: bool
-    """The prompt was cut."""
-    fits: bool
-    """False: a response is too long to stand behind even one prompt token; drop the group."""
-
-
-class _SequenceTensors(TypedDict):
-    input_ids: Tensor  # (S, T) int64, padded on the right
-    attention_mask: Tensor  # (S, T) int64
-    loss_rows: Tensor  # (N,) int64, rows of hidden.view(S * T, D) that predict a response token
+    input_ids: Tensor  # (R, T) int64, padded on the right
+    attention_mask: Tensor  # (S, T) int64; padded layout only
+    position_ids: Tensor  # (1, T) int64; not in the padded layout
+    row_layout: RowLayout  # not in the padded layout
+    loss_rows: Tensor  # (N,) int64, rows of hidden.view(R * T, D) that predict a response token
     targets: Tensor  # (N,) int64, the response tokens
     cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens
-
-
-class PreferenceBatch(_SequenceTensors, total=False):
-    """What `PreferenceCollator` makes."""
-
+    group_tokens: Tensor  # (B, 2) int64, tokens of a group in the model, and of its sequences
     scores: Tensor  # (S,) float32, present when the rows have scores
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> list[int]:
-    """Token ids after which the model starts to answer.
-
-    A chat template writes its special tokens itself. Plain text gets the ones the tokenizer puts
-    in front (BOS), once, and never those it puts behind (EOS): the text goes on.
-
-    Raises:
-        UsageError: the prompt has no tokens, so nothing could predict the first response token.
-    """
-    ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
-    if isinstance(prompt, str):
-        front = _front_ids(tokenizer)
-        if ids[: len(front)] != front:
-            ids = front + ids
-    if not ids:
-        raise UsageError(
-            "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first "
-            "response token; drop empty prompts"
-        )
-    return ids
-
-
-def encode_group(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    responses: Sequence[Content],
-    *,
-    max_length: int,
-    truncation_side: str = "left",
-) -> EncodedGroup:
-    """Tokenises one prompt and its responses apart, so that the border never moves.
-
-    All responses see the same prompt. It is cut, if it must be, so that the longest response fits
-    into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
-    cut: a text cut short is not what its author preferred.
-
-    Args:
-        tokenizer: of the student.
-        prompt: plain text or chat messages.
-        responses: K texts or lists of messages, best first; see `plad_fast.chat.as_conversation`.
-        max_length: of prompt and response together.
-        truncation_side: the side from which a long prompt loses tokens, "left" or "right".
-    """
-    prompt, texts = as_conversation(prompt, responses)
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
-    room = max_length - max(len(ids) for ids in response_ids)
-    truncated = len(prompt_ids) > room
-    # A group that does not fit is left whole: the caller reports and drops it.
-    if truncated and room >= 1:
-        prompt_ids = _cut(prompt_ids, room, truncation_side, tokenizer.bos_token_id)
-    return EncodedGroup(
-        prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=room >= 1
-    )
-
-
-def tokenize_dataset(
-    dataset: Dataset | Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    truncation_side: str = "left",
-    first_only: bool = False,
-    with_scores: bool = False,
-    name: str = "dataset",
-) -> Dataset:
-    """Preference rows as token ids.
-
-    Rows hold a `prompt` (text or chat messages) and one of
-
-    * `chosen` and `rejected`: a text or a list of messages each, which may repeat those of the
-      prompt; `rejected` may also be a list of those. Scores: `chosen_score` and
-      `rejected_score` (a number, or one per rejected).
-    * `responses`: a list, best first. Scores: `scores`, one per response.
-    * `chosen` or `completion` alone: one response.
-
-    Args:
-        dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is.
-        tokenizer, max_length, truncation_side: see `encode_group`.
-        first_only: keep the best response only, as fine-tuning on the teacher's answers does.
-        with_scores: read the scores, which must then be there.
-        name: what to call the dataset in messages.
-
-    Returns:
-        A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
-        longest sequence) and, if asked for, `scores` (K).
-
-    Raises:
-        UsageError: no rows, missing columns, a row that is not as above, groups of different
-            sizes, or every row dropped.
-    """
-    columns = _require_rows(dataset, name)
-    if {"prompt_ids", "response_ids"} <= set(columns):
-        return dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
-    require_columns(columns, with_scores=with_scores, name=name)
-
-    def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        try:
-            prompt, responses = read_row(row)
-            responses = responses[: 1 if first_only else None]
-            group = encode_group(
-                tokenizer,
-                prompt,
-                responses,
-                max_length=max_length,
-                truncation_side=truncation_side,
-            )
-            scores = read_scores(row, len(responses)) if with_scores else None
-        except UsageError as error:
-            raise UsageError(f"{name}, row {index + 1}: {error}") from None
-        longest = max(len(ids) for ids in group["response_ids"])
-        encoded = {**group, "length": len(group["prompt_ids"]) + longest}
-        return encoded if scores is None else {**encoded, "scores": scores}
-
-    if isinstance(dataset, Dataset):
-        encoded = dataset.map(
-            encode, with_indices=True, remove_columns=columns, desc=f"Tokenising {name}"
-        )
-    else:  # Arrow gets the ids only: rows may hold prompts of both forms
-        encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
-    sizes = sorted({len(ids) for ids in encoded["response_ids"]})
-    if len(sizes) > 1:
-        raise UsageError(
-            f"the rows of {name} have {' or '.join(map(str, sizes))} responses; a batch needs "
-            "groups of one size: keep that many of each, or train on them one after the other"
-        )
-    fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
-    _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
-    return encoded.select(fitting).remove_columns(["truncated", "fits"])
+    reference_logps: Tensor  # (S,) float32, present when the rows have them
+    index: list[int]  # (B,) rows of the training set; the trainer adds them
 
 
 class PreferenceCollator:
-    """Makes a `PreferenceBatch` of rows from `tokenize_dataset`.
+    """Makes a `PreferenceBatch` of rows from `plad_fast.tokenization.tokenize_dataset`.
 
     Sequences of a group lie next to each other, best first. Padding is on the right, so that
     position ids need no correction.
@@ -193,106 +51,86 @@ class PreferenceCollator:
     Args:
         pad_token_id: what fills the masked tail; any id of the vocabulary will do.
         group_size: K, the number of responses every row must have.
+        layout: "padded", "packed" or "shared"; see the module.
     """
 
-    def __init__(self, pad_token_id: int, group_size: int) -> None:
+    def __init__(self, pad_token_id: int, group_size: int, *, layout: str = "padded") -> None:
+        if layout not in LAYOUTS:
+            raise UsageError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
         self.pad_token_id = pad_token_id
         self.group_size = group_size
+        self.layout = layout
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        prompts: list[list[int]] = []
-        responses: list[list[int]] = []
         for feature in features:
-            group = feature["response_ids"]
-            if len(group) != self.group_size:
+            found = len(feature["response_ids"])
+            if found != self.group_size:
                 raise UsageError(
-                    f"a row has {len(group)} responses where groups of {self.group_size} were "
+                    f"a row has {found} responses where groups of {self.group_size} were "
                     "expected; all rows need the same number"
                 )
-            prompts += [feature["prompt_ids"]] * self.group_size
-            responses += group
+        groups = [_Group(f["prompt_ids"], f["response_ids"]) for f in features]
+        batch = self._padded(groups) if self.layout == "padded" else self._packed(groups)
+        responses = [response for group in groups for response in group.responses]
+        batch["targets"] = torch.tensor([token for ids in responses for token in ids]).long()
+        batch["cu_seqlens"] = torch.tensor([0] + [len(ids) for ids in responses]).cumsum(0)
+        batch["group_tokens"] = torch.tensor(
+            [[g.shared if self.layout == "shared" else g.unshared, g.unshared] for g in groups]
+        )
+        for name in ("scores", "reference_logps"):
+            if name in features[0]:
+                values = [value for feature in features for value in feature[name]]
+                batch[name] = torch.tensor(values, dtype=torch.float32)
+        return batch
 
-        sequences = list(zip(prompts, responses, strict=True))
+    def _padded(self, groups: Sequence[_Group]) -> PreferenceBatch:
+        sequences = [(group.prompt, ids) for group in groups for ids in group.responses]
         width = max(len(prompt) + len(response) for prompt, response in sequences)
-        input_ids = torch.full((len(prompts), width), self.pad_token_id)
+        input_ids = torch.full((len(sequences), width), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         loss_rows = []
         for index, (prompt, response) in enumerate(sequences):
             length = len(prompt) + len(response)
-            input_ids[index, :length] = torch.tensor(prompt + response)
+            input_ids[index, :length] = torch.tensor([*prompt, *response])
             attention_mask[index, :length] = 1
             # The last prompt token predicts the first response token.
             first = index * width + len(prompt) - 1
             loss_rows.append(torch.arange(first, first + len(response)))
-        counts = torch.tensor([0] + [len(response) for response in responses])
-        batch = PreferenceBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            loss_rows=torch.cat(loss_rows),
-            targets=torch.tensor([token for response in responses for token in response]).long(),
-            cu_seqlens=counts.cumsum(0),
+        return PreferenceBatch(
+            input_ids=input_ids, attention_mask=attention_mask, loss_rows=torch.cat(loss_rows)
         )
-        if "scores" in features[0]:
-            scores = [score for feature in features for score in feature["scores"]]
-            batch["scores"] = torch.tensor(scores, dtype=torch.float32)
-        return batch
 
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens a tokenizer puts in front of a text, without those it puts behind."""
-    plain = _ids(tokenizer, "a")
-    full = tokenizer("a")["input_ids"]
-    starts = range(len(full) - len(plain) + 1)
-    return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
-
-
-def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
-    assert side in TRUNCATION_SIDES, side
-    if side == "right":
-        return ids[:length]
-    if ids[0] == bos and length > 1:
-        return [bos, *ids[len(ids) - length + 1 :]]
-    return ids[len(ids) - length :]
-
-
-def _require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """The columns of a dataset that has rows."""
-    if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, (Dataset, Sequence)):
-        raise UsageError(
-            f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
+    def _packed(self, groups: Sequence[_Group]) -> PreferenceBatch:
+        if self.layout == "packed":
+            groups = [_Group(g.prompt, [response]) for g in groups for response in g.responses]
+        tokens: list[int] = []
+        loss_rows: list[int] = []
+        for prompt, responses in groups:
+            tokens += prompt
+            last = len(tokens) - 1
+            for response in responses:
+                first = len(tokens)
+                loss_rows += [last, *range(first, first + len(response) - 1)][: len(response)]
+                tokens += response
+        layout = RowLayout(tuple((len(g.prompt), *map(len, g.responses)) for g in groups))
+        return PreferenceBatch(
+            input_ids=torch.tensor(tokens)[None],
+            position_ids=layout.position_ids()[None],
+            row_layout=layout,
+            loss_rows=torch.tensor(loss_rows).long(),
         )
-    if len(dataset) == 0:
-        raise UsageError(f"{name} has no rows; check how it was loaded or filtered")
-    if isinstance(dataset, Dataset):
-        return dataset.column_names
-    for number, row in enumerate(dataset, start=1):
-        if not isinstance(row, Mapping):
-            raise UsageError(
-                f"{name}, row {number} is a {type(row).__name__}; every row must map column names "
-                "to values"
-            )
-    return list({column: None for row in dataset for column in row})
 
 
-def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:
-    dropped = len(truncated) - len(kept)
-    if not kept:
-        raise UsageError(
-            f"no row of {name} has responses that fit into max_length={max_length} tokens with a "
-            "prompt; raise max_length"
-        )
-    cut = sum(truncated[index] for index in kept)
-    if cut or dropped:
-        logger.warning(
-            "%s: %d of %d prompts were cut and %d rows dropped (a response alone is too long) to "
-            "fit max_length=%d",
-            name,
-            cut,
-            len(truncated),
-            dropped,
-            max_length,
-        )
+class _Group(NamedTuple):
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the group if its prompt stands there once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def unshared(self) -> int:
+        """Tokens of its sequences."""
+        return self.shared + (len(self.responses) - 1) * len(self.prompt)

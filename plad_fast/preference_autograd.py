@@ -21,7 +21,8 @@ from plad_fast.backend import LinearProblem
 from plad_fast.dispatch import default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective, available, get_loss
+from plad_fast.losses import available, get_loss
+from plad_fast.objective import Objective
 from plad_fast.products import accumulation_dtype
 from plad_fast.segments import length_normalized
 
@@ -35,6 +36,7 @@ _OBJECTIVES: dict[str, Objective] = {}
 def linear_preference_loss(
     problem: LinearProblem,
     scores: Tensor | None,  # (S,)
+    reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     num_groups: float | Tensor | None,
     num_tokens: float | Tensor | None,
@@ -53,6 +55,7 @@ def linear_preference_loss(
         targets,
         cu_seqlens,
         scores,
+        reference_logps,
         _as_tensor("num_groups", num_groups),
         _as_tensor("num_tokens", num_tokens),
         objective.group_size,
@@ -112,6 +115,7 @@ def _linear_preference_loss(
     targets: Tensor,  # (N,) int64
     cu_seqlens: Tensor,  # (S + 1,) int64
     scores: Optional[Tensor],  # (S,)
+    reference_logps: Optional[Tensor],  # (S,)
     num_groups: Optional[Tensor],  # ()
     num_tokens: Optional[Tensor],  # ()
     group_size: int,
@@ -151,7 +155,7 @@ def _linear_preference_loss(
     needs = (need_hidden, need_weight, need_bias)
     with alone_on(hidden):
         value, sums, group_losses, active, grads = get_backend(impl, hidden).linear_preference_loss(
-            problem, scores, objective, denominators, needs
+            problem, scores, reference_logps, objective, denominators, needs
         )
     if rows is not None and grads.hidden is not None:
         spread = torch.zeros_like(hidden, dtype=grads.hidden.dtype)
@@ -165,7 +169,7 @@ def _linear_preference_loss(
 def _(hidden, weight, bias, targets, cu_seqlens, *options):
     dtype = accumulation_dtype(hidden.dtype)
     num_sequences = cu_seqlens.shape[0] - 1
-    num_groups = num_sequences // options[3]
+    num_groups = num_sequences // options[4]
     grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     return (
         hidden.new_empty((), dtype=dtype),
@@ -175,7 +179,7 @@ def _(hidden, weight, bias, targets, cu_seqlens, *options):
         hidden.new_empty(num_groups, dtype=torch.bool),
         *(
             torch.empty_like(leaf, dtype=grad_dtype) if need else hidden.new_empty(0)
-            for leaf, need in zip((hidden, weight, bias), options[12:15], strict=True)
+            for leaf, need in zip((hidden, weight, bias), options[13:16], strict=True)
         ),
     )
 
@@ -195,7 +199,9 @@ def _differentiate_preference(
     ctx: Any, grad_loss: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
-    eager = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu"
+    # A tracer's tensors, of classes of their own, cannot be read.
+    plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    eager = plain and grad_loss.device.type == "cpu"
     factor = None if eager and grad_loss.item() == 1 else grad_loss
     scaled = (
         _scaled(grad, factor, dtype) if need else None
@@ -203,7 +209,7 @@ def _differentiate_preference(
             ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
         )
     )
-    return *scaled, *[None] * 20
+    return *scaled, *[None] * 21
 
 
 _linear_preference_loss.register_autograd(_differentiate_preference, setup_context=_save_preference)

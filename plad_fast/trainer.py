@@ -6,26 +6,38 @@ over response tokens of everything they cover: micro-batches, gradient accumulat
 
 from __future__ import annotations
 
-import math
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from plad_fast.dispatch import BACKENDS
+from plad_fast.attention import enable
 from plad_fast.errors import UsageError
 from plad_fast.fused import fused_linear_preference_loss
-from plad_fast.head import call_inside, check_head, head_arguments, unwrap
-from plad_fast.losses import Objective, get_loss
-from plad_fast.packing import (
-    TRUNCATION_SIDES,
-    PreferenceBatch,
-    PreferenceCollator,
-    tokenize_dataset,
+from plad_fast.head import base_model, call_inside, check_head, head_arguments, unwrap
+from plad_fast.losses import get_loss
+from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
+from plad_fast.packing import PreferenceBatch, PreferenceCollator
+from plad_fast.reference_logps import add_reference_logps
+from plad_fast.sharing import prepare
+from plad_fast.training_config import PLaDConfig
+from plad_fast.training_data import (
+    Features,
+    Groups,
+    Rows,
+    as_they_are,
+    bind_objective,
+    numbered,
+    of_each,
+    pad_token_id,
+    require_supported,
+    tokenize,
 )
 from plad_fast.training_metrics import PreferenceMeter
 
@@ -35,87 +47,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_utils import EvalLoopOutput
 
-Rows = Union["Dataset", Sequence[Mapping[str, Any]]]
+__all__ = ["PLaDConfig", "PLaDTrainer"]
 
-
-@dataclass
-class PLaDConfig(TrainingArguments):
-    """All of `transformers.TrainingArguments`, and what the preference loss needs."""
-
-    loss: str = "plad_ranking"
-    """Name in `plad_fast.losses.available()`. "sft" fine-tunes on the best response alone."""
-    beta: float | None = None
-    """The margin of the hinge, in nats; None takes the loss's default."""
-    sft_weight: float = 0.0
-    """Weight of the mean negative log-likelihood of the best responses, added to the loss."""
-    length_normalization: float = 0.0
-    """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means."""
-    temperature: float = 1.0
-    """Divides the logits before the softmax; 1 scores with the model as it is."""
-    max_length: int = 1024
-    """Tokens of prompt and response. Longer prompts are cut; a response never is."""
-    truncation_side: str = "left"
-    """The side from which a long prompt loses tokens: "left" or "right"."""
-    impl: str = "auto"
-    """Backend of the op, by name; "auto" takes the first that can."""
-    scratch_mib: int | None = None
-    """Scratch memory of the op in MiB; None lets the op choose."""
-    # HfArgumentParser wants the types in this order.
-    report_to: None | str | list[str] = "none"  # noqa: RUF036
-    """Where to log; nothing leaves the machine unless asked."""
-    remove_unused_columns: bool = False
-    """The datasets hold token ids by the time the trainer sees them: nothing to remove."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_finite_numbers()
-        self.objective(group_size=2, has_scores=True)
-        if self.fine_tunes and self.sft_weight:
-            raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be positive, got {self.temperature}")
-        if self.max_length < 2:
-            raise UsageError(f"max_length must be at least 2 tokens, got {self.max_length}")
-        if self.truncation_side not in TRUNCATION_SIDES:
-            raise UsageError(f"truncation_side must be left or right, got {self.truncation_side!r}")
-        if self.impl != "auto" and self.impl not in BACKENDS:
-            raise UsageError(f"unknown impl {self.impl!r}; known: auto, {', '.join(BACKENDS)}")
-        if self.scratch_mib is not None and self.scratch_mib < 1:
-            raise UsageError(f"scratch_mib must be at least 1, got {self.scratch_mib}")
-        if self.label_smoothing_factor:
-            raise UsageError("label smoothing is not part of this loss; set it to 0")
-        if self.torch_compile:
-            raise UsageError(
-                "torch_compile=True would compile the loss again for every step; call "
-                "model.base_model.compile() before training instead"
-            )
-
-    def _require_finite_numbers(self) -> None:
-        for name in ("beta", "sft_weight", "length_normalization", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UsageError(f"{name} must be a finite number, got {value}")
-
-    def objective(self, *, group_size: int, has_scores: bool) -> Objective:
-        """The loss with its options, checked."""
-        return Objective.bind(
-            self.loss,
-            group_size=group_size,
-            sft_weight=self.sft_weight,
-            length_normalization=self.length_normalization,
-            has_scores=has_scores,
-            **self.loss_options,
-        )
-
-    @property
-    def fine_tunes(self) -> bool:
-        """Whether the loss is a likelihood of the best responses, which needs no others."""
-        return get_loss(self.loss).mean_over == "tokens"
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """The loss's own options that were set."""
-        return {} if self.beta is None else {"beta": self.beta}
+# Tokens of a forward without a backward, where the user set no limit.
+_REFERENCE_TOKENS = 4096
 
 
 class PLaDTrainer(Trainer):
@@ -129,14 +64,18 @@ class PLaDTrainer(Trainer):
     * `margin`: s of the best response minus the mean of the others
     * `ranking_accuracy`: the share of the others that score below the best
     * `active_pairs`: the share of groups whose loss has a gradient
-    * `tokens_per_second`: prompts included
+    * `saved_tokens`: the share of tokens that shared prompts spared the model
+    * `skipped_backwards`: the share of micro-batches that had no gradient and ran no backward
+    * `tokens_per_second`: tokens that entered the model, prompts included
 
     Args:
         model: a transformers causal LM (see `plad_fast.head.find_head`), or PEFT around one.
         args: the configuration.
-        train_dataset, eval_dataset: rows as `plad_fast.packing.tokenize_dataset` takes them;
+        train_dataset, eval_dataset: rows as `plad_fast.tokenization.tokenize_dataset` takes them;
             `eval_dataset` may be a dict of several.
         processing_class: the model's tokenizer; it is saved with every checkpoint.
+        reference_model: what losses that need reference log-probabilities compare with; None takes
+            the model as it is before training. It runs once over the data, before the first step.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -154,37 +93,33 @@ class PLaDTrainer(Trainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase,
+        reference_model: PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _require_supported(model, args, processing_class)
+        require_supported(model, args, processing_class)
 
-        def tokenize(rows: Rows | None, name: str) -> Dataset | None:
-            return None if rows is None else _tokenize(rows, model, args, processing_class, name)
+        def encode(rows: Rows | None, name: str) -> Dataset | None:
+            return None if rows is None else tokenize(rows, model, args, processing_class, name)
 
-        evaluation: Any
         with args.main_process_first(desc="tokenising"):
-            train = tokenize(train_dataset, "train_dataset")
-            if isinstance(eval_dataset, dict):
-                evaluation = {
-                    key: tokenize(rows, f"eval_dataset[{key!r}]")
-                    for key, rows in eval_dataset.items()
-                }
-            else:
-                evaluation = tokenize(eval_dataset, "eval_dataset")
-        self._objective = _bind(args, train, evaluation)
+            train = encode(train_dataset, "train_dataset")
+            evaluation = of_each(encode, eval_dataset)
+        train = train if train is None else numbered(train)
+        self._objective = bind_objective(args, train, evaluation)
         self._train_meter = PreferenceMeter(self._objective)
         self._eval_meter = PreferenceMeter(self._objective)
+        self._satisfied = Satisfied()
+        self._gradients = KnownGradients()
+        self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(
-                _pad_token_id(processing_class), self._objective.group_size
-            ),
+            data_collator=as_they_are,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self._satisfied],
             optimizers=optimizers,
         )
         if self.args.n_gpu > 1:
@@ -194,9 +129,13 @@ class PLaDTrainer(Trainer):
             )
         # The loss is normalised over the accumulation window: the Trainer must not do it again.
         self.model_accepts_loss_kwargs = True
-        # Under FSDP the other processes may not have loaded their weights yet.
-        if self.is_world_process_zero():
-            check_head(self.model)
+        self.layout = self._prepare_model()
+        self._collate = PreferenceCollator(
+            pad_token_id(processing_class), self._objective.group_size, layout=self.layout
+        )
+        self._reference_model = reference_model
+        self.train_dataset = self._with_reference(train, "train_dataset")
+        self.eval_dataset = of_each(self._with_reference, evaluation)
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""
@@ -214,12 +153,85 @@ class PLaDTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = [
-            batch["cu_seqlens"].diff().view(-1, self._objective.group_size)[:, 0]
-            for batch in batches
-        ]
-        totals = torch.stack([torch.stack([c.new_tensor(len(c)), c.sum()]) for c in counts]).sum(0)
-        return batches, self.accelerator.reduce(totals.float().to(device), "sum")
+        groups = [feature for batch in batches for feature in batch["groups"].features]
+        tokens = sum(len(feature["response_ids"][0]) for feature in groups)
+        totals = torch.tensor([len(groups), tokens], dtype=torch.float32, device=device)
+        return batches, self.accelerator.reduce(totals, "sum")
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Groups],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The batch in micro-batches, each with its backward unless it has no gradient."""
+        micro_batches = self._micro_batches(inputs["groups"].features)
+        losses = []
+        for index, features in enumerate(micro_batches):
+            # Gradients meet those of other processes once, in the last backward.
+            last = index == len(micro_batches) - 1
+            several = self.accelerator.num_processes > 1
+            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            self._may_skip = self._skips and not (last and several) and bool(self._gradients)
+            with wait:
+                batch: Any = self._batch(features)
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+            self._gradients.remember(unwrap(model))
+        if self._skips and self.accelerator.sync_gradients:
+            self._gradients.fill()
+        return torch.stack(losses).sum()
+
+    def _micro_batches(self, features: Features) -> list[Features]:
+        """Groups that run together; as many micro-batches in every process."""
+        rest = list(range(len(features)))
+        parts = [rest]
+        if self._skips:
+            rows = self._satisfied.rows
+            satisfied = [i for i in rest if features[i]["index"] in rows]
+            parts = [satisfied, [i for i in rest if features[i]["index"] not in rows]]
+        budget = self._token_budget
+        bins = []
+        for part in parts:
+            lengths = [self._num_tokens(features[i]) for i in part]
+            bins += [[part[i] for i in packed] for packed in pack(lengths, budget)]
+        if self.accelerator.num_processes > 1:
+            count = torch.tensor([len(bins)], device=self.accelerator.device)
+            bins = split_to(bins, int(self.accelerator.gather(count).max()))
+        return [[features[i] for i in packed] for packed in bins]
+
+    @property
+    def _token_budget(self) -> int | None:
+        # DeepSpeed counts backwards to know when a step is over.
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return None
+        return self.args.max_tokens_per_batch
+
+    @property
+    def _skips(self) -> bool:
+        """Whether a backward may be left out at all."""
+        plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        return (
+            self.args.skip_inactive
+            and not self.args.sft_weight
+            and not self.args.fine_tunes
+            and self.accelerator.distributed_type in plain
+        )
+
+    def _num_tokens(self, feature: Mapping[str, Any]) -> int:
+        responses = sum(map(len, feature["response_ids"]))
+        prompts = 1 if self.layout == "shared" else self._objective.group_size
+        return responses + prompts * len(feature["prompt_ids"])
+
+    def _batch(self, features: Features) -> PreferenceBatch:
+        batch = self._collate(features)
+        if "index" in features[0]:
+            batch["index"] = [feature["index"] for feature in features]
+        return batch
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of forward and backward, by the rule of 6 a parameter and token."""
+        tokens = sum(map(self._num_tokens, inputs["groups"].features))
+        return 6 * tokens * base_model(unwrap(self.model)).num_parameters(exclude_embeddings=True)
 
     def compute_loss(
         self,
@@ -232,12 +244,13 @@ class PLaDTrainer(Trainer):
         module = unwrap(model)
         groups, tokens = (None, None) if num_items_in_batch is None else num_items_in_batch
 
-        def forward(_: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             out = fused_linear_preference_loss(
                 **head_arguments(module, inputs),
                 loss=self.args.loss,
                 group_size=self._objective.group_size,
                 scores=inputs.get("scores"),
+                reference_logps=inputs.get("reference_logps"),
                 sft_weight=self.args.sft_weight,
                 length_normalization=self.args.length_normalization,
                 temperature=self.args.temperature,
@@ -247,15 +260,16 @@ class PLaDTrainer(Trainer):
                 scratch_bytes=self._scratch_bytes,
                 **self.args.loss_options,
             )
-            return out.loss, self._train_meter.rows(out, inputs["attention_mask"])
+            return out.loss, self._train_meter.rows(out, inputs["group_tokens"]), out.active
 
         # Wrappers look at their inputs, and FSDP rounds those of floating point (scores): they
         # get to see the token ids only.
         with self.accelerator.autocast():
-            loss, rows = call_inside(model, module, forward, inputs["input_ids"])
+            loss, rows, active = call_inside(model, module, forward, inputs["input_ids"])
         if num_items_in_batch is not None:
             self._require_finite(loss, module)
             self._train_meter.add(rows)
+            loss = self._without_gradient(loss, active, inputs) if self._skips else loss
             # DDP, FSDP and DeepSpeed average gradients over processes; this loss wants their sum.
             loss = loss * self.accelerator.num_processes
         return (loss, rows) if return_outputs else loss
@@ -263,17 +277,24 @@ class PLaDTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: PreferenceBatch,
+        inputs: dict[str, Groups],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Measures one evaluation batch; there are no predictions to hand on."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            loss, rows = self.compute_loss(model, inputs, return_outputs=True)
+        features = inputs["groups"].features
+        losses, parts, order = [], [], []
+        for packed in pack([self._num_tokens(f) for f in features], self._token_budget):
+            batch = self._prepare_inputs(self._batch([features[i] for i in packed]))
+            with torch.no_grad():
+                loss, rows = self.compute_loss(model, batch, return_outputs=True)
+            losses.append(loss.detach() * len(packed))
+            parts.append(rows)
+            order += packed
+        rows = torch.cat(parts)[torch.tensor(order).argsort().to(loss.device)]
         # Drops the rows by which the last batch was filled up for all processes.
         self._eval_meter.add(self.accelerator.gather_for_metrics(rows))
-        return loss.detach(), None, None
+        return torch.stack(losses).sum() / len(features), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Replaces the mean of batch losses by means over groups and tokens."""
@@ -293,9 +314,80 @@ class PLaDTrainer(Trainer):
             total = self.accelerator.reduce(self._train_meter.total, "sum")
             metrics = self._train_meter.summary(total)
             del metrics["loss"]  # the Trainer's own is the mean over optimizer steps
+            if self._skips:
+                counts = torch.tensor(self._backwards, device=self.accelerator.device)
+                ran, skipped = self.accelerator.reduce(counts, "sum").tolist()
+                metrics["skipped_backwards"] = skipped / max(ran, 1)
+                self._backwards = [0, 0]
             logs.update(metrics)
             self._train_meter.reset()
         super().log(logs, start_time)
+
+    def _without_gradient(self, loss: Tensor, active: Tensor, inputs: PreferenceBatch) -> Tensor:
+        """The loss, or one of the same value and no backward to speak of, where it may be skipped.
+
+        The groups' activity is noted, by all processes for all of them: the next epoch deals the
+        rows out anew.
+        """
+        notes = torch.stack([torch.tensor(inputs["index"], device=active.device), active.long()], 1)
+        if self.accelerator.num_processes > 1:
+            notes = self.accelerator.pad_across_processes(notes, pad_index=-1)
+            notes = self.accelerator.gather(notes)
+            notes = notes[notes[:, 0] >= 0]
+        rows, flags = notes.T.tolist()
+        self._satisfied.note(rows, map(bool, flags))
+        self._backwards[0] += 1
+        # What counts is the gradient in any process: they run a backward together.
+        if any(flags) or not self._may_skip:
+            return loss
+        self._backwards[1] += 1
+        return loss.detach() + torch.zeros_like(loss, requires_grad=True)
+
+    def _prepare_model(self) -> str:
+        """The layout, found by the first process: the others may not have their weights yet."""
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            check_head(self.model)
+            args = self.args
+            found = [
+                prepare(self.model, args.layout, attention=args.attention, check=args.self_check)
+            ]
+        if self.accelerator.num_processes > 1:
+            found = broadcast_object_list(found)
+            if found[0] != "padded":
+                enable(base_model(self.model), self.args.attention)
+        return found[0]
+
+    def _with_reference(self, dataset: Dataset | None, name: str) -> Dataset | None:
+        """The dataset with reference log-probabilities, if the loss needs them and it has none."""
+        needed = get_loss(self.args.loss).needs_reference
+        if dataset is None or not needed or "reference_logps" in dataset.column_names:
+            return dataset
+        model = self._reference_model
+        if model is None:
+            if self.state.global_step:
+                raise UsageError(
+                    f"{name} has no reference_logps, and the model is not what it was before "
+                    "training; pass the data to the constructor, or a reference_model"
+                )
+            model = self.model
+        cache = self.args.reference_cache or Path(self.args.output_dir, "reference")
+        longest = max(map(self._num_tokens, dataset))
+        with self.args.main_process_first(desc="reference log-probabilities"):
+            return add_reference_logps(
+                dataset,
+                model.to(self.args.device),
+                collate=self._collate,
+                max_tokens_per_batch=self.args.max_tokens_per_batch
+                or max(_REFERENCE_TOKENS, longest),
+                cache=Path(cache),
+                temperature=self.args.temperature,
+                impl=self.args.impl,
+                scratch_bytes=self._scratch_bytes,
+                name=name,
+                progress=not self.args.disable_tqdm,
+                autocast=self.accelerator.autocast,
+            )
 
     @property
     def _scratch_bytes(self) -> int | None:
@@ -307,10 +399,12 @@ class PLaDTrainer(Trainer):
         if rows is None or isinstance(rows, str):
             return rows
         with self.args.main_process_first(desc="tokenising"):
-            return _tokenize(rows, self.model, self.args, self.processing_class, name)
+            tokenized = tokenize(rows, self.model, self.args, self.processing_class, name)
+        return self._with_reference(tokenized, name)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "response_ids", "scores", "length"]
+        self._signature_columns = ["prompt_ids", "response_ids", "scores", "length", "index"]
+        self._signature_columns.append("reference_logps")
 
     def _require_finite(self, loss: Tensor, module: nn.Module) -> None:
         if torch.isfinite(loss):
@@ -326,75 +420,3 @@ class PLaDTrainer(Trainer):
         raise UsageError(
             f"the loss is {loss.item()} at step {step}; {advice}; in fp16, use bf16 or float32"
         )
-
-
-def _require_supported(
-    model: PreTrainedModel, args: PLaDConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if not isinstance(args, PLaDConfig):
-        raise UsageError(f"args must be a PLaDConfig, got {type(args).__name__}")
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        raise UsageError(
-            "config.output_router_logits asks for a router loss, which is not part of this loss; "
-            "set it to False"
-        )
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings; "
-            "pass the model's own tokenizer, or call model.resize_token_embeddings first"
-        )
-    parallelism = args.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise UsageError("tensor, context and sequence parallelism are not supported")
-
-
-def _tokenize(
-    rows: Rows,
-    model: PreTrainedModel,
-    args: PLaDConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-) -> Dataset:
-    dataset = tokenize_dataset(
-        rows,
-        tokenizer,
-        max_length=args.max_length,
-        truncation_side=args.truncation_side,
-        first_only=args.fine_tunes,
-        with_scores=get_loss(args.loss).needs_scores,
-        name=name,
-    )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(dataset["length"])
-    if positions is not None and longest > positions:
-        raise UsageError(
-            f"{name} has sequences of {longest} tokens and the model has {positions} positions; "
-            f"set max_length={positions} or less"
-        )
-    return dataset
-
-
-def _bind(args: PLaDConfig, train: Dataset | None, evaluation: Any) -> Objective:
-    """The objective for the group size that all datasets share."""
-    sets = {"train_dataset": train}
-    sets |= evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
-    sizes = {n: len(rows[0]["response_ids"]) for n, rows in sets.items() if rows is not None}
-    if not sizes:
-        raise UsageError("there is nothing to train on; pass train_dataset or eval_dataset")
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise UsageError(f"the datasets differ in responses per prompt ({listed}); make them equal")
-    group_size = next(iter(sizes.values()))
-    if group_size == 1 and not args.fine_tunes:
-        raise UsageError(
-            f"loss {args.loss!r} compares responses, but the rows have one response each; add a "
-            "rejected column, or set loss='sft'"
-        )
-    return args.objective(group_size=group_size, has_scores=True)
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Some token of the vocabulary: it is masked wherever it stands."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)

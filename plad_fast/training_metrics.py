@@ -1,6 +1,6 @@
 """Metrics of preference training: sums over groups, from which means over anything follow.
 
-B groups of K responses to one prompt, best first; S = B * K sequences of T tokens.
+B groups of K responses to one prompt, best first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.fused import FusedLoss
-from plad_fast.losses import Objective
+from plad_fast.objective import Objective
 
 
 class PreferenceMeter:
@@ -22,7 +22,7 @@ class PreferenceMeter:
     """
 
     _NAMES = ("groups", "loss", "nll", "nll_tokens", "tokens", "logps/chosen")
-    _PAIR_NAMES = ("logps/rejected", "margin", "ranking_accuracy", "active_pairs")
+    _PAIR_NAMES = ("logps/rejected", "margin", "ranking_accuracy", "active_pairs", "saved_tokens")
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
@@ -47,7 +47,7 @@ class PreferenceMeter:
     def rows(
         self,
         out: FusedLoss,
-        attention_mask: Tensor,  # (S, T)
+        group_tokens: Tensor,  # (B, 2) of `PreferenceBatch`
     ) -> Tensor:  # (B, metrics) float32
         """The metrics of every group in a batch; rows may be summed in any order."""
         shape = (-1, self._objective.group_size)
@@ -58,7 +58,7 @@ class PreferenceMeter:
             out.group_losses,
             -plain[:, 0],
             counts[:, 0],
-            attention_mask.sum(1).view(shape).sum(1),
+            group_tokens[:, 0],
             logps[:, 0],
         ]
         if shape[1] > 1:
@@ -68,6 +68,7 @@ class PreferenceMeter:
                 (chosen - rejected).mean(1),
                 (chosen > rejected).float().mean(1),
                 out.active,
+                group_tokens[:, 1] - group_tokens[:, 0],
             ]
         return torch.stack([column.float() for column in columns], dim=1)
 
@@ -82,12 +83,17 @@ class PreferenceMeter:
         assert total is not None
         assert self._started is not None
         sums = dict(zip(self._columns, total.tolist(), strict=True))
+        shares = {}
         groups, nll_tokens = sums.pop("groups"), max(sums.pop("nll_tokens"), 1)
         loss, nll, tokens = sums.pop("loss"), sums.pop("nll") / nll_tokens, sums.pop("tokens")
+        if "saved_tokens" in sums:
+            saved = sums.pop("saved_tokens")
+            shares["saved_tokens"] = saved / (saved + tokens)
         loss /= nll_tokens if self._objective.spec.mean_over == "tokens" else groups
         return {
             "loss": loss + self._objective.sft_weight * nll,
             "nll": nll,
             **{name: value / groups for name, value in sums.items()},
+            **shares,
             "tokens_per_second": tokens / (time.perf_counter() - self._started),
         }

@@ -24,7 +24,7 @@ from plad_fast.backend import (
     Upstream,
 )
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.losses import Objective
+from plad_fast.objective import Objective
 from plad_fast.products import Operand, products_for
 from plad_fast.workspace import HeadGradients
 
@@ -153,6 +153,7 @@ def _scratch(dtype: torch.dtype, hidden: Tensor, weight: Tensor, scratch_bytes: 
 def linear_preference_loss(
     problem: LinearProblem,
     scores: Tensor | None,  # (S,)
+    reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
     needs: tuple[bool, bool, bool],
@@ -160,7 +161,13 @@ def linear_preference_loss(
     from plad_fast.kernel_workspace import KernelWorkspace
 
     return onepass.linear_preference_loss(
-        problem, scores, objective, denominators, needs, workspace=KernelWorkspace
+        problem,
+        scores,
+        reference_logps,
+        objective,
+        denominators,
+        needs,
+        workspace=KernelWorkspace,
     )
 
 

@@ -105,16 +105,18 @@ def check_sequences(
         )
 
 
-def check_scores(scores: Tensor | None, num_sequences: int, device: torch.device) -> None:
-    """scores (S,), constants. Finite is not asked for: a score may be -inf."""
-    if scores is None:
+def check_constants(
+    name: str, values: Tensor | None, num_sequences: int, device: torch.device
+) -> None:
+    """A constant of every sequence, (S,). Finite is not asked for: a score may be -inf."""
+    if values is None:
         return
-    if scores.shape != (num_sequences,):
-        raise UsageError(f"scores must have shape ({num_sequences},), got {tuple(scores.shape)}")
-    if scores.device != device:
-        raise UsageError(f"scores are on {scores.device}, the other tensors on {device}")
-    if scores.requires_grad:
-        raise UsageError("scores are constants of the loss; detach them")
+    if values.shape != (num_sequences,):
+        raise UsageError(f"{name} must have shape ({num_sequences},), got {tuple(values.shape)}")
+    if values.device != device:
+        raise UsageError(f"{name} are on {values.device}, the other tensors on {device}")
+    if values.requires_grad:
+        raise UsageError(f"{name} are constants of the loss; detach them")
 
 
 def check_scratch(scratch_bytes: int) -> None:

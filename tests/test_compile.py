@@ -40,6 +40,22 @@ def one_pass(hidden, weight, bias, targets, cu_seqlens, **options):
     return 2 * ours.loss
 
 
+def on_a_reference(hidden, weight, bias, targets, cu_seqlens, **options):
+    reference = -cu_seqlens.diff().to(hidden.dtype)
+    ours = fused_linear_preference_loss(
+        hidden,
+        weight,
+        targets,
+        cu_seqlens,
+        bias=bias,
+        loss="dpo",
+        reference_logps=reference,
+        label_smoothing=0.1,
+        **options,
+    )
+    return ours.loss
+
+
 def stored(hidden, weight, bias, targets, cu_seqlens, **options):
     ours = sequence_logprobs(hidden @ weight.T + bias, targets, cu_seqlens, **options)
     return ours.sums.sum()
@@ -50,7 +66,7 @@ def arguments(problem):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "softcap", "mean"])
-@pytest.mark.parametrize("loss", [ranking, registered, one_pass, stored])
+@pytest.mark.parametrize("loss", [ranking, registered, one_pass, on_a_reference, stored])
 def test_one_graph_for_all_lengths(loss, options):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -97,6 +113,31 @@ def test_registrations_are_sound(bias):
             -100,
             "torch",
             2**16,
+        ),
+    )
+
+
+@pytest.mark.parametrize("loss", ["plad_margin", "ipo"])
+def test_the_one_pass_registration_is_sound(loss):
+    """With and without the bias, scores and a reference."""
+    problem = make_problem([4, 0, 3, 2], bias=loss == "ipo", ignored=0.3)
+    constants = torch.randn(4, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.plad_fast.linear_preference_loss.default,
+        (
+            problem.hidden,
+            problem.weight,
+            problem.bias,
+            problem.targets,
+            problem.cu_seqlens,
+            constants if loss == "plad_margin" else None,
+            constants if loss == "ipo" else None,
+            torch.tensor(3.0),
+            None,
+            *(2, 0.1, 0.5),  # group_size, sft_weight, length_normalization
+            *(None, 1.0, 1.0, -100, "torch", 2**16),
+            *(True, True, problem.bias is not None),
+            *(loss, "beta", [0.5]),
         ),
     )
 

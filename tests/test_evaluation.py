@@ -18,7 +18,7 @@ from plad_fast.evaluation import (
     score_pairs,
     write_metrics,
 )
-from plad_fast.packing import encode_prompt
+from plad_fast.tokenization import encode_prompt
 
 PAIRS = [
     {"id": "a", "prompt": "Say hello: ", "chosen": "hello", "rejected": "hm"},

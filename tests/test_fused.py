@@ -20,12 +20,12 @@ from plad_fast.workspace import compacting_order
 from tests.problems import assert_within_budget, make_problem, oracle, problems
 
 
-def unfused(problem, *, scores=None, **options):
+def unfused(problem, **options):
     """The same loss from the naive computation's sums."""
     keep = problem.targets != -100
     bounds = problem.cu_seqlens.tolist()
     counts = torch.tensor([int(keep[a:b].sum()) for a, b in itertools.pairwise(bounds)])
-    return preference_loss(oracle(problem)[0], counts, scores=scores, **options)
+    return preference_loss(oracle(problem)[0], counts, **options)
 
 
 def assert_equal_with_gradients(problem, ours, want):
@@ -51,13 +51,24 @@ def test_equals_losses_on_the_oracle(data):
         "length_normalization": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
     }
     if "beta" in losses.get_loss(name).options:
-        options["beta"] = data.draw(st.sampled_from([0.0, 0.5, 3.0]))
-    if losses.get_loss(name).needs_scores:
-        draw = torch.Generator().manual_seed(1)
-        options["scores"] = torch.randn(
+        options["beta"] = data.draw(st.sampled_from([0.1, 0.5, 3.0]))
+    draw = torch.Generator().manual_seed(1)
+    for constants in {"scores", "reference_logps"} & set(losses.get_loss(name).takes):
+        options[constants] = torch.randn(
             len(problem.cu_seqlens) - 1, dtype=torch.float64, generator=draw
         )
     ours = fused_linear_preference_loss(*problem.inputs, **options, **problem.options)
+    assert_equal_with_gradients(problem, ours.loss, unfused(problem, **options))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("loss", ["dpo", "dpo_hinge", "ipo"])
+def test_the_reference_of_every_group_reaches_every_backend(impl, loss):
+    """Groups in chunks of their own, ignored tokens, references of another dtype."""
+    problem = make_problem([4, 2, 3, 5, 1, 6], ignored=0.2, dtype=torch.float32, scratch_rows=9)
+    options = {"loss": loss, "beta": 0.7, "group_size": 3}
+    options["reference_logps"] = -torch.arange(1, 7).double()
+    ours = fused_linear_preference_loss(*problem.inputs, impl=impl, **options, **problem.options)
     assert_equal_with_gradients(problem, ours.loss, unfused(problem, **options))
 
 
@@ -313,6 +324,12 @@ def test_a_long_group_computes_only_its_first_rows_again(monkeypatch):
         ({"targets": torch.full((8,), 37)}, r"lie in \[0, 37\)"),
         ({"cu_seqlens": torch.tensor([0, 2, 4, 6, 7])}, "end at the number of tokens"),
         ({"scores": torch.zeros(4, requires_grad=True)}, "scores are constants"),
+        ({"loss": "ipo"}, "loss 'ipo' needs reference_logps"),
+        ({"loss": "dpo", "reference_logps": torch.zeros(2, 2)}, r"must have shape \(4,\)"),
+        (
+            {"reference_logps": torch.zeros(4, requires_grad=True)},
+            "reference_logps are constants",
+        ),
         (
             {"loss": lambda logps, w=torch.ones(2, requires_grad=True): (logps * w).sum(1)},  # noqa: B008
             "has no option|uses a tensor that requires a gradient",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from plad_fast import UsageError, losses, preference_loss, register_loss
 
+REFERENCE = {"reference_logps": torch.zeros(4)}
 LOGPS = torch.tensor([[-1.0, -1.5, -4.0], [-2.0, -1.0, -2.0]], dtype=torch.float64)
 
 
@@ -46,6 +49,53 @@ def test_no_gradient_exactly_at_the_hinge(name):
     assert logps.grad.tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    ("name", "beta", "want"),
+    [
+        # d = 2 and -1 from the first response to each of the others
+        ("dpo", 1.0, [(math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2]),
+        ("dpo_hinge", 0.75, [(0.0 + 1.75) / 2]),
+        # in means over tokens d = 1.25 and 0.5
+        ("ipo", 0.5, [(0.25**2 + 0.5**2) / 2]),
+    ],
+)
+def test_losses_on_a_reference_by_hand(name, beta, want):
+    """log-ratios 1, -1 and 2 of 1, 4 and 4 tokens."""
+    reference = torch.tensor([[-3.0, -8.0, -7.0]], dtype=torch.float64)
+    logps = reference + torch.tensor([[1.0, -1.0, 2.0]], dtype=torch.float64)
+    spec = losses.get_loss(name)
+    counts = {"counts": torch.tensor([[1, 4, 4]])} if "counts" in spec.takes else {}
+    assert spec.needs_reference
+    got = spec.fn(logps, reference_logps=reference, beta=beta, **counts)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_label_smoothing_counts_a_share_of_every_pair_the_other_way_round():
+    pairs, reference = LOGPS[:, :2], torch.zeros(2, 2)
+    right, wrong = (losses.dpo(x, reference_logps=reference) for x in (pairs, pairs.flip(1)))
+    got = losses.dpo(pairs, reference_logps=reference, label_smoothing=0.2)
+    torch.testing.assert_close(got, 0.8 * right + 0.2 * wrong)
+
+
+def test_the_reference_is_normalised_as_the_policy_is():
+    """At the policy itself every margin is 0, at any alpha; ipo takes means of its own accord."""
+    sums, counts = torch.tensor([-6.0, -8.0]), torch.tensor([4, 9])
+    for alpha in (0.0, 0.5, 1.0):
+        options = {"reference_logps": sums, "length_normalization": alpha}
+        assert preference_loss(sums, counts, loss="dpo", **options).item() == pytest.approx(
+            math.log(2)
+        )
+        shifted = preference_loss(
+            sums, counts, loss="ipo", beta=0.5, **options | {"reference_logps": torch.zeros(2)}
+        )
+        assert shifted.item() == pytest.approx((-6 / 4 + 8 / 9 - 1) ** 2)
+    plain = torch.tensor([-1.0, -2.0])
+    got = preference_loss(
+        sums, counts, loss="dpo_hinge", length_normalization=0.5, reference_logps=plain
+    )
+    assert got.item() == pytest.approx(1 - 0.1 * (-5 / 2 + 6 / 3))
+
+
 @given(st.data())
 def test_every_loss_has_right_gradients(data):
     """Numerical derivatives at random points, away from the hinges' corners."""
@@ -54,7 +104,11 @@ def test_every_loss_has_right_gradients(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     logps = torch.randn(3, size, generator=generator, dtype=torch.float64, requires_grad=True)
     spec = losses.get_loss(name)
-    extra = {"scores": torch.randn(3, size, generator=generator, dtype=torch.float64)}
+    extra = {
+        "scores": torch.randn(3, size, generator=generator, dtype=torch.float64),
+        "reference_logps": torch.randn(3, size, generator=generator, dtype=torch.float64),
+        "counts": torch.randint(0, 9, (3, size), generator=generator),
+    }
     extra = {k: v for k, v in extra.items() if k in spec.takes}
     assert torch.autograd.gradcheck(lambda x: spec.fn(x, **extra), (logps,))
 
@@ -139,7 +193,7 @@ def test_a_new_loss_is_one_function():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: plad_listwise"),
+        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: dpo, dpo_hinge, ipo, plad_listwise"),
         ({"beta": -1.0}, "beta .* at least 0, got -1"),
         ({"beta": float("nan")}, "beta .* at least 0, got nan"),
         ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),
@@ -159,6 +213,11 @@ def test_a_new_loss_is_one_function():
         ({"num_tokens": torch.ones(1)}, "num_tokens must be a number or a scalar"),
         ({"length_normalization": float("nan")}, "length_normalization must be at least 0"),
         ({"scores": torch.zeros(2)}, r"scores must have the shape of sums, \(4,\)"),
+        ({"loss": "dpo"}, "loss 'dpo' needs reference_logps"),
+        ({"reference_logps": torch.zeros(3)}, r"reference_logps must have the shape of sums"),
+        ({"loss": "dpo", **REFERENCE, "beta": 0.0}, "beta .* must be positive, got 0"),
+        ({"loss": "dpo", **REFERENCE, "label_smoothing": 0.5}, r"must lie in \[0, 0.5\), got 0.5"),
+        ({"loss": "ipo", **REFERENCE, "group_size": 1}, "groups of 2 or more"),
     ],
 )
 def test_refusals_say_what_was_wrong(options, message):

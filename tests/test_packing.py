@@ -1,289 +1,105 @@
-"""Token ids, row numbers and offsets decide which probabilities are trained: checked one by one."""
+"""Tokens, positions and loss rows of packed and shared batches, against their definition."""
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
-from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from naive import places, sequences
 
 from plad_fast.errors import UsageError
-from plad_fast.packing import PreferenceCollator, encode_group, encode_prompt, tokenize_dataset
+from plad_fast.packing import LAYOUTS, PreferenceCollator
 
-CHAT = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def eos_tokenizer(tiny_tokenizer):
-    """Like T5's or some Qwen forks': it also appends EOS to whatever it encodes."""
-    import copy
-
-    from tokenizers import processors
-
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    bos, end = tokenizer.bos_token, tokenizer.eos_token
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A {end}",
-        special_tokens=[(bos, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)],
-    )
-    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    return tokenizer
+tokens = st.integers(1, 50)
 
 
-def text_of(tokenizer, ids):
-    return tokenizer.decode(ids)
+@st.composite
+def batches(draw):
+    """(features, K); prompts have a token at least, responses may be empty."""
+    size = draw(st.integers(1, 5))
+    prompt = st.lists(tokens, min_size=1, max_size=6)
+    responses = st.lists(st.lists(tokens, max_size=4), min_size=size, max_size=size)
+    group = st.fixed_dictionaries({"prompt_ids": prompt, "response_ids": responses})
+    return draw(st.lists(group, min_size=1, max_size=4)), size
 
 
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("ab", "<|bos|>ab"),  # plain text gets BOS
-        ("<|bos|>ab", "<|bos|>ab"),  # but not twice, when the text was rendered before
-        (CHAT, "<|bos|><|user|>hi<|end|><|assistant|>"),  # the template writes its own BOS
-    ],
-)
-def test_prompt_has_one_bos_and_no_eos(tiny_tokenizer, eos_tokenizer, prompt, expected):
-    for tokenizer in (tiny_tokenizer, eos_tokenizer):
-        assert text_of(tokenizer, encode_prompt(tokenizer, prompt)) == expected
+@given(batches(), st.sampled_from(LAYOUTS))
+def test_rows_hold_the_sequences_and_predict_their_responses(made, layout):
+    groups, size = made
+    batch = PreferenceCollator(0, size, layout=layout)(groups)
+    rows, width = batch["input_ids"].shape
+    if layout == "padded":
+        positions = batch["attention_mask"].cumsum(1) - 1
+    else:
+        positions = batch["position_ids"]
+    assert positions.shape == (rows, width)
+    loss_rows, targets, counts = [], [], []
+    for (prompt, response), (row, at) in zip(sequences(groups), places(groups, layout), strict=True):
+        assert batch["input_ids"][row, at].tolist() == prompt + response
+        assert positions[row, at].tolist() == list(range(len(at)))
+        loss_rows += [row * width + place for place in at[len(prompt) - 1 : -1]]
+        targets += response
+        counts.append(len(response))
+    assert batch["loss_rows"].tolist() == loss_rows
+    assert batch["targets"].tolist() == targets
+    assert batch["cu_seqlens"].diff().tolist() == counts
+    assert batch["cu_seqlens"][0] == 0
+    for name in ("input_ids", "loss_rows", "targets", "cu_seqlens"):
+        assert batch[name].dtype == torch.int64
 
 
-def test_responses_end_their_turn_once(tiny_tokenizer, eos_tokenizer):
-    """The end mark is trained, and a tokenizer that appends EOS does not double it."""
-    for tokenizer in (tiny_tokenizer, eos_tokenizer):
-        group = encode_group(
-            tokenizer, CHAT, ["yes", [{"role": "assistant", "content": "no"}]], max_length=64
-        )
-        texts = [text_of(tokenizer, ids) for ids in group["response_ids"]]
-        assert texts == ["yes<|end|>", "no<|end|>"]
-        assert (group["truncated"], group["fits"]) == (False, True)
+@given(batches())
+def test_packed_rows_have_no_padding(made):
+    groups, size = made
+    for layout, column in (("shared", 0), ("packed", 1)):
+        batch = PreferenceCollator(0, size, layout=layout)(groups)
+        assert 0 not in batch["input_ids"]
+        assert "attention_mask" not in batch
+        num_tokens = batch["input_ids"].shape[1]
+        assert batch["row_layout"].num_tokens == num_tokens == batch["group_tokens"][:, 0].sum()
+        assert batch["group_tokens"][:, 1].tolist() == [
+            sum(len(g["prompt_ids"]) + len(r) for r in g["response_ids"]) for g in groups
+        ]
+        assert batch["group_tokens"][:, column].sum() == num_tokens
 
 
-def test_left_cut_keeps_bos_and_the_end_of_the_prompt(tiny_tokenizer):
-    group = encode_group(tiny_tokenizer, "abcdef", ["xyz", "x"], max_length=7)
-    # The longest response is xyz and its end mark: three tokens are left for the prompt.
-    assert text_of(tiny_tokenizer, group["prompt_ids"]) == "<|bos|>ef"
-    assert (group["truncated"], group["fits"]) == (True, True)
-
-
-def test_right_cut_keeps_the_start_of_the_prompt(tiny_tokenizer):
-    group = encode_group(tiny_tokenizer, "abcdef", ["xyz"], max_length=7, truncation_side="right")
-    assert text_of(tiny_tokenizer, group["prompt_ids"]) == "<|bos|>ab"
-
-
-def test_response_is_never_cut(tiny_tokenizer):
-    group = encode_group(tiny_tokenizer, "p", ["x" * 20], max_length=10)
-    assert not group["fits"]
-    assert len(group["response_ids"][0]) == 21
-
-
-def test_empty_prompt_without_bos_is_refused(tiny_tokenizer):
-    """Nothing would predict the first response token."""
-    import copy
-
-    from tokenizers import processors
-
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    with pytest.raises(UsageError, match="empty"):
-        encode_prompt(tokenizer, "")
-
-
-def test_collator_rows_predict_their_targets():
-    """Checked against the definition: row s * T + t of the batch predicts token t + 1 of s."""
+def test_a_shared_row_by_hand():
     features = [
         {"prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6]], "scores": [0.5, 0.25]},
-        {"prompt_ids": [7], "response_ids": [[8, 9, 10, 11], []], "scores": [1.0, 0.0]},
+        {"prompt_ids": [7], "response_ids": [[], [8, 9]], "scores": [1.0, 0.0]},
     ]
-    batch = PreferenceCollator(pad_token_id=0, group_size=2)(features)
-    assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 4, 5],
-        [1, 2, 3, 6, 0],
-        [7, 8, 9, 10, 11],
-        [7, 0, 0, 0, 0],
-    ]
-    assert batch["attention_mask"].tolist() == (batch["input_ids"] != 0).long().tolist()
-    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 7, 7]
-    predicted = batch["input_ids"].flatten()[batch["loss_rows"] + 1]
-    assert torch.equal(predicted, batch["targets"])
-    assert batch["loss_rows"].tolist() == [2, 3, 7, 10, 11, 12, 13]
-    assert torch.equal(batch["scores"], torch.tensor([0.5, 0.25, 1.0, 0.0]))
+    batch = PreferenceCollator(0, 2, layout="shared")(features)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    # The last prompt token, in place 2, predicts the first token of both responses.
+    assert batch["loss_rows"].tolist() == [2, 3, 2, 6, 7]
+    assert batch["targets"].tolist() == [4, 5, 6, 8, 9]
+    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 3, 5]
+    assert batch["row_layout"].groups == ((3, 2, 1), (1, 0, 2))
+    assert batch["scores"].tolist() == [0.5, 0.25, 1.0, 0.0]
 
 
-def test_collator_refuses_another_group_size():
-    with pytest.raises(UsageError, match="3 responses"):
-        PreferenceCollator(0, 2)([{"prompt_ids": [1], "response_ids": [[1], [2], [3]]}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_of_the_responses_go_along(layout):
+    group = {"prompt_ids": [1], "response_ids": [[2], [3]], "reference_logps": [-1.5, -2.5]}
+    batch = PreferenceCollator(0, 2, layout=layout)([group, group])
+    assert batch["reference_logps"].dtype == torch.float32
+    assert batch["reference_logps"].tolist() == [-1.5, -2.5, -1.5, -2.5]
+    assert "scores" not in batch
 
 
-@pytest.mark.parametrize(
-    ("row", "texts"),
-    [
-        ({"chosen": "a", "rejected": "b"}, ["a", "b"]),
-        ({"chosen": "a", "rejected": ["b", "c"]}, ["a", "b", "c"]),
-        ({"responses": ["a", "b", "c"]}, ["a", "b", "c"]),
-        ({"chosen": "a"}, ["a"]),
-        ({"completion": "a"}, ["a"]),
-        (
-            {
-                "chosen": [{"role": "assistant", "content": "a"}],
-                "rejected": [{"role": "assistant", "content": "b"}],
-            },
-            ["a", "b"],
-        ),
-        (
-            {"chosen": "a", "rejected": "a"},
-            ["a", "a"],
-        ),  # equal texts are the pair factory's business
-    ],
-)
-@pytest.mark.parametrize("prompt", ["p", CHAT])
-def test_every_dataset_form(tiny_tokenizer, prompt, row, texts):
-    data = tokenize_dataset([{"prompt": prompt, **row}], tiny_tokenizer, max_length=32)
-    decoded = [text_of(tiny_tokenizer, ids) for ids in data[0]["response_ids"]]
-    assert decoded == [text + "<|end|>" for text in texts]
-    assert set(data.column_names) == {"prompt_ids", "response_ids", "length"}
+def test_unknown_layouts_are_refused():
+    with pytest.raises(UsageError, match="unknown layout 'auto'; known: padded, packed, shared"):
+        PreferenceCollator(0, 2, layout="auto")
 
 
-def test_first_only_and_scores(tiny_tokenizer):
-    row = {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]}
-    row |= {"chosen_score": 0.9, "rejected_score": [0.2, 0.1]}
-    data = tokenize_dataset([row], tiny_tokenizer, max_length=32, with_scores=True)
-    assert data[0]["scores"] == [0.9, 0.2, 0.1]
-    data = tokenize_dataset([row], tiny_tokenizer, max_length=32, first_only=True)
-    assert len(data[0]["response_ids"]) == 1
-    ranked = [{"prompt": "p", "responses": ["a", "b"], "scores": [2, 1]}]
-    data = tokenize_dataset(ranked, tiny_tokenizer, max_length=32, with_scores=True)
-    assert data[0]["scores"] == [2, 1]
-
-
-def test_cut_prompts_and_dropped_rows_are_counted_once(tiny_tokenizer, caplog):
-    rows = [
-        {"prompt": "p" * 30, "chosen": "a", "rejected": "b"},
-        {"prompt": "p", "chosen": "a" * 30, "rejected": "b"},
-        {"prompt": "p", "chosen": "a", "rejected": "b"},
-    ]
-    with caplog.at_level(logging.WARNING, logger="plad_fast.packing"):
-        data = tokenize_dataset(rows, tiny_tokenizer, max_length=16, name="train_dataset")
-    assert len(data) == 2
-    assert max(data["length"]) == 16
-    [record] = caplog.records
-    assert "train_dataset: 1 of 3 prompts were cut and 1 rows dropped" in record.getMessage()
-
-
-def test_tokenised_rows_are_taken_as_they_are(tiny_tokenizer):
-    data = Dataset.from_list([{"prompt_ids": [1], "response_ids": [[2], [3]]}])
-    assert tokenize_dataset(data, tiny_tokenizer, max_length=4) is data
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        ([], {}, "no rows"),
-        ({"prompt": "p"}, {}, "pass a datasets.Dataset or a list"),
-        ([{"question": "q", "chosen": "a"}], {}, "has the columns chosen, question"),
-        ([{"prompt": "p", "answer": "a"}], {}, "has the columns answer, prompt"),
-        ([{"prompt": "p", "chosen": "a" * 9}], {"max_length": 8}, "raise max_length"),
-        (
-            [{"prompt": "p", "chosen": "a", "rejected": "b"}],
-            {"with_scores": True},
-            "chosen_score and rejected_score",
-        ),
-        (
-            [{"prompt": "p", "responses": ["a", "b"]}],
-            {"with_scores": True},
-            "higher is better\\) in scores",
-        ),
-        (
-            [{"prompt": "p", "responses": ["a", "b"], "scores": [1.0]}],
-            {"with_scores": True},
-            "row 1: the scores are .* give a number each",
-        ),
-        (
-            [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "p", "responses": ["a"]}],
-            {},
-            "1 or 2 responses",
-        ),
-        (["p"], {}, "row 1 is a str"),
-        (
-            [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}],
-            {},
-            "row 2: chosen is null; it should be text or a list",
-        ),
-        ([{"prompt": None, "chosen": "a"}], {}, "row 1: prompt is null"),
-        ([{"prompt": [], "chosen": "a"}], {}, "row 1: prompt is an empty list"),
-        ([{"prompt": "p", "chosen": "a", "rejected": 3}], {}, "row 1: rejected is '3', a int"),
-        ([{"prompt": "p", "chosen": "a", "rejected": ["b", 3]}], {}, "an entry of rejected is '3'"),
-        ([{"prompt": "p", "responses": []}], {}, "responses is an empty list"),
-        ([{"prompt": [{"role": "user"}], "chosen": "a"}], {}, "whose content is null"),
-        ([{"prompt": "p\ud800", "chosen": "a"}], {}, "half of a surrogate pair"),
-        # What the user said is not the prompt: which of the two is meant?
-        (
-            [{"prompt": "p", "chosen": [*CHAT, {"role": "assistant", "content": "a"}]}],
-            {},
-            "row 1.*2",
-        ),
-        ([{"prompt": CHAT, "chosen": CHAT}], {}, "ends in a message of role 'user'"),
-    ],
-)
-def test_usage_errors(tiny_tokenizer, rows, options, message):
-    with pytest.raises(UsageError, match=message):
-        tokenize_dataset(rows, tiny_tokenizer, **{"max_length": 16, **options})
-
-
-def test_arrow_datasets_are_checked_as_lists_are(tiny_tokenizer):
-    rows = Dataset.from_list(
-        [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}, {"prompt": "p"}]
-    )
-    with pytest.raises(UsageError, match="dataset, row 2: chosen is null"):
-        tokenize_dataset(rows, tiny_tokenizer, max_length=16)
-
-
-def test_rows_of_both_forms_go_together(tiny_tokenizer):
-    """Arrow columns hold one type: rows are encoded before they become columns."""
-    rows = [
-        {"prompt": "p", "chosen": "a", "rejected": ["b"]},
-        {"prompt": CHAT, "chosen": "a", "rejected": "b"},
-    ]
-    data = tokenize_dataset(rows, tiny_tokenizer, max_length=32)
-    assert [text_of(tiny_tokenizer, row["prompt_ids"]) for row in data] == [
-        "<|bos|>p",
-        "<|bos|><|user|>hi<|end|><|assistant|>",
-    ]
-
-
-@pytest.mark.parametrize("prompt", ["hi", CHAT])
-@pytest.mark.parametrize("repeated", [[], CHAT])
-def test_responses_of_messages_answer_a_prompt_in_chat(tiny_tokenizer, prompt, repeated):
-    """As in UltraFeedback: the prompt is text, and the responses are whole conversations."""
-    chosen, rejected = ([*repeated, {"role": "assistant", "content": t}] for t in "ab")
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    for rows in ([row], Dataset.from_list([row])):
-        [encoded] = tokenize_dataset(rows, tiny_tokenizer, max_length=32)
-        text = text_of(tiny_tokenizer, encoded["prompt_ids"])
-        assert text == "<|bos|><|user|>hi<|end|><|assistant|>"
-        texts = [text_of(tiny_tokenizer, ids) for ids in encoded["response_ids"]]
-        assert texts == ["a<|end|>", "b<|end|>"]
-
-
-def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
-    import copy
-
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    group = encode_group(tokenizer, CHAT, ["yes"], max_length=64)
-    assert text_of(tokenizer, group["prompt_ids"]) == "user: hi\nassistant: "
-    assert text_of(tokenizer, group["response_ids"][0]) == "yes<|end|>"
-
-
-def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
-    """Gemma's template raises for a system message."""
-    import copy
-
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    )
-    prompt = [{"role": "system", "content": "be kind"}, *CHAT]
-    with pytest.raises(UsageError, match=r"row 1: .* roles system, user \(no system role\)"):
-        tokenize_dataset([{"prompt": prompt, "chosen": "a"}], tokenizer, max_length=64)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_go_through_a_data_loader(layout):
+    groups = [{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]}] * 3
+    collate = PreferenceCollator(0, 2, layout=layout)
+    loader = torch.utils.data.DataLoader(groups, batch_size=2, num_workers=1, collate_fn=collate)
+    for batch, expected in zip(loader, (collate(groups[:2]), collate(groups[2:])), strict=True):
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value

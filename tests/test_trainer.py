@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from plad_fast.errors import UsageError
-from plad_fast.packing import tokenize_dataset
+from plad_fast.tokenization import tokenize_dataset
 from plad_fast.trainer import PLaDConfig, PLaDTrainer
 from tests._two_processes import InOrder
 
@@ -364,7 +364,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "dpo"}, "unknown loss 'dpo'"),
+        ({"loss": "nonsense"}, "unknown loss 'nonsense'"),
         ({"beta": -1.0}, "at least 0"),
         ({"loss": "sft", "beta": 1.0}, "no option 'beta'"),
         ({"loss": "sft", "sft_weight": 1.0}, "sft_weight"),

@@ -86,7 +86,7 @@ class LocalModel:
         return self._batches(rows, sampling)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        from plad_fast.packing import encode_prompt  # brings in datasets
+        from plad_fast.tokenization import encode_prompt  # brings in datasets
 
         content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
         try:

@@ -1,0 +1,257 @@
+"""A loss bound to its options: from the sums of sequences to the number that is minimised.
+
+B groups of K responses to one prompt, best first; S = B * K sequences.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+from plad_fast.losses import LossSpec, get_loss
+from plad_fast.segments import length_normalized
+from plad_fast.validation import check_length_normalization
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss bound to its options: sequence sums in, the number to minimise out.
+
+    value = sum of group losses / num_groups + sft_weight * sum of NLL(y+) / num_tokens
+
+    For a loss whose mean is over tokens the first denominator is `num_tokens` too. The second
+    term is SLiC's regulariser (section 2.3).
+    """
+
+    spec: LossSpec
+    group_size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sft_weight: float = 0.0
+    length_normalization: float = 0.0
+
+    @classmethod
+    def bind(
+        cls,
+        loss: str | Callable[..., Tensor],
+        *,
+        group_size: int,
+        sft_weight: float = 0.0,
+        length_normalization: float = 0.0,
+        has_scores: bool,
+        has_reference: bool = False,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> Objective:
+        """Check names, options and, unless a graph is being traced, shapes: by calls on two groups
+        of random numbers.
+
+        Raises:
+            UsageError: unknown loss or option, missing scores or reference, negative weights, or
+                a function that does not return one number per group, each group on its own.
+        """
+        spec = get_loss(loss)
+        unknown = sorted(set(options) - set(spec.options))
+        if unknown:
+            known = ", ".join(spec.options) or "none"
+            raise UsageError(
+                f"loss {spec.name!r} has no option {', '.join(map(repr, unknown))}; it has: {known}"
+            )
+        missing = [
+            name
+            for name, default in spec.options.items()
+            if default is inspect.Parameter.empty and name not in options
+        ]
+        if missing:
+            raise UsageError(f"loss {spec.name!r} needs the option {', '.join(missing)}")
+        if spec.needs_scores and not has_scores:
+            raise UsageError(
+                f"loss {spec.name!r} needs scores: one number per sequence, higher is better"
+            )
+        if spec.needs_reference and not has_reference:
+            raise UsageError(
+                f"loss {spec.name!r} needs reference_logps: the log-probability of each sequence "
+                "under the reference model (plad_fast.reference_logps computes them)"
+            )
+        if not isinstance(group_size, int) or group_size < 1:
+            raise UsageError(f"group_size must be a whole number of at least 1, got {group_size}")
+        if not sft_weight >= 0:
+            raise UsageError(f"sft_weight must not be negative, got {sft_weight}")
+        check_length_normalization(length_normalization)
+        objective = cls(spec, group_size, options, sft_weight, length_normalization)
+        if not torch.compiler.is_compiling():
+            objective._probe(torch.device(device))
+        return objective
+
+    def _probe(self, device: torch.device) -> None:
+        draw = torch.Generator().manual_seed(0)
+        sums = -5 * torch.rand(2, self.group_size, generator=draw).to(device)
+        scores = torch.rand(2, self.group_size, generator=draw).to(device)
+        counts = torch.randint(1, 9, sums.shape, generator=draw).to(device)
+        reference = -5 * torch.rand(2, self.group_size, generator=draw).to(device)
+        tensors = sums, counts, scores, reference
+        try:
+            both = self.group_losses(*tensors)
+            parts = [self.group_losses(*(tensor[[i]] for tensor in tensors)) for i in (0, 1)]
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"loss {self.spec.name!r} failed on two groups of {self.group_size} random "
+                f"log-probabilities: {error}"
+            ) from error
+        if not isinstance(both, Tensor) or both.shape != (2,):
+            got = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
+            raise UsageError(
+                f"loss {self.spec.name!r} must return one number per group: for 2 groups the "
+                f"shape (2,), got {got}"
+            )
+        if not torch.allclose(both, torch.cat(parts), atol=1e-4, equal_nan=True):
+            raise UsageError(
+                f"loss {self.spec.name!r} gives a group another value when it is alone; a loss "
+                "must treat groups independently, since chunks of them are evaluated apart"
+            )
+
+    def group_losses(
+        self,
+        sums: Tensor,  # (B, K), plain sums of token log-probabilities
+        counts: Tensor,  # (B, K)
+        scores: Tensor | None = None,  # (B, K)
+        reference_logps: Tensor | None = None,  # (B, K), plain sums
+    ) -> Tensor:  # (B,)
+        """The loss of every group, without the regulariser."""
+        alpha = self.length_normalization if self.spec.length_normalized else 0.0
+        if reference_logps is not None:
+            reference_logps = length_normalized(reference_logps, counts, alpha)
+        tensors = {"counts": counts, "scores": scores, "reference_logps": reference_logps}
+        # A copy: the function may work in place.
+        logps = length_normalized(sums, counts, alpha).clone()
+        return self.spec.fn(logps, **{k: tensors[k] for k in self.spec.takes}, **self.options)
+
+    def denominators(
+        self,
+        counts: Tensor,  # (B, K)
+        num_groups: float | Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """What the group losses and the regulariser are divided by; 1 in place of 0.
+
+        Raises:
+            UsageError: a negative number, or a tensor that is not a scalar.
+        """
+        groups = _denominator("num_groups", len(counts) if num_groups is None else num_groups)
+        tokens = counts[:, 0].sum() if num_tokens is None else num_tokens
+        tokens = _denominator("num_tokens", tokens)
+        return (tokens if self.spec.mean_over == "tokens" else groups), tokens
+
+    def value(
+        self,
+        group_losses: Tensor,  # (B,)
+        sums: Tensor,  # (B, K)
+        denominators: tuple[float | Tensor, float | Tensor],
+    ) -> Tensor:  # ()
+        """The number to minimise."""
+        loss = group_losses.sum() / denominators[0]
+        if self.sft_weight:
+            loss = loss - self.sft_weight * sums[:, 0].sum() / denominators[1]
+        return loss.to(sums.dtype)
+
+
+def preference_loss(
+    sums: Tensor,  # (S,) or (B, K)
+    counts: Tensor,  # same shape
+    *,
+    loss: str | Callable[..., Tensor] = "plad_ranking",
+    group_size: int = 2,
+    scores: Tensor | None = None,  # same shape
+    reference_logps: Tensor | None = None,  # same shape, plain sums
+    sft_weight: float = 0.0,
+    length_normalization: float = 0.0,
+    num_groups: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    **options: Any,
+) -> Tensor:  # ()
+    """A preference loss on sequence log-probabilities that exist already.
+
+    Give it `sums` and `counts` of `linear_sequence_logprobs` (with its `length_normalization`
+    left at 0: the loss applies it, to `reference_logps` too).
+    It equals `fused_linear_preference_loss` in value and gradients, at the price of one more
+    matrix product.
+
+    Raises:
+        UsageError: as in `Objective.bind`; a number of sequences that `group_size` does not divide.
+    """
+    if sums.ndim == 2 and sums.shape[1] != group_size:
+        raise UsageError(f"sums have groups of {sums.shape[1]}, but group_size is {group_size}")
+    others = {"counts": counts, "scores": scores, "reference_logps": reference_logps}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != sums.shape:
+            raise UsageError(
+                f"{name} must have the shape of sums, {tuple(sums.shape)}, got "
+                f"{tuple(tensor.shape)}"
+            )
+    objective = Objective.bind(
+        loss,
+        group_size=group_size,
+        sft_weight=sft_weight,
+        length_normalization=length_normalization,
+        has_scores=scores is not None,
+        has_reference=reference_logps is not None,
+        device=sums.device,
+        **options,
+    )
+    check_groups(sums.numel(), group_size)
+    sums, counts = sums.reshape(-1, group_size), counts.reshape(-1, group_size)
+    scores, reference_logps = (
+        None if tensor is None else tensor.reshape(sums.shape).to(sums.dtype)
+        for tensor in (scores, reference_logps)
+    )
+    losses = objective.group_losses(sums, counts, scores, reference_logps)
+    return objective.value(losses, sums, objective.denominators(counts, num_groups, num_tokens))
+
+
+def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:
+    """Raise a UsageError if the losses depend on another tensor than `leaf` that wants a gradient.
+
+    A loss whose gradients are made chunk by chunk during the forward cannot give it one.
+    """
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not leaf:
+            raise UsageError(
+                "the loss function uses a tensor that requires a gradient; the one-pass loss "
+                "differentiates by the log-probabilities only: use preference_loss on "
+                "linear_sequence_logprobs, or detach that tensor"
+            )
+        pending += [parent for parent, _ in node.next_functions]
+
+
+def check_groups(num_sequences: int, group_size: int) -> None:
+    """Raise a UsageError unless the sequences form whole groups."""
+    if num_sequences % group_size:
+        raise UsageError(
+            f"{num_sequences} sequences do not form groups of {group_size}; sequences of a group "
+            "lie next to each other, best first"
+        )
+
+
+def _denominator(name: str, count: float | Tensor) -> float | Tensor:
+    if not isinstance(count, Tensor):
+        if not count >= 0:
+            raise UsageError(f"{name} must not be negative, got {count}")
+        return count or 1
+    if count.ndim:
+        raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
+    # A wide float: an integer tensor would turn the weight it divides into float32.
+    wide = torch.float32 if count.device.type == "mps" else torch.float64
+    return torch.where(count > 0, count, 1).to(wide)

@@ -1,0 +1,167 @@
+"""Whether a model can take packed rows and shared prompts: found out, not believed.
+
+A wrong attention trains without complaint. So the structure is looked at (does every layer ask the
+registered attention, with the window its config names?), and the result is compared with that of
+padded rows on a short group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plad_fast.attention import enable, is_enabled
+from plad_fast.errors import UsageError
+from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs
+from plad_fast.packing import LAYOUTS, PreferenceBatch, PreferenceCollator
+from plad_fast.row_layout import Attended, RowLayout
+
+logger = logging.getLogger(__name__)
+
+# Two groups, so that a leak from one to the next would show; lengths differ.
+_PROMPTS, _RESPONSES = (5, 3), ((4, 2), (1, 3))
+# Nats by which a token's log-probability may differ: rounding, far below what a wrong mask does.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_16_BIT = 0.25
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def prepare(
+    model: nn.Module, layout: str = "auto", *, attention: str = "auto", check: bool = True
+) -> str:
+    """Gets a model ready for packed rows, and says which layout to collate for it.
+
+    Args:
+        model: a causal LM, whole and not wrapped, or PEFT around one.
+        layout: "shared", "packed", "padded", or "auto": shared if the model can, else padded, with
+            a warning that says why.
+        attention: see `plad_fast.attention.enable`.
+        check: compare log-probabilities of a short group in the two layouts, which takes a few
+            forward passes.
+
+    Returns:
+        "shared", "packed" or "padded".
+
+    Raises:
+        UsageError: an unknown name; a layout that was asked for by name and that the model cannot
+            take; log-probabilities that differ.
+    """
+    if layout not in ("auto", *LAYOUTS):
+        raise UsageError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
+    if layout == "padded":
+        return layout
+    lm = base_model(model)
+    before = lm.config._attn_implementation
+    if lm._can_set_attn_implementation():
+        enable(lm, attention)
+        reason = _why_not_packed(model)
+    else:
+        reason = f"{type(lm).__name__} does not use transformers' attention interface"
+    if reason is not None:
+        if is_enabled(lm):
+            lm.set_attn_implementation(before)
+        if layout != "auto":
+            raise UsageError(
+                f"layout {layout!r} is not possible: {reason}; use layout='padded' or 'auto'"
+            )
+        logger.warning("prompts are not shared and rows are padded: %s", reason)
+        return "padded"
+    chosen = "shared" if layout == "auto" else layout
+    if check:
+        _check(model, chosen)
+    return chosen
+
+
+def _why_not_packed(model: nn.Module) -> str | None:
+    """None, or what in the model's structure stands against packed rows."""
+    lm = base_model(model)
+    config = lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    unknown = sorted(set(kinds) - _KNOWN_LAYERS)
+    if unknown:
+        return f"{type(lm).__name__} has layers of the kind {', '.join(unknown)}"
+    if getattr(config, "attention_chunk_size", None):
+        return f"{type(lm).__name__} attends in chunks"
+    trace: list[Attended] = []
+    layout = RowLayout(((2, 1, 2), (1, 1)), trace)
+    batch = PreferenceBatch(
+        input_ids=torch.zeros(1, layout.num_tokens, dtype=torch.long),
+        position_ids=layout.position_ids()[None],
+        row_layout=layout,
+    )
+    try:
+        with _quiet(model), torch.no_grad():
+            batch_hidden(model, _on(batch, model))
+    except TypeError as error:  # a forward that takes no further arguments
+        return f"{type(lm).__name__} does not hand them to its attention ({error})"
+    depth = config.num_hidden_layers
+    if len(trace) != depth:
+        return (
+            f"{len(trace)} of the {depth} layers of {type(lm).__name__} use transformers' "
+            "attention interface"
+        )
+    windowed = [kind == "sliding_attention" for kind in kinds] or [_slides(config)] * depth
+    if any(slides and note.window is None for slides, note in zip(windowed, trace, strict=True)):
+        return f"{type(lm).__name__} keeps the width of its sliding window to itself"
+    return None
+
+
+def _slides(config: Any) -> bool:
+    """Whether all layers have a sliding window, in a config that does not list its layers."""
+    return bool(getattr(config, "sliding_window", None)) and bool(
+        getattr(config, "use_sliding_window", True)
+    )
+
+
+def _check(model: nn.Module, layout: str) -> None:
+    """Raises UsageError unless two short groups have the same log-probabilities either way."""
+    vocab = base_model(model).get_input_embeddings().num_embeddings
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(vocab, (count,), generator=draw).tolist()
+
+    groups = [
+        {"prompt_ids": tokens(prompt), "response_ids": [tokens(count) for count in responses]}
+        for prompt, responses in zip(_PROMPTS, _RESPONSES, strict=True)
+    ]
+    found, expected = (
+        _logprobs(model, PreferenceCollator(0, 2, layout=name)(groups))
+        for name in (layout, "padded")
+    )
+    worst = float((found - expected).abs().max())
+    dtype = next(model.parameters()).dtype
+    # Not "worst > tolerance", which is False for NaN: those are reported elsewhere.
+    if worst > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
+        raise UsageError(
+            f"{type(base_model(model)).__name__} gives other log-probabilities in the {layout} "
+            f"layout than in the padded one (by up to {worst:.2g} nats a token); use "
+            "layout='padded', and please report the model"
+        )
+
+
+def _logprobs(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N,)
+    with _quiet(model), torch.no_grad():
+        return causal_lm_logprobs(model, _on(batch, model)).token_logprobs.double()
+
+
+def _on(batch: PreferenceBatch, model: nn.Module) -> PreferenceBatch:
+    device = base_model(model).get_input_embeddings().weight.device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return PreferenceBatch(**moved)  # type: ignore[typeddict-item]
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

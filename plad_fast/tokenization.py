@@ -1,0 +1,222 @@
+"""Preference data as token ids: text to ids, rows of a dataset to ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from datasets import Dataset
+
+from plad_fast._rows import read_row, read_scores, require_columns
+from plad_fast.chat import Content, as_conversation, render_prompt, render_response
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TRUNCATION_SIDES = ("left", "right")
+
+
+class EncodedGroup(TypedDict):
+    """One prompt and its K responses as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    truncated: bool
+    """The prompt was cut."""
+    fits: bool
+    """False: a response is too long to stand behind even one prompt token; drop the group."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> list[int]:
+    """Token ids after which the model starts to answer.
+
+    A chat template writes its special tokens itself. Plain text gets the ones the tokenizer puts
+    in front (BOS), once, and never those it puts behind (EOS): the text goes on.
+
+    Raises:
+        UsageError: the prompt has no tokens, so nothing could predict the first response token.
+    """
+    ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
+    if isinstance(prompt, str):
+        front = _front_ids(tokenizer)
+        if ids[: len(front)] != front:
+            ids = front + ids
+    if not ids:
+        raise UsageError(
+            "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first "
+            "response token; drop empty prompts"
+        )
+    return ids
+
+
+def encode_group(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    responses: Sequence[Content],
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+) -> EncodedGroup:
+    """Tokenises one prompt and its responses apart, so that the border never moves.
+
+    All responses see the same prompt. It is cut, if it must be, so that the longest response fits
+    into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
+    cut: a text cut short is not what its author preferred.
+
+    Args:
+        tokenizer: of the student.
+        prompt: plain text or chat messages.
+        responses: K texts or lists of messages, best first; see `plad_fast.chat.as_conversation`.
+        max_length: of prompt and response together.
+        truncation_side: the side from which a long prompt loses tokens, "left" or "right".
+    """
+    prompt, texts = as_conversation(prompt, responses)
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
+    room = max_length - max(len(ids) for ids in response_ids)
+    truncated = len(prompt_ids) > room
+    # A group that does not fit is left whole: the caller reports and drops it.
+    if truncated and room >= 1:
+        prompt_ids = _cut(prompt_ids, room, truncation_side, tokenizer.bos_token_id)
+    return EncodedGroup(
+        prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=room >= 1
+    )
+
+
+def tokenize_dataset(
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+    first_only: bool = False,
+    with_scores: bool = False,
+    name: str = "dataset",
+) -> Dataset:
+    """Preference rows as token ids.
+
+    Rows hold a `prompt` (text or chat messages) and one of
+
+    * `chosen` and `rejected`: a text or a list of messages each, which may repeat those of the
+      prompt; `rejected` may also be a list of those. Scores: `chosen_score` and
+      `rejected_score` (a number, or one per rejected).
+    * `responses`: a list, best first. Scores: `scores`, one per response.
+    * `chosen` or `completion` alone: one response.
+
+    Args:
+        dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is.
+        tokenizer, max_length, truncation_side: see `encode_group`.
+        first_only: keep the best response only, as fine-tuning on the teacher's answers does.
+        with_scores: read the scores, which must then be there.
+        name: what to call the dataset in messages.
+
+    Returns:
+        A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
+        longest sequence) and, if asked for, `scores` (K).
+
+    Raises:
+        UsageError: no rows, missing columns, a row that is not as above, groups of different
+            sizes, or every row dropped.
+    """
+    columns = _require_rows(dataset, name)
+    if {"prompt_ids", "response_ids"} <= set(columns):
+        return dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+    require_columns(columns, with_scores=with_scores, name=name)
+
+    def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            prompt, responses = read_row(row)
+            responses = responses[: 1 if first_only else None]
+            group = encode_group(
+                tokenizer,
+                prompt,
+                responses,
+                max_length=max_length,
+                truncation_side=truncation_side,
+            )
+            scores = read_scores(row, len(responses)) if with_scores else None
+        except UsageError as error:
+            raise UsageError(f"{name}, row {index + 1}: {error}") from None
+        longest = max(len(ids) for ids in group["response_ids"])
+        encoded = {**group, "length": len(group["prompt_ids"]) + longest}
+        return encoded if scores is None else {**encoded, "scores": scores}
+
+    if isinstance(dataset, Dataset):
+        encoded = dataset.map(
+            encode, with_indices=True, remove_columns=columns, desc=f"Tokenising {name}"
+        )
+    else:  # Arrow gets the ids only: rows may hold prompts of both forms
+        encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
+    sizes = sorted({len(ids) for ids in encoded["response_ids"]})
+    if len(sizes) > 1:
+        raise UsageError(
+            f"the rows of {name} have {' or '.join(map(str, sizes))} responses; a batch needs "
+            "groups of one size: keep that many of each, or train on them one after the other"
+        )
+    fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
+    _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
+    return encoded.select(fitting).remove_columns(["truncated", "fits"])
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens a tokenizer puts in front of a text, without those it puts behind."""
+    plain = _ids(tokenizer, "a")
+    full = tokenizer("a")["input_ids"]
+    starts = range(len(full) - len(plain) + 1)
+    return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
+
+
+def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
+    assert side in TRUNCATION_SIDES, side
+    if side == "right":
+        return ids[:length]
+    if ids[0] == bos and length > 1:
+        return [bos, *ids[len(ids) - length + 1 :]]
+    return ids[len(ids) - length :]
+
+
+def _require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """The columns of a dataset that has rows."""
+    if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, (Dataset, Sequence)):
+        raise UsageError(
+            f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
+        )
+    if len(dataset) == 0:
+        raise UsageError(f"{name} has no rows; check how it was loaded or filtered")
+    if isinstance(dataset, Dataset):
+        return dataset.column_names
+    for number, row in enumerate(dataset, start=1):
+        if not isinstance(row, Mapping):
+            raise UsageError(
+                f"{name}, row {number} is a {type(row).__name__}; every row must map column names "
+                "to values"
+            )
+    return list({column: None for row in dataset for column in row})
+
+
+def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:
+    dropped = len(truncated) - len(kept)
+    if not kept:
+        raise UsageError(
+            f"no row of {name} has responses that fit into max_length={max_length} tokens with a "
+            "prompt; raise max_length"
+        )
+    cut = sum(truncated[index] for index in kept)
+    if cut or dropped:
+        logger.warning(
+            "%s: %d of %d prompts were cut and %d rows dropped (a response alone is too long) to "
+            "fit max_length=%d",
+            name,
+            cut,
+            len(truncated),
+            dropped,
+            max_length,
+        )

@@ -1,0 +1,125 @@
+"""The configuration of `plad_fast.trainer.PLaDTrainer`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from plad_fast.attention import IMPLEMENTATIONS
+from plad_fast.dispatch import BACKENDS
+from plad_fast.errors import UsageError
+from plad_fast.losses import get_loss
+from plad_fast.objective import Objective
+from plad_fast.packing import LAYOUTS
+from plad_fast.tokenization import TRUNCATION_SIDES
+
+
+@dataclass
+class PLaDConfig(TrainingArguments):
+    """All of `transformers.TrainingArguments`, and what the preference loss needs."""
+
+    loss: str = "plad_ranking"
+    """Name in `plad_fast.losses.available()`. "sft" fine-tunes on the best response alone."""
+    beta: float | None = None
+    """The margin of the hinge, in nats; None takes the loss's default."""
+    sft_weight: float = 0.0
+    """Weight of the mean negative log-likelihood of the best responses, added to the loss."""
+    length_normalization: float = 0.0
+    """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means."""
+    temperature: float = 1.0
+    """Divides the logits before the softmax; 1 scores with the model as it is."""
+    max_length: int = 1024
+    """Tokens of prompt and response. Longer prompts are cut; a response never is."""
+    truncation_side: str = "left"
+    """The side from which a long prompt loses tokens: "left" or "right"."""
+    layout: str = "auto"
+    """How groups reach the model: "shared" (packed without padding, every prompt once), "packed"
+    (its prompt before every response), "padded" (a padded row for every sequence), or "auto":
+    shared if the model can, else padded. See `plad_fast.packing` and `plad_fast.sharing`."""
+    attention: str = "auto"
+    """Attention over packed rows: "sdpa", "flash", "flex", "eager"; see `plad_fast.attention`."""
+    self_check: bool = True
+    """Compare shared with padded log-probabilities on a short group before training."""
+    max_tokens_per_batch: int | None = None
+    """Tokens of one forward and backward. The groups of a device's batch are packed into as many
+    micro-batches as that takes; None runs them together. A longer group runs alone."""
+    skip_inactive: bool = True
+    """Run no backward for a micro-batch whose gradient is exactly zero, as under a satisfied hinge.
+    Off under FSDP and DeepSpeed, which count on every backward."""
+    reference_cache: str | None = None
+    """Folder for the log-probabilities under the reference model, for losses that need them; None
+    takes "reference" in `output_dir`."""
+    impl: str = "auto"
+    """Backend of the op, by name; "auto" takes the first that can."""
+    scratch_mib: int | None = None
+    """Scratch memory of the op in MiB; None lets the op choose."""
+    # HfArgumentParser wants the types in this order.
+    report_to: None | str | list[str] = "none"  # noqa: RUF036
+    """Where to log; nothing leaves the machine unless asked."""
+    remove_unused_columns: bool = False
+    """The datasets hold token ids by the time the trainer sees them: nothing to remove."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_finite_numbers()
+        self.objective(group_size=2)
+        if self.fine_tunes and self.sft_weight:
+            raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be positive, got {self.temperature}")
+        if self.max_length < 2:
+            raise UsageError(f"max_length must be at least 2 tokens, got {self.max_length}")
+        if self.truncation_side not in TRUNCATION_SIDES:
+            raise UsageError(f"truncation_side must be left or right, got {self.truncation_side!r}")
+        if self.layout not in ("auto", *LAYOUTS):
+            known = ", ".join(LAYOUTS)
+            raise UsageError(f"unknown layout {self.layout!r}; known: auto, {known}")
+        if self.attention not in ("auto", *IMPLEMENTATIONS):
+            known = ", ".join(IMPLEMENTATIONS)
+            raise UsageError(f"unknown attention {self.attention!r}; known: auto, {known}")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise UsageError(
+                f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}"
+            )
+        if self.impl != "auto" and self.impl not in BACKENDS:
+            raise UsageError(f"unknown impl {self.impl!r}; known: auto, {', '.join(BACKENDS)}")
+        if self.scratch_mib is not None and self.scratch_mib < 1:
+            raise UsageError(f"scratch_mib must be at least 1, got {self.scratch_mib}")
+        if self.label_smoothing_factor:
+            raise UsageError("label smoothing is not part of this loss; set it to 0")
+        if self.torch_compile:
+            raise UsageError(
+                "torch_compile=True would compile the loss again for every step; call "
+                "model.base_model.compile() before training instead"
+            )
+
+    def _require_finite_numbers(self) -> None:
+        for name in ("beta", "sft_weight", "length_normalization", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} must be a finite number, got {value}")
+
+    def objective(self, *, group_size: int) -> Objective:
+        """The loss with its options, checked; the data are checked for what it needs of them."""
+        return Objective.bind(
+            self.loss,
+            group_size=group_size,
+            sft_weight=self.sft_weight,
+            length_normalization=self.length_normalization,
+            has_scores=True,
+            has_reference=True,
+            **self.loss_options,
+        )
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the loss is a likelihood of the best responses, which needs no others."""
+        return get_loss(self.loss).mean_over == "tokens"
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The loss's own options that were set."""
+        return {} if self.beta is None else {"beta": self.beta}

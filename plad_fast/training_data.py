@@ -1,0 +1,117 @@
+"""The data of a training: rows to token ids, and what they must agree on with model and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+from plad_fast.errors import UsageError
+from plad_fast.losses import get_loss
+from plad_fast.objective import Objective
+from plad_fast.tokenization import tokenize_dataset
+from plad_fast.training_config import PLaDConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rows = Union["Dataset", Sequence[Mapping[str, Any]]]
+Features = list[dict[str, Any]]
+
+
+class Groups:
+    """Rows as they are. What moves batches to devices would go through lists token by token."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+
+def as_they_are(features: Features) -> dict[str, Groups]:
+    """A collator: rows become tensors where it is known which of them run together."""
+    return {"groups": Groups(features)}
+
+
+def of_each(change: Callable[[Any, str], Any], evaluation: Any) -> Any:
+    """What `change` makes of the evaluation set, or of each one of several by name."""
+    if not isinstance(evaluation, dict):
+        return change(evaluation, "eval_dataset")
+    return {key: change(rows, f"eval_dataset[{key!r}]") for key, rows in evaluation.items()}
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """With the number of each row as the column `index`."""
+    if "index" in dataset.column_names:
+        dataset = dataset.remove_columns("index")
+    return dataset.add_column("index", list(range(len(dataset))))
+
+
+def require_supported(
+    model: PreTrainedModel, args: PLaDConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if not isinstance(args, PLaDConfig):
+        raise UsageError(f"args must be a PLaDConfig, got {type(args).__name__}")
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise UsageError(
+            "config.output_router_logits asks for a router loss, which is not part of this loss; "
+            "set it to False"
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings; "
+            "pass the model's own tokenizer, or call model.resize_token_embeddings first"
+        )
+    parallelism = args.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise UsageError("tensor, context and sequence parallelism are not supported")
+
+
+def tokenize(
+    rows: Rows,
+    model: PreTrainedModel,
+    args: PLaDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+) -> Dataset:
+    dataset = tokenize_dataset(
+        rows,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_side=args.truncation_side,
+        first_only=args.fine_tunes,
+        with_scores=get_loss(args.loss).needs_scores,
+        name=name,
+    )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(dataset["length"])
+    if positions is not None and longest > positions:
+        raise UsageError(
+            f"{name} has sequences of {longest} tokens and the model has {positions} positions; "
+            f"set max_length={positions} or less"
+        )
+    return dataset
+
+
+def bind_objective(args: PLaDConfig, train: Dataset | None, evaluation: Any) -> Objective:
+    """The objective for the group size that all datasets share."""
+    sets = {"train_dataset": train}
+    sets |= evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    sizes = {n: len(rows[0]["response_ids"]) for n, rows in sets.items() if rows is not None}
+    if not sizes:
+        raise UsageError("there is nothing to train on; pass train_dataset or eval_dataset")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise UsageError(f"the datasets differ in responses per prompt ({listed}); make them equal")
+    group_size = next(iter(sizes.values()))
+    if group_size == 1 and not args.fine_tunes:
+        raise UsageError(
+            f"loss {args.loss!r} compares responses, but the rows have one response each; add a "
+            "rejected column, or set loss='sft'"
+        )
+    return args.objective(group_size=group_size)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Some token of the vocabulary: it is masked wherever it stands."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in ids if token is not None)
