@@ -360,24 +360,31 @@ class PLaDTrainer(Trainer):
 
     def _with_reference(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """The dataset with reference log-probabilities, if the loss needs them and it has none."""
-        needed = get_loss(self.args.loss).needs_reference
-        if dataset is None or not needed or "reference_logps" in dataset.column_names:
+        if dataset is None or not get_loss(self.args.loss).needs_reference:
             return dataset
-        model = self._reference_model
-        if model is None:
-            if self.state.global_step:
-                raise UsageError(
-                    f"{name} has no reference_logps, and the model is not what it was before "
-                    "training; pass the data to the constructor, or a reference_model"
-                )
-            model = self.model
+        given = "reference_logps" in dataset.column_names
+        model, collate = self.model, self._collate
+        if self._reference_model is not None and not given:
+            model = self._reference_model.to(self.args.device)
+            layout = prepare(
+                model,
+                "padded" if self.layout == "padded" else "auto",
+                attention=self.args.attention,
+                check=self.args.self_check,
+            )
+            collate = PreferenceCollator(collate.pad_token_id, collate.group_size, layout=layout)
+        elif self.state.global_step and not given:
+            raise UsageError(
+                f"{name} has no reference_logps, and the model is not what it was before "
+                "training; pass the data to the constructor, or a reference_model"
+            )
         cache = self.args.reference_cache or Path(self.args.output_dir, "reference")
         longest = max(map(self._num_tokens, dataset))
         with self.args.main_process_first(desc="reference log-probabilities"):
             return add_reference_logps(
                 dataset,
-                model.to(self.args.device),
-                collate=self._collate,
+                model,
+                collate=collate,
                 max_tokens_per_batch=self.args.max_tokens_per_batch
                 or max(_REFERENCE_TOKENS, longest),
                 cache=Path(cache),

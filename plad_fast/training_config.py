@@ -24,7 +24,8 @@ class PLaDConfig(TrainingArguments):
     loss: str = "plad_ranking"
     """Name in `plad_fast.losses.available()`. "sft" fine-tunes on the best response alone."""
     beta: float | None = None
-    """The margin of the hinge, in nats; None takes the loss's default."""
+    """The loss's own beta: a hinge's margin in nats, DPO's and IPO's weight of the reference; None
+    takes the loss's default."""
     sft_weight: float = 0.0
     """Weight of the mean negative log-likelihood of the best responses, added to the loss."""
     length_normalization: float = 0.0

@@ -43,18 +43,19 @@ def run(folder: Path) -> None:
     trainer = InOrder(
         model=load_model(folder / "model"),
         args=PLaDConfig(
-            output_dir=str(folder / "run"),
-            per_device_train_batch_size=1,
-            per_device_eval_batch_size=2,
-            learning_rate=0.05,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            **json.loads(os.environ["PLAD_TEST_OPTIONS"]),
+            **{
+                "output_dir": str(folder / "run"),
+                "per_device_eval_batch_size": 2,
+                "learning_rate": 0.05,
+                "lr_scheduler_type": "constant",
+                "optim": "sgd",
+                "max_grad_norm": 0.0,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "use_cpu": True,
+                "disable_tqdm": True,
+                **json.loads(os.environ["PLAD_TEST_OPTIONS"]),
+            }
         ),
         train_dataset=rows,
         eval_dataset=rows[:7],  # an odd number: the last batch is filled up with repeated rows

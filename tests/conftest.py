@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -91,3 +92,13 @@ def tiny_teacher(tiny_model, tiny_tokenizer, tmp_path_factory):
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """Makes trainers on copies of the tiny model; see `tests.trainings.build`."""
+    from tests.trainings import build
+
+    # transformers 4 leaves bf16 there for all trainers that follow.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    return functools.partial(build, tiny_model, tiny_tokenizer, tmp_path)

@@ -22,63 +22,14 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import tokenize_dataset
 from plad_fast.trainer import PLaDConfig, PLaDTrainer
-from tests._two_processes import InOrder
-
-# Lengths differ on purpose: a mean of batch means would not be the mean.
-PAIRS = [
-    {"prompt": "a", "chosen": "yes indeed, it is so", "rejected": "no"},
-    {"prompt": "a longer prompt", "chosen": "y", "rejected": "not at all, never"},
-    {"prompt": "bb", "chosen": "certainly", "rejected": "nn"},
-    {"prompt": "c", "chosen": "ok", "rejected": "a rather long refusal"},
-    {"prompt": "dddd", "chosen": "fine, then", "rejected": "x"},
-    {"prompt": "e?", "chosen": "e!", "rejected": "e."},
-    {"prompt": "f", "chosen": "ffff", "rejected": "gggggggg"},
-    {"prompt": "hm", "chosen": "a", "rejected": "b"},
-]
-SCORED = [{**row, "chosen_score": i + 1.0, "rejected_score": -0.5} for i, row in enumerate(PAIRS)]
-RANKED = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"], "zz"]} for r in PAIRS]
-
-
-@pytest.fixture
-def make(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    """A trainer on a copy of the tiny model; everything but the model may be overridden."""
-    # transformers 4 leaves bf16 there for all trainers that follow.
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-    def build(
-        rows=PAIRS,
-        *,
-        eval_rows=None,
-        model=None,
-        output=None,
-        callbacks=None,
-        trainer=InOrder,
-        **options,
-    ):
-        defaults = {
-            "output_dir": str(output or tmp_path / "run"),
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 3,
-            "max_steps": 1,
-            "learning_rate": 0.05,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return trainer(
-            model=copy.deepcopy(tiny_model) if model is None else model,
-            args=PLaDConfig(**{**defaults, **options}),
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=tiny_tokenizer,
-            callbacks=callbacks,
-        )
-
-    return build
+from tests.trainings import (
+    PAIRS,
+    RANKED,
+    SCORED,
+    assert_same_weights,
+    last_log,
+    weights,
+)
 
 
 def naive_logps(model, tokenizer, rows, temperature=1.0):
@@ -96,25 +47,9 @@ def naive_logps(model, tokenizer, rows, temperature=1.0):
     return torch.stack(sums).view(shape), torch.tensor(counts).view(shape)
 
 
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def assert_same_weights(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(
-            ours[name], theirs[name], **tolerance, msg=lambda m, n=name: n + m
-        )
-
-
 def near(value, rel=1e-5):
     """As transformers 4 logs it: the loss is rounded to four decimals."""
     return pytest.approx(value, rel=rel, abs=5.1e-5)
-
-
-def last_log(trainer, key="loss"):
-    return next(entry for entry in reversed(trainer.state.log_history) if key in entry)
 
 
 LOSSES = {
@@ -465,10 +400,22 @@ def run_two_processes(folder, options):
             worker.wait()
 
 
-def test_two_processes_equal_one(make, tiny_model, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sft_weight": 0.5, "max_steps": 2, "gradient_accumulation_steps": 2},
+        # Some pairs are satisfied, in one process or in both; some micro-batches have no gradient.
+        {"beta": 0.5, "max_steps": 4, "max_tokens_per_batch": 40, "optim": "adamw_torch",
+         "learning_rate": 3e-3, "per_device_train_batch_size": 4},
+        {"loss": "dpo", "max_steps": 2},
+    ],
+    ids=["regulariser", "hinge", "reference"],
+)  # fmt: skip
+def test_two_processes_equal_one(options, make, tiny_model, tiny_tokenizer, tmp_path):
     """Denominators are summed over processes, and DDP's average of gradients is made up for."""
-    options = {"sft_weight": 0.5, "max_steps": 2, "gradient_accumulation_steps": 2}
-    single = make(PAIRS, eval_rows=PAIRS[:7], per_device_train_batch_size=2, **options)
+    options = {"per_device_train_batch_size": 1, **options}
+    both = {**options, "per_device_train_batch_size": 2 * options["per_device_train_batch_size"]}
+    single = make(PAIRS, eval_rows=PAIRS[:7], **both)
     single.train()
     expected = single.evaluate()
 
@@ -477,9 +424,11 @@ def test_two_processes_equal_one(make, tiny_model, tiny_tokenizer, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
     run_two_processes(tmp_path, options)
     result = torch.load(tmp_path / "result.pt")
-    assert_same_weights(result["weights"], weights(single), rtol=1e-5, atol=1e-6)
+    assert_same_weights(result["weights"], weights(single), rtol=1e-4, atol=1e-5)
     for key in ("loss", "margin", "nll"):
         assert result["logged"][key] == near(last_log(single)[key])
         assert result["evaluated"][f"eval_{key}"] == pytest.approx(
-            expected[f"eval_{key}"], rel=1e-5
+            expected[f"eval_{key}"], rel=1e-4
         )
+    if "optim" in options:
+        assert result["logged"]["skipped_backwards"] > 0
