@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from plad_fast.packing import PreferenceBatch
     from plad_fast.tokenization import EncodedGroup
 
 
@@ -51,7 +49,8 @@ def score_pairs(
             log-probability that is not finite.
     """
     from plad_fast.head import causal_lm_logprobs
-    from plad_fast.packing import PreferenceCollator
+    from plad_fast.packing import PreferenceCollator, to_device
+    from plad_fast.sharing import prepare
     from plad_fast.tokenization import encode_group
 
     if not pairs:
@@ -78,7 +77,9 @@ def score_pairs(
     # does not fit into memory fails at once.
     order = sorted(range(len(pairs)), key=lambda index: -_num_tokens(features[index]))
     pad_token_id = tokenizer.pad_token_id  # padding is masked, so any id would do
-    collate = PreferenceCollator(0 if pad_token_id is None else pad_token_id, group_size=2)
+    collate = PreferenceCollator(
+        0 if pad_token_id is None else pad_token_id, group_size=2, layout=prepare(model)
+    )
     device = next(model.parameters()).device
     logps = np.empty((len(pairs), 2))
     was_training = model.training
@@ -90,12 +91,8 @@ def score_pairs(
         ):
             for start in range(0, len(pairs), batch_size):
                 rows = order[start : start + batch_size]
-                batch = cast("dict[str, Tensor]", collate([features[row] for row in rows]))
-                result = causal_lm_logprobs(
-                    model,
-                    cast("PreferenceBatch", {k: v.to(device) for k, v in batch.items()}),
-                    length_normalization=length_normalization,
-                )
+                batch = to_device(collate([features[row] for row in rows]), device)
+                result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
                 logps[rows] = result.sums.double().cpu().numpy().reshape(-1, 2)
                 bar.update(len(rows))
     finally:

@@ -34,6 +34,7 @@ _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "
 _PAIR_SETTINGS = (*_PROMPTS, "teacher_temperature", *_GENERATION, "precision")
 _TRAIN_SETTINGS = (
     *("beta", "sft_weight", "length_normalization", "batch_size", "micro_batch_size"),
+    "max_tokens_per_batch",
     *("max_length", "precision", "saves_per_stage", "seed"),
 )
 _EVALUATE_SETTINGS = ("length_normalization", *_GENERATION, "max_length", "precision")

@@ -259,6 +259,7 @@ class _Distillation:
             rows,
             self.folder / output,
             micro_batch_size=config.micro_batch_size,
+            max_tokens_per_batch=config.max_tokens_per_batch,
             saves=config.saves_per_stage,
             seed=config.seed,
             precision=config.precision,

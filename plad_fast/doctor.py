@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -11,6 +10,7 @@ import torch
 
 from plad_fast import __version__
 from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._flash import load_flash
 from plad_fast.dispatch import BACKENDS, default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
 from plad_fast.losses import available
@@ -20,7 +20,7 @@ _PACKAGES = (
     ("torch", "required"),
     ("transformers", "models and the trainer"),
     ("datasets", "the trainer's data"),
-    ("triton", "GPU kernels, none in this version"),
+    ("triton", "GPU kernels"),
     ("flash-attn", "attention on NVIDIA GPUs, optional"),
     ("rouge-score", "evaluation: pip install 'plad-fast[eval]'"),
     ("matplotlib", "plots: pip install 'plad-fast[eval]'"),
@@ -101,7 +101,7 @@ def _reason(taken: str, sample: torch.Tensor) -> str:
 
 
 def _attention(device: torch.device) -> str:
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        return "what the model's config asks for; flash_attention_2 is installed"
+    if load_flash() is not None:
+        return "over packed rows flash-attn, in 16-bit types; else sdpa"
     why = "flash-attn is not installed" if device.type == "cuda" else "there is no GPU"
-    return f"sdpa, the default of transformers: {why}"
+    return f"over packed rows sdpa: {why}"

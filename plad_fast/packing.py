@@ -121,6 +121,12 @@ class PreferenceCollator:
         )
 
 
+def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
+    """The batch with its tensors on a device."""
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return PreferenceBatch(**moved)  # type: ignore[typeddict-item]
+
+
 class _Group(NamedTuple):
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]

@@ -90,6 +90,11 @@ class DistillConfig:
     micro_batch_size: int | None = setting(
         None, "prompts in memory together; default: the batch size", affects_results=False
     )
+    max_tokens_per_batch: int = setting(
+        4096,
+        "tokens in memory together; an optimizer step takes as many such parts as it needs",
+        affects_results=False,
+    )
     max_length: int = setting(1024, "tokens of prompt and answer; longer prompts are cut")
     precision: str = setting(
         "auto", "float32, or bfloat16 autocast; 'auto' takes bfloat16 where it is fast"
@@ -118,7 +123,7 @@ class DistillConfig:
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         for name in (
             *("max_new_tokens", "batch_size", "sft_batch_size"),
-            *("generation_batch_size", "saves_per_stage"),
+            *("generation_batch_size", "saves_per_stage", "max_tokens_per_batch"),
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("sft_epochs", "epochs", "sft_learning_rate", "learning_rate"):

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from plad_fast._records import digest
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs
+from plad_fast.packing import to_device
 from plad_fast.pairs.store import AnswerStore
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class _Scorer:
         inputs = self.collate([self.rows[index] for index in batch])
         with self.autocast():
             found = causal_lm_logprobs(
-                self.model, send_to_device(inputs, _device(self.model)), **self.options
+                self.model, to_device(inputs, _device(self.model)), **self.options
             )
         groups = found.sums.view(len(batch), -1).tolist()
         for index, logps in zip(batch, groups, strict=True):

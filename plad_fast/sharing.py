@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from plad_fast.attention import enable, is_enabled
 from plad_fast.errors import UsageError
 from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs
-from plad_fast.packing import LAYOUTS, PreferenceBatch, PreferenceCollator
+from plad_fast.packing import LAYOUTS, PreferenceBatch, PreferenceCollator, to_device
 from plad_fast.row_layout import Attended, RowLayout
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _why_not_packed(model: nn.Module) -> str | None:
     )
     try:
         with _quiet(model), torch.no_grad():
-            batch_hidden(model, _on(batch, model))
+            batch_hidden(model, to_device(batch, _device_of(model)))
     except TypeError as error:  # a forward that takes no further arguments
         return f"{type(lm).__name__} does not hand them to its attention ({error})"
     depth = config.num_hidden_layers
@@ -147,13 +147,13 @@ def _check(model: nn.Module, layout: str) -> None:
 
 def _logprobs(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N,)
     with _quiet(model), torch.no_grad():
-        return causal_lm_logprobs(model, _on(batch, model)).token_logprobs.double()
+        return causal_lm_logprobs(
+            model, to_device(batch, _device_of(model))
+        ).token_logprobs.double()
 
 
-def _on(batch: PreferenceBatch, model: nn.Module) -> PreferenceBatch:
-    device = base_model(model).get_input_embeddings().weight.device
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return PreferenceBatch(**moved)  # type: ignore[typeddict-item]
+def _device_of(model: nn.Module) -> torch.device:
+    return base_model(model).get_input_embeddings().weight.device
 
 
 @contextlib.contextmanager

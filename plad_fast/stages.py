@@ -37,6 +37,8 @@ from plad_fast.report import write_report
 from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
 from plad_fast.training import is_trained, train_model
 
+_COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch")
+
 
 def pair_models(
     config: DistillConfig, *, teacher: str, student: str, overwrite: bool = False
@@ -110,7 +112,7 @@ def train_on_pairs(
     require_one_gpu()
     spec = get_loss(loss)
     positive = {"epochs": epochs, "learning_rate": learning_rate}
-    positive |= {k: v for k, v in options.items() if k in ("batch_size", "micro_batch_size")}
+    positive |= {k: v for k, v in options.items() if k in _COUNTS}
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise UsageError(f"{flag(name)} must be positive, got {value}")

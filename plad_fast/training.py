@@ -38,6 +38,7 @@ def train_model(
     learning_rate: float,
     batch_size: int,
     micro_batch_size: int | None = None,
+    max_tokens_per_batch: int | None = None,
     saves: int = 2,
     seed: int = 0,
     precision: str = "auto",
@@ -59,6 +60,7 @@ def train_model(
         loss, beta, sft_weight, length_normalization: see `PLaDConfig`.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
+        max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
         saves: checkpoints in the course of the training.
         precision: "float32", "bfloat16" autocast, or "auto".
 
@@ -72,7 +74,7 @@ def train_model(
     micro = micro_batch_size or batch_size
     if batch_size % micro:
         raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
-    # What the weights depend on; the micro-batch size changes no more than their rounding.
+    # What the weights depend on; what is in memory at once changes no more than their rounding.
     record = {
         "source": model_digest(source),
         "rows": f"{len(rows)} rows, {digest(list(rows))}",
@@ -114,6 +116,7 @@ def train_model(
             warmup_steps=round(_WARMUP_SHARE * steps),
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=batch_size // micro,
+            max_tokens_per_batch=max_tokens_per_batch,
             bf16=autocast_dtype(precision) == torch.bfloat16,
             seed=seed,
             save_steps=max(1, math.ceil(steps / saves)),

@@ -5,6 +5,7 @@ What it makes of whole models is tested in `test_sharing`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -270,6 +271,39 @@ def test_copies_are_models_of_their_own():
     batch = PreferenceCollator(0, 2, layout="shared")(features([5, 3], [(2, 4), (3, 1)]))
     found = [causal_lm_logprobs(each, batch).token_logprobs for each in (model, twin)]
     torch.testing.assert_close(*found)
+
+
+def test_a_model_on_flash_attention_keeps_its_padded_calls(monkeypatch):
+    """transformers loads flash-attn by the implementation that the config names."""
+    from transformers import modeling_flash_attention_utils as utils
+
+    loaded = []
+
+    def load(implementation, *_args, **_kwargs):
+        loaded.append(implementation)
+        if implementation != "flash_attention_2":
+            raise ImportError(f"there is no {implementation}")
+        raise Loaded
+
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", load)
+    model = make_model("llama").eval()
+    model.config._attn_implementation_internal = "flash_attention_2"  # as loaded on a GPU
+    enable(model)
+    with contextlib.suppress(Loaded):
+        model(torch.arange(3, 12)[None])
+    assert set(loaded) <= {"flash_attention_2"}
+
+
+class Loaded(Exception):  # noqa: N818
+    """As far as this goes without a GPU."""
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_sdpa_by_name_is_refused_where_it_lacks_something(name):
+    model = make_model(name)
+    model.set_attn_implementation("eager")
+    with pytest.raises(UsageError, match="attention='sdpa' lacks"):
+        prepare(model, attention="sdpa")
 
 
 def test_flash_needs_flash_attn():

@@ -260,7 +260,7 @@ def test_whole_models(install, name, layout):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
 def test_autocast(install, name):
-    """Weights in float32, as in mixed-precision training: the layers' outputs are of 16 bits."""
+    """Weights in float32: queries and keys leave the rotation, or a norm, in float32 as well."""
     fake = install()
     model = make_model(name)
     batch = PreferenceCollator(0, 2, layout="shared")(GROUPS)
