@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plad_fast.errors import UsageError
 from plad_fast.row_layout import RowLayout
@@ -23,9 +23,13 @@ _HUB_KERNEL = "kernels-community/flash-attn2"
 
 
 @functools.cache
-def load_flash() -> Callable[..., Any] | None:
-    """`flash_attn_varlen_func` of the newest flash-attn that is installed, or None."""
-    if not torch.cuda.is_available():
+def load_flash(*, from_hub: bool = False) -> Callable[..., Any] | None:
+    """`flash_attn_varlen_func` of the newest flash-attn that is installed, or None.
+
+    Args:
+        from_hub: else the build that Hugging Face's `kernels` has, or downloads.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
     for package in _PACKAGES:
         try:
@@ -34,11 +38,45 @@ def load_flash() -> Callable[..., Any] | None:
             continue
         except Exception as error:  # a build for another torch breaks in its own ways
             logger.warning("%s is installed and does not load: %s", package, error)
+    if not from_hub:
+        return None
     try:
         hub = importlib.import_module("kernels")
         return hub.get_kernel(_HUB_KERNEL).flash_attn_varlen_func
-    except Exception:  # not installed, not downloaded, not for this GPU
+    except Exception as error:  # not installed, no network, no build for this GPU
+        logger.warning("flash-attn from the hub does not load: %s", error)
         return None
+
+
+def can_flash(
+    query: Tensor,  # (1, H, T, C)
+    value: Tensor,  # (1, G, T, C)
+    softcap: float | None,
+    dropout: float,
+) -> bool:
+    """Whether an installed flash-attn takes these tensors and options."""
+    if not query.is_cuda or working_dtype(query) not in (torch.bfloat16, torch.float16):
+        return False
+    attend = load_flash()
+    if attend is None or max(query.shape[-1], value.shape[-1]) > 256:
+        return False
+    return not _lacking(attend, softcap=softcap, dropout_p=dropout or None)
+
+
+def _lacking(attend: Callable[..., Any], **options: Any) -> list[str]:
+    """Options that are set and that the function has no parameter for."""
+    known = inspect.signature(attend).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return []
+    return sorted(
+        name for name, value in options.items() if value is not None and name not in known
+    )
+
+
+def working_dtype(query: Tensor) -> torch.dtype:
+    """Under autocast a rotation or a norm may leave queries in float32."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def flash_varlen(
@@ -59,11 +97,12 @@ def flash_varlen(
     Raises:
         UsageError: tensors that are not of 16 bits, or an option that the version lacks.
     """
-    attend = load_flash()
+    attend = load_flash(from_hub=True)
     assert attend is not None
-    if query.dtype not in (torch.bfloat16, torch.float16):
+    dtype = working_dtype(query)
+    if dtype not in (torch.bfloat16, torch.float16):
         raise UsageError(
-            f"flash-attn takes bfloat16 and float16, not {query.dtype}; train with bf16=True, or "
+            f"flash-attn takes bfloat16 and float16, not {dtype}; train with bf16=True, or "
             "take attention='auto'"
         )
     spans = row_layout.varlen(query.device)
@@ -75,15 +114,19 @@ def flash_varlen(
         options["softcap"] = softcap
     if dropout:
         options["dropout_p"] = dropout
-    known = inspect.signature(attend).parameters
-    lacking = sorted(set(options) - set(known))
+    lacking = _lacking(attend, **options)
     if lacking:
         raise UsageError(
             f"this version of flash-attn has no {', '.join(lacking)}, which the model asks for; "
             "install another, or take attention='auto'"
         )
-    if "deterministic" in known:
+    if not _lacking(attend, deterministic=True):
         options["deterministic"] = True
+    width = value.shape[-1]
+    widest = max(query.shape[-1], width)
+    query, key, value = (
+        nn.functional.pad(x, (0, widest - x.shape[-1])).to(dtype) for x in (query, key, value)
+    )
     seen = (torch.cat(row_layout.by_span(x), dim=2)[0].transpose(0, 1) for x in (key, value))
     out = attend(
         query[0].transpose(0, 1),
@@ -95,4 +138,4 @@ def flash_varlen(
         **options,
     )
     # Some versions return the log-sum-exp as well.
-    return (out[0] if isinstance(out, tuple) else out)[None]
+    return (out[0] if isinstance(out, tuple) else out)[None, ..., :width]

@@ -48,7 +48,7 @@ def score_pairs(
         UsageError: no pairs, one that is not as above, a response longer than `max_length`, or a
             log-probability that is not finite.
     """
-    from plad_fast.head import causal_lm_logprobs
+    from plad_fast.head import causal_lm_logprobs, evaluating
     from plad_fast.packing import PreferenceCollator, to_device
     from plad_fast.sharing import prepare
     from plad_fast.tokenization import encode_group
@@ -82,21 +82,17 @@ def score_pairs(
     )
     device = next(model.parameters()).device
     logps = np.empty((len(pairs), 2))
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(pairs), desc="scoring", unit="pair", disable=not progress) as bar,
-        ):
-            for start in range(0, len(pairs), batch_size):
-                rows = order[start : start + batch_size]
-                batch = to_device(collate([features[row] for row in rows]), device)
-                result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
-                logps[rows] = result.sums.double().cpu().numpy().reshape(-1, 2)
-                bar.update(len(rows))
-    finally:
-        model.train(was_training)
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        tqdm(total=len(pairs), desc="scoring", unit="pair", disable=not progress) as bar,
+    ):
+        for start in range(0, len(pairs), batch_size):
+            rows = order[start : start + batch_size]
+            batch = to_device(collate([features[row] for row in rows]), device)
+            result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
+            logps[rows] = result.sums.double().cpu().numpy().reshape(-1, 2)
+            bar.update(len(rows))
     bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
     if len(bad):
         raise UsageError(

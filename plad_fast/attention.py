@@ -17,10 +17,11 @@ T tokens in the row, H heads of the queries, G of the keys (H is a multiple of G
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from plad_fast._flash import flash_varlen, load_flash
+from plad_fast._flash import can_flash, flash_varlen, load_flash
 from plad_fast.errors import UsageError
 from plad_fast.row_layout import Attended, RowLayout, Span
 
@@ -41,7 +42,17 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("sdpa", "flash", "flex", "eager")
 _PREFIX = "plad_fast_"
 # What transformers may hand to an attention function and what changes its result.
-_UNKNOWN = ("position_bias", "alibi", "head_mask", "cache", "block_table")
+_UNKNOWN = (
+    "position_bias", "alibi", "head_mask", "cache", "block_table", "indices", "block_indices",
+    "sinks",
+)  # fmt: skip
+
+
+_SOFTCAP = "attn_logit_softcapping"
+
+
+class NotPackedError(UsageError):
+    """A layer asks for what packed rows do not have."""
 
 
 def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
@@ -50,7 +61,7 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
 
     Args:
         model: a transformers model whose attention goes through `AttentionInterface`; whether it
-            does, `plad_fast.sharing.why_not_packed` finds out.
+            does, `plad_fast.sharing.prepare` finds out.
         implementation: "sdpa", "flash", "flex", "eager", or "auto": flash where it is installed
             and the tensors allow it, sdpa where that knows what the model asks for, else eager.
 
@@ -61,15 +72,19 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
         raise UsageError(
             f"unknown attention {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}"
         )
-    if implementation == "flash" and load_flash() is None:
+    if implementation == "flash" and load_flash(from_hub=True) is None:
         raise UsageError(
-            "attention='flash' needs flash-attn on an NVIDIA GPU; `pip install flash-attn`, or "
-            "take attention='auto'"
+            "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "
+            "newer; `pip install flash-attn`, or take attention='auto'"
         )
     original = model.config.get_text_config()._attn_implementation or "eager"
     if original.startswith(_PREFIX):
         original = _ORIGINALS[original]
-    name = f"{_PREFIX}{implementation}_{len(_NAMES)}"
+    if original == "sdpa" and getattr(model.config.get_text_config(), _SOFTCAP, None) is not None:
+        # transformers 4 loads such models with sdpa, which leaves the softcap out.
+        original = "eager"
+    # Neither "flash" nor "sdpa" may be in the name: transformers would take it for its own.
+    name = f"{_PREFIX}{len(_NAMES)}"
     name = _NAMES.setdefault((implementation, original), name)
     _ORIGINALS[name] = original
     AttentionInterface.register(name, _attention_of(implementation, original))
@@ -123,7 +138,9 @@ def _attention_of(implementation: str, original: str) -> Callable[..., tuple[Ten
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         if row_layout is None:
-            return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
+            with _under_its_name(original, module):
+                attend = _original(original, module)
+                return attend(module, query, key, value, attention_mask, **kwargs)
         return packed_attention(
             module, query, key, value, row_layout, implementation=implementation, **kwargs
         ), None
@@ -131,11 +148,28 @@ def _attention_of(implementation: str, original: str) -> Callable[..., tuple[Ten
     return attention
 
 
+@contextlib.contextmanager
+def _under_its_name(name: str, module: nn.Module) -> Iterator[None]:
+    """transformers loads the flash-attn that the config names, in the middle of the call."""
+    if "flash" not in name:
+        yield
+        return
+    config: Any = module.config
+    before, config._attn_implementation_internal = config._attn_implementation_internal, name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
 def _original(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     """The attention function of that name; each modelling file has an "eager" of its own."""
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
-    return sys.modules[type(module).__module__].eager_attention_forward
+    for kind in type(module).__mro__:  # a class of the user's may derive from the model's
+        if found := getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None):
+            return found
+    raise UsageError(f"{type(module).__name__} has no eager attention; load the model with sdpa")
 
 
 @torch.compiler.disable
@@ -172,7 +206,7 @@ def packed_attention(
     asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if asked or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         what = ", ".join(asked) or "attention that is not causal"
-        raise UsageError(
+        raise NotPackedError(
             f"{type(module).__name__} asks for {what}, which packed rows do not have; "
             "use layout='padded'"
         )
@@ -185,7 +219,7 @@ def packed_attention(
         row_layout.trace.append(Attended(getattr(module, "layer_idx", None), sliding_window))
     name = implementation
     if name == "auto":
-        name = _choose(query, softcap, s_aux)
+        name = _choose(query, value, softcap, s_aux, dropout)
     lacking = {"sdpa": softcap is not None or s_aux is not None, "flash": s_aux is not None}
     if lacking.get(name) or (name == "flex" and (s_aux is not None or dropout)):
         raise UsageError(
@@ -206,10 +240,11 @@ def packed_attention(
     return _by_spans(*arguments, sliding_window, attend)
 
 
-def _choose(query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
+def _choose(
+    query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, dropout: float
+) -> str:
     """What "auto" stands for."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and sinks is None and query.shape[-1] <= 256 and load_flash():
+    if sinks is None and can_flash(query, value, softcap, dropout):
         return _told("flash")
     return _told("eager" if sinks is not None or softcap is not None else "sdpa")
 
@@ -308,6 +343,8 @@ def _flex(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value)):
+        raise UsageError("attention='flex' has no backward on CPUs; take attention='auto'")
     tokens = row_layout.num_tokens
     group, piece, position = row_layout.token_ids(query.device)
 

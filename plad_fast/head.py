@@ -7,7 +7,8 @@ without complaint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,7 +95,9 @@ def backbone_hidden(
     """
     lm = base_model(model)
     backbone = lm.base_model
-    if backbone is lm:
+    if backbone is lm:  # Gemma 3 of transformers 4
+        backbone = lm.get_decoder()
+    if backbone is lm or backbone is None:
         raise UsageError(f"{type(lm).__name__} has no backbone apart from its LM head")
     output = backbone(
         input_ids=input_ids,
@@ -117,17 +120,12 @@ def check_head(model: nn.Module) -> None:
     """
     head = find_head(model)
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = model(input_ids=input_ids).logits[0].float()
-            hidden = backbone_hidden(model, input_ids)[0].to(head.weight.dtype)
-            found = reference_logits(
-                hidden, head.weight, head.bias, head.softcap, head.logit_scale
-            ).float()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        expected = model(input_ids=input_ids).logits[0].float()
+        hidden = backbone_hidden(model, input_ids)[0].to(head.weight.dtype)
+        found = reference_logits(
+            hidden, head.weight, head.bias, head.softcap, head.logit_scale
+        ).float()
     if not expected.isfinite().all():
         raise UsageError(
             f"the logits of {type(base_model(model)).__name__} are not finite: its weights are "
@@ -230,6 +228,18 @@ def call_inside(
             del module.forward
         else:
             module.forward = own_forward
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def unwrap(wrapper: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from plad_fast._records import digest
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs
+from plad_fast.head import causal_lm_logprobs, evaluating
 from plad_fast.packing import to_device
 from plad_fast.pairs.store import AnswerStore
 
@@ -181,7 +181,7 @@ class _Scorer:
         pending = [batch for batch in batches if not all(index in done for index in batch)]
         total = len(self.rows)
         with (
-            _evaluating(self.model),
+            evaluating(self.model),
             tqdm(
                 total=total,
                 initial=total - sum(map(len, pending)),
@@ -231,18 +231,6 @@ def _batches(rows: Dataset, layout: str, max_tokens: int) -> list[list[int]]:
             size, room = sizes[index], max_tokens
         room -= size
     return batches
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check(logps: Sequence[float], count: int, name: str, index: int) -> None:

@@ -7,27 +7,27 @@ padded rows on a short group.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plad_fast.attention import enable, is_enabled
+from plad_fast._flash import working_dtype
+from plad_fast.attention import NotPackedError, enable, is_enabled
 from plad_fast.errors import UsageError
-from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs
+from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs, evaluating
 from plad_fast.packing import LAYOUTS, PreferenceBatch, PreferenceCollator, to_device
 from plad_fast.row_layout import Attended, RowLayout
 
 logger = logging.getLogger(__name__)
 
 # Two groups, so that a leak from one to the next would show; lengths differ.
-_PROMPTS, _RESPONSES = (5, 3), ((4, 2), (1, 3))
-# Nats by which a token's log-probability may differ: rounding, far below what a wrong mask does.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_16_BIT = 0.25
+_PROMPTS, _RESPONSES = (40, 24), ((20, 12), (9, 15))
+# Nats by which log-probabilities may differ in the mean over tokens. SmolLM2-135M in bfloat16, on
+# random tokens: rounding 0.06, wrong positions 0.2, a leak 0.4, a lost prompt 0.9.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+_TOLERANCE_16_BIT = 0.15
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -95,10 +95,12 @@ def _why_not_packed(model: nn.Module) -> str | None:
         row_layout=layout,
     )
     try:
-        with _quiet(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             batch_hidden(model, to_device(batch, _device_of(model)))
     except TypeError as error:  # a forward that takes no further arguments
         return f"{type(lm).__name__} does not hand them to its attention ({error})"
+    except NotPackedError as error:
+        return str(error)
     depth = config.num_hidden_layers
     if len(trace) != depth:
         return (
@@ -134,19 +136,19 @@ def _check(model: nn.Module, layout: str) -> None:
         _logprobs(model, PreferenceCollator(0, 2, layout=name)(groups))
         for name in (layout, "padded")
     )
-    worst = float((found - expected).abs().max())
-    dtype = next(model.parameters()).dtype
-    # Not "worst > tolerance", which is False for NaN: those are reported elsewhere.
-    if worst > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
+    difference = float((found - expected).abs().mean())
+    dtype = working_dtype(next(model.parameters()))
+    # NaN passes: `check_head` and the training report it.
+    if difference > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
         raise UsageError(
             f"{type(base_model(model)).__name__} gives other log-probabilities in the {layout} "
-            f"layout than in the padded one (by up to {worst:.2g} nats a token); use "
+            f"layout than in the padded one (by {difference:.2g} nats a token); use "
             "layout='padded', and please report the model"
         )
 
 
 def _logprobs(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N,)
-    with _quiet(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         return causal_lm_logprobs(
             model, to_device(batch, _device_of(model))
         ).token_logprobs.double()
@@ -154,14 +156,3 @@ def _logprobs(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N,)
 
 def _device_of(model: nn.Module) -> torch.device:
     return base_model(model).get_input_embeddings().weight.device
-
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -348,15 +348,17 @@ class PLaDTrainer(Trainer):
         found: list[Any] = [None]
         if self.is_world_process_zero():
             check_head(self.model)
-            args = self.args
-            found = [
-                prepare(self.model, args.layout, attention=args.attention, check=args.self_check)
-            ]
+            found = [self._prepare(self.model, self.args.layout)]
         if self.accelerator.num_processes > 1:
             found = broadcast_object_list(found)
             if found[0] != "padded":
                 enable(base_model(self.model), self.args.attention)
         return found[0]
+
+    def _prepare(self, model: nn.Module, layout: str) -> str:
+        # As in training: autocast decides which attention can run, and how it rounds.
+        with self.accelerator.autocast():
+            return prepare(model, layout, attention=self.args.attention, check=self.args.self_check)
 
     def _with_reference(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """The dataset with reference log-probabilities, if the loss needs them and it has none."""
@@ -366,12 +368,7 @@ class PLaDTrainer(Trainer):
         model, collate = self.model, self._collate
         if self._reference_model is not None and not given:
             model = self._reference_model.to(self.args.device)
-            layout = prepare(
-                model,
-                "padded" if self.layout == "padded" else "auto",
-                attention=self.args.attention,
-                check=self.args.self_check,
-            )
+            layout = self._prepare(model, "padded" if self.layout == "padded" else "auto")
             collate = PreferenceCollator(collate.pad_token_id, collate.group_size, layout=layout)
         elif self.state.global_step and not given:
             raise UsageError(

@@ -152,10 +152,8 @@ def attention_by_definition(
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    scores = scores.masked_fill(~seen_by_definition(layout, window), -torch.inf)
+    scores = scores.masked_fill(~seen_by_definition(layout, window).to(query.device), -torch.inf)
     if sinks is not None:
         sink = sinks.view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
         scores = torch.cat([scores, sink], 3)
     return (scores.softmax(3)[..., : key.shape[2]] @ value).transpose(1, 2)
-
-

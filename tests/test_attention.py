@@ -44,9 +44,7 @@ LACKING = {"sdpa": {"softcap", "s_aux"}, "flex": {"s_aux"}, "eager": set(), "aut
 def qkv(layout, *, heads=4, key_heads=2, dtype=torch.float64, seed=0):
     draw = torch.Generator().manual_seed(seed)
     shapes = [(heads, 8), (key_heads, 8), (key_heads, 8)]
-    return [
-        torch.randn(1, h, layout.num_tokens, c, generator=draw, dtype=dtype) for h, c in shapes
-    ]
+    return [torch.randn(1, h, layout.num_tokens, c, generator=draw, dtype=dtype) for h, c in shapes]
 
 
 def by_definition(tensors, layout, *, scaling=None, sliding_window=None, softcap=None, s_aux=None):
@@ -152,9 +150,7 @@ def test_attention_that_looks_ahead_is_refused(where):
     if where == "layer":
         module.is_causal = False
     with pytest.raises(UsageError, match="not causal"):
-        packed_attention(
-            module, *qkv(ROW), ROW, is_causal=None if where == "layer" else False
-        )
+        packed_attention(module, *qkv(ROW), ROW, is_causal=None if where == "layer" else False)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -213,14 +209,32 @@ def test_eager_models_still_give_their_attention_weights():
     assert all(map(torch.equal, after, before))
 
 
+def test_no_mask_is_made_for_a_packed_row():
+    """It would be of the row's length squared."""
+    model = make_model("gemma3")
+    model.set_attn_implementation("eager")  # whose masks are never None
+    prepare(model)
+    masks = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    for layout in ("padded", "shared", "padded"):
+        logprobs(model, SIZES[0], layout)
+    assert [mask is None for mask in masks] == [False] * 3 + [True] * 3 + [False] * 3
+
+
 def test_the_implementation_can_be_changed():
     """And the original stays the original: our own attention is never taken for it."""
     model = make_model("llama")
     original = model.config._attn_implementation
     before = outputs(model)
+    names = []
     for implementation in ("sdpa", "eager", "sdpa", "auto"):
         enable(model, implementation)
-        assert implementation in model.config._attn_implementation
+        names.append(model.config._attn_implementation)
+    assert names[0] == names[2]
+    assert len(set(names)) == 3
     assert all(map(torch.equal, outputs(model), before))
     model.set_attn_implementation(original)
     assert not is_enabled(model)
@@ -281,8 +295,6 @@ def test_a_model_on_flash_attention_keeps_its_padded_calls(monkeypatch):
 
     def load(implementation, *_args, **_kwargs):
         loaded.append(implementation)
-        if implementation != "flash_attention_2":
-            raise ImportError(f"there is no {implementation}")
         raise Loaded
 
     monkeypatch.setattr(utils, "lazy_import_flash_attention", load)
@@ -291,7 +303,7 @@ def test_a_model_on_flash_attention_keeps_its_padded_calls(monkeypatch):
     enable(model)
     with contextlib.suppress(Loaded):
         model(torch.arange(3, 12)[None])
-    assert set(loaded) <= {"flash_attention_2"}
+    assert set(loaded) <= {"flash_attention_2", None}  # None: whichever there is
 
 
 class Loaded(Exception):  # noqa: N818

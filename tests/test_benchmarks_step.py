@@ -111,7 +111,7 @@ def test_everyone_does_the_same_step(
     assert record["process_bytes"] > record["growth_bytes"]
 
 
-@pytest.mark.parametrize("name", ["trl", "trl lean"])
+@pytest.mark.parametrize("name", ["trl", "trl batched"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_trl_does_the_same_step(
     name: str, share: float, files: tuple[Path, dict[float, Path]]
@@ -150,14 +150,15 @@ def test_nan_gradients_are_a_mismatch(files: tuple[Path, dict[float, Path]]) -> 
     assert not Truth(files[1][1.0]).compare(model).together <= 1e9
 
 
-def test_the_active_share_is_exact_and_even(files: tuple[Path, dict[float, Path]]) -> None:
+def test_the_active_share_is_exact(files: tuple[Path, dict[float, Path]]) -> None:
     pairs, margins = load(files[0])
     roles, beta = with_active_share(pairs, margins, 0.5, least_gap=1e-3)
     leads = [
         margin if role == pair else -margin
         for role, pair, margin in zip(roles, pairs, margins, strict=True)
     ]
-    assert [lead < beta for lead in leads] == [False, True, False, True]
+    assert sum(lead < beta for lead in leads) == 2
+    assert min(abs(lead - beta) for lead in leads) > 1e-3
     same, beta = with_active_share(pairs, margins, 1.0)
     assert same == pairs
     assert max(margins) < beta

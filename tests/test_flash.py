@@ -48,7 +48,8 @@ def varlen_attention(
     assert q.dtype == k.dtype == v.dtype
     assert q.dtype in (torch.bfloat16, torch.float16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert k.shape == v.shape
+    assert q.shape[2] == k.shape[2] == v.shape[2]
+    assert k.shape[1] == v.shape[1]
     assert q.shape[1] % k.shape[1] == 0
     for offsets, total, longest in (
         (cu_seqlens_q, len(q), max_seqlen_q),
@@ -98,7 +99,9 @@ class Fake:
 
     def __init__(self, version="2", *, exact=False):
         self.calls, self.exact = [], exact
-        self.function = getattr(self, {"2": "two", "2 before softcap": "old", "3": "three"}[version])
+        self.function = getattr(
+            self, {"2": "two", "2 before softcap": "old", "3": "three"}[version]
+        )
 
     def two(
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
@@ -147,7 +150,7 @@ def install(monkeypatch):
     def put(*args, **kwargs):
         fake = Fake(*args, **kwargs)
         for module in (plad_fast._flash, plad_fast.attention):
-            monkeypatch.setattr(module, "load_flash", lambda: fake.function)
+            monkeypatch.setattr(module, "load_flash", lambda **_: fake.function)
         return fake
 
     return put
@@ -204,6 +207,21 @@ def test_the_call_means_the_definition(install, version, dtype, options):
                 assert relative(mine, true) <= 2 * relative(other, true) + rounding
 
 
+@pytest.mark.parametrize("widths", [(12, 8), (8, 12)])
+def test_values_may_be_of_another_width(install, widths):
+    """Multi-head latent attention has such; flash-attn takes one width."""
+    fake = install(exact=True)
+    of_keys, of_values = widths
+    query, key, value = (
+        torch.randn(1, heads, ROW.num_tokens, width).bfloat16()
+        for heads, width in ((4, of_keys), (2, of_keys), (2, of_values))
+    )
+    out = packed_attention(nn.Module(), query, key, value, ROW, implementation="flash")
+    assert len(fake.calls) == 1
+    wide = (x.double() for x in (query, key, value))
+    assert relative(out, attention_by_definition(*wide, ROW)) < 1e-12
+
+
 def test_the_call_is_deterministic_where_it_can_be(install):
     fake = install("2")
     packed_attention(nn.Module(), *qkv(ROW), ROW, implementation="flash")
@@ -231,7 +249,7 @@ def test_what_a_version_lacks_is_refused(install, version, options, message):
 def test_float32_is_refused(install):
     fake = install()
     tensors = qkv(ROW, torch.float32)
-    with pytest.raises(UsageError, match="takes bfloat16 and float16, not torch.float32"):
+    with pytest.raises(UsageError, match=r"bfloat16 and float16, not torch\.float32"):
         packed_attention(nn.Module(), *tensors, ROW, implementation="flash")
     assert fake.calls == []
 
@@ -277,10 +295,11 @@ def test_autocast(install, name):
 def installed(monkeypatch, **packages):
     """Makes modules importable, and all others that might hold flash-attn not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     for name in ("flash_attn_interface", "flash_attn", "kernels"):
         monkeypatch.setitem(sys.modules, name, packages.get(name))
     load_flash.cache_clear()
-    return load_flash()
+    return load_flash(from_hub=True)
 
 
 @pytest.fixture
@@ -299,7 +318,9 @@ def test_the_newest_version_is_taken(monkeypatch):
     hub = module(get_kernel=lambda name, **_: module(flash_attn_varlen_func=name))
     assert installed(monkeypatch, flash_attn_interface=three, flash_attn=two) == 3
     assert installed(monkeypatch, flash_attn=two, kernels=hub) == 2
-    assert installed(monkeypatch, flash_attn=module(), kernels=hub) == "kernels-community/flash-attn2"
+    assert (
+        installed(monkeypatch, flash_attn=module(), kernels=hub) == "kernels-community/flash-attn2"
+    )
     assert installed(monkeypatch) is None
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from naive import attention_by_definition, features, naive_logprobs, relative
 from problems import Problem, assert_within_budget, make_problem, oracle
+from tiny_models import make_model
+from torch import nn
 
 from plad_fast import (
     fused_linear_preference_loss,
@@ -149,3 +152,74 @@ def test_one_compiled_graph_for_all_lengths():
         ours = linear_sequence_logprobs(*problem.inputs)
         want = preference_loss(ours.sums, ours.counts, beta=5.0)
         torch.testing.assert_close(got, want)
+
+
+def rounded_attention(tensors, dtype, attend):
+    """Output and gradients of `attend` on rounded copies, on the CPU in float64."""
+    leaves = [x.cuda().to(dtype).requires_grad_() for x in tensors]
+    out = attend(*leaves)
+    upstream = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out)
+    return [x.detach().cpu().double() for x in (out, *torch.autograd.grad(out, leaves, upstream))]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "options"),
+    [
+        (name, options)
+        for name in ("flash", "sdpa", "flex", "eager")
+        for options in ({}, {"sliding_window": 16}, {"softcap": 2.0, "scaling": 0.2})
+        if name != "sdpa" or "softcap" not in options
+    ],
+)
+def test_attention_over_a_packed_row(implementation, options):
+    """No worse than plain products over the whole row, in the same 16 bits."""
+    from plad_fast._flash import load_flash
+    from plad_fast.attention import packed_attention
+    from plad_fast.row_layout import RowLayout
+
+    if implementation == "flash" and load_flash() is None:
+        pytest.skip("flash-attn is not installed")
+    layout = RowLayout(((70, 20, 33), (5,), (40, 1, 60, 7, 130), (64, 64, 64)))
+    draw = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, layout.num_tokens, 64, generator=draw).bfloat16().float()
+        for heads in (8, 2, 2)
+    ]
+    names = {"scaling": "scale", "sliding_window": "window"}
+    renamed = {names.get(name, name): value for name, value in options.items()}
+
+    def by_definition(*leaves):
+        return attention_by_definition(*leaves, layout, **renamed)
+
+    def ours(*leaves):
+        return packed_attention(
+            nn.Module(), *leaves, layout, implementation=implementation, **options
+        )
+
+    truth = rounded_attention(tensors, torch.float64, by_definition)
+    yardstick = rounded_attention(tensors, torch.bfloat16, by_definition)
+    found = rounded_attention(tensors, torch.bfloat16, ours)
+    for mine, other, true in zip(found, yardstick, truth, strict=True):
+        assert relative(mine, true) <= 2 * relative(other, true) + 2**-8
+    if implementation == "flash":  # the option for a fixed order of additions is on
+        again = rounded_attention(tensors, torch.bfloat16, ours)
+        assert all(map(torch.equal, again, found))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_shared_prompts_in_mixed_precision(layout):
+    """By default flash-attn is taken where it is installed, under autocast too."""
+    from plad_fast.head import causal_lm_logprobs
+    from plad_fast.packing import PreferenceCollator, to_device
+    from plad_fast.sharing import prepare
+
+    groups = features([90, 70, 30], [(50, 30), (10, 40), (60, 60)])
+    expected = torch.cat(naive_logprobs(make_model("mistral"), groups))
+    model = make_model("mistral").cuda()
+    batch = PreferenceCollator(0, 2, layout=layout)(groups)
+    with torch.autocast("cuda", torch.bfloat16):
+        prepare(model, layout)
+        found = causal_lm_logprobs(model, to_device(batch, torch.device("cuda")))
+    assert relative(found.token_logprobs.cpu().float(), expected) < 0.05
+    found.sums.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -35,7 +35,9 @@ def test_rows_hold_the_sequences_and_predict_their_responses(made, layout):
         positions = batch["position_ids"]
     assert positions.shape == (rows, width)
     loss_rows, targets, counts = [], [], []
-    for (prompt, response), (row, at) in zip(sequences(groups), places(groups, layout), strict=True):
+    for (prompt, response), (row, at) in zip(
+        sequences(groups), places(groups, layout), strict=True
+    ):
         assert batch["input_ids"][row, at].tolist() == prompt + response
         assert positions[row, at].tolist() == list(range(len(at)))
         loss_rows += [row * width + place for place in at[len(prompt) - 1 : -1]]
@@ -102,4 +104,6 @@ def test_batches_go_through_a_data_loader(layout):
     for batch, expected in zip(loader, (collate(groups[:2]), collate(groups[2:])), strict=True):
         assert batch.keys() == expected.keys()
         for name, value in expected.items():
-            assert torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
+            assert (
+                torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
+            )

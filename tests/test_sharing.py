@@ -250,9 +250,19 @@ def one_layer_keeps_to_itself(model):
     attention.forward = lambda *args, row_layout=None, **kwargs: forward(*args, **kwargs)
 
 
+def ask_for_a_bias(model):
+    """As a model with relative positions that are added to the scores."""
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: forward(
+        *args, position_bias=torch.zeros(1), **kwargs
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "plant", "reason"),
     [
+        ("llama", ask_for_a_bias, "position_bias"),
         ("qwen2_window", hide_window, "keeps the width of its sliding window"),
         ("qwen2", one_layer_keeps_to_itself, "2 of the 3 layers"),
     ],
@@ -295,6 +305,14 @@ def test_self_check_stops_a_model_that_ignores_positions(name, layout, chosen):
     with pytest.raises(UsageError, match=f"other log-probabilities in the {chosen} layout"):
         prepare(model, layout)
     assert prepare(model, layout, check=False) == chosen
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_self_check_allows_for_the_rounding_of_autocast(name, attention):
+    """Weights are float32 in mixed precision; numbers are as far apart as in 16 bits."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepare(make_model(name), attention=attention) == "shared"
 
 
 def test_self_check_sees_a_leak(monkeypatch):
