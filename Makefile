@@ -25,9 +25,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Some hours. DIALOGSUM=path/to/dialogsum.jsonl adds its cases and writes results/step_cpu.csv anew.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.step $(if $(DIALOGSUM),--dialogsum $(DIALOGSUM))
+	$(BIN)/python -m benchmarks.plot_step
+	$(BIN)/python -m benchmarks.step_satisfaction
+	$(BIN)/python -m benchmarks.plot_step --satisfaction
 
 # Compiles the GPU kernels without a GPU and fails on what would not run well there.
 aot: $(VENV)/.dev
