@@ -23,6 +23,7 @@ from benchmarks.common import RESULTS
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 STYLE: dict[str, tuple[str, str]] = {
     "plad_fast": ("#D55E00", "plad_fast"),
+    "plad_fast one pair": ("#F0E442", "plad_fast, one pair at a time"),
     "plad_fast padded": ("#E69F00", "plad_fast, padded"),
     "trl": ("#0072B2", "TRL, one pair at a time"),
     "trl batched": ("#56B4E9", "TRL, four at once"),

@@ -165,11 +165,16 @@ def plad_fast(
     recorder: Recorder,
     *,
     layout: str,
+    one_pair: bool = False,
 ) -> Logs:
-    """In the padded layout a step is one forward and backward of all pairs."""
+    """In the padded layout a step is one forward and backward of all pairs; `one_pair` keeps the
+    activations of one pair in memory, as the leaner setting of TRL does.
+    """
     from plad_fast.trainer import PLaDConfig, PLaDTrainer
 
     max_tokens = None if layout == "padded" else job.max_tokens
+    if one_pair:
+        max_tokens = max(pair.distinct_tokens for pair in job.pairs)
     config = PLaDConfig(
         **_arguments(job),
         loss="plad_ranking",
@@ -304,6 +309,12 @@ IMPLS: dict[str, Impl] = {
     impl.name: impl
     for impl in (
         Impl("plad_fast", partial(plad_fast, layout="auto"), ours=True, remembers=True),
+        Impl(
+            "plad_fast one pair",
+            partial(plad_fast, layout="auto", one_pair=True),
+            ours=True,
+            remembers=True,
+        ),
         Impl("plad_fast padded", partial(plad_fast, layout="padded"), ours=True),
         Impl("trl", partial(trl, micro_batch=1), package="trl"),
         Impl("trl batched", partial(trl, micro_batch=PAIRS_PER_STEP), package="trl"),

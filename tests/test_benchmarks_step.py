@@ -97,7 +97,7 @@ def _measure(impl: Impl, files: tuple[Path, dict[float, Path]], **options: Any) 
     return measure(impl, case, files[0], files[1][case.active], steps=2)
 
 
-@pytest.mark.parametrize("name", ["plad_fast", "plad_fast padded", "naive"])
+@pytest.mark.parametrize("name", ["plad_fast", "plad_fast one pair", "plad_fast padded", "naive"])
 @pytest.mark.parametrize(
     "options", [{}, {"checkpointing": True}, {"dtype": "bfloat16"}], ids=["", "lean", "bf16"]
 )
