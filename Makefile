@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds its cases and writes results/step_cpu.csv anew.
+# Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.plot

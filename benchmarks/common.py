@@ -120,6 +120,11 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         peak.extra_bytes = sampler.stop() - resident
 
 
+def resident_bytes() -> float:
+    """Of this process, NaN where /proc does not say."""
+    return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else math.nan
+
+
 def release_memory(device: torch.device) -> None:
     """Collects garbage and gives free memory back to the system (glibc) or the driver (CUDA)."""
     gc.collect()

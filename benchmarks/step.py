@@ -105,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the dialogsum case needs --dialogsum, the path of a DialogSum JSONL")
     chosen = (args.case, args.dtype, args.active, args.checkpointing, args.impl, args.steps)
     standard = not (args.quick or any(chosen))
-    args.whole = standard and args.dialogsum is not None
+    args.whole = standard
     args.plan = list(standard_plan(args) if standard else asked_plan(args))
     missing = [f"{name}: {why}" for name in args.impl or () if (why := IMPLS[name].missing())]
     if missing:

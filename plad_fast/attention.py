@@ -218,7 +218,8 @@ def packed_attention(
     if row_layout.trace is not None:
         row_layout.trace.append(Attended(getattr(module, "layer_idx", None), sliding_window))
     name = implementation
-    if name == "auto":
+    # FSDP places a model only when training begins; until then it is looked at on the CPU.
+    if name == "auto" or (name == "flash" and not query.is_cuda and torch.cuda.is_available()):
         name = _choose(query, value, softcap, s_aux, dropout)
     lacking = {"sdpa": softcap is not None or s_aux is not None, "flash": s_aux is not None}
     if lacking.get(name) or (name == "flex" and (s_aux is not None or dropout)):

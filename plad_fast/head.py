@@ -170,7 +170,10 @@ def head_arguments(model: nn.Module, batch: PreferenceBatch) -> dict[str, Any]:
     """
     hidden = batch_hidden(model, batch)
     head = find_head(model)
-    rows = hidden.flatten(0, 1).index_select(0, batch["loss_rows"])
+    if "row_layout" in batch:
+        rows = batch["row_layout"].predicting(hidden)
+    else:
+        rows = hidden.flatten(0, 1).index_select(0, batch["loss_rows"])
     return {
         "hidden": rows.to(head.weight.dtype),
         "weight": head.weight,

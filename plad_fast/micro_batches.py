@@ -15,25 +15,28 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
-def pack(lengths: Sequence[int], budget: int | None) -> list[list[int]]:
-    """Indices of the lengths in bins whose sums stay within the budget; first fit, longest first.
+def pack(lengths: Sequence[int], budget: int | None, *, padded: bool = False) -> list[list[int]]:
+    """Indices of the lengths in bins that stay within the budget; first fit, longest first.
 
-    A length over the budget has a bin of its own. In a bin, and by their first indices among each
-    other, they keep their order. No budget means one bin.
+    A bin takes the sum of its lengths or, padded, its longest as often as it has items. A length
+    over the budget has a bin of its own. In a bin, and by their first indices among each other,
+    items keep their order. No budget means one bin.
     """
     if budget is None:
         return [list(range(len(lengths)))] if lengths else []
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        place = next((i for i, left in enumerate(room) if length <= left), None)
+        # The first item of a bin is its longest.
+        costs = (lengths[indices[0]] if padded else lengths[index] for indices in bins)
+        fits = (i for i, (cost, left) in enumerate(zip(costs, room, strict=True)) if cost <= left)
+        place = next(fits, None)
         if place is None:
             bins.append([index])
-            room.append(budget - length)
+            room.append(budget - lengths[index])
         else:
+            room[place] -= lengths[bins[place][0]] if padded else lengths[index]
             bins[place].append(index)
-            room[place] -= length
     return sorted(sorted(indices) for indices in bins)
 
 
@@ -78,25 +81,26 @@ class Satisfied(TrainerCallback, ExportableState):
 
 
 class KnownGradients:
-    """Parameters that training reaches, from the first backward on.
+    """Parameters that the backwards of a training reach.
 
     An optimizer passes over a parameter without a gradient, but moves one whose gradient is zero:
-    momentum and weight decay go on. A step whose backwards were all skipped gets zeros for it.
+    momentum and weight decay go on. A step with skipped backwards gets the zeros that these would
+    have left. (Not known is which experts a skipped micro-batch routes to, where each is a module
+    of its own, as in transformers 4.)
     """
 
     def __init__(self) -> None:
-        self.parameters: list[nn.Parameter] = []
+        self._found: dict[nn.Parameter, None] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.parameters)
+        return bool(self._found)
 
     def remember(self, model: nn.Module) -> None:
-        """To be called after a backward; only the first one is looked at."""
-        if not self.parameters:
-            self.parameters = [p for p in model.parameters() if p.grad is not None]
+        """To be called after every backward that was run."""
+        self._found.update(dict.fromkeys(p for p in model.parameters() if p.grad is not None))
 
     def fill(self) -> None:
-        """Zeros where a step left no gradient."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
+        """Zeros where a step left no gradient; a parameter frozen meanwhile gets none."""
+        for parameter in self._found:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -2,7 +2,7 @@
 
 B groups of K responses to one prompt, best first; S = B * K sequences, each of them the prompt
 followed by one response; N response tokens in all. Only rows of the hidden states that predict a
-response token are listed in `loss_rows`: no other row reaches the LM head.
+response token are taken from them: no other row reaches the LM head.
 
 * "padded": a row of its own for every sequence, (S, T), T tokens in the longest. Any model.
 * "packed": all sequences side by side in one row, (1, T), no padding.
@@ -33,7 +33,8 @@ class PreferenceBatch(TypedDict, total=False):
     attention_mask: Tensor  # (S, T) int64; padded layout only
     position_ids: Tensor  # (1, T) int64; not in the padded layout
     row_layout: RowLayout  # not in the padded layout
-    loss_rows: Tensor  # (N,) int64, rows of hidden.view(R * T, D) that predict a response token
+    loss_rows: Tensor  # (N,) int64, rows of hidden.view(S * T, D) that predict a response token;
+    # padded layout only: others have `row_layout.predicting`
     targets: Tensor  # (N,) int64, the response tokens
     cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens
     group_tokens: Tensor  # (B, 2) int64, tokens of a group in the model, and of its sequences
@@ -103,21 +104,12 @@ class PreferenceCollator:
     def _packed(self, groups: Sequence[_Group]) -> PreferenceBatch:
         if self.layout == "packed":
             groups = [_Group(g.prompt, [response]) for g in groups for response in g.responses]
-        tokens: list[int] = []
-        loss_rows: list[int] = []
-        for prompt, responses in groups:
-            tokens += prompt
-            last = len(tokens) - 1
-            for response in responses:
-                first = len(tokens)
-                loss_rows += [last, *range(first, first + len(response) - 1)][: len(response)]
-                tokens += response
+        tokens = [id for g in groups for ids in (g.prompt, *g.responses) for id in ids]
         layout = RowLayout(tuple((len(g.prompt), *map(len, g.responses)) for g in groups))
         return PreferenceBatch(
             input_ids=torch.tensor(tokens)[None],
             position_ids=layout.position_ids()[None],
             row_layout=layout,
-            loss_rows=torch.tensor(loss_rows).long(),
         )
 
 

@@ -130,10 +130,24 @@ def fingerprint(
         "model": type(model).__name__,
         "config": digest(config),
         "weights": weights_digest(model),
+        "adapters": _adapters(model),
         "tokens": hashed.hexdigest(),
         "temperature": temperature,
         "autocast": None if dtype is None else str(dtype),
     }
+
+
+def _adapters(model: nn.Module) -> str | None:
+    """Of PEFT's settings and of which adapters are in use, which no weight shows."""
+    settings = getattr(model, "peft_config", None)
+    if not isinstance(settings, Mapping):
+        return None
+    used = [
+        (name, repr(module.active_adapters), repr(getattr(module, "scaling", None)))
+        for name, module in model.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "adapter_layer_names")
+    ]
+    return digest([sorted((name, repr(config)) for name, config in settings.items()), used])
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -122,6 +122,28 @@ class RowLayout:
             seen.append(part)
         return seen
 
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """Rows of (1, T, D) that predict the tokens of the branches, (N, D), in their order.
+
+        The last token of a trunk predicts the first one of each of its branches, and its row
+        stands there as often. As with `by_span`, cuts and no index: indexed rows that repeat are
+        added in no fixed order on GPUs.
+        """
+        sizes = []
+        for trunk, *branches in self.groups:
+            assert trunk or not branches, "nothing predicts the first token"
+            sizes += [max(trunk - 1, 0), min(trunk, 1)]
+            for branch in branches:
+                sizes += [max(branch - 1, 0), min(branch, 1)]
+        parts = iter(hidden[0].split(sizes))
+        rows = [hidden[0, :0]]
+        for _, *branches in self.groups:
+            _, last = next(parts), next(parts)
+            for branch in branches:
+                inner, _ = next(parts), next(parts)
+                rows += [last, inner] if branch else []
+        return torch.cat(rows)
+
     def varlen(self, device: torch.device) -> Varlen:
         """See `Varlen`."""
 

@@ -87,6 +87,10 @@ def _why_not_packed(model: nn.Module) -> str | None:
         return f"{type(lm).__name__} has layers of the kind {', '.join(unknown)}"
     if getattr(config, "attention_chunk_size", None):
         return f"{type(lm).__name__} attends in chunks"
+    if any(isinstance(module, nn.Conv1d) for module in lm.modules()):
+        return (
+            f"{type(lm).__name__} has convolutions, which see across the borders of a row's parts"
+        )
     trace: list[Attended] = []
     layout = RowLayout(((2, 1, 2), (1, 1)), trace)
     batch = PreferenceBatch(
@@ -97,10 +101,12 @@ def _why_not_packed(model: nn.Module) -> str | None:
     try:
         with evaluating(model), torch.no_grad():
             batch_hidden(model, to_device(batch, _device_of(model)))
-    except TypeError as error:  # a forward that takes no further arguments
-        return f"{type(lm).__name__} does not hand them to its attention ({error})"
     except NotPackedError as error:
         return str(error)
+    except UsageError:
+        raise
+    except Exception as error:  # a forward that takes no further arguments, say
+        return f"{type(lm).__name__} does not run on them ({type(error).__name__}: {error})"
     depth = config.num_hidden_layers
     if len(trace) != depth:
         return (
@@ -138,6 +144,8 @@ def _check(model: nn.Module, layout: str) -> None:
     )
     difference = float((found - expected).abs().mean())
     dtype = working_dtype(next(model.parameters()))
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.bfloat16  # TF32 rounds as 16-bit types do
     # NaN passes: `check_head` and the training report it.
     if difference > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
         raise UsageError(

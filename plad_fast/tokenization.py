@@ -108,7 +108,8 @@ def tokenize_dataset(
     * `chosen` or `completion` alone: one response.
 
     Args:
-        dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is.
+        dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
+            long rows too.
         tokenizer, max_length, truncation_side: see `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
         with_scores: read the scores, which must then be there.
@@ -124,7 +125,8 @@ def tokenize_dataset(
     """
     columns = _require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
-        return dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+        tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+        return _checked_tokens(tokenized, first_only=first_only, name=name)
     require_columns(columns, with_scores=with_scores, name=name)
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -151,15 +153,40 @@ def tokenize_dataset(
         )
     else:  # Arrow gets the ids only: rows may hold prompts of both forms
         encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
-    sizes = sorted({len(ids) for ids in encoded["response_ids"]})
-    if len(sizes) > 1:
-        raise UsageError(
-            f"the rows of {name} have {' or '.join(map(str, sizes))} responses; a batch needs "
-            "groups of one size: keep that many of each, or train on them one after the other"
-        )
+    _require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
     fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
     _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
     return encoded.select(fitting).remove_columns(["truncated", "fits"])
+
+
+def _checked_tokens(dataset: Dataset, *, first_only: bool, name: str) -> Dataset:
+    """Rows of token ids that somebody else made, with the column `length`."""
+    lengths, sizes = [], set()
+    for index, row in enumerate(dataset.select_columns(["prompt_ids", "response_ids"])):
+        prompt, responses = row["prompt_ids"], row["response_ids"]
+        if len(prompt) == 0 or len(responses) == 0:
+            missing = "prompt_ids are" if len(prompt) == 0 else "response_ids are"
+            raise UsageError(
+                f"{name}, row {index + 1}: the {missing} empty; every row needs a token of a "
+                "prompt, which predicts the first one of a response, and a response"
+            )
+        sizes.add(1 if first_only else len(responses))
+        kept = responses[: 1 if first_only else None]
+        lengths.append(len(prompt) + max(len(ids) for ids in kept))
+    _require_one_size(sizes, name)
+    if first_only:
+        dataset = dataset.map(lambda row: {"response_ids": row["response_ids"][:1]})
+    if "length" in dataset.column_names:
+        dataset = dataset.remove_columns("length")
+    return dataset.add_column("length", lengths)
+
+
+def _require_one_size(sizes: set[int], name: str) -> None:
+    if len(sizes) > 1:
+        raise UsageError(
+            f"the rows of {name} have {' or '.join(map(str, sorted(sizes)))} responses; a batch "
+            "needs groups of one size: keep that many of each, or train on them one after the other"
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -23,7 +23,7 @@ from plad_fast.fused import fused_linear_preference_loss
 from plad_fast.head import base_model, call_inside, check_head, head_arguments, unwrap
 from plad_fast.losses import get_loss
 from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
-from plad_fast.packing import PreferenceBatch, PreferenceCollator
+from plad_fast.packing import PreferenceBatch, PreferenceCollator, to_device
 from plad_fast.reference_logps import add_reference_logps
 from plad_fast.sharing import prepare
 from plad_fast.training_config import PLaDConfig
@@ -75,7 +75,8 @@ class PLaDTrainer(Trainer):
             `eval_dataset` may be a dict of several.
         processing_class: the model's tokenizer; it is saved with every checkpoint.
         reference_model: what losses that need reference log-probabilities compare with; None takes
-            the model as it is before training. It runs once over the data, before the first step.
+            the model as it is before training, also before one that is resumed: pass the model that
+            the training began with. It runs once over the data, before the first step.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -109,9 +110,10 @@ class PLaDTrainer(Trainer):
         self._objective = bind_objective(args, train, evaluation)
         self._train_meter = PreferenceMeter(self._objective)
         self._eval_meter = PreferenceMeter(self._objective)
-        self._satisfied = Satisfied()
         self._gradients = KnownGradients()
         self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
+        self._may_skip = False  # in the micro-batch at hand
+        self._skipped = False  # in the accumulation window
         super().__init__(
             model=model,
             args=args,
@@ -119,13 +121,18 @@ class PLaDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self._satisfied],
+            callbacks=[*(callbacks or []), Satisfied()],
             optimizers=optimizers,
         )
         if self.args.n_gpu > 1:
             raise UsageError(
                 "several GPUs in one process (DataParallel) are not supported; start one process "
                 "per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_deepspeed_enabled and args.max_tokens_per_batch is not None:
+            raise UsageError(
+                "max_tokens_per_batch makes several backwards a step, and DeepSpeed counts them; "
+                "leave it out and set per_device_train_batch_size"
             )
         # The loss is normalised over the accumulation window: the Trainer must not do it again.
         self.model_accepts_loss_kwargs = True
@@ -168,65 +175,83 @@ class PLaDTrainer(Trainer):
         micro_batches = self._micro_batches(inputs["groups"].features)
         losses = []
         for index, features in enumerate(micro_batches):
-            # Gradients meet those of other processes once, in the last backward.
+            # DDP adds the gradients of all processes once, in the last backward. (FSDP does it in
+            # every one: gradients that wait for it are whole, and take the memory of the model.)
             last = index == len(micro_batches) - 1
             several = self.accelerator.num_processes > 1
-            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            self._may_skip = self._skips and not (last and several) and bool(self._gradients)
-            with wait:
+            waits = several and not last and self._is_plain
+            sums = last and several and self.accelerator.sync_gradients
+            self._may_skip = self.args.skip_inactive and not sums and bool(self._gradients)
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 batch: Any = self._batch(features)
                 losses.append(super().training_step(model, batch, num_items_in_batch))
             self._gradients.remember(unwrap(model))
-        if self._skips and self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self._skipped:
             self._gradients.fill()
+            self._skipped = False
         return torch.stack(losses).sum()
 
     def _micro_batches(self, features: Features) -> list[Features]:
         """Groups that run together; as many micro-batches in every process."""
-        rest = list(range(len(features)))
-        parts = [rest]
-        if self._skips:
-            rows = self._satisfied.rows
-            satisfied = [i for i in rest if features[i]["index"] in rows]
-            parts = [satisfied, [i for i in rest if features[i]["index"] not in rows]]
-        budget = self._token_budget
+        rows = self._satisfied.rows
+        satisfied = [i for i, feature in enumerate(features) if feature.get("index") in rows]
+        active = [i for i, feature in enumerate(features) if feature.get("index") not in rows]
+        # Also where no backward is skipped: whether one is changes no bit.
+        parts = [satisfied, active]
+        return [[features[i] for i in packed] for packed in self._pack(features, parts)]
+
+    def _pack(self, features: Features, parts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of features that run together; those of different parts never do.
+
+        There are as many in every process: forwards under FSDP, and under DDP those of models with
+        buffers, are for all of them.
+        """
         bins = []
         for part in parts:
             lengths = [self._num_tokens(features[i]) for i in part]
-            bins += [[part[i] for i in packed] for packed in pack(lengths, budget)]
+            budget, padded = self.args.max_tokens_per_batch, self.layout == "padded"
+            bins += [[part[i] for i in packed] for packed in pack(lengths, budget, padded=padded)]
         if self.accelerator.num_processes > 1:
             count = torch.tensor([len(bins)], device=self.accelerator.device)
             bins = split_to(bins, int(self.accelerator.gather(count).max()))
-        return [[features[i] for i in packed] for packed in bins]
+        return bins
 
     @property
-    def _token_budget(self) -> int | None:
-        # DeepSpeed counts backwards to know when a step is over.
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return None
-        return self.args.max_tokens_per_batch
+    def _satisfied(self) -> Satisfied:
+        # Among the callbacks, since a checkpoint's may take the place of the one made here.
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, Satisfied))
 
     @property
-    def _skips(self) -> bool:
-        """Whether a backward may be left out at all."""
-        plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        return (
-            self.args.skip_inactive
-            and not self.args.sft_weight
-            and not self.args.fine_tunes
-            and self.accelerator.distributed_type in plain
-        )
+    def _may_have_none(self) -> bool:
+        """Whether there are groups without a gradient, and a backward may be left out for them."""
+        return not self.args.sft_weight and not self.args.fine_tunes and self._is_plain
+
+    @property
+    def _is_plain(self) -> bool:
+        """One process, or DDP: every process has the whole model."""
+        kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        return self.accelerator.distributed_type in kinds
 
     def _num_tokens(self, feature: Mapping[str, Any]) -> int:
-        responses = sum(map(len, feature["response_ids"]))
-        prompts = 1 if self.layout == "shared" else self._objective.group_size
-        return responses + prompts * len(feature["prompt_ids"])
+        """Tokens of a group in the layout; in the padded one others may make it longer."""
+        prompt, responses = len(feature["prompt_ids"]), [len(r) for r in feature["response_ids"]]
+        if self.layout == "shared":
+            return prompt + sum(responses)
+        if self.layout == "packed":
+            return prompt * len(responses) + sum(responses)
+        return (prompt + max(responses)) * len(responses)
 
     def _batch(self, features: Features) -> PreferenceBatch:
         batch = self._collate(features)
         if "index" in features[0]:
             batch["index"] = [feature["index"] for feature in features]
         return batch
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        # That of DeepSpeed would round scores and reference log-probabilities to 16 bits.
+        if "cu_seqlens" in inputs:
+            return to_device(inputs, self.args.device)
+        return super()._prepare_inputs(inputs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of forward and backward, by the rule of 6 a parameter and token."""
@@ -269,7 +294,8 @@ class PLaDTrainer(Trainer):
         if num_items_in_batch is not None:
             self._require_finite(loss, module)
             self._train_meter.add(rows)
-            loss = self._without_gradient(loss, active, inputs) if self._skips else loss
+            if self._may_have_none and "index" in inputs:
+                loss = self._without_gradient(loss, active, inputs)
             # DDP, FSDP and DeepSpeed average gradients over processes; this loss wants their sum.
             loss = loss * self.accelerator.num_processes
         return (loss, rows) if return_outputs else loss
@@ -284,7 +310,7 @@ class PLaDTrainer(Trainer):
         """Measures one evaluation batch; there are no predictions to hand on."""
         features = inputs["groups"].features
         losses, parts, order = [], [], []
-        for packed in pack([self._num_tokens(f) for f in features], self._token_budget):
+        for packed in self._pack(features, [range(len(features))]):
             batch = self._prepare_inputs(self._batch([features[i] for i in packed]))
             with torch.no_grad():
                 loss, rows = self.compute_loss(model, batch, return_outputs=True)
@@ -314,7 +340,7 @@ class PLaDTrainer(Trainer):
             total = self.accelerator.reduce(self._train_meter.total, "sum")
             metrics = self._train_meter.summary(total)
             del metrics["loss"]  # the Trainer's own is the mean over optimizer steps
-            if self._skips:
+            if self._may_have_none and self.args.skip_inactive:
                 counts = torch.tensor(self._backwards, device=self.accelerator.device)
                 ran, skipped = self.accelerator.reduce(counts, "sum").tolist()
                 metrics["skipped_backwards"] = skipped / max(ran, 1)
@@ -341,6 +367,7 @@ class PLaDTrainer(Trainer):
         if any(flags) or not self._may_skip:
             return loss
         self._backwards[1] += 1
+        self._skipped = True
         return loss.detach() + torch.zeros_like(loss, requires_grad=True)
 
     def _prepare_model(self) -> str:
@@ -364,34 +391,63 @@ class PLaDTrainer(Trainer):
         """The dataset with reference log-probabilities, if the loss needs them and it has none."""
         if dataset is None or not get_loss(self.args.loss).needs_reference:
             return dataset
-        given = "reference_logps" in dataset.column_names
-        model, collate = self.model, self._collate
-        if self._reference_model is not None and not given:
-            model = self._reference_model.to(self.args.device)
-            layout = self._prepare(model, "padded" if self.layout == "padded" else "auto")
-            collate = PreferenceCollator(collate.pad_token_id, collate.group_size, layout=layout)
-        elif self.state.global_step and not given:
+        if "reference_logps" in dataset.column_names:  # checked there, and kept
+            return self._score(dataset, self.model, self._collate, name)
+        if not self._is_plain:
             raise UsageError(
-                f"{name} has no reference_logps, and the model is not what it was before "
-                "training; pass the data to the constructor, or a reference_model"
+                f"{name} has no reference_logps, and a model that FSDP or DeepSpeed shards is not "
+                "there to compute them; add them in one process with "
+                "plad_fast.reference_logps.add_reference_logps"
             )
-        cache = self.args.reference_cache or Path(self.args.output_dir, "reference")
+        model, collate = self._reference_model, self._collate
+        if model is None:
+            if self.state.global_step:
+                raise UsageError(
+                    f"{name} has no reference_logps, and the model is not what it was before "
+                    "training; pass the data to the constructor, or a reference_model"
+                )
+            model = self.model
+        home = model.device
+        model.to(self.args.device)
+        try:
+            if model is not self.model:
+                wanted = "padded" if self.layout == "padded" else "auto"
+                layout = self._prepare(model, wanted)
+                collate = PreferenceCollator(
+                    collate.pad_token_id, collate.group_size, layout=layout
+                )
+            # Every process scores its share, and all get the whole.
+            count, rank = self.accelerator.num_processes, self.accelerator.process_index
+            share = dataset.select(range(rank, len(dataset), count))
+            scored = []
+            if len(share):
+                scored = self._score(share, model, collate, name)["reference_logps"]
+        finally:
+            if model is not self.model:
+                model.to(home)
+        logps = list(scored)
+        if count > 1:
+            shares = gather_object([logps])
+            logps = [shares[i % count][i // count] for i in range(len(dataset))]
+        return dataset.add_column("reference_logps", logps)
+
+    def _score(
+        self, dataset: Dataset, model: PreTrainedModel, collate: PreferenceCollator, name: str
+    ) -> Dataset:
         longest = max(map(self._num_tokens, dataset))
-        with self.args.main_process_first(desc="reference log-probabilities"):
-            return add_reference_logps(
-                dataset,
-                model,
-                collate=collate,
-                max_tokens_per_batch=self.args.max_tokens_per_batch
-                or max(_REFERENCE_TOKENS, longest),
-                cache=Path(cache),
-                temperature=self.args.temperature,
-                impl=self.args.impl,
-                scratch_bytes=self._scratch_bytes,
-                name=name,
-                progress=not self.args.disable_tqdm,
-                autocast=self.accelerator.autocast,
-            )
+        return add_reference_logps(
+            dataset,
+            model,
+            collate=collate,
+            max_tokens_per_batch=self.args.max_tokens_per_batch or max(_REFERENCE_TOKENS, longest),
+            cache=self.args.reference_cache or Path(self.args.output_dir, "reference"),
+            temperature=self.args.temperature,
+            impl=self.args.impl,
+            scratch_bytes=self._scratch_bytes,
+            name=name,
+            progress=not self.args.disable_tqdm,
+            autocast=self.accelerator.autocast,
+        )
 
     @property
     def _scratch_bytes(self) -> int | None:

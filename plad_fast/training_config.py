@@ -16,6 +16,8 @@ from plad_fast.objective import Objective
 from plad_fast.packing import LAYOUTS
 from plad_fast.tokenization import TRUNCATION_SIDES
 
+_IN_BACKWARD = ("layerwise", "lomo")
+
 
 @dataclass
 class PLaDConfig(TrainingArguments):
@@ -45,8 +47,9 @@ class PLaDConfig(TrainingArguments):
     self_check: bool = True
     """Compare shared with padded log-probabilities on a short group before training."""
     max_tokens_per_batch: int | None = None
-    """Tokens of one forward and backward. The groups of a device's batch are packed into as many
-    micro-batches as that takes; None runs them together. A longer group runs alone."""
+    """Tokens of one forward and backward, padding included. The groups of a device's batch
+    (`per_device_train_batch_size`) are packed into as many micro-batches as that takes; a longer
+    group runs alone. With None there is one, and one more for groups that were satisfied."""
     skip_inactive: bool = True
     """Run no backward for a micro-batch whose gradient is exactly zero, as under a satisfied hinge.
     Off under FSDP and DeepSpeed, which count on every backward."""
@@ -89,6 +92,16 @@ class PLaDConfig(TrainingArguments):
             raise UsageError(f"unknown impl {self.impl!r}; known: auto, {', '.join(BACKENDS)}")
         if self.scratch_mib is not None and self.scratch_mib < 1:
             raise UsageError(f"scratch_mib must be at least 1, got {self.scratch_mib}")
+        if any(kind in str(self.optim).lower() for kind in _IN_BACKWARD):
+            raise UsageError(
+                f"optim={self.optim} steps inside every backward, and a training step may have "
+                "several here; choose an optimizer that steps once"
+            )
+        if self.neftune_noise_alpha and self.layout != "padded":
+            raise UsageError(
+                "the noise of NEFTune depends on the length of a row, which packing changes; set "
+                "layout='padded', or leave neftune_noise_alpha out"
+            )
         if self.label_smoothing_factor:
             raise UsageError("label smoothing is not part of this loss; set it to 0")
         if self.torch_compile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,14 +214,14 @@ def test_bad_arguments_are_said_at_once(capsys: pytest.CaptureFixture[str], tmp_
         assert message in capsys.readouterr().err
 
 
-def test_only_the_whole_standard_plan_is_kept(tmp_path: Path) -> None:
+def test_only_the_standard_plan_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "dialogues.jsonl"
     path.touch()
     whole = step.parse(["--dialogsum", str(path)])
     assert whole.whole
     assert {job.case.kind for job in whole.plan} == {"fixed", "dialogsum", "short-prompt"}
     part = step.parse([])
-    assert not part.whole
+    assert part.whole
     assert {job.case.kind for job in part.plan} == {"fixed", "short-prompt"}
     assert not step.parse(["--dialogsum", str(path), "--steps", "20"]).whole
 
@@ -246,3 +247,17 @@ def test_satisfaction_run(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert main(["--satisfaction", str(path), str(target)]) == 0
     assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_floor_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import step_floor
+
+    assert step_floor.main(["--quick", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"matrix products +\d+\.\d+ +\d+%", printed)
+    # Two layers of 32 channels, 64 within, half as many heads of keys; a head of 260 tokens. Four
+    # pairs of 32 + 2 * 8 tokens; only responses reach the head.
+    body, head = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64), 260 * 32
+    found = re.search(r"its products are (\d+\.\d+) GFLOP", printed)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(6 * (192 * body + 64 * head) / 1e9, rel=0.01)

@@ -91,6 +91,29 @@ def test_gradients_of_shared_keys_add_up(layout):
     torch.testing.assert_close(x.grad[0], expected)
 
 
+def with_trunks(layout):
+    return all(group[0] or len(group) == 1 for group in layout.groups)
+
+
+@given(layouts.filter(with_trunks))
+def test_rows_that_predict(layout):
+    """The row in front of every token of a branch; in front of the first is the trunk's last."""
+    rows, start = [], 0
+    for trunk, *branches in layout.groups:
+        at = start + trunk
+        for branch in branches:
+            rows += [start + trunk - 1, *range(at, at + branch - 1)][:branch]
+            at += branch
+        start = at
+    x = torch.randn(1, layout.num_tokens, 3, dtype=torch.float64, requires_grad=True)
+    found = layout.predicting(x)
+    assert torch.equal(found, x[0, rows])
+    weight = torch.randn_like(found)
+    (found * weight).sum().backward()
+    expected = torch.zeros_like(x[0]).index_add_(0, torch.tensor(rows, dtype=torch.long), weight)
+    torch.testing.assert_close(x.grad[0], expected)
+
+
 def keys_of(span):
     return [*range(*span.trunk), *range(span.start, span.stop)]
 

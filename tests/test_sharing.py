@@ -184,8 +184,20 @@ def test_a_packed_batch_needs_preparation():
         causal_lm_logprobs(make_model("llama"), collate(PAIRS, "shared"))
 
 
-def with_layout(batch, groups, **entries):
-    return {**batch, "row_layout": RowLayout(groups), **entries}
+def with_layout(batch, groups):
+    """Attends by other groups; which rows predict is left as it was."""
+    wrong = RowLayout(groups)
+    object.__setattr__(wrong, "predicting", batch["row_layout"].predicting)
+    return {**batch, "row_layout": wrong}
+
+
+def predicting_from_in_front(layout):
+    """As if the first token of a response were predicted by the token in front of it."""
+    wrong = RowLayout(layout.groups)
+    rows = layout.predicting(torch.arange(layout.num_tokens)[None, :, None])[:, 0]
+    rows[5:8] = torch.tensor([13, 14, 15])
+    object.__setattr__(wrong, "predicting", lambda hidden: hidden[0, rows])
+    return wrong
 
 
 # Each keeps all shapes: only numbers tell.
@@ -200,7 +212,7 @@ FAULTS = {
         **b, "position_ids": torch.arange(b["input_ids"].shape[1])[None]
     },
     "first response tokens predicted by the token in front of them": lambda b: {
-        **b, "loss_rows": torch.cat([b["loss_rows"][:5], torch.arange(13, 16), b["loss_rows"][8:]])
+        **b, "row_layout": predicting_from_in_front(b["row_layout"])
     },
 }  # fmt: skip
 

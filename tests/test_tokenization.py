@@ -172,8 +172,9 @@ def test_cut_prompts_and_dropped_rows_are_counted_once(tiny_tokenizer, caplog):
 
 
 def test_tokenised_rows_are_taken_as_they_are(tiny_tokenizer):
-    data = Dataset.from_list([{"prompt_ids": [1], "response_ids": [[2], [3]]}])
-    assert tokenize_dataset(data, tiny_tokenizer, max_length=4) is data
+    row = {"prompt_ids": [1], "response_ids": [[2], [3, 4]], "scores": [0.5, 0.25]}
+    found = tokenize_dataset(Dataset.from_list([row]), tiny_tokenizer, max_length=2)
+    assert found.to_list() == [{**row, "length": 3}]
 
 
 @pytest.mark.parametrize(
@@ -288,3 +289,20 @@ def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
     prompt = [{"role": "system", "content": "be kind"}, *CHAT]
     with pytest.raises(UsageError, match=r"row 1: .* roles system, user \(no system role\)"):
         tokenize_dataset([{"prompt": prompt, "chosen": "a"}], tokenizer, max_length=64)
+
+
+TOKENS = {"prompt_ids": [3, 4], "response_ids": [[5, 6, 7], [8]]}
+
+
+def test_token_ids_of_somebody_else_are_checked(tiny_tokenizer):
+    found = tokenize_dataset([TOKENS, TOKENS], tiny_tokenizer, max_length=64)
+    assert found["length"] == [5, 5]
+    first = tokenize_dataset([TOKENS], tiny_tokenizer, max_length=64, first_only=True)
+    assert first["response_ids"] == [[[5, 6, 7]]]
+    for wrong, message in (
+        ({**TOKENS, "prompt_ids": []}, "row 2: the prompt_ids are empty"),
+        ({**TOKENS, "response_ids": []}, "row 2: the response_ids are empty"),
+        ({**TOKENS, "response_ids": [[5], [6], [7]]}, "have 2 or 3 responses"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            tokenize_dataset([TOKENS, wrong], tiny_tokenizer, max_length=64)
