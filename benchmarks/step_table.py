@@ -1,12 +1,16 @@
-"""Rows and table of the step benchmark, from what its processes measured."""
+"""Rows and table of the step benchmark, from what its processes measured.
+
+python -m benchmarks.step_table    # results/step_cpu.csv as the table of the README
+"""
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.common import MIB, Record, format_table, quartiles
+from benchmarks.common import MIB, RESULTS, Record, format_table, quartiles
 from benchmarks.step_data import PAIRS_PER_STEP, StepCase
 
 BASELINES = ("trl", "trl batched")
@@ -102,3 +106,39 @@ def table(rows: Sequence[Record]) -> str:
             for row in rows
         ],
     )
+
+
+def markdown(rows: Sequence[Record]) -> str:
+    """The rows of a CSV as the table of the README: every case beside TRL's faster setting."""
+    lines = [
+        "| case | TRL | plad_fast | | one pair at a time | |",
+        "|---|---|---|---|---|---|",
+    ]
+    cases: dict[tuple[str, ...], dict[str, Record]] = {}
+    for row in rows:
+        key = (row["kind"], row["dtype"], row["active"], row["checkpointing"])
+        cases.setdefault(key, {})[row["impl"]] = row
+    for (kind, dtype, active, checkpointing), found in cases.items():
+        name = f"{kind}, {dtype}"
+        name += "" if float(active) == 1 else f", {float(active):.0%} active"
+        name += ", checkpointing" if checkpointing == "True" else ""
+        base = next(row for row in found.values() if row["impl"] == row["baseline"])
+        cells = [f"{_seconds(base)}, {_memory(base)}"]
+        for ours in ("plad_fast", "plad_fast one pair"):
+            row = found[ours]
+            cells += [f"{_seconds(row)}, {_memory(row)}", f"**{float(row['ratio']):.1f}x**"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seconds(row: Record) -> str:
+    return f"{float(row['median_s']):.1f} s"
+
+
+def _memory(row: Record) -> str:
+    return f"{float(row['process_mib']) / 1024:.1f} GiB"
+
+
+if __name__ == "__main__":
+    with (RESULTS / "step_cpu.csv").open(newline="") as file:
+        print(markdown(list(csv.DictReader(file))))

@@ -215,12 +215,16 @@ def vocab_splits(num_tokens: int, vocab: int, config: LinearConfig, device: Devi
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as `torch.set_float32_matmul_precision` says."""
+    """How float32 operands are multiplied: as `torch.set_float32_matmul_precision` says, or
+    `torch.backends.cuda.matmul.fp32_precision`, which makes the former refuse to answer.
+    """
     if dtype != torch.float32:
         return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[
-        torch.get_float32_matmul_precision()
-    ]
+    try:
+        said = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[said]
 
 
 def must_widen(dtype: torch.dtype) -> bool:

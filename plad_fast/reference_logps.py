@@ -65,8 +65,8 @@ def add_reference_logps(
 ) -> Dataset:
     """The dataset with a column `reference_logps`: K sums of token log-probabilities, in nats.
 
-    Of processes that share `cache` the main one must go first. The others then read a finished
-    file, which any number of them may do at once.
+    Of processes that share `cache` one must go first: a file is written by one process. The
+    others then read the finished file, which any number of them may do at once.
 
     Args:
         dataset: with the columns `prompt_ids` and `response_ids`. If it has `reference_logps`
@@ -147,7 +147,17 @@ def _adapters(model: nn.Module) -> str | None:
         for name, module in model.named_modules()
         if hasattr(module, "active_adapters") and hasattr(module, "adapter_layer_names")
     ]
-    return digest([sorted((name, repr(config)) for name, config in settings.items()), used])
+    return digest([_ordered({name: vars(config) for name, config in settings.items()}), used])
+
+
+def _ordered(value: Any) -> Any:
+    """Sets, whose order differs from process to process, as sorted lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _ordered(value[key]) for key in value}
+    if isinstance(value, (set, frozenset, list, tuple)):
+        items = [_ordered(item) for item in value]
+        return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
 
 def weights_digest(model: nn.Module) -> str:

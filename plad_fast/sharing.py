@@ -59,7 +59,7 @@ def prepare(
     before = lm.config._attn_implementation
     if lm._can_set_attn_implementation():
         enable(lm, attention)
-        reason = _why_not_packed(model)
+        reason = _why_not_packed(model, attention)
     else:
         reason = f"{type(lm).__name__} does not use transformers' attention interface"
     if reason is not None:
@@ -77,7 +77,7 @@ def prepare(
     return chosen
 
 
-def _why_not_packed(model: nn.Module) -> str | None:
+def _why_not_packed(model: nn.Module, attention: str) -> str | None:
     """None, or what in the model's structure stands against packed rows."""
     lm = base_model(model)
     config = lm.config.get_text_config()
@@ -87,7 +87,8 @@ def _why_not_packed(model: nn.Module) -> str | None:
         return f"{type(lm).__name__} has layers of the kind {', '.join(unknown)}"
     if getattr(config, "attention_chunk_size", None):
         return f"{type(lm).__name__} attends in chunks"
-    if any(isinstance(module, nn.Conv1d) for module in lm.modules()):
+    # Not in all of the model: convolutions of an audio tower never meet a token.
+    if any(isinstance(module, nn.Conv1d) for module in (lm.get_decoder() or lm).modules()):
         return (
             f"{type(lm).__name__} has convolutions, which see across the borders of a row's parts"
         )
@@ -103,9 +104,11 @@ def _why_not_packed(model: nn.Module) -> str | None:
             batch_hidden(model, to_device(batch, _device_of(model)))
     except NotPackedError as error:
         return str(error)
-    except UsageError:
+    except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a forward that takes no further arguments, say
+        if attention != "auto":
+            raise
         return f"{type(lm).__name__} does not run on them ({type(error).__name__}: {error})"
     depth = config.num_hidden_layers
     if len(trace) != depth:
@@ -144,8 +147,8 @@ def _check(model: nn.Module, layout: str) -> None:
     )
     difference = float((found - expected).abs().mean())
     dtype = working_dtype(next(model.parameters()))
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        dtype = torch.bfloat16  # TF32 rounds as 16-bit types do
+    if dtype == torch.float32 and _rounds_products():
+        dtype = torch.bfloat16  # TF32 has no more digits to speak of
     # NaN passes: `check_head` and the training report it.
     if difference > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
         raise UsageError(
@@ -153,6 +156,14 @@ def _check(model: nn.Module, layout: str) -> None:
             f"layout than in the padded one (by {difference:.2g} nats a token); use "
             "layout='padded', and please report the model"
         )
+
+
+def _rounds_products() -> bool:
+    """Whether float32 operands may be multiplied as TF32."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set for a backend, by the newer names
+        return True
 
 
 def _logprobs(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N,)

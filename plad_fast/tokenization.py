@@ -161,6 +161,7 @@ def tokenize_dataset(
 
 def _checked_tokens(dataset: Dataset, *, first_only: bool, name: str) -> Dataset:
     """Rows of token ids that somebody else made, with the column `length`."""
+    dataset = dataset.with_format(None)
     lengths, sizes = [], set()
     for index, row in enumerate(dataset.select_columns(["prompt_ids", "response_ids"])):
         prompt, responses = row["prompt_ids"], row["response_ids"]
@@ -175,7 +176,8 @@ def _checked_tokens(dataset: Dataset, *, first_only: bool, name: str) -> Dataset
         lengths.append(len(prompt) + max(len(ids) for ids in kept))
     _require_one_size(sizes, name)
     if first_only:
-        dataset = dataset.map(lambda row: {"response_ids": row["response_ids"][:1]})
+        given = {"response_ids", "scores", "reference_logps"} & set(dataset.column_names)
+        dataset = dataset.map(lambda row: {name: row[name][:1] for name in given})
     if "length" in dataset.column_names:
         dataset = dataset.remove_columns("length")
     return dataset.add_column("length", lengths)

@@ -134,6 +134,11 @@ class PLaDTrainer(Trainer):
                 "max_tokens_per_batch makes several backwards a step, and DeepSpeed counts them; "
                 "leave it out and set per_device_train_batch_size"
             )
+        if self.accelerator.num_processes > 1 and not self.accelerator.even_batches:
+            raise UsageError(
+                "accelerator_config asks for even_batches=False, but the processes have to run "
+                "the same number of micro-batches; leave it out"
+            )
         # The loss is normalised over the accumulation window: the Trainer must not do it again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._prepare_model()
@@ -193,7 +198,7 @@ class PLaDTrainer(Trainer):
 
     def _micro_batches(self, features: Features) -> list[Features]:
         """Groups that run together; as many micro-batches in every process."""
-        rows = self._satisfied.rows
+        rows = self._satisfied.rows if self._may_have_none else set()
         satisfied = [i for i, feature in enumerate(features) if feature.get("index") in rows]
         active = [i for i, feature in enumerate(features) if feature.get("index") not in rows]
         # Also where no backward is skipped: whether one is changes no bit.
@@ -219,7 +224,12 @@ class PLaDTrainer(Trainer):
     @property
     def _satisfied(self) -> Satisfied:
         # Among the callbacks, since a checkpoint's may take the place of the one made here.
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, Satisfied))
+        found = (cb for cb in self.callback_handler.callbacks if isinstance(cb, Satisfied))
+        satisfied = next(found, None)
+        if satisfied is None:
+            satisfied = Satisfied()
+            self.add_callback(satisfied)
+        return satisfied
 
     @property
     def _may_have_none(self) -> bool:
@@ -229,8 +239,8 @@ class PLaDTrainer(Trainer):
     @property
     def _is_plain(self) -> bool:
         """One process, or DDP: every process has the whole model."""
-        kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        return self.accelerator.distributed_type in kinds
+        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        return self.accelerator.distributed_type not in sharded
 
     def _num_tokens(self, feature: Mapping[str, Any]) -> int:
         """Tokens of a group in the layout; in the padded one others may make it longer."""
@@ -407,40 +417,59 @@ class PLaDTrainer(Trainer):
                     "training; pass the data to the constructor, or a reference_model"
                 )
             model = self.model
-        home = model.device
-        model.to(self.args.device)
+        scored, error = [], None
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
         try:
-            if model is not self.model:
-                wanted = "padded" if self.layout == "padded" else "auto"
-                layout = self._prepare(model, wanted)
-                collate = PreferenceCollator(
-                    collate.pad_token_id, collate.group_size, layout=layout
-                )
-            # Every process scores its share, and all get the whole.
-            count, rank = self.accelerator.num_processes, self.accelerator.process_index
             share = dataset.select(range(rank, len(dataset), count))
-            scored = []
-            if len(share):
-                scored = self._score(share, model, collate, name)["reference_logps"]
-        finally:
-            if model is not self.model:
-                model.to(home)
-        logps = list(scored)
+            scored = self._score_share(share, model, collate, name)
+        except Exception as caught:  # the others wait for this process
+            if count == 1:
+                raise
+            error = f"process {rank}: {caught}"
         if count > 1:
-            shares = gather_object([logps])
-            logps = [shares[i % count][i // count] for i in range(len(dataset))]
-        return dataset.add_column("reference_logps", logps)
+            shares = gather_object([(scored, error)])
+            errors = [text for _, text in shares if text]
+            if errors:
+                raise UsageError(f"reference log-probabilities of {name}: {'; '.join(errors)}")
+            scored = [shares[i % count][0][i // count] for i in range(len(dataset))]
+        return dataset.add_column("reference_logps", scored)
+
+    def _score_share(
+        self, share: Dataset, model: PreTrainedModel, collate: PreferenceCollator, name: str
+    ) -> list[list[float]]:
+        """Log-probabilities of the rows that are this process's to score."""
+        if not len(share):
+            return []
+        if model is self.model:
+            return list(self._score(share, model, collate, name)["reference_logps"])
+        home = model.device
+        # A model that accelerate has spread over devices stays there.
+        moves = getattr(model, "hf_device_map", None) is None
+        if moves:
+            model.to(self.args.device)
+        try:
+            layout = self._prepare(model, "padded" if self.layout == "padded" else "auto")
+            collate = PreferenceCollator(collate.pad_token_id, collate.group_size, layout=layout)
+            return list(self._score(share, model, collate, name)["reference_logps"])
+        finally:
+            if moves:
+                model.to(home)
 
     def _score(
         self, dataset: Dataset, model: PreTrainedModel, collate: PreferenceCollator, name: str
     ) -> Dataset:
         longest = max(map(self._num_tokens, dataset))
+        cache = Path(self.args.reference_cache or Path(self.args.output_dir, "reference"))
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if count > 1:
+            cache /= f"{rank + 1}-of-{count}"
+            name = f"{name}, of which every {count}th row from {rank + 1} on"
         return add_reference_logps(
             dataset,
             model,
             collate=collate,
             max_tokens_per_batch=self.args.max_tokens_per_batch or max(_REFERENCE_TOKENS, longest),
-            cache=self.args.reference_cache or Path(self.args.output_dir, "reference"),
+            cache=cache,
             temperature=self.args.temperature,
             impl=self.args.impl,
             scratch_bytes=self._scratch_bytes,

@@ -52,10 +52,12 @@ class PLaDConfig(TrainingArguments):
     group runs alone. With None there is one, and one more for groups that were satisfied."""
     skip_inactive: bool = True
     """Run no backward for a micro-batch whose gradient is exactly zero, as under a satisfied hinge.
-    Off under FSDP and DeepSpeed, which count on every backward."""
+    Off under FSDP and DeepSpeed, which count on every backward. Weights end as they would have,
+    but for mixtures whose experts are modules of their own (transformers 4) and of which a skipped
+    micro-batch meets others than a run one."""
     reference_cache: str | None = None
     """Folder for the log-probabilities under the reference model, for losses that need them; None
-    takes "reference" in `output_dir`."""
+    takes "reference" in `output_dir`. Each of several processes keeps its share of the rows."""
     impl: str = "auto"
     """Backend of the op, by name; "auto" takes the first that can."""
     scratch_mib: int | None = None

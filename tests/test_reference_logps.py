@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -274,3 +277,25 @@ def test_damage_and_bad_options_are_refused(dataset, model, tmp_path):
     path.write_text("".join([*lines[:2], "{oops\n", *lines[3:]]))
     with pytest.raises(UsageError, match="line 3 is damaged"):
         add(dataset, model, tmp_path)
+
+
+def test_settings_of_adapters_have_one_digest_in_every_process(tmp_path):
+    """PEFT keeps the names of its targets in sets, whose order is another in every process."""
+    code = (
+        "import types, torch; from plad_fast.reference_logps import _adapters;"
+        "m = torch.nn.Linear(1, 1);"
+        "m.peft_config = {'a': types.SimpleNamespace(r=8, target_modules=set('qkvoabcdefg'))};"
+        "print(_adapters(m))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+    assert found != {"None\n"}

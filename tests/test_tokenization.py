@@ -297,8 +297,11 @@ TOKENS = {"prompt_ids": [3, 4], "response_ids": [[5, 6, 7], [8]]}
 def test_token_ids_of_somebody_else_are_checked(tiny_tokenizer):
     found = tokenize_dataset([TOKENS, TOKENS], tiny_tokenizer, max_length=64)
     assert found["length"] == [5, 5]
-    first = tokenize_dataset([TOKENS], tiny_tokenizer, max_length=64, first_only=True)
-    assert first["response_ids"] == [[[5, 6, 7]]]
+    scored = {**TOKENS, "scores": [1.0, 0.5]}
+    first = tokenize_dataset([scored], tiny_tokenizer, max_length=64, first_only=True)
+    assert first.to_list() == [
+        {"prompt_ids": [3, 4], "response_ids": [[5, 6, 7]], "scores": [1.0], "length": 5}
+    ]
     for wrong, message in (
         ({**TOKENS, "prompt_ids": []}, "row 2: the prompt_ids are empty"),
         ({**TOKENS, "response_ids": []}, "row 2: the response_ids are empty"),
