@@ -113,6 +113,15 @@ class PreferenceCollator:
         )
 
 
+def count_tokens(feature: Mapping[str, Any], layout: str) -> int:
+    """Tokens of a group in a layout; in the padded one other groups may make it longer."""
+    group = _Group(feature["prompt_ids"], feature["response_ids"])
+    if layout == "padded":
+        longest = max(map(len, group.responses))
+        return (len(group.prompt) + longest) * len(group.responses)
+    return group.shared if layout == "shared" else group.unshared
+
+
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
     """The batch with its tensors on a device."""
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

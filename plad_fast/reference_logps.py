@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from plad_fast._records import digest
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs, evaluating
-from plad_fast.packing import to_device
+from plad_fast.micro_batches import pack
+from plad_fast.packing import count_tokens, to_device
 from plad_fast.pairs.store import AnswerStore
 
 if TYPE_CHECKING:
@@ -234,27 +235,9 @@ class _Scorer:
 
 def _batches(rows: Dataset, layout: str, max_tokens: int) -> list[list[int]]:
     """Rows of like length together, the longest first: what exceeds the memory does so at once."""
-
-    def tokens(row: Mapping[str, Any]) -> int:
-        prompt, responses = len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]]
-        if layout == "padded":
-            return len(responses) * (prompt + max(responses))
-        return sum(responses) + prompt * (1 if layout == "shared" else len(responses))
-
-    sizes = [tokens(row) for row in rows]
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-    batches: list[list[int]] = []
-    room = 0
-    for index in order:
-        # The first of a batch is its longest; padding makes the others as long.
-        size = sizes[batches[-1][0] if batches and layout == "padded" else index]
-        if batches and size <= room:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            size, room = sizes[index], max_tokens
-        room -= size
-    return batches
+    sizes = [count_tokens(row, layout) for row in rows]
+    batches = pack(sizes, max_tokens, padded=layout == "padded")
+    return sorted(batches, key=lambda batch: -max(sizes[index] for index in batch))
 
 
 def _check(logps: Sequence[float], count: int, name: str, index: int) -> None:

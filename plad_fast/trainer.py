@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -23,8 +22,7 @@ from plad_fast.fused import fused_linear_preference_loss
 from plad_fast.head import base_model, call_inside, check_head, head_arguments, unwrap
 from plad_fast.losses import get_loss
 from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
-from plad_fast.packing import PreferenceBatch, PreferenceCollator, to_device
-from plad_fast.reference_logps import add_reference_logps
+from plad_fast.packing import PreferenceBatch, PreferenceCollator, count_tokens, to_device
 from plad_fast.sharing import prepare
 from plad_fast.training_config import PLaDConfig
 from plad_fast.training_data import (
@@ -40,6 +38,7 @@ from plad_fast.training_data import (
     tokenize,
 )
 from plad_fast.training_metrics import PreferenceMeter
+from plad_fast.training_reference import Reference
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 __all__ = ["PLaDConfig", "PLaDTrainer"]
-
-# Tokens of a forward without a backward, where the user set no limit.
-_REFERENCE_TOKENS = 4096
 
 
 class PLaDTrainer(Trainer):
@@ -243,13 +239,7 @@ class PLaDTrainer(Trainer):
         return self.accelerator.distributed_type not in sharded
 
     def _num_tokens(self, feature: Mapping[str, Any]) -> int:
-        """Tokens of a group in the layout; in the padded one others may make it longer."""
-        prompt, responses = len(feature["prompt_ids"]), [len(r) for r in feature["response_ids"]]
-        if self.layout == "shared":
-            return prompt + sum(responses)
-        if self.layout == "packed":
-            return prompt * len(responses) + sum(responses)
-        return (prompt + max(responses)) * len(responses)
+        return count_tokens(feature, self.layout)
 
     def _batch(self, features: Features) -> PreferenceBatch:
         batch = self._collate(features)
@@ -401,82 +391,24 @@ class PLaDTrainer(Trainer):
         """The dataset with reference log-probabilities, if the loss needs them and it has none."""
         if dataset is None or not get_loss(self.args.loss).needs_reference:
             return dataset
-        if "reference_logps" in dataset.column_names:  # checked there, and kept
-            return self._score(dataset, self.model, self._collate, name)
-        if not self._is_plain:
+        has_none = "reference_logps" not in dataset.column_names
+        if has_none and not self._is_plain:
             raise UsageError(
                 f"{name} has no reference_logps, and a model that FSDP or DeepSpeed shards is not "
                 "there to compute them; add them in one process with "
                 "plad_fast.reference_logps.add_reference_logps"
             )
-        model, collate = self._reference_model, self._collate
-        if model is None:
-            if self.state.global_step:
-                raise UsageError(
-                    f"{name} has no reference_logps, and the model is not what it was before "
-                    "training; pass the data to the constructor, or a reference_model"
-                )
-            model = self.model
-        scored, error = [], None
-        count, rank = self.accelerator.num_processes, self.accelerator.process_index
-        try:
-            share = dataset.select(range(rank, len(dataset), count))
-            scored = self._score_share(share, model, collate, name)
-        except Exception as caught:  # the others wait for this process
-            if count == 1:
-                raise
-            error = f"process {rank}: {caught}"
-        if count > 1:
-            shares = gather_object([(scored, error)])
-            errors = [text for _, text in shares if text]
-            if errors:
-                raise UsageError(f"reference log-probabilities of {name}: {'; '.join(errors)}")
-            scored = [shares[i % count][0][i // count] for i in range(len(dataset))]
-        return dataset.add_column("reference_logps", scored)
-
-    def _score_share(
-        self, share: Dataset, model: PreTrainedModel, collate: PreferenceCollator, name: str
-    ) -> list[list[float]]:
-        """Log-probabilities of the rows that are this process's to score."""
-        if not len(share):
-            return []
-        if model is self.model:
-            return list(self._score(share, model, collate, name)["reference_logps"])
-        home = model.device
-        # A model that accelerate has spread over devices stays there.
-        moves = getattr(model, "hf_device_map", None) is None
-        if moves:
-            model.to(self.args.device)
-        try:
-            layout = self._prepare(model, "padded" if self.layout == "padded" else "auto")
-            collate = PreferenceCollator(collate.pad_token_id, collate.group_size, layout=layout)
-            return list(self._score(share, model, collate, name)["reference_logps"])
-        finally:
-            if moves:
-                model.to(home)
-
-    def _score(
-        self, dataset: Dataset, model: PreTrainedModel, collate: PreferenceCollator, name: str
-    ) -> Dataset:
-        longest = max(map(self._num_tokens, dataset))
-        cache = Path(self.args.reference_cache or Path(self.args.output_dir, "reference"))
-        count, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if count > 1:
-            cache /= f"{rank + 1}-of-{count}"
-            name = f"{name}, of which every {count}th row from {rank + 1} on"
-        return add_reference_logps(
-            dataset,
-            model,
-            collate=collate,
-            max_tokens_per_batch=self.args.max_tokens_per_batch or max(_REFERENCE_TOKENS, longest),
-            cache=cache,
-            temperature=self.args.temperature,
-            impl=self.args.impl,
-            scratch_bytes=self._scratch_bytes,
-            name=name,
-            progress=not self.args.disable_tqdm,
-            autocast=self.accelerator.autocast,
+        if has_none and self._reference_model is None and self.state.global_step:
+            raise UsageError(
+                f"{name} has no reference_logps, and the model is not what it was before "
+                "training; pass the data to the constructor, or a reference_model"
+            )
+        reference = Reference(
+            self.args, self.accelerator, self._collate, self._scratch_bytes, self._prepare
         )
+        if has_none and self._reference_model is not None:
+            return reference.score_with_another(self._reference_model, dataset, name)
+        return reference.score(self.model, dataset, name)
 
     @property
     def _scratch_bytes(self) -> int | None:

@@ -31,6 +31,7 @@ LAYERS = [
     {"training_data"},
     {"pairs", "evaluation", "_pair_scores", "metrics", "plots", "report"},
     {"reference_logps"},
+    {"training_reference"},
     {"trainer"},
     {"recipe", "run_folder", "training", "doctor"},
     {"held_out", "_recipe_data"},
