@@ -1,7 +1,7 @@
 """Token log-probabilities of logits that somebody stored already, on the torch backend.
 
 No copy of the logits is made in the forward; the backward writes one gradient of their size.
-Temporaries are a block of rows.
+Temporaries are a block of rows, allocated once: blocks allocated in turn fragment the heap.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def stored_forward(
     """Log-probability, lse and miss of every target, 0 where it is ignored."""
     dtype = accumulation_dtype(logits.dtype)
     results = [logits.new_zeros(targets.shape, dtype=dtype) for _ in range(3)]
+    scratch = logits.new_empty(_block_rows(logits, scratch_bytes), logits.shape[-1], dtype=dtype)
     for block in _blocks(logits, scratch_bytes):
         keep = targets[block] != ignore_index
-        buffer = logits[block].to(dtype, copy=True)
+        buffer = scratch[: len(keep)].copy_(logits[block])
         part = softmax_rows_(buffer, targets[block].where(keep, 0), spec)
         lse = part.row_max + part.sum_exp.log()
         for result, values in zip(results, (part.token_logprobs, lse, part.miss), strict=True):
@@ -48,28 +49,37 @@ def stored_backward(
 ) -> Tensor:
     """The gradient of the logits. Rows without one are left at 0, whatever their logits hold."""
     d_logits = torch.zeros_like(logits)
+    shape = _block_rows(logits, scratch_bytes), logits.shape[-1]
+    scratch = logits.new_empty(shape, dtype=grad.dtype)
+    rounded = scratch if logits.dtype == grad.dtype else logits.new_empty(shape)
+    slopes = None if spec.softcap is None else torch.empty_like(scratch)
     for block in _blocks(logits, scratch_bytes):
         rows = grad[block].where(targets[block] != ignore_index, 0).nonzero().squeeze(1)
-        if not len(rows):
+        n = len(rows)
+        if not n:
             continue
-        buffer = logits[block][rows].to(grad.dtype)
+        torch.index_select(logits[block], 0, rows, out=rounded[:n])
+        buffer = scratch[:n].copy_(rounded[:n])
         block_targets = targets[block][rows]
-        slope = None if spec.softcap is None else torch.empty_like(buffer)
+        slope = None if slopes is None else slopes[:n]
         part = softmax_rows_(buffer, block_targets, spec, tanh_slope=slope)
         logits_gradient_(buffer, block_targets, spec, part, grad[block][rows], tanh_slope=slope)
-        d_logits[block][rows] = buffer.to(logits.dtype)
+        d_logits[block].index_copy_(0, rows, rounded[:n].copy_(buffer))
     return d_logits
 
 
 def _blocks(logits: Tensor, scratch_bytes: int) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of blocks of rows, which never cross from one sequence of a batch to the next.
-
-    With softcap and a converted result a row takes up to four times its size in float32.
-    """
-    *batch, num_tokens, vocab = logits.shape
-    row_bytes = 4 * vocab * accumulation_dtype(logits.dtype).itemsize
-    step = max(1, scratch_bytes // max(row_bytes, 1))
+    """Indices of blocks of rows, which never cross from one sequence of a batch to the next."""
+    *batch, num_tokens, _ = logits.shape
+    step = _block_rows(logits, scratch_bytes)
     for sequence in range(*batch) if batch else [None]:
         for start in range(0, num_tokens, step):
             rows = slice(start, start + step)
             yield (rows,) if sequence is None else (sequence, rows)
+
+
+def _block_rows(logits: Tensor, scratch_bytes: int) -> int:
+    """With softcap and a rounded result a row takes up to three times its size in float32."""
+    *_, num_tokens, vocab = logits.shape
+    row_bytes = 3 * vocab * accumulation_dtype(logits.dtype).itemsize
+    return max(1, min(num_tokens, scratch_bytes // max(row_bytes, 1)))
