@@ -287,7 +287,7 @@ class _Distillation:
         )
         path = self.folder / "answers" / "teacher.jsonl"
         fingerprint = {"teacher": self.config.teacher}
-        return stored_answers(load, self.prompts, path, sampling, fingerprint=fingerprint)
+        return stored_answers(load, self.prompts, path, sampling, fingerprint=fingerprint).first
 
     def _finished_teacher_answers(self) -> dict[str, Answer]:
         answers = self._teacher_answers()
@@ -302,7 +302,7 @@ class _Distillation:
         path = self.folder / "answers" / "student.jsonl"
         sampling = self._student_sampling()
         prompts = [*self.pair_prompts, *self.held_out]
-        return stored_answers(load, prompts, path, sampling, fingerprint={"student": SFT})
+        return stored_answers(load, prompts, path, sampling, fingerprint={"student": SFT}).first
 
     def _student_sampling(self) -> Sampling:
         return Sampling(

@@ -176,7 +176,8 @@ def _run_student(
             model = load_model(path, dtype=autocast_dtype(precision), device=best_device())
             return LocalModel(model, tokenizer, kind, chat=chat)
 
-        answers.append(stored_answers(load, held_out.prompts, file, how, fingerprint=made_by))
+        answered = stored_answers(load, held_out.prompts, file, how, fingerprint=made_by)
+        answers.append(answered.first)
     greedy_answers, samples = answers
     fingerprint = {
         **made_by,

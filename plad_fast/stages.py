@@ -79,7 +79,8 @@ def pair_models(
         if overwrite:
             _discard_answers(path)
         fingerprint = {role: source, "weights": model_digest(_resolve(source))}
-        answers[role] = stored_answers(load, prompts, path, sampling, fingerprint=fingerprint)
+        answered = stored_answers(load, prompts, path, sampling, fingerprint=fingerprint)
+        answers[role] = answered.first
     pairs, report = build_pairs(
         prompts, answers["teacher"], answers["student"], tokenizer=tokenizer
     )

@@ -57,13 +57,17 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
         generate_answers(first, PROMPTS, store, Sampling(), progress=False)
     second = Scripted()
     with AnswerStore.open(path, {}) as store:
-        answers = generate_answers(second, PROMPTS, store, Sampling(), progress=False)
+        answers = generate_answers(second, PROMPTS, store, Sampling(), progress=False).first
     assert first.asked + second.asked == [p.id for p in PROMPTS]
     assert answers == {p.id: answer(p.id, f"to prompt {p.id}") for p in PROMPTS}
 
     third = Scripted()
     with AnswerStore.open(path, {}) as store:
-        assert list(generate_answers(third, PROMPTS[4:1:-1], store, Sampling())) == ["4", "3", "2"]
+        assert list(generate_answers(third, PROMPTS[4:1:-1], store, Sampling()).first) == [
+            "4",
+            "3",
+            "2",
+        ]
     assert third.asked == []
 
 

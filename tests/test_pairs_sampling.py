@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from plad_fast.errors import UsageError
+from plad_fast.pairs.local_model import LocalModel, end_tokens
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import RowSampler, Sampling, invert_cdf, row_uniforms
-from plad_fast.pairs.teachers import LocalModel, end_tokens
 
 PROMPTS = [Prompt(f"p{i}", "word " * (i % 4 + 1) + str(i)) for i in range(9)]
 

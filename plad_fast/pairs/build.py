@@ -1,20 +1,17 @@
-"""From prompts to answers, and from two models' answers to preference pairs."""
+"""From two models' answers to preference pairs."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import drop_reason
-from plad_fast.pairs.prompts import Prompt, as_messages, content_digest, require_unique_ids
-from plad_fast.pairs.sampling import Sampling
-from plad_fast.pairs.store import AnswerStore
-from plad_fast.pairs.teachers import Answer, TextModel
+from plad_fast.pairs.prompts import Prompt, as_messages, require_unique_ids
+from plad_fast.pairs.teachers import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,73 +52,6 @@ class PairReport:
     def __str__(self) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items() if n)
         return f"kept {self.kept} of {self.total} prompts" + (f": {reasons}" if reasons else "")
-
-
-def generate_answers(
-    model: TextModel,
-    prompts: Sequence[Prompt],
-    store: AnswerStore,
-    sampling: Sampling,
-    progress: bool = True,
-) -> dict[str, Answer]:
-    """Asks the model every prompt that the store has no answer to, and stores the answers.
-
-    Args:
-        model: the teacher or the student.
-        prompts: with ids of their own.
-        store: written after every batch, so that a killed run can go on.
-        sampling: how to draw the answers; for the store's fingerprint to cover it is up to you.
-        progress: show a bar on the standard error stream.
-
-    Returns:
-        The answers to these prompts, by prompt id, in the order of the prompts.
-
-    Raises:
-        UsageError: two prompts have the same id, a prompt has another content than when its answer
-            was stored, or the model cannot answer.
-    """
-    from tqdm import tqdm
-
-    digests = _checked_digests(prompts, store)
-    pending = [prompt for prompt in prompts if prompt.id not in store.done]
-    with tqdm(
-        total=len(prompts),
-        initial=len(prompts) - len(pending),
-        desc=model.name,
-        unit="prompt",
-        disable=not progress,
-    ) as bar:
-        for answers in model.generate(pending, sampling) if pending else ():
-            store.append([_to_row(answer, digests[answer.prompt_id]) for answer in answers])
-            bar.update(len(answers))
-    return {p.id: _from_row(store.rows[p.id]) for p in prompts if p.id in store.done}
-
-
-def stored_answers(
-    load: Callable[[], TextModel],
-    prompts: Sequence[Prompt],
-    path: str | os.PathLike[str],
-    sampling: Sampling,
-    *,
-    fingerprint: Mapping[str, Any],
-    progress: bool = True,
-) -> dict[str, Answer]:
-    """Answers from a store, which is filled up first where it lacks some.
-
-    Args:
-        load: makes the model; not called if the store has all answers.
-        prompts, sampling, progress: see `generate_answers`.
-        path: of the store.
-        fingerprint: what else the answers depend on, such as the model's name.
-
-    Raises:
-        UsageError: as `AnswerStore.open` and `generate_answers`.
-    """
-    with AnswerStore.open(path, {**fingerprint, **sampling.settings()}) as store:
-        _checked_digests(prompts, store)
-        if all(prompt.id in store.done for prompt in prompts):
-            return {p.id: _from_row(store.rows[p.id]) for p in prompts}
-        return generate_answers(load(), prompts, store, sampling, progress)
 
 
 def build_pairs(
@@ -185,35 +115,8 @@ def as_response(prompt: Content, text: str) -> Content:
     return text if prompt[-1:].isspace() else f" {text}"
 
 
-def _checked_digests(prompts: Sequence[Prompt], store: AnswerStore) -> dict[str, str]:
-    """Prompt id -> digest; raises UsageError where the store has an answer to another prompt."""
-    require_unique_ids(prompts)
-    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
-    for prompt_id, digest in digests.items():
-        if prompt_id in store.done and store.rows[prompt_id]["prompt"] != digest:
-            raise UsageError(
-                f"prompt {prompt_id!r} is not the one that {store.path} has an answer to; choose "
-                "another output folder, or pass --overwrite to start anew"
-            )
-    return digests
-
-
 def _advice(report: PairReport) -> str:
     if not report.total:
         return "give at least one prompt"
     reason, _ = max(report.dropped.items(), key=lambda item: item[1])
     return _ADVICE[reason]
-
-
-def _to_row(answer: Answer, prompt_digest: str) -> dict[str, Any]:
-    return {
-        "id": answer.prompt_id,
-        "prompt": prompt_digest,
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "n_tokens": answer.n_tokens,
-    }
-
-
-def _from_row(row: Mapping[str, Any]) -> Answer:
-    return Answer(row["id"], row["text"], row["finish_reason"], row["n_tokens"])

@@ -42,17 +42,27 @@ class Sampling:
     """Two models with one seed get the same uniform numbers for a prompt, which makes their
     answers alike: give the student another seed than the teacher."""
 
+    n: int = 1
+    """Answers to every prompt, each from a stream of random numbers of its own. More of them only
+    add to those that fewer give."""
+
     batch_size: int = 16
     """Prompts at once; it changes speed and memory, not the answers."""
 
     def settings(self) -> dict[str, Any]:
         """The fields on which answers depend, for the fingerprint of a store."""
         fields = dataclasses.asdict(self)
-        del fields["batch_size"]
+        del fields["batch_size"], fields["n"]
         return fields
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("batch_size", 1), ("seed", 0)):
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("top_k", 0),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("n", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value}")

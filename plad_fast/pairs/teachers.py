@@ -1,21 +1,13 @@
-"""Models as sources of text. A teacher is anything that answers prompts."""
+"""Sources of text. A teacher is anything that answers prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import torch
-
-from plad_fast.chat import Content, render_response
-from plad_fast.errors import UsageError
-from plad_fast.pairs.prompts import Prompt, as_messages
-from plad_fast.pairs.sampling import RowSampler, Sampling
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from plad_fast.pairs.prompts import Prompt
+from plad_fast.pairs.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,22 @@ class Answer:
     """`stop`: the model ended its answer itself. `length`: it was cut off."""
 
     n_tokens: int
-    """Tokens generated, the end token included."""
+    """Tokens generated, the end token included; 0 where nobody counted them."""
+
+    sample: int = 0
+    """Which of a prompt's `Sampling.n` answers this is, from 0."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An answer that could not be had. It is not stored, so another run asks again."""
+
+    prompt_id: str
+
+    reason: str
+    """For the user, in a line, without anything secret."""
+
+    sample: int = 0
 
 
 class TextModel(Protocol):
@@ -39,174 +46,13 @@ class TextModel(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
-        """Answers the prompts, in any order, and yields each batch as soon as it is there."""
-        ...
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[Sequence[Answer | Failure]]:
+        """Answers every prompt `sampling.n` times and yields answers as soon as they are there.
 
-
-class LocalModel:
-    """A transformers causal language model in this process.
-
-    Args:
-        model: on any device. It may be in training; its mode and settings are left as they were.
-        tokenizer: of the model.
-        name: for progress and messages.
-        chat: ask plain-text prompts as a user message if the tokenizer has a chat template, as
-            `build_pairs` writes them. False: continue plain text as it is, which is how rows of
-            plain text are trained and scored.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        *,
-        chat: bool = True,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.name = name
-        self.chat = chat
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
-        """Answers the prompts, longest first, so that memory runs out early or never.
-
-        An answer depends on the model, the prompt, `sampling` less its batch size, and nothing
-        else; rounding differs with the padding.
-
-        Raises:
-            UsageError: from this call, before anything is generated: a prompt is empty, too long
-                for the model, or has tokens the model does not know. From the iterator: the model
-                produced NaN or infinite logits.
+        In any order, and in lists of any length; each (prompt, sample) once. What is wrong with the
+        prompts or the model as a whole is raised as a UsageError from this very call, before
+        anything is generated.
         """
-        rows = [(self._encode(prompt), prompt) for prompt in prompts]
-        self._check(rows, sampling)
-        rows.sort(key=lambda row: (-len(row[0]), row[1].id))
-        return self._batches(rows, sampling)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        from plad_fast.tokenization import encode_prompt  # brings in datasets
-
-        content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
-        try:
-            return encode_prompt(self.tokenizer, content)
-        except UsageError as error:
-            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
-
-    def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
-        config = self.model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        room = positions - sampling.max_new_tokens if positions else None
-        too_long = [row for row in rows if room is not None and len(row[0]) > room]
-        if too_long:
-            ids, prompt = max(too_long, key=lambda row: len(row[0]))
-            raise UsageError(
-                f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
-                f"prompt {prompt.id!r} has {len(ids)} tokens, and of {positions} positions "
-                f"max_new_tokens={sampling.max_new_tokens} leaves {max(room or 0, 0)}; shorten or "
-                "drop these prompts, or lower max_new_tokens"
-            )
-        for ids, prompt in rows:
-            if max(ids) >= config.vocab_size:
-                raise UsageError(
-                    f"prompt {prompt.id!r} has token {max(ids)}, but model {self.name} knows "
-                    f"{config.vocab_size} tokens; use the tokenizer that belongs to the model"
-                )
-
-    def _batches(
-        self, rows: list[tuple[list[int], Prompt]], sampling: Sampling
-    ) -> Iterator[list[Answer]]:
-        ends = end_tokens(self.model, self.tokenizer)
-        for start in range(0, len(rows), sampling.batch_size):
-            batch = rows[start : start + sampling.batch_size]
-            yield self._answer([ids for ids, _ in batch], [p.id for _, p in batch], ends, sampling)
-
-    def _answer(
-        self, rows: list[list[int]], prompt_ids: list[str], ends: set[int], sampling: Sampling
-    ) -> list[Answer]:
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = min(ends, default=0)
-        width = max(map(len, rows))
-        padded = [[pad] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        device = self.model.device
-        sampler = RowSampler(sampling, prompt_ids, width, device)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=pad,
-            use_cache=True,
-        )
-        generate: Any = self.model.generate
-        with _generating(self.model, config), torch.inference_mode():
-            output = generate(
-                torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-        broken = sampler.broken.tolist()
-        if any(broken):
-            raise UsageError(
-                f"model {self.name} produced NaN or infinite logits for prompt "
-                f"{prompt_ids[broken.index(True)]!r}; load it in bfloat16 or float32, and check "
-                "that its training did not diverge"
-            )
-        new = output[:, width:].tolist()
-        return [self._finish(i, row, ends) for i, row in zip(prompt_ids, new, strict=True)]
-
-    def _finish(self, prompt_id: str, tokens: list[int], ends: set[int]) -> Answer:
-        length = next((i for i, token in enumerate(tokens) if token in ends), None)
-        # Not every end token is special to the tokenizer: cut before it rather than skip it.
-        text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        assert isinstance(text, str)
-        if length is None:
-            return Answer(prompt_id, text.strip(), "length", len(tokens))
-        return Answer(prompt_id, text.strip(), "stop", length + 1)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that end an answer.
-
-    They are those of the generation config, the tokenizer's EOS, and the mark that closes an
-    assistant turn in the chat template: a model trained with the template learns to end in that,
-    also where the config still names the EOS of pre-training.
-    """
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ends = set(configured if isinstance(configured, list) else [configured])
-    ends.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        ends.add(_turn_end(tokenizer))
-    return {token for token in ends if token is not None}
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    prompt: Content = [{"role": "user", "content": "a"}]
-    text = render_response(tokenizer, prompt, "a")
-    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-    # Without an EOS token, a template that marks no end closes with the answer itself.
-    return last if last in tokenizer.added_tokens_decoder else None
-
-
-@contextmanager
-def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and `config` instead of the model's generation config.
-
-    `generate` fills whatever a given config leaves open, such as a repetition penalty, from the
-    model's; answers are to depend on `Sampling` alone.
-    """
-    training = [module for module in model.modules() if module.training]
-    own = model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        for module in training:
-            module.training = True
+        ...
