@@ -33,7 +33,7 @@ _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "genera
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
 _PAIR_SETTINGS = (*_PROMPTS, "teacher_temperature", *_GENERATION, "precision")
 _TRAIN_SETTINGS = (
-    *("beta", "sft_weight", "length_normalization", "batch_size", "micro_batch_size"),
+    *("beta", "loss_args", "sft_weight", "length_normalization", "batch_size", "micro_batch_size"),
     "max_tokens_per_batch",
     *("max_length", "precision", "saves_per_stage", "seed"),
 )

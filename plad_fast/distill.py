@@ -203,6 +203,7 @@ class _Distillation:
             learning_rate=config.learning_rate,
             batch_size=config.batch_size,
             beta=config.beta,
+            loss_args=config.loss_args,
             sft_weight=config.sft_weight,
             length_normalization=config.length_normalization,
         )

@@ -11,7 +11,7 @@ independently: the one-pass loss calls it on some groups at a time.
 
 References: PLaD, Zhang et al. 2024, arXiv 2406.02886. SLiC, Zhao et al. 2022, arXiv 2210.00045.
 DPO, Rafailov et al. 2023, arXiv 2305.18290. RSO, Liu et al. 2023, arXiv 2309.06657. IPO, Azar et
-al. 2023, arXiv 2310.12036.
+al. 2023, arXiv 2310.12036. SimPO, Meng et al. 2024, arXiv 2405.14734.
 """
 
 from __future__ import annotations
@@ -189,12 +189,8 @@ def dpo(
     the mean over the pairs that the first response forms with each of the others.
     """
     _check_strength(beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise UsageError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
     gaps = beta * _reference_gaps(logps, reference_logps)
-    # -log sigmoid(x) = softplus(-x)
-    losses = (1 - label_smoothing) * F.softplus(-gaps) + label_smoothing * F.softplus(gaps)
-    return losses.mean(dim=1)
+    return _smoothed(gaps, label_smoothing).mean(dim=1)
 
 
 @register_loss("dpo_hinge")
@@ -235,6 +231,31 @@ def ipo(
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
 
 
+@register_loss("simpo", length_normalized=False)
+def simpo(
+    logps: Tensor,  # (B, K)
+    *,
+    counts: Tensor,  # (B, K)
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:  # (B,)
+    """SimPO: -log sigmoid(beta (s(y+) / |y+| - s(y-) / |y-|) - gamma).
+
+    Meng et al., equation 6; no reference model. `label_smoothing` as in `dpo`. The means are taken
+    whatever the caller's length normalisation. With more than one rejected response it is the mean
+    over the pairs that the first response forms with each of the others.
+    """
+    if not beta > 0:
+        raise UsageError(f"beta scales the difference of log-likelihood, above 0, got {beta}")
+    if not gamma >= 0:
+        raise UsageError(f"gamma is a margin of log-odds and must be at least 0, got {gamma}")
+    _check_group_size(logps, at_least=2)
+    means = logps / counts.clamp(min=1)
+    odds = beta * (means[:, :1] - means[:, 1:]) - gamma
+    return _smoothed(odds, label_smoothing).mean(dim=1)
+
+
 @register_loss("sft", mean_over="tokens", length_normalized=False)
 def sft(
     logps: Tensor,  # (B, K)
@@ -254,6 +275,14 @@ def _reference_gaps(
     _check_group_size(logps, at_least=2)
     ratios = logps - reference_logps
     return ratios[:, :1] - ratios[:, 1:]
+
+
+def _smoothed(odds: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid of each, a share of it taken the other way round; of the shape of `odds`."""
+    if not 0 <= label_smoothing < 0.5:
+        raise UsageError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+    # -log sigmoid(x) = softplus(-x)
+    return (1 - label_smoothing) * F.softplus(-odds) + label_smoothing * F.softplus(odds)
 
 
 def _check_strength(beta: float) -> None:

@@ -79,7 +79,10 @@ class DistillConfig:
     sft_learning_rate: float = setting(2e-4, "peak learning rate of fine-tuning")
     sft_batch_size: int = setting(8, "prompts in an optimizer step of the fine-tuning")
     loss: str = setting("plad_ranking", "preference loss of the calibration")
-    beta: float = setting(1.0, "margin of the loss")
+    beta: float | None = setting(
+        None, "margin of the loss, or its weight of the reference; default: the loss's own"
+    )
+    loss_args: str | None = setting(None, 'further options of the loss as JSON: {"gamma": 0.5}')
     sft_weight: float = setting(1.0, "weight of the NLL regulariser")
     length_normalization: float = setting(
         1.0, "alpha of s(y) / |y|**alpha: 1 ranks by nat per token"
@@ -114,7 +117,7 @@ class DistillConfig:
                     else "fine-tuning is its first stage already"
                 )
             )
-        self._require("beta", self.beta >= 0, "must be at least 0")
+        self._require("beta", self.beta is None or self.beta >= 0, "must be at least 0")
         self._require("seed", 0 <= self.seed < 2**32, "must be from 0 to 4294967295")
         self._require("held_out", self.held_out > 0, "must be positive")
         self._require("sft_share", 0 < self.sft_share <= 1, "must be above 0 and at most 1")

@@ -44,6 +44,7 @@ def train_model(
     precision: str = "auto",
     max_length: int = 1024,
     beta: float | None = None,
+    loss_args: str | None = None,
     sft_weight: float = 0.0,
     length_normalization: float = 0.0,
 ) -> list[dict[str, Any]]:
@@ -57,7 +58,7 @@ def train_model(
         source: folder of the model and its tokenizer, a hub id, or a .gguf file.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
-        loss, beta, sft_weight, length_normalization: see `PLaDConfig`.
+        loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
@@ -86,6 +87,7 @@ def train_model(
         "precision": precision,
         "max_length": max_length,
         "beta": beta,
+        "loss_args": loss_args,
         "sft_weight": sft_weight,
         "length_normalization": length_normalization,
     }
@@ -107,6 +109,7 @@ def train_model(
             output_dir=str(checkpoints),
             loss=loss,
             beta=beta,
+            loss_args=loss_args,
             sft_weight=sft_weight,
             length_normalization=length_normalization,
             max_length=max_length,

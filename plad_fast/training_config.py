@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ class PLaDConfig(TrainingArguments):
     beta: float | None = None
     """The loss's own beta: a hinge's margin in nats, DPO's and IPO's weight of the reference; None
     takes the loss's default."""
+    loss_args: dict[str, Any] | str | None = None
+    """Further options of the loss by name, such as {"label_smoothing": 0.1} of dpo or
+    {"gamma": 0.5} of simpo; JSON on a command line."""
     sft_weight: float = 0.0
     """Weight of the mean negative log-likelihood of the best responses, added to the loss."""
     length_normalization: float = 0.0
@@ -71,6 +75,7 @@ class PLaDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_finite_numbers()
+        self.loss_args = self._checked_loss_args()
         self.objective(group_size=2)
         if self.fine_tunes and self.sft_weight:
             raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
@@ -118,6 +123,28 @@ class PLaDConfig(TrainingArguments):
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"{name} must be a finite number, got {value}")
 
+    def _checked_loss_args(self) -> dict[str, Any] | None:
+        given: Any = self.loss_args
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                raise UsageError(
+                    f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {given!r}'
+                ) from None
+        if given is None:
+            return None
+        if not isinstance(given, dict):
+            raise UsageError(f"loss_args must map names of options to values, got {given!r}")
+        if "beta" in given and self.beta is not None:
+            raise UsageError("beta is set both by itself and in loss_args; set it once")
+        options = get_loss(self.loss).options
+        for name in given:
+            if name not in options:
+                known = ", ".join(options) or "none"
+                raise UsageError(f"loss {self.loss!r} has no option {name!r}; it has: {known}")
+        return given
+
     def objective(self, *, group_size: int) -> Objective:
         """The loss with its options, checked; the data are checked for what it needs of them."""
         return Objective.bind(
@@ -138,4 +165,6 @@ class PLaDConfig(TrainingArguments):
     @property
     def loss_options(self) -> dict[str, Any]:
         """The loss's own options that were set."""
-        return {} if self.beta is None else {"beta": self.beta}
+        beta = {} if self.beta is None else {"beta": self.beta}
+        assert not isinstance(self.loss_args, str)
+        return {**beta, **(self.loss_args or {})}

@@ -114,3 +114,22 @@ def test_values_and_gradients_equal_trls(theirs, options):
     torch.testing.assert_close(ours, want)
     # Every token of a response has the gradient of the response.
     torch.testing.assert_close(logps.grad, tokens.grad[:, 0].view(2, 4).T)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_simpo_equals_trls(smoothing):
+    """TRL takes the means over tokens before its loss."""
+    trainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
+    lengths, logps, _ = tensors()
+    stub = SimpleNamespace(
+        **{"alpha": 0.0, "accelerator": SimpleNamespace(device="cpu"), "loss_type": "simpo"},
+        **{"simpo_gamma": 0.7, "beta": BETA, "label_smoothing": smoothing},
+    )
+    means = logps / lengths
+    want = trainer.cpo_loss(stub, means[:, 0], means[:, 1])[0].mean()
+    (theirs,) = torch.autograd.grad(want, logps)
+    ours = preference_loss(
+        logps, lengths, loss="simpo", beta=BETA, gamma=0.7, label_smoothing=smoothing
+    )
+    torch.testing.assert_close(ours, want)
+    torch.testing.assert_close(torch.autograd.grad(ours, logps)[0], theirs)

@@ -70,6 +70,14 @@ def test_losses_on_a_reference_by_hand(name, beta, want):
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
 
 
+def test_simpo_by_hand():
+    """Means over tokens of -1, -0.5 and -2: differences of -0.5 and 1, less the margin."""
+    logps = torch.tensor([[-1.0, -2.0, -4.0]], dtype=torch.float64)
+    got = losses.simpo(logps, counts=torch.tensor([[1, 4, 2]]), beta=2.0, gamma=0.5)
+    want = (math.log1p(math.exp(1.5)) + math.log1p(math.exp(-1.5))) / 2
+    torch.testing.assert_close(got, torch.tensor([want], dtype=torch.float64))
+
+
 def test_label_smoothing_counts_a_share_of_every_pair_the_other_way_round():
     pairs, reference = LOGPS[:, :2], torch.zeros(2, 2)
     right, wrong = (losses.dpo(x, reference_logps=reference) for x in (pairs, pairs.flip(1)))

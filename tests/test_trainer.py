@@ -364,6 +364,24 @@ def test_config_is_an_argument_parser_away(tmp_path):
     assert json.loads(config.to_json_string())["loss"] == "sft"
 
 
+def test_options_of_the_loss(tmp_path):
+    """As a mapping or, from a command line, as JSON; names that the loss lacks are refused."""
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--loss", "simpo", "--beta", "2"]
+    [config] = HfArgumentParser(PLaDConfig).parse_args_into_dataclasses(
+        [*line, "--loss_args", '{"gamma": 0.5}']
+    )
+    assert config.objective(group_size=2).options == {"beta": 2.0, "gamma": 0.5}
+    for given, message in (
+        ({"gama": 1}, "simpo' has no option 'gama'; it has: beta, gamma"),
+        ({"beta": 1}, "set it once"),
+        ("gamma=1", "JSON object"),
+        ([1], "map names"),
+        ({"gamma": -1}, "gamma"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            PLaDConfig(str(tmp_path), use_cpu=True, loss="simpo", beta=2.0, loss_args=given)
+
+
 def run_two_processes(folder, options):
     """Both ranks of `_two_processes.py`; if one fails, the other is not waited for."""
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
