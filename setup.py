@@ -36,6 +36,11 @@ EXTRAS["dev"] = [
     "ruff>=0.9",
     "mypy>=1.10",
     "types-PyYAML",
+    "scipy>=1.11",  # what statistics are compared with
+    # `transformers serve`, a server that the tests have not written themselves.
+    "fastapi",
+    "uvicorn",
+    *EXTRAS["api"],
     *EXTRAS["eval"],
     *EXTRAS["gguf"],
     *EXTRAS["triton"],

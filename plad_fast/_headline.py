@@ -36,6 +36,11 @@ def headline(metrics: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def p_text(p_value: float) -> str:
+    """Such as "p = 0.012" or "p < 0.001"."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
 def verdict(interval: Mapping[str, float] | None, neutral: float) -> int:
     """1 or -1 where the interval lies above or below `neutral`, else 0."""
     if interval is None or interval["low"] <= neutral <= interval["high"]:
@@ -69,8 +74,8 @@ def _evidence(metrics: Mapping[str, Any], change: Mapping[str, Any]) -> list[str
     if wins is not None:
         sentences.append(
             f"On {metrics['n_prompts']} held-out prompts its answer wins {wins['mean']:.0%} of the "
-            f"comparisons, a tie counting half ({_range(wins)}; even is 50%), judged by "
-            f"{metrics['score']}."
+            f"comparisons, a tie counting half ({_range(wins)}; even is 50%; sign test "
+            f"{p_text(change['wins']['p_value'])}), judged by {metrics['score']}."
         )
     ranking = change["ranking_accuracy"]
     if ranking is not None:

@@ -45,9 +45,11 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; font-weight: normal; }
 thead th { font-weight: 600; vertical-align: bottom; }
-.numbers td, .numbers thead th { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers td, .numbers thead * + th { text-align: right; font-variant-numeric: tabular-nums; }
 .numbers small { display: block; color: var(--soft); font-size: .8rem; font-weight: normal; }
 .numbers td { white-space: nowrap; }
+.wins { margin-bottom: 1rem; }
+.wins th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .8rem; }
 td.up { color: var(--good); font-weight: 600; }
 td.down { color: var(--bad); font-weight: 600; }
 tfoot th, tfoot td { font-weight: 600; border-bottom: 0; }
@@ -79,6 +81,9 @@ pre { background: var(--panel); padding: .9rem 1rem; border-radius: 6px; overflo
   .numbers { font-size: .82rem; }
   .numbers small { font-size: .72rem; }
   .numbers td:last-child small { white-space: normal; }
+  .numbers th, .numbers td { padding: .4rem .2rem; }
+  .numbers th[scope=row] { min-width: 5.2rem; overflow-wrap: anywhere; position: sticky; left: 0;
+    background: var(--page); }
 }
 @media print { details { display: block; } }
 """

@@ -1,8 +1,8 @@
-"""What a model thinks of preference pairs: the log-probabilities of both responses."""
+"""What a model thinks of responses: their log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from plad_fast._rows import read_row
+from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
 
@@ -32,20 +33,74 @@ def score_pairs(
     """Log-probabilities of the chosen and the rejected response of every pair.
 
     Args:
-        model: a causal language model; it is put into eval mode meanwhile.
-        tokenizer: the model's tokenizer.
         pairs: rows of the standard preference format (`prompt`, `chosen`, `rejected`; text or chat
             messages).
-        length_normalization: alpha; a log-probability is divided by its token count ** alpha.
-        batch_size: pairs in one forward pass; the numbers do not depend on it but for rounding.
-        max_length: tokens of prompt and response; a longer prompt loses its beginning.
-        progress: show a progress bar.
+        model, tokenizer, length_normalization, batch_size, max_length, progress: see
+            `score_responses`.
 
     Returns:
         {"chosen": (P,), "rejected": (P,)} in the order of `pairs`, float64, in nats.
 
     Raises:
-        UsageError: no pairs, one that is not as above, a response longer than `max_length`, or a
+        UsageError: a pair that is not as above, or as `score_responses`.
+    """
+    if not pairs:
+        raise UsageError("there are no pairs to score; pass at least one")
+    names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
+    rows = []
+    for name, pair in zip(names, pairs, strict=True):
+        try:
+            prompt, responses = read_row(pair)
+            if len(responses) != 2:
+                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
+        except UsageError as error:
+            raise UsageError(f"pair {name}: {error}") from None
+        rows.append((prompt, responses))
+    logps = score_responses(
+        model,
+        tokenizer,
+        rows,
+        length_normalization=length_normalization,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+        unit="pair",
+        names=names,
+    )
+    chosen, rejected = np.stack(logps, axis=1)
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def score_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Content, Sequence[Content]]],
+    *,
+    length_normalization: float = 0.0,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    progress: bool = True,
+    unit: str = "prompt",
+    names: Sequence[str] | None = None,
+) -> list[FloatArray]:
+    """Log-probabilities of all responses to every prompt, which is computed once where it can be.
+
+    Args:
+        model: a causal language model; it is put into eval mode meanwhile.
+        tokenizer: the model's tokenizer.
+        rows: a prompt and its responses each, as many as it has; text or chat messages.
+        length_normalization: alpha; a log-probability is divided by its token count ** alpha.
+        batch_size: rows in one forward pass; the numbers do not depend on it but for rounding.
+        max_length: tokens of prompt and response; a longer prompt loses its beginning.
+        progress: show a progress bar.
+        unit: what to call a row in messages.
+        names: of the rows in messages; by default their numbers.
+
+    Returns:
+        For each row a float64 array with one log-probability a response, in nats.
+
+    Raises:
+        UsageError: no rows, one that is not as above, a response longer than `max_length`, or a
             log-probability that is not finite.
     """
     from plad_fast.head import causal_lm_logprobs, evaluating
@@ -53,58 +108,62 @@ def score_pairs(
     from plad_fast.sharing import prepare
     from plad_fast.tokenization import encode_group
 
-    if not pairs:
-        raise UsageError("there are no pairs to score; pass at least one")
+    if not rows:
+        raise UsageError(f"there are no {unit}s to score; pass at least one")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
+    names = [f"number {index}" for index in range(len(rows))] if names is None else names
     features = []
-    for index, pair in enumerate(pairs):
+    for name, (prompt, responses) in zip(names, rows, strict=True):
         try:
-            prompt, responses = read_row(pair)
-            if len(responses) != 2:
-                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
             features.append(encode_group(tokenizer, prompt, responses, max_length=max_length))
         except UsageError as error:
-            raise UsageError(f"pair {_pair_name(pairs, index)}: {error}") from None
-    too_long = [index for index, feature in enumerate(features) if not feature["fits"]]
+            raise UsageError(f"{unit} {name}: {error}") from None
+    too_long = [name for name, feature in zip(names, features, strict=True) if not feature["fits"]]
     if too_long:
         raise UsageError(
-            f"{len(too_long)} of {len(pairs)} pairs hold a response longer than "
-            f"max_length={max_length} tokens, the first is pair {_pair_name(pairs, too_long[0])}; "
-            "raise max_length, or leave those pairs out"
+            f"{len(too_long)} of {len(rows)} {unit}s hold a response longer than "
+            f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
+            f"raise max_length, or leave those {unit}s out"
         )
-    # Pairs of like length share a batch, the longest first: little padding, and a batch that
-    # does not fit into memory fails at once.
-    order = sorted(range(len(pairs)), key=lambda index: -_num_tokens(features[index]))
     pad_token_id = tokenizer.pad_token_id  # padding is masked, so any id would do
-    collate = PreferenceCollator(
-        0 if pad_token_id is None else pad_token_id, group_size=2, layout=prepare(model)
-    )
+    pad, layout = 0 if pad_token_id is None else pad_token_id, prepare(model)
     device = next(model.parameters()).device
-    logps = np.empty((len(pairs), 2))
+    logps: dict[int, FloatArray] = {}
     with (
         evaluating(model),
         torch.inference_mode(),
-        tqdm(total=len(pairs), desc="scoring", unit="pair", disable=not progress) as bar,
+        tqdm(total=len(rows), desc="scoring", unit=unit, disable=not progress) as bar,
     ):
-        for start in range(0, len(pairs), batch_size):
-            rows = order[start : start + batch_size]
-            batch = to_device(collate([features[row] for row in rows]), device)
+        for size, indices in _batches(features, batch_size):
+            collate = PreferenceCollator(pad, group_size=size, layout=layout)
+            batch = to_device(collate([features[index] for index in indices]), device)
             result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
-            logps[rows] = result.sums.double().cpu().numpy().reshape(-1, 2)
-            bar.update(len(rows))
-    bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
-    if len(bad):
+            sums = result.sums.double().cpu().numpy().reshape(-1, size)
+            logps |= dict(zip(indices, sums, strict=True))
+            bar.update(len(indices))
+    bad = [index for index in range(len(rows)) if not np.isfinite(logps[index]).all()]
+    if bad:
         raise UsageError(
-            f"{len(bad)} of {len(pairs)} pairs have a log-probability that is not finite, the "
-            f"first is pair {_pair_name(pairs, int(bad[0]))}; the model has diverged or overflows "
+            f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
+            f"first is {unit} {names[bad[0]]}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
-    return {"chosen": logps[:, 0], "rejected": logps[:, 1]}
+    return [logps[index] for index in range(len(rows))]
 
 
-def _pair_name(pairs: Sequence[Mapping[str, Any]], index: int) -> str:
-    return str(pairs[index].get("id", f"number {index}"))
+def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Group size and row numbers; the largest first, so that a lack of memory shows at once.
+
+    Rows of like length share a batch, which leaves little padding.
+    """
+    by_size: dict[int, list[int]] = {}
+    for index in sorted(range(len(features)), key=lambda index: -_num_tokens(features[index])):
+        by_size.setdefault(len(features[index]["response_ids"]), []).append(index)
+    for size in sorted(by_size, reverse=True):
+        indices = by_size[size]
+        for start in range(0, len(indices), batch_size):
+            yield size, indices[start : start + batch_size]
 
 
 def _num_tokens(feature: EncodedGroup) -> int:

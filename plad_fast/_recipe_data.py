@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from plad_fast._records import digest
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
-from plad_fast.pairs import Prompt, builtin_prompts, load_prompts
+from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig
 
 _FEWEST = 2
@@ -31,6 +31,26 @@ def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
         limit=config.limit,
         split=config.split,
     )
+
+
+def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | None]]:
+    """Where a teacher of `column:NAME` finds its texts: in the data that the prompts are from."""
+
+    def read(column: str) -> dict[str, str | None]:
+        if config.prompts == BUILTIN_PROMPTS:
+            raise UsageError(
+                f"column:{column} takes answers from the data of the prompts, and the built-in "
+                "prompts have none; give --prompts"
+            )
+        return column_answers(
+            config.prompts,
+            column,
+            prompt_column=config.prompt_column,
+            prompt_template=config.prompt_template,
+            split=config.split,
+        )
+
+    return read
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

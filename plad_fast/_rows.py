@@ -24,10 +24,12 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
     """Raises UsageError if no row of these columns can be read; see `tokenize_dataset`."""
     there = set(columns)
     found = f"{name} has the columns {', '.join(sorted(there))}"
-    if "prompt" not in there or not there & {"responses", "chosen", "completion"}:
+    with_prompt = "prompt" in there and there & {"responses", "chosen", "completion"}
+    if not with_prompt and not there >= {"chosen", "rejected"}:
         raise UsageError(
-            f"{found}; it needs prompt with chosen and rejected, prompt with responses, or prompt "
-            "with chosen or completion alone"
+            f"{found}; it needs prompt with chosen and rejected, prompt with responses, prompt "
+            "with chosen or completion alone, or chosen and rejected that both begin with the "
+            "prompt"
         )
     if with_scores:
         wanted = ["scores"] if "responses" in there else ["chosen_score", "rejected_score"]
@@ -44,6 +46,8 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
         UsageError: a value is missing or of another type than it should be. The message does not
             say which row it is: the caller knows.
     """
+    if row.get("prompt") is None and row.get("chosen") and row.get("rejected"):
+        return _without_prompt(row["chosen"], row["rejected"])
     prompt = _content(row.get("prompt"), "prompt")
     if row.get("responses") is not None:
         return PreferenceRow(prompt, _contents(row["responses"], "responses"))
@@ -79,6 +83,23 @@ def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
     ):
         raise UsageError(f"the scores are {scores} for {group_size} responses; give a number each")
     return list(scores[:group_size])
+
+
+def _without_prompt(chosen: Any, rejected: Any) -> PreferenceRow:
+    """What both responses begin with is the prompt: whole messages, or text up to white space."""
+    first, second = _content(chosen, "chosen"), _content(rejected, "rejected")
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    shared = next(differing, min(len(first), len(second)))
+    if isinstance(first, str):
+        # Inside of a word, the two sides would be other tokens than a model writes.
+        shared = max((i for i in range(shared) if first[i].isspace()), default=0)
+    else:  # the last message is an answer, also where both conversations are equal
+        shared = min(shared, len(first) - 1, len(second) - 1)
+    if not shared:
+        raise UsageError(
+            "prompt is null, and chosen and rejected do not begin with the same one; add it"
+        )
+    return PreferenceRow(first[:shared], [first[shared:], second[shared:]])
 
 
 def _contents(value: Any, column: str) -> list[Content]:

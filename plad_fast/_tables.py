@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from plad_fast._headline import p_text
+
 # Key, title, decimals.
 _COLUMNS = (
     ("ranking_accuracy", "rank acc.", 3),
@@ -20,6 +22,12 @@ _COMPARISON_PARTS = (
     ("margin", "margin", 2),
     ("rougeL_teacher", "ROUGE-L to the teacher", 3),
     ("rougeL_reference", "ROUGE-L to the reference", 3),
+    ("mean_words", "words", 1),
+    ("repetition_4", "repetition", 3),
+)
+_CALIBRATION_PARTS = (
+    ("auroc_within", "better sample is likelier", 3),
+    ("kendall_within", "Kendall, within prompts", 3),
 )
 
 
@@ -50,11 +58,27 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         for key, title, decimals in _COMPARISON_PARTS:
             if entry[key] is not None:
                 lines.append(f"  {title:<26}{_bracket(entry[key], decimals, sign='+')}")
-        if entry["win_rate"] is not None:
-            lines.append(f"  {'win rate':<26}{_bracket(entry['win_rate'], 3)}")
+        lines += _wins("win rate", entry)
+        for name, scores in entry["scores"].items():
+            lines += _wins(f"win rate, {name}", scores)
+        calibration = (results.get("calibration") or {}).get("comparisons", ())
+        for change in calibration:
+            if all(change[key] == entry[key] for key in ("candidate", "baseline")):
+                for key, title, decimals in _CALIBRATION_PARTS:
+                    if change[key] is not None:
+                        lines.append(f"  {title:<26}{_bracket(change[key], decimals, sign='+')}")
     counts = f"{results['n_prompts']} held-out prompts, {results['n_pairs']} pairs"
     lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
     return "\n".join(lines)
+
+
+def _wins(title: str, scores: Mapping[str, Any]) -> list[str]:
+    if scores["win_rate"] is None:
+        return []
+    counts = "{wins} won, {ties} tied, {losses} lost".format_map(scores["wins"])
+    p_value = p_text(scores["wins"]["p_value"])
+    rate = _bracket(scores["win_rate"], 3)
+    return [f"  {_shorten(title, 25):<26}{rate}  {counts}, {p_value}"]
 
 
 def _cell(value: Mapping[str, float] | float | None, decimals: int) -> str:

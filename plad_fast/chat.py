@@ -83,6 +83,17 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, respons
     return text + (tokenizer.eos_token or "")
 
 
+def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:
+    """A prompt with its answer, letter for letter as the chat template writes them.
+
+    This is what a reward model has seen; `render_response` is what a student learns to write.
+
+    Raises:
+        UsageError: as `render_prompt`.
+    """
+    return _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
+
+
 def _answer(prompt: Content, response: Content) -> str:
     if isinstance(response, str):
         return response

@@ -31,13 +31,27 @@ _DISK_TEXTS = tuple(os.strerror(number).lower() for number in _DISK_ERRORS)
 
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
-_PAIR_SETTINGS = (*_PROMPTS, "teacher_temperature", *_GENERATION, "precision")
+_ENDPOINT = (
+    *("base_url", "api_key_env", "concurrency", "request_timeout"),
+    *("token_budget", "cost_budget", "price_in", "price_out"),
+)
+_SELECTION = (
+    *("teacher_samples", "student_samples", "scorer", "select", "list_size", "drop_contradicted"),
+    *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
+)
+_PAIR_SETTINGS = (
+    *(*_PROMPTS, "teacher_temperature", *_GENERATION, "precision"),
+    *(*_SELECTION, *_ENDPOINT),
+)
 _TRAIN_SETTINGS = (
     *("beta", "loss_args", "sft_weight", "length_normalization", "batch_size", "micro_batch_size"),
     "max_tokens_per_batch",
     *("max_length", "precision", "saves_per_stage", "seed"),
 )
-_EVALUATE_SETTINGS = ("length_normalization", *_GENERATION, "max_length", "precision")
+_EVALUATE_SETTINGS = (
+    *("length_normalization", *_GENERATION, "max_length", "precision"),
+    *("eval_scorer", "calibration_samples", *_ENDPOINT),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(quickstart)
 
     pairs = add("pairs", _pairs, "Answer prompts with two models and write preference pairs.")
-    pairs.add_argument("--teacher", required=True, help="hub id, folder or .gguf file, or offline")
+    pairs.add_argument(
+        "--teacher",
+        required=True,
+        help="hub id, folder or .gguf file, offline, openai:MODEL, vllm:MODEL, column:NAME, or "
+        "python:MODULE.FUNCTION",
+    )
     pairs.add_argument("--student", required=True, help="hub id, folder or .gguf file")
     pairs.add_argument("--output-dir", required=True, help="folder for pairs.jsonl and the answers")
     _add_overwrite(pairs, "discard the answers stored in the folder first")
@@ -142,9 +161,11 @@ def _add_settings(
         if names is not None and field.name not in names:
             continue
         default = "" if field.default is None else f" (default: {field.default})"
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
         command.add_argument(
             flag(field.name),
             dest=field.name,
+            **switch,
             default=argparse.SUPPRESS,
             metavar="VALUE",
             help=(field.metadata["help"] + default).replace("%", "%%"),

@@ -1,6 +1,7 @@
 """The recipe of the PLaD paper, stage by stage, in a folder that survives being killed.
 
-teacher's answers -> fine-tuning -> student's samples -> pairs -> calibration -> evaluation
+teacher's answers -> fine-tuning
+-> student's samples -> pairs -> calibration, once or in several rounds -> evaluation
 
 PLaD, Zhang et al. 2024, arXiv 2406.02886, section 3.
 """
@@ -9,18 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._packages import require_packages, versions
-from plad_fast._recipe_data import (
-    load_recipe_prompts,
-    prompts_digest,
-    read_jsonl,
-    split_prompts,
-    write_jsonl,
-)
+from plad_fast._recipe_data import load_recipe_prompts, prompts_digest, split_prompts
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import (
     StudentOutputs,
@@ -35,16 +31,10 @@ from plad_fast.held_out import (
     example_answers,
     margin_unit,
 )
-from plad_fast.pairs import (
-    Answer,
-    LocalModel,
-    Sampling,
-    as_messages,
-    as_response,
-    build_pairs,
-    stored_answers,
-)
+from plad_fast.pairs import Answer, LocalModel
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
+from plad_fast.recipe_scoring import held_out_scoring
+from plad_fast.recipe_texts import RecipeTexts
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder
 from plad_fast.students import drop_layers, load_model, load_tokenizer, offline_teacher_path
@@ -90,10 +80,18 @@ class _Distillation:
             str(offline_teacher_path()) if config.teacher == OFFLINE_TEACHER else config.teacher
         )
         self._teacher: PreTrainedModel | None = None
+        if not config.has_local_teacher and config.student is None:
+            raise UsageError(
+                f"a student cannot be made of the teacher {config.teacher}, whose weights are not "
+                "here; give a model to start from with --student"
+            )
         settings = {
             **config.results_settings(),
             "prompts_digest": prompts_digest(self.prompts),
         }
+        self.texts = RecipeTexts(
+            config, Path(config.output_dir).expanduser(), self.prompts, self._teacher_as_text
+        )
         self.folder = RunFolder(config.output_dir, settings, overwrite=overwrite)
         write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
 
@@ -104,17 +102,15 @@ class _Distillation:
             f"run folder {self.folder.path}",
             flush=True,
         )
-        stages = (
-            ("student", self._make_student),
-            ("teacher's answers", self._answer),
-            ("fine-tuning", self._fine_tune),
-            ("student's samples", self._sample),
-            ("pairs", self._pair),
-            ("calibration", self._calibrate),
-            ("evaluation", self._evaluate),
-        )
-        for name, run in stages:
-            self.folder.stage(name, run)
+        self.folder.stage("student", self._make_student)
+        self.folder.stage("teacher's answers", self._answer)
+        self.folder.stage("fine-tuning", self._fine_tune)
+        for number in range(1, self.config.rounds + 1):
+            suffix = "" if number == 1 else f", round {number}"
+            self.folder.stage(f"student's samples{suffix}", partial(self._sample, number))
+            self.folder.stage(f"pairs{suffix}", partial(self._pair, number))
+            self.folder.stage(f"calibration{suffix}", partial(self._calibrate, number))
+        self.folder.stage(f"evaluation{suffix}", self._evaluate)
         # Cheap, and made of what the stages left: done again by every run.
         results = self._report()
         print(f"\n{comparison_table(results)}\n\nreport: {self.folder / 'report.html'}", flush=True)
@@ -140,7 +136,7 @@ class _Distillation:
         return f"{depth} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        finished = self._finished_teacher_answers()
+        finished = self.texts.best_teacher_answers()
         self._teacher = None
         if not finished:
             raise UsageError(
@@ -150,19 +146,9 @@ class _Distillation:
         return f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
 
     def _fine_tune(self) -> str:
-        tokenizer = load_tokenizer(self.folder / "student")
-        answers = self._finished_teacher_answers()
-        rows = []
-        for prompt in self.sft_prompts:
-            if prompt.id in answers:
-                content = as_messages(tokenizer, prompt.content)
-                chosen = as_response(content, answers[prompt.id].text)
-                rows.append({"prompt": content, "chosen": chosen})
-        if not rows:
-            raise UsageError(
-                "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens or "
-                "--sft-share"
-            )
+        rows = self.texts.fine_tuning_rows(
+            self.sft_prompts, load_tokenizer(self.folder / "student")
+        )
         log = self._train(
             "student",
             rows,
@@ -174,30 +160,34 @@ class _Distillation:
         )
         return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
 
-    def _sample(self) -> str:
-        samples = self._samples()
-        return f"{len(samples)} samples at temperature {self.config.student_temperature:g}"
+    def _sample(self, number: int) -> str:
+        samples = self._samples(number)
+        count = sum(map(len, samples.values()))
+        return f"{count} samples at temperature {self.config.student_temperature:g}"
 
-    def _pair(self) -> str:
-        tokenizer = load_tokenizer(self.folder / "sft")
-        parts = []
-        for name, prompts in (("train", self.pair_prompts), ("held-out", self.held_out)):
-            try:
-                pairs, report = build_pairs(
-                    prompts, self._teacher_answers(), self._samples(), tokenizer=tokenizer
-                )
-            except UsageError as error:
-                raise UsageError(f"{name} prompts: {error}") from None
-            write_jsonl(self.folder / "pairs" / f"{name}.jsonl", pairs)
-            parts.append(f"{name}: {report}")
-        return "; ".join(parts)
+    def _pair(self, number: int) -> str:
+        samples = self._samples(number)
+        tokenizer = self.folder / "sft"
+        parts = {}
+        name = "train"
+        try:
+            report = self.texts.make_pairs(
+                self.pair_prompts, samples, tokenizer, _numbered("train", number)
+            )
+            parts[name] = report
+            if number == 1:
+                name = "held-out"
+                parts[name] = self.texts.make_held_out_pairs(self.held_out, samples, tokenizer)
+        except UsageError as error:
+            raise UsageError(f"{name} prompts: {error}") from None
+        return "; ".join(f"{name}: {report}" for name, report in parts.items())
 
-    def _calibrate(self) -> str:
+    def _calibrate(self, number: int) -> str:
         config = self.config
         log = self._train(
-            "sft",
-            read_jsonl(self.folder / "pairs" / "train.jsonl"),
-            "plad",
+            _start(number),
+            self.texts.pairs(_numbered("train", number)),
+            _numbered("plad", number),
             loss=config.loss,
             epochs=config.epochs,
             learning_rate=config.learning_rate,
@@ -221,7 +211,12 @@ class _Distillation:
         drawn = draw_plots(
             results,
             outputs,
-            {"fine-tuning": self.folder / "sft", "calibration": self.folder / "plad"},
+            {
+                "fine-tuning"
+                if folder == "sft"
+                else _numbered("calibration", number, ", round "): self.folder / folder
+                for number, folder in enumerate(self._students())
+            },
             self.folder / "plots",
             length_normalization=config.length_normalization,
         )
@@ -242,13 +237,14 @@ class _Distillation:
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(
-            {SFT: self.folder / "sft", PLAD: self.folder / "plad"},
+            {name: self.folder / folder for folder, name in self._students().items()},
             self._held_out_data(),
             self.folder / "evaluation",
-            sampling=self._student_sampling(),
+            sampling=self.texts.student_sampling(),
             length_normalization=self.config.length_normalization,
             max_length=self.config.max_length,
             precision=self.config.precision,
+            **held_out_scoring(self.config, self.folder / "evaluation"),
         )
 
     def _train(
@@ -274,51 +270,47 @@ class _Distillation:
             self._teacher = load_model(self.teacher_source)
         return self._teacher
 
-    def _teacher_answers(self) -> dict[str, Answer]:
-        def load() -> LocalModel:
-            dtype = autocast_dtype(self.config.precision)
-            model = self._load_teacher().to(device=best_device(), dtype=dtype)
-            return LocalModel(model, load_tokenizer(self.teacher_source), "teacher")
+    def _teacher_as_text(self) -> LocalModel:
+        dtype = autocast_dtype(self.config.precision)
+        model = self._load_teacher().to(device=best_device(), dtype=dtype)
+        return LocalModel(model, load_tokenizer(self.teacher_source), "teacher")
 
-        sampling = Sampling(
-            self.config.max_new_tokens,
-            temperature=self.config.teacher_temperature,
-            seed=self.config.seed,
-            batch_size=self.config.generation_batch_size,
-        )
-        path = self.folder / "answers" / "teacher.jsonl"
-        fingerprint = {"teacher": self.config.teacher}
-        return stored_answers(load, self.prompts, path, sampling, fingerprint=fingerprint).first
+    def _samples(self, number: int) -> dict[str, list[Answer]]:
+        """For the pairs of a round; in the first one for the held-out pairs too."""
+        source, name = self.folder / _start(number), self._students()[_start(number)]
+        wanted = {
+            "round_number": number,
+            "n": self.config.student_samples,
+        }
+        samples = self.texts.samples(self.pair_prompts, source, name, **wanted)
+        if number == 1:
+            samples |= self.texts.samples(self.held_out, source, name, round_number=number, n=1)
+        return samples
 
-    def _finished_teacher_answers(self) -> dict[str, Answer]:
-        answers = self._teacher_answers()
-        return {k: a for k, a in answers.items() if a.finish_reason == "stop" and a.text}
-
-    def _samples(self) -> dict[str, Answer]:
-        def load() -> LocalModel:
-            dtype = autocast_dtype(self.config.precision)
-            model = load_model(self.folder / "sft", dtype=dtype, device=best_device())
-            return LocalModel(model, load_tokenizer(self.folder / "sft"), SFT)
-
-        path = self.folder / "answers" / "student.jsonl"
-        sampling = self._student_sampling()
-        prompts = [*self.pair_prompts, *self.held_out]
-        return stored_answers(load, prompts, path, sampling, fingerprint={"student": SFT}).first
-
-    def _student_sampling(self) -> Sampling:
-        return Sampling(
-            self.config.max_new_tokens,
-            temperature=self.config.student_temperature,
-            top_p=self.config.top_p,
-            seed=self.config.seed + 1,  # another stream than the teacher's
-            batch_size=self.config.generation_batch_size,
-        )
+    def _students(self) -> dict[str, str]:
+        """Folder -> name of every student that is evaluated, in the order of training."""
+        rounds = self.config.rounds
+        names = {"sft": SFT}
+        for number in range(1, rounds + 1):
+            name = PLAD if rounds == 1 else f"PLaD round {number}"
+            names[_numbered("plad", number)] = name
+        return names
 
     def _held_out_data(self) -> HeldOut:
-        answers = self._finished_teacher_answers()
+        answers = self.texts.best_teacher_answers()
         prompts = [p for p in self.held_out if p.id in answers]
         texts = {p.id: answers[p.id].text for p in prompts}
-        return HeldOut(prompts, texts, read_jsonl(self.folder / "pairs" / "held-out.jsonl"))
+        return HeldOut(prompts, texts, self.texts.pairs("held-out"))
+
+
+def _numbered(name: str, number: int, joint: str = "-") -> str:
+    """The first round has no number: most runs have no other."""
+    return name if number == 1 else f"{name}{joint}{number}"
+
+
+def _start(number: int) -> str:
+    """The folder of the student that a round starts from."""
+    return "sft" if number == 1 else _numbered("plad", number - 1)
 
 
 def _last(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:

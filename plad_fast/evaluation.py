@@ -1,15 +1,15 @@
 """Did distillation help? Held-out texts and log-probabilities in, a JSON-able dict out.
 
-`score_pairs` is the only function here that runs a model; `evaluate_students` is pure, so an
-evaluation can be repeated from what was saved.
+`score_pairs` is the only function here that runs a model. `evaluate_students` runs none but those
+of the scorers and the judge it is given, so an evaluation can be repeated from what was saved.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ import numpy as np
 
 from plad_fast import metrics
 from plad_fast._pair_scores import score_pairs
+from plad_fast._student_metrics import Judge, ScoreFn, Scorer, Task
 from plad_fast._tables import comparison_table
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
 
 __all__ = [
+    "Judge",
+    "ScoreFn",
+    "Scorer",
     "StudentOutputs",
     "comparison_table",
     "evaluate_students",
@@ -30,14 +34,6 @@ __all__ = [
     "write_atomically",
     "write_metrics",
 ]
-
-ScoreFn = Callable[[Any, str, str], float]
-
-_ROUGE = tuple(
-    f"{name}_{target}" for target in ("teacher", "reference") for name in metrics.ROUGE_NAMES
-)
-_ROW_INTERVALS = ("ranking_accuracy", "margin", "own_ranking_accuracy", *_ROUGE, "score")
-_COMPARED = ("ranking_accuracy", "margin", *_ROUGE, "score")
 
 
 def _no_logps() -> FloatArray:
@@ -88,6 +84,8 @@ def evaluate_students(
     references: Mapping[str, str | None] | None = None,
     *,
     score_fn: ScoreFn | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+    judge: Judge | None = None,
     prompts: Mapping[str, Content] | None = None,
     n_resamples: int = 2000,
     seed: int = 0,
@@ -101,183 +99,89 @@ def evaluate_students(
         score_fn: `(prompt, answer, target) -> float`, larger is better; decides win rates. Default:
             ROUGE-L to the target, which is the reference where there is one, else the teacher's
             answer.
-        prompts: prompt id -> prompt, for `score_fn`.
+        scorers: name -> scorer, reported beside `score_fn`: one that the training did not see
+            says more than the one it was trained on.
+        judge: decides win rates instead of `score_fn`. It is asked about every two students and
+            about every student and the teacher, on every prompt where their texts differ; equal
+            ones are a tie.
+        prompts: prompt id -> prompt, for `score_fn`, `scorers` and `judge`.
         n_resamples: bootstrap resamples behind each interval (`metrics.paired_bootstrap`).
         seed: of the bootstrap.
 
     Returns:
-        A dict for `json.dumps`. An interval is `{"mean", "low", "high", "standard_error"}`; what
-        cannot be computed is None.
+        A dict for `json.dumps`. An interval is `{"mean", "low", "high", "standard_error"}`, counts
+        are `{"wins", "ties", "losses", "p_value"}` of the exact two-sided sign test
+        (`metrics.sign_test`); what cannot be computed is None.
 
-        * `n_prompts`, `n_pairs`, `n_references`, `score` (what decides wins), `confidence`,
-          `n_resamples`, `seed`.
+        * `n_prompts`, `n_pairs`, `n_references`, `score` (what decides wins), `scored_by` (what
+          the rows' `score` is), `scorers` (names), `confidence`, `n_resamples`, `seed`.
         * `students`: one row each: `name`, `n` (prompts), `n_pairs`, `n_own_pairs` (those behind
           `own_ranking_accuracy`); intervals `ranking_accuracy`,
           `margin`, `own_ranking_accuracy`, `rouge{1,2,L}_teacher`, `rouge{1,2,L}_reference`,
-          `score`, `win_rate_teacher`; numbers `mean_words`, `distinct_1`, `distinct_2`,
-          `repetition_4`.
+          `score`, `win_rate_teacher`; counts `wins_teacher`; numbers `mean_words`, `distinct_1`,
+          `distinct_2`, `repetition_4`; `intervals` of `mean_words` and `repetition_4`; and
+          `scores`: scorer -> `score` and `win_rate_teacher` (intervals), `wins_teacher` (counts).
         * `teacher`: the same row. Its likeness to itself is None, and so is its default score
           unless every prompt has a reference.
         * `comparisons`: for every two students, last against first before all others:
           `candidate`, `baseline` and the paired intervals of the candidate minus the baseline in
-          `ranking_accuracy`, `margin`, the ROUGE scores and `score`; and `win_rate` of the
-          candidate.
+          `ranking_accuracy`, `margin`, the ROUGE scores, `score`, `mean_words` and `repetition_4`;
+          `win_rate` (interval) and `wins` (counts) of the candidate; and `scores`: scorer ->
+          `difference` and `win_rate` (intervals), `wins` (counts).
 
     Raises:
         UsageError: no students or no teacher answers, two students of one name, a student that left
             evaluated prompts unanswered, students scored on different pairs, a score that is not
-            finite, or `score_fn` without its prompts.
+            finite (a scorer or judge may give NaN for what it could not decide, which is then left
+            out), or `score_fn`, `scorers` or `judge` without the prompts.
     """
     _check_students(students, teacher_answers)
     ids = list(teacher_answers)
-    if score_fn is not None and (prompts is None or any(key not in prompts for key in ids)):
-        raise UsageError("score_fn needs the prompts; pass prompts={id: prompt} for every prompt")
+    for name, asks in (("score_fn", score_fn), ("scorers", scorers), ("judge", judge)):
+        if asks and (prompts is None or any(key not in prompts for key in ids)):
+            raise UsageError(
+                f"{name} needs the prompts; pass prompts={{id: prompt}} for every prompt"
+            )
     references = references or {}
     known = {key: text for key in ids if (text := references.get(key)) is not None}
-    task = _Task(teacher_answers, known, score_fn, prompts or {}, n_resamples, seed)
-
+    task = Task(
+        teacher_answers,
+        known,
+        prompts or {},
+        score_fn=score_fn,
+        scorers=scorers or {},
+        judge=judge,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
     teacher = StudentOutputs("teacher", teacher_answers)
-    teacher_values = task.per_example(teacher, is_teacher=True)
-    values = [task.per_example(student) for student in students]
+    measured_teacher, *measured = task.measure_all([teacher, *students])
     last = len(students) - 1
     couples = [(j, i) for j in range(last, 0, -1) for i in range(j)]
     return {
         "n_prompts": len(ids),
         "n_pairs": max(len(student.pair_ids) for student in students),
         "n_references": len(known),
-        "score": task.score_label(),
+        "score": task.win_label(),
+        "scored_by": task.score_label(),
+        "scorers": list(scorers or {}),
         "confidence": metrics.CONFIDENCE,
         "n_resamples": n_resamples,
         "seed": seed,
-        "teacher": task.row(teacher, teacher_values),
+        "teacher": task.row(teacher, measured_teacher),
         "students": [
-            task.row(student, own, teacher_values)
-            for student, own in zip(students, values, strict=True)
+            task.row(student, own, measured_teacher)
+            for student, own in zip(students, measured, strict=True)
         ],
         "comparisons": [
             {
                 "candidate": students[j].name,
                 "baseline": students[i].name,
-                **task.compare(values[j], values[i]),
+                **task.compare(measured[j], measured[i]),
             }
             for j, i in couples
         ],
     }
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What all students are measured against, and how. Rows are in the order of the answers."""
-
-    teacher_answers: Mapping[str, str]
-    references: Mapping[str, str]
-    score_fn: ScoreFn | None
-    prompts: Mapping[str, Content]
-    n_resamples: int
-    seed: int
-
-    def per_example(
-        self, student: StudentOutputs, *, is_teacher: bool = False
-    ) -> dict[str, FloatArray]:
-        """Metric name -> one value per pair, per prompt, or per prompt with a reference."""
-        values: dict[str, FloatArray] = {}
-        if len(student.pair_ids):
-            chosen, rejected = student.chosen_logps, student.rejected_logps
-            values["ranking_accuracy"] = metrics.outcomes(chosen, rejected)
-            values["margin"] = metrics.margins(chosen, rejected)
-            own = student.own_rejected_logps
-            if own is not None and not np.isnan(own).all():
-                scored = ~np.isnan(own)
-                values["own_ranking_accuracy"] = metrics.outcomes(chosen[scored], own[scored])
-        if not student.answers:
-            return values
-        answers = [student.answers[key] for key in self.teacher_answers]
-        rouge_l = np.empty(0)
-        if not is_teacher:
-            by_name = metrics.rouge(answers, list(self.teacher_answers.values()))
-            values |= {f"{name}_teacher": array for name, array in by_name.items()}
-            rouge_l = by_name["rougeL"]
-        if self.references:
-            some = [student.answers[key] for key in self.references]
-            by_name = metrics.rouge(some, list(self.references.values()))
-            values |= {f"{name}_reference": array for name, array in by_name.items()}
-            if len(some) == len(answers):
-                rouge_l = by_name["rougeL"]
-            elif not is_teacher:
-                rouge_l = rouge_l.copy()
-                rouge_l[[key in self.references for key in self.teacher_answers]] = by_name[
-                    "rougeL"
-                ]
-        if self.score_fn is not None:
-            values["score"] = self._custom_scores(self.score_fn, answers)
-        elif len(rouge_l):
-            values["score"] = rouge_l
-        return values
-
-    def row(
-        self,
-        student: StudentOutputs,
-        values: Mapping[str, FloatArray],
-        teacher_values: Mapping[str, FloatArray] | None = None,
-    ) -> dict[str, Any]:
-        texts = [student.answers[key] for key in self.teacher_answers] if student.answers else []
-        wins = None
-        if teacher_values and "score" in values and "score" in teacher_values:
-            wins = metrics.outcomes(values["score"], teacher_values["score"])
-        return {
-            "name": student.name,
-            "n": len(texts),
-            "n_pairs": len(student.pair_ids),
-            "n_own_pairs": len(values.get("own_ranking_accuracy", ())),
-            **{name: self._interval(values.get(name)) for name in _ROW_INTERVALS},
-            "win_rate_teacher": self._interval(wins),
-            "mean_words": metrics.mean_words(texts) if texts else None,
-            "distinct_1": metrics.distinct_n(texts, 1) if texts else None,
-            "distinct_2": metrics.distinct_n(texts, 2) if texts else None,
-            "repetition_4": metrics.repetition(texts, 4) if texts else None,
-        }
-
-    def compare(
-        self, candidate: Mapping[str, FloatArray], baseline: Mapping[str, FloatArray]
-    ) -> dict[str, Any]:
-        both = candidate.keys() & baseline.keys()
-        differences = {
-            name: self._interval(candidate[name], baseline[name]) if name in both else None
-            for name in _COMPARED
-        }
-        wins = None
-        if "score" in both:
-            wins = metrics.outcomes(candidate["score"], baseline["score"])
-        return {**differences, "win_rate": self._interval(wins)}
-
-    def score_label(self) -> str:
-        if self.score_fn is not None:
-            return getattr(self.score_fn, "__name__", type(self.score_fn).__name__)
-        if not self.references:
-            return "ROUGE-L to the teacher's answer"
-        if len(self.references) == len(self.teacher_answers):
-            return "ROUGE-L to the reference"
-        return "ROUGE-L to the reference, or to the teacher's answer where there is none"
-
-    def _custom_scores(self, score_fn: ScoreFn, answers: Sequence[str]) -> FloatArray:
-        scores = []
-        for (key, teacher_answer), answer in zip(
-            self.teacher_answers.items(), answers, strict=True
-        ):
-            target = self.references.get(key, teacher_answer)
-            scores.append(float(score_fn(self.prompts[key], answer, target)))
-            if not np.isfinite(scores[-1]):
-                raise UsageError(
-                    f"score_fn gave {scores[-1]} for prompt {key}; it must return a finite number"
-                )
-        return np.array(scores)
-
-    def _interval(
-        self, a: FloatArray | None, b: FloatArray | None = None
-    ) -> dict[str, float] | None:
-        if a is None:
-            return None
-        return asdict(metrics.paired_bootstrap(a, b, n_resamples=self.n_resamples, seed=self.seed))
 
 
 def _check_students(students: Sequence[StudentOutputs], teacher_answers: Mapping[str, str]) -> None:

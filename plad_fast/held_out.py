@@ -6,36 +6,61 @@ file per student. A killed evaluation goes on; a finished one is computed from t
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plad_fast import plots
 from plad_fast._devices import autocast_dtype, best_device
-from plad_fast._records import digest, model_digest, require_equal
-from plad_fast.errors import UsageError
+from plad_fast._pair_scores import score_responses
+from plad_fast._records import digest, model_digest
+from plad_fast._report_parts import draw_plots, example_answers, margin_unit
+from plad_fast._score_files import stored_scores
+from plad_fast.chat import Content
 from plad_fast.evaluation import (
+    Judge,
     StudentOutputs,
     evaluate_students,
     score_pairs,
-    write_atomically,
+)
+from plad_fast.held_out_samples import (
+    LENGTH_NORMALIZATION,
+    HeldOutSamples,
+    RougeL,
+    StoredScorer,
+    measure_calibration,
+    require_samples,
+    score_samples,
 )
 from plad_fast.pairs import (
     Answer,
     LocalModel,
     Prompt,
     Sampling,
+    as_messages,
     as_response,
     stored_answers,
 )
 from plad_fast.students import load_model, load_tokenizer
-from plad_fast.training import log_history
 
-_FORMAT = {"format": "plad-fast scores", "version": 1}
+if TYPE_CHECKING:
+    from plad_fast.metrics import FloatArray
+    from plad_fast.pairs.scoring import Scorer
+
+__all__ = [
+    "HeldOut",
+    "calibration_file",
+    "draw_plots",
+    "evaluate_models",
+    "example_answers",
+    "margin_unit",
+    "scorer_file",
+    "student_files",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,10 @@ def evaluate_models(
     length_normalization: float = 0.0,
     max_length: int = 1024,
     precision: str = "auto",
+    scorers: Mapping[str, Scorer] | None = None,
+    judge: Judge | None = None,
+    calibration_samples: int = 0,
+    calibration_scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], list[StudentOutputs]]:
     """Measure students on held-out data.
 
@@ -70,172 +99,181 @@ def evaluate_models(
         length_normalization: alpha, as in the training.
         max_length: tokens of prompt and answer.
         precision: of generation; log-probabilities are always taken in float32.
+        scorers: see `evaluate_students`; what they say is stored.
+        judge: see `evaluate_students`. It is asked anew each time: give it a store of its own.
+        calibration_samples: answers that each student samples to each prompt, over which the
+            calibration of its likelihood is measured; 0 leaves that out.
+        calibration_scorer: rates these samples; what it says is stored. Default: ROUGE-L to the
+            reference where there is one, else to the teacher's answer.
 
     Returns:
-        The metrics of `evaluate_students`, and the students' outputs.
+        The metrics of `evaluate_students`, to which `calibration` is added (see
+        `calibration.evaluate_calibration`; None if it was not measured), and the students' outputs.
 
     Raises:
-        UsageError: from loading, generation or storing; and what is stored was made by other models
-            or with other settings.
+        UsageError: from loading, generation or storing; what is stored was made by other models
+            or with other settings; and one sample to a prompt, or several at temperature 0.
     """
-    outputs = [
-        _run_student(
-            name, path, held_out, folder, sampling, length_normalization, max_length, precision
-        )
-        for name, path in students.items()
-    ]
+    require_samples(calibration_samples, sampling)
+    for scorer in (*(scorers or {}).values(), *filter(None, [calibration_scorer])):
+        scorer.check(held_out.prompts)
+    quality: StoredScorer | RougeL = RougeL(held_out.prompts, held_out.teacher_answers)
+    if calibration_scorer is not None:
+        quality = StoredScorer(calibration_scorer, scorer_file(calibration_scorer.name, folder))
+    runner = _Runner(
+        held_out,
+        folder,
+        sampling,
+        length_normalization,
+        max_length,
+        precision,
+        calibration_samples,
+        quality,
+    )
+    ran = [runner.run(name, path) for name, path in students.items()]
+    outputs = [output for output, _ in ran]
     references = {p.id: p.reference for p in held_out.prompts if p.reference is not None}
-    return evaluate_students(outputs, held_out.teacher_answers, references or None), outputs
+    results = evaluate_students(
+        outputs,
+        held_out.teacher_answers,
+        references or None,
+        scorers={
+            name: StoredScorer(scorer, scorer_file(scorer.name, folder))
+            for name, scorer in (scorers or {}).items()
+        },
+        judge=judge,
+        prompts={p.id: p.content for p in held_out.prompts},
+    )
+    results["calibration"] = None
+    if rated := [samples for _, samples in ran if samples is not None]:
+        results["calibration"] = measure_calibration(rated, calibration_samples, quality.name)
+    return results, outputs
 
 
-def draw_plots(
-    results: Mapping[str, Any],
-    outputs: Sequence[StudentOutputs],
-    trainings: Mapping[str, Path],
-    folder: Path,
-    *,
-    length_normalization: float,
-) -> list[tuple[str, Path]]:
-    """PNG files of a run, with their captions.
-
-    Args:
-        results, outputs: of `evaluate_models`.
-        trainings: stage name -> folder of the model it made.
-        folder: for the files.
-        length_normalization: alpha, for the unit of the axis.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = [
-        (
-            "Held-out results with 95 % intervals.",
-            plots.plot_comparison(results, folder / "comparison.png"),
-        ),
-        (
-            "How far each student puts the teacher's answer above the rejected one.",
-            plots.plot_margins(
-                outputs, folder / "margins.png", unit=margin_unit(length_normalization)
-            ),
-        ),
-    ]
-    logs = {name: log for name, path in trainings.items() if (log := log_history(path))}
-    if logs:
-        caption = "What the trainings logged."
-        drawn.append((caption, plots.plot_training(logs, folder / "training.png")))
-    return drawn
+def calibration_file(name: str, folder: Path) -> Path:
+    """Where the log-probabilities of a student's samples are stored."""
+    return folder / f"{_slug(name)}-samples-logps.json"
 
 
-def margin_unit(length_normalization: float) -> str:
-    """Of s(y) / |y|**alpha."""
-    named = {0.0: "nat", 1.0: "nat per token"}
-    return named.get(length_normalization, f"nat per token^{length_normalization:g}")
-
-
-def example_answers(
-    held_out: HeldOut, students: Sequence[StudentOutputs], count: int = 8
-) -> list[dict[str, Any]]:
-    """Prompt, teacher's and students' answers side by side, for the report."""
-    return [
-        {
-            "prompt": prompt.content,
-            "teacher": held_out.teacher_answers[prompt.id],
-            "students": {student.name: student.answers[prompt.id] for student in students},
-            **({} if prompt.reference is None else {"reference": prompt.reference}),
-        }
-        for prompt in held_out.prompts[:count]
-    ]
+def scorer_file(name: str, folder: Path) -> Path:
+    """Where the scores of a scorer are stored, of all students."""
+    return folder / f"scores-{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.jsonl"
 
 
 def student_files(name: str, folder: Path) -> tuple[list[Path], Path]:
     """Where a student's answers are stored, greedy and sampled, and where its scores."""
-    slug = name.lower().replace(" ", "-")
-    answers = [folder / f"{slug}-{kind}.jsonl" for kind in ("greedy", "sampled")]
-    return answers, folder / f"{slug}-logps.json"
+    answers = [folder / f"{_slug(name)}-{kind}.jsonl" for kind in ("greedy", "sampled")]
+    return answers, folder / f"{_slug(name)}-logps.json"
 
 
-def _run_student(
-    name: str,
-    path: Path,
-    held_out: HeldOut,
-    folder: Path,
-    sampling: Sampling,
-    length_normalization: float,
-    max_length: int,
-    precision: str,
-) -> StudentOutputs:
-    tokenizer = load_tokenizer(path)
-    greedy = Sampling(sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size)
-    # The weights rather than the path: a run folder may move, and a path get other weights.
-    made_by = {"student": name, "weights": model_digest(path), "precision": precision}
-    # Plain-text pairs are continued as they stand: an answer is scored after what it was given to.
-    chat = not any(isinstance(pair["prompt"], str) for pair in held_out.pairs)
-    answer_files, scores_file = student_files(name, folder)
-    answers = []
-    for file, how in zip(answer_files, (greedy, sampling), strict=True):
-
-        def load(kind: str = file.stem) -> LocalModel:
-            model = load_model(path, dtype=autocast_dtype(precision), device=best_device())
-            return LocalModel(model, tokenizer, kind, chat=chat)
-
-        answered = stored_answers(load, held_out.prompts, file, how, fingerprint=made_by)
-        answers.append(answered.first)
-    greedy_answers, samples = answers
-    fingerprint = {
-        **made_by,
-        "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
-        "length_normalization": length_normalization,
-        "max_length": max_length,
-        **sampling.settings(),
-    }
-    scores = _stored_scores(scores_file, fingerprint)
-    if scores is None:
-        model = load_model(path, dtype="float32", device=best_device())
-
-        def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-            return score_pairs(
-                model,
-                tokenizer,
-                rows,
-                length_normalization=length_normalization,
-                max_length=max_length,
-            )
-
-        scores = _score(score, held_out.pairs, samples)
-        record = {**_FORMAT, "fingerprint": fingerprint, "scores": scores}
-        write_atomically(scores_file, json.dumps(record))
-    return StudentOutputs(
-        name,
-        {prompt_id: answer.text for prompt_id, answer in greedy_answers.items()},
-        chosen_logps=np.array(scores["chosen"]),
-        rejected_logps=np.array(scores["rejected"]),
-        pair_ids=[pair["id"] for pair in held_out.pairs],
-        own_rejected_logps=np.array(scores["own"], dtype=np.float64),  # None becomes NaN
-    )
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
 
 
-def _stored_scores(
-    file: Path, fingerprint: Mapping[str, Any]
-) -> dict[str, list[float | None]] | None:
-    """The scores in a file of this fingerprint, or None if there is no file.
+@dataclass(frozen=True)
+class _Runner:
+    """Runs students on held-out data, or reads what they gave before; see `evaluate_models`."""
 
-    Raises:
-        UsageError: the file is not one of scores, or was made with another fingerprint.
-    """
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        header = {name: record[name] for name in _FORMAT}
-        found, scores = record["fingerprint"], record["scores"]
-    except (ValueError, KeyError, TypeError):
-        header = {}
-    if header != _FORMAT:
-        raise UsageError(
-            f"{file} does not hold scores of this version of plad_fast; choose another "
-            "--output-dir, or delete the file"
+    held_out: HeldOut
+    folder: Path
+    sampling: Sampling
+    length_normalization: float
+    max_length: int
+    precision: str
+    calibration_samples: int
+    quality: StoredScorer | RougeL
+
+    def run(self, name: str, path: Path) -> tuple[StudentOutputs, HeldOutSamples | None]:
+        held_out, sampling = self.held_out, self.sampling
+        tokenizer = load_tokenizer(path)
+        greedy = Sampling(sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size)
+        several = replace(sampling, n=max(sampling.n, self.calibration_samples))
+        # The weights rather than the path: a run folder may move, and a path get other weights.
+        made_by = {"student": name, "weights": model_digest(path), "precision": self.precision}
+        # Plain-text pairs are continued as they stand: an answer is scored after what it was given.
+        chat = not any(isinstance(pair["prompt"], str) for pair in held_out.pairs)
+        answer_files, scores_file = student_files(name, self.folder)
+        answered = []
+        for file, how in zip(answer_files, (greedy, several), strict=True):
+
+            def load(kind: str = file.stem) -> LocalModel:
+                dtype = autocast_dtype(self.precision)
+                model = load_model(path, dtype=dtype, device=best_device())
+                return LocalModel(model, tokenizer, kind, chat=chat)
+
+            answered.append(stored_answers(load, held_out.prompts, file, how, fingerprint=made_by))
+        scoring = _Scoring(path, tokenizer, self.max_length)
+        fingerprint = {**made_by, "max_length": self.max_length, **sampling.settings()}
+        pair_scores = stored_scores(
+            scores_file,
+            {
+                **fingerprint,
+                "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+                "length_normalization": self.length_normalization,
+            },
+            lambda: _score(
+                partial(scoring.pairs, length_normalization=self.length_normalization),
+                held_out.pairs,
+                answered[1].first,
+            ),
         )
-    advice = "choose another --output-dir, or pass --overwrite to start anew"
-    require_equal(found, json.loads(json.dumps(fingerprint)), file, advice)
-    return scores
+        samples = None
+        if self.calibration_samples:
+            samples = score_samples(
+                name,
+                held_out.prompts,
+                held_out.teacher_answers,
+                answered[1].answers,
+                calibration_file(name, self.folder),
+                fingerprint={**fingerprint, "length_normalization": LENGTH_NORMALIZATION},
+                content_of=lambda p: as_messages(tokenizer, p.content) if chat else p.content,
+                score_responses=scoring.responses,
+                quality=self.quality,
+            )
+        outputs = StudentOutputs(
+            name,
+            {prompt_id: answer.text for prompt_id, answer in answered[0].first.items()},
+            chosen_logps=np.array(pair_scores["chosen"]),
+            rejected_logps=np.array(pair_scores["rejected"]),
+            pair_ids=[pair["id"] for pair in held_out.pairs],
+            own_rejected_logps=np.array(pair_scores["own"], dtype=np.float64),  # None becomes NaN
+        )
+        return outputs, samples
+
+
+class _Scoring:
+    """Log-probabilities of a student in float32, loaded at the first call."""
+
+    def __init__(self, path: Path, tokenizer: Any, max_length: int) -> None:
+        self._path = path
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._model: Any = None
+
+    def pairs(
+        self, rows: Sequence[Mapping[str, Any]], *, length_normalization: float
+    ) -> dict[str, Any]:
+        return score_pairs(
+            self._loaded(),
+            self._tokenizer,
+            rows,
+            length_normalization=length_normalization,
+            max_length=self._max_length,
+        )
+
+    def responses(self, rows: Sequence[tuple[Content, Sequence[Content]]]) -> list[FloatArray]:
+        return score_responses(
+            self._loaded(),
+            self._tokenizer,
+            rows,
+            length_normalization=LENGTH_NORMALIZATION,
+            max_length=self._max_length,
+        )
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            self._model = load_model(self._path, dtype="float32", device=best_device())
+        return self._model
 
 
 def _score(

@@ -8,80 +8,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from plad_fast.errors import UsageError
+from plad_fast.intervals import (
+    CONFIDENCE,
+    FloatArray,
+    Interval,
+    SignTest,
+    aligned,
+    outcomes,
+    paired_bootstrap,
+    sign_test,
+    vector,
+)
 
-FloatArray = NDArray[np.float64]
+__all__ = [
+    "CONFIDENCE",
+    "ROUGE_NAMES",
+    "FloatArray",
+    "Interval",
+    "SignTest",
+    "distinct_n",
+    "margins",
+    "mean_margin",
+    "mean_words",
+    "outcomes",
+    "paired_bootstrap",
+    "ranking_accuracy",
+    "repetition",
+    "repetition_shares",
+    "rouge",
+    "sign_test",
+    "win_rate",
+    "word_counts",
+    "words",
+]
 
-CONFIDENCE = 0.95
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
-
-# Resampled values held at once; bounds the memory of a bootstrap over many examples (32 MB).
-_BOOTSTRAP_BLOCK = 4_000_000
 
 # Scripts written without spaces (Thai, Lao, kana, Han) count character by character.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['\u2019][^\W{_UNSPACED}]+)*")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval, in the unit of the values it was taken over."""
-
-    mean: float
-    low: float
-    high: float
-    standard_error: float
-
-    def excludes(self, value: float) -> bool:
-        """Whether `value` lies outside the interval."""
-        return value < self.low or value > self.high
-
-
-def paired_bootstrap(
-    a: ArrayLike,  # (n,)
-    b: ArrayLike | None = None,  # (n,)
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of `a`, or of the paired differences `a - b`, with a percentile bootstrap interval.
-
-    The examples are drawn with replacement `n_resamples` times, `a[i]` always together with `b[i]`;
-    the interval holds the middle 95 % of the means so obtained, and the standard error is
-    their standard deviation. The interval always contains the mean. It is too narrow for a handful
-    of examples, and has no width for a single one or for examples that are all alike.
-
-    Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation"; Efron
-    and Tibshirani 1993, chapter 13 (percentile interval).
-
-    Raises:
-        UsageError: no examples, a value that is not finite, lengths that differ, or fewer than two
-            resamples.
-    """
-    values = _vector(a, "a")
-    if b is not None:
-        values = values - _aligned(b, values, "b", "a")
-    if n_resamples < 2:
-        raise UsageError(f"n_resamples is {n_resamples}; take 2 or more (2000 is usual)")
-    n = len(values)
-    rng = np.random.default_rng(seed)
-    block = max(1, _BOOTSTRAP_BLOCK // n)
-    means = np.concatenate(
-        [
-            values[rng.integers(0, n, size=(min(block, n_resamples - start), n))].mean(axis=1)
-            for start in range(0, n_resamples, block)
-        ]
-    )
-    mean = float(values.mean())
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    # Rounding, or very few resamples, can leave the mean just outside.
-    return Interval(mean, min(float(low), mean), max(float(high), mean), float(means.std(ddof=1)))
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, FloatArray]:
@@ -124,16 +94,6 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Fl
     }
 
 
-def outcomes(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """1 where `a` is the larger, 0 where `b` is, and 0.5 for a tie; shape (n,).
-
-    Raises:
-        UsageError: no examples, a value that is not finite, or lengths that differ.
-    """
-    first = _vector(a, "a")
-    return 0.5 * (1.0 + np.sign(first - _aligned(b, first, "b", "a")))
-
-
 def ranking_accuracy(
     chosen_logps: ArrayLike,  # (n,)
     rejected_logps: ArrayLike,  # (n,)
@@ -161,8 +121,8 @@ def margins(
     Raises:
         UsageError: no pairs, a log-probability that is not finite, or lengths that differ.
     """
-    chosen = _vector(chosen_logps, "chosen_logps")
-    return chosen - _aligned(rejected_logps, chosen, "rejected_logps", "chosen_logps")
+    chosen = vector(chosen_logps, "chosen_logps")
+    return chosen - aligned(rejected_logps, chosen, "rejected_logps", "chosen_logps")
 
 
 def mean_margin(
@@ -200,14 +160,19 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def mean_words(texts: Sequence[str]) -> float:
-    """Mean number of `words` in a text.
+def word_counts(texts: Sequence[str]) -> FloatArray:
+    """The number of `words` in each text, (n,).
 
     Raises:
         UsageError: no texts.
     """
     _require_texts(texts, "texts")
-    return float(np.mean([len(words(text)) for text in texts]))
+    return np.array([len(words(text)) for text in texts], dtype=np.float64)
+
+
+def mean_words(texts: Sequence[str]) -> float:
+    """Mean of `word_counts`."""
+    return float(word_counts(texts).mean())
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -227,8 +192,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetition(texts: Sequence[str], n: int = 4) -> float:
-    """Mean over texts of the share of n-grams that came before in the same text; in [0, 1).
+def repetition_shares(texts: Sequence[str], n: int = 4) -> FloatArray:
+    """The share of n-grams that came before in the same text, for each text; (n texts,) in [0, 1).
 
     Near 0 for ordinary prose, near 1 for a model caught in a loop. A text shorter than n words has
     nothing to repeat and counts 0.
@@ -243,7 +208,12 @@ def repetition(texts: Sequence[str], n: int = 4) -> float:
     for text in texts:
         grams = _ngrams(words(text), n)
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return float(np.mean(shares))
+    return np.array(shares)
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Mean of `repetition_shares`."""
+    return float(repetition_shares(texts, n).mean())
 
 
 class _UnicodeWords:
@@ -265,26 +235,3 @@ def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
 def _require_texts(texts: Sequence[str], name: str) -> None:
     if not texts:
         raise UsageError(f"{name} is empty; there is nothing to measure")
-
-
-def _vector(values: ArrayLike, name: str) -> FloatArray:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or not len(vector):
-        raise UsageError(f"{name} has shape {vector.shape}; give one value for each example")
-    bad = np.flatnonzero(~np.isfinite(vector))
-    if len(bad):
-        raise UsageError(
-            f"{name} holds {len(bad)} values that are not finite, the first at index {bad[0]} "
-            f"({vector[bad[0]]}); leave those examples out of every array"
-        )
-    return vector
-
-
-def _aligned(values: ArrayLike, other: FloatArray, name: str, other_name: str) -> FloatArray:
-    vector = _vector(values, name)
-    if len(vector) != len(other):
-        raise UsageError(
-            f"{name} has {len(vector)} values and {other_name} has {len(other)}; "
-            "paired values must come from the same examples, in the same order"
-        )
-    return vector

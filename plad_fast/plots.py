@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FIRST, _LAST, _TEACHER = "#E69F00", "#0072B2", "#555555"
 _BETWEEN = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_INK, _FAINT = "#333333", "#d9d9d9"
+INK, FAINT = "#333333", "#d9d9d9"
 _WIDTH = 5.0  # inches; shown 350 px wide on a phone, 10 pt is still 10 px high
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -34,10 +34,10 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "figure.dpi": 140,
     "figure.facecolor": "white",
@@ -77,7 +77,7 @@ def plot_training(
     if not panels:
         raise UsageError("no training step was logged; set logging_steps to a smaller number")
     last_of_stage = {stage: title for stage, title, _, _ in panels}.items()
-    with _drawing(path, [1.35] * len(panels)) as axes:
+    with drawing(path, [1.35] * len(panels)) as axes:
         for axis, (stage, title, label, series) in zip(axes, panels, strict=True):
             for name, (steps, values) in series.items():
                 held_out = name == "eval"
@@ -122,7 +122,7 @@ def plot_margins(
     Raises:
         UsageError: no student has pairs, or matplotlib is not installed.
     """
-    colours = _colours([student.name for student in students])
+    colours = colours_of([student.name for student in students])
     values = {
         student.name: margins(student.chosen_logps, student.rejected_logps)
         for student in students
@@ -132,14 +132,14 @@ def plot_margins(
         raise UsageError("no student was scored on held-out pairs; run score_pairs first")
     pooled = np.concatenate(list(values.values()))
     edges = _edges(pooled, _num_bins(len(pooled) // len(values)))
-    with _drawing(path, [1.5] * len(values), share_x=True, share_y=True) as axes:
+    with drawing(path, [1.5] * len(values), share_x=True, share_y=True) as axes:
         for axis, (name, vector) in zip(axes, values.items(), strict=True):
             axis.hist(
                 np.clip(vector, edges[0], edges[-1]), bins=edges, color=colours[name], alpha=0.85
             )
-            axis.axvline(0.0, color=_INK, linewidth=1)
+            axis.axvline(0.0, color=INK, linewidth=1)
             median = float(np.median(vector))
-            axis.axvline(median, color=_INK, linewidth=1, linestyle=":")
+            axis.axvline(median, color=INK, linewidth=1, linestyle=":")
             right = float(np.mean(np.sign(vector) + 1) / 2)
             axis.set_title(f"{name}: {right:.0%} right of zero, median {median:+.2f}")
             axis.set_ylabel("pairs")
@@ -162,7 +162,7 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
         UsageError: there is neither a ranking accuracy nor a ROUGE-L, or matplotlib is missing.
     """
     students = metrics["students"]
-    colours = _colours([row["name"] for row in students])
+    colours = colours_of([row["name"] for row in students])
     rows = [*students[::-1], metrics["teacher"]]  # drawn from the bottom up
     panels = [
         (title, label, [(row["name"], row[key]) for row in rows if row[key] is not None], chance)
@@ -180,7 +180,7 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
     ]
     if not panels:
         raise UsageError("the metrics hold no ranking accuracy and no ROUGE-L; nothing to draw")
-    with _drawing(path, [0.75 + 0.27 * len(dots) for _, _, dots, _ in panels]) as axes:
+    with drawing(path, [0.75 + 0.27 * len(dots) for _, _, dots, _ in panels]) as axes:
         for axis, (title, label, dots, chance) in zip(axes, panels, strict=True):
             for height, (name, interval) in enumerate(dots):
                 axis.errorbar(
@@ -197,13 +197,13 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
                     markersize=7,
                 )
             if chance is not None:
-                axis.axvline(chance, color=_INK, linewidth=1, linestyle=":")
+                axis.axvline(chance, color=INK, linewidth=1, linestyle=":")
                 axis.set_xlim(-0.02, 1.02)
             axis.set_title(title)
             axis.set_yticks(range(len(dots)), [name for name, _ in dots])
             axis.set_ylim(-0.6, len(dots) - 0.4)
             axis.set_xlabel(f"{label}, with 95 % interval")
-            axis.grid(axis="x", color=_FAINT, linewidth=0.6)
+            axis.grid(axis="x", color=FAINT, linewidth=0.6)
             axis.set_axisbelow(True)
     return Path(path)
 
@@ -220,7 +220,8 @@ def _series(
     return series
 
 
-def _colours(names: Sequence[str]) -> dict[str, str]:
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """Name -> colour, of students in the order of training."""
     between = [_BETWEEN[index % len(_BETWEEN)] for index in range(max(0, len(names) - 2))]
     return dict(zip(names, [_FIRST, *between, _LAST] if len(names) > 1 else [_LAST], strict=True))
 
@@ -243,7 +244,7 @@ def _num_bins(n: int) -> int:
 
 
 @contextmanager
-def _drawing(
+def drawing(
     path: str | os.PathLike[str],
     heights: Sequence[float],
     *,

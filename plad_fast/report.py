@@ -12,31 +12,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from plad_fast._headline import headline, verdict
+from plad_fast._headline import headline
 from plad_fast._page import PAGE, STYLE
+from plad_fast._results import calibration_section, results_section
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
 
 __all__ = ["headline", "write_report"]
 
-# Key, label, decimals; percentages are marked by "%".
-_ROWS = (
-    ("ranking_accuracy", "Prefers the teacher's answer", "%"),
-    ("own_ranking_accuracy", "Prefers it to its own answer", "%"),
-    ("margin", "Margin", 2),
-    ("rouge1_teacher", "ROUGE-1 to the teacher", 3),
-    ("rouge2_teacher", "ROUGE-2 to the teacher", 3),
-    ("rougeL_teacher", "ROUGE-L to the teacher", 3),
-    ("rouge1_reference", "ROUGE-1 to the reference", 3),
-    ("rouge2_reference", "ROUGE-2 to the reference", 3),
-    ("rougeL_reference", "ROUGE-L to the reference", 3),
-    ("score", "Score", 3),
-    ("win_rate_teacher", "Wins against the teacher", "%"),
-    ("mean_words", "Words in an answer", 1),
-    ("distinct_1", "Distinct words", 3),
-    ("distinct_2", "Distinct word pairs", 3),
-    ("repetition_4", "Repetition", 3),
-)
 _LONG = 400  # characters of a prompt that are shown before it has to be unfolded
 _SECRET = re.compile(
     r"api_?key|secret|password|credential|(?:^|hub_|hf_|auth_|access_)token$", re.IGNORECASE
@@ -69,7 +52,7 @@ def write_report(
         title: heading of the page.
         config: settings of the run; nested mappings are flattened to dotted names.
         stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
-        metrics: from `evaluation.evaluate_students`.
+        metrics: from `evaluation.evaluate_students`, or `held_out.evaluate_models`.
         plots: (caption, PNG file), embedded.
         examples: `{"prompt", "teacher", "students"}` and optionally "reference": texts, or chat
             messages for the prompt; "students" maps the name of each to its answer, in order.
@@ -84,7 +67,8 @@ def write_report(
         UsageError: a plot that is missing or not a PNG file.
     """
     sections = [
-        ("Results", _results(metrics, margin_unit)),
+        ("Results", results_section(metrics, margin_unit)),
+        ("Likelihood and quality", calibration_section(metrics.get("calibration"))),
         ("Plots", "".join(_figure(caption, file) for caption, file in plots)),
         ("Example answers", "".join(map(_example, examples))),
         ("How long it took", _stages(stages)),
@@ -100,86 +84,6 @@ def write_report(
         title=escape(title), style=STYLE, headline=escape(headline(metrics)), body=body
     )
     return write_atomically(path, page)
-
-
-def _results(metrics: Mapping[str, Any], margin_unit: str) -> str:
-    rows = [metrics["teacher"], *metrics["students"]]
-    change = metrics["comparisons"][0] if metrics["comparisons"] else None
-    head = "".join(f"<th scope=col>{escape(row['name'])}</th>" for row in rows)
-    if change is not None:
-        last, first = escape(change["candidate"]), escape(change["baseline"])
-        head += f"<th scope=col>Change <small>{last} &minus; {first}</small></th>"
-    lines = []
-    for key, label, decimals in _ROWS:
-        if all(row[key] is None for row in rows) or (key == "score" and _is_rouge_l(rows)):
-            continue
-        cells = "".join(f"<td>{_value(row[key], decimals)}</td>" for row in rows)
-        if change is not None:
-            cells += _change(change.get(key), decimals)
-        unit = f" [{escape(margin_unit)}]" if key == "margin" else ""
-        lines.append(f"<tr><th scope=row>{label}{unit}</th>{cells}</tr>")
-    if change is not None and change["win_rate"] is not None:
-        label = f"Wins against {escape(change['baseline'])}"
-        cells = "<td>&ndash;</td>" * len(rows) + _change(change["win_rate"], "%", neutral=0.5)
-        lines.insert(0, f"<tr><th scope=row>{label}</th>{cells}</tr>")
-    return (
-        f'<div class="scroll"><table class="numbers"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-        f'<p class="note">{metrics["n_prompts"]} held-out prompts, {metrics["n_pairs"]} pairs; '
-        "± is half of the 95% bootstrap interval; ▲ and ▼ mark a change whose interval excludes "
-        "no change. <b>Margin</b>: log-probability of the teacher's answer minus that of the "
-        f"rejected one. {_own_pairs(metrics)}"
-        f"<b>Wins</b> are decided by {escape(metrics['score'])}; a tie counts half. "
-        "<b>Distinct</b>: different words (word pairs) divided by all of them, over all answers. "
-        "<b>Repetition</b>: share of four-word runs that came before in the same answer.</p>"
-    )
-
-
-def _own_pairs(metrics: Mapping[str, Any]) -> str:
-    """Over how many pairs students were compared with their own answers, where not over all."""
-    counts = [
-        f"{row['n_own_pairs']} for {escape(row['name'])}"
-        for row in metrics["students"]
-        if 0 < row["n_own_pairs"] < row["n_pairs"]
-    ]
-    if not counts:
-        return ""
-    return f"<b>Its own answer</b>: over the pairs for which it finished one, {', '.join(counts)}. "
-
-
-def _is_rouge_l(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the score repeats a line of the table."""
-    return any(
-        all(row["score"] == row[key] for row in rows)
-        for key in ("rougeL_teacher", "rougeL_reference")
-    )
-
-
-def _value(value: Mapping[str, float] | float | None, decimals: int | str) -> str:
-    if value is None:
-        return "&ndash;"
-    if not isinstance(value, Mapping):
-        return _number(value, decimals)
-    half = _number((value["high"] - value["low"]) / 2, decimals)
-    return f"{_number(value['mean'], decimals)}<small>±{half}</small>"
-
-
-def _change(value: Mapping[str, float] | None, decimals: int | str, *, neutral: float = 0.0) -> str:
-    """A difference (`neutral` 0) is signed; that of two percentages is in percentage points."""
-    if value is None:
-        return "<td>&ndash;</td>"
-    signed = neutral == 0.0
-    mean, low, high = (_number(value[key], decimals, signed) for key in ("mean", "low", "high"))
-    if signed and decimals == "%":
-        mean, low, high = mean.replace("%", " pts"), low.replace("%", ""), high.replace("%", "")
-    name, mark = {1: ("up", "▲ "), -1: ("down", "▼ "), 0: ("same", "")}[verdict(value, neutral)]
-    return f'<td class="{name}">{mark}{mean}<small>{low} to {high}</small></td>'
-
-
-def _number(value: float, decimals: int | str, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    text = f"{value:{sign}.0%}" if decimals == "%" else f"{value:{sign}.{decimals}f}"
-    return text.replace("-", "&minus;")
 
 
 def _figure(caption: str, file: str | os.PathLike[str]) -> str:

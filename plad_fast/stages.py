@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast._devices import require_one_gpu
 from plad_fast._packages import require_packages, versions
-from plad_fast._recipe_data import load_recipe_prompts, write_jsonl
+from plad_fast._recipe_data import answer_columns, load_recipe_prompts, write_jsonl
 from plad_fast._records import model_digest
 from plad_fast.chat import as_conversation
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
 from plad_fast.held_out import (
     HeldOut,
+    calibration_file,
     draw_plots,
     evaluate_models,
     example_answers,
     margin_unit,
+    scorer_file,
     student_files,
 )
 from plad_fast.losses import get_loss
 from plad_fast.pairs import (
-    Answer,
-    AnswerStore,
-    LocalModel,
     Prompt,
     Sampling,
-    build_pairs,
+    discard_answers,
+    joined,
+    open_local_model,
     stored_answers,
+    teacher_fingerprint,
 )
 from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
+from plad_fast.recipe_scoring import held_out_scoring
+from plad_fast.recipe_texts import select_pairs
 from plad_fast.report import write_report
-from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import load_tokenizer, offline_teacher_path
 from plad_fast.training import is_trained, train_model
 
 _COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch")
@@ -45,48 +50,82 @@ def pair_models(
 ) -> Path:
     """Answer the prompts with both models; write `<output_dir>/pairs.jsonl`. Resumable.
 
+    Under `torchrun` or `accelerate launch` the processes share the prompts of local models, and
+    the pairs are those of a single process.
+
     Args:
-        config: prompts, sampling and output folder; its other settings play no part.
-        teacher, student: hub id, folder or .gguf file.
-        overwrite: discard the answers stored there.
+        config: prompts, sampling, scoring and output folder; what trains plays no part.
+        teacher: see `pairs.sources`.
+        student: hub id, folder or .gguf file.
+        overwrite: discard the answers and scores stored there.
 
     Raises:
-        UsageError: from loading, generation or storing, and when no pair is left.
+        UsageError: from loading, generation, scoring or storing, and when no pair is left.
     """
+    config = replace(config, teacher=teacher)
     folder = Path(config.output_dir)
     prompts = load_recipe_prompts(config)
-    roles = {"teacher": (teacher, config.teacher_temperature, config.seed)}
-    # Another stream of random numbers, or equal models would give equal answers.
-    roles["student"] = (student, config.student_temperature, config.seed + 1)
-    tokenizer = load_tokenizer(_resolve(student))
-    answers: dict[str, dict[str, Answer]] = {}
-    for role, (source, temperature, seed) in roles.items():
-        sampling = Sampling(
-            config.max_new_tokens,
-            temperature=temperature,
-            top_p=config.top_p if role == "student" else 1.0,
-            seed=seed,
-            batch_size=config.generation_batch_size,
-        )
-
-        def load(source: str = source, role: str = role) -> LocalModel:
-            path = _resolve(source)
-            dtype = autocast_dtype(config.precision)
-            model = load_model(path, dtype=dtype, device=best_device())
-            return LocalModel(model, load_tokenizer(path), role)
-
-        path = folder / f"{role}.jsonl"
-        if overwrite:
-            _discard_answers(path)
-        fingerprint = {role: source, "weights": model_digest(_resolve(source))}
-        answered = stored_answers(load, prompts, path, sampling, fingerprint=fingerprint)
-        answers[role] = answered.first
-    pairs, report = build_pairs(
-        prompts, answers["teacher"], answers["student"], tokenizer=tokenizer
+    columns = answer_columns(config)
+    scorer = config.open_scorer(verdicts=folder / "verdicts.jsonl")
+    if scorer is not None:
+        scorer.check(prompts)
+    source = _resolve(student)
+    tokenizer = load_tokenizer(source)
+    # Made now, so that what is wrong with an endpoint's settings is found out before any work.
+    opened = [config.open_teacher(precision=config.precision, columns=columns)]
+    sampling = Sampling(
+        config.max_new_tokens,
+        temperature=config.teacher_temperature,
+        seed=config.seed,
+        n=config.teacher_samples,
+        batch_size=config.generation_batch_size,
     )
-    write_jsonl(folder / "pairs.jsonl", pairs)
-    print(f"{report}\npairs: {folder / 'pairs.jsonl'}", flush=True)
-    return folder / "pairs.jsonl"
+    teacher_answers = stored_answers(
+        opened.pop,  # nothing holds the teacher when the student is loaded
+        prompts,
+        folder / "teacher.jsonl",
+        sampling,
+        fingerprint=teacher_fingerprint(teacher, base_url=config.base_url, columns=columns),
+        overwrite=overwrite,
+    ).answers
+    student_answers = stored_answers(
+        lambda: open_local_model(source, "student", precision=config.precision),
+        prompts,
+        folder / "student.jsonl",
+        replace(
+            sampling,
+            temperature=config.student_temperature,
+            top_p=config.top_p,
+            n=config.student_samples,
+            # Another stream of random numbers, or equal models would give equal answers.
+            seed=config.seed + 1,
+        ),
+        fingerprint={"student": student, "weights": model_digest(source)},
+        overwrite=overwrite,
+    ).answers
+    path = folder / "pairs.jsonl"
+
+    def write() -> str:
+        scores = folder / "scores.jsonl"
+        if overwrite:
+            discard_answers(scores)
+        rows, report = select_pairs(
+            config,
+            scorer,
+            prompts,
+            teacher_answers,
+            student_answers,
+            tokenizer=tokenizer,
+            scores_path=scores,
+        )
+        write_jsonl(path, rows)
+        return str(report)
+
+    with joined() as ranks:
+        report = ranks.from_first(write)
+        if ranks.rank == 0:
+            print(f"{report}\npairs: {path}", flush=True)
+    return path
 
 
 def train_on_pairs(
@@ -176,9 +215,12 @@ def evaluate_on_pairs(
                 "the path"
             )
         load_tokenizer(path)
+    scoring = held_out_scoring(config, folder)
     if overwrite:
         for name in students:
             _discard_student(name, folder)
+        for scorer in scoring["scorers"].values():
+            discard_answers(scorer_file(scorer.name, folder))
     results, outputs = evaluate_models(
         students,
         held_out,
@@ -193,6 +235,7 @@ def evaluate_on_pairs(
         length_normalization=config.length_normalization,
         max_length=config.max_length,
         precision=config.precision,
+        **scoring,
     )
     write_metrics(results, folder / "metrics.json")
     drawn = draw_plots(
@@ -222,14 +265,17 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
 
     Raises:
-        UsageError: no such file, damaged, empty, or without the columns `prompt` and `chosen`.
+        UsageError: no such file, damaged, empty, or without the columns that rows need.
     """
     table = read_table(path, "train")
-    missing = {"prompt", "chosen"} - set(table.columns)
-    if missing:
+    columns = set(table.columns)
+    # Of messages and texts that begin with their prompt, both responses tell what it is.
+    if not columns >= {"chosen", "rejected"} and not (
+        "prompt" in columns and columns & {"chosen", "completion", "responses"}
+    ):
         raise UsageError(
-            f"{path} has no column {' and '.join(sorted(missing))}; it has "
-            f"{', '.join(table.columns)}: pairs have prompt, chosen and rejected"
+            f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
+            "rejected, and lists have prompt and responses"
         )
     return [dict(row) for row in table.rows]
 
@@ -255,15 +301,9 @@ def _check_names(names: Sequence[str]) -> None:
 def _discard_student(name: str, folder: Path) -> None:
     answer_files, scores_file = student_files(name, folder)
     for file in answer_files:
-        _discard_answers(file)
+        discard_answers(file)
     scores_file.unlink(missing_ok=True)
-
-
-def _discard_answers(path: Path) -> None:
-    """Removes a store; of a file that is none, `AnswerStore.open` says so and leaves it alone."""
-    if path.exists():
-        AnswerStore.open(path, {}, overwrite=True).close()
-        path.unlink()
+    calibration_file(name, folder).unlink(missing_ok=True)
 
 
 def _held_out(rows: list[dict[str, Any]]) -> HeldOut:

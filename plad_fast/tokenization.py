@@ -107,6 +107,9 @@ def tokenize_dataset(
     * `responses`: a list, best first. Scores: `scores`, one per response.
     * `chosen` or `completion` alone: one response.
 
+    Rows with `chosen` and `rejected` need no `prompt` if both begin with it: with the same
+    messages, or with the same words.
+
     Args:
         dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
             long rows too.

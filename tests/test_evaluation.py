@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -173,6 +174,109 @@ def test_a_score_function_decides_the_wins():
     assert results["students"][0]["win_rate_teacher"]["mean"] == 1.0
 
 
+class Scorer:
+    """Counts a letter; what it was asked is kept."""
+
+    def __init__(self, letter, nan=()):
+        self.letter, self.nan, self.asked = letter, nan, []
+
+    def score(self, items):
+        self.asked.append([(prompt.id, prompt.content, prompt.reference, t) for prompt, t in items])
+        return [float("nan") if t in self.nan else t.count(self.letter) for _, t in items]
+
+
+def test_scorers_stand_beside_the_score_that_decides():
+    scorers = {"a's": Scorer("a"), "s's": Scorer("s", nan=("the cat sat",))}
+    results = evaluate_students(
+        [sft(), plad()], TEACHER, {"p1": "r"}, scorers=scorers, prompts={"p1": "q1", "p2": "q2"}
+    )
+    # One call for all systems: a scorer may rate a text by the others to the same prompt.
+    assert scorers["a's"].asked == [
+        [
+            ("p1", "q1", "r", "the cat sat"),
+            ("p1", "q1", "r", "a dog"),
+            ("p1", "q1", "r", "the cat sat"),
+            ("p2", "q2", None, "dogs run fast"),
+            ("p2", "q2", None, "dogs run"),
+            ("p2", "q2", None, "dogs run"),
+        ]
+    ]
+    assert results["scorers"] == ["a's", "s's"]
+    assert results["score"] == results["scored_by"]  # ROUGE-L still decides
+    teacher = results["teacher"]["scores"]
+    first, last = (row["scores"]["a's"] for row in results["students"])
+    assert teacher["a's"]["score"]["mean"] == (2 + 1) / 2
+    assert (first["score"]["mean"], last["score"]["mean"]) == ((1 + 0) / 2, (2 + 0) / 2)
+    assert (first["win_rate_teacher"]["mean"], last["win_rate_teacher"]["mean"]) == (0.0, 0.25)
+    assert last["wins_teacher"] == {"wins": 0, "ties": 1, "losses": 1, "p_value": 1.0}
+    (change,) = results["comparisons"]
+    assert change["scores"]["a's"]["difference"]["mean"] == 0.5
+    assert change["scores"]["a's"]["win_rate"]["mean"] == 0.75
+    assert change["scores"]["a's"]["wins"] == {"wins": 1, "ties": 1, "losses": 0, "p_value": 1.0}
+    # What could not be rated is left out of its comparisons, and of nothing else.
+    assert change["scores"]["s's"]["wins"] == {"wins": 0, "ties": 1, "losses": 0, "p_value": 1.0}
+    assert teacher["s's"]["score"]["mean"] == 2.0
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+
+
+class Few:
+    def score(self, items):
+        return [1.0]
+
+
+class Judge:
+    name = "a judge"
+
+    def __init__(self, verdict):
+        self.verdict, self.asked = verdict, []
+
+    def compare(self, items):
+        self.asked += [(prompt.content, a, b) for prompt, a, b in items]
+        return [self.verdict(a, b) for _, a, b in items]
+
+
+def test_a_judge_decides_the_wins():
+    judge = Judge(lambda a, b: 1.0 if len(a) < len(b) else 0.0)
+    results = evaluate_students(
+        [sft(), plad()], TEACHER, judge=judge, prompts={"p1": "q1", "p2": "q2"}
+    )
+    assert results["score"] == "a judge"
+    assert results["scored_by"] == "ROUGE-L to the teacher's answer"
+    # Equal texts are a tie that nobody is asked about.
+    assert sorted(judge.asked) == [
+        ("q1", "a dog", "the cat sat"),
+        ("q1", "the cat sat", "a dog"),
+        ("q2", "dogs run", "dogs run fast"),
+        ("q2", "dogs run", "dogs run fast"),
+    ]
+    first, last = results["students"]
+    assert first["wins_teacher"] == {"wins": 2, "ties": 0, "losses": 0, "p_value": 0.5}
+    assert last["wins_teacher"] == {"wins": 1, "ties": 1, "losses": 0, "p_value": 1.0}
+    (change,) = results["comparisons"]
+    assert change["wins"] == {"wins": 0, "ties": 1, "losses": 1, "p_value": 1.0}
+    assert change["win_rate"]["mean"] == 0.25
+    assert change["score"]["mean"] > 0  # by the score it is the other way round
+
+
+def test_what_a_judge_cannot_decide_is_left_out():
+    judge = Judge(lambda a, b: None if a == "a dog" else 0.0)
+    row = evaluate_students([sft()], TEACHER, judge=judge, prompts=TEACHER)["students"][0]
+    assert row["wins_teacher"] == {"wins": 0, "ties": 0, "losses": 1, "p_value": 1.0}
+
+
+def test_length_and_repetition_have_intervals():
+    loop = sft(name="loop", answers={"p1": "a b c d a b c d", "p2": "dogs run fast"})
+    results = evaluate_students([sft(), loop], TEACHER)
+    row = results["students"][1]
+    assert row["intervals"]["mean_words"]["mean"] == row["mean_words"] == 5.5
+    assert row["intervals"]["repetition_4"]["mean"] == row["repetition_4"] == pytest.approx(0.1)
+    assert row["intervals"]["mean_words"]["low"] == 3.0
+    (change,) = results["comparisons"]
+    assert change["mean_words"]["mean"] == 3.5
+    assert (change["mean_words"]["low"], change["mean_words"]["high"]) == (1.0, 6.0)
+    assert change["repetition_4"]["mean"] == pytest.approx(0.1)
+
+
 def test_texts_or_pairs_may_be_missing():
     texts_only = sft(chosen_logps=[], rejected_logps=[], pair_ids=[])
     pairs_only = plad(answers={}, own_rejected_logps=[-1.0, -9.0])
@@ -230,11 +334,32 @@ def test_last_against_first_comes_first():
             ),
             "gave nan for prompt p1",
         ),
+        (lambda: evaluate_students([sft()], TEACHER, judge=Judge(min)), "judge needs the prompts"),
+        (
+            lambda: evaluate_students(
+                [sft()], TEACHER, judge=Judge(lambda *_: 0.7), prompts=TEACHER
+            ),
+            "judge a judge gave 0.7; it must give 1, 0.5 or 0",
+        ),
+        (
+            lambda: evaluate_students([sft()], TEACHER, scorers={"few": Few()}, prompts=TEACHER),
+            "scorer few gave 1 numbers for 4 items",
+        ),
     ],
 )
 def test_bad_input_says_what_is_wrong(call, message):
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_table_says_who_won_and_by_which_scorer():
+    results = evaluate_students(
+        [sft(), plad()], TEACHER, scorers={"s" * 50: Scorer("s")}, prompts=TEACHER
+    )
+    text = comparison_table(results)
+    assert re.search(r"win rate +0\.750 .* 1 won, 1 tied, 0 lost, p = 1\.000", text)
+    assert re.search(r"win rate, ss+~ 0\.750 .* 1 won, 1 tied, 0 lost, p = 1\.000", text)
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_table_fits_a_terminal():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from plad_fast import metrics
+from plad_fast import intervals, metrics
 from plad_fast.errors import UsageError
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -65,7 +66,7 @@ def test_bootstrap_pairs_the_examples():
 
 def test_bootstrap_in_several_blocks(monkeypatch):
     values = np.arange(40.0)
-    monkeypatch.setattr(metrics, "_BOOTSTRAP_BLOCK", 1000)  # 25 resamples at once
+    monkeypatch.setattr(intervals, "_BOOTSTRAP_BLOCK", 1000)  # 25 resamples at once
     result = metrics.paired_bootstrap(values, n_resamples=2001)
     assert result.standard_error == pytest.approx(values.std() / np.sqrt(40), rel=0.1)
 
@@ -100,6 +101,22 @@ def test_ranking_by_hand():
     assert metrics.mean_margin(chosen, rejected) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("wins", "losses"), [(0, 1), (5, 0), (3, 3), (4, 9), (60, 40), (520, 480), (4000, 1000)]
+)
+def test_sign_test_is_the_exact_binomial_test(wins, losses):
+    outcomes = [1.0] * wins + [0.5] * 7 + [0.0] * losses
+    result = metrics.sign_test(outcomes)
+    assert (result.wins, result.ties, result.losses) == (wins, 7, losses)
+    expected = stats.binomtest(wins, wins + losses).pvalue
+    assert result.p_value == pytest.approx(expected, rel=1e-9)
+    assert metrics.sign_test([1 - x for x in outcomes]).p_value == result.p_value
+
+
+def test_nothing_but_ties_is_no_evidence():
+    assert metrics.sign_test([0.5, 0.5]) == metrics.SignTest(0, 2, 0, 1.0)
+
+
 def test_all_ties_and_a_single_example_are_defined():
     assert metrics.win_rate([1.0, 2.0], [1.0, 2.0]) == metrics.Interval(0.5, 0.5, 0.5, 0.0)
     assert metrics.paired_bootstrap([2.0]) == metrics.Interval(2.0, 2.0, 2.0, 0.0)
@@ -120,7 +137,9 @@ def test_words_and_their_repetition_by_hand():
     assert metrics.distinct_n(["a b a", "a b"], 2) == pytest.approx(2 / 3)
     assert metrics.distinct_n(["a"], 2) == 0.0
     # Five 4-grams of which "a b c d" comes twice; the second text is too short to repeat.
-    assert metrics.repetition(["a b c d a b c d", "a a a"]) == pytest.approx((1 / 5) / 2)
+    texts = ["a b c d a b c d", "a a a"]
+    assert metrics.repetition_shares(texts) == pytest.approx([1 / 5, 0.0])
+    assert metrics.repetition(texts) == pytest.approx((1 / 5) / 2)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +153,7 @@ def test_words_and_their_repetition_by_hand():
         (lambda: metrics.paired_bootstrap([1.0], n_resamples=1), "take 2 or more"),
         (lambda: metrics.win_rate([1.0, float("nan")], [1.0, 1.0]), "first at index 1"),
         (lambda: metrics.margins([float("-inf")], [0.0]), "chosen_logps holds 1 value"),
+        (lambda: metrics.sign_test([1.0, 0.75]), "an outcome is 0.75"),
         (lambda: metrics.distinct_n([], 1), "texts is empty"),
         (lambda: metrics.repetition([]), "texts is empty"),
         (lambda: metrics.mean_words([]), "texts is empty"),

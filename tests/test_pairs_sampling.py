@@ -12,6 +12,8 @@ from plad_fast.pairs.local_model import LocalModel, end_tokens
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import RowSampler, Sampling, invert_cdf, row_uniforms
 
+# First numbers of prompt "a" under seed 3.
+STREAM = [0.36142635345458984, 0.9842919707298279, 0.8634724020957947]
 PROMPTS = [Prompt(f"p{i}", "word " * (i % 4 + 1) + str(i)) for i in range(9)]
 
 
@@ -30,6 +32,15 @@ def test_a_row_depends_on_seed_and_prompt_id_alone():
     assert torch.equal(row_uniforms(3, ["b"], 7)[0], rows[1, :7])
     assert not torch.equal(rows[0], rows[1])
     assert not torch.equal(row_uniforms(4, ["a"], 20)[0], rows[0])
+    # Stored answers stay valid only as long as the numbers of sample 0 are these.
+    assert rows[0, :3].tolist() == STREAM
+
+
+def test_samples_have_streams_of_their_own_that_no_id_can_spell():
+    ids = ["a", "a", "a", "3:a", "a\t1", "1", "\0\0\0\0\0\0\0\1a"]
+    rows = row_uniforms(3, ids, 20, [0, 1, 2, 0, 0, 0, 0])
+    assert len({tuple(row) for row in rows.tolist()}) == len(ids)
+    assert torch.equal(rows[1], row_uniforms(3, ["a"], 20, [1])[0])
 
 
 def test_inverse_cdf_follows_the_softmax():
@@ -78,6 +89,23 @@ def test_answers_do_not_depend_on_the_batch(model):
     assert answers(model, PROMPTS, seed=1) != expected
 
 
+@pytest.mark.parametrize("refill", [True, False])
+def test_more_samples_add_to_those_that_fewer_give(model, refill):
+    model = LocalModel(model.model, model.tokenizer, "tiny", refill=refill)
+    several = {}
+    for batch in model.generate(PROMPTS, Sampling(max_new_tokens=12, n=3, batch_size=4)):
+        several |= {(a.prompt_id, a.sample): a.text for a in batch}
+    assert several.keys() == {(p.id, k) for p in PROMPTS for k in range(3)}
+    assert len(set(several.values())) == 3 * len(PROMPTS)
+    one = answers(model, PROMPTS)
+    assert {p.id: several[p.id, 0] for p in PROMPTS} == {i: a.text for i, a in one.items()}
+    wanted = [(PROMPTS[2], 1), (PROMPTS[5], 2)]
+    some = [a for batch in model.generate_samples(wanted, Sampling(12, n=3)) for a in batch]
+    assert {(a.prompt_id, a.sample): a.text for a in some} == {
+        (p.id, k): several[p.id, k] for p, k in wanted
+    }
+
+
 def test_greedy_is_transformers_own(model, tiny_tokenizer):
     prompt = Prompt("p", "greedy")
     text = tiny_tokenizer.apply_chat_template(
@@ -108,7 +136,7 @@ def test_plain_prompts_get_bos_once_and_no_template(model, tiny_tokenizer, chat)
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    plain_model = LocalModel(model.model, plain, "plain", chat=chat)
+    plain_model = LocalModel(model.model, plain, "plain", chat=chat, refill=False)
     answers(plain_model, [Prompt("p", "Hi")], max_new_tokens=1)
     assert seen == [[[plain.bos_token_id, *plain("Hi", add_special_tokens=False)["input_ids"]]]]
 

@@ -8,9 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from plad_fast.calibration import ScoredSamples
+from plad_fast.calibration_plots import plot_reliability
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import StudentOutputs, evaluate_students
 from plad_fast.held_out import margin_unit
+from plad_fast.held_out_samples import HeldOutSamples, measure_calibration
 from plad_fast.plots import plot_comparison, plot_margins, plot_training
 from plad_fast.report import headline, write_report
 
@@ -28,10 +31,33 @@ def student(name, *, lead, kept, n=40):
     return StudentOutputs(name, answers, rejected + rng.normal(lead, 1.0, n), rejected, ids)
 
 
-def evaluate(*students):
+def evaluate(*students, **options):
     return evaluate_students(
-        students, dict.fromkeys(students[0].answers, " ".join(WORDS)), n_resamples=200
+        students, dict.fromkeys(students[0].answers, " ".join(WORDS)), n_resamples=200, **options
     )
+
+
+def samples(name, sign):
+    """Quality rises with likelihood, or falls; one prompt of five has a single sample."""
+    logps = [[-3.0, -2.0, -1.0]] * 4 + [[-1.0]]
+    quality = [[0.5 + sign * x / 10 for x in row] for row in logps]
+    return HeldOutSamples(ScoredSamples(name, list("abcde"), logps, quality, [-2.0] * 5), 2)
+
+
+def calibration(*students, quality="ROUGE-L to the reference"):
+    return measure_calibration(students, 3, quality)
+
+
+class Words:
+    """Scorer and judge by the number of words."""
+
+    name = "words"
+
+    def score(self, items):
+        return [len(text.split()) for _, text in items]
+
+    def compare(self, items):
+        return [1.0 if len(a) > len(b) else 0.0 for _, a, b in items]
 
 
 SFT = student("SFT student", lead=0.0, kept=4)
@@ -60,17 +86,28 @@ def plots(tmp_path_factory):
         plot_training(stages, folder / "training.png"),
         plot_margins([SFT, PLAD], folder / "margins.png"),
         plot_comparison(evaluate(SFT, PLAD), folder / "comparison.png"),
+        plot_reliability(
+            calibration(samples("SFT student", -1), samples("PLaD student", 1)),
+            folder / "reliability.png",
+        ),
     ]
 
 
 @pytest.fixture
 def html(tmp_path, plots):
+    judge = Words()
+    judge.name = f"judge {ATTACK}"
+    prompts = dict.fromkeys(SFT.answers, "q")
+    metrics = evaluate(SFT, PLAD, scorers={ATTACK: Words()}, judge=judge, prompts=prompts)
+    metrics["calibration"] = calibration(
+        samples(f"SFT {ATTACK}", -1), samples("PLaD student", 1), quality=ATTACK
+    )
     path = write_report(
         tmp_path / "report.html",
         title=f"Run {ATTACK}",
         config={"beta": 1.0, "hub_token": "hf_1", "sampling": {"api_key": "s3", "note": ATTACK}},
         stages=[{"name": ATTACK, "seconds": 3725.0, "summary": {ATTACK: 0.123456789}}],
-        metrics=evaluate(SFT, PLAD),
+        metrics=metrics,
         plots=[(ATTACK, path) for path in plots],
         examples=[
             {
@@ -100,10 +137,15 @@ def test_plots_of_one_example_and_of_ties(tmp_path):
     for index, students in enumerate(([single], [tied])):
         assert plot_margins(students, tmp_path / f"{index}.png").exists()
     assert plot_comparison(evaluate(single), tmp_path / "comparison.png").exists()
+    alone = HeldOutSamples(ScoredSamples("one", ["a"], [[-1.0]], [[0.5]]), 0)
+    assert plot_reliability(calibration(alone), tmp_path / "reliability.png").exists()
 
 
 def test_nothing_to_plot(tmp_path):
     texts_only = StudentOutputs("SFT", {"p": "a"})
+    row = {"name": "SFT", "reliability": {"rank": [], "quantile": []}}
+    with pytest.raises(UsageError, match="no student has samples to draw"):
+        plot_reliability({"students": [row]}, tmp_path / "a.png")
     with pytest.raises(UsageError, match="no training step was logged"):
         plot_training({"SFT": [{"step": 1, "train_runtime": 1.0}]}, tmp_path / "a.png")
     with pytest.raises(UsageError, match="no student was scored"):
@@ -113,11 +155,11 @@ def test_nothing_to_plot(tmp_path):
 def test_report_stands_alone_and_escapes_all_text(html):
     page = Page(html)
     assert "script" not in page.tags
-    assert len(page.links) == 4
+    assert len(page.links) == 5
     assert all(link.startswith("data:") for link in page.links)
     assert not re.search(r"url\(|@import", html)
-    # Title twice, caption in alt and figcaption of three plots, and each place that has text.
-    assert html.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") >= 15
+    # Title twice, caption in alt and figcaption of four plots, and each place that has text.
+    assert html.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") >= 24
     assert "<script" not in html
 
 
@@ -128,6 +170,59 @@ def test_report_shows_results_and_masks_secrets(html):
     assert "s3" not in re.sub(r'src="[^"]*"', "", html)
     assert "hf_1" not in text
     assert "--max-new-tokens 64" in text
+
+
+def cells(html, label):
+    """The text of a row's cells."""
+    row = re.search(rf"<tr><th scope=row>{label}.*?</th>(.*?)</tr>", html)[1]
+    return [re.sub(r"<[^>]+>", " ", cell).strip() for cell in re.findall("<td.*?</td>", row)]
+
+
+def write(path, metrics):
+    write_report(path, title="t", config={}, stages=[], metrics=metrics)
+    return path.read_text(encoding="utf-8")
+
+
+def test_report_counts_wins_by_every_scorer(tmp_path):
+    prompts = dict.fromkeys(SFT.answers, "q")
+    metrics = evaluate(SFT, PLAD, scorers={"word count": Words()}, prompts=prompts)
+    html = write(tmp_path / "r.html", metrics)
+    by_rouge, by_words = re.findall("<tbody><tr><th scope=rowgroup.*?</tbody>", html)
+    assert "Judged by ROUGE-L to the teacher" in by_rouge
+    assert "Judged by word count" in by_words
+    for table in (by_rouge, by_words):
+        share, counts, p_value = cells(table, "PLaD student <small>against SFT")
+        assert share.split()[:2] == ["▲", "100%"]
+        assert counts == "40&thinsp;/&thinsp;0&thinsp;/&thinsp;0"
+        assert p_value == "p &lt; 0.001"
+    # By default the teacher's answers are the measure, and nobody is compared with them.
+    assert "against the teacher" not in by_rouge
+    assert cells(by_words, "SFT student <small>against the teacher")[0].startswith("▼ 0%")
+    assert cells(html, "Score: word count")[0].startswith("13.000")
+    # More words are neither good nor bad, so the arrow has no colour.
+    assert cells(html, "Words in an answer")[-1].startswith("▲ +4.0")
+    assert '<td class="same">▲ +4.0' in html
+
+
+def test_more_repetition_is_a_loss(tmp_path):
+    loop = StudentOutputs("loop", dict.fromkeys(SFT.answers, "a b c d a b c d"))
+    html = write(tmp_path / "r.html", evaluate(SFT, loop))
+    assert '<td class="down">▲ +0.200' in html
+
+
+def test_report_shows_the_calibration(tmp_path):
+    metrics = evaluate(SFT, PLAD)
+    metrics["calibration"] = calibration(samples("SFT student", -1), samples("PLaD student", 1))
+    html = write(tmp_path / "r.html", metrics)
+    assert [cell.split()[0] for cell in cells(html, "Better of two samples")[:2]] == ["0%", "100%"]
+    assert cells(html, "Better of two samples")[2].startswith("▲ +100 pts")
+    assert cells(html, "Kendall, within prompts")[1].startswith("1.00")
+    assert cells(html, "Kendall, within prompts")[2].startswith("▲ +2.00")
+    # The likeliest is 0.1 better than the mean of its prompt's three; of a single one, not at all.
+    assert cells(html, "Gain by taking the likeliest")[1].startswith("0.100")
+    assert "PLaD student: 13 samples, 4 of 5 prompts can be ranked, 2 samples left out" in html
+    metrics["calibration"] = None
+    assert "Likelihood and quality" not in write(tmp_path / "r.html", metrics)
 
 
 def test_every_student_has_its_answer_under_its_own_name(tmp_path):

@@ -1,37 +1,29 @@
-"""From prompts to stored answers."""
+"""From prompts to stored answers, in one process or in several."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from plad_fast.errors import UsageError
-from plad_fast.pairs.prompts import Prompt, content_digest, require_unique_ids
+from plad_fast.pairs.asking import (
+    Answered,
+    all_wanted,
+    ask,
+    check_prompts,
+    collect,
+    failure_list,
+    missing_from,
+    report_failures,
+    row_id,
+)
+from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
+from plad_fast.pairs.sharding import Ranks, joined, merge_shards, shard_path, shard_paths, share
 from plad_fast.pairs.store import AnswerStore
-from plad_fast.pairs.teachers import Answer, Failure, TextModel
-
-logger = logging.getLogger(__name__)
-
-
-class Answered(NamedTuple):
-    """What a model said, and what it did not."""
-
-    answers: dict[str, list[Answer]]
-    """Prompt id -> its answers in the order of their samples; prompts in the order given. One that
-    has no answer at all is left out."""
-
-    failures: list[Failure]
-    """In the order of the prompts."""
-
-    @property
-    def first(self) -> dict[str, Answer]:
-        """Prompt id -> its answer with the lowest sample number."""
-        return {prompt_id: answers[0] for prompt_id, answers in self.answers.items()}
+from plad_fast.pairs.teachers import Failure, TextModel
 
 
 def generate_answers(
@@ -59,31 +51,12 @@ def generate_answers(
         UsageError: two prompts have the same id, a prompt has another content than when its answer
             was stored, the model cannot answer, or no answer came at all.
     """
-    from tqdm import tqdm
-
-    digests = _checked_digests(prompts, store)
-    wanted = range(sampling.n)
-    pending = [
-        prompt for prompt in prompts if any(_key(prompt.id, k) not in store.done for k in wanted)
-    ]
-    failures: dict[str, Failure] = {}
-    with tqdm(
-        total=len(prompts) * sampling.n,
-        initial=sum(_key(p.id, k) in store.done for p in prompts for k in wanted),
-        desc=model.name,
-        unit="prompt" if sampling.n == 1 else "answer",
-        disable=not progress,
-    ) as bar:
-        for batch in model.generate(pending, sampling) if pending else ():
-            answers = [item for item in batch if isinstance(item, Answer)]
-            new = [a for a in answers if _key(a.prompt_id, a.sample) not in store.done]
-            store.append([_to_row(answer, digests[answer.prompt_id]) for answer in new])
-            for item in batch:
-                if isinstance(item, Failure):
-                    failures[_key(item.prompt_id, item.sample)] = item
-            bar.update(len(new))
-    answered = _collect(prompts, store, sampling, failures)
-    _report_failures(answered, store.path, model.name)
+    check_prompts(prompts, store, sampling)
+    wanted = missing_from(store, prompts, sampling)
+    stored = len(prompts) * sampling.n - len(wanted)
+    failures = ask(model, wanted, store, sampling, stored=stored, progress=progress)
+    answered = collect(prompts, store, sampling, failures)
+    report_failures(answered, store.path, model.name)
     return answered
 
 
@@ -94,90 +67,118 @@ def stored_answers(
     sampling: Sampling,
     *,
     fingerprint: Mapping[str, Any],
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Answered:
     """Answers from a store, which is filled up first where it lacks some.
 
+    In a run of several processes, as `torchrun` starts them, all are to call this, and all return
+    the same. If the model says that it is `sharded`, as a `LocalModel` does, each process loads one
+    and answers its share; any other model is loaded and asked by the first process alone.
+
     Args:
         load: makes the model; not called if the store has all answers.
         prompts, sampling, progress: see `generate_answers`.
-        path: of the store.
+        path: of the store. The shares of several processes lie beside it until they are complete;
+            those that a killed run left are taken in first.
         fingerprint: what else the answers depend on, such as the model's name.
+        overwrite: discard what is stored.
 
     Raises:
-        UsageError: as `AnswerStore.open` and `generate_answers`.
+        UsageError: as `AnswerStore.open` and `generate_answers`, and where another process failed.
     """
-    with AnswerStore.open(path, {**fingerprint, **sampling.settings()}) as store:
-        _checked_digests(prompts, store)
-        if all(_key(p.id, k) in store.done for p in prompts for k in range(sampling.n)):
-            return _collect(prompts, store, sampling, {})
-        return generate_answers(load(), prompts, store, sampling, progress)
+    settings = {**fingerprint, **sampling.settings()}
+    with joined() as ranks, ExitStack() as stack:
+        run = _Run(ranks, prompts, sampling, Path(path).expanduser(), settings)
+        missing = ranks.from_first(lambda: run.open(stack, overwrite))
+        if missing:
+            sharded = ranks.from_first(lambda: run.load(load))
+            run.ask(load, frozenset(missing), sharded, progress)
+        return ranks.from_first(run.close)
 
 
-def _collect(
-    prompts: Iterable[Prompt],
-    store: AnswerStore,
-    sampling: Sampling,
-    failures: Mapping[str, Failure],
-) -> Answered:
-    answered = Answered({}, [])
-    for prompt in prompts:
-        keys = [_key(prompt.id, k) for k in range(sampling.n)]
-        if there := [_from_row(store.rows[key], prompt.id) for key in keys if key in store.done]:
-            answered.answers[prompt.id] = there
-        answered.failures.extend(failures[key] for key in keys if key in failures)
-    return answered
+def discard_answers(path: str | os.PathLike[str]) -> None:
+    """Removes a store, and the shares and the list of failures beside it, where there are any.
+
+    Raises:
+        UsageError: a file is no store; it is left alone.
+    """
+    path = Path(path).expanduser()
+    for file in (path, *shard_paths(path)):
+        if file.exists():
+            AnswerStore.open(file, {}, overwrite=True).close()
+            file.unlink()
+    failure_list(path).unlink(missing_ok=True)
 
 
-def _report_failures(answered: Answered, store_path: Path, name: str) -> None:
-    path = store_path.with_suffix(".failed.jsonl")
-    failures = answered.failures
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    rows = [{"id": f.prompt_id, "sample": f.sample, "reason": f.reason} for f in failures]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    if not answered.answers:
-        raise UsageError(f"{name} gave no answer; the first failure: {failures[0].reason}")
-    logger.warning(
-        "%s: %d answers could not be had, listed in %s; the first reason: %s",
-        name,
-        len(failures),
-        path,
-        failures[0].reason,
-    )
+class _Run:
+    """One process's part in `stored_answers`. Only the first one holds the store."""
 
+    def __init__(
+        self,
+        ranks: Ranks,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        path: Path,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._ranks = ranks
+        self._prompts = prompts
+        self._sampling = sampling
+        self._path = path
+        self._settings = settings
+        wanted = all_wanted(prompts, sampling)
+        self._order = {row_id(prompt.id, k): place for place, (prompt, k) in enumerate(wanted)}
+        self._store: AnswerStore | None = None
+        self._model: TextModel | None = None
+        self._failures: dict[str, Failure] = {}
 
-def _checked_digests(prompts: Sequence[Prompt], store: AnswerStore) -> dict[str, str]:
-    """Prompt id -> digest; raises UsageError where the store has an answer to another prompt."""
-    require_unique_ids(prompts)
-    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
-    for prompt_id, digest in digests.items():
-        if prompt_id in store.done and store.rows[prompt_id]["prompt"] != digest:
-            raise UsageError(
-                f"prompt {prompt_id!r} is not the one that {store.path} has an answer to; choose "
-                "another output folder, or pass --overwrite to start anew"
+    def open(self, stack: ExitStack, overwrite: bool) -> list[str]:
+        """Ids of the rows that the store lacks."""
+        if overwrite:
+            discard_answers(self._path)
+        store = stack.enter_context(AnswerStore.open(self._path, self._settings))
+        merge_shards(store, self._settings, self._order)
+        check_prompts(self._prompts, store, self._sampling)
+        self._store = store
+        missing = missing_from(store, self._prompts, self._sampling)
+        return [row_id(prompt.id, k) for prompt, k in missing]
+
+    def load(self, load: Callable[[], TextModel]) -> bool:
+        self._model = load()
+        return getattr(self._model, "sharded", False)
+
+    def ask(
+        self,
+        load: Callable[[], TextModel],
+        missing: frozenset[str],
+        sharded: bool,
+        progress: bool,
+    ) -> None:
+        every = all_wanted(self._prompts, self._sampling)
+        wanted = [(prompt, k) for prompt, k in every if row_id(prompt.id, k) in missing]
+        rank, size = self._ranks.rank, self._ranks.size
+        found: dict[str, Failure] = {}
+        if sharded and size > 1:
+            mine = share(wanted, rank, size)
+            with AnswerStore.open(shard_path(self._path, rank, size), self._settings) as shard:
+                if mine:
+                    model = self._model or load()
+                    progress = progress and rank == 0
+                    found = ask(model, mine, shard, self._sampling, progress=progress)
+        elif self._store is not None:
+            assert self._model is not None
+            stored = len(every) - len(wanted)
+            found = ask(
+                self._model, wanted, self._store, self._sampling, stored=stored, progress=progress
             )
-    return digests
+        for part in self._ranks.gather(found):
+            self._failures.update(part)
 
-
-def _key(prompt_id: str, sample: int) -> str:
-    """A row's id in the store. A tab does not occur in ids that people write."""
-    return f"{prompt_id}\t{sample}" if sample else prompt_id
-
-
-def _to_row(answer: Answer, prompt_digest: str) -> dict[str, Any]:
-    return {
-        "id": _key(answer.prompt_id, answer.sample),
-        "prompt": prompt_digest,
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "n_tokens": answer.n_tokens,
-        **({"sample": answer.sample} if answer.sample else {}),
-    }
-
-
-def _from_row(row: Mapping[str, Any], prompt_id: str) -> Answer:
-    sample = row.get("sample", 0)
-    return Answer(prompt_id, row["text"], row["finish_reason"], row["n_tokens"], sample)
+    def close(self) -> Answered:
+        assert self._store is not None
+        merge_shards(self._store, self._settings, self._order)
+        answered = collect(self._prompts, self._store, self._sampling, self._failures)
+        if self._model is not None:
+            report_failures(answered, self._path, self._model.name)
+        return answered

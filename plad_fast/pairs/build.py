@@ -1,4 +1,4 @@
-"""From two models' answers to preference pairs."""
+"""From two models' answers to preference rows."""
 
 from __future__ import annotations
 
@@ -9,102 +9,170 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import drop_reason
+from plad_fast.pairs.filters import KEEP_ALL, PairFilters
 from plad_fast.pairs.prompts import Prompt, as_messages, require_unique_ids
+from plad_fast.pairs.select import (
+    NEED_SCORES,
+    SELECTIONS,
+    Candidate,
+    Pair,
+    Scores,
+    select_list,
+    select_pairs,
+)
 from plad_fast.pairs.teachers import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Answers = Mapping[str, Answer] | Mapping[str, Sequence[Answer]]
 
 _ADVICE = {
     "missing": "let both models answer the same prompts",
     "empty": "check that the prompts fit the models' chat template",
     "truncated": "raise max_new_tokens",
     "identical": "give the student another seed or a higher temperature, or take a smaller student",
+    "unscored": "score all answers that are neither blank nor cut off",
+    "contradicted": "take a better teacher or another scorer, or keep such pairs",
+    "close": "lower min_gap, or take more samples and the best and worst of them",
+    "uneven": "raise max_length_ratio",
+    "repetitive": "raise max_repetition, or sample the teacher at another temperature",
+    "similar": "raise max_overlap, or sample the student at a higher temperature",
+    "few": "lower list_size, or take more samples",
+}
+_SOURCES = {
+    "teacher": "teacher > student",
+    "all": "teacher > student",
+    "best-worst": "best of teacher > worst of student",
+    "best-worst-pooled": "best > worst",
+    "ranked": "ranked",
 }
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """How many prompts gave a pair, and why the others did not. `str()` gives one line."""
+    """How many prompts gave a row, and why the others did not. `str()` gives one line.
+
+    Where a prompt may give several pairs, each of them counts.
+    """
 
     total: int
     identical: int = 0
     empty: int = 0
     truncated: int = 0
     missing: int = 0
+    unscored: int = 0
+    contradicted: int = 0
+    close: int = 0
+    uneven: int = 0
+    repetitive: int = 0
+    similar: int = 0
+    few: int = 0
+    unit: str = "prompts"
 
     @property
     def kept(self) -> int:
-        """Prompts with a pair."""
+        """Prompts with a row, or pairs."""
         return self.total - sum(self.dropped.values())
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Prompts without a pair, by reason (see `filters.drop_reason`)."""
-        return {
-            "identical": self.identical,
-            "empty": self.empty,
-            "truncated": self.truncated,
-            "missing": self.missing,
-        }
+        """Prompts without a row, or pairs that are none, by reason.
+
+        The reasons are those of `filters.drop_reason` and `PairFilters.reason`, and `unscored` (an
+        answer has no score) and `few` (too few different answers for a list).
+        """
+        counts = dict(vars(self))
+        del counts["total"], counts["unit"]
+        return counts
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items() if n)
-        return f"kept {self.kept} of {self.total} prompts" + (f": {reasons}" if reasons else "")
+        return f"kept {self.kept} of {self.total} {self.unit}" + (f": {reasons}" if reasons else "")
 
 
 def build_pairs(
     prompts: Sequence[Prompt],
-    teacher_answers: Mapping[str, Answer],
-    student_answers: Mapping[str, Answer],
+    teacher_answers: Answers,
+    student_answers: Answers,
     *,
+    select: str = "teacher",
+    scores: Scores | None = None,
+    filters: PairFilters = KEEP_ALL,
+    list_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    source: str = "teacher > student",
+    source: str | None = None,
 ) -> tuple[list[dict[str, Any]], PairReport]:
-    """Pairs in the standard preference format, the teacher's answer as the chosen one.
+    """Rows in the standard preference format, in the order of the prompts.
 
-    A row has `prompt`, `chosen`, `rejected`, `id`, `source`, and `reference` if the prompt has one.
-    Prompt and responses are chat messages if the prompt is, or if the tokenizer has a chat
-    template; else they are text, and the responses start with a space where the prompt does not
-    end in white space, so that their sum reads as a model would write it.
+    A row has `prompt`, `chosen`, `rejected`, `id`, `source`, and `reference` if the prompt has one;
+    with scores also `chosen_score` and `rejected_score`. A ranked row has `responses` and `scores`,
+    best first, in place of those. Prompt and responses are chat messages if the prompt is, or if
+    the tokenizer has a chat template; else they are text, and the responses start with a space
+    where the prompt does not end in white space, so that their sum reads as a model would write it.
+
+    The id is the prompt's; with a tab and the student's sample number behind it where that is not 0
+    and `select` is "all".
 
     Args:
         prompts: with ids of their own.
-        teacher_answers: by prompt id.
-        student_answers: by prompt id.
+        teacher_answers, student_answers: by prompt id, an answer or several in the order of their
+            samples.
+        select: a key of `select.SELECTIONS`, which says what they mean.
+        scores: of the answers, from `scoring.score_answers`. A pair or list with an answer that
+            has none is dropped.
+        filters: what else to drop.
+        list_size: responses in a ranked row; by default as many as a prompt has answers at most.
         tokenizer: of the student that is to be trained.
-        source: written into every row.
+        source: written into every row; by default what was preferred to what.
 
     Raises:
-        UsageError: two prompts have the same id, or no pair is left.
+        UsageError: two prompts have the same id, scores are needed and not given, `list_size` or
+            `select` is out of range, or no row is left.
     """
     require_unique_ids(prompts)
-    pairs = []
+    require_selection(select, has_scores=scores is not None, filters=filters, list_size=list_size)
+    teacher, student = _as_lists(teacher_answers), _as_lists(student_answers)
+    if list_size is None:
+        lengths = [len(teacher.get(p.id, ())) + len(student.get(p.id, ())) for p in prompts]
+        list_size = max(2, *lengths, 0)
+    source = _SOURCES[select] if source is None else source
+    rows = []
     dropped: Counter[str] = Counter()
     for prompt in prompts:
-        teacher, student = teacher_answers.get(prompt.id), student_answers.get(prompt.id)
-        reason = drop_reason(teacher, student)
-        if reason is not None:
-            dropped[reason] += 1
-            continue
-        assert teacher is not None
-        assert student is not None
-        content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
-        row: dict[str, Any] = {
-            "prompt": content,
-            "chosen": as_response(content, teacher.text),
-            "rejected": as_response(content, student.text),
-            "id": prompt.id,
-            "source": source,
-        }
-        if prompt.reference is not None:
-            row["reference"] = prompt.reference
-        pairs.append(row)
-    report = PairReport(len(prompts), **dropped)
-    if not pairs:
+        given = teacher.get(prompt.id, ()), student.get(prompt.id, ())
+        found: Sequence[Pair | list[Candidate] | str]
+        if select == "ranked":
+            assert scores is not None
+            found = [select_list(*given, scores, list_size, filters)]
+        else:
+            found = select_pairs(*given, scores, select, filters)
+        for item in found:
+            if isinstance(item, str):
+                dropped[item] += 1
+            else:
+                rows.append(_row(prompt, item, select, source, tokenizer))
+    unit = "pairs" if select == "all" else "prompts"
+    report = PairReport(len(rows) + dropped.total(), **dropped, unit=unit)
+    if not rows:
         raise UsageError(f"no pair is left: {report}; {_advice(report)}")
-    return pairs, report
+    return rows, report
+
+
+def require_selection(
+    select: str, *, has_scores: bool, filters: PairFilters, list_size: int | None
+) -> None:
+    """Raises UsageError for options of `build_pairs` that do not go together, before any work."""
+    if select not in SELECTIONS:
+        raise UsageError(f"unknown selection {select!r}; known: {', '.join(SELECTIONS)}")
+    if not has_scores and (select in NEED_SCORES or filters.needs_scores):
+        what = f"selection {select!r}" if select in NEED_SCORES else "a filter by score"
+        raise UsageError(f"{what} needs scores of the answers; choose a scorer")
+    if list_size is not None and (select != "ranked" or list_size < 2):
+        raise UsageError(
+            f"list_size is {list_size} with selection {select!r}; give 2 or more, with selection "
+            "'ranked' only"
+        )
 
 
 def as_response(prompt: Content, text: str) -> Content:
@@ -113,6 +181,37 @@ def as_response(prompt: Content, text: str) -> Content:
     if not isinstance(prompt, str):
         return [{"role": "assistant", "content": text}]
     return text if prompt[-1:].isspace() else f" {text}"
+
+
+def _row(
+    prompt: Prompt,
+    found: Pair | list[Candidate],
+    select: str,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
+    content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
+    responses = [as_response(content, candidate.text) for candidate in found]
+    scores = [candidate.score for candidate in found]
+    row: dict[str, Any] = {"prompt": content}
+    if not isinstance(found, Pair):
+        row |= {"responses": responses, "scores": scores}
+    else:
+        row |= dict(zip(("chosen", "rejected"), responses, strict=True))
+        if None not in scores:
+            row |= dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
+    sample = found[-1].answer.sample if select == "all" else 0
+    row |= {"id": f"{prompt.id}\t{sample}" if sample else prompt.id, "source": source}
+    if prompt.reference is not None:
+        row["reference"] = prompt.reference
+    return row
+
+
+def _as_lists(answers: Answers) -> dict[str, Sequence[Answer]]:
+    return {
+        prompt_id: [given] if isinstance(given, Answer) else given
+        for prompt_id, given in answers.items()
+    }
 
 
 def _advice(report: PairReport) -> str:

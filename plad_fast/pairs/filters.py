@@ -2,17 +2,103 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import dataclass
 from typing import Literal
 
+from plad_fast import metrics
+from plad_fast.errors import UsageError
 from plad_fast.pairs.teachers import Answer
 
 DropReason = Literal["missing", "empty", "truncated", "identical"]
+FilterReason = Literal["contradicted", "close", "uneven", "repetitive", "similar"]
+
+
+@dataclass(frozen=True)
+class PairFilters:
+    """Which pairs to leave out, beyond those that are none; nothing by default.
+
+    Words and n-grams are those of `plad_fast.metrics`. Raises UsageError for values out of range.
+    """
+
+    contradicted: bool = False
+    """Drop a pair whose rejected answer scores higher than the chosen one."""
+
+    min_gap: float | None = None
+    """Drop a pair whose chosen answer does not score at least so much higher."""
+
+    max_length_ratio: float | None = None
+    """Drop a pair one of whose answers has more than so many times the words of the other."""
+
+    max_repetition: float | None = None
+    """Drop a pair with more than this share of repeated 4-grams in its chosen answer."""
+
+    rejected_may_repeat: bool = True
+    """False: `max_repetition` holds for the rejected answer too. By default it may be caught in a
+    loop, which is a fault that the student should unlearn."""
+
+    max_overlap: float | None = None
+    """Drop a pair whose answers have more than this share of their words in common (F-measure,
+    regardless of order)."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "min_gap": (0, math.inf),
+            "max_length_ratio": (1, math.inf),
+            "max_repetition": (0, 1),
+            "max_overlap": (0, 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"{name} must be from {low} to {high}, not {value}")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether there is nothing to say of a pair without scores."""
+        return self.contradicted or self.min_gap is not None
+
+    def reason(self, chosen: str, rejected: str, gap: float | None = None) -> FilterReason | None:
+        """Why to drop a pair, or None; the first that applies, in the order of the fields.
+
+        * `contradicted`: the rejected answer has the higher score;
+        * `close`: the scores are closer than `min_gap`;
+        * `uneven`: one answer is too much longer;
+        * `repetitive`: an answer repeats itself;
+        * `similar`: the answers share too many of their words.
+
+        Args:
+            chosen, rejected: the texts.
+            gap: how much higher the chosen one scores; None only if not `needs_scores`.
+        """
+        if self.needs_scores:
+            assert gap is not None
+            if self.contradicted and gap < 0:
+                return "contradicted"
+            if self.min_gap is not None and gap < self.min_gap:
+                return "close"
+        words = metrics.words(chosen), metrics.words(rejected)
+        if self.max_length_ratio is not None:
+            shorter, longer = sorted(map(len, words))
+            if longer > self.max_length_ratio * shorter:
+                return "uneven"
+        if self.max_repetition is not None:
+            texts = [chosen] if self.rejected_may_repeat else [chosen, rejected]
+            if any(metrics.repetition([text]) > self.max_repetition for text in texts):
+                return "repetitive"
+        if self.max_overlap is not None and _overlap(*words) > self.max_overlap:
+            return "similar"
+        return None
+
+
+KEEP_ALL = PairFilters()
 
 
 def drop_reason(teacher: Answer | None, student: Answer | None) -> DropReason | None:
     """Why two answers to a prompt make no pair, or None if they make one.
 
-    * `missing`: one of them is not there;
+    * `missing`: one of them is not there, for whatever reason: a model may have failed;
     * `empty`: one of them is blank;
     * `truncated`: one of them was cut off, so its end says nothing about its author;
     * `identical`: they are equal up to white space.
@@ -31,6 +117,16 @@ def drop_reason(teacher: Answer | None, student: Answer | None) -> DropReason | 
     return None
 
 
+def is_usable(answer: Answer) -> bool:
+    """Whether an answer can stand in a pair: it is neither blank nor cut off."""
+    return bool(answer.text.strip()) and answer.finish_reason != "length"
+
+
 def normalize_whitespace(text: str) -> str:
     """Every run of white space as one space, none at the ends."""
     return " ".join(text.split())
+
+
+def _overlap(first: list[str], second: list[str]) -> float:
+    total = len(first) + len(second)
+    return 2 * (Counter(first) & Counter(second)).total() / total if total else 1.0

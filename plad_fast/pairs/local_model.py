@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,15 @@ import torch
 from plad_fast.chat import Content, render_response
 from plad_fast.errors import UsageError
 from plad_fast.pairs.prompts import Prompt, as_messages
+from plad_fast.pairs.refill import BrokenLogitsError, Refill, Row
+from plad_fast.pairs.refill_check import why_not_refill
 from plad_fast.pairs.sampling import RowSampler, Sampling
 from plad_fast.pairs.teachers import Answer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class LocalModel:
@@ -28,7 +33,12 @@ class LocalModel:
         chat: ask plain-text prompts as a user message if the tokenizer has a chat template, as
             `build_pairs` writes them. False: continue plain text as it is, which is how rows of
             plain text are trained and scored.
+        refill: a finished row of a batch makes room for another prompt. False, and wherever the
+            model's cache does not allow it: batches last as long as their longest answer.
     """
+
+    sharded = True
+    """Every process of a run has a model of its own and answers its share of the prompts."""
 
     def __init__(
         self,
@@ -37,26 +47,37 @@ class LocalModel:
         name: str,
         *,
         chat: bool = True,
+        refill: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.chat = chat
+        self.refill = refill
+        self._refills: bool | None = None if refill else False
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
         """Answers the prompts, longest first, so that memory runs out early or never.
 
-        An answer depends on the model, the prompt, `sampling` less its batch size, and nothing
-        else; rounding differs with the padding.
+        An answer depends on the model, the prompt, the number of its sample, `sampling` less its
+        batch size and `n`, and nothing else; rounding differs with the padding.
 
         Raises:
             UsageError: from this call, before anything is generated: a prompt is empty, too long
                 for the model, or has tokens the model does not know. From the iterator: the model
                 produced NaN or infinite logits.
         """
-        rows = [(self._encode(prompt), prompt) for prompt in prompts]
-        self._check(rows, sampling)
-        rows.sort(key=lambda row: (-len(row[0]), row[1].id))
+        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
+
+    def generate_samples(
+        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
+    ) -> Iterator[list[Answer]]:
+        """As `generate`, of each prompt the samples of these numbers alone."""
+        prompts = {prompt.id: prompt for prompt, _ in wanted}
+        ids = {prompt_id: self._encode(prompt) for prompt_id, prompt in prompts.items()}
+        self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)
+        rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
+        rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
         return self._batches(rows, sampling)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -88,34 +109,64 @@ class LocalModel:
                     f"{config.vocab_size} tokens; use the tokenizer that belongs to the model"
                 )
 
-    def _batches(
-        self, rows: list[tuple[list[int], Prompt]], sampling: Sampling
-    ) -> Iterator[list[Answer]]:
+    def _batches(self, rows: list[Row], sampling: Sampling) -> Iterator[list[Answer]]:
         ends = end_tokens(self.model, self.tokenizer)
-        for start in range(0, len(rows), sampling.batch_size):
-            batch = rows[start : start + sampling.batch_size]
-            yield self._answer([ids for ids, _ in batch], [p.id for _, p in batch], ends, sampling)
-
-    def _answer(
-        self, rows: list[list[int]], prompt_ids: list[str], ends: set[int], sampling: Sampling
-    ) -> list[Answer]:
-        from transformers import GenerationConfig, LogitsProcessorList
-
         pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = min(ends, default=0)
-        width = max(map(len, rows))
-        padded = [[pad] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        device = self.model.device
-        sampler = RowSampler(sampling, prompt_ids, width, device)
-        config = GenerationConfig(
+        pad = min(ends, default=0) if pad is None else pad
+        config = self._generation_config(sampling, ends, pad)
+        try:
+            if rows and self._can_refill(config, pad):
+                refill = None
+                # Whoever takes the answers finds the model in its own mode each time.
+                while refill is None or refill.unfinished:
+                    with _generating(self.model, config), torch.inference_mode():
+                        refill = refill or Refill(self.model, rows, sampling, ends, pad)
+                        finished = refill.advance()
+                    yield [self._finish(row, ends) for row in finished]
+                return
+            for start in range(0, len(rows), sampling.batch_size):
+                batch = rows[start : start + sampling.batch_size]
+                self._generate_batch(batch, sampling, config)
+                yield [self._finish(row, ends) for row in batch]
+        except BrokenLogitsError as error:
+            raise UsageError(
+                f"model {self.name} produced NaN or infinite logits for prompt {error.args[0]!r}; "
+                "load it in bfloat16 or float32, and check that its training did not diverge"
+            ) from None
+
+    def _can_refill(self, config: GenerationConfig, pad: int) -> bool:
+        if self._refills is None:
+            with _generating(self.model, config), torch.inference_mode():
+                reason = why_not_refill(self.model, pad)
+            self._refills = reason is None
+            if reason is not None:
+                logger.info("%s: batches are not refilled: %s", self.name, reason)
+        return self._refills
+
+    def _generation_config(self, sampling: Sampling, ends: set[int], pad: int) -> GenerationConfig:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
             use_cache=True,
         )
+
+    def _generate_batch(
+        self, rows: list[Row], sampling: Sampling, config: GenerationConfig
+    ) -> None:
+        """Sets the tokens of all rows, by transformers' `generate`; what follows an end is pad."""
+        from transformers import LogitsProcessorList
+
+        lengths = [len(row.prompt) for row in rows]
+        width = max(lengths)
+        padded = [[config.pad_token_id] * (width - len(row.prompt)) + row.prompt for row in rows]
+        mask = [[0] * (width - length) + [1] * length for length in lengths]
+        device = self.model.device
+        ids, samples = [row.prompt_id for row in rows], [row.sample for row in rows]
+        sampler = RowSampler(sampling, ids, width, device, samples)
         generate: Any = self.model.generate
         with _generating(self.model, config), torch.inference_mode():
             output = generate(
@@ -126,22 +177,19 @@ class LocalModel:
             )
         broken = sampler.broken.tolist()
         if any(broken):
-            raise UsageError(
-                f"model {self.name} produced NaN or infinite logits for prompt "
-                f"{prompt_ids[broken.index(True)]!r}; load it in bfloat16 or float32, and check "
-                "that its training did not diverge"
-            )
-        new = output[:, width:].tolist()
-        return [self._finish(i, row, ends) for i, row in zip(prompt_ids, new, strict=True)]
+            raise BrokenLogitsError(ids[broken.index(True)])
+        for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
+            row.tokens = tokens
 
-    def _finish(self, prompt_id: str, tokens: list[int], ends: set[int]) -> Answer:
+    def _finish(self, row: Row, ends: set[int]) -> Answer:
+        tokens = row.tokens
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         # Not every end token is special to the tokenizer: cut before it rather than skip it.
         text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
         assert isinstance(text, str)
         if length is None:
-            return Answer(prompt_id, text.strip(), "length", len(tokens))
-        return Answer(prompt_id, text.strip(), "stop", length + 1)
+            return Answer(row.prompt_id, text.strip(), "length", len(tokens), row.sample)
+        return Answer(row.prompt_id, text.strip(), "stop", length + 1, row.sample)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

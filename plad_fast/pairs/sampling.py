@@ -72,16 +72,26 @@ class Sampling:
             raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
 
-def row_uniforms(seed: int, prompt_ids: Sequence[str], steps: int) -> Tensor:
+def row_uniforms(
+    seed: int, prompt_ids: Sequence[str], steps: int, samples: Sequence[int] | None = None
+) -> Tensor:
     """One number in [0, 1) per row and step, (B, steps) float32 on the CPU.
 
-    A row depends on the seed and its prompt id alone, and more steps only append to it.
+    A row depends on the seed, its prompt id and the number of its sample (0 where none are given)
+    alone, and more steps only append to it.
     """
-    return torch.stack([_stream(seed, prompt_id, steps) for prompt_id in prompt_ids])
+    samples = [0] * len(prompt_ids) if samples is None else samples
+    rows = zip(prompt_ids, samples, strict=True)
+    return torch.stack([_stream(seed, prompt_id, sample, steps) for prompt_id, sample in rows])
 
 
-def _stream(seed: int, prompt_id: str, steps: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
+def _stream(seed: int, prompt_id: str, sample: int, steps: int) -> Tensor:
+    name = f"{seed}:{prompt_id}".encode()
+    if sample:
+        # Any string may be a prompt's id: a number written into the name would be another's name.
+        digest = hashlib.blake2b(name, salt=sample.to_bytes(8, "big")).digest()
+    else:
+        digest = hashlib.sha256(name).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.rand(steps, generator=generator)
 
@@ -104,6 +114,30 @@ def invert_cdf(
     return torch.where(eligible.any(-1), first, probs.argmax(-1))
 
 
+class TokenSampler:
+    """Draws the next token of every row."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._greedy = sampling.temperature == 0
+        self._warpers = _warpers(sampling)
+
+    def __call__(
+        self,
+        logits: Tensor,  # (B, V)
+        uniforms: Tensor,  # (B,)
+    ) -> tuple[Tensor, Tensor]:  # (B,) int64, (B,) bool
+        """The tokens, and which rows have NaN or infinite logits, whose tokens mean nothing."""
+        # Masked tokens have -inf; it takes NaN or +inf for the largest logit not to be finite.
+        if self._greedy:
+            tokens = logits.argmax(-1)
+            return tokens, ~logits.gather(-1, tokens[:, None]).squeeze(-1).isfinite()
+        scores = logits.float()
+        broken = ~scores.amax(-1).isfinite()
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return invert_cdf(scores.softmax(-1), uniforms), broken
+
+
 class RowSampler:
     """A transformers logits processor under which greedy `generate` samples row by row.
 
@@ -112,6 +146,7 @@ class RowSampler:
         prompt_ids: of the B rows, in order.
         prompt_length: tokens a row has before the first step, padding included.
         device: of the logits.
+        samples: numbers of the rows' samples; None: 0.
     """
 
     def __init__(
@@ -120,28 +155,24 @@ class RowSampler:
         prompt_ids: Sequence[str],
         prompt_length: int,
         device: torch.device,
+        samples: Sequence[int] | None = None,
     ) -> None:
         self.broken = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
         """(B,): whether a row met NaN or infinite logits. Kept on the device, to be read once."""
 
         self._prompt_length = prompt_length
-        self._warpers = _warpers(sampling)
-        self._greedy = sampling.temperature == 0
-        self._uniforms = row_uniforms(sampling.seed, prompt_ids, sampling.max_new_tokens).to(device)
+        self._choose = TokenSampler(sampling)
+        uniforms = row_uniforms(sampling.seed, prompt_ids, sampling.max_new_tokens, samples)
+        self._uniforms = uniforms.to(device)
 
     def __call__(
         self,
         input_ids: Tensor,  # (B, prompt_length + step)
         scores: Tensor,  # (B, V) float32
     ) -> Tensor:  # (B, V): 0 at the chosen token, -inf elsewhere
-        # Masked tokens have -inf; it takes NaN or +inf for the largest logit not to be finite.
-        self.broken |= ~scores.amax(-1).isfinite()
-        if self._greedy:
-            return scores
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
         step = input_ids.shape[1] - self._prompt_length
-        chosen = invert_cdf(scores.softmax(-1), self._uniforms[:, step])
+        chosen, broken = self._choose(scores, self._uniforms[:, step])
+        self.broken |= broken
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 

@@ -1,0 +1,304 @@
+"""Chat completions from any OpenAI-compatible endpoint: many at once, each until it has come.
+
+Endpoints fail in many ways, and a run of thousands of requests meets most of them. What may pass
+is tried again, what concerns one prompt is that prompt's failure, and what concerns all of them
+ends the run at once, with what has come already in the caller's hands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plad_fast.chat import Messages
+from plad_fast.errors import UsageError
+from plad_fast.pairs._access import OPENAI_URL, find_url, is_loopback, read_key
+from plad_fast.pairs._background import iterate_in_thread
+from plad_fast.pairs._replies import Choice, Usage, read_choices, read_usage
+from plad_fast.pairs._retries import Trouble, judge, pause, refusal
+
+logger = logging.getLogger(__name__)
+
+_UNCLEAR = 3  # refusals nobody can explain before any reply, after which all will be refused
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One conversation to continue."""
+
+    messages: Messages
+
+    max_tokens: int
+    """Longest answer; on endpoints of reasoning models, their reasoning included."""
+
+    n: int = 1
+    """Answers to give."""
+
+    temperature: float = 1.0
+
+    top_p: float = 1.0
+
+    seed: int | None = None
+    """Of the first answer; the one after it has the next number. Not all endpoints use seeds."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a request: at least one choice."""
+
+    choices: list[Choice]
+
+    missing: str = ""
+    """Why there are fewer choices than `ChatRequest.n`, if there are."""
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible chat API.
+
+    Args:
+        model: as the endpoint calls it.
+        base_url: of the API, usually ending in `/v1`; else the environment variable
+            OPENAI_BASE_URL, else OpenAI's own.
+        api_key_env: environment variable that holds the key. The key itself is passed to the
+            client and to nothing else; an endpoint on this machine may do without.
+        concurrency: requests under way at once, at most.
+        timeout: seconds for a whole request, after which it counts as failed.
+        max_retries: how often a failed request is tried again.
+        first_pause, longest_pause: seconds before the first retry, doubled for each one that
+            follows, and the bound of that and of what the server asks for by Retry-After.
+        token_budget: tokens, of prompts and answers, that may be spent over the life of this
+            object. Once they are, no request starts; those under way are let finish, so that up
+            to `concurrency` requests come on top.
+        cost_budget: likewise, in the currency of `prices`.
+        prices: of a million tokens of prompts, and of answers.
+
+    Raises:
+        UsageError: the `openai` package or the key is missing, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        max_retries: int = 6,
+        first_pause: float = 0.5,
+        longest_pause: float = 60.0,
+        token_budget: int | None = None,
+        cost_budget: float | None = None,
+        prices: tuple[float, float] | None = None,
+    ) -> None:
+        self.model = model
+        self.base_url = find_url(base_url)
+        self.api_key_env = api_key_env
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.first_pause = first_pause
+        self.longest_pause = longest_pause
+        self.token_budget = token_budget
+        self.cost_budget = cost_budget
+        self.usage = Usage(prices=prices)
+        self._is_local = is_loopback(self.base_url)
+        self._refused: set[str] = set()  # parameters that the endpoint does not take
+        self._unclear = 0
+        self._given_up_in_a_row = 0
+        self._check()
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.model!r}, base_url={self.base_url!r})"
+
+    def settings(self) -> dict[str, str]:
+        """What answers depend on, as JSON; without anything secret."""
+        return {"model": self.model, "base_url": self.base_url}
+
+    def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]:
+        """Yields the index of every request once, with its reply or why it failed, as they come.
+
+        To stop early (by `close`, an exception or Ctrl-C) cancels the requests under way.
+
+        Raises:
+            UsageError: from the iterator: the endpoint refuses the key or the model, or all
+                requests.
+        """
+        return iterate_in_thread(
+            lambda: self._replies(requests, read_key(self.api_key_env, self.base_url))
+        )
+
+    async def _replies(
+        self, requests: Sequence[ChatRequest], key: str
+    ) -> AsyncGenerator[tuple[int, Reply | str], None]:
+        import openai
+
+        self._given_up_in_a_row = 0  # the endpoint may be back
+        done: asyncio.Queue[tuple[int, Reply | str] | Exception] = asyncio.Queue()
+        waiting = iter(enumerate(requests))
+
+        async def work(client: openai.AsyncOpenAI) -> None:
+            try:
+                for index, request in waiting:
+                    done.put_nowait((index, await self._ask(client, request, key)))
+            except Exception as error:
+                done.put_nowait(error)
+
+        async with openai.AsyncOpenAI(
+            api_key=key,
+            base_url=self.base_url,
+            timeout=self.timeout,
+            max_retries=0,
+            # A proxy named in the environment is not meant for this machine itself.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not self._is_local),
+        ) as client:
+            workers = [
+                asyncio.create_task(work(client))
+                for _ in range(min(self.concurrency, len(requests)))
+            ]
+            try:
+                for _ in requests:
+                    item = await done.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _ask(self, client: Any, request: ChatRequest, key: str) -> Reply | str:
+        choices: list[Choice] = []
+        tries = 0
+        last = ""
+        while len(choices) < request.n:
+            if stop := self._stop_reason():
+                again = " again" if choices or last else ""
+                return _so_far(choices, f"not asked{again}: {stop}" + last)
+            body = self._body(request, len(choices))
+            try:
+                self.usage.requests += 1
+                completion = await asyncio.wait_for(
+                    client.chat.completions.create(**body), self.timeout
+                )
+                prompt_tokens, answer_tokens = read_usage(completion)
+                self.usage.prompt_tokens += prompt_tokens
+                self.usage.answer_tokens += answer_tokens
+                found = read_choices(completion, key)
+            except Exception as error:
+                trouble = judge(error, body, self._refused, key)
+                if trouble is None:
+                    raise
+                if trouble.then == "adapt":
+                    self._adapt(trouble)
+                    continue
+                if trouble.then == "again" and tries < self.max_retries:
+                    logger.debug("%s: trying again: %s", self.model, trouble.reason)
+                    last = f"; the last try: {trouble.reason}"
+                    self.usage.retries += 1
+                    await asyncio.sleep(self._pause(tries, trouble))
+                    tries += 1
+                    continue
+                return _so_far(choices, self._give_up(trouble, tries))
+            self._given_up_in_a_row = 0
+            self.usage.replies += 1
+            self.usage.uncounted += not (prompt_tokens or answer_tokens)
+            choices += found[: request.n - len(choices)]
+        return Reply(choices)
+
+    def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
+        """The request for what `had` choices leave to be asked for."""
+        limits = ["max_tokens", "max_completion_tokens"]
+        if self.base_url == OPENAI_URL:
+            limits.reverse()  # OpenAI's newer models refuse the old name, other servers the new one
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": request.messages,
+            "temperature": request.temperature,
+            next((name for name in limits if name not in self._refused), limits[0]): (
+                request.max_tokens
+            ),
+        }
+        if request.top_p < 1:
+            body["top_p"] = request.top_p
+        if request.n - had > 1:
+            body["n"] = request.n - had
+        if request.seed is not None:
+            # Servers that take no `n` are asked again, and must not say the same again.
+            body["seed"] = request.seed + had
+        return {name: value for name, value in body.items() if name not in self._refused}
+
+    def _adapt(self, trouble: Trouble) -> None:
+        if trouble.parameter not in self._refused:
+            logger.info(
+                "%s takes no %s: going on without (%s)",
+                self.base_url,
+                trouble.parameter,
+                trouble.reason,
+            )
+            self._refused.add(trouble.parameter)
+
+    def _pause(self, tries: int, trouble: Trouble) -> float:
+        return pause(tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause)
+
+    def _give_up(self, trouble: Trouble, tries: int) -> str:
+        """The reason for one failure; raises UsageError where it concerns all requests."""
+        if trouble.then == "stop":
+            raise refusal(trouble, self.model, self.base_url, self.api_key_env)
+        if trouble.then == "unclear" and not self.usage.replies:
+            self._unclear += 1
+            if self._unclear >= _UNCLEAR:
+                raise refusal(trouble, self.model, self.base_url, self.api_key_env)
+        if trouble.then == "again":
+            self._given_up_in_a_row += 1
+            return f"given up after {tries + 1} tries; the last one: {trouble.reason}"
+        return trouble.reason
+
+    def _stop_reason(self) -> str:
+        """Why no request may start any more, if so."""
+        usage = self.usage
+        if self._given_up_in_a_row >= max(4, self.concurrency):
+            return f"{self._given_up_in_a_row} requests before it failed one after another"
+        for name, budget, spent in (
+            ("token", self.token_budget, usage.tokens),
+            ("cost", self.cost_budget, usage.cost or 0.0),
+        ):
+            if budget is not None and spent >= budget:
+                return f"the {name} budget of {budget:,} is spent"
+            if budget is not None and usage.uncounted:
+                return f"there is a {name} budget, and replies say no count of tokens"
+        return ""
+
+    def _check(self) -> None:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                'endpoints need the openai package; run: pip install "plad-fast[api]"'
+            ) from None
+        if not self.model:
+            raise UsageError("no model is named; write openai:MODEL")
+        for name in ("concurrency", "timeout", "first_pause", "longest_pause"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.max_retries < 0:
+            raise UsageError(f"max_retries must be 0 or more, not {self.max_retries}")
+        for name in ("token_budget", "cost_budget"):
+            if (budget := getattr(self, name)) is not None and not budget > 0:
+                raise UsageError(f"{name} must be positive, not {budget}")
+        if self.cost_budget is not None and self.usage.prices is None:
+            raise UsageError(
+                "a cost budget needs the prices of a million tokens of prompts and of answers; "
+                "give them, or a token budget instead"
+            )
+        if self.usage.prices is not None and not all(p >= 0 for p in self.usage.prices):
+            raise UsageError(f"prices must be 0 or more, not {self.usage.prices}")
+        read_key(self.api_key_env, self.base_url)
+
+
+def _so_far(choices: list[Choice], reason: str) -> Reply | str:
+    return Reply(choices, missing=reason) if choices else reason

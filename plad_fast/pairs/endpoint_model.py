@@ -1,0 +1,101 @@
+"""A model behind an API as a source of text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from plad_fast.chat import Content, Messages
+from plad_fast.errors import UsageError
+from plad_fast.pairs.endpoint import ChatRequest, Endpoint, Reply
+from plad_fast.pairs.prompts import Prompt
+from plad_fast.pairs.sampling import Sampling
+from plad_fast.pairs.teachers import Answer, Failure
+
+
+class EndpointModel:
+    """Asks an endpoint every prompt; plain text is asked as a message of the user.
+
+    Args:
+        endpoint: where to ask. Its `usage` says what was spent so far.
+        name: for progress and messages.
+    """
+
+    def __init__(self, endpoint: Endpoint, name: str | None = None) -> None:
+        self.endpoint = endpoint
+        self.name = endpoint.model if name is None else name
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[list[Answer | Failure]]:
+        """Yields a prompt's answers together, as they come.
+
+        All `sampling.n` are asked for in one request, which costs the prompt once; those that do
+        not come are asked for again. Whether a seed makes answers repeatable is up to the endpoint.
+
+        Raises:
+            UsageError: from this call: the sampling wants what the API does not have. From the
+                iterator: as `Endpoint.complete`.
+        """
+        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
+
+    def generate_samples(
+        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
+    ) -> Iterator[list[Answer | Failure]]:
+        """As `generate`, of each prompt the samples of these numbers alone."""
+        if sampling.top_k:
+            raise UsageError(
+                f"the chat API has no top_k, which is {sampling.top_k}; leave it 0, and use top_p"
+            )
+        asked = _runs(wanted)
+        requests = [
+            ChatRequest(
+                as_chat(prompt.content),
+                n=len(samples),
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=request_seed(sampling.seed, prompt.id) + samples[0],
+            )
+            for prompt, samples in asked
+        ]
+        replies = self.endpoint.complete(requests)
+        return (_read(asked[i][0].id, asked[i][1], reply) for i, reply in replies)
+
+
+def as_chat(content: Content) -> Messages:
+    """Messages as they are, and plain text as what the user says."""
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
+def request_seed(seed: int, prompt_id: str) -> int:
+    """A seed of the prompt's own; those of its further samples follow it. Below 2**30 + n."""
+    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 2
+
+
+def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
+    """A prompt's samples of successive numbers together."""
+    runs: list[tuple[Prompt, range]] = []
+    for prompt, sample in wanted:
+        if runs and runs[-1][0].id == prompt.id and runs[-1][1].stop == sample:
+            runs[-1] = (prompt, range(runs[-1][1].start, sample + 1))
+        else:
+            runs.append((prompt, range(sample, sample + 1)))
+    return runs
+
+
+def _read(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | Failure]:
+    if isinstance(reply, str):
+        return [Failure(prompt_id, reply, sample) for sample in samples]
+    found: list[Answer | Failure] = []
+    for sample, choice in zip(samples, reply.choices, strict=False):
+        if choice.finish_reason == "content_filter":
+            found.append(Failure(prompt_id, "the endpoint's content filter withheld it", sample))
+        elif not choice.text:
+            found.append(Failure(prompt_id, "the answer is empty", sample))
+        else:
+            found.append(
+                Answer(prompt_id, choice.text, choice.finish_reason, choice.n_tokens, sample)
+            )
+    return found + [Failure(prompt_id, reply.missing, k) for k in samples[len(reply.choices) :]]

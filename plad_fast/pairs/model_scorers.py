@@ -1,0 +1,229 @@
+"""Scores from models in this process: a likelihood, or a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plad_fast.chat import render_conversation
+from plad_fast.errors import UsageError
+from plad_fast.pairs.prompts import Prompt, as_messages
+from plad_fast.pairs.scoring import Item, by_prompt, finite_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class _ModelScorer:
+    """A model that is loaded when it is first needed, and kept as long as the scorer.
+
+    Args:
+        model: hub id or folder, or model and tokenizer.
+        name: for messages and fingerprints; by default made of the model's.
+        batch_size: rows in one forward pass; the scores do not depend on it but for rounding.
+        dtype: to load the model in; "auto" keeps that of the checkpoint.
+        device: to load the model to; by default a GPU if there is one.
+    """
+
+    kind: str
+    uses_reference = False
+    relative = False
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        name: str | None = None,
+        batch_size: int = 8,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
+        self.batch_size = batch_size
+        self._dtype = dtype
+        self._device = device
+        self._source = model if isinstance(model, str) else model[0].config.name_or_path
+        self._loaded = None if isinstance(model, str) else model
+        self.name = f"{self.kind} {Path(self._source).name}" if name is None else name
+
+    def settings(self) -> dict[str, Any]:
+        return {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def _model(self) -> LoadedModel:
+        if self._loaded is None:
+            from plad_fast._devices import best_device
+
+            self._loaded = self._load(self._source, self._device or best_device())
+        return self._loaded
+
+    def _load(self, source: str, device: str) -> LoadedModel:
+        raise NotImplementedError
+
+
+class Likelihood(_ModelScorer):
+    """Mean log-probability of an answer's tokens under a causal language model, in nats.
+
+    The end of the answer counts as one of its tokens. Plain-text prompts are asked in chat if the
+    tokenizer has a template, as `LocalModel` asks them. All answers to a prompt that are scored
+    together share its computation where the model allows it.
+    """
+
+    kind = "likelihood"
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        from plad_fast._pair_scores import score_responses
+
+        if not items:
+            return []
+        model, tokenizer = self._model()
+        groups = by_prompt(items)
+        rows = []
+        for group in groups:
+            prompt = items[group[0]][0]
+            texts = [items[index][1] for index in group]
+            rows.append((as_messages(tokenizer, prompt.content), texts))
+        logps = score_responses(
+            model,
+            tokenizer,
+            rows,
+            length_normalization=1.0,
+            batch_size=self.batch_size,
+            max_length=_positions(model) or 2**20,
+            progress=False,
+            names=[repr(items[group[0]][0].id) for group in groups],
+        )
+        scores = [0.0] * len(items)
+        for group, values in zip(groups, logps, strict=True):
+            for index, value in zip(group, values, strict=True):
+                scores[index] = float(value)
+        return scores
+
+    def _load(self, source: str, device: str) -> LoadedModel:
+        from plad_fast.students import load_model, load_tokenizer
+
+        return load_model(source, dtype=self._dtype, device=device), load_tokenizer(source)
+
+
+class RewardModel(_ModelScorer):
+    """A logit of any sequence-classification model.
+
+    Prompt and answer go through the chat template. Without one, they are the tokenizer's first and
+    second text, and the prompt has to be plain text.
+
+    Args:
+        label: which of several labels to take, by number or by its name in the config.
+    """
+
+    kind = "reward"
+
+    def __init__(
+        self, model: str | LoadedModel, *, label: int | str | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.label = label
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "label": self.label}
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        from plad_fast.head import evaluating
+
+        model, tokenizer = self._model()
+        label = self._label_index(model.config)
+        rows = [self._encode(tokenizer, *item) for item in items]
+        positions = _positions(model)
+        longest = max(range(len(rows)), key=lambda index: len(rows[index]), default=0)
+        if positions and rows and len(rows[longest]) > positions:
+            raise UsageError(
+                f"an answer to prompt {items[longest][0].id!r} has {len(rows[longest])} tokens "
+                f"with its prompt, and {self.name} has {positions} positions; drop long prompts, "
+                "or choose another scorer"
+            )
+        # Rows of like length share a batch, the longest first: a lack of memory shows at once.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        values: dict[int, float] = {}
+        with evaluating(model), torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                logits = _logits(model, [rows[index] for index in batch])
+                values |= dict(zip(batch, logits[:, label].double().tolist(), strict=True))
+        return finite_scores(self.name, items, [values[index] for index in range(len(items))])
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
+        content = as_messages(tokenizer, prompt.content)
+        if isinstance(content, str):
+            return tokenizer(content, text)["input_ids"]
+        try:
+            rendered = render_conversation(tokenizer, content, text)
+        except UsageError as error:
+            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    def _label_index(self, config: Any) -> int:
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        if self.label is None and len(names) == 1:
+            return 0
+        if self.label in names:
+            return names.index(self.label)
+        if isinstance(self.label, int) and 0 <= self.label < len(names):
+            return self.label
+        wrong = "several labels" if self.label is None else f"no label {self.label!r}"
+        raise UsageError(
+            f"{self.name} has {wrong}; choose one by its number or name: "
+            f"{', '.join(f'{index} {name}' for index, name in enumerate(names))}"
+        )
+
+    def _load(self, source: str, device: str) -> LoadedModel:
+        from transformers import AutoModelForSequenceClassification
+
+        from plad_fast.students import load_tokenizer
+
+        try:
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=self._dtype, output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise UsageError(
+                f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
+                f"sequence-classification model (transformers says: {error})"
+            ) from error
+        if loading["missing_keys"]:
+            raise UsageError(
+                f"{source!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, "
+                "which would be random: it is no reward model; pass one that was trained as such"
+            )
+        return model.to(device), load_tokenizer(source)
+
+
+def _logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:  # (B, labels) float32
+    """Logits of padded rows, the same as those of each row alone.
+
+    Decoders pool the last token that is not the config's pad token, whatever the mask says. A
+    config without one gets a token that occurs in no row meanwhile.
+    """
+    config = model.config
+    given = config.pad_token_id
+    there = {token for row in rows for token in row}
+    pad = next(t for t in range(len(there) + 1) if t not in there) if given is None else given
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    config.pad_token_id = pad
+    try:
+        output = model(padded.to(model.device), attention_mask=mask.to(model.device))
+    finally:
+        config.pad_token_id = given
+    return output.logits.float()
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,163 @@
+"""Which of a prompt's answers make a pair, or a ranked list.
+
+Whatever scores cannot decide, the order of the answers does: the teacher's come first, as the
+better ones, and of one model's answers the one with the lower sample number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from plad_fast.pairs.filters import (
+    FilterReason,
+    PairFilters,
+    drop_reason,
+    is_usable,
+    normalize_whitespace,
+)
+from plad_fast.pairs.teachers import Answer
+
+SELECTIONS: dict[str, str] = {
+    "teacher": "the teacher's first answer > the student's first sample",
+    "all": "the teacher's first answer > every sample of the student, a pair each",
+    "best-worst": "the teacher's best-scored answer > the student's worst-scored sample",
+    "best-worst-pooled": "the best-scored > the worst-scored of both models' answers",
+    "ranked": "a list of both models' answers by their scores",
+}
+"""What can be selected, with an explanation for the user."""
+
+NEED_SCORES = frozenset({"best-worst", "best-worst-pooled", "ranked"})
+
+Reason: TypeAlias = (
+    FilterReason | Literal["missing", "empty", "truncated", "identical", "unscored", "few"]
+)
+
+Scores: TypeAlias = Mapping[tuple[str, str], float]
+"""(Prompt id, text of the answer) -> score; larger is better. NaN is as good as missing."""
+
+
+class Candidate(NamedTuple):
+    """An answer and what it is worth."""
+
+    answer: Answer
+    score: float | None
+
+    @property
+    def text(self) -> str:
+        return self.answer.text
+
+
+class Pair(NamedTuple):
+    """Two answers to a prompt, of which the first is to be preferred."""
+
+    chosen: Candidate
+    rejected: Candidate
+
+
+def select_pairs(
+    teacher: Sequence[Answer],
+    student: Sequence[Answer],
+    scores: Scores | None,
+    select: str,
+    filters: PairFilters,
+) -> list[Pair | Reason]:
+    """The pairs of a prompt, or in their place why they are none.
+
+    Args:
+        teacher, student: their answers, by sample number.
+        scores: of the answers, those that are blank or cut off excepted.
+        select: a key of `SELECTIONS` other than "ranked".
+        filters: applied to what was selected; nothing is selected instead.
+    """
+    if select == "all":
+        rivals: Sequence[Answer | None] = student or [None]
+        return [_pair(_first(teacher), rival, scores, filters) for rival in rivals]
+    if select == "teacher":
+        return [_pair(_first(teacher), _first(student), scores, filters)]
+    if select == "best-worst":
+        best, worst = _rank(teacher, scores), _rank(student, scores)
+    else:
+        assert select == "best-worst-pooled"
+        best = worst = _rank([*teacher, *student], scores)
+    if any(candidate.score is None for candidate in [*best, *worst]):
+        return ["unscored"]
+    # Where no answer is usable an unusable one takes its place, to say why there is no pair.
+    chosen = best[0].answer if best else _first(teacher)
+    rejected = worst[-1].answer if worst else _first(student)
+    return [_pair(chosen, rejected, scores, filters)]
+
+
+def select_list(
+    teacher: Sequence[Answer],
+    student: Sequence[Answer],
+    scores: Scores,
+    size: int,
+    filters: PairFilters,
+) -> list[Candidate] | Reason:
+    """`size` different answers to a prompt by falling score, or why there are not so many.
+
+    An answer that may not stand as the rejected one of a pair with its predecessor in the list is
+    left out. Equal scores therefore stay, in the order of the module, unless the filters ask for a
+    gap. Of more than `size` answers the best, the worst, and evenly spaced ones between are taken.
+    """
+    answers = [*teacher, *student]
+    if not answers:
+        return "missing"
+    ranked = _rank(answers, scores)
+    if any(candidate.score is None for candidate in ranked):
+        return "unscored"
+    kept: list[Candidate] = []
+    reason: Reason = "few"
+    for candidate in ranked:
+        if kept and (why := _reason(kept[-1], candidate, filters)):
+            reason = why
+        else:
+            kept.append(candidate)
+    if len(kept) < size:
+        return reason
+    return [kept[round(i * (len(kept) - 1) / (size - 1))] for i in range(size)]
+
+
+def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:
+    """The usable and different ones, best first; those without a score behind them."""
+    different: dict[str, Answer] = {}
+    for answer in answers:
+        if is_usable(answer):
+            different.setdefault(normalize_whitespace(answer.text), answer)
+    candidates = [_candidate(answer, scores) for answer in different.values()]
+    return sorted(candidates, key=lambda candidate: -_score(candidate))
+
+
+def _pair(
+    teacher: Answer | None, student: Answer | None, scores: Scores | None, filters: PairFilters
+) -> Pair | Reason:
+    reason = drop_reason(teacher, student)
+    if reason is not None:
+        return reason
+    assert teacher is not None
+    assert student is not None
+    pair = Pair(_candidate(teacher, scores), _candidate(student, scores))
+    if scores is not None and None in (pair.chosen.score, pair.rejected.score):
+        return "unscored"
+    return _reason(*pair, filters) or pair
+
+
+def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> FilterReason | None:
+    scored = chosen.score is not None and rejected.score is not None
+    gap = _score(chosen) - _score(rejected) if scored else None
+    return filters.reason(chosen.text, rejected.text, gap)
+
+
+def _candidate(answer: Answer, scores: Scores | None) -> Candidate:
+    score = (scores or {}).get((answer.prompt_id, answer.text), math.nan)
+    return Candidate(answer, None if math.isnan(score) else score)
+
+
+def _score(candidate: Candidate) -> float:
+    return -math.inf if candidate.score is None else candidate.score
+
+
+def _first(answers: Sequence[Answer]) -> Answer | None:
+    return answers[0] if answers else None

@@ -1,0 +1,211 @@
+"""The texts of a run: the teacher's answers, the student's samples round by round, their pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plad_fast._recipe_data import answer_columns, read_jsonl, write_jsonl
+from plad_fast.errors import UsageError
+from plad_fast.pairs import (
+    Answer,
+    LocalModel,
+    PairReport,
+    Prompt,
+    Sampling,
+    as_messages,
+    as_response,
+    build_pairs,
+    is_usable,
+    open_local_model,
+    score_answers,
+    stored_answers,
+    teacher_fingerprint,
+)
+from plad_fast.recipe import DistillConfig
+from plad_fast.students import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from plad_fast.pairs import Scorer, TextModel
+
+Answers = Mapping[str, Sequence[Answer]]
+
+
+class RecipeTexts:
+    """Everything here is stored as it comes, and taken from the store the next time.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        load_teacher: makes the teacher's model, where it is a local one.
+
+    Raises:
+        UsageError: teacher or scorer cannot be what the settings say.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        folder: Path,
+        prompts: Sequence[Prompt],
+        load_teacher: Callable[[], LocalModel],
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.prompts = prompts
+        self._load_teacher = load_teacher
+        self._columns = answer_columns(config)
+        self._scorer = config.open_scorer(verdicts=folder / "pairs" / "verdicts.jsonl")
+        if self._scorer is not None:
+            self._scorer.check(prompts)
+        # Made now, so that what is wrong with an endpoint's settings is found out before any work.
+        self._teacher: TextModel | None = None
+        if not config.has_local_teacher:
+            self._teacher = config.open_teacher(precision=config.precision, columns=self._columns)
+
+    def teacher_answers(self) -> dict[str, list[Answer]]:
+        """Prompt id -> the teacher's answers, in the order of the prompts."""
+        config = self.config
+        sampling = Sampling(
+            config.max_new_tokens,
+            temperature=config.teacher_temperature,
+            seed=config.seed,
+            n=config.teacher_samples,
+            batch_size=config.generation_batch_size,
+        )
+        fingerprint = teacher_fingerprint(
+            config.teacher, base_url=config.base_url, columns=self._columns
+        )
+        path = self.folder / "answers" / "teacher.jsonl"
+        teacher = self._teacher
+
+        def load() -> TextModel:
+            return self._load_teacher() if teacher is None else teacher
+
+        return stored_answers(load, self.prompts, path, sampling, fingerprint=fingerprint).answers
+
+    def best_teacher_answers(self) -> dict[str, Answer]:
+        """Prompt id -> the first answer that the teacher finished."""
+        usable = ((i, next(filter(is_usable, a), None)) for i, a in self.teacher_answers().items())
+        return {prompt_id: answer for prompt_id, answer in usable if answer is not None}
+
+    def fine_tuning_rows(
+        self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, Any]]:
+        """Prompt and the teacher's answer, without a rejected one.
+
+        Raises:
+            UsageError: the teacher finished no answer to these prompts.
+        """
+        answers = self.best_teacher_answers()
+        rows = []
+        for prompt in prompts:
+            if prompt.id in answers:
+                content = as_messages(tokenizer, prompt.content)
+                chosen = as_response(content, answers[prompt.id].text)
+                rows.append({"prompt": content, "chosen": chosen})
+        if not rows:
+            raise UsageError(
+                "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens or "
+                "--sft-share"
+            )
+        return rows
+
+    def samples(
+        self, prompts: Sequence[Prompt], model: Path, name: str, *, round_number: int, n: int
+    ) -> dict[str, list[Answer]]:
+        """The samples of a student, which is the one that the round starts from.
+
+        Every round has seeds of its own, for the student may have changed little.
+        """
+        suffix = "" if round_number == 1 else f"-{round_number}"
+        return stored_answers(
+            lambda: open_local_model(model, name, precision=self.config.precision),
+            prompts,
+            self.folder / "answers" / f"student{suffix}.jsonl",
+            self.student_sampling(round_number, n),
+            fingerprint={"student": name},
+        ).answers
+
+    def student_sampling(self, round_number: int = 1, n: int = 1) -> Sampling:
+        config = self.config
+        return Sampling(
+            config.max_new_tokens,
+            temperature=config.student_temperature,
+            top_p=config.top_p,
+            seed=config.seed + round_number,  # another stream than the teacher's
+            n=n,
+            batch_size=config.generation_batch_size,
+        )
+
+    def make_pairs(
+        self, prompts: Sequence[Prompt], samples: Answers, tokenizer: Path, file: str
+    ) -> PairReport:
+        """Training pairs as the settings want them, in `pairs/<file>.jsonl`."""
+        rows, report = select_pairs(
+            self.config,
+            self._scorer,
+            prompts,
+            self.teacher_answers(),
+            samples,
+            tokenizer=load_tokenizer(tokenizer),
+            scores_path=self.folder / "pairs" / "scores.jsonl",
+        )
+        write_jsonl(self.pairs_file(file), rows)
+        return report
+
+    def make_held_out_pairs(
+        self, prompts: Sequence[Prompt], samples: Answers, tokenizer: Path
+    ) -> PairReport:
+        """The teacher's first answer > the student's first sample, whatever is trained on."""
+        rows, report = build_pairs(
+            prompts, self.teacher_answers(), samples, tokenizer=load_tokenizer(tokenizer)
+        )
+        write_jsonl(self.pairs_file("held-out"), rows)
+        return report
+
+    def pairs(self, file: str) -> list[dict[str, Any]]:
+        """The rows of `pairs/<file>.jsonl`."""
+        return read_jsonl(self.pairs_file(file))
+
+    def pairs_file(self, file: str) -> Path:
+        return self.folder / "pairs" / f"{file}.jsonl"
+
+
+def select_pairs(
+    config: DistillConfig,
+    scorer: Scorer | None,
+    prompts: Sequence[Prompt],
+    teacher: Answers,
+    student: Answers,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    scores_path: Path,
+) -> tuple[list[dict[str, Any]], PairReport]:
+    """Rows of the preference format, by scores where the settings name a scorer.
+
+    Raises:
+        UsageError: from the scorer, and when no row is left.
+    """
+    scores = None
+    if scorer is not None:
+        scores = score_answers(
+            scorer,
+            prompts,
+            [teacher, student],
+            scores_path,
+            fingerprint=config.scorer_fingerprint(),
+        )
+    return build_pairs(
+        prompts,
+        teacher,
+        student,
+        select=config.select,
+        scores=scores,
+        filters=config.pair_filters(),
+        list_size=config.list_size,
+        tokenizer=tokenizer,
+    )

@@ -1,0 +1,175 @@
+"""An OpenAI-compatible chat endpoint on loopback that fails as real ones do, as it is told."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import random
+import select
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+FAULTS = ("busy", "busy until", "broken", "malformed", "no choice", "cut", "cut short", "hang")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How to treat one request."""
+
+    what: str = "answer"
+    """`answer`, `status`, or one of FAULTS."""
+
+    status: int = 500
+    body: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    choices: list[dict[str, Any]] | None = None
+    delay: float = 0.0
+
+
+def answer_to(question: str) -> str:
+    return f"answer to {question}"
+
+
+def said(text: str | None, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
+    """A choice of a reply."""
+    return {
+        "index": 0,
+        "finish_reason": finish_reason,
+        "message": {"role": "assistant", "content": text, **message},
+    }
+
+
+def schedule(seed: int, *, share: float = 0.4, most: int = 3, never: frozenset[str] = frozenset()):
+    """Faults by chance, but for each question and try always the same; at most so many in a row.
+
+    Questions in `never` get status 500 each time.
+    """
+
+    def step(question: str, tries: int, body: Mapping[str, Any]) -> Step:
+        if question in never:
+            return Step("status", 500, {"error": {"message": "this one never works"}})
+        chance = random.Random(f"{seed}:{question}:{tries}")
+        if tries >= most or chance.random() > share:
+            return Step(delay=chance.random() * 0.01)
+        return Step(chance.choice(FAULTS))
+
+    return step
+
+
+class FaultServer:
+    """Listens while the `with` block lasts.
+
+    Args:
+        step: from the question, how often it was asked before, and the request's body.
+    """
+
+    def __init__(self, step: Callable[[str, int, Mapping[str, Any]], Step] | None = None) -> None:
+        self.step = step or (lambda question, tries, body: Step())
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.times: list[float] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                server._handle(self)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 64
+
+            def handle_error(self, *args: Any) -> None:
+                pass  # the client has gone
+
+        self._http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+
+    def __enter__(self) -> FaultServer:
+        threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _handle(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
+        question = body["messages"][-1]["content"]
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            step = self.step(question, self.asked[question], body)
+            self.asked[question] += 1
+            self.faults[step.what] += 1
+            self.bodies.append(body)
+            self.times.append(time.monotonic())
+            self.keys.add(handler.headers["authorization"].removeprefix("Bearer "))
+        time.sleep(step.delay)
+        # Before the reply: the client may send its next request before this thread runs again.
+        # Nor is a request counted that hangs, for it is the client who ends it.
+        with self._lock:
+            self._at_once -= 1
+            self.answered[question] += step.what == "answer"
+        self._respond(handler, step, question)
+
+    def _respond(self, handler: BaseHTTPRequestHandler, step: Step, question: str) -> None:
+        def send(status: int, content: Any, **headers: str) -> None:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            length = headers.pop("length", str(len(data)))
+            handler.send_response(status)
+            handler.send_header("content-type", "application/json")
+            handler.send_header("content-length", length)
+            for name, value in {**headers, **step.headers}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(data)
+
+        reply = {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": [said(answer_to(question))] if step.choices is None else step.choices,
+            "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+        }
+        if step.what == "answer":
+            send(200, step.body or reply)
+        elif step.what == "status":
+            send(step.status, step.body or {})
+        elif step.what == "busy":
+            send(429, {"error": {"message": "slow down"}}, **{"retry-after": "0.02"})
+        elif step.what == "busy until":
+            date = email.utils.formatdate(usegmt=True)
+            send(429, {"error": {"message": "slow down"}}, **{"retry-after": date})
+        elif step.what == "broken":
+            send(500, b"<html>Bad gateway</html>")
+        elif step.what == "malformed":
+            send(200, json.dumps(reply).encode()[:-20])
+        elif step.what == "no choice":
+            send(200, {**reply, "choices": []})
+        elif step.what == "cut":
+            handler.close_connection = True  # without a byte of a reply
+        elif step.what == "cut short":
+            send(200, json.dumps(reply).encode()[:30], length="9999")
+            handler.close_connection = True
+        elif step.what == "hang":
+            select.select([handler.connection], [], [], 30)  # until the client leaves
+            handler.close_connection = True
