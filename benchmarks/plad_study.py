@@ -1,0 +1,342 @@
+"""One seed of the small PLaD experiment: data, arms of equal compute, and what comes out of them.
+
+Compute is counted in tokens that went through the student forward and backward; a token that went
+forward only, while sampling or under a reference, counts a third. The teacher's work is everybody's
+and counts for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._pair_scores import score_responses
+from plad_fast.errors import UsageError
+from plad_fast.pairs import (
+    Answer,
+    LocalModel,
+    PairFilters,
+    Prompt,
+    Sampling,
+    as_messages,
+    as_response,
+    build_pairs,
+    is_usable,
+    open_scorer,
+    score_answers,
+    stored_answers,
+    stored_scores,
+)
+from plad_fast.pairs.filters import KEEP_ALL
+from plad_fast.students import drop_layers, load_model, load_tokenizer
+from plad_fast.training import train_model
+
+REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short sentence."
+TRAINING_SCORER = "rougeL"
+FORWARD = 1 / 3
+"""What a token counts that went forward only."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from the fine-tuned student."""
+
+    name: str
+    loss: str
+    learning_rate: float
+    batch_size: int = 4
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of `train_model`."""
+    filters: PairFilters = KEEP_ALL
+
+    @property
+    def fine_tunes(self) -> bool:
+        return self.loss == "sft"
+
+
+MEANS = {"length_normalization": 1.0}
+ARMS = (
+    Arm("SFT longer", "sft", 3e-5),
+    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 1.0, "sft_weight": 0.1}),
+    Arm(
+        "PLaD margin",
+        "plad_margin",
+        3e-5,
+        options={**MEANS, "beta": 5.0, "sft_weight": 0.1},
+        filters=PairFilters(contradicted=True),
+    ),
+    Arm("DPO", "dpo", 3e-5, options={"beta": 0.1}),
+    Arm("SimPO", "simpo", 3e-5, options={"beta": 2.0, "loss_args": '{"gamma": 1.0}'}),
+)
+FINE_TUNED = "SFT"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all seeds share. The defaults are those of the published table."""
+
+    teacher: str
+    dialogsum: Path
+    longest_dialogue: int = 260
+    """Tokens."""
+    layers: int = 20
+    """Of the student; the teacher's, evenly spaced."""
+    fine_tuning: int = 100
+    """Dialogues whose teacher's answers the student is fine-tuned on."""
+    pairing: int = 100
+    """Dialogues for the pairs, which fine-tuning has not seen."""
+    validation: int = 60
+    held_out: int = 120
+    max_new_tokens: int = 64
+    sft_epochs: float = 2.0
+    sft_learning_rate: float = 2e-4
+    pair_epochs: float = 2.0
+    """Passes over the pairs of PLaD's ranking loss, which set the compute of every arm."""
+    samples: int = 4
+    """Of a student to an evaluated prompt, at temperature 1."""
+    temperature: float = 1.0
+    """Of the samples that become rejected answers."""
+
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """Part -> its dialogues; the same for every seed.
+
+        Raises:
+            UsageError: the file is no DialogSum, or too small.
+        """
+        tokenizer = load_tokenizer(self.teacher)
+        rows = [json.loads(line) for line in self.dialogsum.read_text("utf-8").splitlines()]
+        if not rows or not rows[0].keys() >= {"dialogue", "summary"}:
+            raise UsageError(f"{self.dialogsum} has no `dialogue` and `summary`")
+        found = [
+            Prompt(f"{number}", REQUEST.format(**row), row["summary"])
+            for number, row in enumerate(rows)
+            if len(tokenizer(row["dialogue"])["input_ids"]) <= self.longest_dialogue
+        ]
+        random.Random(0).shuffle(found)
+        parts = {}
+        for part in ("held_out", "validation", "pairing", "fine_tuning"):
+            count = getattr(self, part)
+            if len(found) < count:
+                raise UsageError(f"{self.dialogsum} has too few dialogues for {count} {part}")
+            parts[part], found = found[:count], found[count:]
+        return parts
+
+
+class Study:
+    """A seed in a folder of its own. Everything is kept there, and taken from there again.
+
+    Args:
+        setting: what all seeds share.
+        folder: of the experiment.
+        seed: of fine-tuning, sampling and the arms' training.
+        part: "validation" or "held_out": what the arms are measured on.
+    """
+
+    def __init__(self, setting: Setting, folder: Path, seed: int, part: str) -> None:
+        self.setting = setting
+        self.common = folder
+        self.folder = folder / f"seed-{seed}"
+        self.seed = seed
+        self.part = part
+        self.parts = setting.prompts()
+        self.tokenizer = load_tokenizer(setting.teacher)
+
+    @cached_property
+    def teacher_answers(self) -> dict[str, Answer]:
+        """Greedy, so the same for every seed; those that ended by themselves."""
+
+        def load() -> LocalModel:
+            model = load_model(
+                self.setting.teacher, dtype=autocast_dtype("auto"), device=best_device()
+            )
+            return LocalModel(model, self.tokenizer, "teacher")
+
+        prompts = [p for part in ("fine_tuning", "pairing", self.part) for p in self.parts[part]]
+        how = Sampling(self.setting.max_new_tokens, temperature=0.0)
+        path = self.common / f"teacher-{self.part}.jsonl"
+        answers = stored_answers(load, prompts, path, how, fingerprint={}).first
+        return {prompt_id: answer for prompt_id, answer in answers.items() if is_usable(answer)}
+
+    @cached_property
+    def fine_tuned(self) -> Path:
+        start = self.common / "student"
+        if not start.is_dir():
+            model = drop_layers(load_model(self.setting.teacher), self.setting.layers)
+            partial = start.with_name(".student.partial")
+            model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            partial.rename(start)
+        self._train(
+            start,
+            self._fine_tuning_rows("fine_tuning"),
+            "sft",
+            loss="sft",
+            epochs=self.setting.sft_epochs,
+            learning_rate=self.setting.sft_learning_rate,
+            batch_size=8,
+        )
+        return self.folder / "sft"
+
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        """The teacher's answer > a sample of the fine-tuned student, with scores of both."""
+        prompts = self.parts["pairing"]
+        samples = self._answers(
+            self.fine_tuned,
+            "pair-samples",
+            prompts,
+            Sampling(
+                self.setting.max_new_tokens,
+                temperature=self.setting.temperature,
+                seed=self.seed + 1,
+            ),
+        )
+        teacher = {p.id: [a] for p in prompts if (a := self.teacher_answers.get(p.id))}
+        scores = score_answers(
+            open_scorer(TRAINING_SCORER), prompts, [teacher, samples], self.folder / "scores.jsonl"
+        )
+        rows, report = build_pairs(
+            prompts, teacher, samples, scores=scores, tokenizer=self.tokenizer
+        )
+        print(f"seed {self.seed}: {report}", flush=True)
+        return rows
+
+    def run(self, arm: Arm) -> Path:
+        """Train an arm; all of them cost the same."""
+        rows = self._fine_tuning_rows("pairing") if arm.fine_tunes else self._filtered(arm)
+        self._train(
+            self.fine_tuned,
+            rows,
+            slug(arm.name),
+            loss=arm.loss,
+            epochs=self._epochs(arm, rows),
+            learning_rate=arm.learning_rate,
+            batch_size=arm.batch_size,
+            **arm.options,
+        )
+        return self.folder / slug(arm.name)
+
+    def measure(self, name: str, model: Path, scorers: Sequence[str]) -> dict[str, Any]:
+        """Greedy answers and samples of a model to the evaluated prompts, and what they are worth.
+
+        Returns:
+            `ids`; `greedy`: texts; `samples`: a list of texts for each prompt; `logps` of the
+            samples, per token; `scores`: scorer -> {"greedy", "samples"}; `cut`: share of answers
+            that reached the length limit.
+        """
+        prompts = [p for p in self.parts[self.part] if p.id in self.teacher_answers]
+        longest, n = self.setting.max_new_tokens, self.setting.samples
+        stem = f"{slug(name)}-{self.part}"
+        greedy = self._answers(model, f"{stem}-greedy", prompts, Sampling(longest, temperature=0.0))
+        sampling = Sampling(longest, seed=self.seed + 1000, n=n)
+        samples = self._answers(model, f"{stem}-samples", prompts, sampling)
+        texts = [[a.text for a in samples[p.id]] for p in prompts]
+        scores = {}
+        for spec in scorers:
+            scorer = open_scorer(spec)
+            items = [(p, greedy[p.id][0].text) for p in prompts]
+            items += [(p, text) for p, given in zip(prompts, texts, strict=True) for text in given]
+            path = self.folder / "evaluation" / f"{stem}-{slug(spec.partition(':')[0])}.jsonl"
+            values = stored_scores(scorer, items, path)
+            rest = iter(values[len(prompts) :])
+            scores[spec] = {
+                "greedy": values[: len(prompts)],
+                "samples": [[next(rest) for _ in given] for given in texts],
+            }
+        ended = [
+            a.finish_reason == "stop" for p in prompts for a in (*greedy[p.id], *samples[p.id])
+        ]
+        return {
+            "ids": [p.id for p in prompts],
+            "greedy": [greedy[p.id][0].text for p in prompts],
+            "samples": texts,
+            "logps": self._logps(model, f"{stem}-logps", prompts, texts),
+            "scores": scores,
+            "cut": 1 - sum(ended) / len(ended),
+        }
+
+    def _logps(
+        self, model: Path, stem: str, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        path = self.folder / "evaluation" / f"{stem}.json"
+        if not path.is_file():
+            rows = []
+            for prompt, given in zip(prompts, texts, strict=True):
+                content = as_messages(self.tokenizer, prompt.content)
+                rows.append((content, [as_response(content, text) for text in given]))
+            network = load_model(model, dtype="float32", device=best_device())
+            logps = score_responses(network, self.tokenizer, rows, length_normalization=1.0)
+            path.write_text(json.dumps([values.tolist() for values in logps]))
+        return json.loads(path.read_text())
+
+    def _answers(
+        self, model: Path, name: str, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> dict[str, list[Answer]]:
+        def load() -> LocalModel:
+            network = load_model(model, dtype=autocast_dtype("auto"), device=best_device())
+            return LocalModel(network, self.tokenizer, f"seed {self.seed} {name}")
+
+        path = self.folder / "evaluation" / f"{name}.jsonl"
+        return stored_answers(load, prompts, path, sampling, fingerprint={}).answers
+
+    def _fine_tuning_rows(self, part: str) -> list[dict[str, Any]]:
+        rows = []
+        for prompt in self.parts[part]:
+            if answer := self.teacher_answers.get(prompt.id):
+                content = as_messages(self.tokenizer, prompt.content)
+                rows.append({"prompt": content, "chosen": as_response(content, answer.text)})
+        return rows
+
+    def _filtered(self, arm: Arm) -> list[dict[str, Any]]:
+        def gap(row: Mapping[str, Any]) -> float:
+            return row["chosen_score"] - row["rejected_score"]
+
+        return [
+            row
+            for row in self.pairs
+            if arm.filters.reason(_text(row["chosen"]), _text(row["rejected"]), gap(row)) is None
+        ]
+
+    def _epochs(self, arm: Arm, rows: Sequence[Mapping[str, Any]]) -> float:
+        """So many that the arm costs what PLaD's ranking loss costs with `pair_epochs`."""
+        pairs = self.pairs
+        sampled = FORWARD * sum(self._tokens(row, "rejected") for row in pairs)
+        trained = sum(self._tokens(row, "chosen", "rejected") for row in pairs)
+        budget = sampled + self.setting.pair_epochs * trained
+        if arm.fine_tunes:
+            return budget / sum(self._tokens(row, "chosen") for row in rows)
+        epoch = sum(self._tokens(row, "chosen", "rejected") for row in rows)
+        reference = FORWARD * epoch if arm.loss == "dpo" else 0.0
+        return (budget - sampled - reference) / epoch
+
+    def _tokens(self, row: Mapping[str, Any], *responses: str) -> int:
+        """The prompt counts once."""
+        texts = [_text(row["prompt"]), *(_text(row[name]) for name in responses)]
+        return sum(len(self.tokenizer(text)["input_ids"]) for text in texts)
+
+    def _train(
+        self, source: Path, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
+    ) -> None:
+        train_model(
+            source,
+            rows,
+            self.folder / output,
+            max_tokens_per_batch=4096,
+            saves=1,
+            seed=self.seed,
+            **options,
+        )
+
+
+def slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else content[-1]["content"]

@@ -1,0 +1,107 @@
+"""The small PLaD experiment on a tiny model: its files, its arithmetic, and that it goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import plad_vs_sft
+from benchmarks.plad_study import ARMS, Setting, Study
+from benchmarks.plad_table import Outcomes, interval, summarise
+
+SIZES = {
+    "fine_tuning": 6, "pairing": 6, "validation": 4, "held_out": 4, "layers": 1, "samples": 2,
+    "max_new_tokens": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dialogsum(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dialogsum.jsonl"
+    rows = [{"dialogue": f"a {n} b", "summary": f"they say {n}"} for n in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(tiny_teacher, dialogsum, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plad")
+    sizes = [text for k, v in SIZES.items() for text in ("--" + k.replace("_", "-"), str(v))]
+    return [
+        *("--dialogsum", str(dialogsum), "--teacher", str(tiny_teacher), "--seeds", "0", "1"),
+        *("--output-dir", str(folder / "run"), "--csv", str(folder / "out.csv"), *sizes),
+    ]
+
+
+def test_quick_run(command, monkeypatch, capsys):
+    """Every arm has its row; a second run computes nothing and says the same."""
+    assert plad_vs_sft.main(command) == 0
+    first = capsys.readouterr().out
+    path = command[command.index("--csv") + 1]
+    with open(path, newline="") as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["SFT", *(arm.name for arm in ARMS)]
+    assert float(rows["SFT longer"]["win_likelihood_samples"]) == 0.5
+    assert rows["DPO"]["win_rougeL_greedy_seeds"].count(" ") == 1
+    monkeypatch.setattr("benchmarks.plad_study.load_model", None)
+    monkeypatch.setattr("plad_fast.training.load_model", None)
+    assert plad_vs_sft.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
+
+
+def test_another_setting_is_refused(command, capsys):
+    assert plad_vs_sft.main([*command, "--layers", "2"]) == 2
+    assert "layers was 1 and is 2" in capsys.readouterr().err
+
+
+def test_arms_cost_the_same(command, tiny_teacher, dialogsum):
+    """Tokens forward and backward, and a third of those that only went forward."""
+    setting = Setting(str(tiny_teacher), dialogsum, **SIZES)
+    folder = plad_vs_sft.parse(command).output_dir
+    study = Study(setting, folder, 0, "held_out")
+    pairs = study.pairs
+    chosen = sum(study._tokens(row, "chosen") for row in pairs)
+    rejected = sum(study._tokens(row, "rejected") for row in pairs)
+    both = sum(study._tokens(row, "chosen", "rejected") for row in pairs)
+    assert both < chosen + rejected  # the prompt goes through once
+    arms = {arm.name: arm for arm in ARMS}
+    assert study._epochs(arms["PLaD ranking"], pairs) == pytest.approx(setting.pair_epochs)
+    budget = rejected / 3 + setting.pair_epochs * both
+    longer = study._epochs(arms["SFT longer"], pairs)
+    assert longer * chosen == pytest.approx(budget)
+    assert study._epochs(arms["DPO"], pairs) * both + both / 3 + rejected / 3 == pytest.approx(
+        budget
+    )
+
+
+def measures(scores):
+    """Two prompts, two samples each."""
+    kinds = {"greedy": [s[0] for s in scores], "samples": scores}
+    texts = [["one two", "three"], ["four", "five six"]]
+    return {
+        "ids": ["a", "b"], "greedy": ["one two", "four"], "samples": texts, "cut": 0.25,
+        "logps": [[-1.0, -2.0], [-3.0, -1.0]], "scores": {"held": kinds, "rougeL": kinds},
+    }  # fmt: skip
+
+
+def test_wins_by_hand():
+    """Of the first prompt both samples win, of the second one ties and one loses."""
+    arm, baseline = measures([[2.0, 3.0], [1.0, 0.0]]), measures([[1.0, 1.0], [1.0, 1.0]])
+    row = summarise(Outcomes("x", [arm, arm], [baseline, baseline], "held", "rougeL"))
+    assert row["win_likelihood_samples"] == pytest.approx((1 + 0.25) / 2)
+    assert row["win_likelihood_greedy"] == pytest.approx((1 + 0.5) / 2)
+    assert row["words"] == pytest.approx(1.5)
+    # Likelihood ranks the samples of the first prompt wrongly, those of the second too.
+    assert row["spearman"] == pytest.approx(-1.0)
+
+
+def test_intervals_are_over_seeds_and_prompts():
+    """Seeds that differ widen them beyond what the prompts alone say."""
+    prompts = np.tile([0.0, 1.0], 50)
+    low, high = interval([prompts, prompts, prompts])
+    assert 0.35 < low < 0.45 < 0.55 < high < 0.65
+    low, high = interval([np.zeros(100), np.ones(100)])
+    assert (low, high) == (0.0, 1.0)
