@@ -44,8 +44,9 @@ from plad_fast.pairs import Answer, LocalModel, Prompt, Sampling, builtin_prompt
 Answers = list[Answer]
 BASELINE = "generate"
 SAME = "generate sorted"
-# Answers of float32 that may differ from those of `SAME`: a rounding tie changes all that follows.
-MOST_DIFFERENT = 0.1
+# Share of float32 answers that may differ from those of `SAME`: one token that rounding decides
+# changes all that follow. `SAME` differs from itself in 1 of 24 when its batches are smaller.
+MOST_DIFFERENT = 0.3
 HEADER = (
     "implementation", "tokens/s", "x generate", "CPU s/1000", "x generate (CPU)", "tokens",
     "peak MiB", "same answers",
@@ -291,7 +292,7 @@ def draw(source: Path) -> Path:
     for row in rows:
         panels.setdefault((row["dtype"], row["temperature"]), []).append(row)
     colours = {BASELINE: "#000000", SAME: "#0072B2", "plad_fast": "#D55E00"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.2), squeeze=False)
     for axis, ((dtype, temperature), shown) in zip(axes[0], panels.items(), strict=True):
         rates = [float(row["tokens_per_s"]) for row in shown]
         names = [row["impl"] for row in shown]
@@ -304,7 +305,7 @@ def draw(source: Path) -> Path:
     facts = rows[0]
     figure.supxlabel(
         f"SmolLM2-135M-Instruct, {facts['prompts']} prompts, {facts['batch_size']} rows, answers "
-        f"of {facts['shortest']} to {facts['longest']} tokens; {facts['device_model']}, "
+        f"of {facts['shortest']} to {facts['longest']} tokens;\n{facts['device_model']}, "
         f"threads: {facts['threads']}",
         fontsize=7,
     )

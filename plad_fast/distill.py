@@ -143,7 +143,10 @@ class _Distillation:
                 f"the teacher finished none of its {len(self.prompts)} answers within "
                 f"--max-new-tokens {self.config.max_new_tokens}; raise it, or ask for short answers"
             )
-        return f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
+        return (
+            f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
+            f"{self.texts.teacher_usage()}"
+        )
 
     def _fine_tune(self) -> str:
         rows = self.texts.fine_tuning_rows(

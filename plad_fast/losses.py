@@ -17,6 +17,7 @@ al. 2023, arXiv 2310.12036. SimPO, Meng et al. 2024, arXiv 2405.14734.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,40 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
     if loss not in _REGISTRY:
         raise UsageError(f"unknown loss {loss!r}; known losses: {', '.join(available())}")
     return _REGISTRY[loss]
+
+
+def read_loss_args(
+    loss: str, given: Mapping[str, Any] | str | None, *, beta: float | None = None
+) -> dict[str, Any] | None:
+    """Options of a loss from a mapping or from JSON text; None stays None.
+
+    Args:
+        loss: registered name.
+        given: names and values; the values are checked when the loss is bound to them.
+        beta: set apart from these.
+
+    Raises:
+        UsageError: not a mapping, an option that the loss lacks, or beta set twice.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise UsageError(
+                f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {given!r}'
+            ) from None
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UsageError(f"loss_args must map names of options to values, got {given!r}")
+    if "beta" in given and beta is not None:
+        raise UsageError("beta is set both by itself and in loss_args; set it once")
+    options = get_loss(loss).options
+    for name in given:
+        if name not in options:
+            known = ", ".join(options) or "none"
+            raise UsageError(f"loss {loss!r} has no option {name!r}; it has: {known}")
+    return dict(given)
 
 
 def _spec_of(

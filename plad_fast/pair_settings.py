@@ -13,7 +13,7 @@ from plad_fast.errors import UsageError
 if TYPE_CHECKING:
     from plad_fast.pairs import PairFilters, Scorer, TextModel
 
-OFFLINE_TEACHER = "offline"
+OFFLINE_TEACHER = "offline"  # as `pairs.sources.OFFLINE`, which is slow to import
 
 
 def setting(default: Any, help_text: str, *, affects_results: bool = True) -> Any:
@@ -69,7 +69,7 @@ class PairSettings:
 
     scorer: str | None = setting(
         None,
-        "rates answers: rouge1, rouge2 or rougeL to the reference, length, -length, "
+        "rates answers: rouge1, rouge2 or rougeL to the reference, length, brevity, "
         "likelihood:MODEL, reward:MODEL, judge:openai:MODEL, python:MODULE.FUNCTION",
     )
     select: str = setting(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.errors import UsageError
-from plad_fast.losses import get_loss
+from plad_fast.losses import get_loss, read_loss_args
+from plad_fast.objective import Objective
 from plad_fast.pair_settings import OFFLINE_TEACHER, PairSettings, flag, setting
 
 __all__ = ["BUILTIN_PROMPTS", "OFFLINE_TEACHER", "DistillConfig", "coerce", "flag", "load_settings"]
@@ -130,6 +131,10 @@ class DistillConfig(PairSettings):
                 "--student-temperature 0; raise it"
             )
         self._require("beta", self.beta is None or self.beta >= 0, "must be at least 0")
+        options = read_loss_args(self.loss, self.loss_args, beta=self.beta) or {}
+        if self.beta is not None:
+            options["beta"] = self.beta
+        Objective.bind(self.loss, group_size=2, has_scores=True, has_reference=True, **options)
         self._require("seed", 0 <= self.seed < 2**32, "must be from 0 to 4294967295")
         self._require("held_out", self.held_out > 0, "must be positive")
         self._require("sft_share", 0 < self.sft_share <= 1, "must be above 0 and at most 1")

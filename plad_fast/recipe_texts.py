@@ -87,6 +87,11 @@ class RecipeTexts:
 
         return stored_answers(load, self.prompts, path, sampling, fingerprint=fingerprint).answers
 
+    def teacher_usage(self) -> str:
+        """What this run spent at the teacher's endpoint, if it has one."""
+        endpoint = getattr(self._teacher, "endpoint", None)
+        return "" if endpoint is None else f"; {endpoint.usage}"
+
     def best_teacher_answers(self) -> dict[str, Answer]:
         """Prompt id -> the first answer that the teacher finished."""
         usable = ((i, next(filter(is_usable, a), None)) for i, a in self.teacher_answers().items())

@@ -22,7 +22,8 @@ __all__ = ["headline", "write_report"]
 
 _LONG = 400  # characters of a prompt that are shown before it has to be unfolded
 _SECRET = re.compile(
-    r"api_?key|secret|password|credential|(?:^|hub_|hf_|auth_|access_)token$", re.IGNORECASE
+    r"api_?key(?!_env$)|secret|password|credential|(?:^|hub_|hf_|auth_|access_)token$",
+    re.IGNORECASE,
 )
 _SECRET_OPTION = re.compile(
     r"(--[\w-]*(?:api[-_]?key|secret|password|credential|token)[=\s]+)\S+", re.IGNORECASE

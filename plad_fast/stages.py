@@ -73,6 +73,7 @@ def pair_models(
     tokenizer = load_tokenizer(source)
     # Made now, so that what is wrong with an endpoint's settings is found out before any work.
     opened = [config.open_teacher(precision=config.precision, columns=columns)]
+    endpoint = getattr(opened[0], "endpoint", None)
     sampling = Sampling(
         config.max_new_tokens,
         temperature=config.teacher_temperature,
@@ -124,6 +125,8 @@ def pair_models(
     with joined() as ranks:
         report = ranks.from_first(write)
         if ranks.rank == 0:
+            if endpoint is not None:
+                print(f"teacher: {endpoint.usage}")
             print(f"{report}\npairs: {path}", flush=True)
     return path
 

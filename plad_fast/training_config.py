@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import TrainingArguments
 from plad_fast.attention import IMPLEMENTATIONS
 from plad_fast.dispatch import BACKENDS
 from plad_fast.errors import UsageError
-from plad_fast.losses import get_loss
+from plad_fast.losses import get_loss, read_loss_args
 from plad_fast.objective import Objective
 from plad_fast.packing import LAYOUTS
 from plad_fast.tokenization import TRUNCATION_SIDES
@@ -75,7 +74,7 @@ class PLaDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_finite_numbers()
-        self.loss_args = self._checked_loss_args()
+        self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)
         if self.fine_tunes and self.sft_weight:
             raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
@@ -122,28 +121,6 @@ class PLaDConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"{name} must be a finite number, got {value}")
-
-    def _checked_loss_args(self) -> dict[str, Any] | None:
-        given: Any = self.loss_args
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except ValueError:
-                raise UsageError(
-                    f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {given!r}'
-                ) from None
-        if given is None:
-            return None
-        if not isinstance(given, dict):
-            raise UsageError(f"loss_args must map names of options to values, got {given!r}")
-        if "beta" in given and self.beta is not None:
-            raise UsageError("beta is set both by itself and in loss_args; set it once")
-        options = get_loss(self.loss).options
-        for name in given:
-            if name not in options:
-                known = ", ".join(options) or "none"
-                raise UsageError(f"loss {self.loss!r} has no option {name!r}; it has: {known}")
-        return given
 
     def objective(self, *, group_size: int) -> Objective:
         """The loss with its options, checked; the data are checked for what it needs of them."""

@@ -42,7 +42,7 @@ ITEMS = [
         ("rouge2", [2 * 1 * (1 / 3) / (4 / 3), 0, 0, 1 / 3]),  # of down sat|sat the|the cat
         ("rougeL", [2 * 1 * 0.5 / 1.5, 0, 0, 0.5]),  # the cat
         ("length", [2, 12, 1, 4]),
-        ("-length", [-2, -12, -1, -4]),
+        ("brevity", [-2, -12, -1, -4]),
     ],
 )
 def test_text_scores_by_hand(spec, expected):

@@ -1,6 +1,6 @@
 """The calls that vLLM gets, against a recorded stand-in for the package.
 
-Its signatures and checks are those of vLLM 0.11 to 0.21 (`LLM.chat`, `LLM.generate`,
+Its signatures and checks follow those in vLLM's sources (`LLM.chat`, `LLM.generate`,
 `SamplingParams`, `CompletionOutput`).
 """
 

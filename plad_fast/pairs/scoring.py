@@ -32,7 +32,7 @@ ScoreFunction: TypeAlias = Callable[[Any, str, str | None], float]
 """Prompt (text or messages), answer and reference to a score."""
 
 _SPECS = (
-    "rouge1, rouge2, rougeL, length, -length, likelihood:MODEL, reward:MODEL, judge:openai:MODEL, "
+    "rouge1, rouge2, rougeL, length, brevity, likelihood:MODEL, reward:MODEL, judge:openai:MODEL, "
     "python:MODULE.FUNCTION"
 )
 
@@ -108,7 +108,7 @@ class Length:
     relative = False
 
     def __init__(self, *, shorter: bool = False) -> None:
-        self.name = "-length" if shorter else "length"
+        self.name = "brevity" if shorter else "length"
         self._sign = -1.0 if shorter else 1.0
 
     def settings(self) -> dict[str, Any]:
@@ -156,9 +156,10 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
     """A scorer by name. No model is loaded and nothing is asked yet.
 
     Args:
-        spec: `rouge1`, `rouge2`, `rougeL` (to the prompt's reference); `length`, `-length` (words);
-            `likelihood:MODEL` (under a local model); `reward:MODEL` (sequence classification);
-            `judge:openai:MODEL` (behind an OpenAI-compatible endpoint); `python:MODULE.FUNCTION`.
+        spec: `rouge1`, `rouge2`, `rougeL` (to the prompt's reference); `length`, `brevity` (many or
+            few words); `likelihood:MODEL` (under a local model); `reward:MODEL` (sequence
+            classification); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint);
+            `python:MODULE.FUNCTION`.
         **options: of `Likelihood` and `RewardModel`; of `Judge`, and in a dict `endpoint` those of
             `Endpoint`.
 
@@ -166,12 +167,12 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
         UsageError: there is no such scorer, or it cannot be made.
     """
     kind, _, rest = spec.partition(":")
-    if not rest and options and kind in (*metrics.ROUGE_NAMES, "length", "-length"):
+    if not rest and options and kind in (*metrics.ROUGE_NAMES, "length", "brevity"):
         raise UsageError(f"scorer {spec!r} takes no options, got {', '.join(options)}; drop them")
     if spec in metrics.ROUGE_NAMES:
         return Rouge(spec)
-    if spec in ("length", "-length"):
-        return Length(shorter=spec.startswith("-"))
+    if spec in ("length", "brevity"):
+        return Length(shorter=spec == "brevity")
     if kind == "python" and rest:
         return FunctionScorer(import_function(rest), spec)
     if kind in ("likelihood", "reward") and rest:

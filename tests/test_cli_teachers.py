@@ -1,0 +1,132 @@
+"""Teachers that show only text, scores and calibration through the command line, on tiny models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plad_fast.cli import main
+from tests.fault_server import FaultServer, Step
+from tests.recipe_runs import arguments
+
+KEY = "sk-planted-0123456789"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An endpoint that answers everything, and fails half of the first tries."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def step(question, tries, body):
+        return Step("busy") if not tries and len(question) % 2 else Step()
+
+    with FaultServer(step) as running:
+        yield running
+
+
+def endpoint(server):
+    return ["--base-url", server.url, "--api-key-env", "TEACHER_KEY"]
+
+
+def write_rows(path, count=12):
+    rows = [
+        {"prompt": f"say {n}", "answer": f"It is {n} then.", "reference": f"It is {n}."}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def files_with(text, folder):
+    return [p for p in folder.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
+
+
+def test_pairs_from_an_endpoint(server, tiny_teacher, tmp_path, capfd, monkeypatch):
+    """Best and worst by score; the key is in no file and on no stream; nothing is asked twice."""
+    run = [
+        *("pairs", "--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(server)),
+        *("--prompts", write_rows(tmp_path / "prompts.jsonl"), "--output-dir"),
+        *(str(tmp_path / "out"), "--reference-column", "reference", "--scorer", "rougeL"),
+        *("--select", "best-worst", "--student-samples", "3", "--max-new-tokens", "40"),
+        *("--drop-contradicted", "--verbose"),
+    ]  # fmt: skip
+    assert main(run) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").open()]
+    assert rows
+    assert all(row["chosen_score"] >= row["rejected_score"] for row in rows)
+    streams = capfd.readouterr()
+    assert "tokens in" in streams.out
+    assert KEY not in streams.out + streams.err
+    assert files_with("answer to", tmp_path)
+    assert not files_with(KEY, tmp_path)
+    before = (tmp_path / "out" / "pairs.jsonl").read_bytes()
+    monkeypatch.setattr("plad_fast.pairs.sources.open_local_model", None)
+    monkeypatch.setattr("plad_fast.pairs.endpoint.Endpoint.complete", None)
+    assert main(run) == 0
+    assert (tmp_path / "out" / "pairs.jsonl").read_bytes() == before
+
+
+def test_the_recipe_with_an_endpoint(server, tiny_teacher, tmp_path, capfd):
+    """Scored pairs, margin loss, two scorers and calibration; no key in the whole run folder."""
+    folder = tmp_path / "run"
+    extra = [
+        *("--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(server)),
+        *("--teacher-temperature", "1", "--teacher-samples", "2", "--student-samples", "2"),
+        *("--scorer", "length", "--select", "best-worst-pooled", "--loss", "plad_margin"),
+        *("--eval-scorer", "brevity", "--calibration-samples", "3"),
+    ]
+    assert main(arguments(tiny_teacher, folder, *extra)) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["scorers"]) == ["length", "brevity"]
+    assert metrics["calibration"] is not None
+    assert "reliability" in (folder / "report.html").read_text().lower()
+    assert "TEACHER_KEY" in (folder / "report.html").read_text()
+    streams = capfd.readouterr()
+    assert KEY not in streams.out + streams.err
+    assert not files_with(KEY, folder)
+
+
+def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
+    folder = tmp_path / "run"
+    extra = [
+        *("--teacher", "column:answer", "--student", str(tiny_teacher)),
+        *("--prompts", write_rows(tmp_path / "prompts.jsonl", 24)),
+    ]
+    assert main(arguments(tiny_teacher, folder, *extra)) == 0
+    pairs = [json.loads(line) for line in (folder / "pairs" / "train.jsonl").open()]
+    assert all(row["chosen"][-1]["content"].startswith("It is") for row in pairs)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--teacher", "openai:m"], "give a model to start from with --student"),
+        (
+            ["--teacher", "openai:m", "--student", "s", "--api-key-env", "NO_KEY"],
+            "NO_KEY is not set",
+        ),
+        (["--teacher", "opnai:m"], "unknown kind of teacher"),
+        (["--teacher", "column:answer", "--student", "s"], "give --prompts"),
+        (["--scorer", "rougeL"], "reference"),
+        (["--scorer", "rogue"], "unknown scorer"),
+        (["--select", "ranked"], "needs scores"),
+        (["--select", "best"], "unknown selection"),
+        (["--loss", "plad_margin"], "choose a --scorer"),
+        (["--teacher-samples", "2", "--teacher-temperature", "0"], "raise it"),
+        (["--student-samples", "2", "--student-temperature", "0"], "raise it"),
+        (["--min-gap", "1"], "needs scores"),
+        (["--max-length-ratio", "0.5"], "max_length_ratio"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--calibration-samples", "1"], "at least 2"),
+        (["--price-in", "1"], "belong together"),
+        (["--drop-contradicted", "maybe"], "true or false"),
+        (["--loss-args", "gamma=1"], "JSON object"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_before_any_work(extra, message, tiny_teacher, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(arguments(tiny_teacher, folder, *extra)) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "student").exists()
