@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-all lint bench aot clean
+.PHONY: quickstart test test-all lint bench study aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -33,6 +33,12 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.plot_step
 	$(BIN)/python -m benchmarks.step_satisfaction
 	$(BIN)/python -m benchmarks.plot_step --satisfaction
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.generation --plot
+
+# Two hours. DIALOGSUM=path/to/dialogsum.jsonl
+study: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.plad_vs_sft --dialogsum $(DIALOGSUM)
 
 # Compiles the GPU kernels without a GPU and fails on what would not run well there.
 aot: $(VENV)/.dev

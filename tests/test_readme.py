@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from plad_fast.cli import main
+from tests.fault_server import FaultServer, Step
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,7 +51,15 @@ def test_python_examples(code, tiny_teacher, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_command_line(tiny_teacher, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Where `openai:MODEL` is asked."""
+    with FaultServer(lambda *_: Step()) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        yield server
+
+
+def test_command_line(tiny_teacher, endpoint, tmp_path, monkeypatch, capsys):
     """In the order of the README, since each command uses what the one before made."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Say {i}.", "dialogue": f"A: {i}", "summary": f"{i}"} for i in range(24)]
@@ -60,11 +69,13 @@ def test_command_line(tiny_teacher, tmp_path, monkeypatch, capsys):
     assert len(lines) >= 6
     for line in lines:
         words = shlex.split(line)[1:]
-        if words[0] == "distill":
+        if words[0] == "distill" and "--teacher" not in words:
             words += ["--teacher", str(tiny_teacher)]
         words = [str(tiny_teacher) if word == "offline" else word for word in words]
         assert main([*words, *EXTRA.get(words[0], [])]) == 0, capsys.readouterr().err
     assert Path("runs/compared/report.html").is_file()
+    assert "answer to" in Path("runs/api/pairs.jsonl").read_text()
+    assert Path("runs/scored/plad-2/config.json").is_file()
     prompt = json.loads(Path("runs/summaries/pairs/train.jsonl").read_text().splitlines()[0])
     assert "sentence:\nA:" in prompt["prompt"][0]["content"]
 
