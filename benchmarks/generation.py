@@ -83,8 +83,8 @@ def transformers_paged(model: Any, prompts: list[Prompt], sampling: Sampling) ->
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     tokenizer = model.tokenizer
-    texts = [[{"role": "user", "content": p.content}] for p in prompts]
-    ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True)["input_ids"]
+    chats = [[{"role": "user", "content": p.content}] for p in prompts]
+    ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=bool(sampling.temperature),
         temperature=sampling.temperature or 1.0, top_k=0, eos_token_id=tokenizer.eos_token_id,
@@ -96,9 +96,10 @@ def transformers_paged(model: Any, prompts: list[Prompt], sampling: Sampling) ->
         ids, generation_config=config, continuous_batching_config=paging, progress_bar=False
     )
     rows = [done[key].generated_tokens for key in sorted(done, key=lambda k: int(k.split("_")[-1]))]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)  # as our own texts are
     return [
-        Answer(p.id, tokenizer.decode(row), "stop", len(row))
-        for p, row in zip(prompts, rows, strict=True)
+        Answer(p.id, text.strip(), "stop", len(row))
+        for p, text, row in zip(prompts, texts, rows, strict=True)
     ]
 
 
@@ -142,6 +143,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.instructions is not None and not args.instructions.is_file():
         parser.error(f"--instructions: there is no file {str(args.instructions)!r}")
+    if args.plot and args.quick and args.csv is None:
+        parser.error("--plot draws a CSV, and --quick writes none unless --csv names it")
     if args.csv is None and not args.quick:
         args.csv = RESULTS / "generation_cpu.csv"
     if args.quick:

@@ -17,6 +17,8 @@ from typing import Any
 
 from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._pair_scores import score_responses
+from plad_fast._records import digest, model_digest
+from plad_fast._score_files import stored_scores as stored_file_scores
 from plad_fast.errors import UsageError
 from plad_fast.pairs import (
     Answer,
@@ -157,10 +159,14 @@ class Study:
             )
             return LocalModel(model, self.tokenizer, "teacher")
 
-        prompts = [p for part in ("fine_tuning", "pairing", self.part) for p in self.parts[part]]
         how = Sampling(self.setting.max_new_tokens, temperature=0.0)
-        path = self.common / f"teacher-{self.part}.jsonl"
-        answers = stored_answers(load, prompts, path, how, fingerprint={}).first
+        made_by = {"weights": model_digest(self.setting.teacher)}
+        answers: dict[str, Answer] = {}
+        # Apart: in a batch with what the arms are measured on, training data might round otherwise.
+        for name, parts in (("training", ("fine_tuning", "pairing")), (self.part, (self.part,))):
+            prompts = [prompt for part in parts for prompt in self.parts[part]]
+            path = self.common / f"teacher-{name}.jsonl"
+            answers |= stored_answers(load, prompts, path, how, fingerprint=made_by).first
         return {prompt_id: answer for prompt_id, answer in answers.items() if is_usable(answer)}
 
     @cached_property
@@ -184,19 +190,19 @@ class Study:
         return self.folder / "sft"
 
     @cached_property
+    def pair_samples(self) -> dict[str, list[Answer]]:
+        """Of the fine-tuned student, one to each dialogue for the pairs."""
+        how = Sampling(
+            self.setting.max_new_tokens,
+            temperature=self.setting.temperature,
+            seed=self.seed + 1,
+        )
+        return self._answers(self.fine_tuned, "pair-samples", self.parts["pairing"], how)
+
+    @cached_property
     def pairs(self) -> list[dict[str, Any]]:
         """The teacher's answer > a sample of the fine-tuned student, with scores of both."""
-        prompts = self.parts["pairing"]
-        samples = self._answers(
-            self.fine_tuned,
-            "pair-samples",
-            prompts,
-            Sampling(
-                self.setting.max_new_tokens,
-                temperature=self.setting.temperature,
-                seed=self.seed + 1,
-            ),
-        )
+        prompts, samples = self.parts["pairing"], self.pair_samples
         teacher = {p.id: [a] for p in prompts if (a := self.teacher_answers.get(p.id))}
         scores = score_answers(
             open_scorer(TRAINING_SCORER), prompts, [teacher, samples], self.folder / "scores.jsonl"
@@ -264,16 +270,19 @@ class Study:
     def _logps(
         self, model: Path, stem: str, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        path = self.folder / "evaluation" / f"{stem}.json"
-        if not path.is_file():
-            rows = []
-            for prompt, given in zip(prompts, texts, strict=True):
-                content = as_messages(self.tokenizer, prompt.content)
-                rows.append((content, [as_response(content, text) for text in given]))
+        rows = []
+        for prompt, given in zip(prompts, texts, strict=True):
+            content = as_messages(self.tokenizer, prompt.content)
+            rows.append((content, [as_response(content, text) for text in given]))
+
+        def compute() -> dict[str, Any]:
             network = load_model(model, dtype="float32", device=best_device())
             logps = score_responses(network, self.tokenizer, rows, length_normalization=1.0)
-            path.write_text(json.dumps([values.tolist() for values in logps]))
-        return json.loads(path.read_text())
+            return {"logps": [values.tolist() for values in logps]}
+
+        made_by = {"weights": model_digest(model), "rows": digest(rows)}
+        file = self.folder / "evaluation" / f"{stem}.json"
+        return stored_file_scores(file, made_by, compute)["logps"]
 
     def _answers(
         self, model: Path, name: str, prompts: Sequence[Prompt], sampling: Sampling
@@ -283,7 +292,8 @@ class Study:
             return LocalModel(network, self.tokenizer, f"seed {self.seed} {name}")
 
         path = self.folder / "evaluation" / f"{name}.jsonl"
-        return stored_answers(load, prompts, path, sampling, fingerprint={}).answers
+        made_by = {"weights": model_digest(model)}
+        return stored_answers(load, prompts, path, sampling, fingerprint=made_by).answers
 
     def _fine_tuning_rows(self, part: str) -> list[dict[str, Any]]:
         rows = []
@@ -305,9 +315,8 @@ class Study:
 
     def _epochs(self, arm: Arm, rows: Sequence[Mapping[str, Any]]) -> float:
         """So many that the arm costs what PLaD's ranking loss costs with `pair_epochs`."""
-        pairs = self.pairs
-        sampled = FORWARD * sum(self._tokens(row, "rejected") for row in pairs)
-        trained = sum(self._tokens(row, "chosen", "rejected") for row in pairs)
+        sampled = FORWARD * self._sampled_tokens()
+        trained = sum(self._tokens(row, "chosen", "rejected") for row in self.pairs)
         budget = sampled + self.setting.pair_epochs * trained
         if arm.fine_tunes:
             return budget / sum(self._tokens(row, "chosen") for row in rows)
@@ -315,9 +324,19 @@ class Study:
         reference = FORWARD * epoch if arm.loss == "dpo" else 0.0
         return (budget - sampled - reference) / epoch
 
+    def _sampled_tokens(self) -> int:
+        """Of all samples: one that makes no pair has cost as much."""
+        return sum(
+            self._count(_text(prompt.content), answer.text)
+            for prompt in self.parts["pairing"]
+            for answer in self.pair_samples[prompt.id]
+        )
+
     def _tokens(self, row: Mapping[str, Any], *responses: str) -> int:
         """The prompt counts once."""
-        texts = [_text(row["prompt"]), *(_text(row[name]) for name in responses)]
+        return self._count(_text(row["prompt"]), *(_text(row[name]) for name in responses))
+
+    def _count(self, *texts: str) -> int:
         return sum(len(self.tokenizer(text)["input_ids"]) for text in texts)
 
     def _train(

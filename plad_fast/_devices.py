@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from plad_fast.errors import UsageError
@@ -20,8 +22,11 @@ def autocast_dtype(precision: str) -> torch.dtype:
 
 
 def best_device() -> str:
-    """Where this process runs its models."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where this process runs its models; of several on a machine, each has a GPU of its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")  # set by torchrun and accelerate launch
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda"
 
 
 def require_one_gpu() -> None:

@@ -13,7 +13,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
     """What the last student has over the first, in plain words and no more than the data say.
 
     A difference counts only when its 95 % interval excludes zero (for a win rate: one half) and
-    there are at least `MIN_PROMPTS` held-out prompts (pairs, for the ranking).
+    there are at least `MIN_PROMPTS` held-out prompts (pairs, for the ranking; comparisons, for the
+    wins).
     """
     students = metrics["students"]
     new = students[-1]["name"]
@@ -50,7 +51,7 @@ def verdict(interval: Mapping[str, float] | None, neutral: float) -> int:
 
 def _opening(change: Mapping[str, Any], n_pairs: int) -> str:
     new, old = change["candidate"], change["baseline"]
-    answers = verdict(change["win_rate"], 0.5)
+    answers = verdict(change["win_rate"], 0.5) if _decided(change) >= MIN_PROMPTS else 0
     ranking = verdict(change["ranking_accuracy"], 0.0) if n_pairs >= MIN_PROMPTS else 0
     if answers > 0:
         return f"Distillation paid off: {new} answers better than {old}."
@@ -68,12 +69,18 @@ def _opening(change: Mapping[str, Any], n_pairs: int) -> str:
     return f"Distillation bought nothing measurable: {new} is no better than {old}."
 
 
+def _decided(change: Mapping[str, Any]) -> int:
+    """Prompts on which it is known who wins: a judge may have left some open."""
+    wins = change["wins"]
+    return 0 if wins is None else wins["wins"] + wins["ties"] + wins["losses"]
+
+
 def _evidence(metrics: Mapping[str, Any], change: Mapping[str, Any]) -> list[str]:
     sentences = []
     wins = change["win_rate"]
     if wins is not None:
         sentences.append(
-            f"On {metrics['n_prompts']} held-out prompts its answer wins {wins['mean']:.0%} of the "
+            f"On {_decided(change)} held-out prompts its answer wins {wins['mean']:.0%} of the "
             f"comparisons, a tie counting half ({_range(wins)}; even is 50%; sign test "
             f"{p_text(change['wins']['p_value'])}), judged by {metrics['score']}."
         )

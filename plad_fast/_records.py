@@ -13,6 +13,8 @@ from typing import Any
 from plad_fast.errors import UsageError
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+# What else answers depend on: architecture, tokenizer, chat template, end tokens.
+_BESIDE = ("config.json", "generation_config.json", "tokenizer*", "*.model", "*.jinja")
 _BLOCK = 2**20  # bytes read at once
 
 
@@ -23,7 +25,7 @@ def digest(value: Any) -> str:
 
 
 def model_digest(source: str | os.PathLike[str]) -> str:
-    """Identifies a saved model by its config and weights, wherever it lies.
+    """Identifies a saved model by its weights, config and tokenizer, wherever it lies.
 
     Args:
         source: a folder or a file; a hub id stands for itself.
@@ -33,7 +35,7 @@ def model_digest(source: str | os.PathLike[str]) -> str:
         files = [path]
     elif path.is_dir():
         files = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
-        files += [file for file in (path / "config.json",) if file.is_file()]
+        files += [file for pattern in _BESIDE for file in sorted(path.glob(pattern))]
     else:
         return os.fspath(source)
     parts = []

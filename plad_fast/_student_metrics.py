@@ -78,9 +78,9 @@ class Task:
 
     def measure_all(self, systems: Sequence[StudentOutputs]) -> list[Measured]:
         """The first of the systems is the teacher."""
-        rated = self._rated([system for system in systems if system.answers])
+        rated = iter(self._rated([system for system in systems if system.answers]))
         return [
-            self._measure(system, rated.get(system.name, {}), is_teacher=number == 0)
+            self._measure(system, next(rated) if system.answers else {}, is_teacher=number == 0)
             for number, system in enumerate(systems)
         ]
 
@@ -203,15 +203,15 @@ class Task:
                 )
         return np.array(scores)
 
-    def _rated(self, systems: Sequence[StudentOutputs]) -> dict[str, dict[str, FloatArray]]:
-        """System -> scorer -> (prompts,)."""
+    def _rated(self, systems: Sequence[StudentOutputs]) -> list[dict[str, FloatArray]]:
+        """Of each system, whatever its name, scorer -> (prompts,)."""
         prompts = self._prompts() if self.scorers else []
         items = [(p, system.answers[p.id]) for p in prompts for system in systems]
-        rated: dict[str, dict[str, FloatArray]] = {system.name: {} for system in systems}
+        rated: list[dict[str, FloatArray]] = [{} for _ in systems]
         for name, scorer in self.scorers.items():
             scores = _vector(scorer.score(items), len(items), f"scorer {name}")
-            for number, system in enumerate(systems):
-                rated[system.name][name] = scores[number :: len(systems)]
+            for number, own in enumerate(rated):
+                own[name] = scores[number :: len(systems)]
         return rated
 
     def _outcomes(self, a: Measured, b: Measured) -> FloatArray | None:

@@ -85,6 +85,10 @@ class _Distillation:
                 f"a student cannot be made of the teacher {config.teacher}, whose weights are not "
                 "here; give a model to start from with --student"
             )
+        # Made now, so that what is wrong with it is found out before any work.
+        self.scoring = held_out_scoring(config, Path(config.output_dir).expanduser() / "evaluation")
+        for scorer in self.scoring["scorers"].values():
+            scorer.check(self.held_out)
         settings = {
             **config.results_settings(),
             "prompts_digest": prompts_digest(self.prompts),
@@ -136,8 +140,9 @@ class _Distillation:
         return f"{depth} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        finished = self.texts.best_teacher_answers()
+        failed = self.texts.ask_teacher()
         self._teacher = None
+        finished = self.texts.best_teacher_answers()
         if not finished:
             raise UsageError(
                 f"the teacher finished none of its {len(self.prompts)} answers within "
@@ -145,7 +150,8 @@ class _Distillation:
             )
         return (
             f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
-            f"{self.texts.teacher_usage()}"
+            + f"; {failed} could not be had" * bool(failed)
+            + self.texts.teacher_usage()
         )
 
     def _fine_tune(self) -> str:
@@ -247,7 +253,7 @@ class _Distillation:
             length_normalization=self.config.length_normalization,
             max_length=self.config.max_length,
             precision=self.config.precision,
-            **held_out_scoring(self.config, self.folder / "evaluation"),
+            **self.scoring,
         )
 
     def _train(

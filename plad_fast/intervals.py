@@ -29,10 +29,6 @@ class Interval:
     high: float
     standard_error: float
 
-    def excludes(self, value: float) -> bool:
-        """Whether `value` lies outside the interval."""
-        return value < self.low or value > self.high
-
 
 @dataclass(frozen=True)
 class SignTest:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plad_fast._records import model_digest
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,10 +54,14 @@ class PairSettings:
     concurrency: int = setting(8, "requests to the endpoint at once", affects_results=False)
     request_timeout: float = setting(60.0, "seconds for a request", affects_results=False)
     token_budget: int | None = setting(
-        None, "tokens that a run may spend at the endpoint", affects_results=False
+        None,
+        "tokens that the teacher may spend at the endpoint in a run, and a judge as many",
+        affects_results=False,
     )
     cost_budget: float | None = setting(
-        None, "what a run may spend at the endpoint, by the prices", affects_results=False
+        None,
+        "what the teacher may spend at the endpoint in a run by the prices, and a judge as much",
+        affects_results=False,
     )
     price_in: float | None = setting(
         None, "price of a million tokens of prompts", affects_results=False
@@ -134,14 +137,17 @@ class PairSettings:
         """The teacher, which is neither loaded nor asked yet."""
         from plad_fast.pairs.sources import open_teacher
 
-        options = self._endpoint_options() if self.teacher.startswith("openai:") else {}
+        is_endpoint = self.teacher.startswith("openai:")
+        scorers = (self.scorer, vars(self).get("eval_scorer"))  # the recipe has two
+        is_judged = any(spec is not None and spec.startswith("judge:") for spec in scorers)
         return open_teacher(
             self.teacher,
             name="teacher",
             columns=columns,
             precision=precision,
-            base_url=self.base_url,
-            **options,
+            # Where the teacher is none, the endpoint may be the judge's.
+            base_url=None if is_judged and not is_endpoint else self.base_url,
+            **(self._endpoint_options() if is_endpoint else {}),
         )
 
     def open_scorer(
@@ -167,17 +173,6 @@ class PairSettings:
 
             spec = f"likelihood:{offline_teacher_path()}"
         return open_scorer(spec, **options)
-
-    def scorer_fingerprint(self) -> dict[str, str]:
-        """The weights of a scorer that is a local model, beside what it says of itself."""
-        kind, _, source = (self.scorer or "").partition(":")
-        if kind not in ("likelihood", "reward"):
-            return {}
-        if source == OFFLINE_TEACHER:
-            from plad_fast.students import offline_teacher_path
-
-            source = str(offline_teacher_path())
-        return {"weights": model_digest(source)}
 
     def _endpoint_options(self) -> dict[str, Any]:
         prices = None

@@ -168,6 +168,11 @@ class DistillConfig(PairSettings):
             self.calibration_samples == 0 or self.calibration_samples >= 2,
             "must be 0, or at least 2 samples to compare",
         )
+        if self.calibration_samples and self.student_temperature == 0:
+            raise UsageError(
+                f"--calibration-samples {self.calibration_samples} would all be the same at "
+                "--student-temperature 0; raise it"
+            )
         self._require(
             "max_length", self.max_length > self.max_new_tokens, "must exceed --max-new-tokens"
         )

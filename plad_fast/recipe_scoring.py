@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from plad_fast.errors import UsageError
+from plad_fast.held_out import scorer_file
+from plad_fast.pairs.judge import Judge
 from plad_fast.recipe import DistillConfig
+
+if TYPE_CHECKING:
+    from plad_fast.pairs import Scorer
+
+JUDGE_STORE = "judge.jsonl"
+"""In the folder of an evaluation: what the judge said."""
 
 _JUDGE = "judge:"
 
@@ -21,17 +30,28 @@ def held_out_scoring(config: DistillConfig, folder: Path) -> dict[str, Any]:
         folder: of the evaluation; the judge's verdicts are kept there.
 
     Raises:
-        UsageError: a scorer that cannot be made.
+        UsageError: a scorer that cannot be made, two judges, or two scorers of one name.
     """
-    names = dict.fromkeys(name for name in (config.scorer, config.eval_scorer) if name)
-    scorers = {}
+    specs = dict.fromkeys(spec for spec in (config.scorer, config.eval_scorer) if spec)
+    if len(specs) > 1 and all(spec.startswith(_JUDGE) for spec in specs):
+        raise UsageError(
+            f"--scorer and --eval-scorer are two judges, {' and '.join(specs)}, and only one can "
+            "say who wins; name another kind of scorer as one of them"
+        )
+    scorers: dict[str, Scorer] = {}
     judge = None
-    for name in names:
-        scorer = config.open_scorer(name, verdicts=folder / "judge.jsonl")
-        if name.startswith(_JUDGE):
+    for spec in specs:
+        scorer = config.open_scorer(spec, verdicts=folder / JUDGE_STORE)
+        assert scorer is not None
+        if isinstance(scorer, Judge):
             judge = scorer
         else:
-            scorers[name] = scorer
+            scorers[spec] = scorer
+    if len({scorer_file(scorer.name, folder) for scorer in scorers.values()}) < len(scorers):
+        raise UsageError(
+            f"--scorer and --eval-scorer are models of one name, {' and '.join(scorers)}, after "
+            "which their files are named; rename a folder"
+        )
     return {
         "scorers": scorers,
         "judge": judge,

@@ -10,6 +10,7 @@ from plad_fast._recipe_data import answer_columns, read_jsonl, write_jsonl
 from plad_fast.errors import UsageError
 from plad_fast.pairs import (
     Answer,
+    AnswerStore,
     LocalModel,
     PairReport,
     Prompt,
@@ -23,6 +24,7 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
+from plad_fast.pairs.asking import collect
 from plad_fast.recipe import DistillConfig
 from plad_fast.students import load_tokenizer
 
@@ -66,26 +68,31 @@ class RecipeTexts:
         if not config.has_local_teacher:
             self._teacher = config.open_teacher(precision=config.precision, columns=self._columns)
 
-    def teacher_answers(self) -> dict[str, list[Answer]]:
-        """Prompt id -> the teacher's answers, in the order of the prompts."""
-        config = self.config
-        sampling = Sampling(
-            config.max_new_tokens,
-            temperature=config.teacher_temperature,
-            seed=config.seed,
-            n=config.teacher_samples,
-            batch_size=config.generation_batch_size,
-        )
-        fingerprint = teacher_fingerprint(
-            config.teacher, base_url=config.base_url, columns=self._columns
-        )
-        path = self.folder / "answers" / "teacher.jsonl"
+    def ask_teacher(self) -> int:
+        """Let the teacher answer what it has not answered yet; how many answers it failed at."""
         teacher = self._teacher
 
         def load() -> TextModel:
             return self._load_teacher() if teacher is None else teacher
 
-        return stored_answers(load, self.prompts, path, sampling, fingerprint=fingerprint).answers
+        answered = stored_answers(
+            load,
+            self.prompts,
+            self._teacher_file,
+            self._teacher_sampling,
+            fingerprint=self._teacher_fingerprint(),
+        )
+        return len(answered.failures)
+
+    def teacher_answers(self) -> dict[str, list[Answer]]:
+        """Prompt id -> the teacher's answers, in the order of the prompts.
+
+        What it failed at in its own stage stays so: an answer that came later would be in the data
+        of some stages only.
+        """
+        settings = {**self._teacher_fingerprint(), **self._teacher_sampling.settings()}
+        with AnswerStore.open(self._teacher_file, settings) as store:
+            return collect(self.prompts, store, self._teacher_sampling, {}).answers
 
     def teacher_usage(self) -> str:
         """What this run spent at the teacher's endpoint, if it has one."""
@@ -146,6 +153,25 @@ class RecipeTexts:
             batch_size=config.generation_batch_size,
         )
 
+    @property
+    def _teacher_file(self) -> Path:
+        return self.folder / "answers" / "teacher.jsonl"
+
+    @property
+    def _teacher_sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(
+            config.max_new_tokens,
+            temperature=config.teacher_temperature,
+            seed=config.seed,
+            n=config.teacher_samples,
+            batch_size=config.generation_batch_size,
+        )
+
+    def _teacher_fingerprint(self) -> dict[str, Any]:
+        config = self.config
+        return teacher_fingerprint(config.teacher, base_url=config.base_url, columns=self._columns)
+
     def make_pairs(
         self, prompts: Sequence[Prompt], samples: Answers, tokenizer: Path, file: str
     ) -> PairReport:
@@ -197,13 +223,7 @@ def select_pairs(
     """
     scores = None
     if scorer is not None:
-        scores = score_answers(
-            scorer,
-            prompts,
-            [teacher, student],
-            scores_path,
-            fingerprint=config.scorer_fingerprint(),
-        )
+        scores = score_answers(scorer, prompts, [teacher, student], scores_path)
     return build_pairs(
         prompts,
         teacher,

@@ -36,7 +36,7 @@ from plad_fast.pairs import (
 )
 from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
-from plad_fast.recipe_scoring import held_out_scoring
+from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.report import write_report
 from plad_fast.students import load_tokenizer, offline_teacher_path
@@ -51,7 +51,7 @@ def pair_models(
     """Answer the prompts with both models; write `<output_dir>/pairs.jsonl`. Resumable.
 
     Under `torchrun` or `accelerate launch` the processes share the prompts of local models, and
-    the pairs are those of a single process.
+    the pairs are those of a single process, but for rounding: see `LocalModel.generate`.
 
     Args:
         config: prompts, sampling, scoring and output folder; what trains plays no part.
@@ -66,7 +66,8 @@ def pair_models(
     folder = Path(config.output_dir)
     prompts = load_recipe_prompts(config)
     columns = answer_columns(config)
-    scorer = config.open_scorer(verdicts=folder / "verdicts.jsonl")
+    verdicts = folder / "verdicts.jsonl"
+    scorer = config.open_scorer(verdicts=verdicts)
     if scorer is not None:
         scorer.check(prompts)
     source = _resolve(student)
@@ -81,12 +82,15 @@ def pair_models(
         n=config.teacher_samples,
         batch_size=config.generation_batch_size,
     )
+    teacher_made_by = teacher_fingerprint(teacher, base_url=config.base_url, columns=columns)
+    if config.has_local_teacher:
+        teacher_made_by["precision"] = config.precision
     teacher_answers = stored_answers(
         opened.pop,  # nothing holds the teacher when the student is loaded
         prompts,
         folder / "teacher.jsonl",
         sampling,
-        fingerprint=teacher_fingerprint(teacher, base_url=config.base_url, columns=columns),
+        fingerprint=teacher_made_by,
         overwrite=overwrite,
     ).answers
     student_answers = stored_answers(
@@ -101,7 +105,11 @@ def pair_models(
             # Another stream of random numbers, or equal models would give equal answers.
             seed=config.seed + 1,
         ),
-        fingerprint={"student": student, "weights": model_digest(source)},
+        fingerprint={
+            "student": student,
+            "weights": model_digest(source),
+            "precision": config.precision,
+        },
         overwrite=overwrite,
     ).answers
     path = folder / "pairs.jsonl"
@@ -110,6 +118,7 @@ def pair_models(
         scores = folder / "scores.jsonl"
         if overwrite:
             discard_answers(scores)
+            discard_answers(verdicts)
         rows, report = select_pairs(
             config,
             scorer,
@@ -224,6 +233,7 @@ def evaluate_on_pairs(
             _discard_student(name, folder)
         for scorer in scoring["scorers"].values():
             discard_answers(scorer_file(scorer.name, folder))
+        discard_answers(folder / JUDGE_STORE)
     results, outputs = evaluate_models(
         students,
         held_out,

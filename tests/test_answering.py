@@ -113,6 +113,13 @@ def test_a_later_sample_of_another_prompt_is_found_too(tmp_path):
         run(tmp_path / "a.jsonl", Scripted(), [Prompt("0", "edited")], n=2)
 
 
+def test_no_id_is_that_of_another_prompts_sample(tmp_path):
+    """Pairs of every sample have ids with a tab and a number, and are prompts of an evaluation."""
+    prompts = [Prompt(i, "same") for i in ("p", "p\t1", "p\t\t1", "p\t", "p\t1\t1")]
+    answered = run(tmp_path / "a.jsonl", Scripted(), prompts, n=3)
+    assert texts(answered) == {p.id: [f"{p.id}/{k}" for k in range(3)] for p in prompts}
+
+
 def test_stored_answers_can_be_discarded(tmp_path):
     def ask(model, **options):
         return stored_answers(

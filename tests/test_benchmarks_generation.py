@@ -55,7 +55,11 @@ def test_ratios_are_taken_within_rounds_and_differing_answers_are_an_error(monke
 
 
 def test_bad_arguments_are_said_at_once(capsys):
-    for arguments, said in ((["--limit", "0"], "--limit"), (["--instructions", "no"], "no file")):
+    for arguments, said in (
+        (["--limit", "0"], "--limit"),
+        (["--instructions", "no"], "no file"),
+        (["--quick", "--plot"], "writes none"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             generation.parse(arguments)
         assert stopped.value.code == 2

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import plad_vs_sft
 from benchmarks.plad_study import ARMS, Setting, Study
 from benchmarks.plad_table import Outcomes, interval, summarise
+from plad_fast.errors import UsageError
 
 SIZES = {
     "fine_tuning": 6, "pairing": 6, "validation": 4, "held_out": 4, "layers": 1, "samples": 2,
@@ -65,16 +66,31 @@ def test_arms_cost_the_same(command, tiny_teacher, dialogsum):
     pairs = study.pairs
     chosen = sum(study._tokens(row, "chosen") for row in pairs)
     rejected = sum(study._tokens(row, "rejected") for row in pairs)
+    sampled = sum(
+        len(study.tokenizer(text)["input_ids"])
+        for prompt in study.parts["pairing"]
+        for text in (prompt.content, study.pair_samples[prompt.id][0].text)
+    )
+    assert sampled > rejected  # what came to nothing was sampled too
     both = sum(study._tokens(row, "chosen", "rejected") for row in pairs)
     assert both < chosen + rejected  # the prompt goes through once
     arms = {arm.name: arm for arm in ARMS}
     assert study._epochs(arms["PLaD ranking"], pairs) == pytest.approx(setting.pair_epochs)
-    budget = rejected / 3 + setting.pair_epochs * both
+    budget = sampled / 3 + setting.pair_epochs * both
     longer = study._epochs(arms["SFT longer"], pairs)
     assert longer * chosen == pytest.approx(budget)
-    assert study._epochs(arms["DPO"], pairs) * both + both / 3 + rejected / 3 == pytest.approx(
-        budget
-    )
+    dpo = study._epochs(arms["DPO"], pairs)
+    assert dpo * both + both / 3 + sampled / 3 == pytest.approx(budget)
+
+
+def test_answers_of_another_training_are_refused(command, tiny_teacher, dialogsum):
+    """An arm whose folder was deleted after its settings had changed has other answers."""
+    setting = Setting(str(tiny_teacher), dialogsum, **SIZES)
+    study = Study(setting, plad_vs_sft.parse(command).output_dir, 0, "held_out")
+    other = study.run(ARMS[-1])
+    assert study.measure("DPO", study.run(ARMS[-2]), ["rougeL"])["ids"]
+    with pytest.raises(UsageError, match="weights was"):
+        study.measure("DPO", other, ["rougeL"])
 
 
 def measures(scores):

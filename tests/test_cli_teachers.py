@@ -87,6 +87,28 @@ def test_the_recipe_with_an_endpoint(server, tiny_teacher, tmp_path, capfd):
     assert not files_with(KEY, folder)
 
 
+def test_what_the_teacher_failed_at_is_missing_from_all_stages(tiny_teacher, tmp_path, monkeypatch):
+    """An answer that came after the teacher's stage would be in the data of the others."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    rows = write_rows(tmp_path / "prompts.jsonl", 24)
+
+    def step(question, tries, body):
+        return Step("status", 400) if "say 7" in question and not tries else Step()
+
+    with FaultServer(step) as running:
+        extra = [
+            *("--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(running)),
+            *("--teacher-temperature", "1", "--prompts", rows),
+        ]
+        run = arguments(tiny_teacher, tmp_path / "run", *extra)
+        assert main(run) == 0
+        assert main(run) == 0
+        assert set(running.asked.values()) == {1}
+    answers = (tmp_path / "run" / "answers" / "teacher.jsonl").read_text()
+    assert len(answers.splitlines()) == 24
+    assert "; 1 could not be had; " in (tmp_path / "run" / "run.json").read_text()
+
+
 def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
     folder = tmp_path / "run"
     extra = [
@@ -119,6 +141,17 @@ def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
         (["--max-length-ratio", "0.5"], "max_length_ratio"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--calibration-samples", "1"], "at least 2"),
+        (["--calibration-samples", "2", "--student-temperature", "0"], "raise it"),
+        (["--eval-scorer", "rogue"], "unknown scorer"),
+        (["--eval-scorer", "rougeL"], "reference"),
+        (
+            ["--scorer", "likelihood:a/m", "--eval-scorer", "likelihood:b/m"],
+            "models of one name",
+        ),
+        (
+            ["--scorer", "judge:openai:a", "--eval-scorer", "judge:openai:b"],
+            "are two judges",
+        ),
         (["--price-in", "1"], "belong together"),
         (["--drop-contradicted", "maybe"], "true or false"),
         (["--loss-args", "gamma=1"], "JSON object"),

@@ -219,6 +219,16 @@ def test_scorers_stand_beside_the_score_that_decides():
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
+def test_a_student_may_be_called_teacher():
+    options = {"scorers": {"a's": Scorer("a")}, "prompts": TEACHER}
+    named, other = (
+        evaluate_students([sft(name=name), plad()], TEACHER, **options)
+        for name in ("teacher", "SFT")
+    )
+    assert named["teacher"]["scores"] == other["teacher"]["scores"]
+    assert named["students"][0]["scores"] == other["students"][0]["scores"]
+
+
 class Few:
     def score(self, items):
         return [1.0]

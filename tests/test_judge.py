@@ -151,14 +151,14 @@ def test_scores_are_shares_of_wins():
     assert len(judge.endpoint.asked) == 4 * 3
 
 
-def test_failed_comparisons_are_ties_now_and_asked_again_later(tmp_path, caplog):
+def test_failed_comparisons_are_left_open_and_asked_again_later(tmp_path, caplog):
     state = {"down": True}
 
     def flaky(first, second):
         return "!timed out" if state["down"] and "x" in first else longer(first, second)
 
     judge = Judge(Fake(flaky), store=tmp_path / "verdicts.jsonl")
-    assert judge.compare([(PROMPT, "xx", "y")]) == [0.5]
+    assert math.isnan(judge.compare([(PROMPT, "xx", "y")])[0])
     assert judge.report.failed == 1
     assert "1 of 2 replies could not be had; the first reason: !timed out" in caplog.text
     assert all(map(math.isnan, judge.score([(PROMPT, "xx"), (PROMPT, "y")])))

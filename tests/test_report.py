@@ -310,6 +310,16 @@ def test_headline_concludes_nothing_from_a_handful():
     assert "too small to tell whether b is better than a" in headline(evaluate(*students))
 
 
+def test_headline_concludes_nothing_from_a_handful_of_verdicts():
+    """Of many prompts a judge decided few."""
+    students = [student(name, lead=0.0, kept=kept) for name, kept in (("a", 4), ("b", 8))]
+    metrics = evaluate(*students)
+    metrics["comparisons"][0]["wins"] = {"wins": 5, "ties": 0, "losses": 0, "p_value": 0.0625}
+    text = headline(metrics)
+    assert text.startswith("Distillation bought nothing measurable: b is no better than a.")
+    assert "On 5 held-out prompts" in text
+
+
 def test_headline_tells_whose_merit_it_was():
     """Both beat the untrained student; the last stage added nothing."""
     students = [

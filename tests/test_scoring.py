@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from plad_fast.chat import render_prompt, render_response
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, Prompt
+from plad_fast.evaluation import score_pairs
+from plad_fast.pairs import Answer, Prompt, as_response
 from plad_fast.pairs.model_scorers import Likelihood, RewardModel
 from plad_fast.pairs.scoring import (
     FunctionScorer,
@@ -85,6 +87,32 @@ def test_likelihood_is_the_mean_of_the_models_own_log_softmax(
     expected = [naive_mean_logp(tiny_model, tiny_tokenizer, *item) for item in ITEMS]
     assert scorer.score(ITEMS) == pytest.approx(expected, rel=1e-4)
     assert scorer.score([]) == []
+
+
+def test_likelihood_after_plain_text_is_that_of_the_text_as_pairs_have_it(
+    tiny_model, tiny_tokenizer
+):
+    """Without a chat template an answer does not run into the last word of its prompt."""
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    prompt = Prompt("p", "hello there")
+    pair = {"prompt": prompt.content, "chosen": as_response(prompt.content, "no"), "rejected": "x"}
+    options = {"length_normalization": 1.0, "progress": False}
+    expected = score_pairs(tiny_model, plain, [pair], **options)["chosen"]
+    found = Likelihood((tiny_model, plain)).score([(prompt, "no")])
+    assert found == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_scores_of_other_weights_are_refused(tiny_teacher, tmp_path):
+    """A folder keeps its name when its model is trained anew."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    path = tmp_path / "scores.jsonl"
+    stored_scores(Likelihood(str(folder)), ITEMS, path, progress=False)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UsageError, match="weights was"):
+        stored_scores(Likelihood(str(folder)), ITEMS, path, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from plad_fast.cli import main
 from plad_fast.errors import UsageError
 from plad_fast.pairs import AnswerStore, LocalModel, Prompt, Sampling, stored_answers
 from plad_fast.pairs.answering import discard_answers
@@ -97,6 +98,30 @@ def test_torchrun_gives_the_answers_of_one_process(folder, expected):
             (p.id, k) for p in PROMPTS for k in range(2)
         ]
     assert done.stderr.count("tiny: 100%") == 1  # one bar
+
+
+def test_torchrun_makes_the_pairs_of_one_process(tiny_teacher, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p.content}) + "\n" for p in PROMPTS))
+
+    def command(folder):
+        return [
+            *("pairs", "--teacher", str(tiny_teacher), "--student", str(tiny_teacher)),
+            *("--prompts", str(prompts), "--teacher-temperature", "1", "--student-samples", "2"),
+            *("--scorer", "length", "--select", "best-worst", "--max-new-tokens", "40"),
+            *("--precision", "float32", "--output-dir", str(tmp_path / folder)),
+        ]  # fmt: skip
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*launcher, "2", "-m", "plad_fast.cli", *command("two")],
+        env=environment(), capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pairs: ") == 1
+    assert main(command("one")) == 0
+    pairs = [(tmp_path / folder / "pairs.jsonl").read_bytes() for folder in ("one", "two")]
+    assert pairs[0] == pairs[1]
 
 
 @pytest.mark.parametrize("failure", ["kill", "raise"])

@@ -143,6 +143,8 @@ def test_pairs_of_a_retrained_student_are_made_anew(tiny_teacher, pairs, tmp_pat
     assert main(command) == 2
     assert "weights was " in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
+    assert main([*command, "--precision", "bfloat16"]) == 2
+    assert "precision was 'float32' and is 'bfloat16'" in capsys.readouterr().err
 
 
 def test_cut_off_samples_are_no_answers(tiny_teacher, pairs, tmp_path):

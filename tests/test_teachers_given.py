@@ -6,12 +6,14 @@ import json
 
 import pytest
 
+from plad_fast._devices import best_device
 from plad_fast.errors import UsageError
 from plad_fast.pairs import Answer, AnswerStore, Failure, Prompt, Sampling, generate_answers
 from plad_fast.pairs.given import CallableModel, ColumnModel, column_answers
 from plad_fast.pairs.prompts import load_prompts
 from plad_fast.pairs.sources import OFFLINE, open_teacher, split_spec, teacher_fingerprint
 from plad_fast.pairs.vllm_model import VllmModel
+from plad_fast.recipe import DistillConfig
 
 SECRET = "sk-planted-0123456789"
 PROMPTS = [Prompt("a", "A"), Prompt("b", "B"), Prompt("c", "C")]
@@ -130,6 +132,30 @@ def test_a_local_teacher_is_loaded_when_it_is_asked(tiny_teacher, monkeypatch):
 def test_specifications_that_mean_nothing(spec, options, says):
     with pytest.raises(UsageError, match=says):
         open_teacher(spec, **options)
+
+
+def test_the_endpoint_of_the_settings_may_be_the_judges_alone(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+    def teacher(**settings):
+        config = DistillConfig(teacher="column:x", base_url="http://127.0.0.1:1/v1", **settings)
+        return config.open_teacher(precision="auto", columns=lambda name: {"a": "A"})
+
+    for name in ("scorer", "eval_scorer"):
+        assert items(teacher(**{name: "judge:openai:m"}))["a", 0].text == "A"
+    with pytest.raises(UsageError, match="is no endpoint"):
+        teacher()
+
+
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert best_device() == "cuda"
+    for rank, device in [("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0"), ("-1", "cuda")]:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert best_device() == device
 
 
 def test_what_specifications_mean(tmp_path, monkeypatch):

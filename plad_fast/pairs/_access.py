@@ -18,6 +18,11 @@ def read_key(variable: str, url: str) -> str:
     Raises:
         UsageError: there is none, or it cannot be one. The message does not hold it.
     """
+    if not variable.isidentifier() or one_line(variable) != variable:
+        raise UsageError(
+            "--api-key-env takes the name of an environment variable, such as OPENAI_API_KEY, and "
+            "what it got is no name, or is the key itself"
+        )
     key = os.environ.get(variable, "").strip()
     if not key and is_loopback(url):
         return "none"
@@ -41,10 +46,17 @@ def find_url(url: str | None) -> str:
         UsageError: it is none, or holds what must not get into files and messages.
     """
     url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+        _ = parts.port  # raises for one that is no number, or too large
+    except ValueError:
+        is_url = False
+    if not is_url:
+        # What stands before an @ may be a password.
+        shown = one_line(url.rpartition("@")[2])
         raise UsageError(
-            f"base URL {one_line(url)!r} is none; it begins with http:// or https://, such as "
+            f"base URL {shown!r} is none; it begins with http:// or https://, such as "
             "http://127.0.0.1:8000/v1"
         )
     if parts.username or parts.password or parts.query or parts.fragment:

@@ -166,7 +166,11 @@ def check_prompts(prompts: Sequence[Prompt], store: AnswerStore, sampling: Sampl
 
 
 def row_id(prompt_id: str, sample: int) -> str:
-    """A row's id in the store. A tab does not occur in ids that people write."""
+    """A row's id in the store: the prompt's, with a tab and the sample's number from 1 on.
+
+    Ids of pairs hold tabs themselves, so these are doubled.
+    """
+    prompt_id = prompt_id.replace("\t", "\t\t")
     return f"{prompt_id}\t{sample}" if sample else prompt_id
 
 

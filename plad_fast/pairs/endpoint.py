@@ -167,9 +167,11 @@ class Endpoint:
                         raise item
                     yield item
             finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+                # Until all have ended: `wait_for` loses a cancellation that meets a reply.
+                while left := [worker for worker in workers if not worker.done()]:
+                    for worker in left:
+                        worker.cancel()
+                    await asyncio.wait(left, timeout=0.1)
 
     async def _ask(self, client: Any, request: ChatRequest, key: str) -> Reply | str:
         choices: list[Choice] = []
@@ -247,12 +249,13 @@ class Endpoint:
 
     def _give_up(self, trouble: Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
+        # `from None`: a traceback would show the client's own error too, which may quote the key.
         if trouble.then == "stop":
-            raise refusal(trouble, self.model, self.base_url, self.api_key_env)
+            raise refusal(trouble, self.model, self.base_url, self.api_key_env) from None
         if trouble.then == "unclear" and not self.usage.replies:
             self._unclear += 1
             if self._unclear >= _UNCLEAR:
-                raise refusal(trouble, self.model, self.base_url, self.api_key_env)
+                raise refusal(trouble, self.model, self.base_url, self.api_key_env) from None
         if trouble.then == "again":
             self._given_up_in_a_row += 1
             return f"given up after {tries + 1} tries; the last one: {trouble.reason}"

@@ -155,13 +155,13 @@ class Judge:
     def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """1 where the first text wins, 0 where the second does, 0.5 for a tie.
 
-        A comparison that could not be had counts as a tie here, and is asked for again by another
-        call; `report` tells how many there were.
+        NaN for a comparison that could not be had, which another call asks for again; `report`
+        tells how many there were.
 
         Raises:
             UsageError: no reply came at all, or as `AnswerStore.open`.
         """
-        return [0.5 if outcome is None else outcome for outcome in self._outcomes(items)]
+        return [math.nan if outcome is None else outcome for outcome in self._outcomes(items)]
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Shares of wins in [0, 1]; 0.5 for an answer without rivals."""

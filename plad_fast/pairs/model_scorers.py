@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from plad_fast._records import model_digest
 from plad_fast.chat import render_conversation
 from plad_fast.errors import UsageError
+from plad_fast.pairs.build import as_response
 from plad_fast.pairs.prompts import Prompt, as_messages
 from plad_fast.pairs.scoring import Item, by_prompt, finite_scores
 
@@ -48,12 +50,15 @@ class _ModelScorer:
         self.batch_size = batch_size
         self._dtype = dtype
         self._device = device
+        self._is_saved = isinstance(model, str)
         self._source = model if isinstance(model, str) else model[0].config.name_or_path
         self._loaded = None if isinstance(model, str) else model
         self.name = f"{self.kind} {Path(self._source).name}" if name is None else name
 
     def settings(self) -> dict[str, Any]:
-        return {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
+        settings = {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
+        # A folder may get other weights. Those of a loaded model are the caller's to know.
+        return settings | ({"weights": model_digest(self._source)} if self._is_saved else {})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         pass
@@ -89,8 +94,8 @@ class Likelihood(_ModelScorer):
         rows = []
         for group in groups:
             prompt = items[group[0]][0]
-            texts = [items[index][1] for index in group]
-            rows.append((as_messages(tokenizer, prompt.content), texts))
+            content = as_messages(tokenizer, prompt.content)
+            rows.append((content, [as_response(content, items[index][1]) for index in group]))
         logps = score_responses(
             model,
             tokenizer,

@@ -47,7 +47,7 @@ class Sampling:
     add to those that fewer give."""
 
     batch_size: int = 16
-    """Prompts at once; it changes speed and memory, not the answers."""
+    """Prompts at once; it changes speed, memory and rounding, and nothing else."""
 
     def settings(self) -> dict[str, Any]:
         """The fields on which answers depend, for the fingerprint of a store."""
