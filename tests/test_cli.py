@@ -88,7 +88,7 @@ BAD_INPUTS = {
     "layers out of order": ([*GOOD, "--student-layers", "1,0"], "increasing indices"),
     "beta below 0": ([*GOOD, "--beta", "-1"], "--beta must be at least 0, got -1"),
     "unknown loss": ([*GOOD, "--loss", "dpo2"], "unknown loss 'dpo2'; known losses"),
-    "a loss that needs scores": ([*GOOD, "--loss", "plad_margin"], "its pairs carry no scores"),
+    "a loss that needs scores": ([*GOOD, "--loss", "plad_margin"], "choose a --scorer"),
     "a number that is none": (
         [*GOOD, "--epochs", "many"],
         "--epochs must be a finite number, got 'many'",
@@ -138,7 +138,7 @@ BAD_INPUTS = {
     ),
     "pairs without the columns of pairs": (
         [*TRAIN, "--pairs", "{data}/question.jsonl"],
-        "no column chosen and prompt; it has question",
+        "has the columns question: pairs have",
     ),
     "no epochs": (
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--epochs", "0"],
