@@ -28,6 +28,7 @@ from plad_fast.pairs import (
     Sampling,
     as_messages,
     as_response,
+    build_answers,
     build_pairs,
     is_usable,
     open_scorer,
@@ -296,12 +297,7 @@ class Study:
         return stored_answers(load, prompts, path, sampling, fingerprint=made_by).answers
 
     def _fine_tuning_rows(self, part: str) -> list[dict[str, Any]]:
-        rows = []
-        for prompt in self.parts[part]:
-            if answer := self.teacher_answers.get(prompt.id):
-                content = as_messages(self.tokenizer, prompt.content)
-                rows.append({"prompt": content, "chosen": as_response(content, answer.text)})
-        return rows
+        return build_answers(self.parts[part], self.teacher_answers, tokenizer=self.tokenizer)
 
     def _filtered(self, arm: Arm) -> list[dict[str, Any]]:
         def gap(row: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
 def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | None]]:
     """Where a teacher of `column:NAME` finds its texts: in the data that the prompts are from."""
 
+    @functools.cache
     def read(column: str) -> dict[str, str | None]:
         if config.prompts == BUILTIN_PROMPTS:
             raise UsageError(

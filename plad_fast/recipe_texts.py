@@ -15,8 +15,7 @@ from plad_fast.pairs import (
     PairReport,
     Prompt,
     Sampling,
-    as_messages,
-    as_response,
+    build_answers,
     build_pairs,
     is_usable,
     open_local_model,
@@ -112,13 +111,7 @@ class RecipeTexts:
         Raises:
             UsageError: the teacher finished no answer to these prompts.
         """
-        answers = self.best_teacher_answers()
-        rows = []
-        for prompt in prompts:
-            if prompt.id in answers:
-                content = as_messages(tokenizer, prompt.content)
-                chosen = as_response(content, answers[prompt.id].text)
-                rows.append({"prompt": content, "chosen": chosen})
+        rows = build_answers(prompts, self.best_teacher_answers(), tokenizer=tokenizer)
         if not rows:
             raise UsageError(
                 "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens or "

@@ -50,4 +50,8 @@ def main(folder: Path, settings: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -6,7 +6,7 @@ from plad_fast.pairs.answering import (
     generate_answers,
     stored_answers,
 )
-from plad_fast.pairs.build import PairReport, as_response, build_pairs
+from plad_fast.pairs.build import PairReport, as_response, build_answers, build_pairs
 from plad_fast.pairs.filters import PairFilters, is_usable
 from plad_fast.pairs.given import CallableModel, ColumnModel, column_answers
 from plad_fast.pairs.local_model import LocalModel
@@ -34,6 +34,7 @@ __all__ = [
     "TextModel",
     "as_messages",
     "as_response",
+    "build_answers",
     "build_pairs",
     "builtin_prompts",
     "column_answers",

@@ -175,6 +175,29 @@ def require_selection(
         )
 
 
+def build_answers(
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Answer],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """Rows to fine-tune on, in the form of `build_pairs` without a rejected response.
+
+    Args:
+        prompts: one without an answer gives no row.
+        answers: by prompt id.
+        tokenizer: of the student that is to be trained.
+    """
+    rows = []
+    for prompt in prompts:
+        if prompt.id in answers:
+            content = as_messages(tokenizer, prompt.content)
+            rows.append(
+                {"prompt": content, "chosen": as_response(content, answers[prompt.id].text)}
+            )
+    return rows
+
+
 def as_response(prompt: Content, text: str) -> Content:
     """An answer in the form of its prompt: an assistant message, or text that may follow text."""
     text = text.strip()

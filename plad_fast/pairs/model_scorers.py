@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-class _ModelScorer:
+class _ModelScorer(ABC):
     """A model that is loaded when it is first needed, and kept as long as the scorer.
 
     Args:
@@ -60,7 +61,7 @@ class _ModelScorer:
         # A folder may get other weights. Those of a loaded model are the caller's to know.
         return settings | ({"weights": model_digest(self._source)} if self._is_saved else {})
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027  any prompt will do
         pass
 
     def _model(self) -> LoadedModel:
@@ -70,8 +71,8 @@ class _ModelScorer:
             self._loaded = self._load(self._source, self._device or best_device())
         return self._loaded
 
-    def _load(self, source: str, device: str) -> LoadedModel:
-        raise NotImplementedError
+    @abstractmethod
+    def _load(self, source: str, device: str) -> LoadedModel: ...
 
 
 class Likelihood(_ModelScorer):

@@ -7,6 +7,7 @@ machines the folder has to be one that all of them see.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import glob
 import json
@@ -64,6 +65,12 @@ class Ranks:
         if self.size > 1:
             self._talk(lambda: dist.barrier(group=self._group))
 
+    def leave(self) -> None:
+        """Hangs up. The group is not kept, not even by the traceback of an exception: one whose
+        threads still run when the interpreter ends aborts it."""
+        dist.destroy_process_group(self._group)
+        self._group = None
+
     def _talk(self, exchange: Callable[[], object]) -> None:
         try:
             exchange()
@@ -88,14 +95,17 @@ def joined() -> Iterator[Ranks]:
         yield Ranks()
         return
     # Its own group: the training's may be one that only sends from GPU to GPU.
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    ranks = Ranks(
+        dist.get_rank(),
+        dist.get_world_size(),
+        dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
     try:
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), group)
         yield ranks
         # Nobody hangs up on one who still reads.
         ranks.wait()
     finally:
-        dist.destroy_process_group(group)
+        ranks.leave()
 
 
 def _several() -> bool:
@@ -109,12 +119,19 @@ def _several() -> bool:
         from accelerate import PartialState
 
         PartialState()
+        atexit.register(_hang_up)
         if not dist.is_initialized():
             raise UsageError(
                 f"WORLD_SIZE={size}, but no other process is to be reached; start with torchrun or "
                 "accelerate launch, or unset RANK and WORLD_SIZE"
             )
     return dist.get_world_size() > 1
+
+
+def _hang_up() -> None:
+    """At the end of a program whose group was started here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share(wanted: Sequence[tuple[Prompt, int]], rank: int, size: int) -> list[tuple[Prompt, int]]:
