@@ -37,6 +37,7 @@ EXTRAS["dev"] = [
     "mypy>=1.10",
     "types-PyYAML",
     "scipy>=1.11",  # what statistics are compared with
+    "trl>=1.16; python_version >= '3.11'",  # losses and pair files are compared with its own
     # `transformers serve`, a server that the tests have not written themselves.
     "fastapi",
     "uvicorn",
