@@ -132,6 +132,8 @@ def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
         (["--teacher", "column:answer", "--student", "s"], "give --prompts"),
         (["--scorer", "rougeL"], "reference"),
         (["--scorer", "rogue"], "unknown scorer"),
+        (["--scorer", "likelihood:nowhere"], "'nowhere'"),
+        (["--eval-scorer", "reward:nowhere"], "'nowhere'"),
         (["--select", "ranked"], "needs scores"),
         (["--select", "best"], "unknown selection"),
         (["--loss", "plad_margin"], "choose a --scorer"),

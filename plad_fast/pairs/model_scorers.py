@@ -54,6 +54,7 @@ class _ModelScorer(ABC):
         self._is_saved = isinstance(model, str)
         self._source = model if isinstance(model, str) else model[0].config.name_or_path
         self._loaded = None if isinstance(model, str) else model
+        self._is_there = False
         self.name = f"{self.kind} {Path(self._source).name}" if name is None else name
 
     def settings(self) -> dict[str, Any]:
@@ -61,8 +62,13 @@ class _ModelScorer(ABC):
         # A folder may get other weights. Those of a loaded model are the caller's to know.
         return settings | ({"weights": model_digest(self._source)} if self._is_saved else {})
 
-    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027  any prompt will do
-        pass
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do. Raises UsageError where there is no such model."""
+        if self._loaded is None and not self._is_there:
+            from plad_fast.students import load_tokenizer
+
+            load_tokenizer(self._source)  # what is quick to load tells whether the rest is there
+            self._is_there = True
 
     def _model(self) -> LoadedModel:
         if self._loaded is None:
