@@ -38,6 +38,7 @@ EXTRAS["dev"] = [
     "types-PyYAML",
     "scipy>=1.11",  # what statistics are compared with
     "trl>=1.16; python_version >= '3.11'",  # losses and pair files are compared with its own
+    "lightning>=2.4",  # examples/ has a module for it
     # `transformers serve`, a server that the tests have not written themselves.
     "fastapi",
     "uvicorn",
@@ -55,7 +56,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["plad_fast", "plad_fast.pairs", "plad_fast.kernels"],
+    packages=["plad_fast", "plad_fast.integrations", "plad_fast.pairs", "plad_fast.kernels"],
     package_dir={"plad_fast.kernels": "kernels"},
     package_data={"plad_fast": ["py.typed", "pairs/*.jsonl"]},
     install_requires=[

@@ -1,0 +1,65 @@
+"""PLaD's ranking loss in a loop of accelerate, on any number of processes.
+
+accelerate launch examples/accelerate_loop.py --model MODEL --pairs pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from data import arguments, pair_batches
+
+from plad_fast import fused_linear_preference_loss
+from plad_fast.head import call_inside, head_arguments, unwrap
+from plad_fast.packing import to_device
+from plad_fast.students import load_model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    accelerator = Accelerator()
+    model = load_model(args.model, device=accelerator.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    batches = pair_batches(args, model)
+    # What the processes have in common is the wrapper: the loss is computed within its forward,
+    # where gradients get reduced.
+    wrapper, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+
+    for batch in batches:
+        batch = to_device(batch, accelerator.device)
+        # Every pair and every token counts the same, in whichever process it is.
+        pairs, tokens = accelerator.reduce(sizes(batch), "sum").tolist()
+
+        def loss_of(_: torch.Tensor, batch=batch, pairs=pairs, tokens=tokens) -> torch.Tensor:
+            return fused_linear_preference_loss(
+                **head_arguments(unwrap(wrapper), batch),
+                loss="plad_ranking",
+                sft_weight=0.1,
+                num_groups=pairs,
+                num_tokens=tokens,
+            ).loss
+
+        with accelerator.autocast():
+            loss = call_inside(wrapper, unwrap(wrapper), loss_of, batch["input_ids"])
+        # The wrapper averages gradients over processes; this loss wants their sum.
+        accelerator.backward(loss * accelerator.num_processes)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.print(f"loss {accelerator.reduce(loss.detach(), 'sum').item():.4f}")
+
+    if accelerator.is_main_process:
+        unwrap(wrapper).save_pretrained(args.output_dir)
+    accelerator.end_training()
+
+
+def sizes(batch: dict[str, torch.Tensor]) -> torch.Tensor:  # (2,)
+    """Pairs in a batch, and tokens of their chosen responses."""
+    lengths = batch["cu_seqlens"].diff()
+    return torch.stack([torch.tensor(len(lengths) // 2, device=lengths.device), lengths[::2].sum()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

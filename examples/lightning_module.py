@@ -1,0 +1,57 @@
+"""PLaD's ranking loss in a LightningModule.
+
+python examples/lightning_module.py --model MODEL --pairs pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import lightning
+import torch
+from data import arguments, pair_batches
+from transformers import PreTrainedModel
+
+from plad_fast import fused_linear_preference_loss
+from plad_fast.head import head_arguments
+from plad_fast.packing import PreferenceBatch, to_device
+from plad_fast.students import load_model
+
+
+class Student(lightning.LightningModule):
+    """Lightning calls `training_step` within DDP's forward, which is where the loss belongs."""
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+
+    def training_step(self, batch: PreferenceBatch) -> torch.Tensor:
+        out = fused_linear_preference_loss(
+            **head_arguments(self.model, batch), loss="plad_ranking", sft_weight=0.1
+        )
+        self.log("active_pairs", out.active.float().mean(), batch_size=len(out.active))
+        return out.loss
+
+    def transfer_batch_to_device(
+        self, batch: PreferenceBatch, device: torch.device, dataloader_idx: int
+    ) -> PreferenceBatch:
+        return to_device(batch, device)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    student = Student(load_model(args.model).train(), args.learning_rate)
+    trainer = lightning.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=args.output_dir
+    )
+    trainer.fit(student, pair_batches(args, student.model))
+    student.model.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
