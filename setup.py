@@ -56,7 +56,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["plad_fast", "plad_fast.integrations", "plad_fast.pairs", "plad_fast.kernels"],
+    packages=[
+        "plad_fast",
+        "plad_fast.integrations",
+        "plad_fast.kernels",
+        "plad_fast.losses",
+        "plad_fast.pairs",
+    ],
     package_dir={"plad_fast.kernels": "kernels"},
     package_data={"plad_fast": ["py.typed", "pairs/*.jsonl"]},
     install_requires=[

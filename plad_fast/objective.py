@@ -6,6 +6,7 @@ B groups of K responses to one prompt, best first; S = B * K sequences.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,8 @@ class Objective:
         ]
         if missing:
             raise UsageError(f"loss {spec.name!r} needs the option {', '.join(missing)}")
+        if not torch.compiler.is_compiling():
+            _check_values(spec, options)
         if spec.needs_scores and not has_scores:
             raise UsageError(
                 f"loss {spec.name!r} needs scores: one number per sequence, higher is better"
@@ -243,6 +246,20 @@ def check_groups(num_sequences: int, group_size: int) -> None:
             f"{num_sequences} sequences do not form groups of {group_size}; sequences of a group "
             "lie next to each other, best first"
         )
+
+
+def _check_values(spec: LossSpec, options: Mapping[str, Any]) -> None:
+    """Numbers for numbers and names for names; which ones is the loss's own business."""
+    for name, value in options.items():
+        default = spec.options[name]
+        if isinstance(default, str) and not isinstance(value, str):
+            raise UsageError(f"{name} of loss {spec.name!r} is a name, got {value!r}")
+        if isinstance(default, (int, float)) and (
+            not isinstance(value, (int, float, Tensor)) or isinstance(value, bool)
+        ):
+            raise UsageError(f"{name} of loss {spec.name!r} must be a number, got {value!r}")
+        if isinstance(value, float) and math.isinf(value):
+            raise UsageError(f"{name} of loss {spec.name!r} must be a finite number, got {value}")
 
 
 def _denominator(name: str, count: float | Tensor) -> float | Tensor:

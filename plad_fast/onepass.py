@@ -14,7 +14,7 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ def linear_preference_loss(
     objective: Objective,
     denominators: Denominators,
     needs: tuple[bool, bool, bool],
-    workspace: type[Workspace] = Workspace,
+    workspace: Callable[..., Workspace] = Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
     """Loss (), sums (S,), group losses (B,), whether a group is active (B,), and gradients.
 
@@ -47,7 +47,7 @@ def linear_preference_loss(
         weight if needs[1] else None,
         bias if needs[2] else None,
         space.products,
-        hidden_dtype=torch.float32 if half else hidden.dtype,
+        hidden_dtype=torch.float32 if half else space.grad_hidden_dtype or hidden.dtype,
     )
     sequences = _GroupLosses(cu_seqlens, scores, reference_logps, objective, denominators)
     for first, last in _packed_groups(sequences.group_bounds, space.rows):

@@ -8,18 +8,18 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from plad_fast import validation as check
 from plad_fast.autograd import alone_on
 from plad_fast.backend import LinearProblem
 from plad_fast.dispatch import default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
+from plad_fast.first_order import first_order_only, stub
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.losses import available, get_loss
 from plad_fast.objective import Objective
@@ -31,6 +31,9 @@ from plad_fast.segments import length_normalized
 
 _OBJECTIVES: dict[str, Objective] = {}
 """Objectives of calls in progress, by a name for the op, whose arguments cannot be functions."""
+
+_STUBS: dict[str, tuple[Tensor | None, ...]] = {}
+"""By the same names, the inputs' places in the graph, which are not to be had inside of the op."""
 
 
 def linear_preference_loss(
@@ -79,14 +82,15 @@ def linear_preference_loss(
                 "function of your own: register it, or use preference_loss on "
                 "linear_sequence_logprobs"
             )
-        names, values = ",".join(objective.options), list(objective.options.values())
+        names, values = _flattened(objective.options)
         return _linear_preference_loss(*arguments, name, names, values)[:5]
     name = f"objective {id(objective)}"
     _OBJECTIVES[name] = objective
+    _STUBS[name] = tuple(stub(leaf) for leaf in (hidden, weight, bias)) if enabled else ()
     try:
         return _linear_preference_loss(*arguments, name, "", [])[:5]
     finally:
-        del _OBJECTIVES[name]
+        del _OBJECTIVES[name], _STUBS[name]
 
 
 def _objective(
@@ -95,8 +99,44 @@ def _objective(
     """The objective of a call in progress; in a compiled graph a registered loss with options."""
     if name in _OBJECTIVES:
         return _OBJECTIVES[name]
-    options = dict(zip(names.split(","), values, strict=True)) if names else {}
-    return Objective(get_loss(name), group_size, options, sft_weight, alpha)
+    return Objective(get_loss(name), group_size, _nested(names, values), sft_weight, alpha)
+
+
+def _flattened(options: Mapping[str, Any], path: str = "") -> tuple[str, list[float]]:
+    """Options as a list of numbers and their names, "beta,parts.dpo.weight,f_divergence=js": what
+    an op can take."""
+    names, values = [], []
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            inner_names, inner_values = _flattened(value, f"{path}{name}.")
+            # One that is empty, too, has to come out of this again.
+            names.append(inner_names or f"{path}{name}.")
+            values += inner_values
+        elif isinstance(value, str):
+            names.append(f"{path}{name}={value}")
+        elif isinstance(value, Tensor):
+            raise UsageError(
+                f"in a compiled graph the option {name} of a loss must be a number, not a tensor"
+            )
+        else:
+            names.append(f"{path}{name}")
+            values.append(value)
+    return ",".join(names), values
+
+
+def _nested(names: str, values: Sequence[float]) -> dict[str, Any]:
+    """The options that `_flattened` took apart."""
+    options: dict[str, Any] = {}
+    numbers = iter(values)
+    for entry in names.split(",") if names else ():
+        path, is_text, text = entry.partition("=")
+        *outer, name = path.split(".")
+        place = options
+        for part in outer:
+            place = place.setdefault(part, {})
+        if name:
+            place[name] = text if is_text else next(numbers)
+    return options
 
 
 def _as_tensor(name: str, count: float | Tensor | None) -> Tensor | None:
@@ -187,14 +227,14 @@ def _(hidden, weight, bias, targets, cu_seqlens, *options):
 def _save_preference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, *_ = inputs
     # Saved as tensors, so that they are handed over and freed with the graph.
-    ctx.save_for_backward(*output[5:])
+    ctx.save_for_backward(*output[5:], *_STUBS.get(inputs[-3], ()))
     # Otherwise the saved gradients, being outputs, would get zeros of their own size.
     ctx.set_materialize_grads(False)
     ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
 
 
-@once_differentiable
+@first_order_only
 def _differentiate_preference(
     ctx: Any, grad_loss: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -206,7 +246,7 @@ def _differentiate_preference(
     scaled = (
         _scaled(grad, factor, dtype) if need else None
         for grad, dtype, need in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+            ctx.saved_tensors[:3], ctx.dtypes, ctx.needs_input_grad[:3], strict=True
         )
     )
     return *scaled, *[None] * 21

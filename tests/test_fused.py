@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plad_fast import (
@@ -17,6 +17,7 @@ from plad_fast import (
     preference_loss,
 )
 from plad_fast.workspace import compacting_order
+from tests.loss_options import REQUIRED
 from tests.problems import assert_within_budget, make_problem, oracle, problems
 
 
@@ -38,10 +39,11 @@ def assert_equal_with_gradients(problem, ours, want):
         torch.testing.assert_close(g, w)
 
 
+@pytest.mark.parametrize("name", losses.available())
+@settings(max_examples=12)
 @given(st.data())
-def test_equals_losses_on_the_oracle(data):
+def test_equals_losses_on_the_oracle(name, data):
     """Every registered loss, group size, regulariser and normalisation; any buffer size."""
-    name = data.draw(st.sampled_from(losses.available()))
     size = data.draw(st.integers(1 if name == "sft" else 2, 4))
     problem = data.draw(problems(group_size=size))
     options = {
@@ -49,6 +51,7 @@ def test_equals_losses_on_the_oracle(data):
         "group_size": size,
         "sft_weight": data.draw(st.sampled_from([0.0, 0.3])),
         "length_normalization": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        **REQUIRED.get(name, {}),
     }
     if "beta" in losses.get_loss(name).options:
         options["beta"] = data.draw(st.sampled_from([0.1, 0.5, 3.0]))

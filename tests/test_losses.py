@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plad_fast import UsageError, losses, preference_loss, register_loss
+from tests.loss_options import REQUIRED
 
 REFERENCE = {"reference_logps": torch.zeros(4)}
 LOGPS = torch.tensor([[-1.0, -1.5, -4.0], [-2.0, -1.0, -2.0]], dtype=torch.float64)
@@ -78,6 +79,99 @@ def test_simpo_by_hand():
     torch.testing.assert_close(got, torch.tensor([want], dtype=torch.float64))
 
 
+def test_orpo_by_hand():
+    """Of mean probabilities of 1/2 and 1/4 the odds are 1 and 1/3; of 1/5, 1/4."""
+    logps = -torch.tensor([[2 * math.log(2), math.log(4), 3 * math.log(5)]], dtype=torch.float64)
+    got = losses.orpo(logps, counts=torch.tensor([[2, 1, 3]]), beta=0.5)
+    # -log sigmoid(log x) = log(1 + 1 / x)
+    want = 0.5 * (math.log(1 + 1 / 3) + math.log(1 + 1 / 4)) / 2
+    torch.testing.assert_close(got, torch.tensor([want], dtype=torch.float64))
+
+
+def test_kto_reads_labels_from_scores_or_takes_the_first_for_the_desirable_one():
+    """Gains of 2 and -1, over a divergence of 0.5."""
+    reference = torch.tensor([[-3.0, -8.0]], dtype=torch.float64)
+    logps = reference + torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    options = {"beta": 0.5, "kl": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.75}
+    good, bad = 1.5 / (1 + math.exp(0.75)), 0.75 / (1 + math.exp(0.75))
+    got = losses.kto(logps, reference_logps=reference, **options)
+    assert got.item() == pytest.approx((good + bad) / 2)
+    labels = {"scores": torch.tensor([[1.0, -1.0]])}
+    on = {"loss": "kto", "reference_logps": reference}
+    pair = preference_loss(logps, torch.ones(1, 2), **on, **options)
+    alone = preference_loss(
+        *(logps[0], torch.ones(2)),
+        **{"loss": "kto", "group_size": 1, "reference_logps": reference[0]},
+        **{"scores": labels["scores"][0], **options},
+    )
+    assert pair.item() == pytest.approx(alone.item()) == pytest.approx(got.item())
+    shifted = losses.kto(logps, reference_logps=reference + 0.5, **options | {"kl": 0.0}, **labels)
+    tensor = losses.kto(logps, reference_logps=reference, **options | {"kl": torch.tensor(0.5)})
+    assert shifted.item() == pytest.approx(tensor.item()) == pytest.approx(got.item())
+
+
+def test_the_family_holds_together():
+    """Where one loss is said to be another at some value of an option."""
+    pairs, reference = LOGPS[:, :2], torch.tensor([[-2.0, -1.0], [-1.5, -3.0]]).double()
+    counts = torch.tensor([[2, 3], [4, 1]])
+    on = {"reference_logps": reference}
+    per_token = {"reference_logps": reference / counts}
+    robust = losses.dpo_robust(pairs, **on, label_smoothing=0.0)
+    torch.testing.assert_close(robust, losses.dpo(pairs, **on))
+    norm = losses.dpo_norm(pairs, counts=counts, **on)
+    torch.testing.assert_close(norm, losses.dpo(pairs / counts, **per_token))
+    dpo_alpha_1 = losses.dpo(pairs, **on, f_divergence="alpha_divergence", f_alpha=1.0)
+    torch.testing.assert_close(dpo_alpha_1, losses.dpo(pairs, **on))
+    dpo_alpha_0 = losses.dpo(pairs, **on, f_divergence="alpha_divergence", f_alpha=0.0)
+    torch.testing.assert_close(dpo_alpha_0, losses.dpo(pairs, **on, f_divergence="forward_kl"))
+    uniform = {"reference_logps": torch.zeros_like(pairs)}
+    torch.testing.assert_close(losses.cpo(pairs), losses.dpo(pairs, **uniform))
+    ipo = losses.ipo(pairs, counts=counts, **uniform)
+    torch.testing.assert_close(losses.cpo_ipo(pairs, counts=counts), ipo)
+    torch.testing.assert_close(losses.slic(pairs, delta=0.7), losses.plad_ranking(pairs, beta=0.7))
+    near = losses.simpo(pairs, counts=counts, alpha=1e-9)
+    torch.testing.assert_close(near, losses.simpo(pairs, counts=counts))
+    apo = losses.kto(pairs, **on, kl=0.0)
+    torch.testing.assert_close(2 * apo, losses.apo_zero(pairs, **on))
+    mixed = losses.mixture(
+        *(pairs,), **on, counts=counts, parts={"ipo": {"weight": 0.25, "beta": 0.5}, "cpo": {}}
+    )
+    want = 0.25 * losses.ipo(pairs, counts=counts, **on, beta=0.5) + losses.cpo(pairs)
+    torch.testing.assert_close(mixed, want)
+
+
+EXTREMES = [
+    *((0.0, 0.0), (-1e4, -1e4), (0.0, -1e4), (-1e4, 0.0)),
+    *((-1e-9, -3.0), (-3.0, -1e-9), (-1e-9, -1e-9), (-1e-45, -2.0)),
+]
+SHAPES = [
+    *({"f_divergence": "forward_kl"}, {"f_divergence": "js_divergence"}, {"alpha": 0.25}),
+    *({"f_divergence": "alpha_divergence"}, {"f_divergence": "alpha_divergence", "f_alpha": 3.0}),
+    *({"alpha": -2.0}, {}),
+]
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_hopeless_and_certain_responses_give_finite_numbers(name):
+    """Log-probabilities of -1e4, equal ones, one token, none, and p within rounding of 1."""
+    spec = losses.get_loss(name)
+    for options in SHAPES:
+        if not options.keys() <= spec.options.keys():
+            continue
+        for count in (0, 1, 1000):
+            logps = torch.tensor(EXTREMES, requires_grad=True)
+            extra = {
+                "scores": torch.ones_like(logps),
+                "reference_logps": torch.full_like(logps, -5.0),
+                "counts": torch.full(logps.shape, count),
+            }
+            extra = {k: v for k, v in extra.items() if k in spec.takes}
+            got = spec.fn(logps, **extra, **options, **REQUIRED.get(name, {}))
+            [gradient] = torch.autograd.grad(got.sum(), logps)
+            assert got.isfinite().all(), (options, count, got)
+            assert gradient.isfinite().all(), (options, count, gradient)
+
+
 def test_label_smoothing_counts_a_share_of_every_pair_the_other_way_round():
     pairs, reference = LOGPS[:, :2], torch.zeros(2, 2)
     right, wrong = (losses.dpo(x, reference_logps=reference) for x in (pairs, pairs.flip(1)))
@@ -104,10 +198,11 @@ def test_the_reference_is_normalised_as_the_policy_is():
     assert got.item() == pytest.approx(1 - 0.1 * (-5 / 2 + 6 / 3))
 
 
+@pytest.mark.parametrize("name", losses.available())
+@settings(max_examples=5)
 @given(st.data())
-def test_every_loss_has_right_gradients(data):
+def test_every_loss_has_right_gradients(name, data):
     """Numerical derivatives at random points, away from the hinges' corners."""
-    name = data.draw(st.sampled_from(losses.available()))
     size = data.draw(st.integers(2, 4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     logps = torch.randn(3, size, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -117,7 +212,7 @@ def test_every_loss_has_right_gradients(data):
         "reference_logps": torch.randn(3, size, generator=generator, dtype=torch.float64),
         "counts": torch.randint(0, 9, (3, size), generator=generator),
     }
-    extra = {k: v for k, v in extra.items() if k in spec.takes}
+    extra = {k: v for k, v in extra.items() if k in spec.takes} | REQUIRED.get(name, {})
     assert torch.autograd.gradcheck(lambda x: spec.fn(x, **extra), (logps,))
 
 
@@ -195,13 +290,17 @@ def test_a_new_loss_is_one_function():
         with pytest.raises(ValueError, match="registered already"):
             register_loss("test_only_log_sigmoid")(log_sigmoid)
     finally:
-        del losses._REGISTRY["test_only_log_sigmoid"]
+        del losses.registry._REGISTRY["test_only_log_sigmoid"]
+
+
+def mixture(parts):
+    return {"loss": "mixture", "parts": parts, **REFERENCE}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: dpo, dpo_hinge, ipo, plad_listwise"),
+        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: apo_down, apo_zero, bco_pair"),
         ({"beta": -1.0}, "beta .* at least 0, got -1"),
         ({"beta": float("nan")}, "beta .* at least 0, got nan"),
         ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),
@@ -226,6 +325,36 @@ def test_a_new_loss_is_one_function():
         ({"loss": "dpo", **REFERENCE, "beta": 0.0}, "beta .* must be positive, got 0"),
         ({"loss": "dpo", **REFERENCE, "label_smoothing": 0.5}, r"must lie in \[0, 0.5\), got 0.5"),
         ({"loss": "ipo", **REFERENCE, "group_size": 1}, "groups of 2 or more"),
+        ({"beta": "3"}, "beta of loss 'plad_ranking' must be a number, got '3'"),
+        ({"beta": math.inf}, "beta of loss 'plad_ranking' must be a finite number"),
+        ({"loss": "dpo", **REFERENCE, "f_divergence": 1}, "f_divergence of loss 'dpo' is a name"),
+        (
+            {"loss": "dpo", **REFERENCE, "f_divergence": "kl"},
+            "f_divergence 'kl'; known: reverse_kl",
+        ),
+        ({"loss": "exo_pair", **REFERENCE, "label_smoothing": 0.0}, r"must lie in \(0, 0.5\)"),
+        ({"loss": "dpo_robust", **REFERENCE, "label_smoothing": 0.5}, r"must lie in \[0, 0.5\)"),
+        ({"loss": "discopop", **REFERENCE, "tau": 2.0}, r"tau .* \(0, 1\], got 2.0"),
+        ({"loss": "cpo", "beta": 0.0}, "beta .* above 0, got 0"),
+        ({"loss": "simpo", "gamma": -1.0}, "gamma .* at least 0, got -1"),
+        ({"loss": "simpo", "alpha": float("nan")}, "alpha .* finite number, got nan"),
+        ({"loss": "slic", "delta": -1.0}, "delta .* at least 0, got -1"),
+        ({"loss": "orpo", "beta": -1.0}, "beta is a weight: .* at least 0, got -1"),
+        ({"loss": "bco_pair", **REFERENCE, "group_size": 1}, "groups of 2 or more"),
+        ({"loss": "kto", **REFERENCE}, "loss 'kto' needs the option kl"),
+        ({"loss": "kto", **REFERENCE, "kl": -1.0}, "kl .* at least 0, got -1"),
+        ({"loss": "kto", **REFERENCE, "kl": torch.ones(2)}, r"one number, got .* shape \(2,\)"),
+        ({"loss": "kto", **REFERENCE, "kl": 0, "group_size": 1}, "kto needs scores for groups of"),
+        ({"loss": "kto", **REFERENCE, "kl": 0, "desirable_weight": -1}, "desirable_weight is a w"),
+        (mixture({}), "parts must be like"),
+        (mixture({"dpo": 0.5}), r"parts\['dpo'\] must map names of options to values, got 0.5"),
+        (mixture({"dpo2": {}}), "unknown loss 'dpo2'"),
+        (mixture({"dpo": {"weight": -1}}), "the weight of 'dpo' in parts .* got -1"),
+        (mixture({"dpo": {"tau": 1}}), "'dpo' in parts has no option 'tau'; it has: weight, beta"),
+        (mixture({"kto": {}}), "'kto' in parts needs the option 'kl'"),
+        (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),
+        (mixture({"plad_margin": {}}), "'plad_margin' needs scores"),
+        (mixture({"mixture": {}}), "parts of a mixture cannot be mixtures"),
     ],
 )
 def test_refusals_say_what_was_wrong(options, message):

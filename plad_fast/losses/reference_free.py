@@ -1,0 +1,120 @@
+"""Losses without a reference beside the hinges, and plain fine-tuning.
+
+`label_smoothing` is the share of preferences taken to be the wrong way round, in [0, 0.5). `alpha`
+other than 0 has AlphaPO's reward (1 - p ** -alpha) / alpha in place of log p, see
+`plad_fast.losses.terms.power_rewards`. The regulariser of CPO and ORPO, the likelihood of the
+best responses, is `sft_weight`.
+
+With more than one rejected response each is the mean over the pairs that the first response forms
+with each of the others.
+
+SimPO, Meng et al. 2024, arXiv 2405.14734. CPO, Xu et al. 2024, arXiv 2401.08417. ORPO, Hong et al.
+2024, arXiv 2403.07691.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plad_fast.losses.registry import register_loss
+from plad_fast.losses.terms import (
+    MAX_SQUARED_EXPONENT,
+    check_margin,
+    check_slope,
+    check_weight,
+    first_against_each,
+    log_loss,
+    means,
+    power_rewards,
+)
+
+_NEAREST_TO_ONE = 2.0**-23
+"""float32's epsilon, for every dtype: they agree on a response that is certain or empty."""
+
+
+@register_loss("cpo")
+def cpo(
+    logps: Tensor,  # (B, K)
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    alpha: float = 0.0,
+) -> Tensor:  # (B,)
+    """CPO: -log sigmoid(beta (s(y+) - s(y-))).
+
+    Xu et al., equation 3, its preference term: DPO's with a uniform reference. The whole objective
+    has `sft_weight=1` beside it, and TRL's `cpo_alpha` is that weight.
+    """
+    check_slope(beta)
+    odds = beta * first_against_each(power_rewards(logps, alpha))
+    return log_loss(odds, label_smoothing).mean(dim=1)
+
+
+@register_loss("cpo_ipo", length_normalized=False)
+def cpo_ipo(
+    logps: Tensor,  # (B, K)
+    *,
+    counts: Tensor,  # (B, K)
+    beta: float = 0.1,
+    alpha: float = 0.0,
+) -> Tensor:  # (B,)
+    """`ipo` without a reference: (s(y+) / |y+| - s(y-) / |y-| - 1 / (2 beta)) ** 2.
+
+    CPO's `ipo` of TRL. The means are taken whatever the caller's length normalisation.
+    """
+    check_slope(beta)
+    rewards = power_rewards(means(logps, counts), alpha, MAX_SQUARED_EXPONENT)
+    gaps = first_against_each(rewards)
+    return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
+
+
+@register_loss("simpo", length_normalized=False)
+def simpo(
+    logps: Tensor,  # (B, K)
+    *,
+    counts: Tensor,  # (B, K)
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+    alpha: float = 0.0,
+) -> Tensor:  # (B,)
+    """SimPO: -log sigmoid(beta (s(y+) / |y+| - s(y-) / |y-|) - gamma).
+
+    Meng et al., equation 6. The means are taken whatever the caller's length normalisation.
+    """
+    check_slope(beta)
+    check_margin("gamma", gamma)
+    odds = beta * first_against_each(power_rewards(means(logps, counts), alpha)) - gamma
+    return log_loss(odds, label_smoothing).mean(dim=1)
+
+
+@register_loss("orpo", length_normalized=False)
+def orpo(
+    logps: Tensor,  # (B, K)
+    *,
+    counts: Tensor,  # (B, K)
+    beta: float = 0.1,
+) -> Tensor:  # (B,)
+    """ORPO's odds ratio: -beta log sigmoid(o(y+) - o(y-)), o = log (p / (1 - p)).
+
+    Hong et al., equations 4 and 7, where p = exp(s / |y|) and beta is called lambda. The whole
+    objective (equation 6) has `sft_weight=1` beside it: the likelihood of the responses, where TRL
+    takes that of their prompts too. The means are taken whatever the caller's length
+    normalisation. Within float32's rounding of p = 1 the odds end, and their gradient with them.
+    """
+    check_weight("beta", beta)
+    average = means(logps, counts).clamp(max=-_NEAREST_TO_ONE)
+    log_odds = average - torch.log(-torch.expm1(average))
+    return beta * log_loss(first_against_each(log_odds)).mean(dim=1)
+
+
+@register_loss("sft", mean_over="tokens", length_normalized=False)
+def sft(
+    logps: Tensor,  # (B, K)
+) -> Tensor:  # (B,)
+    """Negative log-likelihood of each group's first response: sequence-level distillation.
+
+    Kim and Rush 2016, arXiv 1606.07947, equation 5. The mean is over tokens, as everywhere.
+    """
+    return -logps[:, 0]

@@ -1,0 +1,141 @@
+"""The losses that have a name: what registers them, and what their signatures say of them.
+
+B groups of K responses each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+
+_TENSOR_ARGUMENTS = ("scores", "counts", "reference_logps")
+# Arguments of the ops: an option of this name would never reach the loss.
+_RESERVED = {
+    *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
+    *("softcap", "logit_scale", "temperature", "length_normalization", "ignore_index"),
+    *("num_groups", "num_tokens", "impl", "scratch_bytes"),
+}
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss function with what its signature says of it."""
+
+    name: str
+    fn: Callable[..., Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Option names with their default values; `inspect.Parameter.empty` means required."""
+    takes: tuple[str, ...] = ()
+    """Which of `scores`, `counts` and `reference_logps` the function has a parameter for."""
+    needs_scores: bool = False
+    """`scores` has no default."""
+    needs_reference: bool = False
+    """`reference_logps` has no default."""
+    mean_over: str = "groups"
+    """`groups`, or `tokens` of the groups' first sequences: what the sum is divided by."""
+    length_normalized: bool = True
+    """False: the function always gets plain sums, whatever the caller's length normalisation."""
+
+
+_REGISTRY: dict[str, LossSpec] = {}
+
+
+def register_loss(
+    name: str, *, mean_over: str = "groups", length_normalized: bool = True
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Make a loss function known under `name`; see the module's docstring for its form."""
+    assert mean_over in ("groups", "tokens")
+
+    def register(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if name in _REGISTRY:
+            raise ValueError(f"a loss named {name!r} is registered already")
+        _REGISTRY[name] = _spec_of(name, fn, mean_over, length_normalized)
+        return fn
+
+    return register
+
+
+def available() -> list[str]:
+    """Names that `get_loss` knows, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
+    """The registered loss of that name, or a description of the caller's own function.
+
+    Raises:
+        UsageError: unknown name; the message lists the known ones.
+    """
+    if callable(loss):
+        return _spec_of(getattr(loss, "__name__", "custom"), loss, "groups", True)
+    if loss not in _REGISTRY:
+        raise UsageError(f"unknown loss {loss!r}; known losses: {', '.join(available())}")
+    return _REGISTRY[loss]
+
+
+def read_loss_args(
+    loss: str, given: Mapping[str, Any] | str | None, *, beta: float | None = None
+) -> dict[str, Any] | None:
+    """Options of a loss from a mapping or from JSON text; None stays None.
+
+    Args:
+        loss: registered name.
+        given: names and values; the values are checked when the loss is bound to them.
+        beta: set apart from these.
+
+    Raises:
+        UsageError: not a mapping, an option that the loss lacks, or beta set twice.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise UsageError(
+                f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {given!r}'
+            ) from None
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UsageError(f"loss_args must map names of options to values, got {given!r}")
+    if "beta" in given and beta is not None:
+        raise UsageError("beta is set both by itself and in loss_args; set it once")
+    options = get_loss(loss).options
+    for name in given:
+        if name not in options:
+            known = ", ".join(options) or "none"
+            raise UsageError(f"loss {loss!r} has no option {name!r}; it has: {known}")
+    return dict(given)
+
+
+def _spec_of(
+    name: str, fn: Callable[..., Tensor], mean_over: str, length_normalized: bool
+) -> LossSpec:
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())[1:]
+    except ValueError:
+        raise UsageError(f"loss {name!r} shows no signature; wrap it in a function") from None
+    named = {
+        p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+    if clash := sorted(_RESERVED & named.keys()):
+        raise UsageError(
+            f"loss {name!r} has a parameter named {clash[0]!r}, which is an argument of the op; "
+            "give it another name"
+        )
+    return LossSpec(
+        name=name,
+        fn=fn,
+        options={key: value for key, value in named.items() if key not in _TENSOR_ARGUMENTS},
+        takes=tuple(key for key in named if key in _TENSOR_ARGUMENTS),
+        needs_scores=named.get("scores") is inspect.Parameter.empty,
+        needs_reference=named.get("reference_logps") is inspect.Parameter.empty,
+        mean_over=mean_over,
+        length_normalized=length_normalized,
+    )

@@ -1,0 +1,121 @@
+"""What the losses are made of, and the checks of their options.
+
+B groups of K responses each, best first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plad_fast.errors import UsageError
+
+MAX_EXPONENT = 80.0
+"""Where what grows exponentially ends: e ** 80 is still a float32."""
+MAX_SQUARED_EXPONENT = 40.0
+"""And so is the square of e ** 40."""
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+def first_against_each(
+    rewards: Tensor,  # (B, K)
+) -> Tensor:  # (B, K - 1)
+    """How much more the first response is worth than each of the others."""
+    check_group_size(rewards, at_least=2)
+    return rewards[:, :1] - rewards[:, 1:]
+
+
+def divergence_rewards(
+    ratios: Tensor,  # (B, K), log (p / p_ref)
+    f_divergence: str,
+    f_alpha: float,
+    max_exponent: float = MAX_EXPONENT,
+) -> Tensor:  # (B, K)
+    """f'(p / p_ref) of the divergence by which the policy is held to the reference.
+
+    f-DPO, Wang et al. 2023, arXiv 2309.16240, less constants, which cancel in a difference: f'(u)
+    is log u for reverse_kl (DPO itself), 1 - 1 / u for forward_kl, log (2 u / (1 + u)) for
+    js_divergence and (u ** (f_alpha - 1) - 1) / (f_alpha - 1) for alpha_divergence, where f_alpha
+    is TRL's: 1 less the paper's. Exponents end at `max_exponent`, and there the gradient.
+    """
+    if f_divergence == "reverse_kl":
+        return ratios
+    if f_divergence == "forward_kl":
+        return -torch.expm1((-ratios).clamp(max=max_exponent))
+    if f_divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(ratios)
+    if f_divergence == "alpha_divergence":
+        power = f_alpha - 1
+        if abs(power) < 1e-6:
+            return ratios
+        return torch.expm1((power * ratios).clamp(max=max_exponent)) / power
+    raise UsageError(f"unknown f_divergence {f_divergence!r}; known: {', '.join(F_DIVERGENCES)}")
+
+
+def power_rewards(
+    logps: Tensor,  # (B, K)
+    alpha: float,
+    max_exponent: float = MAX_EXPONENT,
+) -> Tensor:  # (B, K)
+    """(1 - p ** -alpha) / alpha, and log p for alpha = 0.
+
+    AlphaPO, Gupta et al. 2025, arXiv 2501.03884, which takes it of means over tokens. Of sums it
+    soon is too large for any number: exponents end at `max_exponent`, and there the gradient.
+    """
+    if not -math.inf < alpha < math.inf:  # torch.compile does not know math.isfinite
+        raise UsageError(f"alpha shapes the reward and must be a finite number, got {alpha}")
+    if alpha == 0:
+        return logps
+    return -torch.expm1((-alpha * logps).clamp(max=max_exponent)) / alpha
+
+
+def means(
+    sums: Tensor,  # (B, K)
+    counts: Tensor,  # (B, K)
+) -> Tensor:  # (B, K)
+    """Means over tokens; an empty sequence stays 0."""
+    return sums / counts.clamp(min=1)
+
+
+def log_loss(odds: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid of each, a share of it taken the other way round; of the shape of `odds`."""
+    check_share(label_smoothing)
+    right = -(1 - label_smoothing) * F.logsigmoid(odds)
+    return right - label_smoothing * F.logsigmoid(-odds) if label_smoothing else right
+
+
+def check_strength(beta: float) -> None:
+    if not beta > 0:
+        raise UsageError(f"beta is how firmly the reference holds and must be positive, got {beta}")
+
+
+def check_slope(beta: float) -> None:
+    if not beta > 0:
+        raise UsageError(f"beta scales the difference of log-likelihood, above 0, got {beta}")
+
+
+def check_margin(name: str, value: float) -> None:
+    if not value >= 0:
+        raise UsageError(f"{name} is a margin and must be at least 0, got {value}")
+
+
+def check_share(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise UsageError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+
+
+def check_weight(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise UsageError(f"{name} is a weight: a finite number of at least 0, got {value}")
+
+
+def check_group_size(logps: Tensor, at_least: int) -> None:
+    if logps.ndim != 2 or logps.shape[1] < at_least:
+        raise UsageError(
+            f"this loss compares responses: it needs groups of {at_least} or more sequences, "
+            f"got log-probabilities of shape {tuple(logps.shape)}"
+        )

@@ -1,0 +1,125 @@
+"""Every option of TRL's preference losses works here or is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from plad_fast import UsageError
+from plad_fast.losses import get_loss
+from plad_fast.objective import Objective
+from plad_fast.trl_options import (
+    CPO_LOSSES,
+    DPO_LOSSES,
+    F_DIVERGENCES,
+    KTO_LOSSES,
+    REFUSED_DPO_LOSSES,
+    translate_cpo,
+    translate_dpo,
+    translate_kto,
+    translate_orpo,
+)
+
+SMOOTHED = {"robust": 0.1, "exo_pair": 0.1}
+
+
+def test_every_translation_is_of_a_loss_that_takes_its_options():
+    translated = [
+        *(
+            translate_dpo({"loss_type": name, "label_smoothing": SMOOTHED.get(name, 0.0)})
+            for name in DPO_LOSSES
+        ),
+        *(translate_dpo({"f_divergence_type": name}) for name in F_DIVERGENCES),
+        translate_dpo({"loss_type": ["sigmoid", "bco_pair"], "beta": 0.3}),
+        translate_dpo({"loss_type": ["sft"]}),
+        *(translate_cpo({"loss_type": name}) for name in (*CPO_LOSSES, "alphapo")),
+        translate_orpo({"beta": 0.2}),
+        translate_kto({"loss_type": "apo_zero_unpaired"}),
+    ]
+    for loss, options, sft_weight in translated:
+        Objective.bind(
+            *(loss,),
+            **{"group_size": 2, "has_scores": True, "has_reference": True},
+            **{"sft_weight": sft_weight, **options},
+        )
+
+
+def test_defaults_are_trls():
+    """What is not given has TRL's default; ours may differ."""
+    assert translate_dpo({}) == ("dpo", {"beta": 0.1}, 0.0)
+    assert translate_dpo({"ld_alpha": 1.0, "use_weighting": False}) == translate_dpo({})
+    assert translate_cpo({})[2] == translate_orpo({})[2] == 1.0
+    assert translate_cpo({"loss_type": "simpo"})[1]["gamma"] == 0.5
+    assert translate_cpo({"loss_type": "alphapo", "alpha": 0.25})[2] == 0.0
+    assert get_loss("kto").options.keys() - translate_kto({})[1].keys() == {"kl"}
+    pytest.importorskip("trl")
+    from trl import DPOConfig, KTOConfig
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    for config, translate, names in (
+        (DPOConfig, translate_dpo, ["beta", "loss_weights", "label_smoothing", "discopop_tau"]),
+        (DPOConfig, translate_dpo, ["f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"]),
+        (CPOConfig, translate_cpo, ["beta", "loss_type", "cpo_alpha", "simpo_gamma", "alpha"]),
+        (ORPOConfig, translate_orpo, ["beta"]),
+        (KTOConfig, translate_kto, ["beta", "loss_type", "desirable_weight", "undesirable_weight"]),
+    ):
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        assert translate({name: defaults[name] for name in names}) == translate({})
+
+
+def test_no_loss_type_of_trl_is_missing_from_the_tables():
+    """A new one in a later version has to be given a place."""
+    pytest.importorskip("trl")
+    from trl import DPOConfig, KTOConfig
+    from trl.experimental.cpo import CPOConfig
+
+    def metadata(config):
+        fields = {field.name: field for field in dataclasses.fields(config)}
+        return fields["loss_type"].metadata
+
+    listed = re.findall(r"`'(\w+)'`", metadata(DPOConfig)["help"])
+    assert set(listed) == {*DPO_LOSSES, *REFUSED_DPO_LOSSES, "sft"}
+    assert set(metadata(CPOConfig)["choices"]) == {*CPO_LOSSES, "alphapo"}
+    assert set(metadata(KTOConfig)["choices"]) == set(KTO_LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("translate", "options", "message"),
+    [
+        (translate_dpo, {"loss_type": "aot"}, "loss_type 'aot' does not work here: it sorts"),
+        (translate_dpo, {"loss_type": ["sigmoid", "aot_unpaired"]}, "'aot_unpaired' does not work"),
+        (translate_dpo, {"loss_type": "kto_pair"}, "unknown loss_type 'kto_pair'; known: sigmoid"),
+        (translate_dpo, {"use_weighting": True}, "use_weighting=True does not work here: WPO"),
+        (translate_dpo, {"ld_alpha": 0.5}, "ld_alpha=0.5 does not work here: LD-DPO"),
+        (translate_dpo, {"ld_alpha": 0.0}, "ld_alpha=0.0 does not work here: LD-DPO"),
+        (translate_dpo, {"reference_free": True}, "reference_free=True .* CPOTrainer"),
+        (translate_dpo, {"rpo_alpha": 1.0}, "rpo_alpha=1.0 .* loss_weights"),
+        (translate_dpo, {"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect in TRL"),
+        (translate_dpo, {"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect"),
+        (translate_dpo, {"f_alpha_divergence_coef": 2.0}, "f_alpha_divergence_coef=2.0 has no eff"),
+        (translate_dpo, {"f_divergence_type": "kl"}, "unknown f_divergence_type 'kl'"),
+        (
+            *(translate_dpo, {"f_divergence_type": "forward_kl", "loss_type": "bco_pair"}),
+            "is valid with the loss types sigmoid, .* not with bco_pair",
+        ),
+        (translate_dpo, {"loss_weights": [1.0, 2.0]}, "2 loss_weights for 1 loss types"),
+        (translate_dpo, {"loss_weights": [-1.0]}, "loss_weights must not be negative"),
+        (translate_dpo, {"loss_type": ["ipo", "ipo"]}, "loss_type names a loss twice: ipo, ipo"),
+        (translate_dpo, {"loss_type": []}, "0 loss_weights for 0 loss types"),
+        (translate_dpo, {"loss_type": ["sft"], "loss_weights": [2.0]}, "set the weight to 1"),
+        (translate_dpo, {"gamma": 1}, "gamma: not known .* DPOTrainer; known: loss_type"),
+        (translate_cpo, {"loss_type": "kto_pair"}, "'kto_pair' is gone from TRL"),
+        (translate_cpo, {"loss_type": "aot"}, "unknown loss_type 'aot'; known: sigmoid"),
+        (translate_cpo, {"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect in TRL"),
+        (translate_cpo, {"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 has no"),
+        (translate_cpo, {"cpo_alpha": -1.0}, "cpo_alpha must not be negative"),
+        (translate_orpo, {"alpha": 1.0}, "alpha: not known .* ORPOTrainer; known: beta"),
+        (translate_kto, {"loss_type": "bco"}, "unknown loss_type 'bco'; known: kto, apo_zero_unp"),
+    ],
+)
+def test_refusals_name_the_option(translate, options, message):
+    with pytest.raises(UsageError, match=message):
+        translate(options)
