@@ -1,85 +1,48 @@
-"""Takes a Hugging Face causal LM apart: its backbone, its LM head, and what it does to logits.
-
-The op replaces the head's product, so all that a model does between its last hidden state and its
-logits has to be known. Where it is not, the model is refused by name: a wrong scale trains
-without complaint.
-"""
+"""Runs a Hugging Face language model up to its LM head, and the op in place of the head."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from plad_fast._tensor_parallel import whole_hidden
+from plad_fast.adapted_layers import base_model
+from plad_fast.encoder_decoder import decoder_hidden, is_encoder_decoder
 from plad_fast.errors import UsageError
+from plad_fast.lm_head import LMHead, find_head
 from plad_fast.ops import linear_sequence_logprobs
 from plad_fast.reference import reference_logits
+from plad_fast.vocab_parallel import vocab_parallel_sequence_logprobs
+from plad_fast.wrappers import call_inside, unwrap
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
     from plad_fast.ops import SequenceLogProbs
     from plad_fast.packing import PreferenceBatch
 
+__all__ = [
+    "LMHead",
+    "backbone_hidden",
+    "base_model",
+    "batch_hidden",
+    "call_inside",
+    "causal_lm_logprobs",
+    "check_head",
+    "evaluating",
+    "find_backbone",
+    "find_head",
+    "head_arguments",
+    "through_head",
+    "unwrap",
+]
+
 Result = TypeVar("Result")
-
-# Config entry -> the model families (prefixes of `model_type`) that multiply or divide by it.
-_MULTIPLIERS = {
-    "logit_scale": ("cohere",),
-    "lm_head_multiplier": ("falcon_h1",),
-    "logits_scaling": ("hyperclovax",),
-}
-_DIVISORS = {"logits_scaling": ("granite", "minicpm3")}
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    """None leaves the tanh out."""
-    logit_scale: float
-
-
-def find_head(model: nn.Module) -> LMHead:
-    """The LM head of a causal LM, as the arguments the op takes.
-
-    Call it where the weights are whole: for FSDP that is inside the wrapped forward (see
-    `call_inside`). ZeRO-3 gathers the head's weight for the head's own forward only, so it is
-    refused.
-
-    Args:
-        model: a transformers causal LM, or a PEFT model around one.
-
-    Raises:
-        UsageError: encoder-decoder models, heads that are not one plain `nn.Linear` (LoRA,
-            quantised), weights that are sharded or not loaded, unknown logit scales.
-    """
-    lm = base_model(model)
-    family = type(lm).__name__
-    if getattr(lm.config, "is_encoder_decoder", False):
-        raise UsageError(f"{family} is an encoder-decoder model; pass a decoder-only model")
-    head = lm.get_output_embeddings()
-    if head is None:
-        raise UsageError(f"{family} has no LM head; load it with AutoModelForCausalLM")
-    kind = type(head)
-    if kind is not nn.Linear:
-        raise UsageError(
-            f"the LM head of {family} is a {kind.__module__}.{kind.__name__}, which the op "
-            "does not know; it needs a plain nn.Linear: leave lm_head out of the LoRA target "
-            "modules and out of quantisation"
-        )
-    for tensor in (head.weight, head.bias):
-        _require_whole(tensor, family)
-    config = lm.config.get_text_config()
-    return LMHead(head.weight, head.bias, _softcap(config), _logit_scale(config))
 
 
 def backbone_hidden(
@@ -91,15 +54,16 @@ def backbone_hidden(
     """The hidden states that the LM head would see, without running the head.
 
     Raises:
-        UsageError: the model has no backbone apart from its head.
+        UsageError: the model has no backbone apart from its head, or an encoder; see
+            `plad_fast.encoder_decoder.decoder_hidden`.
     """
     lm = base_model(model)
-    backbone = lm.base_model
-    if backbone is lm:  # Gemma 3 of transformers 4
-        backbone = lm.get_decoder()
-    if backbone is lm or backbone is None:
-        raise UsageError(f"{type(lm).__name__} has no backbone apart from its LM head")
-    output = backbone(
+    if is_encoder_decoder(lm):
+        raise UsageError(
+            f"{type(lm).__name__} is an encoder-decoder model, whose prompt and response are apart; "
+            "use plad_fast.encoder_decoder.decoder_hidden"
+        )
+    output = find_backbone(lm)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         use_cache=False,
@@ -109,11 +73,29 @@ def backbone_hidden(
     return output.last_hidden_state
 
 
+def find_backbone(lm: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM whose last hidden states its LM head reads.
+
+    Raises:
+        UsageError: there is none apart from the head.
+    """
+    backbone = lm.base_model
+    if backbone is lm:  # Gemma 3 of transformers 4
+        backbone = lm.get_decoder()
+    if backbone is lm:  # Llama 4, whose text model alone has another name than its prefix says
+        backbone = getattr(lm, "model", None)
+    if backbone is lm or not isinstance(backbone, nn.Module):
+        raise UsageError(f"{type(lm).__name__} has no backbone apart from its LM head")
+    return backbone
+
+
 def check_head(model: nn.Module) -> None:
     """Runs four tokens through the model and through `find_head`: the logits must agree.
 
+    Nor may padding change hidden states, or tokens see those that come after them.
+
     This settles what names in a config cannot, for architectures this library has never seen.
-    The model must be whole, on its device, and not wrapped. It costs two forward passes.
+    The model must be whole, on its device, and not wrapped. It costs a few forward passes.
 
     Raises:
         UsageError: they do not agree, or as in `find_head`.
@@ -121,11 +103,21 @@ def check_head(model: nn.Module) -> None:
     head = find_head(model)
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]
     with evaluating(model), torch.no_grad():
-        expected = model(input_ids=input_ids).logits[0].float()
-        hidden = backbone_hidden(model, input_ids)[0].to(head.weight.dtype)
-        found = reference_logits(
-            hidden, head.weight, head.bias, head.softcap, head.logit_scale
-        ).float()
+        if is_encoder_decoder(model):
+            ones = torch.ones_like(input_ids)
+            hidden = decoder_hidden(model, input_ids, ones, input_ids, ones)[0]
+            expected = model(  # with masks, or some models take pad tokens for padding
+                input_ids=input_ids,
+                attention_mask=ones,
+                decoder_input_ids=input_ids,
+                decoder_attention_mask=ones,
+            ).logits[0]
+            expected = expected.float()
+        else:
+            expected = model(input_ids=input_ids).logits[0].float()
+            hidden = backbone_hidden(model, input_ids)[0]
+            _require_causal(model, input_ids)
+        found = reference_logits(**head.arguments(hidden)).float()
     if not expected.isfinite().all():
         raise UsageError(
             f"the logits of {type(base_model(model)).__name__} are not finite: its weights are "
@@ -141,47 +133,119 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def _require_causal(model: nn.Module, input_ids: Tensor) -> None:  # (1, 4)
+    """Two tokens alone, before padding, and before others: the same hidden states."""
+    alone = backbone_hidden(model, input_ids[:, :2])[0]
+    mask = torch.ones_like(input_ids).repeat(2, 1)
+    mask[1, 2:] = 0
+    for row in backbone_hidden(model, input_ids.repeat(2, 1), mask):
+        # In the mean, and roughly: rounding differs with the shape, and may choose other experts.
+        if (row[:2] - alone).abs().mean() > 0.1 * alone.abs().mean():
+            raise UsageError(
+                f"{type(base_model(model)).__name__} lets tokens see padding, or those that come "
+                "after them; it is not a causal model, and is not supported"
+            )
+
+
 def causal_lm_logprobs(
     model: nn.Module,
     batch: PreferenceBatch,
     *,
     length_normalization: float = 0.0,
+    tensor_parallel: bool | DeviceMesh = True,
     **options: Any,
 ) -> SequenceLogProbs:
     """Log-probability of every response in a batch under the model, differentiable.
 
+    A head whose rows are sharded by tensor parallelism stays so, and every rank gets the result:
+    `plad_fast.vocab_parallel.vocab_parallel_sequence_logprobs` is used in place of
+    `linear_sequence_logprobs`.
+
     Args:
-        model: a causal LM; see `find_head` for which.
+        model: a causal or encoder-decoder LM; see `find_head` for which.
         batch: from `PreferenceCollator`, on the model's device; a packed one needs
             `plad_fast.sharing.prepare(model)` once.
         length_normalization: alpha in sum / count ** alpha.
+        tensor_parallel: as in `find_head`.
         **options: `temperature`, `impl` and so on of `linear_sequence_logprobs`.
     """
-    return linear_sequence_logprobs(
-        **head_arguments(model, batch), length_normalization=length_normalization, **options
-    )
+
+    def op(**arguments: Any) -> SequenceLogProbs:
+        function: Callable[..., SequenceLogProbs] = linear_sequence_logprobs
+        if "group" in arguments:
+            function = vocab_parallel_sequence_logprobs
+        return function(**arguments, length_normalization=length_normalization, **options)
+
+    return through_head(model, batch, op, tensor_parallel=tensor_parallel)
 
 
-def head_arguments(model: nn.Module, batch: PreferenceBatch) -> dict[str, Any]:
+def through_head(
+    model: nn.Module,
+    batch: PreferenceBatch,
+    op: Callable[..., Result],
+    *,
+    tensor_parallel: bool | DeviceMesh = False,
+) -> Result:
+    """Runs the backbone, and `op` in place of the head's forward.
+
+    What shards the head apart from the model around it (ZeRO-3, a `fully_shard` of its own) has it
+    whole in that forward only, and in the backward through what that forward returns.
+
+    Args:
+        model: a causal or encoder-decoder LM, not wrapped; see `call_inside`.
+        batch: from `PreferenceCollator`, on the model's device.
+        op: called with what `head_arguments` returns.
+        tensor_parallel: as in `find_head`. The forward of a head that is sharded so splits its
+            input and joins its output, and is left out.
+    """
+    rows = _predicting_rows(model, batch, tensor_parallel)
+    head = base_model(model).get_output_embeddings()
+    if head is None:
+        find_head(model)  # says what is wrong
+
+    def forward(rows: Tensor) -> Result:
+        return op(**_arguments(model, rows, batch, tensor_parallel))
+
+    if tensor_parallel and hasattr(head.weight, "device_mesh"):
+        return forward(rows)
+    return call_inside(head, head, forward, rows)
+
+
+def head_arguments(
+    model: nn.Module, batch: PreferenceBatch, *, tensor_parallel: bool | DeviceMesh = False
+) -> dict[str, Any]:
     """Runs the backbone and gathers what both ops take of model and batch.
 
-    Hidden states get the head's dtype, which they lack when a norm works in float32 or, under
-    autocast, when the last layer does not; autocast itself is the op's business.
+    For heads that are whole by themselves; see `through_head`.
+
+    Args:
+        tensor_parallel: as in `find_head`; for a head that is sharded so there is a `group` too,
+            and the ops are those of `plad_fast.vocab_parallel`.
     """
-    hidden = batch_hidden(model, batch)
-    head = find_head(model)
+    rows = _predicting_rows(model, batch, tensor_parallel)
+    return _arguments(model, rows, batch, tensor_parallel)
+
+
+def _predicting_rows(
+    model: nn.Module, batch: PreferenceBatch, tensor_parallel: bool | DeviceMesh
+) -> Tensor:  # (N, D)
+    tokens = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
+    hidden = whole_hidden(batch_hidden(model, batch), tensor_parallel, tokens)
     if "row_layout" in batch:
-        rows = batch["row_layout"].predicting(hidden)
-    else:
-        rows = hidden.flatten(0, 1).index_select(0, batch["loss_rows"])
+        return batch["row_layout"].predicting(hidden)
+    return hidden.flatten(0, 1).index_select(0, batch["loss_rows"])
+
+
+def _arguments(
+    model: nn.Module,
+    rows: Tensor,  # (N, D)
+    batch: PreferenceBatch,
+    tensor_parallel: bool | DeviceMesh,
+) -> dict[str, Any]:
     return {
-        "hidden": rows.to(head.weight.dtype),
-        "weight": head.weight,
-        "bias": head.bias,
+        **find_head(model, tensor_parallel=tensor_parallel).arguments(rows),
         "targets": batch["targets"],
         "cu_seqlens": batch["cu_seqlens"],
-        "softcap": head.softcap,
-        "logit_scale": head.logit_scale,
     }
 
 
@@ -189,8 +253,23 @@ def batch_hidden(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (R, T, 
     """Hidden states of a batch in any layout.
 
     Raises:
-        UsageError: a packed batch for a model whose attention does not know packed rows.
+        UsageError: a packed batch for a model whose attention does not know packed rows, or a batch
+            for an encoder-decoder model and another one for the model.
     """
+    if is_encoder_decoder(model) != ("decoder_input_ids" in batch):
+        raise UsageError(
+            f"the batch and {type(base_model(model)).__name__} do not go together: layout "
+            "'encoder_decoder' is for encoder-decoder models, which take no other; collate with "
+            "what plad_fast.sharing.prepare(model) returns"
+        )
+    if "decoder_input_ids" in batch:
+        return decoder_hidden(
+            model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["decoder_input_ids"],
+            batch["decoder_attention_mask"],
+        )
     if "row_layout" not in batch:
         return backbone_hidden(model, batch["input_ids"], batch["attention_mask"])
     from plad_fast.attention import is_enabled, packed_forward  # brings in transformers
@@ -209,30 +288,6 @@ def batch_hidden(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (R, T, 
         )
 
 
-def call_inside(
-    wrapper: nn.Module, module: nn.Module, fn: Callable[..., Result], *args: Any, **kwargs: Any
-) -> Result:
-    """Calls `fn` as if it were the forward of `module`, through `wrapper`.
-
-    DDP and FSDP prepare gradients and gather weights around their forward only: work done outside
-    of it meets sharded weights, or leaves gradients unreduced. Forward hooks of `module` run too.
-
-    Args:
-        wrapper: DDP or FSDP around `module`, or `module` itself.
-        module: the model inside; see `unwrap`.
-        fn: what to run. Its result passes through the wrapper.
-    """
-    own_forward = vars(module).get("forward")
-    module.forward = fn
-    try:
-        return wrapper(*args, **kwargs)
-    finally:
-        if own_forward is None:
-            del module.forward
-        else:
-            module.forward = own_forward
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode; afterwards every module is in the mode it was in."""
@@ -243,57 +298,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def unwrap(wrapper: nn.Module) -> nn.Module:
-    """The model inside DDP, FSDP or a DeepSpeed engine; a bare model is returned as it is."""
-    while isinstance(inner := getattr(wrapper, "module", None), nn.Module):
-        wrapper = inner
-    return wrapper
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model of a PEFT model, with its adapters in place; else the model."""
-    get_base_model = getattr(model, "get_base_model", None)
-    base: Any = model if get_base_model is None else get_base_model()
-    if not callable(getattr(base, "get_output_embeddings", None)):
-        raise UsageError(f"{type(model).__name__} is not a transformers model; pass a causal LM")
-    return base
-
-
-def _require_whole(tensor: Tensor | None, family: str) -> None:
-    if tensor is None:
-        return
-    if tensor.is_meta:
-        raise UsageError(
-            f"the LM head of {family} has no data (meta device); load the model without offloading"
-        )
-    # A DTensor says so by this attribute; a ZeRO-3 shard has no elements.
-    if tensor.numel() == 0 or hasattr(tensor, "device_mesh"):
-        raise UsageError(
-            f"the LM head of {family} is sharded; compute the loss inside the wrapped forward "
-            "(plad_fast.head.call_inside), and do not shard the head by tensor parallelism"
-        )
-
-
-def _softcap(config: PretrainedConfig) -> float | None:
-    caps = [getattr(config, name, None) for name in _SOFTCAPS]
-    return next((float(cap) for cap in caps if cap is not None), None)
-
-
-def _logit_scale(config: PretrainedConfig) -> float:
-    scale = 1.0
-    for name in _MULTIPLIERS.keys() | _DIVISORS.keys():
-        value = getattr(config, name, None)
-        if value is None or value == 1:
-            continue
-        if config.model_type.startswith(_MULTIPLIERS.get(name, ())):
-            scale *= value
-        elif config.model_type.startswith(_DIVISORS.get(name, ())):
-            scale /= value
-        else:
-            raise UsageError(
-                f"config.{name} is {value}, and it is not known what {config.model_type} models "
-                "do with it; this model is not supported"
-            )
-    return scale

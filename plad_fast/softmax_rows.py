@@ -40,22 +40,13 @@ def softmax_rows_(
     log p(target) is (z_t - max) - log(sum of exp): for a confident target both terms are near 0
     and keep their digits, which the difference z_t - lse would lose.
     """
-    if bias is not None:
-        buffer.add_(bias)
-    if spec.softcap is None:
-        if spec.slope != 1:
-            buffer.mul_(spec.slope)
-    else:
-        buffer.mul_(spec.logit_scale / spec.softcap).tanh_()
-        if tanh_slope is not None:
-            torch.mul(buffer, buffer, out=tanh_slope).neg_().add_(1)
-        buffer.mul_(spec.softcap / spec.temperature)
+    logits_(buffer, spec, bias, tanh_slope)
     row_max = buffer.amax(dim=1)
     buffer.sub_(row_max.unsqueeze(1))
     centred_target = buffer.gather(1, targets.unsqueeze(1)).squeeze(1)
     expected = None
     if entropy_rows:
-        expected = _exp_with_expectation_(buffer, entropy_rows)
+        expected = exp_with_expectation_(buffer, entropy_rows)
     else:
         buffer.exp_()
     column = targets.unsqueeze(1)
@@ -67,7 +58,26 @@ def softmax_rows_(
     return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
 
 
-def _exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
+def logits_(
+    buffer: Tensor,  # (n, V): raw product on entry, logits on return
+    spec: LogitSpec,
+    bias: Tensor | None = None,  # (V,)
+    tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
+) -> None:
+    """Turn raw products into logits."""
+    if bias is not None:
+        buffer.add_(bias)
+    if spec.softcap is None:
+        if spec.slope != 1:
+            buffer.mul_(spec.slope)
+    else:
+        buffer.mul_(spec.logit_scale / spec.softcap).tanh_()
+        if tanh_slope is not None:
+            torch.mul(buffer, buffer, out=tanh_slope).neg_().add_(1)
+        buffer.mul_(spec.softcap / spec.temperature)
+
+
+def exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
     """exp in place; returns each row's sum of x exp(x), with 0 for x = -inf."""
     expected = buffer.new_empty(buffer.shape[0])
     for start in range(0, buffer.shape[0], block_rows):
@@ -86,15 +96,23 @@ def logits_gradient_(
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None = None,  # (n,)
     tanh_slope: Tensor | None = None,  # (n, V)
+    owned: Tensor | None = None,  # (n,) bool
 ) -> None:
-    """d raw = slope * (g (onehot - p) + g_lse p), for any upstream g and g_lse."""
+    """d raw = slope * (g (onehot - p) + g_lse p), for any upstream g and g_lse.
+
+    owned: rows whose target is a column of the buffer, which then holds a part of the vocabulary;
+    None for all.
+    """
     at_target = grad_logprobs * statistics.miss
     of_probability = -grad_logprobs
     if grad_lse is not None:
         at_target = at_target + grad_lse * (1 - statistics.miss)
         of_probability = of_probability + grad_lse
     buffer.mul_((of_probability / statistics.sum_exp).unsqueeze(1))
-    buffer.scatter_(1, targets.unsqueeze(1), at_target.unsqueeze(1))
+    column = targets.unsqueeze(1)
+    if owned is not None:
+        at_target = at_target.where(owned, buffer.gather(1, column).squeeze(1))
+    buffer.scatter_(1, column, at_target.unsqueeze(1))
     if tanh_slope is not None:
         buffer.mul_(tanh_slope)
     if spec.slope != 1:

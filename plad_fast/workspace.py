@@ -40,6 +40,9 @@ class Workspace:
     keeps_slope = True
     """Whether softcapped logits keep the derivative of the cap in a second buffer."""
 
+    grad_hidden_dtype: torch.dtype | None = None
+    """In which the gradient of the hidden states is kept; None for their own."""
+
     def __init__(
         self,
         hidden: Tensor,

@@ -137,6 +137,56 @@ def test_check_finds_what_the_config_does_not_say(change):
         check_head(model)
 
 
+def test_check_finds_a_model_that_sees_padding():
+    """Or the future: its log-probabilities would depend on what else is in the batch."""
+    model = build("Llama")
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: out + out.mean(1, True))
+    with pytest.raises(UsageError, match=r"not a causal model|does more"):
+        check_head(model)
+    config = transformers.CpmAntConfig(
+        vocab_size=61, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=24
+    )
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match="not a causal model"):
+        check_head(transformers.CpmAntForCausalLM(config))
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "AyaVision"])
+def test_text_part_of_a_larger_model_is_seen(family):
+    """Batches of text alone. Both ignore what their text model's config says on scale or cap."""
+    text = {**COMMON, "head_dim": 8}
+    if family == "Gemma3":
+        text |= {"final_logit_softcapping": 2.0}
+        vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        config = transformers.Gemma3Config(
+            text_config=text, vision_config={**vision, "num_attention_heads": 2}
+        )
+        model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    else:
+        text |= {"model_type": "cohere2", "logit_scale": 0.25}
+        vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        config = transformers.AyaVisionConfig(
+            text_config=text,
+            vision_config={**vision, "model_type": "siglip_vision_model", "num_attention_heads": 2},
+        )
+        model = transformers.AyaVisionForConditionalGeneration(config).eval()
+    head = find_head(model)
+    assert (head.softcap, head.logit_scale) == (None, 1.0)
+    check_head(model)
+
+
+def test_scale_of_a_larger_model_is_not_guessed():
+    """What a model of text and images does with its text model's entries is its own affair."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.LlavaConfig(
+        text_config={**COMMON, "model_type": "gemma2", "head_dim": 8},
+        vision_config={**vision, "model_type": "clip_vision_model", "num_attention_heads": 2},
+    )
+    with pytest.raises(UsageError, match="final_logit_softcapping is 30"):
+        find_head(transformers.LlavaForConditionalGeneration(config))
+
+
 def test_check_leaves_the_mode_alone():
     model = build("Llama").train()
     check_head(model)
@@ -171,13 +221,6 @@ def test_unsafe_heads_are_refused():
 
     with pytest.raises(UsageError, match="not a transformers model"):
         find_head(nn.Linear(2, 2))
-
-
-def test_encoder_decoder_is_refused():
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 11}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
-    with pytest.raises(UsageError, match="encoder-decoder"):
-        find_head(model)
 
 
 def test_backbone_runs_without_the_head(batch):

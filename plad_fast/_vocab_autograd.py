@@ -1,0 +1,176 @@
+"""Vocabulary-parallel forward and backward, joined for autograd.
+
+N tokens, none of them ignored; V rows of this rank's shard, D hidden, S sequences in B groups.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from plad_fast import onepass
+from plad_fast._vocab_group import Shards
+from plad_fast._vocab_rows import whole_statistics
+from plad_fast._vocab_workspace import ShardStatistics, ShardWorkspace
+from plad_fast.autograd import alone_on
+from plad_fast.backend import Denominators, LinearProblem
+from plad_fast.logit_spec import LogitSpec
+from plad_fast.objective import Objective
+from plad_fast.preference_autograd import _scaled
+from plad_fast.products import accumulation_dtype
+from plad_fast.segments import length_normalized
+from plad_fast.softmax_rows import RowStatistics
+from plad_fast.workspace import HeadGradients
+
+
+class ShardedHead(NamedTuple):
+    """What is done with a shard of the head, beside its tensors."""
+
+    shards: Shards
+    spec: LogitSpec
+    scratch_bytes: int
+    reduce_hidden_grad: bool
+
+    def workspace(self, *, together: bool) -> Callable[..., ShardWorkspace]:
+        return functools.partial(ShardWorkspace, shards=self.shards, together=together)
+
+    def reduced(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of the hidden states, summed over the ranks before it is rounded."""
+        if self.reduce_hidden_grad and grad.numel():
+            self.shards.sum_(grad)
+        return grad.to(dtype)
+
+
+class ShardedTokens(torch.autograd.Function):
+    """(hidden, weight, bias) to token log-probabilities (N,), lse (N,) and entropy (N,) or (0,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,) of the whole vocabulary
+        head: ShardedHead,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with alone_on(hidden):
+            make = head.workspace(together=False)
+            space = make(hidden, weight, bias, head.spec, head.scratch_bytes, for_gradient=False)
+            empty = hidden.new_empty(0, 5 if with_entropy else 3, dtype=space.products.dtype)
+            parts = [
+                space.part(hidden[chunk], targets[chunk], with_entropy)
+                for chunk in space.chunks(0, len(hidden))
+            ]
+            whole = whole_statistics(head.shards.gather(torch.cat([empty, *parts])))
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, whole.row_max, whole.sum_exp, whole.miss
+        )
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        entropy = whole.row_max.new_empty(0) if whole.entropy is None else whole.entropy
+        ctx.mark_non_differentiable(entropy)
+        return whole.token_logprobs, whole.row_max + whole.sum_exp.log(), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, row_max, sum_exp, miss = ctx.saved_tensors
+        head: ShardedHead = ctx.head
+        grad = torch.zeros_like(miss) if grad is None else grad
+        active = grad != 0 if grad_lse is None else (grad != 0) | (grad_lse != 0)
+        active_rows = active.nonzero().squeeze(1)
+        with alone_on(hidden):
+            make = head.workspace(together=False)
+            space = make(
+                hidden[: len(active_rows)],
+                weight,
+                bias,
+                head.spec,
+                head.scratch_bytes,
+                for_gradient=True,
+            )
+            needs = ctx.needs_input_grad
+            grads = HeadGradients(
+                hidden if needs[0] else None,
+                weight if needs[1] else None,
+                bias if needs[2] else None,
+                space.products,
+                hidden_dtype=space.grad_hidden_dtype,
+            )
+            for chunk in space.chunks(0, len(active_rows)):
+                rows = active_rows[chunk]
+                h, t = hidden[rows], targets[rows]
+                part = space.part(h, t)
+                whole = RowStatistics(row_max[rows], sum_exp[rows], miss[rows], miss[rows], None)
+                statistics = ShardStatistics(whole, part[:, 0])
+                of_lse = None if grad_lse is None else grad_lse[rows]
+                grads.add(space.gradient(t, statistics, grad[rows], of_lse), h, rows)
+            del space
+            of_hidden, of_weight, of_bias = grads.finish(weight.dtype)
+            if of_hidden is not None:
+                of_hidden = head.reduced(of_hidden, hidden.dtype)
+        return of_hidden, of_weight, of_bias, None, None, None
+
+
+class ShardedPreference(torch.autograd.Function):
+    """(hidden, weight, bias) to loss (), sums (S,), group losses (B,) and active (B,).
+
+    The gradients are made in the forward, for an upstream of 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,) of the whole vocabulary
+        cu_seqlens: Tensor,  # (S + 1,)
+        scores: Tensor | None,  # (S,)
+        reference_logps: Tensor | None,  # (S,)
+        objective: Objective,
+        denominators: Denominators,
+        needs: tuple[bool, bool, bool],
+        head: ShardedHead,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        no_index = -1  # nothing is ignored
+        problem = LinearProblem(
+            hidden, weight, bias, targets, cu_seqlens, head.spec, no_index, head.scratch_bytes
+        )
+        with alone_on(hidden):
+            value, sums, group_losses, active, grads = onepass.linear_preference_loss(
+                problem,
+                scores,
+                reference_logps,
+                objective,
+                denominators,
+                needs,
+                workspace=head.workspace(together=True),
+            )
+            if grads.hidden is not None:
+                # float16 stays float32 until a loss scale has come with the upstream.
+                half = hidden.dtype == torch.float16
+                dtype = accumulation_dtype(hidden.dtype) if half else hidden.dtype
+                grads = grads._replace(hidden=head.reduced(grads.hidden, dtype))
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
+        sums = length_normalized(sums, cu_seqlens.diff(), objective.length_normalization)
+        ctx.mark_non_differentiable(sums, group_losses, active)
+        return value, sums, group_losses, active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        scaled = (
+            None if grad is None else _scaled(grad, grad_loss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, *[None] * 8

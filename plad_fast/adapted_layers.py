@@ -1,0 +1,157 @@
+"""Sees through PEFT: the transformers model inside, and what an adapted linear layer computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from plad_fast.errors import UsageError
+from plad_fast.wrappers import own_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ADVICE = "leave lm_head out of the target modules and out of quantisation"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter that adds scale * up(down(dropout(x))) to a layer's output."""
+
+    down: nn.Linear  # (r, D)
+    up: nn.Linear  # (V, r)
+    dropout: nn.Module
+    scale: float
+
+    def inputs(self, x: Tensor) -> Tensor:  # (N, D) -> (N, r)
+        """What `up`'s weight is multiplied by, with the scale in it."""
+        return self.down(self.dropout(x.to(self.down.weight.dtype))) * self.scale
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer as it acts now: x @ weight.T + bias, plus what its adapters add."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[LowRank, ...] = ()
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model of a PEFT model, with its adapters in place; else the model.
+
+    Raises:
+        UsageError: another kind of model, or an adapter that acts in PEFT's own forward, around
+            the model and not in its layers.
+    """
+    get_base_model = getattr(model, "get_base_model", None)
+    base: Any = model if get_base_model is None else get_base_model()
+    if not callable(getattr(base, "get_output_embeddings", None)):
+        raise UsageError(f"{type(model).__name__} is not a transformers model; pass a causal LM")
+    if get_base_model is not None:
+        _require_in_layers(model)
+    return base
+
+
+def effective_layer(head: nn.Module, name: str) -> Layer:
+    """What an `nn.Linear`, or PEFT's wrapper of one, computes at present.
+
+    Args:
+        name: what to call it in messages.
+
+    Raises:
+        UsageError: it is something else, or under an adapter that is not known.
+    """
+    kinds = _names(head)
+    if isinstance(head, nn.Linear) and own_class(head) is nn.Linear:
+        return Layer(head.weight, head.bias)
+    module: Any = head
+    if kinds >= {"peft.ModulesToSaveWrapper"}:
+        active = _active(module, module.modules_to_save)
+        return effective_layer(
+            module.modules_to_save[active[0]] if active else module.original_module, name
+        )
+    if kinds >= {"peft.TrainableTokensWrapper"}:
+        return effective_layer(module.token_adapter, name)
+    if kinds >= {"peft.TrainableTokensLayer"} and own_class(module.base_layer) is nn.Linear:
+        active = _active(module, module.trainable_tokens_delta)
+        base = module.base_layer
+        # Not `active_adapters` itself: a layer may have no rows of some of them.
+        weight = module.get_merged_weights(active) if active else base.weight
+        return Layer(weight, base.bias)
+    if kinds >= {"peft.LoraLayer"} and own_class(module.base_layer) is nn.Linear:
+        return _with_lora(module, name)
+    kind = type(head)
+    inner = getattr(head, "base_layer", None)
+    around = "" if inner is None else f" around a {type(inner).__name__}"
+    raise UsageError(
+        f"{name} is a {kind.__module__}.{kind.__name__}{around}, which the op does not know; it "
+        f"needs a plain nn.Linear: {_ADVICE}"
+    )
+
+
+def _with_lora(module: Any, name: str) -> Layer:
+    base = module.base_layer
+    if module.merged and module.disable_adapters:
+        module.unmerge()  # as its own forward does
+    active = [] if module.merged else _active(module, module.lora_A)
+    for adapter in active:
+        variant = getattr(module, "lora_variant", {}).get(adapter)
+        kind = None if variant is None else type(variant).__name__
+        if getattr(module, "use_dora", {}).get(adapter):
+            kind = kind or "DoRA"
+        if (
+            kind is None and own_class(module).__name__ != "Linear"
+        ):  # a subclass adds to the forward
+            kind = own_class(module).__name__
+        if kind is not None:
+            raise UsageError(
+                f"{name} is under {kind}, which is more than the plain LoRA that the op knows; "
+                f"use plain LoRA there, or {_ADVICE}"
+            )
+    return Layer(
+        base.weight,
+        base.bias,
+        tuple(
+            LowRank(
+                module.lora_A[adapter],
+                module.lora_B[adapter],
+                module.lora_dropout[adapter],
+                float(module.scaling[adapter]),
+            )
+            for adapter in active
+        ),
+    )
+
+
+def _active(module: Any, known: Any) -> Sequence[str]:
+    """The adapters that act in a layer: of those in use, the ones that it has."""
+    if module.disable_adapters:
+        return []
+    return [adapter for adapter in module.active_adapters if adapter in known]
+
+
+def _names(module: nn.Module) -> set[str]:
+    """Of a module's classes, as package.Class: PEFT need not be installed to know them."""
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(module).__mro__}
+
+
+def _require_in_layers(model: Any) -> None:
+    settings = getattr(model, "peft_config", None) or {}
+    active = getattr(model, "active_adapters", None) or list(settings)
+    for adapter in [active] if isinstance(active, str) else active:
+        config = settings.get(adapter)
+        kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+        if getattr(config, "is_prompt_learning", False) or kind in ("XLORA", "POLY"):
+            raise UsageError(
+                f"PEFT's {kind or type(config).__name__} acts around the model, not in its layers, "
+                "and the fused loss runs the model itself; use LoRA or another adapter of layers"
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise UsageError(
+                "PEFT's activated LoRA looks for its tokens in PEFT's own forward, which the fused "
+                "loss does not run; use plain LoRA"
+            )

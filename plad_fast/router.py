@@ -1,0 +1,104 @@
+"""The load-balancing loss of mixtures of experts, as the model itself would add it to its own.
+
+A causal LM adds it behind its head, which the fused loss does not run. So the backbone is listened
+to, and what it put out goes through the model's own forward once more, with one token a row left
+for the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from plad_fast.adapted_layers import base_model
+from plad_fast.errors import UsageError
+from plad_fast.head import find_backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def asks_for_router_loss(model: nn.Module) -> bool:
+    """Whether the config has the model add a router loss (`output_router_logits`)."""
+    config = base_model(model).config
+    configs = (config, config.get_text_config())
+    return any(getattr(entries, "output_router_logits", False) for entries in configs)
+
+
+@contextlib.contextmanager
+def router_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the model would add to its loss, of every forward of its backbone meanwhile.
+
+    It is the coefficient times a mean over tokens, those that the attention mask leaves out not
+    counted; in packed rows a shared prompt counts once. To be used where `find_head` is, inside
+    the wrapped forward.
+
+    Yields:
+        A list, filled when the context is left: one scalar with its graph for every forward;
+        none if the config does not ask for it.
+
+    Raises:
+        UsageError: the config asks for it, and the model has none.
+    """
+    losses: list[Tensor] = []
+    if not asks_for_router_loss(model):
+        yield losses
+        return
+    lm = base_model(model)
+    backbone = find_backbone(lm)
+    heard: list[tuple[dict[str, Any], Any]] = []
+
+    def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": True}
+
+    def hear(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        heard.append((kwargs, output))
+
+    handles = [
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(hear, with_kwargs=True),
+    ]
+    try:
+        yield losses
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses += [_own_loss(lm, backbone, kwargs, output) for kwargs, output in heard]
+
+
+def _own_loss(
+    lm: PreTrainedModel, backbone: nn.Module, kwargs: dict[str, Any], output: Any
+) -> Tensor:
+    own_forward = vars(backbone).get("forward")
+    backbone.forward = lambda *_, **__: output
+    try:
+        # Not `lm` itself: hooks around it are those of the forward that runs already.
+        found = type(lm).forward(
+            lm,
+            input_ids=kwargs["input_ids"],
+            attention_mask=kwargs["attention_mask"],
+            output_router_logits=True,
+            logits_to_keep=1,
+            use_cache=False,
+            return_dict=True,
+        )
+    finally:
+        if own_forward is None:
+            del backbone.forward
+        else:
+            backbone.forward = own_forward
+    loss = getattr(found, "aux_loss", None)
+    config = lm.config.get_text_config()
+    named = (getattr(config, name, None) for name in _COEFFICIENTS)
+    coefficient = next((value for value in named if value is not None), None)
+    if not isinstance(loss, Tensor) or coefficient is None:
+        raise UsageError(
+            f"config.output_router_logits asks for a router loss, and {type(lm).__name__} has "
+            "none; set it to False"
+        )
+    return coefficient * loss

@@ -1,0 +1,383 @@
+"""The public ops for an LM head whose rows lie on the ranks of a process group.
+
+Every rank calls with the same tokens and its own rows of the head; what one rank would compute
+with all rows comes out on all of them. N tokens, V rows of this rank, D hidden, S sequences in B
+groups of K, W ranks.
+
+What goes over the group, n being the tokens that are not ignored:
+
+| call | collectives | numbers each rank sends |
+|---|---|---|
+| either | 1 all-gather, to agree | 10 int64 |
+| `vocab_parallel_sequence_logprobs` | 1 all-gather | 3 n; 5 n with the entropy |
+| its backward | 1 all-reduce | n D |
+| `vocab_parallel_preference_loss` | 1 all-reduce of the chunks' size | 1 int64 |
+| | 1 all-gather a chunk of rows | 3 n in all |
+| | 1 all-reduce, with gradients | n D |
+
+They are float32, float64 for float64. Nothing of the size of N x V is sent. In the one-pass loss
+the rows of a group too long for the scratch budget are computed, and sent, twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plad_fast import validation as check
+from plad_fast._vocab_autograd import ShardedHead, ShardedPreference, ShardedTokens
+from plad_fast._vocab_group import agreed_shards, check_group, digest, digest_of
+from plad_fast.dispatch import default_scratch_bytes
+from plad_fast.errors import UsageError
+from plad_fast.fused import FusedLoss
+from plad_fast.logit_spec import LogitSpec
+from plad_fast.objective import Objective, check_groups
+from plad_fast.ops import (
+    SequenceLogProbs,
+    autocast_head,
+    checked_ignore_index,
+    checked_scratch,
+    checked_spec,
+)
+from plad_fast.segments import length_normalized, segment_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+logger = logging.getLogger("plad_fast")
+
+
+@torch.compiler.disable
+def vocab_parallel_sequence_logprobs(
+    hidden: Tensor,  # (N, D), the same on every rank
+    weight: Tensor,  # (V, D), this rank's rows
+    targets: Tensor,  # (N,), the same on every rank
+    cu_seqlens: Tensor,  # (S + 1,), the same on every rank
+    *,
+    group: ProcessGroup,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
+    bias: Tensor | None = None,  # (V,), this rank's rows
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+) -> SequenceLogProbs:
+    """`linear_sequence_logprobs` of a head whose rows lie on the ranks of a process group.
+
+    Values and gradients equal those of the whole head on one device, for any upstream gradient
+    that is the same on every rank. The gradients of weight and bias are those of this rank's
+    rows. Same inputs on the same number of ranks give the same bits, and all ranks the same
+    results. It works with the torch backend's products on every device, and is left out of
+    compiled graphs (a graph break).
+
+    Args:
+        hidden, targets, cu_seqlens: as in `linear_sequence_logprobs`; targets index the whole
+            vocabulary. Under dropout the ranks must draw alike: hidden states are not compared.
+        weight, bias: rows of the ranks follow one another in the order of their ranks in the
+            group. Their number may differ, and be 0.
+        group: of the ranks that hold the vocabulary. Each of them must make this call, and run
+            the backward.
+        vocab_size: rows from this one on, counted over all ranks, are padding: they have
+            probability 0 and a zero gradient. None if there are none.
+        reduce_hidden_grad: add up the ranks' gradients of the hidden states, each being due to
+            its own rows: right for hidden states that every rank has. False leaves this rank's
+            part, for callers who add up themselves, by a reduce-scatter over the sequence for
+            example.
+        impl: "auto" or "torch".
+        scratch_bytes: as in `linear_sequence_logprobs`, of this rank. Not in it: a float32 gradient
+            of 16-bit hidden states.
+        softcap, logit_scale, temperature, length_normalization, ignore_index, return_lse,
+            return_entropy: as in `linear_sequence_logprobs`.
+
+    Raises:
+        UsageError: on every rank: arguments that do not fit on one of them, or are not alike where
+            they must be (numbers of tokens, targets, offsets, options); says which.
+    """
+    check_group(group)
+    options = length_normalization, ignore_index, softcap, logit_scale, temperature
+
+    def checked() -> LogitSpec:
+        check.check_length_normalization(length_normalization)
+        check.check_flag("return_lse", return_lse)
+        check.check_flag("return_entropy", return_entropy)
+        return checked_spec(softcap, logit_scale, temperature)
+
+    call = _agree(
+        "vocab_parallel_sequence_logprobs",
+        _Inputs(hidden, weight, bias, targets, cu_seqlens),
+        group,
+        checked,
+        (*options, return_entropy),
+        {},
+        vocab_size=vocab_size,
+        reduce_hidden_grad=reduce_hidden_grad,
+        ignore_index=ignore_index,
+        impl=impl,
+        scratch_bytes=scratch_bytes,
+    )
+    kept = ShardedTokens.apply(
+        call.hidden, call.weight, call.bias, call.targets, call.head, return_entropy
+    )
+    token_logprobs, lse, entropy = (call.spread(values) for values in kept)
+    sums = length_normalized(
+        segment_sums(token_logprobs, call.all_offsets), call.counts, length_normalization
+    )
+    return SequenceLogProbs(
+        sums,
+        call.counts,
+        token_logprobs,
+        lse=lse if return_lse else None,
+        entropy=entropy if return_entropy else None,
+    )
+
+
+@torch.compiler.disable
+def vocab_parallel_preference_loss(
+    hidden: Tensor,  # (N, D), the same on every rank
+    weight: Tensor,  # (V, D), this rank's rows
+    targets: Tensor,  # (N,), the same on every rank
+    cu_seqlens: Tensor,  # (S + 1,), the same on every rank
+    *,
+    group: ProcessGroup,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
+    loss: str | Callable[..., Tensor] = "plad_ranking",
+    group_size: int = 2,
+    scores: Tensor | None = None,  # (S,)
+    reference_logps: Tensor | None = None,  # (S,), plain sums
+    sft_weight: float = 0.0,
+    bias: Tensor | None = None,  # (V,), this rank's rows
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    num_groups: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    **loss_options: Any,
+) -> FusedLoss:
+    """`fused_linear_preference_loss` of a head whose rows lie on the ranks of a process group.
+
+    One pass: three matrix products of this rank's rows, and a small collective for every chunk of
+    them, before its gradients can be made. The ranks settle on a size of the chunks that fits all
+    of their budgets. A loss function must give the same on every rank.
+
+    Args:
+        group, vocab_size, reduce_hidden_grad, impl, scratch_bytes: as in
+            `vocab_parallel_sequence_logprobs`, and what must be the same on every rank as well.
+        others: as in `fused_linear_preference_loss`.
+
+    Raises:
+        UsageError: on every rank, as in `vocab_parallel_sequence_logprobs`; an unknown loss or
+            option, sequences that do not form whole groups.
+    """
+    check_group(group)
+    constants = {"scores": scores, "reference_logps": reference_logps}
+
+    def checked() -> tuple[LogitSpec, Objective]:
+        for name, values in constants.items():
+            check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
+        for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
+            check.check_denominator(name, count)
+        objective = Objective.bind(
+            loss,
+            group_size=group_size,
+            sft_weight=sft_weight,
+            length_normalization=length_normalization,
+            has_scores=scores is not None,
+            has_reference=reference_logps is not None,
+            device=hidden.device,
+            **loss_options,
+        )
+        check_groups(len(cu_seqlens) - 1, group_size)
+        return checked_spec(softcap, logit_scale, temperature), objective
+
+    options = length_normalization, ignore_index, softcap, logit_scale, temperature
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", "")
+    call = _agree(
+        "vocab_parallel_preference_loss",
+        _Inputs(hidden, weight, bias, targets, cu_seqlens),
+        group,
+        checked,
+        (*options, group_size, sft_weight, name, _plain(loss_options)),
+        {**constants, "num_groups": num_groups, "num_tokens": num_tokens},
+        vocab_size=vocab_size,
+        reduce_hidden_grad=reduce_hidden_grad,
+        ignore_index=ignore_index,
+        impl=impl,
+        scratch_bytes=scratch_bytes,
+    )
+    _, objective = call.checked
+    counts = call.counts.reshape(-1, group_size)
+    leaves = call.hidden, call.weight, call.bias
+    enabled = torch.is_grad_enabled()
+    value, sums, group_losses, active = ShardedPreference.apply(
+        *leaves,
+        call.targets,
+        torch.nn.functional.pad(call.counts.cumsum(0), (1, 0)),
+        scores,
+        reference_logps,
+        objective,
+        objective.denominators(counts, num_groups, num_tokens),
+        tuple(enabled and leaf is not None and leaf.requires_grad for leaf in leaves),
+        call.head,
+    )
+    return FusedLoss(value, sums, call.counts, group_losses, active)
+
+
+class _Inputs(NamedTuple):
+    """The caller's tensors."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    cu_seqlens: Tensor
+
+
+class _Call(NamedTuple):
+    """A call that all ranks agree about; hidden and targets are those that count."""
+
+    hidden: Tensor  # (n, D)
+    weight: Tensor  # (V, D) without padding
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (n,)
+    head: ShardedHead
+    checked: Any
+    counts: Tensor  # (S,)
+    all_offsets: Tensor  # (S + 1,) of all N tokens
+    rows: Tensor | None  # (n,) which of the N tokens count; None for all
+    num_tokens: int
+
+    def spread(self, values: Tensor) -> Tensor:  # (n,) -> (N,)
+        """0 where the target is ignored."""
+        if self.rows is None or len(values) != len(self.rows):
+            return values
+        return values.new_zeros(self.num_tokens).index_copy(0, self.rows, values)
+
+
+def _agree(
+    op: str,
+    inputs: _Inputs,
+    group: ProcessGroup,
+    checked: Callable[[], Any],
+    options: tuple[Any, ...],
+    constants: Mapping[str, float | Tensor | None],
+    *,
+    vocab_size: int | None,
+    reduce_hidden_grad: bool,
+    ignore_index: int,
+    impl: str,
+    scratch_bytes: int | None,
+) -> _Call:
+    """Check this rank's arguments, compare them with the others', and drop what does not count.
+
+    A rank that finds something wrong with its own tells the others before it raises, so that
+    they do not wait for it.
+    """
+    hidden, weight, bias, targets, cu_seqlens = inputs
+    facts: dict[str, int | Tensor] = {}
+    refusal, result, scratch = None, None, 0
+    try:
+        check.check_are_tensors(hidden=hidden, weight=weight, bias=bias)
+        hidden, weight, bias = autocast_head(hidden, weight, bias)
+        check.check_head(hidden, _not_empty(weight), None if bias is None else _not_empty(bias))
+        check.check_targets(targets, len(hidden), hidden.device)
+        check.check_cu_seqlens(cu_seqlens, hidden.device)
+        check.check_flag("reduce_hidden_grad", reduce_hidden_grad)
+        checked_ignore_index(ignore_index)
+        _check_impl(impl)
+        scratch = checked_scratch(scratch_bytes) or default_scratch_bytes(hidden.device)
+        result = checked()
+        with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+        settings = hidden.shape[1], hidden.dtype, bias is None, with_gradient, reduce_hidden_grad
+        facts = {
+            "the ops called": digest_of(op),
+            "numbers of tokens": len(hidden),
+            "dtypes, hidden sizes or gradients": digest_of(*settings),
+            "options": digest_of(*options, vocab_size),
+            "targets": digest(targets),
+            "cu_seqlens": digest(cu_seqlens),
+            "scores or reference_logps": digest(_as_tensor(constants.get("scores")))
+            + 3 * digest(_as_tensor(constants.get("reference_logps"))),
+            "num_groups or num_tokens": digest(_as_tensor(constants.get("num_groups")))
+            + 3 * digest(_as_tensor(constants.get("num_tokens"))),
+        }
+    except UsageError as error:
+        refusal = error
+    device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu"))
+    shards = agreed_shards(
+        group, device, len(weight) if refusal is None else 0, facts, refusal
+    ).cut(vocab_size)
+    spec = result[0] if isinstance(result, tuple) else result
+    assert isinstance(spec, LogitSpec)
+    targets, cu_seqlens = targets.long(), cu_seqlens.long()
+    check.check_sequences(targets, cu_seqlens, shards.vocab, ignore_index)
+    if shards.rows < len(weight):
+        weight, bias = weight[: shards.rows], None if bias is None else bias[: shards.rows]
+    keep = targets != ignore_index
+    counts = segment_sums(keep.double(), cu_seqlens).long()
+    rows, num_tokens = keep.nonzero().squeeze(1), len(hidden)
+    if len(rows) < num_tokens:
+        hidden, targets = hidden.index_select(0, rows), targets[rows]
+    return _Call(
+        hidden,
+        weight,
+        bias,
+        targets,
+        ShardedHead(shards, spec, scratch, reduce_hidden_grad),
+        result,
+        counts,
+        cu_seqlens,
+        rows if len(rows) < num_tokens else None,
+        num_tokens,
+    )
+
+
+def _not_empty(tensor: Tensor) -> Tensor:
+    """With a row, since a rank may have none."""
+    return tensor if tensor.ndim == 0 or len(tensor) else tensor.new_empty(1, *tensor.shape[1:])
+
+
+def _plain(value: Any) -> Any:
+    """An option as it can be compared over ranks; of an object only its type can."""
+    if isinstance(value, Mapping):
+        return sorted((name, _plain(each)) for name, each in value.items())
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return type(value).__name__
+
+
+def _as_tensor(value: float | Tensor | None) -> Tensor | None:
+    return value if value is None or isinstance(value, Tensor) else torch.tensor([float(value)])
+
+
+def _check_impl(impl: str) -> None:
+    check.check_impl(impl)
+    if impl == "triton":
+        raise UsageError(
+            "impl='triton' has no vocabulary-parallel ops; pass impl='torch', which uses the "
+            "library's products on every device"
+        )
+    if impl not in ("auto", "torch"):
+        raise UsageError(f"unknown impl {impl!r}; vocabulary-parallel ops have: auto, torch")
+    if impl == "auto":
+        _announce()
+
+
+@functools.cache
+def _announce() -> None:
+    logger.info("impl='auto' for a vocabulary-parallel op: using the torch backend")
