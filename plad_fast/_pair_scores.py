@@ -86,12 +86,13 @@ def score_responses(
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
     Args:
-        model: a causal language model; it is put into eval mode meanwhile.
+        model: a causal or an encoder-decoder language model; in eval mode meanwhile.
         tokenizer: the model's tokenizer.
         rows: a prompt and its responses each, as many as it has; text or chat messages.
         length_normalization: alpha; a log-probability is divided by its token count ** alpha.
         batch_size: rows in one forward pass; the numbers do not depend on it but for rounding.
-        max_length: tokens of prompt and response; a longer prompt loses its beginning.
+        max_length: tokens of prompt and response, of an encoder-decoder model of each; a longer
+            prompt loses its beginning.
         progress: show a progress bar.
         unit: what to call a row in messages.
         names: of the rows in messages; by default their numbers.
@@ -103,6 +104,7 @@ def score_responses(
         UsageError: no rows, one that is not as above, a response longer than `max_length`, or a
             log-probability that is not finite.
     """
+    from plad_fast.encoder_decoder import decoder_start_token
     from plad_fast.head import causal_lm_logprobs, evaluating
     from plad_fast.packing import PreferenceCollator, to_device
     from plad_fast.sharing import prepare
@@ -113,10 +115,17 @@ def score_responses(
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
     names = [f"number {index}" for index in range(len(rows))] if names is None else names
-    features = []
+    start, features = decoder_start_token(model), []
     for name, (prompt, responses) in zip(names, rows, strict=True):
         try:
-            features.append(encode_group(tokenizer, prompt, responses, max_length=max_length))
+            group = encode_group(
+                tokenizer,
+                prompt,
+                responses,
+                max_length=max_length,
+                encoder_decoder=start is not None,
+            )
+            features.append(group)
         except UsageError as error:
             raise UsageError(f"{unit} {name}: {error}") from None
     too_long = [name for name, feature in zip(names, features, strict=True) if not feature["fits"]]
@@ -136,7 +145,9 @@ def score_responses(
         tqdm(total=len(rows), desc="scoring", unit=unit, disable=not progress) as bar,
     ):
         for size, indices in _batches(features, batch_size):
-            collate = PreferenceCollator(pad, group_size=size, layout=layout)
+            collate = PreferenceCollator(
+                pad, group_size=size, layout=layout, decoder_start_token_id=start
+            )
             batch = to_device(collate([features[index] for index in indices]), device)
             result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
             sums = result.sums.double().cpu().numpy().reshape(-1, size)

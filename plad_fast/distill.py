@@ -37,7 +37,13 @@ from plad_fast.recipe_scoring import held_out_scoring
 from plad_fast.recipe_texts import RecipeTexts
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder
-from plad_fast.students import drop_layers, load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import (
+    depth,
+    drop_layers,
+    load_model,
+    load_tokenizer,
+    offline_teacher_path,
+)
 from plad_fast.training import train_model
 
 if TYPE_CHECKING:
@@ -129,15 +135,18 @@ class _Distillation:
             tokenizer = load_tokenizer(config.student or self.teacher_source)
             layers = config.student_layers
             if layers is None and config.student is None:
-                layers = max(1, round(_LAYERS_KEPT * model.config.num_hidden_layers))
+                layers = max(1, round(_LAYERS_KEPT * depth(model)))
             if layers is not None:
                 model = drop_layers(model, layers if isinstance(layers, int) else list(layers))
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
         path = self.folder.make_folder("student", fill)
-        depth = json.loads((path / "config.json").read_text()).get("num_hidden_layers", "?")
-        return f"{depth} layers, from {config.student or 'the teacher'}"
+        saved = json.loads((path / "config.json").read_text())
+        # Of an encoder-decoder model these are the layers of the decoder, which may be dropped.
+        names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+        layers = next((saved[name] for name in names if name in saved), "?")
+        return f"{layers} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
         failed = self.texts.ask_teacher()

@@ -15,28 +15,32 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
-def pack(lengths: Sequence[int], budget: int | None, *, padded: bool = False) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int | tuple[int, ...]], budget: int | None, *, padded: bool = False
+) -> list[list[int]]:
     """Indices of the lengths in bins that stay within the budget; first fit, longest first.
 
     A bin takes the sum of its lengths or, padded, its longest as often as it has items. A length
-    over the budget has a bin of its own. In a bin, and by their first indices among each other,
-    items keep their order. No budget means one bin.
+    of several parts is their sum, and each part is padded on its own. A length over the budget has
+    a bin of its own. In a bin, and by their first indices among each other, items keep their order.
+    No budget means one bin.
     """
     if budget is None:
         return [list(range(len(lengths)))] if lengths else []
+    parts = [(length,) if isinstance(length, int) else length for length in lengths]
     bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # The first item of a bin is its longest.
-        costs = (lengths[indices[0]] if padded else lengths[index] for indices in bins)
-        fits = (i for i, (cost, left) in enumerate(zip(costs, room, strict=True)) if cost <= left)
-        place = next(fits, None)
-        if place is None:
-            bins.append([index])
-            room.append(budget - lengths[index])
+    taken: list[tuple[int, ...]] = []  # by each bin: of an item if padded, else of all
+    for index in sorted(range(len(parts)), key=lambda i: -sum(parts[i])):
+        for place, indices in enumerate(bins):
+            both = zip(taken[place], parts[index], strict=True)
+            grown = tuple(max(pair) if padded else sum(pair) for pair in both)
+            if sum(grown) * (len(indices) + 1 if padded else 1) <= budget:
+                indices.append(index)
+                taken[place] = grown
+                break
         else:
-            room[place] -= lengths[bins[place][0]] if padded else lengths[index]
-            bins[place].append(index)
+            bins.append([index])
+            taken.append(parts[index])
     return sorted(sorted(indices) for indices in bins)
 
 

@@ -1,4 +1,4 @@
-"""Token ids of preference groups as tensors: padded, packed, or packed with shared prompts.
+"""Token ids of preference groups as tensors: padded, packed, or in ways that share the prompt.
 
 B groups of K responses to one prompt, best first; S = B * K sequences, each of them the prompt
 followed by one response; N response tokens in all. Only rows of the hidden states that predict a
@@ -9,7 +9,11 @@ response token are taken from them: no other row reaches the LM head.
 * "shared": as packed, but a group's prompt stands there once: [x | y+ | y-]. Positions restart
   behind the prompt for every response, and responses of a group do not see each other.
 
-The last two need `plad_fast.attention`.
+* "encoder_decoder": prompts (B, T) for the encoder, and responses (S, R) for the decoder, behind
+  its start token and without their last one. Padding on the right of both.
+
+"packed" and "shared" need `plad_fast.attention`, and the last one an encoder-decoder model, which
+takes no other.
 """
 
 from __future__ import annotations
@@ -23,18 +27,25 @@ from torch import Tensor
 from plad_fast.errors import UsageError
 from plad_fast.row_layout import RowLayout
 
-LAYOUTS = ("padded", "packed", "shared")
+LAYOUTS = ("padded", "packed", "shared", "encoder_decoder")
+PADDED_LAYOUTS = ("padded", "encoder_decoder")
+"""Those in which a row takes the room of the longest."""
 
 
 class PreferenceBatch(TypedDict, total=False):
-    """What `PreferenceCollator` makes; R rows, which are S in the padded layout and else 1."""
+    """What `PreferenceCollator` makes.
 
-    input_ids: Tensor  # (R, T) int64, padded on the right
-    attention_mask: Tensor  # (S, T) int64; padded layout only
-    position_ids: Tensor  # (1, T) int64; not in the padded layout
-    row_layout: RowLayout  # not in the padded layout
-    loss_rows: Tensor  # (N,) int64, rows of hidden.view(S * T, D) that predict a response token;
-    # padded layout only: others have `row_layout.predicting`
+    The first dimension of `input_ids` is S when padded, B for an encoder, and else 1.
+    """
+
+    input_ids: Tensor  # (S | B | 1, T) int64, padded on the right
+    attention_mask: Tensor  # (S | B, T) int64; padded and encoder-decoder layouts
+    position_ids: Tensor  # (1, T) int64; packed and shared layouts
+    row_layout: RowLayout  # packed and shared layouts
+    decoder_input_ids: Tensor  # (S, R) int64; encoder-decoder layout
+    decoder_attention_mask: Tensor  # (S, R) int64; encoder-decoder layout
+    loss_rows: Tensor  # (N,) int64, rows of hidden.flatten(0, 1) that predict a response token;
+    # padded and encoder-decoder layouts: others have `row_layout.predicting`
     targets: Tensor  # (N,) int64, the response tokens
     cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens
     group_tokens: Tensor  # (B, 2) int64, tokens of a group in the model, and of its sequences
@@ -52,15 +63,30 @@ class PreferenceCollator:
     Args:
         pad_token_id: what fills the masked tail; any id of the vocabulary will do.
         group_size: K, the number of responses every row must have.
-        layout: "padded", "packed" or "shared"; see the module.
+        layout: one of `LAYOUTS`; see the module.
+        decoder_start_token_id: what the decoder reads before a response, for the encoder-decoder
+            layout; see `plad_fast.encoder_decoder.decoder_start_token`.
     """
 
-    def __init__(self, pad_token_id: int, group_size: int, *, layout: str = "padded") -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        group_size: int,
+        *,
+        layout: str = "padded",
+        decoder_start_token_id: int | None = None,
+    ) -> None:
         if layout not in LAYOUTS:
             raise UsageError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+        if layout == "encoder_decoder" and decoder_start_token_id is None:
+            raise UsageError(
+                "layout 'encoder_decoder' needs decoder_start_token_id; pass "
+                "plad_fast.encoder_decoder.decoder_start_token(model)"
+            )
         self.pad_token_id = pad_token_id
         self.group_size = group_size
         self.layout = layout
+        self.decoder_start_token_id = decoder_start_token_id
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         for feature in features:
@@ -71,12 +97,16 @@ class PreferenceCollator:
                     "expected; all rows need the same number"
                 )
         groups = [_Group(f["prompt_ids"], f["response_ids"]) for f in features]
-        batch = self._padded(groups) if self.layout == "padded" else self._packed(groups)
+        if self.layout == "encoder_decoder":
+            batch = self._encoder_decoder(groups)
+        else:
+            batch = self._padded(groups) if self.layout == "padded" else self._packed(groups)
         responses = [response for group in groups for response in group.responses]
         batch["targets"] = torch.tensor([token for ids in responses for token in ids]).long()
         batch["cu_seqlens"] = torch.tensor([0] + [len(ids) for ids in responses]).cumsum(0)
+        shares = self.layout in ("shared", "encoder_decoder")
         batch["group_tokens"] = torch.tensor(
-            [[g.shared if self.layout == "shared" else g.unshared, g.unshared] for g in groups]
+            [[g.shared if shares else g.unshared, g.unshared] for g in groups]
         )
         for name in ("scores", "reference_logps"):
             if name in features[0]:
@@ -86,20 +116,41 @@ class PreferenceCollator:
 
     def _padded(self, groups: Sequence[_Group]) -> PreferenceBatch:
         sequences = [(group.prompt, ids) for group in groups for ids in group.responses]
-        width = max(len(prompt) + len(response) for prompt, response in sequences)
-        input_ids = torch.full((len(sequences), width), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
+        input_ids, attention_mask = self._rows([[*prompt, *ids] for prompt, ids in sequences])
         loss_rows = []
         for index, (prompt, response) in enumerate(sequences):
-            length = len(prompt) + len(response)
-            input_ids[index, :length] = torch.tensor([*prompt, *response])
-            attention_mask[index, :length] = 1
             # The last prompt token predicts the first response token.
-            first = index * width + len(prompt) - 1
+            first = index * input_ids.shape[1] + len(prompt) - 1
             loss_rows.append(torch.arange(first, first + len(response)))
         return PreferenceBatch(
             input_ids=input_ids, attention_mask=attention_mask, loss_rows=torch.cat(loss_rows)
         )
+
+    def _encoder_decoder(self, groups: Sequence[_Group]) -> PreferenceBatch:
+        input_ids, attention_mask = self._rows([group.prompt for group in groups])
+        responses = [ids for group in groups for ids in group.responses]
+        start = self.decoder_start_token_id
+        assert start is not None
+        # An empty response has its start token, which predicts nothing.
+        decoder_input_ids, decoder_mask = self._rows([[start, *ids[:-1]] for ids in responses])
+        counts = torch.tensor([len(ids) for ids in responses])
+        predicts = torch.arange(decoder_input_ids.shape[1]) < counts[:, None]
+        return PreferenceBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_mask,
+            loss_rows=predicts.flatten().nonzero()[:, 0],
+        )
+
+    def _rows(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids padded on the right, and their mask."""
+        ids = torch.full((len(rows), max(map(len, rows))), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        return ids, mask
 
     def _packed(self, groups: Sequence[_Group]) -> PreferenceBatch:
         if self.layout == "packed":
@@ -114,12 +165,19 @@ class PreferenceCollator:
 
 
 def count_tokens(feature: Mapping[str, Any], layout: str) -> int:
-    """Tokens of a group in a layout; in the padded one other groups may make it longer."""
+    """Tokens of a group in a layout; in a padded one other groups may make it longer."""
+    return sum(token_counts(feature, layout))
+
+
+def token_counts(feature: Mapping[str, Any], layout: str) -> tuple[int, ...]:
+    """As `count_tokens`, of parts that are padded each on its own: of encoder and decoder."""
     group = _Group(feature["prompt_ids"], feature["response_ids"])
+    group_size, longest = len(group.responses), max(map(len, group.responses))
     if layout == "padded":
-        longest = max(map(len, group.responses))
-        return (len(group.prompt) + longest) * len(group.responses)
-    return group.shared if layout == "shared" else group.unshared
+        return ((len(group.prompt) + longest) * group_size,)
+    if layout == "encoder_decoder":
+        return (len(group.prompt), longest * group_size)
+    return (group.shared if layout == "shared" else group.unshared,)
 
 
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:

@@ -27,7 +27,7 @@ from plad_fast._records import digest
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs, evaluating
 from plad_fast.micro_batches import pack
-from plad_fast.packing import count_tokens, to_device
+from plad_fast.packing import PADDED_LAYOUTS, to_device, token_counts
 from plad_fast.pairs.store import AnswerStore
 
 if TYPE_CHECKING:
@@ -235,9 +235,9 @@ class _Scorer:
 
 def _batches(rows: Dataset, layout: str, max_tokens: int) -> list[list[int]]:
     """Rows of like length together, the longest first: what exceeds the memory does so at once."""
-    sizes = [count_tokens(row, layout) for row in rows]
-    batches = pack(sizes, max_tokens, padded=layout == "padded")
-    return sorted(batches, key=lambda batch: -max(sizes[index] for index in batch))
+    sizes = [token_counts(row, layout) for row in rows]
+    batches = pack(sizes, max_tokens, padded=layout in PADDED_LAYOUTS)
+    return sorted(batches, key=lambda batch: -max(sum(sizes[index]) for index in batch))
 
 
 def _check(logps: Sequence[float], count: int, name: str, index: int) -> None:

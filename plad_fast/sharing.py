@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from plad_fast._flash import working_dtype
 from plad_fast.attention import NotPackedError, enable, is_enabled
+from plad_fast.encoder_decoder import is_encoder_decoder
 from plad_fast.errors import UsageError
 from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs, evaluating
 from plad_fast.packing import LAYOUTS, PreferenceBatch, PreferenceCollator, to_device
@@ -37,15 +38,16 @@ def prepare(
     """Gets a model ready for packed rows, and says which layout to collate for it.
 
     Args:
-        model: a causal LM, whole and not wrapped, or PEFT around one.
+        model: a causal or encoder-decoder LM, whole and not wrapped, or PEFT around one.
         layout: "shared", "packed", "padded", or "auto": shared if the model can, else padded, with
-            a warning that says why.
+            a warning that says why. An encoder-decoder model has a layout of its own, which "auto"
+            and "encoder_decoder" ask for.
         attention: see `plad_fast.attention.enable`.
         check: compare log-probabilities of a short group in the two layouts, which takes a few
             forward passes.
 
     Returns:
-        "shared", "packed" or "padded".
+        "shared", "packed", "padded" or "encoder_decoder".
 
     Raises:
         UsageError: an unknown name; a layout that was asked for by name and that the model cannot
@@ -53,6 +55,18 @@ def prepare(
     """
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
+    if is_encoder_decoder(model):
+        if layout not in ("auto", "encoder_decoder"):
+            raise UsageError(
+                f"layout {layout!r} puts prompt and response into one row, and "
+                f"{type(base_model(model)).__name__} is an encoder-decoder model; use layout='auto'"
+            )
+        return "encoder_decoder"
+    if layout == "encoder_decoder":
+        raise UsageError(
+            f"layout {layout!r} needs an encoder, which {type(base_model(model)).__name__} has "
+            "not; use layout='auto'"
+        )
     if layout == "padded":
         return layout
     lm = base_model(model)

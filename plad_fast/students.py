@@ -1,7 +1,9 @@
-"""Students and teachers: load a causal LM from a hub id, a folder or a GGUF file, or shrink one.
+"""Students and teachers: load a language model from a hub id, a folder or a GGUF file, or shrink it.
 
 Dropping layers follows the usual way to start a small student from its teacher: keep evenly
-spaced layers with their weights, embeddings and head (DistilBERT, arXiv 1910.01108, section 3).
+spaced layers with their weights, embeddings and head (DistilBERT, arXiv 1910.01108, section 3). Of
+an encoder-decoder model these are layers of the decoder, where generation spends its time, unless
+the encoder's are asked for as well (shrink and fine-tune, arXiv 2010.13002).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from plad_fast.errors import UsageError
 
@@ -28,6 +30,12 @@ _NOT_PER_LAYER = frozenset({"architectures", "bos_token_id", "eos_token_id", "pa
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
 # Set by use of a model rather than by its config.
 _RUNTIME_STATE = frozenset({"training", "gradient_checkpointing", "is_quantized", "name_or_path"})
+_KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
+# How configs of encoder-decoder models name the number of layers, by half.
+_DEPTHS = {
+    "encoder": ("encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
 
 
 def load_model(
@@ -36,31 +44,32 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model, in evaluation mode.
+    """Loads a causal or an encoder-decoder language model, in evaluation mode.
 
     Args:
         source: a hub id, a folder written by `save_pretrained`, a `.gguf` file, or a folder that
             holds one `.gguf` file and no `config.json`. GGUF weights are dequantised, and the
-            model can be trained and saved like any other.
+            model can be trained and saved like any other; causal ones only.
         dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
         device: where to put the weights; None leaves them on the CPU.
 
     Raises:
-        UsageError: nothing there, not a causal language model, or not all of its weights.
+        UsageError: nothing there, not a language model, or not all of its weights.
     """
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
+    loader = AutoModelForCausalLM
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **location, dtype=dtype, output_loading_info=True
-        )
+        loader = _class_of(location)
+        model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(
-            f"cannot load a causal language model from {os.fspath(source)!r}; pass a hub id, a "
-            f"folder written by save_pretrained, or a .gguf file (transformers says: {error})"
+            f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
+            "id, a folder written by save_pretrained, or a .gguf file "
+            f"(transformers says: {error})"
         ) from error
     _require_all_weights(loaded, source)
     _forget_quantization(model)
@@ -117,34 +126,76 @@ def offline_teacher_path() -> Path:
     return files[0]
 
 
-def drop_layers(teacher: PreTrainedModel, keep: int | Sequence[int]) -> PreTrainedModel:
+def depth(model: PreTrainedModel) -> int:
+    """How many layers a model has; of an encoder-decoder model, its decoder.
+
+    Raises:
+        UsageError: as `drop_layers`.
+    """
+    half = "decoder" if model.config.is_encoder_decoder else None
+    return len(_find_layers(model, half)[1])
+
+
+def drop_layers(
+    teacher: PreTrainedModel,
+    keep: int | Sequence[int],
+    *,
+    keep_encoder: int | Sequence[int] | None = None,
+) -> PreTrainedModel:
     """A student made of some of the teacher's layers, and of its embeddings, final norm and head.
 
     The student shares no storage with the teacher, which is left as it is. Tied weights stay tied.
     `save_pretrained` and `from_pretrained` give back the same student.
 
     Args:
-        teacher: a decoder whose layers lie in one `nn.ModuleList` (nearly all of them).
+        teacher: a model whose layers, or those of encoder and decoder each, lie in one
+            `nn.ModuleList` (nearly all of them).
         keep: how many layers, evenly spaced with the first and the last among them; or the
-            indices of the layers to keep, in increasing order.
+            indices of the layers to keep, in increasing order. Layers of the decoder, if the
+            model has an encoder.
+        keep_encoder: layers of the encoder, likewise; None keeps all.
 
     Raises:
         UsageError: no such layers, or an architecture whose depth cannot be changed this way.
     """
-    name, layers = _find_layers(teacher)
-    kept = _kept_indices(keep, len(layers))
+    if not teacher.config.is_encoder_decoder:
+        if keep_encoder is not None:
+            raise UsageError(
+                f"keep_encoder is {keep_encoder}, and {type(teacher).__name__} has no encoder; "
+                "leave it out"
+            )
+        return _drop(teacher, {None: keep})
+    wanted: dict[str | None, int | Sequence[int]] = {"decoder": keep}
+    return _drop(teacher, wanted if keep_encoder is None else {**wanted, "encoder": keep_encoder})
+
+
+def _drop(
+    teacher: PreTrainedModel, wanted: Mapping[str | None, int | Sequence[int]]
+) -> PreTrainedModel:
+    """`drop_layers` by half of the model; None is all of it."""
+    found = {half: _find_layers(teacher, half) for half in wanted}
+    kept = {half: _kept_indices(keep, len(found[half][1])) for half, keep in wanted.items()}
     # The deep copy meets a stand-in for every dropped layer, so their weights are never copied.
     stand_in = nn.Identity()
-    dropped = [layer for index, layer in enumerate(layers) if index not in set(kept)]
+    dropped = [
+        layer
+        for half, (_, layers) in found.items()
+        for index, layer in enumerate(layers)
+        if index not in set(kept[half])
+    ]
     student = copy.deepcopy(teacher, {id(layer): stand_in for layer in dropped})
-    survivors = [layer for layer in student.get_submodule(name) if layer is not stand_in]
-    student.set_submodule(name, nn.ModuleList(survivors))
-    for index, layer in enumerate(survivors):
-        for module in layer.modules():
-            for attribute in _LAYER_NUMBERS:
-                if isinstance(getattr(module, attribute, None), int):
-                    setattr(module, attribute, index)
-    _shrink_config(student.config.get_text_config(), kept, len(layers))
+    for half, (name, layers) in found.items():
+        survivors = [layer for layer in student.get_submodule(name) if layer is not stand_in]
+        student.set_submodule(name, nn.ModuleList(survivors))
+        for index, layer in enumerate(survivors):
+            for module in layer.modules():
+                for attribute in _LAYER_NUMBERS:
+                    if isinstance(getattr(module, attribute, None), int):
+                        setattr(module, attribute, index)
+        if half is None:
+            _shrink_config(student.config.get_text_config(), kept[half], len(layers))
+        else:
+            setattr(student.config, _depth_name(student, half), len(survivors))
     _require_rebuildable(student)
     return student
 
@@ -165,6 +216,14 @@ def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
         if files:
             return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
     return {"pretrained_model_name_or_path": os.fspath(source)}
+
+
+def _class_of(location: Mapping[str, Any]) -> Any:
+    """The class that loads a model, by whether its configuration names an encoder."""
+    if "gguf_file" in location:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(**location)
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _require_gguf() -> None:
@@ -219,12 +278,28 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     model.is_quantized = False
 
 
-def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    depth = model.config.get_text_config().num_hidden_layers
+def _depth_name(model: PreTrainedModel, half: str) -> str:
+    names = [name for name in _DEPTHS[half] if name in vars(model.config)]
+    if len(names) != 1:
+        raise UsageError(
+            f"it is not known where the config of {type(model).__name__} has the depth of its "
+            f"{half}; choose another student"
+        )
+    return names[0]
+
+
+def _find_layers(model: PreTrainedModel, half: str | None = None) -> tuple[str, nn.ModuleList]:
+    """Name and layers of a model, or of its encoder or decoder."""
+    if half is None:
+        depth, inside = model.config.get_text_config().num_hidden_layers, model
+    else:
+        depth = getattr(model.config, _depth_name(model, half))
+        inside = model.get_encoder() if half == "encoder" else model.get_decoder()
+    members = set(inside.modules())
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in members
     ]
     # The outermost list is the stack; a list of that length inside a layer (experts) is not.
     outermost = [
@@ -235,7 +310,7 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(outermost) != 1:
         raise UsageError(
             f"cannot tell which of the {len(outermost)} module lists of {type(model).__name__} are "
-            f"its {depth} layers; layers can be dropped from decoder-only models only"
+            f"its {depth} layers; choose another student"
         )
     return outermost[0]
 

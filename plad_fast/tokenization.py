@@ -28,20 +28,26 @@ class EncodedGroup(TypedDict):
     truncated: bool
     """The prompt was cut."""
     fits: bool
-    """False: a response is too long to stand behind even one prompt token; drop the group."""
+    """False: a response is too long, or leaves no room for a token of the prompt; drop the group."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Content, *, encoder_decoder: bool = False
+) -> list[int]:
     """Token ids after which the model starts to answer.
 
     A chat template writes its special tokens itself. Plain text gets the ones the tokenizer puts
-    in front (BOS), once, and never those it puts behind (EOS): the text goes on.
+    in front (BOS), once, and never those it puts behind (EOS): the text goes on. For an encoder,
+    which reads the prompt as a text of its own, plain text gets all of the tokenizer's.
 
     Raises:
         UsageError: the prompt has no tokens, so nothing could predict the first response token.
     """
-    ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
-    if isinstance(prompt, str):
+    if encoder_decoder and isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
+    if isinstance(prompt, str) and not encoder_decoder:
         front = _front_ids(tokenizer)
         if ids[: len(front)] != front:
             ids = front + ids
@@ -60,6 +66,7 @@ def encode_group(
     *,
     max_length: int,
     truncation_side: str = "left",
+    encoder_decoder: bool = False,
 ) -> EncodedGroup:
     """Tokenises one prompt and its responses apart, so that the border never moves.
 
@@ -67,14 +74,21 @@ def encode_group(
     into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
     cut: a text cut short is not what its author preferred.
 
+    For an encoder-decoder model the prompt is the encoder's text and the responses are the
+    decoder's: each has `max_length` tokens to itself, with the special tokens the tokenizer gives
+    a source and a target, which survive a cut; an EOS token ends every response in any case.
+
     Args:
         tokenizer: of the student.
         prompt: plain text or chat messages.
         responses: K texts or lists of messages, best first; see `plad_fast.chat.as_conversation`.
-        max_length: of prompt and response together.
+        max_length: of prompt and response together; of an encoder-decoder model, of each.
         truncation_side: the side from which a long prompt loses tokens, "left" or "right".
+        encoder_decoder: whether the student is such a model.
     """
     prompt, texts = as_conversation(prompt, responses)
+    if encoder_decoder:
+        return _encode_two_texts(tokenizer, prompt, texts, max_length, truncation_side)
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
     room = max_length - max(len(ids) for ids in response_ids)
@@ -87,6 +101,37 @@ def encode_group(
     )
 
 
+def _encode_two_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    responses: Sequence[str],
+    max_length: int,
+    truncation_side: str,
+) -> EncodedGroup:
+    """The prompt for an encoder and its responses for a decoder."""
+    prompt_ids = encode_prompt(tokenizer, prompt, encoder_decoder=True)
+    response_ids = [_target_ids(tokenizer, prompt, response) for response in responses]
+    front, back = _special_counts(tokenizer) if isinstance(prompt, str) else (0, 0)
+    truncated = len(prompt_ids) > max_length
+    fits = max(map(len, response_ids)) <= max_length and front + back < max_length
+    if truncated and fits:
+        end = len(prompt_ids) - back
+        body = _cut(prompt_ids[front:end], max_length - front - back, truncation_side, None)
+        prompt_ids = [*prompt_ids[:front], *body, *prompt_ids[end:]]
+    return EncodedGroup(
+        prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=fits
+    )
+
+
+def _target_ids(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: str) -> list[int]:
+    if not isinstance(prompt, str):
+        return _ids(tokenizer, render_response(tokenizer, prompt, response))
+    ids = tokenizer(text_target=response)["input_ids"]
+    end = tokenizer.eos_token_id
+    # Behind it may stand a mark of the language, as mBART's tokenizer writes.
+    return ids if end is None or end in ids[-2:] else [*ids, end]
+
+
 def tokenize_dataset(
     dataset: Dataset | Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -95,6 +140,7 @@ def tokenize_dataset(
     truncation_side: str = "left",
     first_only: bool = False,
     with_scores: bool = False,
+    encoder_decoder: bool = False,
     name: str = "dataset",
 ) -> Dataset:
     """Preference rows as token ids.
@@ -113,14 +159,15 @@ def tokenize_dataset(
     Args:
         dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
             long rows too.
-        tokenizer, max_length, truncation_side: see `encode_group`.
+        tokenizer, max_length, truncation_side, encoder_decoder: see `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
         with_scores: read the scores, which must then be there.
         name: what to call the dataset in messages.
 
     Returns:
         A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
-        longest sequence) and, if asked for, `scores` (K).
+        longest sequence; the prompt of an encoder is one of its own) and, if asked for, `scores`
+        (K).
 
     Raises:
         UsageError: no rows, missing columns, a row that is not as above, groups of different
@@ -129,7 +176,9 @@ def tokenize_dataset(
     columns = _require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
         tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
-        return _checked_tokens(tokenized, first_only=first_only, name=name)
+        return _checked_tokens(
+            tokenized, first_only=first_only, encoder_decoder=encoder_decoder, name=name
+        )
     require_columns(columns, with_scores=with_scores, name=name)
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -142,12 +191,13 @@ def tokenize_dataset(
                 responses,
                 max_length=max_length,
                 truncation_side=truncation_side,
+                encoder_decoder=encoder_decoder,
             )
             scores = read_scores(row, len(responses)) if with_scores else None
         except UsageError as error:
             raise UsageError(f"{name}, row {index + 1}: {error}") from None
-        longest = max(len(ids) for ids in group["response_ids"])
-        encoded = {**group, "length": len(group["prompt_ids"]) + longest}
+        length = _longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
+        encoded = {**group, "length": length}
         return encoded if scores is None else {**encoded, "scores": scores}
 
     if isinstance(dataset, Dataset):
@@ -162,7 +212,17 @@ def tokenize_dataset(
     return encoded.select(fitting).remove_columns(["truncated", "fits"])
 
 
-def _checked_tokens(dataset: Dataset, *, first_only: bool, name: str) -> Dataset:
+def _longest(
+    prompt: Sequence[int], responses: Sequence[Sequence[int]], encoder_decoder: bool
+) -> int:
+    """Tokens of the longest sequence that passes through one stack of layers."""
+    response = max(map(len, responses))
+    return max(len(prompt), response) if encoder_decoder else len(prompt) + response
+
+
+def _checked_tokens(
+    dataset: Dataset, *, first_only: bool, encoder_decoder: bool, name: str
+) -> Dataset:
     """Rows of token ids that somebody else made, with the column `length`."""
     dataset = dataset.with_format(None)
     lengths, sizes = [], set()
@@ -176,7 +236,7 @@ def _checked_tokens(dataset: Dataset, *, first_only: bool, name: str) -> Dataset
             )
         sizes.add(1 if first_only else len(responses))
         kept = responses[: 1 if first_only else None]
-        lengths.append(len(prompt) + max(len(ids) for ids in kept))
+        lengths.append(_longest(prompt, kept, encoder_decoder))
     _require_one_size(sizes, name)
     if first_only:
         given = {"response_ids", "scores", "reference_logps"} & set(dataset.column_names)
@@ -204,6 +264,12 @@ def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     full = tokenizer("a")["input_ids"]
     starts = range(len(full) - len(plain) + 1)
     return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
+
+
+def _special_counts(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many special tokens a tokenizer puts in front of a text and behind it."""
+    front = len(_front_ids(tokenizer))
+    return front, len(tokenizer("a")["input_ids"]) - front - len(_ids(tokenizer, "a"))
 
 
 def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:

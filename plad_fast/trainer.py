@@ -17,12 +17,20 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from plad_fast.attention import enable
+from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
-from plad_fast.fused import fused_linear_preference_loss
-from plad_fast.head import base_model, call_inside, check_head, head_arguments, unwrap
+from plad_fast.fused import FusedLoss, fused_linear_preference_loss
+from plad_fast.head import base_model, call_inside, check_head, through_head, unwrap
 from plad_fast.losses import get_loss
 from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
-from plad_fast.packing import PreferenceBatch, PreferenceCollator, count_tokens, to_device
+from plad_fast.packing import (
+    PADDED_LAYOUTS,
+    PreferenceBatch,
+    PreferenceCollator,
+    count_tokens,
+    to_device,
+    token_counts,
+)
 from plad_fast.sharing import prepare
 from plad_fast.training_config import PLaDConfig
 from plad_fast.training_data import (
@@ -39,6 +47,7 @@ from plad_fast.training_data import (
 )
 from plad_fast.training_metrics import PreferenceMeter
 from plad_fast.training_reference import Reference
+from plad_fast.wrappers import gathered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +59,7 @@ __all__ = ["PLaDConfig", "PLaDTrainer"]
 
 
 class PLaDTrainer(Trainer):
-    """Trains a causal LM on preference groups.
+    """Trains a causal or encoder-decoder LM on preference groups.
 
     Beside the loss it logs, as means since the last log and, with the prefix `eval_`, over a
     whole evaluation set:
@@ -65,7 +74,8 @@ class PLaDTrainer(Trainer):
     * `tokens_per_second`: tokens that entered the model, prompts included
 
     Args:
-        model: a transformers causal LM (see `plad_fast.head.find_head`), or PEFT around one.
+        model: a transformers causal or encoder-decoder LM (see `plad_fast.head.find_head`), or PEFT
+            around one.
         args: the configuration.
         train_dataset, eval_dataset: rows as `plad_fast.tokenization.tokenize_dataset` takes them;
             `eval_dataset` may be a dict of several.
@@ -139,7 +149,10 @@ class PLaDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.layout = self._prepare_model()
         self._collate = PreferenceCollator(
-            pad_token_id(processing_class), self._objective.group_size, layout=self.layout
+            pad_token_id(processing_class),
+            self._objective.group_size,
+            layout=self.layout,
+            decoder_start_token_id=decoder_start_token(self.model),
         )
         self._reference_model = reference_model
         self.train_dataset = self._with_reference(train, "train_dataset")
@@ -209,8 +222,8 @@ class PLaDTrainer(Trainer):
         """
         bins = []
         for part in parts:
-            lengths = [self._num_tokens(features[i]) for i in part]
-            budget, padded = self.args.max_tokens_per_batch, self.layout == "padded"
+            lengths = [token_counts(features[i], self.layout) for i in part]
+            budget, padded = self.args.max_tokens_per_batch, self.layout in PADDED_LAYOUTS
             bins += [[part[i] for i in packed] for packed in pack(lengths, budget, padded=padded)]
         if self.accelerator.num_processes > 1:
             count = torch.tensor([len(bins)], device=self.accelerator.device)
@@ -270,8 +283,12 @@ class PLaDTrainer(Trainer):
         groups, tokens = (None, None) if num_items_in_batch is None else num_items_in_batch
 
         def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            out = fused_linear_preference_loss(
-                **head_arguments(module, inputs),
+            out = through_head(module, inputs, loss_of)
+            return out.loss, self._train_meter.rows(out, inputs["group_tokens"]), out.active
+
+        def loss_of(**arguments: Any) -> FusedLoss:
+            return fused_linear_preference_loss(
+                **arguments,
                 loss=self.args.loss,
                 group_size=self._objective.group_size,
                 scores=inputs.get("scores"),
@@ -285,7 +302,6 @@ class PLaDTrainer(Trainer):
                 scratch_bytes=self._scratch_bytes,
                 **self.args.loss_options,
             )
-            return out.loss, self._train_meter.rows(out, inputs["group_tokens"]), out.active
 
         # Wrappers look at their inputs, and FSDP rounds those of floating point (scores): they
         # get to see the token ids only.
@@ -373,12 +389,13 @@ class PLaDTrainer(Trainer):
     def _prepare_model(self) -> str:
         """The layout, found by the first process: the others may not have their weights yet."""
         found: list[Any] = [None]
-        if self.is_world_process_zero():
-            check_head(self.model)
-            found = [self._prepare(self.model, self.args.layout)]
+        with gathered(self.model):
+            if self.is_world_process_zero():
+                check_head(self.model)
+                found = [self._prepare(self.model, self.args.layout)]
         if self.accelerator.num_processes > 1:
             found = broadcast_object_list(found)
-            if found[0] != "padded":
+            if found[0] not in PADDED_LAYOUTS:
                 enable(base_model(self.model), self.args.attention)
         return found[0]
 
@@ -395,8 +412,8 @@ class PLaDTrainer(Trainer):
         if has_none and not self._is_plain:
             raise UsageError(
                 f"{name} has no reference_logps, and a model that FSDP or DeepSpeed shards is not "
-                "there to compute them; add them in one process with "
-                "plad_fast.reference_logps.add_reference_logps"
+                "whole in any process to compute them; add them to the rows beforehand, in one "
+                "process, with plad_fast.reference_logps.add_reference_logps"
             )
         if has_none and self._reference_model is None and self.state.global_step:
             raise UsageError(
@@ -431,7 +448,9 @@ class PLaDTrainer(Trainer):
         if torch.isfinite(loss):
             return
         step = self.state.global_step
-        broken = next((n for n, p in module.named_parameters() if not p.isfinite().all()), None)
+        # Of a sharded one the own part: the other processes may be elsewhere.
+        parts = ((name, getattr(p, "_local_tensor", p)) for name, p in module.named_parameters())
+        broken = next((name for name, part in parts if not part.isfinite().all()), None)
         if step > 0:
             advice = "lower the learning rate, or set max_grad_norm=1.0"
         elif broken is not None:

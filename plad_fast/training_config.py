@@ -38,13 +38,15 @@ class PLaDConfig(TrainingArguments):
     temperature: float = 1.0
     """Divides the logits before the softmax; 1 scores with the model as it is."""
     max_length: int = 1024
-    """Tokens of prompt and response. Longer prompts are cut; a response never is."""
+    """Tokens of prompt and response; of an encoder-decoder model, of each of them. Longer prompts
+    are cut; a response never is."""
     truncation_side: str = "left"
     """The side from which a long prompt loses tokens: "left" or "right"."""
     layout: str = "auto"
     """How groups reach the model: "shared" (packed without padding, every prompt once), "packed"
     (its prompt before every response), "padded" (a padded row for every sequence), or "auto":
-    shared if the model can, else padded. See `plad_fast.packing` and `plad_fast.sharing`."""
+    shared if the model can, else padded. An encoder-decoder model has a layout of its own, and
+    takes "auto". See `plad_fast.packing` and `plad_fast.sharing`."""
     attention: str = "auto"
     """Attention over packed rows: "sdpa", "flash", "flex", "eager"; see `plad_fast.attention`."""
     self_check: bool = True

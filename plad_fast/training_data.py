@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
+from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
 from plad_fast.objective import Objective
@@ -80,6 +81,7 @@ def tokenize(
         truncation_side=args.truncation_side,
         first_only=args.fine_tunes,
         with_scores=get_loss(args.loss).needs_scores,
+        encoder_decoder=decoder_start_token(model) is not None,
         name=name,
     )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

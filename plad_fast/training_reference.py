@@ -47,8 +47,17 @@ class Reference:
             model.to(self.args.device)
         try:
             layout = self.prepare(model, "padded" if self.collate.layout == "padded" else "auto")
+            if "encoder_decoder" in {layout, self.collate.layout} and layout != self.collate.layout:
+                raise UsageError(
+                    f"of the model and its reference, {type(model).__name__}, one alone is an "
+                    "encoder-decoder model, and they read the same token ids; pass a reference of "
+                    "the model's kind, or add reference_logps to the rows"
+                )
             collate = PreferenceCollator(
-                self.collate.pad_token_id, self.collate.group_size, layout=layout
+                self.collate.pad_token_id,
+                self.collate.group_size,
+                layout=layout,
+                decoder_start_token_id=self.collate.decoder_start_token_id,
             )
             return replace(self, collate=collate).score(model, dataset, name)
         finally:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from naive import places, sequences
 
 from plad_fast.errors import UsageError
-from plad_fast.packing import LAYOUTS, PreferenceCollator
+from plad_fast.packing import PreferenceCollator
 
+# Those with prompt and response in one row; for the other see test_encoder_decoder.py.
+LAYOUTS = ["padded", "packed", "shared"]
 tokens = st.integers(1, 50)
 
 

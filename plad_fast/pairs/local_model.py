@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plad_fast.chat import Content, render_response
+from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.pairs.prompts import Prompt, as_messages
 from plad_fast.pairs.refill import BrokenLogitsError, Refill, Row
@@ -24,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class LocalModel:
-    """A transformers causal language model in this process.
+    """A transformers language model in this process, causal or encoder-decoder.
+
+    To an encoder-decoder model a prompt is the encoder's text, with the special tokens that its
+    tokenizer gives one.
 
     Args:
         model: on any device. It may be in training; its mode and settings are left as they were.
@@ -55,6 +59,7 @@ class LocalModel:
         self.chat = chat
         self.refill = refill
         self._refills: bool | None = None if refill else False
+        self._start_token = decoder_start_token(model)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
         """Answers the prompts, longest first, so that memory runs out early or never.
@@ -84,24 +89,36 @@ class LocalModel:
     def _encode(self, prompt: Prompt) -> list[int]:
         from plad_fast.tokenization import encode_prompt  # brings in datasets
 
+        encoder_decoder = self._start_token is not None
         content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
         try:
-            return encode_prompt(self.tokenizer, content)
+            return encode_prompt(self.tokenizer, content, encoder_decoder=encoder_decoder)
         except UsageError as error:
             raise UsageError(f"prompt {prompt.id!r}: {error}") from None
 
     def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
         config = self.model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
-        room = positions - sampling.max_new_tokens if positions else None
+        if positions and self._start_token is not None:
+            # Prompt and answer have positions of their own.
+            if sampling.max_new_tokens > positions:
+                raise UsageError(
+                    f"max_new_tokens={sampling.max_new_tokens}, and the decoder of model "
+                    f"{self.name} has {positions} positions; lower max_new_tokens"
+                )
+            room, why = positions, f"the encoder has {positions} positions; shorten or drop them"
+        else:
+            room = positions - sampling.max_new_tokens if positions else None
+            why = (
+                f"of {positions} positions max_new_tokens={sampling.max_new_tokens} leaves "
+                f"{max(room or 0, 0)}; shorten or drop these prompts, or lower max_new_tokens"
+            )
         too_long = [row for row in rows if room is not None and len(row[0]) > room]
         if too_long:
             ids, prompt = max(too_long, key=lambda row: len(row[0]))
             raise UsageError(
                 f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
-                f"prompt {prompt.id!r} has {len(ids)} tokens, and of {positions} positions "
-                f"max_new_tokens={sampling.max_new_tokens} leaves {max(room or 0, 0)}; shorten or "
-                "drop these prompts, or lower max_new_tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens, and {why}"
             )
         for ids, prompt in rows:
             if max(ids) >= config.vocab_size:
@@ -152,6 +169,7 @@ class LocalModel:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
+            decoder_start_token_id=self._start_token,
             use_cache=True,
         )
 
@@ -163,11 +181,18 @@ class LocalModel:
 
         lengths = [len(row.prompt) for row in rows]
         width = max(lengths)
-        padded = [[config.pad_token_id] * (width - len(row.prompt)) + row.prompt for row in rows]
-        mask = [[0] * (width - length) + [1] * length for length in lengths]
+        gaps = [[config.pad_token_id] * (width - length) for length in lengths]
+        if self._start_token is None:
+            padded = [gap + row.prompt for gap, row in zip(gaps, rows, strict=True)]
+            mask = [[0] * (width - length) + [1] * length for length in lengths]
+            before = width  # tokens in front of an answer in what `generate` gives
+        else:
+            padded = [row.prompt + gap for gap, row in zip(gaps, rows, strict=True)]
+            mask = [[1] * length + [0] * (width - length) for length in lengths]
+            before = 1
         device = self.model.device
         ids, samples = [row.prompt_id for row in rows], [row.sample for row in rows]
-        sampler = RowSampler(sampling, ids, width, device, samples)
+        sampler = RowSampler(sampling, ids, before, device, samples)
         generate: Any = self.model.generate
         with _generating(self.model, config), torch.inference_mode():
             output = generate(
@@ -175,11 +200,12 @@ class LocalModel:
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
+                **_cache(self.model),
             )
         broken = sampler.broken.tolist()
         if any(broken):
             raise BrokenLogitsError(ids[broken.index(True)])
-        for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
+        for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
             row.tokens = tokens
 
     def _finish(self, row: Row, ends: set[int]) -> Answer:
@@ -206,6 +232,17 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     if tokenizer.chat_template:
         ends.add(_turn_end(tokenizer))
     return {token for token in ends if token is not None}
+
+
+def _cache(model: PreTrainedModel) -> dict[str, Any]:
+    """A cache for a T5 whose decoder is the deeper half: `generate` makes it for the encoder's."""
+    config = model.config
+    deeper = getattr(config, "num_decoder_layers", 0) > getattr(config, "num_hidden_layers", 0)
+    if not (config.is_encoder_decoder and deeper):
+        return {}
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -32,9 +32,9 @@ def why_not_refill(model: Any, pad: int) -> str | None:
     """
     lm = base_model(model)
     family = type(lm).__name__
-    config = lm.config.get_text_config()
     if lm.config.is_encoder_decoder:
         return f"{family} has an encoder"
+    config = lm.config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
     if unknown:
         return f"{family} has layers of the kind {', '.join(sorted(unknown))}"
