@@ -1,0 +1,137 @@
+"""One forward of a wrapped model, from token ids to a preference loss and what is logged beside it.
+
+S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plad_fast.fused import fused_linear_preference_loss
+from plad_fast.head import call_inside, head_arguments, unwrap
+from plad_fast.ops import autocast_head, linear_sequence_logprobs
+from plad_fast.packing import PreferenceBatch
+from plad_fast.reference import reference_logits
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Bound on the logits of a chunk where metrics are computed from them.
+_CHUNK_BYTES = 2**26
+
+METRICS = ("fast", "all")
+Loss = str | Callable[..., Tensor]
+
+
+class Measured(NamedTuple):
+    """A loss to call `backward()` on, and detached values."""
+
+    loss: Tensor  # ()
+    logps: Tensor  # (S,) plain sums
+    counts: Tensor  # (S,)
+    tokens: dict[str, Tensor]
+    """(N,) each: "mean_logit" if it is to be had, "entropy" and "is_top1" on request."""
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """How a trainer's loss is computed.
+
+    Args:
+        loss, options, sft_weight: of `fused_linear_preference_loss`.
+        layout: of the batches, see `plad_fast.packing`.
+        metrics: "fast", or "all" for another product of the head that gives the rest of them.
+        impl, scratch_bytes: of the op.
+    """
+
+    loss: Loss
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sft_weight: float = 0.0
+    layout: str = "padded"
+    metrics: str = "fast"
+    impl: str = "auto"
+    scratch_bytes: int | None = None
+
+    def measure(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        batch: PreferenceBatch,
+        *,
+        reference_logps: Tensor | None = None,  # (S,)
+        loss: Loss | None = None,
+        group_size: int = 2,
+        logits: bool = True,
+    ) -> Measured:
+        """Runs `model`, which may be wrapped by DDP.
+
+        Args:
+            loss: in place of the own one and its regulariser; a function without options.
+            logits: whether metrics that need the logits are wanted.
+        """
+        module = unwrap(model)
+
+        def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+            arguments = head_arguments(module, batch)
+            out = fused_linear_preference_loss(
+                **arguments,
+                loss=self.loss if loss is None else loss,
+                group_size=group_size,
+                reference_logps=reference_logps,
+                sft_weight=self.sft_weight if loss is None else 0.0,
+                impl=self.impl,
+                scratch_bytes=self.scratch_bytes,
+                **(self.options if loss is None else {}),
+            )
+            tokens = _token_metrics(arguments, self.metrics == "all") if logits else {}
+            return out.loss, out.sums, out.counts, tokens
+
+        # Wrappers look at their inputs: they get to see the token ids only.
+        with accelerator.autocast():
+            return Measured(*call_inside(model, module, forward, batch["input_ids"]))
+
+    def logps(
+        self, accelerator: Accelerator, model: nn.Module, batch: PreferenceBatch
+    ) -> Tensor:  # (S,)
+        """Log-probabilities of the batch's sequences under a model that is not trained."""
+        module = unwrap(model)
+
+        def forward(_: Tensor) -> Tensor:
+            arguments = head_arguments(module, batch)
+            return linear_sequence_logprobs(
+                **arguments, impl=self.impl, scratch_bytes=self.scratch_bytes
+            ).sums
+
+        with torch.no_grad(), accelerator.autocast():
+            return call_inside(model, module, forward, batch["input_ids"])
+
+
+@torch.no_grad()
+def _token_metrics(arguments: Mapping[str, Any], everything: bool) -> dict[str, Tensor]:
+    hidden, weight, bias = autocast_head(
+        *(arguments[name] for name in ("hidden", "weight", "bias"))
+    )
+    softcap, scale = arguments["softcap"], arguments["logit_scale"]
+    if not everything:
+        if softcap is not None:
+            return {}
+        # The mean over the vocabulary is linear in the logits: one row stands for all.
+        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        if bias is not None:
+            mean += bias.float().mean()
+        return {"mean_logit": scale * mean}
+    found: dict[str, list[Tensor]] = {"mean_logit": [], "entropy": [], "is_top1": []}
+    # In float32 the logits, their log-softmax and its exponential.
+    size = max(_CHUNK_BYTES // (12 * len(weight)), 1)
+    for rows, targets in zip(hidden.split(size), arguments["targets"].split(size), strict=True):
+        logits = reference_logits(rows, weight, bias, softcap, scale).float()
+        found["mean_logit"].append(logits.mean(1))
+        found["is_top1"].append(logits.argmax(1) == targets)
+        log_probs = logits.log_softmax(1)
+        found["entropy"].append(-(log_probs.exp() * log_probs).sum(1))
+    return {name: torch.cat(parts) for name, parts in found.items()}

@@ -1,0 +1,279 @@
+"""TRL's preference trainers on this library's loss.
+
+    from plad_fast.integrations.trl import use_plad_fast
+
+    trainer = use_plad_fast(DPOTrainer(model, args=args, train_dataset=pairs))
+    trainer.train()
+
+The trainer stays what it was: its data, reference model, accumulation, logging and checkpoints are
+TRL's, and a step has TRL's loss and gradients. What changes is how they are computed. The tokens
+with which the two sequences of a pair begin run through the model once and none of the padding
+does; only tokens of the responses reach the LM head; and its gradient is made in the same pass.
+
+Every option that would change the loss and is not known here is refused by name, at once. Written
+for TRL 1.15 and 1.16; with a newer one a warning is logged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from plad_fast.errors import UsageError
+from plad_fast.head import check_head
+from plad_fast.integrations._head_loss import METRICS, HeadLoss
+from plad_fast.sharing import prepare
+from plad_fast.trl_options import translate_cpo, translate_dpo, translate_orpo
+
+try:
+    import trl
+    from transformers import ProcessorMixin, TrainingArguments
+    from trl import DPOTrainer
+    from trl.trainer.base_config import _BaseConfig
+
+    from plad_fast.integrations import _trl_trainers as fast
+except ImportError as error:
+    raise ImportError(
+        f"plad_fast.integrations.trl needs TRL 1.15 or newer ({error}): pip install -U trl"
+    ) from error
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+AnyTrainer = TypeVar("AnyTrainer", bound="Trainer")
+Translated = tuple[str, Mapping[str, Any], float]
+
+_OLDEST, _NEWEST = (1, 15), (1, 16)
+
+
+class _Kind(NamedTuple):
+    """One of TRL's trainers, and what is to know of it."""
+
+    front: type
+    translate: Callable[[Mapping[str, Any]], Translated]
+    loss_options: frozenset[str]
+    """Options that the translation gets."""
+    kept: frozenset[str]
+    """Options that TRL's own code goes on to honour."""
+    left_out: tuple[str, ...]
+    """Metrics that are not computed with metrics="fast"."""
+
+
+_DATA = {"max_length", "disable_dropout", "dataset_num_proc", "model_init_kwargs"}
+_DATA |= {"trust_remote_code"}
+_CONCATENATED = _DATA | {"max_completion_length", "generate_during_eval", "is_encoder_decoder"}
+_REFERENCE = {"precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"}
+_REFERENCE |= {"ref_model_mixup_alpha", "ref_model_sync_steps"}
+_LOGITS = ("logits/chosen", "logits/rejected")
+
+_DPO = _Kind(
+    fast.FastDPO,
+    translate_dpo,
+    frozenset(
+        {"beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"}
+        | {"f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"}
+    ),
+    # Padding-free rows are what TRL leaves out since its refactoring, and what packed rows are.
+    frozenset(
+        _DATA
+        | _REFERENCE
+        | {"truncation_mode", "padding_free", "pad_to_multiple_of", "pad_token"}
+        | {"router_aux_loss_coef"}
+    ),
+    ("entropy", "mean_token_accuracy"),
+)
+_CPO = _Kind(
+    fast.FastCPO,
+    translate_cpo,
+    frozenset({"beta", "loss_type", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha"}),
+    frozenset(_CONCATENATED),
+    _LOGITS,
+)
+_ORPO = _Kind(
+    fast.FastORPO,
+    translate_orpo,
+    frozenset({"beta"}),
+    frozenset(_CONCATENATED | {"padding_value"}),
+    _LOGITS,
+)
+
+
+def use_plad_fast(
+    trainer: AnyTrainer,
+    *,
+    layout: str = "auto",
+    attention: str = "auto",
+    metrics: str = "fast",
+    impl: str = "auto",
+    scratch_mib: int | None = None,
+) -> AnyTrainer:
+    """Lets a TRL trainer compute its loss with this library; call it before `train`.
+
+    Args:
+        trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
+            a decoder-only model of text; in one process, or several under DDP.
+        layout: "shared", "packed", "padded", or "auto"; see `plad_fast.sharing.prepare`.
+        attention: see `plad_fast.attention.enable`.
+        metrics: "fast" leaves out what only whole rows of logits can tell: with DPO `entropy` and
+            `mean_token_accuracy`, and `logits/*` too for models with a softcap; "all" has them for
+            another product of the head. With CPO and ORPO there are no `logits/*`, which are
+            means over prompts and padding there. All other metrics are TRL's.
+        impl: backend of the op.
+        scratch_mib: bound on the op's extra memory.
+
+    Returns:
+        The same trainer, now of a class derived from its own.
+
+    Raises:
+        UsageError: another trainer, or an option, a model or a set-up that is not known to work;
+            says which.
+    """
+    if metrics not in METRICS:
+        raise UsageError(f"unknown metrics {metrics!r}; known: {', '.join(METRICS)}")
+    _check_version()
+    kind = _kind_of(trainer)
+    left_out = () if metrics == "all" and kind is _DPO else kind.left_out
+    _check_setup(trainer)
+    _check_methods(trainer, kind)
+    _check_metrics(trainer, kind, left_out)
+    loss, options, sft_weight = kind.translate(_loss_options(trainer, kind))
+    model: Any = trainer.model
+    check_head(model)
+    with trainer.accelerator.autocast():
+        found = prepare(model, layout, attention=attention)
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None:
+            prepare(trainer.accelerator.unwrap_model(reference), found, attention=attention)
+    cls = type(trainer)
+    trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
+    trainer._head_loss = HeadLoss(
+        loss=loss,
+        options=options,
+        sft_weight=sft_weight,
+        layout=found,
+        metrics=metrics,
+        impl=impl,
+        scratch_bytes=None if scratch_mib is None else scratch_mib * 2**20,
+    )
+    logger.info("%s: loss %s, %s rows", cls.__name__, loss, found)
+    return trainer
+
+
+def _kind_of(trainer: Any) -> _Kind:
+    if isinstance(trainer, _with_head_loss()):
+        raise UsageError("this trainer uses plad_fast already; call use_plad_fast once")
+    # By name: TRL's experimental modules are not loaded for the question alone.
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(trainer).__mro__}
+    if isinstance(trainer, DPOTrainer):
+        return _DPO
+    for module, kind in (("cpo", _CPO), ("orpo", _ORPO)):
+        name = f"trl.experimental.{module}.{module}_trainer.{module.upper()}Trainer"
+        if name in names:
+            return kind
+    raise UsageError(
+        f"{type(trainer).__name__} is not known here; known are trl.DPOTrainer and the CPOTrainer "
+        "and ORPOTrainer of trl.experimental"
+    )
+
+
+def _with_head_loss() -> type:
+    return fast._WithHeadLoss
+
+
+def _check_version() -> None:
+    found = tuple(int(part) for part in trl.__version__.split(".")[:2])
+    if found < _OLDEST:
+        raise UsageError(
+            f"TRL {trl.__version__} computes its loss in another way; use TRL 1.15 or newer"
+        )
+    if found > _NEWEST:
+        logger.warning(
+            "plad_fast knows TRL 1.15 and 1.16, this is %s: compare a step's loss with TRL's own",
+            trl.__version__,
+        )
+
+
+def _loss_options(trainer: Any, kind: _Kind) -> dict[str, Any]:
+    """What the translation gets; raises UsageError for an option that TRL's trainer has and this
+    module does not know, unless it is left at its default."""
+    general = {f.name for cls in (TrainingArguments, _BaseConfig) for f in dataclasses.fields(cls)}
+    options = {}
+    for option in dataclasses.fields(trainer.args):
+        value = getattr(trainer.args, option.name)
+        if option.name in kind.loss_options:
+            options[option.name] = value
+        elif option.name not in general | kind.kept and value != option.default:
+            raise UsageError(
+                f"{option.name}={value!r} is not supported; leave it at {option.default!r}, or use "
+                f"{type(trainer).__name__} without plad_fast"
+            )
+    return options
+
+
+def _check_setup(trainer: Any) -> None:
+    """Raises UsageError for what would change the loss, or how the model is called."""
+    args, model, accelerator = trainer.args, trainer.model, trainer.accelerator
+    processor = trainer.processing_class
+    device_map = getattr(model, "hf_device_map", None) or {}
+    peft = getattr(model, "peft_config", {})
+    kind = accelerator.distributed_type.value
+    refused = {
+        "use_liger_kernel=True: two libraries would take the place of one head": (
+            args.use_liger_kernel
+        ),
+        "torch_compile=True": args.torch_compile,
+        "neftune_noise_alpha: its noise depends on how rows are packed": (
+            args.neftune_noise_alpha is not None
+        ),
+        "activation_offloading=True": getattr(args, "activation_offloading", False),
+        "a model that is split over devices (device_map)": len(set(device_map.values())) > 1,
+        f"distributed training of the kind {kind}; DDP works": (
+            kind not in ("NO", "MULTI_GPU", "MULTI_CPU")
+        ),
+        "context, sequence or tensor parallelism": accelerator.parallelism_config is not None,
+        "a vision-language model or processor": (
+            isinstance(processor, ProcessorMixin) or getattr(trainer, "_is_vlm", False)
+        ),
+        "an encoder-decoder model": getattr(model.config, "is_encoder_decoder", False),
+        "the auxiliary loss of a mixture of experts; set router_aux_loss_coef=0.0 in the "
+        "arguments, or for CPO and ORPO output_router_logits=False in the model's config": (
+            trainer.aux_loss_enabled
+        ),
+        "truncation_mode='keep_end' with loss_type 'ipo' or 'sigmoid_norm', whose length counts a "
+        "token without a predecessor in TRL where the prompt is cut off as a whole": (
+            getattr(args, "truncation_mode", "") == "keep_end"
+            and bool(fast.DIVIDING_BY_LENGTH & set(args.loss_type))
+        ),
+        "a PEFT method that learns a prompt": any(c.is_prompt_learning for c in peft.values()),
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
+
+
+def _check_methods(trainer: Any, kind: _Kind) -> None:
+    for name in kind.front.replaces:  # type: ignore[attr-defined]
+        owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
+        if not owner.__module__.startswith("trl.") or name in vars(trainer):
+            raise UsageError(
+                f"{type(trainer).__name__} has its own {name}, which plad_fast would put out of "
+                "use; remove it, or use the trainer without plad_fast"
+            )
+
+
+def _check_metrics(trainer: Any, kind: _Kind, left_out: tuple[str, ...]) -> None:
+    wanted = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
+    if wanted in left_out:
+        advice = "metrics='all', or " if kind is _DPO else ""
+        raise UsageError(
+            f"metric_for_best_model is {wanted!r}, which is not computed; choose {advice}another"
+        )
+    if trainer.compute_metrics is not None and kind is not _DPO:
+        raise UsageError(
+            f"compute_metrics gets the means of logits in {type(trainer).__name__}, and plad_fast "
+            "does not compute them; leave it out"
+        )
