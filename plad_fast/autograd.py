@@ -16,11 +16,11 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem, Upstream
 from plad_fast.dispatch import default_scratch_bytes, get_backend
+from plad_fast.first_order import first_order_only
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.products import accumulation_dtype
 
@@ -153,7 +153,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(counts, miss, entropy)
 
 
-@once_differentiable
+@first_order_only
 def _differentiate_linear(
     ctx: Any,
     grad_sums: Tensor | None,
@@ -234,7 +234,7 @@ def _save_stored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(lse, miss)
 
 
-@once_differentiable
+@first_order_only
 def _differentiate_stored(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return _stored_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 

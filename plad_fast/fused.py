@@ -12,9 +12,14 @@ from torch import Tensor
 
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem
-from plad_fast.logit_spec import LogitSpec
 from plad_fast.objective import Objective, check_groups
-from plad_fast.ops import autocast_head, checked_scratch
+from plad_fast.ops import (
+    checked_head,
+    checked_ignore_index,
+    checked_impl,
+    checked_scratch,
+    checked_spec,
+)
 from plad_fast.preference_autograd import linear_preference_loss
 
 
@@ -88,21 +93,21 @@ def fused_linear_preference_loss(
         UsageError: unknown loss or option, sequences that do not form whole groups, or anything
             `linear_sequence_logprobs` refuses.
     """
-    hidden, weight, bias = autocast_head(hidden, weight, bias)
-    check.check_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
     check.check_cu_seqlens(cu_seqlens, hidden.device)
     for name, values in (("scores", scores), ("reference_logps", reference_logps)):
         check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
-    check_groups(len(cu_seqlens) - 1, group_size)
+    for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
+        check.check_denominator(name, count)
     problem = LinearProblem(
         hidden,
         weight,
         bias,
         targets.long(),
         cu_seqlens.long(),
-        LogitSpec(softcap, logit_scale, temperature),
-        ignore_index,
+        checked_spec(softcap, logit_scale, temperature),
+        checked_ignore_index(ignore_index),
         checked_scratch(scratch_bytes),
     )
     objective = Objective.bind(
@@ -115,7 +120,8 @@ def fused_linear_preference_loss(
         device=hidden.device,
         **loss_options,
     )
+    check_groups(len(cu_seqlens) - 1, group_size)
     results = linear_preference_loss(
-        problem, scores, reference_logps, objective, num_groups, num_tokens, impl
+        problem, scores, reference_logps, objective, num_groups, num_tokens, checked_impl(impl)
     )
     return FusedLoss(*results)

@@ -6,6 +6,7 @@ Letters: n examples, R resamples. Everything is numpy on float64; nothing here k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,7 +70,10 @@ def paired_bootstrap(
         values = values - aligned(b, values, "b", "a")
     require_resamples(n_resamples)
     n = len(values)
-    rng = np.random.default_rng(seed)
+    try:
+        rng = np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        raise UsageError(f"seed is {seed!r}; give a whole number of at least 0") from None
     block = max(1, _BOOTSTRAP_BLOCK // n)
     means = np.concatenate(
         [
@@ -129,7 +133,13 @@ def outcomes(a: ArrayLike, b: ArrayLike) -> FloatArray:
 
 def vector(values: ArrayLike, name: str) -> FloatArray:
     """The values as (n,) float64; raises UsageError if there are none or one is not finite."""
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        given = np.asarray(values)
+        if np.iscomplexobj(given):  # the cast below would drop the imaginary part
+            raise TypeError("complex numbers")
+        array = given.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} must hold one real number for each example: {error}") from None
     if array.ndim != 1 or not len(array):
         raise UsageError(f"{name} has shape {array.shape}; give one value for each example")
     bad = np.flatnonzero(~np.isfinite(array))
@@ -154,5 +164,5 @@ def aligned(values: ArrayLike, other: FloatArray, name: str, other_name: str) ->
 
 def require_resamples(n_resamples: int) -> None:
     """Raises UsageError for too few of them to have a spread."""
-    if n_resamples < 2:
-        raise UsageError(f"n_resamples is {n_resamples}; take 2 or more (2000 is usual)")
+    if not isinstance(n_resamples, Integral) or n_resamples < 2:
+        raise UsageError(f"n_resamples is {n_resamples!r}; take 2 or more (2000 is usual)")

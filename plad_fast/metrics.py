@@ -71,6 +71,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Fl
         UsageError: no texts, lengths that differ, or `rouge_score` is not installed.
     """
     _require_texts(predictions, "predictions")
+    _require_texts(references, "references", some=False)
     if len(predictions) != len(references):
         raise UsageError(
             f"{len(predictions)} predictions but {len(references)} references; give one of each "
@@ -188,6 +189,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
         UsageError: no texts.
     """
     _require_texts(texts, "texts")
+    _require_order(n)
     grams = [gram for text in texts for gram in _ngrams(words(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
@@ -204,6 +206,7 @@ def repetition_shares(texts: Sequence[str], n: int = 4) -> FloatArray:
         UsageError: no texts.
     """
     _require_texts(texts, "texts")
+    _require_order(n)
     shares = []
     for text in texts:
         grams = _ngrams(words(text), n)
@@ -232,6 +235,16 @@ def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
 
-def _require_texts(texts: Sequence[str], name: str) -> None:
-    if not texts:
+def _require_texts(texts: Sequence[str], name: str, *, some: bool = True) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise UsageError(f"{name} must be a list of texts, not a {type(texts).__name__}")
+    if some and not texts:
         raise UsageError(f"{name} is empty; there is nothing to measure")
+    odd = next((text for text in texts if not isinstance(text, str)), None)
+    if odd is not None or None in texts:
+        raise UsageError(f"{name} must be a list of texts, and one is a {type(odd).__name__}")
+
+
+def _require_order(n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise UsageError(f"n is {n!r}; n-grams have a whole number of words, 1 or more")

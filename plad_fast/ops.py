@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plad_fast import autograd
 from plad_fast import validation as check
+from plad_fast.first_order import refuse_transforms
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.segments import length_normalized, segment_sums
 
@@ -85,12 +86,17 @@ def linear_sequence_logprobs(
     Raises:
         UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
     """
-    hidden, weight, bias = autocast_head(hidden, weight, bias)
-    check.check_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
     check.check_cu_seqlens(cu_seqlens, hidden.device)
     check.check_length_normalization(length_normalization)
-    spec = LogitSpec(softcap, logit_scale, temperature)
+    for name, flag in (
+        ("skip_inactive", skip_inactive),
+        ("return_lse", return_lse),
+        ("return_entropy", return_entropy),
+    ):
+        check.check_flag(name, flag)
+    spec = checked_spec(softcap, logit_scale, temperature)
     sums, counts, token_logprobs, lse, _, entropy = autograd.linear_sequence_logprobs(
         hidden,
         weight,
@@ -100,10 +106,10 @@ def linear_sequence_logprobs(
         spec.softcap,
         spec.logit_scale,
         spec.temperature,
-        ignore_index,
+        checked_ignore_index(ignore_index),
         length_normalization,
         return_entropy,
-        impl,
+        checked_impl(impl),
         checked_scratch(scratch_bytes),
         skip_inactive,
     )
@@ -138,6 +144,8 @@ def sequence_logprobs(
     Raises:
         UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
     """
+    check.check_are_tensors(logits=logits)
+    refuse_transforms(logits)
     check.check_logits(logits, targets, has_seqlens=cu_seqlens is not None)
     flat_targets = targets.reshape(-1)
     check.check_targets(flat_targets, targets.numel(), logits.device)
@@ -146,7 +154,7 @@ def sequence_logprobs(
         cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
     check.check_cu_seqlens(cu_seqlens, logits.device)
     check.check_length_normalization(length_normalization)
-    spec = LogitSpec(softcap, logit_scale, temperature)
+    spec = checked_spec(softcap, logit_scale, temperature)
     targets, cu_seqlens = targets.long(), cu_seqlens.long()
     token_logprobs, _, _ = autograd.stored_token_logprobs(
         logits,
@@ -155,8 +163,8 @@ def sequence_logprobs(
         spec.softcap,
         spec.logit_scale,
         spec.temperature,
-        ignore_index,
-        impl,
+        checked_ignore_index(ignore_index),
+        checked_impl(impl),
         checked_scratch(scratch_bytes),
     )
     token_logprobs = token_logprobs.reshape(-1)
@@ -166,15 +174,48 @@ def sequence_logprobs(
     return SequenceLogProbs(normalized, counts, token_logprobs)
 
 
+def checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's inputs, as autocast wants them."""
+    check.check_are_tensors(hidden=hidden, weight=weight, bias=bias)
+    refuse_transforms(hidden, weight, bias)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check.check_head(hidden, weight, bias)
+    return hidden, weight, bias
+
+
 def autocast_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The head's inputs in the dtype in which autocast would multiply them; else unchanged."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    known = torch.amp.is_autocast_available(device)  # not to "meta"
+    if not known or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def checked_spec(softcap: float | None, logit_scale: float, temperature: float) -> LogitSpec:
+    """What happens to the logits, of plain numbers in their ranges."""
+    if softcap is not None:
+        check.check_number("softcap", softcap)
+    check.check_number("logit_scale", logit_scale)
+    check.check_number("temperature", temperature)
+    return LogitSpec(
+        None if softcap is None else float(softcap), float(logit_scale), float(temperature)
+    )
+
+
+def checked_ignore_index(ignore_index: int) -> int:
+    check.check_ignore_index(ignore_index)
+    return int(ignore_index)
+
+
+def checked_impl(impl: str) -> str:
+    check.check_impl(impl)
+    return impl
 
 
 def checked_scratch(scratch_bytes: int | None) -> int:
@@ -182,4 +223,4 @@ def checked_scratch(scratch_bytes: int | None) -> int:
     if scratch_bytes is None:
         return 0
     check.check_scratch(scratch_bytes)
-    return scratch_bytes
+    return int(scratch_bytes)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +13,13 @@ from plad_fast.errors import UsageError
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
+
+
+def check_are_tensors(**tensors: Tensor | None) -> None:
+    """Before anything is asked of them; None where there may be none."""
+    for name, tensor in tensors.items():
+        if tensor is not None or name != "bias":
+            _require_tensor(name, tensor)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -36,6 +47,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> None:
     """targets (N,) int64 on the device of the logits."""
+    _require_tensor("targets", targets)
     if targets.ndim != 1 or targets.shape[0] != num_tokens:
         raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in _INTEGERS:
@@ -46,6 +58,7 @@ def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> Non
 
 def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
     """logits (N, V) with cu_seqlens, or (S, T, V) without; targets of the same leading shape."""
+    _require_tensor("targets", targets)
     if logits.ndim != (2 if has_seqlens else 3):
         raise UsageError(
             "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
@@ -62,6 +75,7 @@ def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
     """cu_seqlens (S + 1,) integers on the device of the logits."""
+    _require_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in _INTEGERS:
         raise UsageError(
             "cu_seqlens must be a vector of S + 1 integers, got "
@@ -111,6 +125,8 @@ def check_constants(
     """A constant of every sequence, (S,). Finite is not asked for: a score may be -inf."""
     if values is None:
         return
+    _require_tensor(name, values)
+    _require_real(name, values)
     if values.shape != (num_sequences,):
         raise UsageError(f"{name} must have shape ({num_sequences},), got {tuple(values.shape)}")
     if values.device != device:
@@ -120,13 +136,101 @@ def check_constants(
 
 
 def check_scratch(scratch_bytes: int) -> None:
-    if not isinstance(scratch_bytes, int) or scratch_bytes <= 0:
-        raise UsageError(f"scratch_bytes must be a positive whole number, got {scratch_bytes}")
+    if not _is_whole(scratch_bytes) or not 0 < scratch_bytes < 2**63:
+        raise UsageError(
+            f"scratch_bytes must be a positive whole number of bytes, got {_shown(scratch_bytes)}"
+        )
 
 
 def check_length_normalization(alpha: float) -> None:
-    if not alpha >= 0:
-        raise UsageError(f"length_normalization must be at least 0, got {alpha}")
+    check_number("length_normalization", alpha)
+    if not 0 <= alpha < math.inf:
+        raise UsageError(f"length_normalization must be at least 0 and finite, got {alpha}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not _is_whole(ignore_index) or not -(2**63) <= ignore_index < 2**63:
+        raise UsageError(
+            f"ignore_index must be a whole number that int64 holds, got {_shown(ignore_index)}"
+        )
+
+
+def check_impl(impl: str) -> None:
+    """What backends there are is known where one is taken."""
+    if not isinstance(impl, str):
+        raise UsageError(f"impl must be the name of a backend, got {_shown(impl)}")
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise UsageError(f"{name} must be True or False, got {_shown(flag)}")
+
+
+def check_number(name: str, number: float) -> None:
+    """A real number, be it from numpy; no tensor, text or truth value. Its range is for others."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise UsageError(f"{name} must be a number, got {_shown(number)}")
+
+
+def check_denominator(name: str, count: float | Tensor | None) -> None:
+    """None, or a number that is not negative; the value of a scalar on a GPU is not read."""
+    if count is None:
+        return
+    if isinstance(count, Tensor):
+        _require_real(name, count)
+        if count.ndim:
+            raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
+        if torch.compiler.is_compiling() or count.device.type != "cpu":
+            return
+        count = count.item()
+    check_number(name, count)
+    if not 0 <= count < math.inf:
+        raise UsageError(f"{name} must not be negative or infinite, got {count}")
+
+
+def check_sums(sums: Tensor) -> None:
+    """sums (S,) or (B, K), floating."""
+    _require_tensor("sums", sums)
+    _check_dtype("sums", sums)
+    if sums.ndim not in (1, 2):
+        raise UsageError(f"sums must have shape (S,) or (B, K), got {tuple(sums.shape)}")
+
+
+def check_like_sums(name: str, values: Tensor | None, sums: Tensor) -> None:
+    """Counts, scores or a reference: real numbers of the shape and on the device of the sums."""
+    if values is None and name != "counts":
+        return
+    _require_tensor(name, values)
+    assert values is not None
+    _require_real(name, values)
+    if values.shape != sums.shape:
+        raise UsageError(
+            f"{name} must have the shape of sums, {tuple(sums.shape)}, got {tuple(values.shape)}"
+        )
+    if values.device != sums.device:
+        raise UsageError(f"{name} are on {values.device}, sums on {sums.device}")
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, or what kind of thing it is."""
+    brief = value is None or isinstance(value, (bool, int, float, complex, str))
+    return repr(value) if brief else f"a {type(value).__name__}"
+
+
+def _require_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise UsageError(f"{name} must be a tensor, got {_shown(tensor)}")
+    if tensor.layout != torch.strided:
+        raise UsageError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _require_real(name: str, tensor: Tensor) -> None:
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise UsageError(f"{name} must hold real numbers, got {tensor.dtype}")
 
 
 def _check_tensor(name: str, tensor: Tensor, ndim: int, shape: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from problems import make_problem
@@ -10,9 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from plad_fast import (
     fused_linear_preference_loss,
     linear_sequence_logprobs,
+    losses,
     preference_loss,
     sequence_logprobs,
 )
+from plad_fast.preference_autograd import _flattened, _nested
+from tests.loss_options import REQUIRED
 
 OPTIONS = [
     {},
@@ -84,6 +89,51 @@ def test_one_graph_for_all_lengths(loss, options):
     assert len(compilations) == 1
 
 
+def options_of(name):
+    """Names, numbers and mappings among them: all have to reach the op."""
+    divergence = {"f_divergence": "js_divergence"}
+    options = divergence if "f_divergence" in losses.get_loss(name).options else {}
+    return {**options, **REQUIRED.get(name, {})}
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_every_loss_compiles_into_one_graph(name):
+    """In the op and on it, with all that it takes."""
+    torch._dynamo.reset()
+
+    def loss_of(hidden, weight, bias, targets, cu_seqlens):
+        constants = {
+            key: -cu_seqlens.diff().to(hidden.dtype)
+            for key in ("scores", "reference_logps")
+            if key in losses.get_loss(name).takes
+        }
+        options = {"loss": name, **constants, **options_of(name)}
+        head = hidden, weight, targets, cu_seqlens
+        fused = fused_linear_preference_loss(*head, bias=bias, **options)
+        ours = linear_sequence_logprobs(*head, bias=bias)
+        return fused.loss + 2 * preference_loss(ours.sums, ours.counts, **options)
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True, dynamic=True)
+    problem = make_problem([4, 3, 2, 2], bias=True, ignored=0.2)
+    got, want = compiled(*arguments(problem)), loss_of(*arguments(problem))
+    torch.testing.assert_close(got, want)
+    for mine, other in zip(
+        torch.autograd.grad(got, problem.leaves),
+        torch.autograd.grad(want, problem.leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_options_come_out_of_the_op_as_they_went_in():
+    for options in (
+        {},
+        {"beta": 0.5, "f_divergence": "forward_kl", "tau": 1},
+        {"parts": {"dpo": {"weight": 0.8, "f_divergence": "forward_kl"}, "cpo": {}}, "beta": 2.0},
+    ):
+        assert _nested(*_flattened(options)) == options
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_registrations_are_sound(bias):
     """Schema, fake shapes, autograd and dynamic shapes, by torch's own checks."""
@@ -152,3 +202,78 @@ def test_a_function_of_ones_own_is_not_taken_for_a_registered_loss():
     problem = make_problem([2, 3])
     with pytest.raises(Exception, match="must be a registered one"):
         torch.compile(loss_of, backend="aot_eager", fullgraph=True)(problem)
+
+
+LENGTHS = [
+    ([5, 7], [(4, 3), (2, 6)]),
+    ([9, 4], [(5, 5), (7, 2)]),
+    ([3, 12], [(8, 3), (4, 9)]),
+    ([6, 6], [(3, 11), (6, 5)]),
+]
+"""Prompts, and the responses to each: a step for each of them."""
+
+
+def train(layout, backend=None, **options):
+    """Backbone, gather of the response rows, one-pass loss, backward, AdamW.
+
+    Returns losses, weights, and frames compiled by the end of every step.
+    """
+    from naive import features
+    from tiny_models import make_model
+
+    from plad_fast.head import head_arguments
+    from plad_fast.packing import PreferenceCollator
+    from plad_fast.sharing import prepare
+
+    model = make_model("llama")
+    prepare(model, layout, check=False)
+    collate = PreferenceCollator(0, 2, layout=layout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def loss_of(batch):
+        arguments = head_arguments(model, batch)
+        return fused_linear_preference_loss(**arguments, beta=50.0, sft_weight=0.1).loss
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend or "aot_eager")
+    run = torch.compile(loss_of, backend=counter, **options) if backend else loss_of
+    losses, frames = [], []
+    for lengths in LENGTHS:
+        loss = run(collate(features(*lengths)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        frames.append(counter.frame_count)
+    return losses, list(model.parameters()), frames
+
+
+def assert_trains_alike(found, expected):
+    torch.testing.assert_close(found[0], expected[0])
+    # AdamW's first steps have the size of the learning rate, whatever the gradient's.
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_step_on_padded_rows_is_one_graph_for_all_lengths():
+    found = train("padded", "aot_eager", fullgraph=True, dynamic=True)
+    assert_trains_alike(found, train("padded"))
+    assert len(set(found[2])) == 1
+
+
+def test_a_training_step_on_shared_rows_breaks_at_the_attention_and_not_at_the_op():
+    """Spans and rows to cut depend on the layout; what lies between is compiled once."""
+    torch._dynamo.utils.counters.clear()
+    found = train("shared", "aot_eager", dynamic=True)
+    breaks = "\n".join(torch._dynamo.utils.counters["graph_break"])
+    assert_trains_alike(found, train("shared"))
+    assert "packed_attention" in breaks
+    assert not any(op in breaks for op in ("fused_linear", "linear_preference", "ops.py"))
+    assert found[2][-1] == found[2][1], "a new layout was compiled anew"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_training_step_under_inductor(layout):
+    found = train(layout, "inductor", dynamic=True)
+    assert_trains_alike(found, train(layout))

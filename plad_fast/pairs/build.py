@@ -168,9 +168,11 @@ def require_selection(
     if not has_scores and (select in NEED_SCORES or filters.needs_scores):
         what = f"selection {select!r}" if select in NEED_SCORES else "a filter by score"
         raise UsageError(f"{what} needs scores of the answers; choose a scorer")
-    if list_size is not None and (select != "ranked" or list_size < 2):
+    if list_size is not None and (
+        select != "ranked" or not isinstance(list_size, int) or list_size < 2
+    ):
         raise UsageError(
-            f"list_size is {list_size} with selection {select!r}; give 2 or more, with selection "
+            f"list_size is {list_size!r} with selection {select!r}; give 2 or more, with selection "
             "'ranked' only"
         )
 

@@ -51,8 +51,10 @@ class PairFilters:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"{name} must be from {low} to {high}, not {value}")
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise UsageError(f"{name} must be from {low} to {high}, not {value!r}")
 
     @property
     def needs_scores(self) -> bool:

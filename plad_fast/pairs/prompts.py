@@ -70,8 +70,8 @@ def load_prompts(
         UsageError: the source cannot be read or is empty, a column is missing, a row holds no
             usable prompt, or the options contradict each other.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be at least 1, not {limit}")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise UsageError(f"limit must be at least 1, not {limit!r}")
     if prompt_column is not None and prompt_template is not None:
         raise UsageError(
             f"prompt_column {prompt_column!r} and prompt_template are both given; give one: a "

@@ -1,0 +1,78 @@
+"""The ops have first derivatives in reverse mode, and no others: asking for more is an error.
+
+Without these checks it would not be one. A backward that torch does not see into gives gradients
+without a graph of their own, so a penalty on a gradient would lose its second derivative without a
+word; forward mode and `torch.func.jvp` would find a tangent of 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from plad_fast.errors import UsageError
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def first_order_only(backward: Backward) -> Backward:
+    """For a backward made of kernels: under `create_graph=True` its results have a graph to the
+    saved tensors that want a gradient, and a UsageError is raised when it is walked.
+
+    torch's `once_differentiable` does so only where the upstream gradient has a graph itself.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        leaves = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
+        return tuple(grad if grad is None else _End.apply(grad, *leaves) for grad in grads)
+
+    return once
+
+
+def stub(tensor: Tensor | None) -> Tensor | None:
+    """Nothing of a tensor but its place in the graph, to be saved where the tensor need not be."""
+    if tensor is None or not tensor.requires_grad:
+        return None
+    return tensor.narrow(0, 0, 0).clone()
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise a UsageError inside of `torch.func` transforms, or for tensors with a tangent."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise UsageError(
+            "the op does not work inside of torch.func transforms (grad, vmap, jvp, ...); call it "
+            "outside, and take gradients with torch.autograd or backward()"
+        )
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UsageError(
+                "the op has no forward-mode derivative; take gradients with torch.autograd or "
+                "backward()"
+            )
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise UsageError(
+            "the op has no second derivative, and a gradient of its gradient was asked for; leave "
+            "create_graph=True out, or build that term on plain logits (plad_fast.reference)"
+        )
