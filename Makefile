@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-all lint bench study aot clean
+.PHONY: quickstart test test-all lint docs bench study aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -24,6 +24,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The API reference, from the docstrings.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/make_reference.py
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench

@@ -65,17 +65,11 @@ class Arm:
 
 MEANS = {"length_normalization": 1.0}
 ARMS = (
-    Arm("SFT longer", "sft", 3e-5),
-    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 1.0, "sft_weight": 0.1}),
-    Arm(
-        "PLaD margin",
-        "plad_margin",
-        3e-5,
-        options={**MEANS, "beta": 5.0, "sft_weight": 0.1},
-        filters=PairFilters(contradicted=True),
-    ),
-    Arm("DPO", "dpo", 3e-5, options={"beta": 0.1}),
-    Arm("SimPO", "simpo", 3e-5, options={"beta": 2.0, "loss_args": '{"gamma": 1.0}'}),
+    Arm("SFT longer", "sft", 1e-5),
+    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 4.0, "sft_weight": 1.0}),
+    Arm("PLaD margin", "plad_margin", 3e-5, options={**MEANS, "beta": 50.0, "sft_weight": 1.0}),
+    Arm("DPO", "dpo", 1e-5, options={"beta": 0.1}),
+    Arm("SimPO", "simpo", 1e-5, options={"beta": 2.0, "loss_args": '{"gamma": 1.0}'}),
 )
 FINE_TUNED = "SFT"
 
@@ -88,7 +82,7 @@ class Setting:
     dialogsum: Path
     longest_dialogue: int = 260
     """Tokens."""
-    layers: int = 20
+    layers: int = 27
     """Of the student; the teacher's, evenly spaced."""
     fine_tuning: int = 100
     """Dialogues whose teacher's answers the student is fine-tuned on."""
@@ -98,12 +92,12 @@ class Setting:
     held_out: int = 120
     max_new_tokens: int = 64
     sft_epochs: float = 2.0
-    sft_learning_rate: float = 2e-4
+    sft_learning_rate: float = 1e-4
     pair_epochs: float = 2.0
     """Passes over the pairs of PLaD's ranking loss, which set the compute of every arm."""
-    samples: int = 4
+    samples: int = 2
     """Of a student to an evaluated prompt, at temperature 1."""
-    temperature: float = 1.0
+    temperature: float = 1.5
     """Of the samples that become rejected answers."""
 
     def prompts(self) -> dict[str, list[Prompt]]:

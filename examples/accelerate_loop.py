@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from data import arguments, pair_batches
 
 from plad_fast import fused_linear_preference_loss
-from plad_fast.head import call_inside, head_arguments, unwrap
+from plad_fast.head import call_inside, through_head, unwrap
 from plad_fast.packing import to_device
 from plad_fast.students import load_model
+
+LOSS = {"loss": "plad_ranking", "sft_weight": 0.1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,14 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Every pair and every token counts the same, in whichever process it is.
         pairs, tokens = accelerator.reduce(sizes(batch), "sum").tolist()
 
-        def loss_of(_: torch.Tensor, batch=batch, pairs=pairs, tokens=tokens) -> torch.Tensor:
-            return fused_linear_preference_loss(
-                **head_arguments(unwrap(wrapper), batch),
-                loss="plad_ranking",
-                sft_weight=0.1,
-                num_groups=pairs,
-                num_tokens=tokens,
-            ).loss
+        op = partial(fused_linear_preference_loss, num_groups=pairs, num_tokens=tokens, **LOSS)
+
+        def loss_of(_: torch.Tensor, batch=batch, op=op) -> torch.Tensor:
+            return through_head(unwrap(wrapper), batch, op).loss
 
         with accelerator.autocast():
             loss = call_inside(wrapper, unwrap(wrapper), loss_of, batch["input_ids"])
