@@ -90,6 +90,8 @@ class Setting:
     """Dialogues for the pairs, which fine-tuning has not seen."""
     validation: int = 60
     held_out: int = 120
+    evaluated: int = 60
+    """Of the validation or held-out dialogues, the first so many; what is left stays unseen."""
     max_new_tokens: int = 64
     sft_epochs: float = 2.0
     sft_learning_rate: float = 1e-4
@@ -231,7 +233,8 @@ class Study:
             samples, per token; `scores`: scorer -> {"greedy", "samples"}; `cut`: share of answers
             that reached the length limit.
         """
-        prompts = [p for p in self.parts[self.part] if p.id in self.teacher_answers]
+        evaluated = self.parts[self.part][: self.setting.evaluated]
+        prompts = [p for p in evaluated if p.id in self.teacher_answers]
         longest, n = self.setting.max_new_tokens, self.setting.samples
         stem = f"{slug(name)}-{self.part}"
         greedy = self._answers(model, f"{stem}-greedy", prompts, Sampling(longest, temperature=0.0))
@@ -240,7 +243,8 @@ class Study:
         texts = [[a.text for a in samples[p.id]] for p in prompts]
         scores = {}
         for spec in scorers:
-            scorer = open_scorer(spec)
+            options = {"dtype": autocast_dtype("auto")} if ":" in spec else {}
+            scorer = open_scorer(spec, **options)
             items = [(p, greedy[p.id][0].text) for p in prompts]
             items += [(p, text) for p, given in zip(prompts, texts, strict=True) for text in given]
             path = self.folder / "evaluation" / f"{stem}-{slug(spec.partition(':')[0])}.jsonl"
@@ -271,7 +275,7 @@ class Study:
             rows.append((content, [as_response(content, text) for text in given]))
 
         def compute() -> dict[str, Any]:
-            network = load_model(model, dtype="float32", device=best_device())
+            network = load_model(model, dtype=autocast_dtype("auto"), device=best_device())
             logps = score_responses(network, self.tokenizer, rows, length_normalization=1.0)
             return {"logps": [values.tolist() for values in logps]}
 

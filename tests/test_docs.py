@@ -60,7 +60,7 @@ def test_the_code_of_a_page_runs(page, endpoint, tiny_teacher, tmp_path, monkeyp
         pytest.importorskip("triton")
     monkeypatch.chdir(tmp_path)
     for number, code in enumerate(blocks(page, "python")):
-        code = code.replace(SMOLLM, str(tiny_teacher)).replace("/tmp/", f"{tmp_path}/")
+        code = code.replace("/tmp/", f"{tmp_path}/").replace(SMOLLM, str(tiny_teacher))
         if name := re.match(r"# (\w+\.py)\n", code):
             Path(name[1]).write_text(code, encoding="utf-8")
         elif re.search(r"torch\.distributed|environ", code):
