@@ -5,6 +5,7 @@ Everything that is assumed is in `scaling_rates`; nothing here was run on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from benchmarks.scaling_count import (
@@ -256,14 +257,17 @@ class Plan:
     def _head_seconds(self) -> float:
         """Of the head group's own collectives, which nothing runs beside: hidden states gathered in
         16 bits, and what plad_fast.vocab_parallel sends in float32: three numbers a row from every
-        GPU, gathered, and the gradient of the hidden states, all-reduced."""
+        GPU, gathered chunk by chunk, and the gradient of the hidden states, all-reduced. Before
+        them the ranks agree, and settle on the size of the chunks."""
         group = self.head_group
         if group == 1:
             return 0.0
         rows = self.work.rows * group
         sent = (2 + 2 * 4) * rows * self.shape.hidden + 3 * 4 * rows * group
         rate = self.gpu.nvlink * self.assumed.link_share
-        return (group - 1) / group * sent / rate + 3 * self.assumed.latency
+        part = dataclasses.replace(self.shape, vocab=self.shape.vocab // group)
+        chunks = -(-rows // scratch_rows(part, SCRATCH_BYTES))
+        return (group - 1) / group * sent / rate + (4 + chunks) * self.assumed.latency
 
     @property
     def pairs_per_second(self) -> float:

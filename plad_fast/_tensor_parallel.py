@@ -21,6 +21,25 @@ if TYPE_CHECKING:
 _NAME = "tp"
 
 
+def holds_vocab_rows(weight: Tensor | None, accepted: bool | DeviceMesh) -> bool:
+    """Whether a head is sharded by tensor parallelism, and by nothing else.
+
+    Raises:
+        UsageError: by both, which the head's own forward cannot undo: it takes tensors apart for
+            tensor parallelism too.
+    """
+    if not accepted or weight is None or not _is_dtensor(weight):
+        return False
+    names = weight.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+    if len(names) > 1 and _NAME in names:
+        raise UsageError(
+            f"the LM head is sharded over the dimensions {names} of a mesh: call this inside the "
+            "wrapped forward (plad_fast.head.call_inside), and let fully_shard take the head with "
+            "the whole model, not by itself"
+        )
+    return _is_accepted(weight, accepted)
+
+
 def vocab_rows(
     weight: Tensor, bias: Tensor | None, accepted: bool | DeviceMesh, family: str
 ) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
@@ -85,9 +104,7 @@ def whole_hidden(
 
 def _accepted_mesh(tensor: Any, accepted: bool | DeviceMesh, what: str) -> DeviceMesh:
     mesh = tensor.device_mesh
-    if mesh.ndim == 1 and (
-        accepted == mesh if not isinstance(accepted, bool) else mesh.mesh_dim_names == (_NAME,)
-    ):
+    if _is_accepted(tensor, accepted):
         return mesh
     raise UsageError(
         f"{what} lies on a mesh of dimensions {mesh.mesh_dim_names}, which is not known to be one "
@@ -95,6 +112,13 @@ def _accepted_mesh(tensor: Any, accepted: bool | DeviceMesh, what: str) -> Devic
         f"(plad_fast.head.call_inside); for tensor parallelism name the dimension {_NAME!r}, or "
         "pass tensor_parallel=mesh"
     )
+
+
+def _is_accepted(tensor: Any, accepted: bool | DeviceMesh) -> bool:
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1:
+        return False
+    return mesh.mesh_dim_names == (_NAME,) if isinstance(accepted, bool) else accepted == mesh
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

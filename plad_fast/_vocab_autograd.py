@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from plad_fast import onepass
 from plad_fast._vocab_group import Shards
@@ -19,6 +18,7 @@ from plad_fast._vocab_rows import whole_statistics
 from plad_fast._vocab_workspace import ShardStatistics, ShardWorkspace
 from plad_fast.autograd import alone_on
 from plad_fast.backend import Denominators, LinearProblem
+from plad_fast.first_order import first_order_only
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.objective import Objective
 from plad_fast.preference_autograd import _scaled
@@ -78,7 +78,7 @@ class ShardedTokens(torch.autograd.Function):
         return whole.token_logprobs, whole.row_max + whole.sum_exp.log(), entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -139,6 +139,7 @@ class ShardedPreference(torch.autograd.Function):
         objective: Objective,
         denominators: Denominators,
         needs: tuple[bool, bool, bool],
+        stubs: tuple[Tensor | None, ...],  # of hidden, weight and bias
         head: ShardedHead,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         no_index = -1  # nothing is ignored
@@ -160,17 +161,17 @@ class ShardedPreference(torch.autograd.Function):
                 half = hidden.dtype == torch.float16
                 dtype = accumulation_dtype(hidden.dtype) if half else hidden.dtype
                 grads = grads._replace(hidden=head.reduced(grads.hidden, dtype))
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads, *stubs)
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         sums = length_normalized(sums, cu_seqlens.diff(), objective.length_normalization)
         ctx.mark_non_differentiable(sums, group_losses, active)
         return value, sums, group_losses, active
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         scaled = (
             None if grad is None else _scaled(grad, grad_loss, dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for grad, dtype in zip(ctx.saved_tensors[:3], ctx.dtypes, strict=True)
         )
-        return *scaled, *[None] * 8
+        return *scaled, *[None] * 9

@@ -6,7 +6,7 @@ W ranks; rank r holds rows [bounds[r], bounds[r + 1]) of the LM head, in the ord
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,23 +76,25 @@ class Shards:
 
 def agreed_shards(
     group: ProcessGroup,
-    device: torch.device,
+    devices: Sequence[torch.device],
     rows: int,
     facts: Mapping[str, int | Tensor],
-    refusal: UsageError | None,
+    refusal: Exception | None,
 ) -> Shards:
     """Tell how many rows each rank holds, after all have found that they want the same thing.
 
     The message has one length whatever is in it, so ranks that disagree get an error, not a hang.
 
     Args:
+        devices: of this rank's tensors.
         facts: name of an argument to what must be the same number on every rank, () int64.
         refusal: what this rank found wrong with its own arguments.
 
     Raises:
-        UsageError: `refusal`; or the other ranks' refusal, or a fact that differs, by name.
+        Exception: `refusal`.
+        UsageError: the other ranks' refusal, or a fact that differs, by name.
     """
-    message = torch.zeros(2 + _FACTS, dtype=torch.int64, device=device)
+    message = torch.zeros(2 + _FACTS, dtype=torch.int64, device=_meeting_place(group, devices))
     message[0], message[1] = refusal is not None, rows
     for place, fact in enumerate(facts.values(), start=2):
         message[place] = fact
@@ -130,6 +132,17 @@ def check_group(group: ProcessGroup) -> None:
         )
     if dist.get_rank(group) < 0:
         raise UsageError("this process is not a rank of the process group")
+
+
+def _meeting_place(group: ProcessGroup, devices: Sequence[torch.device]) -> torch.device:
+    """A device that the group talks over: of one kind on all ranks, also on one whose arguments
+    lie elsewhere by mistake."""
+    if dist.get_backend(group) in ("gloo", "mpi", "ucc") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    own = (device for device in devices if device.type == kind.type)
+    return next(own, torch.device(kind.type))
 
 
 def gathered(values: Tensor, group: ProcessGroup) -> Tensor:  # (...) -> (W, ...)

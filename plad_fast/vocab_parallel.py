@@ -34,9 +34,10 @@ from plad_fast._vocab_autograd import ShardedHead, ShardedPreference, ShardedTok
 from plad_fast._vocab_group import agreed_shards, check_group, digest, digest_of
 from plad_fast.dispatch import default_scratch_bytes
 from plad_fast.errors import UsageError
+from plad_fast.first_order import refuse_transforms, stub
 from plad_fast.fused import FusedLoss
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.objective import Objective, check_groups
+from plad_fast.objective import Objective
 from plad_fast.ops import (
     SequenceLogProbs,
     autocast_head,
@@ -192,6 +193,7 @@ def vocab_parallel_preference_loss(
             check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
         for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
             check.check_denominator(name, count)
+        check.check_groups(len(cu_seqlens) - 1, group_size)
         objective = Objective.bind(
             loss,
             group_size=group_size,
@@ -202,7 +204,6 @@ def vocab_parallel_preference_loss(
             device=hidden.device,
             **loss_options,
         )
-        check_groups(len(cu_seqlens) - 1, group_size)
         return checked_spec(softcap, logit_scale, temperature), objective
 
     options = length_normalization, ignore_index, softcap, logit_scale, temperature
@@ -233,6 +234,7 @@ def vocab_parallel_preference_loss(
         objective,
         objective.denominators(counts, num_groups, num_tokens),
         tuple(enabled and leaf is not None and leaf.requires_grad for leaf in leaves),
+        tuple(stub(leaf) for leaf in leaves) if enabled else (),
         call.head,
     )
     return FusedLoss(value, sums, call.counts, group_losses, active)
@@ -290,9 +292,12 @@ def _agree(
     """
     hidden, weight, bias, targets, cu_seqlens = inputs
     facts: dict[str, int | Tensor] = {}
-    refusal, result, scratch = None, None, 0
+    refusal: Exception | None = None
+    result, scratch = None, 0
     try:
         check.check_are_tensors(hidden=hidden, weight=weight, bias=bias)
+        _check_are_local(hidden=hidden, weight=weight, bias=bias)
+        refuse_transforms(hidden, weight, bias)
         hidden, weight, bias = autocast_head(hidden, weight, bias)
         check.check_head(hidden, _not_empty(weight), None if bias is None else _not_empty(bias))
         check.check_targets(targets, len(hidden), hidden.device)
@@ -300,14 +305,20 @@ def _agree(
         check.check_flag("reduce_hidden_grad", reduce_hidden_grad)
         checked_ignore_index(ignore_index)
         _check_impl(impl)
+        _check_vocab_size(vocab_size)
         scratch = checked_scratch(scratch_bytes) or default_scratch_bytes(hidden.device)
         result = checked()
-        with_gradient = torch.is_grad_enabled() and hidden.requires_grad
-        settings = hidden.shape[1], hidden.dtype, bias is None, with_gradient, reduce_hidden_grad
+        # Which of a rank's gradients are wanted says which collectives it takes part in.
+        enabled = torch.is_grad_enabled()
+        of_hidden = enabled and hidden.requires_grad
+        of_any = enabled and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        gradients = of_hidden, of_any, reduce_hidden_grad
         facts = {
             "the ops called": digest_of(op),
             "numbers of tokens": len(hidden),
-            "dtypes, hidden sizes or gradients": digest_of(*settings),
+            "dtypes, hidden sizes or gradients": digest_of(
+                hidden.shape[1], hidden.dtype, bias is None, *gradients
+            ),
             "options": digest_of(*options, vocab_size),
             "targets": digest(targets),
             "cu_seqlens": digest(cu_seqlens),
@@ -316,12 +327,11 @@ def _agree(
             "num_groups or num_tokens": digest(_as_tensor(constants.get("num_groups")))
             + 3 * digest(_as_tensor(constants.get("num_tokens"))),
         }
-    except UsageError as error:
+    except Exception as error:  # whatever it is, the others must not wait
         refusal = error
-    device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu"))
-    shards = agreed_shards(
-        group, device, len(weight) if refusal is None else 0, facts, refusal
-    ).cut(vocab_size)
+    devices = [tensor.device for tensor in inputs if isinstance(tensor, Tensor)]
+    own_rows = len(weight) if refusal is None else 0
+    shards = agreed_shards(group, devices, own_rows, facts, refusal).cut(vocab_size)
     spec = result[0] if isinstance(result, tuple) else result
     assert isinstance(spec, LogitSpec)
     targets, cu_seqlens = targets.long(), cu_seqlens.long()
@@ -352,10 +362,27 @@ def _not_empty(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 0 or len(tensor) else tensor.new_empty(1, *tensor.shape[1:])
 
 
+def _check_are_local(**tensors: Tensor | None) -> None:
+    """A rank's rows are a plain tensor."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "device_mesh"):
+            raise UsageError(
+                f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), or let "
+                "plad_fast.head.causal_lm_logprobs take the head of a model"
+            )
+
+
+def _check_vocab_size(vocab_size: int | None) -> None:
+    if vocab_size is not None and (not check.is_whole(vocab_size) or vocab_size < 1):
+        raise UsageError(
+            f"vocab_size must be None or a whole number of at least 1, got {vocab_size!r}"
+        )
+
+
 def _plain(value: Any) -> Any:
     """An option as it can be compared over ranks; of an object only its type can."""
     if isinstance(value, Mapping):
-        return sorted((name, _plain(each)) for name, each in value.items())
+        return sorted((repr(name), repr(_plain(each))) for name, each in value.items())
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return type(value).__name__

@@ -13,16 +13,51 @@ import datetime
 import faulthandler
 import importlib
 import os
+import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 # Of one set; a hang must end in a failure.
 TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("PLAD_TEST_TIMEOUT", "240")))
+
+
+def start(folder: Path, name: str, *sets: str) -> tuple[Path, str]:
+    """Runs sets in a program of their own. Returns the folder, and how they ended."""
+    log = folder / f"{name}.log"
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests._process_sets", str(folder), *sets],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    # A set that ended early leaves the results of its first cases.
+    return folder, f"the processes ended with {done.returncode}:\n{log.read_text()[-4000:]}"
+
+
+def results(started: tuple[Path, str], name: str, world: int, case: str) -> list[Any]:
+    """What every process returned from a case; fails if one of them did not return."""
+    folder, ending = started
+    left = []
+    for rank in range(world):
+        file = folder / f"{name}-{world}-{rank}.pt"
+        cases = torch.load(file) if file.is_file() else {}
+        left.append(cases.get(case, ("missing", ending)))
+    failed = [f"process {i}: {s}\n{v}" for i, (s, v) in enumerate(left) if s == "failed"]
+    missing = [f"process {i}: {s}\n{v}" for i, (s, v) in enumerate(left) if s == "missing"]
+    if failed or missing:
+        # Those that are missing may have waited for those that failed.
+        pytest.fail("\n".join(failed or missing[:1]))
+    return [value for _, value in left]
 
 
 def main(folder: Path, sets: list[str]) -> int:

@@ -1,21 +1,20 @@
-"""One of four ranks of tests/test_vocab_parallel.py: runs its cases and writes down what failed.
+"""Cases of tests/test_vocab_parallel.py for a set of four processes (see `tests._process_sets`).
 
-The ranks are a group of four and two groups of two, so that both sizes are met in one start. Every
-rank computes the unsharded result itself, from the same seeds.
+The processes are a group of four and two groups of two, whose ranks do not lie next to each other,
+so that both sizes are met in one start. Every process computes the unsharded result itself, from
+the same seeds.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import sys
-import traceback
+import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,16 +28,38 @@ from plad_fast.vocab_parallel import (
 )
 from tests.problems import Problem, assert_within_budget, make_problem, oracle
 
-CASES: dict[str, Callable[[Any], None]] = {}
+CASES: dict[str, Callable[[Path], None]] = {}
 WORLD = 4
+SIZES = (2, WORLD)
 
 # Rows of each rank, of a vocabulary of 37: none, one, many.
 SPLITS: dict[int, list[list[int]]] = {2: [[36, 1], [0, 37]], 4: [[20, 0, 1, 16], [10, 10, 10, 7]]}
 
 
-def case(function: Callable[[Any], None]) -> Callable[[Any], None]:
-    CASES[function.__name__] = function
+@functools.cache
+def group_of(size: int) -> Any:
+    """This process's group of so many ranks."""
+    if size == WORLD:
+        return dist.group.WORLD
+    # Every process takes part in the making of both.
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return groups[dist.get_rank() % 2]
+
+
+def case(function: Callable[[Any], None], sizes: Sequence[int] = SIZES) -> Callable[[Any], None]:
+    """Adds what a group does, in groups of these sizes."""
+    for size in sizes:
+
+        def run(_folder: Path, size: int = size) -> None:
+            function(group_of(size))
+
+        CASES[f"{function.__name__}-{size}"] = run
     return function
+
+
+def refused(match: str, run: Callable[..., Any], *args: Any, **options: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(match)):
+        run(*args, **options)
 
 
 def shard_of(tensor: Tensor | None, split: Sequence[int], group: Any) -> Tensor | None:
@@ -380,6 +401,54 @@ def the_sum_over_ranks_can_be_left_to_the_caller(group):
         check_gradients(mine, whole, split, group, op.__name__)
 
 
+@case
+def autocast_casts_as_for_the_unsharded_op(group):
+    split = SPLITS[dist.get_world_size(group)][1]
+    base = make_problem([3, 2, 5, 4], bias=True, width=32, scale=0.5, scratch_rows=4)
+    whole = base.to(torch.float32)
+    mine = sharded(whole, split, group)
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = [
+            (
+                linear_sequence_logprobs(*whole.inputs, **whole.options, impl="torch").sums,
+                vocab_parallel_sequence_logprobs(*mine.inputs, **mine.options, group=group).sums,
+            ),
+            (
+                fused_linear_preference_loss(*whole.inputs, **whole.options, impl="torch").loss,
+                vocab_parallel_preference_loss(*mine.inputs, **mine.options, group=group).loss,
+            ),
+        ]
+    plain = linear_sequence_logprobs(*whole.inputs, **whole.options, impl="torch").sums
+    assert not torch.allclose(pairs[0][0], plain, rtol=1e-5)  # else nothing was cast
+    for expected, found in pairs:
+        assert found.dtype == torch.float32
+        close(found, expected, "under autocast", 1e-5)
+        for problem, value in ((whole, expected), (mine, found)):
+            for leaf in problem.leaves:
+                leaf.grad = None
+            (value**2).sum().backward()
+        for name in ("hidden", "weight", "bias"):
+            grad, truth = getattr(mine, name).grad, getattr(whole, name).grad
+            if name != "hidden":
+                truth = truth.split(split)[dist.get_rank(group)]
+            assert grad.dtype == torch.float32, name
+            assert (grad - truth).norm() <= 2**-7 * truth.norm() + 1e-6, name
+
+
+@case
+def second_derivatives_are_refused(group):
+    """Rather than left out without a word."""
+    split = SPLITS[dist.get_world_size(group)][1]
+    mine = sharded(make_problem([3, 2]), split, group)
+    values = [
+        vocab_parallel_sequence_logprobs(*mine.inputs, **mine.options, group=group).sums.sum(),
+        vocab_parallel_preference_loss(*mine.inputs, **mine.options, group=group, loss="sft").loss,
+    ]
+    for value in values:
+        (grad,) = torch.autograd.grad(value, mine.hidden, create_graph=True)
+        refused("no second derivative", (grad**2).sum().backward)
+
+
 @contextmanager
 def counted() -> Iterator[list[tuple[str, int]]]:
     """Collectives and the numbers that a rank gives to each of them."""
@@ -437,83 +506,65 @@ def ranks_that_disagree_are_told_so(group):
     mine = sharded(make_problem([3, 2]), split, group)
     last = rank == dist.get_world_size(group) - 1
 
-    def refused(match: str, op=vocab_parallel_sequence_logprobs, **changes: Any) -> None:
-        arguments = {
-            "hidden": mine.hidden,
-            "weight": mine.weight,
-            "targets": mine.targets,
-            "cu_seqlens": mine.cu_seqlens,
-            "group": group,
-            **changes,
-        }
-        try:
-            op(**arguments)
-        except UsageError as error:
-            assert match in str(error), (match, str(error))
-        else:
-            raise AssertionError(f"rank {rank} was not told: {match}")
+    arguments = {
+        "hidden": mine.hidden,
+        "weight": mine.weight,
+        "targets": mine.targets,
+        "cu_seqlens": mine.cu_seqlens,
+        "group": group,
+    }
+
+    def told(match: str, op=vocab_parallel_sequence_logprobs, **changes: Any) -> None:
+        refused(match, op, **{**arguments, **changes})
+
+    def one_alone(match: str, **changes: Any) -> None:
+        """The last rank's arguments are bad, and the others hear of it."""
+        told(match if last else "refused its arguments", **(changes if last else {}))
 
     loss = vocab_parallel_preference_loss
     moved = mine.targets.roll(1)
-    refused("targets differ", targets=moved if last else mine.targets)
-    refused("targets differ", loss, targets=moved if last else mine.targets)
+    told("targets differ", targets=moved if last else mine.targets)
+    told("targets differ", loss, targets=moved if last else mine.targets)
     shorter = {
         "hidden": mine.hidden[1:],
         "targets": mine.targets[1:],
         "cu_seqlens": (mine.cu_seqlens - 1).clamp(min=0),
     }
-    refused("numbers of tokens differ", **(shorter if last else {}))
-    refused("cu_seqlens differ", cu_seqlens=torch.tensor([0, 2, 5] if last else [0, 3, 5]))
-    refused("options differ", temperature=0.9 if last else 1.0)
-    refused("options differ", loss, beta=0.9 if last else 1.0)
-    refused("scores or reference_logps differ", loss, scores=torch.ones(2) * (2 if last else 1))
-    refused("num_groups or num_tokens differ", loss, num_tokens=3 if last else 4)
+    told("numbers of tokens differ", **(shorter if last else {}))
+    told("cu_seqlens differ", cu_seqlens=torch.tensor([0, 2, 5] if last else [0, 3, 5]))
+    told("options differ", temperature=0.9 if last else 1.0)
+    told("options differ", loss, beta=0.9 if last else 1.0)
+    told("scores or reference_logps differ", loss, scores=torch.ones(2) * (2 if last else 1))
+    told("num_groups or num_tokens differ", loss, num_tokens=3 if last else 4)
     frozen = mine.hidden.detach() if last else mine.hidden
-    refused("gradients differ", hidden=frozen)
-    refused("the ops called differ", loss if last else vocab_parallel_sequence_logprobs)
-    refused("temperature" if last else "refused its arguments", temperature=0.0 if last else 1.0)
-    refused("last dimension" if last else "refused", hidden=mine.hidden[:, 1:] if last else frozen)
-    refused("span", targets=mine.targets + 37)
-    refused("vocab_size is 38", vocab_size=38)
-    refused("impl='torch'", impl="triton")
-    refused("no rows on any rank", weight=mine.weight[:0])
+    told("gradients differ", hidden=frozen)
+    # Who wants no gradient would take no part in the second forward of a group that is too long.
+    frozen_rows = mine.weight.detach() if last else mine.weight
+    told("gradients differ", loss, hidden=mine.hidden.detach(), weight=frozen_rows)
+    told("the ops called differ", loss if last else vocab_parallel_sequence_logprobs)
+    one_alone("temperature", temperature=0.0)
+    one_alone("last dimension", hidden=mine.hidden[:, 1:])
+    one_alone("hidden must be a tensor", hidden=None)
+    one_alone("targets must be a tensor", targets=[1, 2])
+    one_alone("cu_seqlens must be a tensor", cu_seqlens=None)
+    one_alone("weight is torch.float64 on meta", weight=mine.weight.to("meta"))
+    told("'none'", loss, loss="none") if last else told("refused its arguments", loss)
+    one_alone("vocab_size must be", vocab_size="all")
+    one_alone("vocab_size must be", vocab_size=0)
+    told("span", targets=mine.targets + 37)
+    told("vocab_size is 38", vocab_size=38)
+    told("impl='torch'", impl="triton")
+    told("no rows on any rank", weight=mine.weight[:0])
+    refused("process group", vocab_parallel_sequence_logprobs, **{**arguments, "group": None})
+
+    class Broken(float):
+        def __float__(self) -> float:
+            raise RuntimeError("no number")
+
+    # An error of another kind is passed on as it is.
+    if last:
+        with pytest.raises(RuntimeError, match="no number"):
+            vocab_parallel_sequence_logprobs(**{**arguments, "temperature": Broken(1.0)})
+    else:
+        told("refused its arguments")
     vocab_parallel_sequence_logprobs(*mine.inputs, group=group)
-
-
-def main(folder: Path) -> None:
-    # Under its own name, where the cases of both modules are; this one runs as __main__.
-    from tests import _vocab_parallel_models  # noqa: F401
-    from tests._vocab_parallel_ranks import CASES
-
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=20),
-    )
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    found: dict[str, str] = {}
-    chosen = os.environ.get("PLAD_TEST_CASES", "").split(",")
-    try:
-        for name, run in CASES.items():
-            for group in (pairs[rank // 2], dist.group.WORLD):
-                size = dist.get_world_size(group)
-                if chosen != [""] and name not in chosen:
-                    continue
-                try:
-                    run(group)
-                    dist.barrier()
-                    found[f"{name}-{size}"] = ""
-                except Exception:
-                    # Its peers wait for it in vain: nothing can be learnt from what would follow.
-                    found[f"{name}-{size}"] = traceback.format_exc()
-                    return
-    finally:
-        (folder / f"found{rank}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

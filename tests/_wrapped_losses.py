@@ -280,6 +280,17 @@ def _cases():
 
 
 LOSSES = _cases()
+FOUR = {
+    name: LOSSES[name]
+    for name in (
+        "ddp-untied",
+        "fsdp2-head-untied",
+        "fsdp2-tail-tied",
+        "fsdp2-tail-shared",
+        "fsdp2-tail-inactive",
+    )
+}
+"""For four processes, where all of them would take long."""
 
 ZERO_LOSSES = {
     f"zero{stage}-{'tied' if tied else 'untied'}{suffix}": functools.partial(

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,8 @@ import torch
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs, head_arguments
 from plad_fast.packing import PreferenceCollator
-from tests._wrapped_losses import GROUPS, LOSSES, ZERO_LOSSES
+from tests._process_sets import results, start
+from tests._wrapped_losses import FOUR, GROUPS, LOSSES, ZERO_LOSSES
 from tests._wrapped_trainings import HAS_FSDP2, TRAININGS, ZERO_TRAININGS
 from tests.tiny_models import make_model
 from tests.trainings import PAIRS, assert_same_weights
@@ -43,47 +41,13 @@ def folder(tiny_model, tiny_tokenizer, tmp_path_factory):
     return path
 
 
-def run(folder, name, *sets):
-    """Runs sets of processes, and hands on what they wrote; a hang ends by their own time limit."""
-    log = folder / f"{name}.log"
-    with log.open("w") as output:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests._process_sets", str(folder), *sets],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    # A set that ended early leaves the results of its first cases.
-    ending = f"the processes ended with {done.returncode}:\n{log.read_text()[-4000:]}"
-    return folder, ending
-
-
 @pytest.fixture(scope="module")
 def ran(folder):
-    losses, trainings = "tests._wrapped_losses:LOSSES", "tests._wrapped_trainings"
-    sets = [f"{losses}:2", f"{losses}:4"]
+    losses, trainings = "tests._wrapped_losses", "tests._wrapped_trainings"
+    sets = [f"{losses}:LOSSES:2", f"{losses}:FOUR:4"]
     sets += [f"{trainings}:{name}" for name in ("SINGLE:1", "TRAININGS:2")]
     sets += [f"{trainings}:{name}" for name in ("RESUMED_ALONE:1", "RESUMED:4")]
-    return run(folder, "ran", *sets)
-
-
-def results(ran, label, world, case):
-    """What every process returned from a case; fails if one of them did not return."""
-    folder, ending = ran
-    found = []
-    for rank in range(world):
-        file = folder / f"{label}-{world}-{rank}.pt"
-        state, value = (
-            torch.load(file)[case]
-            if file.is_file() and case in torch.load(file)
-            else ("missing", ending)
-        )
-        if state != "ok":
-            pytest.fail(f"process {rank}: {state}\n{value}")
-        found.append(value)
-    return found
+    return start(folder, "ran", *sets)
 
 
 def assert_same_training(ours, theirs):
@@ -99,11 +63,13 @@ def assert_same_training(ours, theirs):
         assert Path(ours["best"]).name == Path(theirs["best"]).name == "checkpoint-2"  # of three
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("case", LOSSES)
-def test_loss_and_gradients_equal_those_of_one_process(case, world, ran):
+@pytest.mark.parametrize(
+    ("name", "world", "case"),
+    [*(("LOSSES", 2, case) for case in LOSSES), *(("FOUR", 4, case) for case in FOUR)],
+)
+def test_loss_and_gradients_equal_those_of_one_process(name, world, case, ran):
     """Processes differ in groups, lengths, and whether any has a gradient; compared in each."""
-    results(ran, "LOSSES", world, case)
+    results(ran, name, world, case)
 
 
 @pytest.mark.parametrize("case", COMPARED)
@@ -144,7 +110,14 @@ def test_checkpoint_of_two_fsdp_processes_resumes_in_four(ran):
 
 @pytest.fixture(scope="module")
 def ran_in_four(ran):
-    return run(ran[0], "four", "tests._wrapped_trainings:TRAININGS:4")
+    sets = ["tests._wrapped_losses:LOSSES:4", "tests._wrapped_trainings:TRAININGS:4"]
+    return start(ran[0], "four", *sets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in LOSSES if case not in FOUR])
+def test_loss_and_gradients_in_four_processes_equal_those_of_one(case, ran_in_four):
+    results(ran_in_four, "LOSSES", 4, case)
 
 
 @pytest.mark.slow
@@ -158,7 +131,7 @@ def test_training_in_four_processes_equals_one(case, ran, ran_in_four):
 def ran_deepspeed(folder):
     pytest.importorskip("deepspeed")
     sets = ["losses:ZERO_LOSSES:2", "trainings:SINGLE:1", "trainings:ZERO_TRAININGS:2"]
-    return run(folder, "deepspeed", *(f"tests._wrapped_{name}" for name in sets))
+    return start(folder, "deepspeed", *(f"tests._wrapped_{name}" for name in sets))
 
 
 @pytest.mark.slow
