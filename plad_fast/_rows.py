@@ -48,16 +48,16 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
     """
     if row.get("prompt") is None and row.get("chosen") and row.get("rejected"):
         return _without_prompt(row["chosen"], row["rejected"])
-    prompt = _content(row.get("prompt"), "prompt")
+    prompt = read_content(row.get("prompt"), "prompt")
     if row.get("responses") is not None:
-        return PreferenceRow(prompt, _contents(row["responses"], "responses"))
+        return PreferenceRow(prompt, read_contents(row["responses"], "responses"))
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
-    responses = [_content(row.get(best), best)]
+    responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
     if rejected is not None:
         several = isinstance(rejected, (list, tuple)) and not _is_messages(rejected)
         responses += (
-            _contents(rejected, "rejected") if several else [_content(rejected, "rejected")]
+            read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
         )
     return PreferenceRow(prompt, responses)
 
@@ -87,7 +87,7 @@ def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
 
 def _without_prompt(chosen: Any, rejected: Any) -> PreferenceRow:
     """What both responses begin with is the prompt: whole messages, or text up to white space."""
-    first, second = _content(chosen, "chosen"), _content(rejected, "rejected")
+    first, second = read_content(chosen, "chosen"), read_content(rejected, "rejected")
     differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     shared = next(differing, min(len(first), len(second)))
     if isinstance(first, str):
@@ -102,15 +102,21 @@ def _without_prompt(chosen: Any, rejected: Any) -> PreferenceRow:
     return PreferenceRow(first[:shared], [first[shared:], second[shared:]])
 
 
-def _contents(value: Any, column: str) -> list[Content]:
+def read_contents(value: Any, column: str) -> list[Content]:
+    """Responses, at least one; see `read_content`."""
     if not isinstance(value, (list, tuple)) or not value:
         raise UsageError(
             f"{column} is {_shown(value)}; it should be a list of responses, best first"
         )
-    return [_content(item, f"an entry of {column}") for item in value]
+    return [read_content(item, f"an entry of {column}") for item in value]
 
 
-def _content(value: Any, column: str) -> Content:
+def read_content(value: Any, column: str) -> Content:
+    """A text or chat messages, checked.
+
+    Raises:
+        UsageError: it is neither, or holds what no tokenizer takes; names the column.
+    """
     if isinstance(value, str):
         require_unicode(value, column)
         return value

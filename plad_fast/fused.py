@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plad_fast import validation as check
 from plad_fast.backend import LinearProblem
-from plad_fast.objective import Objective, check_groups
+from plad_fast.objective import Objective
 from plad_fast.ops import (
     checked_head,
     checked_ignore_index,
@@ -110,6 +110,7 @@ def fused_linear_preference_loss(
         checked_ignore_index(ignore_index),
         checked_scratch(scratch_bytes),
     )
+    check.check_groups(len(cu_seqlens) - 1, group_size)
     objective = Objective.bind(
         loss,
         group_size=group_size,
@@ -120,7 +121,6 @@ def fused_linear_preference_loss(
         device=hidden.device,
         **loss_options,
     )
-    check_groups(len(cu_seqlens) - 1, group_size)
     results = linear_preference_loss(
         problem, scores, reference_logps, objective, num_groups, num_tokens, checked_impl(impl)
     )

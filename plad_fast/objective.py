@@ -6,7 +6,6 @@ B groups of K responses to one prompt, best first; S = B * K sequences.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plad_fast import validation as check
 from plad_fast.errors import UsageError
-from plad_fast.losses import LossSpec, get_loss
+from plad_fast.losses import LossSpec, check_option_kinds, get_loss
 from plad_fast.segments import length_normalized
-from plad_fast.validation import check_length_normalization
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Objective:
         if missing:
             raise UsageError(f"loss {spec.name!r} needs the option {', '.join(missing)}")
         if not torch.compiler.is_compiling():
-            _check_values(spec, options)
+            check_option_kinds(spec, options)
         if spec.needs_scores and not has_scores:
             raise UsageError(
                 f"loss {spec.name!r} needs scores: one number per sequence, higher is better"
@@ -81,11 +80,9 @@ class Objective:
                 f"loss {spec.name!r} needs reference_logps: the log-probability of each sequence "
                 "under the reference model (plad_fast.reference_logps computes them)"
             )
-        if not isinstance(group_size, int) or group_size < 1:
-            raise UsageError(f"group_size must be a whole number of at least 1, got {group_size}")
-        if not sft_weight >= 0:
-            raise UsageError(f"sft_weight must not be negative, got {sft_weight}")
-        check_length_normalization(length_normalization)
+        check.check_group_size(group_size)
+        check.check_weight("sft_weight", sft_weight)
+        check.check_length_normalization(length_normalization)
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
         if not torch.compiler.is_compiling():
             objective._probe(torch.device(device))
@@ -108,8 +105,10 @@ class Objective:
                 f"loss {self.spec.name!r} failed on two groups of {self.group_size} random "
                 f"log-probabilities: {error}"
             ) from error
-        if not isinstance(both, Tensor) or both.shape != (2,):
-            got = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
+        if not isinstance(both, Tensor) or both.shape != (2,) or not both.is_floating_point():
+            got = type(both).__name__
+            if isinstance(both, Tensor):
+                got = f"{tuple(both.shape)} of {both.dtype}"
             raise UsageError(
                 f"loss {self.spec.name!r} must return one number per group: for 2 groups the "
                 f"shape (2,), got {got}"
@@ -187,17 +186,19 @@ def preference_loss(
     matrix product.
 
     Raises:
-        UsageError: as in `Objective.bind`; a number of sequences that `group_size` does not divide.
+        UsageError: as in `Objective.bind`; tensors that do not fit; a number of sequences that
+            `group_size` does not divide.
     """
-    if sums.ndim == 2 and sums.shape[1] != group_size:
-        raise UsageError(f"sums have groups of {sums.shape[1]}, but group_size is {group_size}")
+    check.check_sums(sums)
     others = {"counts": counts, "scores": scores, "reference_logps": reference_logps}
     for name, tensor in others.items():
-        if tensor is not None and tensor.shape != sums.shape:
-            raise UsageError(
-                f"{name} must have the shape of sums, {tuple(sums.shape)}, got "
-                f"{tuple(tensor.shape)}"
-            )
+        check.check_like_sums(name, tensor, sums)
+    for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
+        check.check_denominator(name, count)
+    check.check_group_size(group_size)
+    if sums.ndim == 2 and sums.shape[1] != group_size:
+        raise UsageError(f"sums have groups of {sums.shape[1]}, but group_size is {group_size}")
+    check.check_groups(sums.numel(), group_size)
     objective = Objective.bind(
         loss,
         group_size=group_size,
@@ -208,7 +209,6 @@ def preference_loss(
         device=sums.device,
         **options,
     )
-    check_groups(sums.numel(), group_size)
     sums, counts = sums.reshape(-1, group_size), counts.reshape(-1, group_size)
     scores, reference_logps = (
         None if tensor is None else tensor.reshape(sums.shape).to(sums.dtype)
@@ -237,29 +237,6 @@ def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:
                 "linear_sequence_logprobs, or detach that tensor"
             )
         pending += [parent for parent, _ in node.next_functions]
-
-
-def check_groups(num_sequences: int, group_size: int) -> None:
-    """Raise a UsageError unless the sequences form whole groups."""
-    if num_sequences % group_size:
-        raise UsageError(
-            f"{num_sequences} sequences do not form groups of {group_size}; sequences of a group "
-            "lie next to each other, best first"
-        )
-
-
-def _check_values(spec: LossSpec, options: Mapping[str, Any]) -> None:
-    """Numbers for numbers and names for names; which ones is the loss's own business."""
-    for name, value in options.items():
-        default = spec.options[name]
-        if isinstance(default, str) and not isinstance(value, str):
-            raise UsageError(f"{name} of loss {spec.name!r} is a name, got {value!r}")
-        if isinstance(default, (int, float)) and (
-            not isinstance(value, (int, float, Tensor)) or isinstance(value, bool)
-        ):
-            raise UsageError(f"{name} of loss {spec.name!r} must be a number, got {value!r}")
-        if isinstance(value, float) and math.isinf(value):
-            raise UsageError(f"{name} of loss {spec.name!r} must be a finite number, got {value}")
 
 
 def _denominator(name: str, count: float | Tensor) -> float | Tensor:

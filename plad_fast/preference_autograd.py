@@ -113,10 +113,16 @@ def _flattened(options: Mapping[str, Any], path: str = "") -> tuple[str, list[fl
             names.append(inner_names or f"{path}{name}.")
             values += inner_values
         elif isinstance(value, str):
+            if "," in value:
+                raise UsageError(
+                    f"in a compiled graph the option {name} of a loss must not hold a comma, got "
+                    f"{value!r}"
+                )
             names.append(f"{path}{name}={value}")
-        elif isinstance(value, Tensor):
+        elif value is None or isinstance(value, (Tensor, list, tuple)):
             raise UsageError(
-                f"in a compiled graph the option {name} of a loss must be a number, not a tensor"
+                f"in a compiled graph the option {name} of a loss must be a number or a name, not "
+                f"a {type(value).__name__}"
             )
         else:
             names.append(f"{path}{name}")
@@ -236,8 +242,10 @@ def _save_preference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 @first_order_only
 def _differentiate_preference(
-    ctx: Any, grad_loss: Tensor, *_: Tensor | None
+    ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # what uses the loss has no gradient for it
+        return (None,) * 24
     # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
     # A tracer's tensors, of classes of their own, cannot be read.
     plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()

@@ -13,8 +13,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plad_fast.errors import UsageError
+from plad_fast.objective import Objective
+from plad_fast.validation import check_number, check_weight
 
 Translated = tuple[str, dict[str, Any], float]
+
+_TRLS_NAMES = {
+    "tau": "discopop_tau",
+    "gamma": "simpo_gamma",
+    "f_alpha": "f_alpha_divergence_coef",
+    "f_divergence": "f_divergence_type",
+}
+"""Options that are called otherwise in TRL."""
 
 DPO_LOSSES = {
     "sigmoid": "dpo",
@@ -67,7 +77,8 @@ def translate_dpo(options: Mapping[str, Any]) -> Translated:
             known; TRL's defaults stand for the others.
 
     Raises:
-        UsageError: a loss type or option that does not work here, or that TRL would ignore.
+        UsageError: a loss type or option that does not work here, or that TRL would ignore; a
+            value outside of an option's range.
     """
     given = _read(
         options,
@@ -81,6 +92,8 @@ def translate_dpo(options: Mapping[str, Any]) -> Translated:
         "DPOTrainer",
     )
     types = [given["loss_type"]] if isinstance(given["loss_type"], str) else given["loss_type"]
+    if not isinstance(types, (list, tuple)) or not all(isinstance(name, str) for name in types):
+        raise UsageError(f"loss_type must be a name or a list of names, got {types!r}")
     weights = _weights(types, given["loss_weights"])
     for name, reason in REFUSED_DPO_OPTIONS.items():
         # ld_alpha=1 weighs every token alike, and 0 is not False.
@@ -116,9 +129,9 @@ def translate_dpo(options: Mapping[str, Any]) -> Translated:
     if len(parts) == 1:
         ((name, part),) = parts.items()
         if weights[name] == 1:
-            return DPO_LOSSES[name], part, sft_weight
+            return _checked(DPO_LOSSES[name], part, sft_weight)
     mixed = {DPO_LOSSES[name]: {"weight": weights[name], **part} for name, part in parts.items()}
-    return "mixture", {"parts": mixed}, sft_weight
+    return _checked("mixture", {"parts": mixed}, sft_weight)
 
 
 def translate_cpo(options: Mapping[str, Any]) -> Translated:
@@ -129,7 +142,8 @@ def translate_cpo(options: Mapping[str, Any]) -> Translated:
             `alpha` that are known; TRL's defaults stand for the others.
 
     Raises:
-        UsageError: an unknown loss type, or an option that TRL would ignore.
+        UsageError: an unknown loss type, an option that TRL would ignore, or a value outside of
+            its range.
     """
     given = _read(
         options,
@@ -148,14 +162,13 @@ def translate_cpo(options: Mapping[str, Any]) -> Translated:
     smooths = kind in ("sigmoid", "simpo")
     _require_used(given, "label_smoothing", 0.0, "loss_type 'sigmoid' or 'simpo'", smooths)
     _require_used(given, "simpo_gamma", 0.5, "loss_type 'simpo'", kind == "simpo")
-    if not sft_weight >= 0:
-        raise UsageError(f"cpo_alpha must not be negative, got {sft_weight}")
+    check_weight("cpo_alpha", sft_weight)
     ours = {"beta": given["beta"], "alpha": given["alpha"]}
     if smooths:
         ours["label_smoothing"] = given["label_smoothing"]
     if kind == "simpo":
         ours["gamma"] = given["simpo_gamma"]
-    return CPO_LOSSES[kind], ours, float(sft_weight)
+    return _checked(CPO_LOSSES[kind], ours, float(sft_weight))
 
 
 def translate_orpo(options: Mapping[str, Any]) -> Translated:
@@ -163,9 +176,12 @@ def translate_orpo(options: Mapping[str, Any]) -> Translated:
 
     TRL takes the likelihood over prompt and chosen response together, which `sft_weight` does not:
     its mean is over the tokens of the response. The caller has to add the prompt's.
+
+    Raises:
+        UsageError: another option, or a value outside of its range.
     """
     given = _read(options, {"beta": 0.1}, "ORPOTrainer")
-    return "orpo", {"beta": given["beta"]}, 1.0
+    return _checked("orpo", {"beta": given["beta"]}, 1.0)
 
 
 def translate_kto(options: Mapping[str, Any]) -> Translated:
@@ -175,7 +191,7 @@ def translate_kto(options: Mapping[str, Any]) -> Translated:
     TRL takes from sequences of their own. `apo_zero_unpaired` is the same loss with `kl=0`.
 
     Raises:
-        UsageError: an unknown loss type.
+        UsageError: an unknown loss type, or a value outside of its range.
     """
     given = _read(
         options,
@@ -184,7 +200,26 @@ def translate_kto(options: Mapping[str, Any]) -> Translated:
     )
     kind = given.pop("loss_type")
     _known(kind, KTO_LOSSES)
+    _checked("kto", given | {"kl": 0.0}, 0.0)
     return "kto", given | ({"kl": 0.0} if kind == "apo_zero_unpaired" else {}), 0.0
+
+
+def _checked(loss: str, options: dict[str, Any], sft_weight: float) -> Translated:
+    """What the loss itself says of the values, before a trainer has run a step."""
+    try:
+        Objective.bind(
+            loss,
+            group_size=2,
+            sft_weight=sft_weight,
+            has_scores=True,
+            has_reference=True,
+            **options,
+        )
+    except UsageError as error:
+        word = str(error).partition(" ")[0]
+        name = f"{_TRLS_NAMES[word]}: " if word in _TRLS_NAMES else ""
+        raise UsageError(f"{name}{error}") from None
+    return loss, options, sft_weight
 
 
 def _read(options: Mapping[str, Any], defaults: dict[str, Any], trainer: str) -> dict[str, Any]:
@@ -208,14 +243,15 @@ def _weights(types: Sequence[str], weights: Sequence[float] | None) -> dict[str,
         raise UsageError(f"{len(weights)} loss_weights for {len(types)} loss types; give one each")
     if len(set(types)) < len(types):
         raise UsageError(f"loss_type names a loss twice: {', '.join(types)}; add up their weights")
-    if not all(weight >= 0 for weight in weights):
-        raise UsageError(f"loss_weights must not be negative, got {list(weights)}")
+    for weight in weights:
+        check_weight("loss_weights", weight)
     return dict(zip(types, weights, strict=True))
 
 
 def _divergence(given: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
     """The options of ours that say which f-divergence; none for DPO's own."""
     name, alpha = given["f_divergence_type"], given["f_alpha_divergence_coef"]
+    check_number("f_alpha_divergence_coef", alpha)
     if name not in F_DIVERGENCES:
         raise UsageError(f"unknown f_divergence_type {name!r}; known: {', '.join(F_DIVERGENCES)}")
     of_alpha = name == "alpha_divergence"

@@ -136,7 +136,7 @@ def check_constants(
 
 
 def check_scratch(scratch_bytes: int) -> None:
-    if not _is_whole(scratch_bytes) or not 0 < scratch_bytes < 2**63:
+    if not is_whole(scratch_bytes) or not 0 < scratch_bytes < 2**63:
         raise UsageError(
             f"scratch_bytes must be a positive whole number of bytes, got {_shown(scratch_bytes)}"
         )
@@ -149,7 +149,7 @@ def check_length_normalization(alpha: float) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if not _is_whole(ignore_index) or not -(2**63) <= ignore_index < 2**63:
+    if not is_whole(ignore_index) or not -(2**63) <= ignore_index < 2**63:
         raise UsageError(
             f"ignore_index must be a whole number that int64 holds, got {_shown(ignore_index)}"
         )
@@ -188,6 +188,30 @@ def check_denominator(name: str, count: float | Tensor | None) -> None:
         raise UsageError(f"{name} must not be negative or infinite, got {count}")
 
 
+def check_weight(name: str, weight: float) -> None:
+    """A finite number that is not negative."""
+    check_number(name, weight)
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"{name} must not be negative, and must be finite, got {weight}")
+
+
+def check_groups(num_sequences: int, group_size: int) -> None:
+    """Whole groups; to be asked before anything is as large as a group."""
+    check_group_size(group_size)
+    if num_sequences % group_size:
+        raise UsageError(
+            f"{num_sequences} sequences do not form groups of {group_size}; sequences of a group "
+            "lie next to each other, best first"
+        )
+
+
+def check_group_size(group_size: int) -> None:
+    if not is_whole(group_size) or group_size < 1:
+        raise UsageError(
+            f"group_size must be a whole number of at least 1, got {_shown(group_size)}"
+        )
+
+
 def check_sums(sums: Tensor) -> None:
     """sums (S,) or (B, K), floating."""
     _require_tensor("sums", sums)
@@ -211,7 +235,8 @@ def check_like_sums(name: str, values: Tensor | None, sums: Tensor) -> None:
         raise UsageError(f"{name} are on {values.device}, sums on {sums.device}")
 
 
-def _is_whole(number: Any) -> bool:
+def is_whole(number: Any) -> bool:
+    """An integer, be it from numpy."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 

@@ -125,7 +125,12 @@ def run(numbers: Iterable[int], *, tell: bool = False) -> list[int]:
 
 
 def main(argument: str) -> int:
+    # Slow to import, for which no case is to blame.
+    import rouge_score.rouge_scorer  # noqa: F401
     import torch
+
+    import plad_fast.packing
+    import plad_fast.training_config  # noqa: F401
 
     faulthandler.enable()
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from problems import make_problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from plad_fast import (
+    UsageError,
     fused_linear_preference_loss,
     linear_sequence_logprobs,
     losses,
@@ -132,6 +133,13 @@ def test_options_come_out_of_the_op_as_they_went_in():
         {"parts": {"dpo": {"weight": 0.8, "f_divergence": "forward_kl"}, "cpo": {}}, "beta": 2.0},
     ):
         assert _nested(*_flattened(options)) == options
+
+
+@pytest.mark.parametrize("value", [None, torch.tensor(1.0), [1.0], "a,b"])
+def test_options_that_an_op_cannot_take_are_refused(value):
+    """They would come out of it as something else."""
+    with pytest.raises(UsageError, match="the option tau of a loss must"):
+        _flattened({"beta": 1.0, "tau": value})
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -345,3 +345,14 @@ def test_refusals_say_what_was_wrong(options, message):
     arguments = dict(zip(names, problem.inputs, strict=True)) | options
     with pytest.raises(UsageError, match=message):
         fused_linear_preference_loss(**arguments)
+
+
+def test_without_an_upstream_gradient_there_is_none():
+    """What uses the loss may say that it has no gradient; the saved ones are not handed over."""
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    offsets = torch.tensor([0, 3, 5, 7, 9])
+    loss = fused_linear_preference_loss(hidden, weight, torch.randint(30, (9,)), offsets).loss
+    undefined = torch._C._functions.UndefinedGrad()(loss)
+    undefined.backward()
+    assert hidden.grad is None or not hidden.grad.any()
+    assert weight.grad is None or not weight.grad.any()

@@ -202,7 +202,7 @@ def test_the_reference_is_normalised_as_the_policy_is():
 @settings(max_examples=5)
 @given(st.data())
 def test_every_loss_has_right_gradients(name, data):
-    """Numerical derivatives at random points, away from the hinges' corners."""
+    """Numerical derivatives at random points, away from the hinges' corners, for all options."""
     size = data.draw(st.integers(2, 4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     logps = torch.randn(3, size, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -213,7 +213,11 @@ def test_every_loss_has_right_gradients(name, data):
         "counts": torch.randint(0, 9, (3, size), generator=generator),
     }
     extra = {k: v for k, v in extra.items() if k in spec.takes} | REQUIRED.get(name, {})
-    assert torch.autograd.gradcheck(lambda x: spec.fn(x, **extra), (logps,))
+    for options in (*SHAPES, {"label_smoothing": 0.2}):
+        if options.keys() <= spec.options.keys():
+            assert torch.autograd.gradcheck(
+                lambda x, shape=options: spec.fn(x, **extra, **shape), (logps,)
+            ), options
 
 
 def test_regulariser_and_denominators():
@@ -302,7 +306,7 @@ def mixture(parts):
     [
         ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: apo_down, apo_zero, bco_pair"),
         ({"beta": -1.0}, "beta .* at least 0, got -1"),
-        ({"beta": float("nan")}, "beta .* at least 0, got nan"),
+        ({"beta": float("nan")}, "beta of loss 'plad_ranking' must be a finite number, got nan"),
         ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),
         ({"loss": "plad_margin"}, "needs scores"),
         ({"group_size": 1}, "groups of 2 or more"),
@@ -337,12 +341,25 @@ def mixture(parts):
         ({"loss": "discopop", **REFERENCE, "tau": 2.0}, r"tau .* \(0, 1\], got 2.0"),
         ({"loss": "cpo", "beta": 0.0}, "beta .* above 0, got 0"),
         ({"loss": "simpo", "gamma": -1.0}, "gamma .* at least 0, got -1"),
-        ({"loss": "simpo", "alpha": float("nan")}, "alpha .* finite number, got nan"),
+        ({"loss": "simpo", "alpha": math.nan}, "alpha of loss 'simpo' .* finite number, got nan"),
         ({"loss": "slic", "delta": -1.0}, "delta .* at least 0, got -1"),
         ({"loss": "orpo", "beta": -1.0}, "beta is a weight: .* at least 0, got -1"),
         ({"loss": "bco_pair", **REFERENCE, "group_size": 1}, "groups of 2 or more"),
         ({"loss": "kto", **REFERENCE}, "loss 'kto' needs the option kl"),
         ({"loss": "kto", **REFERENCE, "kl": -1.0}, "kl .* at least 0, got -1"),
+        ({"loss": "kto", **REFERENCE, "kl": "1"}, "kl must be a number, got '1'"),
+        ({"loss": "kto", **REFERENCE, "kl": torch.tensor(math.nan)}, "kl .* at least 0, got nan"),
+        ({"loss": 5}, "loss must be the name of a loss or a function, got 5; known losses: apo"),
+        ({"loss": ["dpo"]}, r"loss must be the name of a loss or a function, got \['dpo'\]"),
+        ({"loss": lambda logps: logps[:, 0] > 0}, r"per group: .* of torch\.bool"),
+        ({"beta": torch.ones(2)}, r"beta of loss 'plad_ranking' must be one .* shape \(2,\)"),
+        ({"beta": torch.tensor(math.inf)}, "beta of loss 'plad_ranking' must be a finite number"),
+        ({"loss": "dpo", **REFERENCE, "f_alpha": math.nan}, "f_alpha of loss 'dpo' must be a fin"),
+        ({"sft_weight": math.inf}, "sft_weight must not be negative, and must be finite"),
+        ({"group_size": True}, "group_size must be a whole number"),
+        ({"group_size": 10**6 + 1, "loss": "plad_listwise"}, "do not form groups of 1000001"),
+        ({"num_groups": math.nan}, "num_groups must not be negative or infinite, got nan"),
+        ({"scores": [0.0] * 4}, "scores must be a tensor"),
         ({"loss": "kto", **REFERENCE, "kl": torch.ones(2)}, r"one number, got .* shape \(2,\)"),
         ({"loss": "kto", **REFERENCE, "kl": 0, "group_size": 1}, "kto needs scores for groups of"),
         ({"loss": "kto", **REFERENCE, "kl": 0, "desirable_weight": -1}, "desirable_weight is a w"),
@@ -350,6 +367,10 @@ def mixture(parts):
         (mixture({"dpo": 0.5}), r"parts\['dpo'\] must map names of options to values, got 0.5"),
         (mixture({"dpo2": {}}), "unknown loss 'dpo2'"),
         (mixture({"dpo": {"weight": -1}}), "the weight of 'dpo' in parts .* got -1"),
+        (mixture({"dpo": {"weight": "1"}}), "the weight of 'dpo' in parts must be a number"),
+        (mixture({"dpo": {"beta": "1"}}), "beta of loss 'dpo' must be a number, got '1'"),
+        (mixture({"dpo": {"beta": math.inf}}), "beta of loss 'dpo' must be a finite number"),
+        (mixture({losses.dpo: {}}), "parts must name registered losses"),
         (mixture({"dpo": {"tau": 1}}), "'dpo' in parts has no option 'tau'; it has: weight, beta"),
         (mixture({"kto": {}}), "'kto' in parts needs the option 'kl'"),
         (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -86,9 +87,76 @@ def test_no_loss_type_of_trl_is_missing_from_the_tables():
     assert set(metadata(KTOConfig)["choices"]) == set(KTO_LOSSES)
 
 
+NOT_OF_THE_LOSS = {
+    # The model and how it runs: the loss's own function does not change.
+    *("model_init_kwargs", "trust_remote_code", "disable_dropout", "activation_offloading"),
+    *("is_encoder_decoder", "generate_during_eval", "router_aux_loss_coef"),
+    # The data.
+    *("dataset_num_proc", "max_length", "max_completion_length", "truncation_mode"),
+    *("padding_free", "pad_to_multiple_of", "pad_token", "padding_value"),
+    # Which model the reference is, and when it is run.
+    *("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"),
+    *("ref_model_mixup_alpha", "ref_model_sync_steps"),
+}
+"""Options of TRL's preference trainers that the translation of a loss is not concerned with."""
+
+
+def test_every_option_of_trls_configurations_is_known():
+    """It is translated, or refused, or none of the loss: a new one has to be given a place."""
+    pytest.importorskip("trl")
+    from transformers import TrainingArguments
+    from trl import DPOConfig, KTOConfig
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    general = {field.name for field in dataclasses.fields(TrainingArguments)}
+    seen = set()
+    for config, translate in (
+        (DPOConfig, translate_dpo),
+        (KTOConfig, translate_kto),
+        (CPOConfig, translate_cpo),
+        (ORPOConfig, translate_orpo),
+    ):
+        for field in dataclasses.fields(config):
+            if field.name in general:
+                continue
+            seen.add(field.name)
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = field.default_factory()
+            if field.name in NOT_OF_THE_LOSS:
+                with pytest.raises(UsageError, match=f"{field.name}: not known as an option"):
+                    translate({field.name: default})
+            else:
+                assert translate({field.name: default}) == translate({})
+    assert seen >= NOT_OF_THE_LOSS, "TRL has dropped one"
+
+
 @pytest.mark.parametrize(
     ("translate", "options", "message"),
     [
+        (translate_dpo, {"loss_type": None}, "loss_type must be a name or a list of names"),
+        (translate_dpo, {"beta": "0.1"}, "beta of loss 'dpo' must be a number"),
+        (translate_dpo, {"beta": 0.0}, "beta .* must be positive, got 0.0"),
+        (translate_dpo, {"loss_weights": [math.inf]}, "loss_weights .* finite, got inf"),
+        (
+            *(translate_dpo, {"loss_type": "discopop", "discopop_tau": 2.0}),
+            r"discopop_tau: tau .* \(0, 1\], got 2.0",
+        ),
+        (
+            *(translate_dpo, {"loss_type": "robust", "label_smoothing": 0.5}),
+            r"label_smoothing must lie in \[0, 0.5\), got 0.5",
+        ),
+        (translate_dpo, {"loss_type": "exo_pair"}, r"label_smoothing must lie in \(0, 0.5\)"),
+        (
+            translate_cpo,
+            {"loss_type": "simpo", "simpo_gamma": -1},
+            "simpo_gamma: gamma is a margin",
+        ),
+        (translate_cpo, {"alpha": math.nan}, "alpha of loss 'cpo' must be a finite number"),
+        (translate_cpo, {"cpo_alpha": "1"}, "cpo_alpha must be a number"),
+        (translate_orpo, {"beta": -0.1}, "beta is a weight: .* at least 0, got -0.1"),
+        (translate_kto, {"desirable_weight": -1}, "desirable_weight is a weight"),
         (translate_dpo, {"loss_type": "aot"}, "loss_type 'aot' does not work here: it sorts"),
         (translate_dpo, {"loss_type": ["sigmoid", "aot_unpaired"]}, "'aot_unpaired' does not work"),
         (translate_dpo, {"loss_type": "kto_pair"}, "unknown loss_type 'kto_pair'; known: sigmoid"),

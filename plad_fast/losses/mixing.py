@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plad_fast.errors import UsageError
-from plad_fast.losses.registry import LossSpec, get_loss, register_loss
+from plad_fast.losses.registry import LossSpec, check_option_kinds, get_loss, register_loss
 from plad_fast.losses.terms import check_weight
+from plad_fast.validation import check_number
 
 
 @register_loss("mixture", length_normalized=False)
@@ -39,6 +41,7 @@ def mixture(
         options = {key: value for key, value in given.items() if key != "weight"}
         _check_options(spec, options)
         weight = given.get("weight", 1.0)
+        check_number(f"the weight of {name!r} in parts", weight)
         check_weight(f"the weight of {name!r} in parts", weight)
         constants = {key: tensors[key] for key in spec.takes if key in tensors}
         total = total + weight * spec.fn(logps, **constants, **options)
@@ -46,6 +49,8 @@ def mixture(
 
 
 def _part(name: str) -> LossSpec:
+    if not isinstance(name, str):
+        raise UsageError(f"parts must name registered losses, got {name!r}")
     if name == "mixture":
         raise UsageError("parts of a mixture cannot be mixtures; give all parts to one")
     spec = get_loss(name)
@@ -64,3 +69,5 @@ def _check_options(spec: LossSpec, options: Mapping[str, Any]) -> None:
     for name, default in spec.options.items():
         if default is inspect.Parameter.empty and name not in options:
             raise UsageError(f"{spec.name!r} in parts needs the option {name!r}")
+    if not torch.compiler.is_compiling():
+        check_option_kinds(spec, options)

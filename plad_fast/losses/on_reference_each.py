@@ -10,6 +10,8 @@ BCO, Jung et al. 2024, arXiv 2404.04656. NCA, Chen et al. 2024, arXiv 2402.05369
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from plad_fast.losses.terms import (
     first_against_each,
     log_loss,
 )
+from plad_fast.validation import check_number
 
 
 @register_loss("bco_pair")
@@ -161,5 +164,12 @@ def _check_kl(kl: float | Tensor) -> None:
     if isinstance(kl, Tensor):
         if kl.ndim:
             raise UsageError(f"kl must be one number, got a tensor of shape {tuple(kl.shape)}")
-    elif not isinstance(kl, (int, float)) or not kl >= 0:
-        raise UsageError(f"kl is an estimate of a divergence and must be at least 0, got {kl}")
+        # Reading it would stall a GPU, and break a graph that is being traced.
+        if kl.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        kl = kl.item()
+    check_number("kl", kl)
+    if not 0 <= kl < math.inf:
+        raise UsageError(
+            f"kl is an estimate of a divergence: a finite number of at least 0, got {kl}"
+        )

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -71,13 +73,43 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
     """The registered loss of that name, or a description of the caller's own function.
 
     Raises:
-        UsageError: unknown name; the message lists the known ones.
+        UsageError: unknown name, the message lists the known ones; neither a name nor a function.
     """
     if callable(loss):
         return _spec_of(getattr(loss, "__name__", "custom"), loss, "groups", True)
+    if not isinstance(loss, str):
+        raise UsageError(
+            f"loss must be the name of a loss or a function, got {loss!r}; known losses: "
+            f"{', '.join(available())}"
+        )
     if loss not in _REGISTRY:
         raise UsageError(f"unknown loss {loss!r}; known losses: {', '.join(available())}")
     return _REGISTRY[loss]
+
+
+def check_option_kinds(spec: LossSpec, options: Mapping[str, Any]) -> None:
+    """Finite numbers for numbers and names for names; which ones is the loss's own business.
+
+    What an option takes is read off its default value. A number may also be a tensor ().
+
+    Raises:
+        UsageError: names the option and the loss.
+    """
+    for name, value in options.items():
+        default, what = spec.options[name], f"{name} of loss {spec.name!r}"
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"{what} must be True or False, got {value!r}")
+        elif isinstance(default, str):
+            if not isinstance(value, str):
+                raise UsageError(f"{what} is a name, got {value!r}")
+        elif isinstance(default, (int, float)):
+            if isinstance(value, Tensor):
+                _check_scalar(what, value)
+            elif isinstance(value, bool) or not isinstance(value, Real):
+                raise UsageError(f"{what} must be a number, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{what} must be a finite number, got {value}")
 
 
 def read_loss_args(
@@ -114,12 +146,22 @@ def read_loss_args(
     return dict(given)
 
 
+def _check_scalar(what: str, value: Tensor) -> None:
+    if value.ndim or value.is_complex():
+        raise UsageError(
+            f"{what} must be one real number, got a tensor of {value.dtype} of shape "
+            f"{tuple(value.shape)}"
+        )
+    if value.device.type == "cpu" and not math.isfinite(value.item()):
+        raise UsageError(f"{what} must be a finite number, got {value.item()}")
+
+
 def _spec_of(
     name: str, fn: Callable[..., Tensor], mean_over: str, length_normalized: bool
 ) -> LossSpec:
     try:
         parameters = list(inspect.signature(fn).parameters.values())[1:]
-    except ValueError:
+    except (TypeError, ValueError):
         raise UsageError(f"loss {name!r} shows no signature; wrap it in a function") from None
     named = {
         p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)

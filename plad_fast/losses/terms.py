@@ -18,6 +18,9 @@ MAX_EXPONENT = 80.0
 MAX_SQUARED_EXPONENT = 40.0
 """And so is the square of e ** 40."""
 
+_SMALLEST_ALPHA = 1e-20
+"""Below this the power is the logarithm to the last bit, and could be 0 in float32."""
+
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -42,6 +45,8 @@ def divergence_rewards(
     js_divergence and (u ** (f_alpha - 1) - 1) / (f_alpha - 1) for alpha_divergence, where f_alpha
     is TRL's: 1 less the paper's. Exponents end at `max_exponent`, and there the gradient.
     """
+    if not -math.inf < f_alpha < math.inf:
+        raise UsageError(f"f_alpha is an order and must be a finite number, got {f_alpha}")
     if f_divergence == "reverse_kl":
         return ratios
     if f_divergence == "forward_kl":
@@ -68,7 +73,7 @@ def power_rewards(
     """
     if not -math.inf < alpha < math.inf:  # torch.compile does not know math.isfinite
         raise UsageError(f"alpha shapes the reward and must be a finite number, got {alpha}")
-    if alpha == 0:
+    if abs(alpha) < _SMALLEST_ALPHA:
         return logps
     return -torch.expm1((-alpha * logps).clamp(max=max_exponent)) / alpha
 
@@ -89,18 +94,22 @@ def log_loss(odds: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 def check_strength(beta: float) -> None:
-    if not beta > 0:
-        raise UsageError(f"beta is how firmly the reference holds and must be positive, got {beta}")
+    if not 0 < beta < math.inf:
+        raise UsageError(
+            f"beta is how firmly the reference holds: it is finite and must be positive, got {beta}"
+        )
 
 
 def check_slope(beta: float) -> None:
-    if not beta > 0:
-        raise UsageError(f"beta scales the difference of log-likelihood, above 0, got {beta}")
+    if not 0 < beta < math.inf:
+        raise UsageError(
+            f"beta scales the difference of log-likelihood: a finite number above 0, got {beta}"
+        )
 
 
 def check_margin(name: str, value: float) -> None:
-    if not value >= 0:
-        raise UsageError(f"{name} is a margin and must be at least 0, got {value}")
+    if not 0 <= value < math.inf:
+        raise UsageError(f"{name} is a margin: a finite number of at least 0, got {value}")
 
 
 def check_share(label_smoothing: float) -> None:
