@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,41 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     if get_base_model is not None:
         _require_in_layers(model)
     return base
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens a model's input embeddings have, also under adapters or sharded."""
+    embeddings: Any = base_model(model).get_input_embeddings()
+    while not hasattr(embeddings, "num_embeddings"):
+        inner = getattr(embeddings, "base_layer", None)
+        if inner is None:
+            inner = getattr(embeddings, "original_module", None)
+        if inner is None:
+            return len(embeddings.weight)
+        embeddings = inner
+    return int(embeddings.num_embeddings)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base of a PEFT model meanwhile: adapters off, and what was saved beside them too.
+
+    Raises:
+        UsageError: the model is not one of PEFT.
+    """
+    disable = getattr(model, "disable_adapter", None)
+    if disable is None:
+        raise UsageError(
+            f"{type(model).__name__} is not a PEFT model and has no adapters to switch off; pass "
+            "a reference_model, or None for the model as it is before training"
+        )
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with disable():
+            yield
+    finally:
+        for parameter, requires_grad in wanted:  # PEFT switches on all of an adapter
+            parameter.requires_grad_(requires_grad)
 
 
 def effective_layer(head: nn.Module, name: str) -> Layer:

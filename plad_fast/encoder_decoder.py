@@ -37,8 +37,13 @@ def decoder_start_token(model: nn.Module) -> int | None:
     if not is_encoder_decoder(model):
         return None
     lm = base_model(model)
-    for config in (lm.config, lm.generation_config):
-        token = getattr(config, "decoder_start_token_id", None)
+    tokens = [
+        getattr(lm.config, "decoder_start_token_id", None),
+        getattr(lm.generation_config, "decoder_start_token_id", None),
+        # T5Gemma names none and starts with the BOS token of its decoder.
+        getattr(getattr(lm.config, "decoder", None), "bos_token_id", None),
+    ]
+    for token in tokens:
         if token is not None:
             return int(token)
     raise UsageError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from plad_fast._tensor_parallel import whole_hidden
+from plad_fast._tensor_parallel import holds_vocab_rows, whole_hidden
 from plad_fast.adapted_layers import base_model
 from plad_fast.encoder_decoder import decoder_hidden, is_encoder_decoder
 from plad_fast.errors import UsageError
@@ -60,8 +60,8 @@ def backbone_hidden(
     lm = base_model(model)
     if is_encoder_decoder(lm):
         raise UsageError(
-            f"{type(lm).__name__} is an encoder-decoder model, whose prompt and response are apart; "
-            "use plad_fast.encoder_decoder.decoder_hidden"
+            f"{type(lm).__name__} is an encoder-decoder model, which reads prompt and response "
+            "apart; use plad_fast.encoder_decoder.decoder_hidden"
         )
     output = find_backbone(lm)(
         input_ids=input_ids,
@@ -70,7 +70,13 @@ def backbone_hidden(
         return_dict=True,
         **inputs,
     )
-    return output.last_hidden_state
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise UsageError(
+            f"the backbone of {type(lm).__name__} returns no hidden states; this model is not "
+            "supported"
+        )
+    return hidden
 
 
 def find_backbone(lm: PreTrainedModel) -> nn.Module:
@@ -102,22 +108,18 @@ def check_head(model: nn.Module) -> None:
     """
     head = find_head(model)
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]
-    with evaluating(model), torch.no_grad():
-        if is_encoder_decoder(model):
-            ones = torch.ones_like(input_ids)
-            hidden = decoder_hidden(model, input_ids, ones, input_ids, ones)[0]
-            expected = model(  # with masks, or some models take pad tokens for padding
-                input_ids=input_ids,
-                attention_mask=ones,
-                decoder_input_ids=input_ids,
-                decoder_attention_mask=ones,
-            ).logits[0]
-            expected = expected.float()
-        else:
-            expected = model(input_ids=input_ids).logits[0].float()
-            hidden = backbone_hidden(model, input_ids)[0]
+    try:
+        with evaluating(model), torch.no_grad():
+            hidden, expected = _hidden_and_logits(model, input_ids)
             _require_causal(model, input_ids)
-        found = reference_logits(**head.arguments(hidden)).float()
+            found = reference_logits(**head.arguments(hidden)).float()
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # one asks for pixels, say
+        raise UsageError(
+            f"{type(base_model(model)).__name__} does not run on token ids alone "
+            f"({type(error).__name__}: {error}); this model is not supported"
+        ) from error
     if not expected.isfinite().all():
         raise UsageError(
             f"the logits of {type(base_model(model)).__name__} are not finite: its weights are "
@@ -133,12 +135,37 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def _hidden_and_logits(
+    model: nn.Module,
+    input_ids: Tensor,  # (1, 4)
+) -> tuple[Tensor, Tensor]:  # (4, D), (4, V)
+    """What goes into the head, and what comes out of the model."""
+    if not is_encoder_decoder(model):
+        logits = model(input_ids=input_ids).logits[0]
+        return backbone_hidden(model, input_ids)[0], logits.float()
+    ones = torch.ones_like(input_ids)
+    hidden = decoder_hidden(model, input_ids, ones, input_ids, ones)[0]
+    logits = model(  # with masks, or some models take pad tokens for padding
+        input_ids=input_ids,
+        attention_mask=ones,
+        decoder_input_ids=input_ids,
+        decoder_attention_mask=ones,
+    ).logits[0]
+    return hidden, logits.float()
+
+
 def _require_causal(model: nn.Module, input_ids: Tensor) -> None:  # (1, 4)
     """Two tokens alone, before padding, and before others: the same hidden states."""
-    alone = backbone_hidden(model, input_ids[:, :2])[0]
-    mask = torch.ones_like(input_ids).repeat(2, 1)
+    start, twice = input_ids[:, :2], input_ids.repeat(2, 1)
+    mask = torch.ones_like(twice)
     mask[1, 2:] = 0
-    for row in backbone_hidden(model, input_ids.repeat(2, 1), mask):
+    if is_encoder_decoder(model):  # the prompt before padding
+        ones = torch.ones_like(start)
+        alone = decoder_hidden(model, start, ones, start, ones)[0]
+        rows = decoder_hidden(model, input_ids, mask[1:], twice, mask)
+    else:
+        alone, rows = backbone_hidden(model, start)[0], backbone_hidden(model, twice, mask)
+    for row in rows:
         # In the mean, and roughly: rounding differs with the shape, and may choose other experts.
         if (row[:2] - alone).abs().mean() > 0.1 * alone.abs().mean():
             raise UsageError(
@@ -206,7 +233,7 @@ def through_head(
     def forward(rows: Tensor) -> Result:
         return op(**_arguments(model, rows, batch, tensor_parallel))
 
-    if tensor_parallel and hasattr(head.weight, "device_mesh"):
+    if holds_vocab_rows(getattr(head, "weight", None), tensor_parallel):
         return forward(rows)
     return call_inside(head, head, forward, rows)
 

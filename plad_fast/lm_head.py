@@ -93,7 +93,8 @@ def find_head(model: nn.Module, *, tensor_parallel: bool | DeviceMesh = False) -
     head's own (see `plad_fast.head.through_head`).
 
     PEFT on the head is followed: a copy in `modules_to_save`, rows in `trainable_token_indices`,
-    and plain LoRA, whose result is a new weight of shape (V, D + r) at every call.
+    and plain LoRA, whose result is a new weight of shape (V, D + r) at every call. Its gradient is
+    of that shape too: a head that is frozen but for LoRA costs the product that a frozen one saves.
 
     Args:
         model: a transformers causal or encoder-decoder LM, or a PEFT model around one.

@@ -11,11 +11,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from plad_fast.adapted_layers import base_model
+from plad_fast.adapted_layers import base_model, vocabulary_size
+from plad_fast.encoder_decoder import is_encoder_decoder
 from plad_fast.errors import UsageError
-from plad_fast.head import find_backbone
+from plad_fast.head import backbone_hidden, evaluating, find_backbone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +52,11 @@ def router_losses(model: nn.Module) -> Iterator[list[Tensor]]:
         yield losses
         return
     lm = base_model(model)
+    if is_encoder_decoder(lm):
+        raise UsageError(
+            f"config.output_router_logits asks for a router loss, which is not known of "
+            f"encoder-decoder models such as {type(lm).__name__}; set it to False"
+        )
     backbone = find_backbone(lm)
     heard: list[tuple[dict[str, Any], Any]] = []
 
@@ -69,6 +76,19 @@ def router_losses(model: nn.Module) -> Iterator[list[Tensor]]:
         for handle in handles:
             handle.remove()
     losses += [_own_loss(lm, backbone, kwargs, output) for kwargs, output in heard]
+
+
+def check_router_loss(model: nn.Module) -> None:
+    """Raises, as `router_losses` would in training, if the config asks for what is not there.
+
+    The model must be whole, on its device, and not wrapped.
+    """
+    if not asks_for_router_loss(model):
+        return
+    device = next(model.parameters()).device
+    input_ids = torch.arange(4, device=device).remainder(vocabulary_size(model))[None]
+    with evaluating(model), torch.no_grad(), router_losses(model):
+        backbone_hidden(model, input_ids)
 
 
 def _own_loss(

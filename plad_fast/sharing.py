@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from plad_fast._flash import working_dtype
+from plad_fast.adapted_layers import vocabulary_size
 from plad_fast.attention import NotPackedError, enable, is_enabled
 from plad_fast.encoder_decoder import is_encoder_decoder
 from plad_fast.errors import UsageError
-from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs, evaluating
+from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs, evaluating, find_head
 from plad_fast.packing import LAYOUTS, PreferenceBatch, PreferenceCollator, to_device
 from plad_fast.row_layout import Attended, RowLayout
 
@@ -145,7 +146,8 @@ def _slides(config: Any) -> bool:
 
 def _check(model: nn.Module, layout: str) -> None:
     """Raises UsageError unless two short groups have the same log-probabilities either way."""
-    vocab = base_model(model).get_input_embeddings().num_embeddings
+    # Tokens that go in and come out: there may be more embeddings than rows of the head.
+    vocab = min(vocabulary_size(model), len(find_head(model, tensor_parallel=True).weight))
     draw = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:

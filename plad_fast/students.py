@@ -1,4 +1,4 @@
-"""Students and teachers: load a language model from a hub id, a folder or a GGUF file, or shrink it.
+"""Students and teachers: a language model from a hub id, a folder or a GGUF file, or a smaller one.
 
 Dropping layers follows the usual way to start a small student from its teacher: keep evenly
 spaced layers with their weights, embeddings and head (DistilBERT, arXiv 1910.01108, section 3). Of

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import Dataset
 
-from plad_fast._rows import read_row, read_scores, require_columns
+from plad_fast._rows import read_content, read_contents, read_row, read_scores, require_columns
 from plad_fast.chat import Content, as_conversation, render_prompt, render_response
 from plad_fast.errors import UsageError
+from plad_fast.validation import is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ class EncodedGroup(TypedDict):
     truncated: bool
     """The prompt was cut."""
     fits: bool
-    """False: a response is too long, or leaves no room for a token of the prompt; drop the group."""
+    """False: a response is too long, or leaves the prompt no room for a token; drop the group."""
 
 
 def encode_prompt(
@@ -85,8 +86,15 @@ def encode_group(
         max_length: of prompt and response together; of an encoder-decoder model, of each.
         truncation_side: the side from which a long prompt loses tokens, "left" or "right".
         encoder_decoder: whether the student is such a model.
+
+    Raises:
+        UsageError: a prompt or a response that is neither text nor messages, no responses, or a
+            `max_length` or `truncation_side` that is none.
     """
-    prompt, texts = as_conversation(prompt, responses)
+    check_cut(max_length, truncation_side)
+    prompt, texts = as_conversation(
+        read_content(prompt, "prompt"), read_contents(responses, "responses")
+    )
     if encoder_decoder:
         return _encode_two_texts(tokenizer, prompt, texts, max_length, truncation_side)
     prompt_ids = encode_prompt(tokenizer, prompt)
@@ -99,6 +107,14 @@ def encode_group(
     return EncodedGroup(
         prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=room >= 1
     )
+
+
+def check_cut(max_length: int, truncation_side: str) -> None:
+    """Raise a UsageError unless `max_length` is a whole number and `truncation_side` a side."""
+    if not is_whole(max_length):
+        raise UsageError(f"max_length must be a whole number of tokens, got {max_length!r}")
+    if truncation_side not in TRUNCATION_SIDES:
+        raise UsageError(f"truncation_side must be left or right, got {truncation_side!r}")
 
 
 def _encode_two_texts(
@@ -129,7 +145,8 @@ def _target_ids(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: s
     ids = tokenizer(text_target=response)["input_ids"]
     end = tokenizer.eos_token_id
     # Behind it may stand a mark of the language, as mBART's tokenizer writes.
-    return ids if end is None or end in ids[-2:] else [*ids, end]
+    marked = ids[-2:-1] == [end] and ids[-1] in tokenizer.all_special_ids
+    return ids if end is None or ids[-1:] == [end] or marked else [*ids, end]
 
 
 def tokenize_dataset(
@@ -173,6 +190,7 @@ def tokenize_dataset(
         UsageError: no rows, missing columns, a row that is not as above, groups of different
             sizes, or every row dropped.
     """
+    check_cut(max_length, truncation_side)
     columns = _require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
         tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
 
+from plad_fast.adapted_layers import without_adapters
 from plad_fast.attention import enable
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
@@ -31,6 +32,7 @@ from plad_fast.packing import (
     to_device,
     token_counts,
 )
+from plad_fast.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.sharing import prepare
 from plad_fast.training_config import PLaDConfig
 from plad_fast.training_data import (
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PLaDConfig", "PLaDTrainer"]
 
+BASE = "base"
+"""As the reference model: the model without its adapters."""
+
 
 class PLaDTrainer(Trainer):
     """Trains a causal or encoder-decoder LM on preference groups.
@@ -72,6 +77,8 @@ class PLaDTrainer(Trainer):
     * `saved_tokens`: the share of tokens that shared prompts spared the model
     * `skipped_backwards`: the share of micro-batches that had no gradient and ran no backward
     * `tokens_per_second`: tokens that entered the model, prompts included
+    * `router_loss`: what a mixture of experts adds to the loss if its config asks for it
+      (`output_router_logits`), a mean over groups; `loss` includes it
 
     Args:
         model: a transformers causal or encoder-decoder LM (see `plad_fast.head.find_head`), or PEFT
@@ -82,7 +89,8 @@ class PLaDTrainer(Trainer):
         processing_class: the model's tokenizer; it is saved with every checkpoint.
         reference_model: what losses that need reference log-probabilities compare with; None takes
             the model as it is before training, also before one that is resumed: pass the model that
-            the training began with. It runs once over the data, before the first step.
+            the training began with. "base" takes a PEFT model with its adapters switched off, in
+            place and without a second copy. It runs once over the data, before the first step.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -100,11 +108,20 @@ class PLaDTrainer(Trainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase,
-        reference_model: PreTrainedModel | None = None,
+        reference_model: PreTrainedModel | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         require_supported(model, args, processing_class)
+        if isinstance(reference_model, str) and reference_model != BASE:
+            raise UsageError(
+                f"reference_model is {reference_model!r}; pass a model, {BASE!r} for a PEFT model "
+                "without its adapters, or None for the model as it is"
+            )
+        if reference_model == BASE:
+            with without_adapters(model):  # says so if it has none
+                pass
+        self._has_router_loss = asks_for_router_loss(model)
 
         def encode(rows: Rows | None, name: str) -> Dataset | None:
             return None if rows is None else tokenize(rows, model, args, processing_class, name)
@@ -114,8 +131,9 @@ class PLaDTrainer(Trainer):
             evaluation = of_each(encode, eval_dataset)
         train = train if train is None else numbered(train)
         self._objective = bind_objective(args, train, evaluation)
-        self._train_meter = PreferenceMeter(self._objective)
-        self._eval_meter = PreferenceMeter(self._objective)
+        self._train_meter, self._eval_meter = (
+            PreferenceMeter(self._objective, router_loss=self._has_router_loss) for _ in range(2)
+        )
         self._gradients = KnownGradients()
         self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
         self._may_skip = False  # in the micro-batch at hand
@@ -243,7 +261,8 @@ class PLaDTrainer(Trainer):
     @property
     def _may_have_none(self) -> bool:
         """Whether there are groups without a gradient, and a backward may be left out for them."""
-        return not self.args.sft_weight and not self.args.fine_tunes and self._is_plain
+        always = self.args.sft_weight or self.args.fine_tunes or self._has_router_loss
+        return not always and self._is_plain
 
     @property
     def _is_plain(self) -> bool:
@@ -283,8 +302,15 @@ class PLaDTrainer(Trainer):
         groups, tokens = (None, None) if num_items_in_batch is None else num_items_in_batch
 
         def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            out = through_head(module, inputs, loss_of)
-            return out.loss, self._train_meter.rows(out, inputs["group_tokens"]), out.active
+            with router_losses(module) as routing:
+                out = through_head(module, inputs, loss_of)
+            own = routing[0] if routing else None
+            rows = self._train_meter.rows(out, inputs["group_tokens"], own)
+            if own is None:
+                return out.loss, rows, out.active
+            # A mean over its tokens already: of several micro-batches it is one over groups.
+            share = 1.0 if groups is None else len(inputs["group_tokens"]) / groups
+            return out.loss + share * own, rows, out.active
 
         def loss_of(**arguments: Any) -> FusedLoss:
             return fused_linear_preference_loss(
@@ -392,6 +418,7 @@ class PLaDTrainer(Trainer):
         with gathered(self.model):
             if self.is_world_process_zero():
                 check_head(self.model)
+                check_router_loss(self.model)
                 found = [self._prepare(self.model, self.args.layout)]
         if self.accelerator.num_processes > 1:
             found = broadcast_object_list(found)
@@ -423,6 +450,9 @@ class PLaDTrainer(Trainer):
         reference = Reference(
             self.args, self.accelerator, self._collate, self._scratch_bytes, self._prepare
         )
+        if has_none and isinstance(self._reference_model, str):
+            with without_adapters(self.model):
+                return reference.score(self.model, dataset, name)
         if has_none and self._reference_model is not None:
             return reference.score_with_another(self._reference_model, dataset, name)
         return reference.score(self.model, dataset, name)

@@ -14,7 +14,8 @@ from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss, read_loss_args
 from plad_fast.objective import Objective
 from plad_fast.packing import LAYOUTS
-from plad_fast.tokenization import TRUNCATION_SIDES
+from plad_fast.tokenization import check_cut
+from plad_fast.validation import check_number, is_whole
 
 _IN_BACKWARD = ("layerwise", "lomo")
 
@@ -75,17 +76,16 @@ class PLaDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_finite_numbers()
+        self._require_numbers()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)
         if self.fine_tunes and self.sft_weight:
             raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
         if self.temperature <= 0:
             raise UsageError(f"temperature must be positive, got {self.temperature}")
+        check_cut(self.max_length, self.truncation_side)
         if self.max_length < 2:
             raise UsageError(f"max_length must be at least 2 tokens, got {self.max_length}")
-        if self.truncation_side not in TRUNCATION_SIDES:
-            raise UsageError(f"truncation_side must be left or right, got {self.truncation_side!r}")
         if self.layout not in ("auto", *LAYOUTS):
             known = ", ".join(LAYOUTS)
             raise UsageError(f"unknown layout {self.layout!r}; known: auto, {known}")
@@ -118,11 +118,19 @@ class PLaDConfig(TrainingArguments):
                 "model.base_model.compile() before training instead"
             )
 
-    def _require_finite_numbers(self) -> None:
+    def _require_numbers(self) -> None:
+        """Finite numbers, and whole ones for counts: a file of settings may hold anything."""
         for name in ("beta", "sft_weight", "length_normalization", "temperature"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
+            if value is None and name == "beta":
+                continue
+            check_number(name, value)
+            if not math.isfinite(value):
                 raise UsageError(f"{name} must be a finite number, got {value}")
+        for name in ("max_tokens_per_batch", "scratch_mib"):
+            value = getattr(self, name)
+            if value is not None and not is_whole(value):
+                raise UsageError(f"{name} must be a whole number or None, got {value!r}")
 
     def objective(self, *, group_size: int) -> Objective:
         """The loss with its options, checked; the data are checked for what it needs of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
+from plad_fast.adapted_layers import vocabulary_size
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
@@ -51,12 +52,7 @@ def require_supported(
 ) -> None:
     if not isinstance(args, PLaDConfig):
         raise UsageError(f"args must be a PLaDConfig, got {type(args).__name__}")
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        raise UsageError(
-            "config.output_router_logits asks for a router loss, which is not part of this loss; "
-            "set it to False"
-        )
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = vocabulary_size(model)
     if len(tokenizer) > embeddings:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings; "

@@ -19,14 +19,16 @@ class PreferenceMeter:
 
     Args:
         objective: the loss, which says what its mean is over.
+        router_loss: whether the model adds a router loss, which is then part of `loss`.
     """
 
     _NAMES = ("groups", "loss", "nll", "nll_tokens", "tokens", "logps/chosen")
     _PAIR_NAMES = ("logps/rejected", "margin", "ranking_accuracy", "active_pairs", "saved_tokens")
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, *, router_loss: bool = False) -> None:
         self._objective = objective
         self._columns = self._NAMES + (self._PAIR_NAMES if objective.group_size > 1 else ())
+        self._columns += ("router_loss",) * router_loss
         self.reset()
 
     def reset(self) -> None:
@@ -48,6 +50,7 @@ class PreferenceMeter:
         self,
         out: FusedLoss,
         group_tokens: Tensor,  # (B, 2) of `PreferenceBatch`
+        router_loss: Tensor | None = None,  # (), of these groups together
     ) -> Tensor:  # (B, metrics) float32
         """The metrics of every group in a batch; rows may be summed in any order."""
         shape = (-1, self._objective.group_size)
@@ -70,6 +73,8 @@ class PreferenceMeter:
                 out.active,
                 group_tokens[:, 1] - group_tokens[:, 0],
             ]
+        if router_loss is not None:
+            columns.append(router_loss.detach().expand(len(logps)))
         return torch.stack([column.float() for column in columns], dim=1)
 
     def add(self, rows: Tensor) -> None:
@@ -90,8 +95,9 @@ class PreferenceMeter:
             saved = sums.pop("saved_tokens")
             shares["saved_tokens"] = saved / (saved + tokens)
         loss /= nll_tokens if self._objective.spec.mean_over == "tokens" else groups
+        routing = sums.get("router_loss", 0.0) / groups
         return {
-            "loss": loss + self._objective.sft_weight * nll,
+            "loss": loss + self._objective.sft_weight * nll + routing,
             "nll": nll,
             **{name: value / groups for name, value in sums.items()},
             **shares,

@@ -1,270 +1,172 @@
-"""A random small model of every causal-LM class of transformers: right, or refused with a reason.
+"""A random small model of every language-model class of transformers: right, or refused.
 
 Log-probabilities of the fused path, padded and (where `prepare` finds the model able) with shared
 prompts, equal those of the model's own logits for each sequence alone. Scales and softcaps are set
-to values that bite. A family that no table names has to be right in both layouts.
+to values that bite. tests/architectures.py says what is expected of which.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs, check_head
+from plad_fast.head import causal_lm_logprobs, check_head, find_head
 from plad_fast.packing import PreferenceCollator
 from plad_fast.sharing import prepare
+from tests.architectures import (
+    CAUSAL,
+    MORE_THAN_TEXT,
+    NOT_BUILT,
+    NOTES,
+    PADDED_ONLY,
+    REFUSED,
+    REFUSED_BY_NAME,
+    TWO_HALVES,
+    architectures,
+    entry,
+    result,
+)
 from tests.test_head import naive_sums
-from tests.tiny_configs import causal_lm_families, make_causal_lm
+from tests.tiny_configs import SPECIAL, make_causal_lm
 
+IS_NEW = int(transformers.__version__.split(".")[0]) >= 5
 FEATURES = [
     {"prompt_ids": [11, 5, 9, 17, 23, 8], "response_ids": [[12, 7, 99, 13], [33, 22]]},
     {"prompt_ids": [21, 60], "response_ids": [[44, 8, 15, 16, 23, 25], [42, 29]]},
 ]
-MORE = "does more to its logits"  # a dense layer and a norm, in most of these
-NOT_CAUSAL = "it is not a causal model"
-SEVERAL_HEADS = "ModuleList"
-REFUSED = {
-    **dict.fromkeys(
-        [
-            "bert",
-            "big_bird",
-            "camembert",
-            "data2vec-text",
-            "electra",
-            "ernie",
-            "megatron-bert",
-            "modernbert-decoder",
-            "prophetnet",
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-        ],
-        MORE,
-    ),
-    **dict.fromkeys(
-        [
-            "cpmant",
-            "xlm",
-            "xlnet",
-        ],
-        NOT_CAUSAL,
-    ),
-    **dict.fromkeys(
-        [
-            "musicgen",
-            "musicgen_melody",
-        ],
-        SEVERAL_HEADS,
-    ),
-}
-"""model_type -> why `check_head` or `find_head` refuses it."""
-
-OWN_ATTENTION = "does not use transformers' attention interface"
-OWN_POSITIONS = "other log-probabilities in the shared layout"
-OTHER_LAYERS = "has layers of the kind"
-SOME_LAYERS = r"of the \d layers of"
-PADDED_ONLY = {
-    **dict.fromkeys(
-        [
-            "axk2",
-            "bamba",
-            "deepseek_v32",
-            "deepseek_v4",
-            "falcon_h1",
-            "falcon_mamba",
-            "glm_moe_dsa",
-            "hy_v4",
-            "inkling2_text",
-            "inkling_text",
-            "jamba",
-            "lfm3",
-            "llama4",
-            "llama4_text",
-            "mamba",
-            "mamba2",
-            "minimax",
-            "nemotron_h",
-            "olmo_hybrid",
-            "qwen3_5_moe_text",
-            "qwen3_5_text",
-            "qwen3_next",
-            "recurrent_gemma",
-            "zaya",
-        ],
-        OTHER_LAYERS,
-    ),
-    **dict.fromkeys(
-        [
-            "bloom",
-            "codegen",
-            "falcon",
-            "got_ocr2",
-            "gpt_neo",
-            "gpt_neox_japanese",
-            "gptj",
-            "mpt",
-            "mvp",
-            "openai-gpt",
-            "rwkv",
-            "trocr",
-            "xglm",
-        ],
-        OWN_ATTENTION,
-    ),
-    **dict.fromkeys(
-        [
-            "bart",
-            "blenderbot",
-            "blenderbot-small",
-            "doge",
-            "marian",
-            "mbart",
-            "pegasus",
-            "plbart",
-        ],
-        OWN_POSITIONS,
-    ),
-    **dict.fromkeys(
-        [
-            "diffllama",
-            "git",
-            "nemotron",
-            "stablelm",
-        ],
-        SOME_LAYERS,
-    ),
-    "bigbird_pegasus": "asks for attention that is not causal",
-    "mllama": "targets must lie in",
-    "moshi": "keeps the width of its sliding window",
-    "phi4_multimodal": "has convolutions",
-}
-"""model_type -> why `prepare` leaves prompts unshared."""
-
-SIZES = "its sizes depend on each other in a way of its own"
-NOT_BUILT = {
-    **dict.fromkeys(
-        [
-            "bailing_hybrid",
-            "cohere_compass_text",
-            "dbrx",
-            "deepseek_v2",
-            "dots1",
-            "dots3_note",
-            "dots3_note_text",
-            "granitemoehybrid",
-            "kimi_linear",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen4_exp",
-            "qwen4_exp_text",
-            "reformer",
-            "xlstm",
-            "zamba",
-            "zamba2",
-        ],
-        SIZES,
-    ),
-    **dict.fromkeys(
-        [
-            "blt",
-            "hrm_text",
-        ],
-        "its levels are configured apart",
-    ),
-    **dict.fromkeys(
-        [
-            "gemma4_assistant",
-            "gemma4_unified_assistant",
-        ],
-        "drafts tokens for another model, whose cache it reads",
-    ),
-    "gemma3n": "needs timm",
-    "xmod": "needs a language to be chosen",
-}
-"""model_type -> why it is not in the sweep."""
 
 # Small and known ones, and each way to scale, to cap, to share or not, and to be refused.
 IN_EVERY_RUN = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "qwen2_moe",
-    "mixtral",
-    "olmoe",
-    "gpt_oss",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "mistral",
-    "phi",
-    "phi3",
-    "gpt2",
-    "gpt_neo",
-    "gpt_neox",
-    "opt",
-    "bloom",
-    "falcon",
-    "cohere",
-    "granite",
-    "hyperclovax",
-    "falcon_h1",
-    "minicpm3",
-    "inkling_text",
-    "nanochat",
-    "recurrent_gemma",
-    "mamba",
-    "starcoder2",
-    "smollm3",
-    "deepseek_v3",
-    "llama4_text",
-    "bart",
-    "bert",
-    "cpmant",
-    "xlnet",
+    *("llama", "qwen2", "qwen3", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "gemma2", "gemma3"),
+    *("gemma3_text", "mistral", "phi", "phi3", "gpt2", "gpt_neo", "gpt_neox", "opt", "bloom"),
+    *("falcon", "cohere", "granite", "hyperclovax", "falcon_h1", "minicpm3", "inkling_text"),
+    *("nanochat", "recurrent_gemma", "mamba", "starcoder2", "smollm3", "deepseek_v3"),
+    *("llama4_text", "bart", "bert", "cpmant", "xlnet", "encoder-decoder-t5"),
+    *("encoder-decoder-mt5", "encoder-decoder-umt5", "encoder-decoder-longt5"),
+    *("encoder-decoder-switch_transformers", "encoder-decoder-bart", "encoder-decoder-mbart"),
+    *("encoder-decoder-marian", "encoder-decoder-t5gemma", "encoder-decoder-prophetnet"),
+    *("text_and_more-llava", "text_and_more-qwen2_vl", "text_and_more-qwen3_vl"),
+    *("text_and_more-aya_vision", "text_and_more-blip-2"),
 ]
 
 
 def sweep():
-    for model_type in causal_lm_families():
-        if model_type not in NOT_BUILT:
-            marks = () if model_type in IN_EVERY_RUN else pytest.mark.slow
-            yield pytest.param(model_type, marks=marks)
+    for architecture in architectures():
+        if entry(NOT_BUILT, architecture) is None:
+            name = str(architecture).replace(" ", "_")
+            marks = () if name in IN_EVERY_RUN else pytest.mark.slow
+            yield pytest.param(architecture, marks=marks, id=name)
 
 
-@pytest.mark.parametrize("model_type", sweep())
-def test_fused_log_probs_are_those_of_the_models_own_logits(model_type):
+def own_sums(model, batch):
+    """From the model's own logits, of each sequence alone and without padding."""
+    if "decoder_input_ids" not in batch:
+        return naive_sums(model, batch)
+    sums = []
+    for feature in FEATURES:
+        for response in feature["response_ids"]:
+            inputs = {"labels": torch.tensor([response])}
+            if model.config.model_type in ("mbart", "plbart"):
+                # They begin with the last label, which is the mark of a language in their data.
+                start = decoder_start_token(model)
+                inputs = {"decoder_input_ids": torch.tensor([[start, *response[:-1]]])}
+            logits = model(input_ids=torch.tensor([feature["prompt_ids"]]), **inputs).logits[0]
+            found = logits.float().log_softmax(-1).gather(1, torch.tensor(response)[:, None])
+            sums.append(found.sum())
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("architecture", sweep())
+def test_fused_log_probs_are_those_of_the_models_own_logits(architecture):
+    kind, model_type, class_name = architecture
+    if kind == MORE_THAN_TEXT and not IS_NEW:
+        pytest.skip("the small configurations are those of transformers 5")
     try:
-        model = make_causal_lm(model_type, causal_lm_families()[model_type])
+        model = make_causal_lm(model_type, class_name, is_decoder=kind != TWO_HALVES)
     except Exception as error:
-        if int(transformers.__version__.split(".")[0]) >= 5:
+        if IS_NEW:
             raise
         pytest.skip(f"this transformers builds none: {error}")
-    batch = PreferenceCollator(pad_token_id=0, group_size=2)(FEATURES)
-    if model_type in REFUSED:
-        with pytest.raises(UsageError, match=REFUSED[model_type]):
+    if (refused := entry(REFUSED, architecture)) is not None:
+        with pytest.raises(UsageError, match=refused.message):
             check_head(model)
         return
     check_head(model)
+    collator = PreferenceCollator(
+        0,
+        2,
+        layout="encoder_decoder" if kind == TWO_HALVES else "padded",
+        decoder_start_token_id=decoder_start_token(model),
+    )
+    batch = collator(FEATURES)
     with torch.no_grad():
-        expected = naive_sums(model, batch)
+        expected = own_sums(model, batch)
         found = causal_lm_logprobs(model, batch).sums
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-        if model_type in PADDED_ONLY:
-            with pytest.raises(UsageError, match=PADDED_ONLY[model_type]):
+        if kind == TWO_HALVES:
+            return
+        if (padded := entry(PADDED_ONLY, architecture)) is not None:
+            with pytest.raises(UsageError, match=padded.message):
                 prepare(model, "shared")
             return
         try:
             assert prepare(model, "shared") == "shared"
         except UsageError:
-            if int(transformers.__version__.split(".")[0]) >= 5:
+            if IS_NEW:
                 raise
             return  # older classes have an attention of their own more often
         shared = PreferenceCollator(0, 2, layout="shared")(FEATURES)
         found = causal_lm_logprobs(model, shared).sums
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["asked untied", "asked tied"])
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5", "longt5", "switch_transformers"])
+def test_scale_of_t5_and_its_kin(model_type, tied, monkeypatch):
+    """Whether they scale before the head depends on the tie, in a way of each one's own; that of
+    transformers 5 ties some of them whatever is asked for."""
+    monkeypatch.setitem(SPECIAL, model_type, {"tie_word_embeddings": tied})
+    [architecture] = [a for a in architectures() if a[:2] == (TWO_HALVES, model_type)]
+    model = make_causal_lm(model_type, architecture.class_name, is_decoder=False)
+    check_head(model)
+    if model_type == "t5":
+        assert find_head(model).logit_scale == pytest.approx(32**-0.5 if tied else 1.0)
+
+
+def test_tables_name_what_there_is():
+    """And each of it once; of the transformers that docs/architectures.md is about."""
+    page = load_page()
+    page.require_its_transformers(pytest.skip)
+    known = {tuple(architecture[:2]) for architecture in architectures()}
+    named = [(kind, name) for table in (REFUSED, PADDED_ONLY, NOT_BUILT) for kind in table
+             for name in table[kind]]  # fmt: skip
+    assert len(named) == len(set(named))
+    notes = {(kind, name) for kind in NOTES for name in NOTES[kind]}
+    assert {*named, *notes} <= known
+    ids = {str(architecture).replace(" ", "_") for architecture in architectures()}
+    assert set(IN_EVERY_RUN) <= ids
+
+
+def test_page_is_up_to_date():
+    page = load_page()
+    page.require_its_transformers(pytest.skip)
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run docs/make_architectures.py"
+    found = [result(architecture)[0] for architecture in architectures()]
+    assert sum(text.startswith("right") for text in found) >= 20
+    assert found.count(REFUSED_BY_NAME) == sum(map(len, REFUSED.values()))
+    kinds = {a.kind for a in architectures() if result(a)[0].startswith("right")}
+    assert kinds == {CAUSAL, TWO_HALVES, MORE_THAN_TEXT}
+
+
+def load_page():
+    path = Path(__file__).parents[1] / "docs" / "make_architectures.py"
+    spec = importlib.util.spec_from_file_location("make_architectures", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

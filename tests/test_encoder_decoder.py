@@ -143,6 +143,38 @@ def test_the_encoder_reads_every_prompt_once():
     assert seen == [2]
 
 
+def test_the_trainer_encodes_every_prompt_once(tokenizer, tmp_path, monkeypatch):
+    """Eight pairs: a step and an evaluation encode eight rows each, and the reference did."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    options = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    trainer = make_trainer("t5", tokenizer, tmp_path, eval_rows=PAIRS, loss="dpo", **options)
+    seen = []
+    trainer.model.get_encoder().register_forward_hook(lambda m, a, out: seen.append(len(out[0])))
+    trainer.train()
+    trainer.evaluate()
+    assert seen == [8, 8]
+
+
+def test_adapters_in_both_halves_and_on_the_head():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules=["q", "v", "lm_head"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(make_model("t5_v1_1"), config).eval()
+    check_head(model)
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0])
+    ours = causal_lm_logprobs(model, collate(model, GROUPS))
+    theirs = own_logprobs(model, GROUPS)
+    torch.testing.assert_close(ours.token_logprobs, torch.cat(theirs), rtol=1e-5, atol=1e-4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {"encoder", "decoder", "lm_head"} <= {part for n in trained for part in n.split(".")}
+    sums = torch.stack([each.sum() for each in theirs])
+    both = [torch.autograd.grad(s @ weight, list(trained.values())) for s in (ours.sums, sums)]
+    for name, got, expected in zip(trained, *both, strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def test_the_decoder_reads_responses_behind_its_start():
     """Shifted by one; an empty response has no row that predicts."""
     groups = [{"prompt_ids": [5, 6], "response_ids": [[7, 8, 2], []]}]
@@ -275,6 +307,25 @@ def test_answers_are_those_of_generate(name, tokenizer):
         assert answers[prompt.id].text == text
         assert answers[prompt.id].n_tokens == len(expected)
     assert len({answer.n_tokens for answer in answers.values()}) > 1
+
+
+def test_a_first_token_that_the_model_forces_is_kept(tokenizer):
+    """As models of many languages do with the mark of the one to write in."""
+    model = make_model("bart")
+    [forced] = tokenizer("Q", add_special_tokens=False)["input_ids"]
+    sampling, prompts = Sampling(max_new_tokens=4, temperature=0), [Prompt("1", "abc")]
+    for wanted in (None, forced):
+        model.generation_config.forced_bos_token_id = wanted
+        [[answer]] = LocalModel(model, tokenizer, "bart").generate(prompts, sampling)
+        assert answer.text.startswith("Q") == (wanted is not None)
+
+
+def test_an_end_inside_of_a_response_is_no_end(tiny_tokenizer):
+    bare = _tokenizer(tiny_tokenizer, "$A")
+    end = bare.eos_token_id
+    group = encode_group(bare, "p", [f"x{END}y"], max_length=9, encoder_decoder=True)
+    assert group["response_ids"][0][-1] == end
+    assert group["response_ids"][0].count(end) == 2
 
 
 def test_distill_a_t5_of_a_decoder_only_teacher(tokenizer, tiny_teacher, tmp_path, capsys):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs
 from plad_fast.packing import PreferenceCollator
-from plad_fast.router import asks_for_router_loss, router_losses
+from plad_fast.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.sharing import prepare
+from plad_fast.training_metrics import PreferenceMeter
+from tests.test_encoder_decoder import make_model as make_encoder_decoder
 from tests.test_head import FEATURES
+from tests.test_trainer import naive_logps
 from tests.tiny_configs import causal_lm_families, has_family, make_causal_lm
+from tests.trainings import PAIRS, assert_same_weights, last_log, weights
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "jetmoe"]
 
@@ -59,6 +65,70 @@ def test_packed_rows_count_their_tokens():
             causal_lm_logprobs(model, PreferenceCollator(0, 2, layout=layout)(FEATURES))
         found += losses
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("budget", [None, 60])
+def test_trainer_adds_it(budget, make, tiny_tokenizer):
+    """Over the batches of a step, or the micro-batches of a batch, as a mean over groups."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "beta": 2.0}
+    model = model_of("mixtral")
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    start = copy.deepcopy(model)
+    trainer = make(
+        model=model, layout="padded", max_tokens_per_batch=budget, eval_rows=PAIRS, **options
+    )
+    collated, collate = [], trainer._collate
+    trainer._collate = lambda features: collated.append(features) or collate(features)
+    trainer.train()
+    batches = collated.copy()
+    assert (len(batches) == 2) == (budget is None)
+
+    sums, _ = naive_logps(start, tiny_tokenizer, PAIRS)
+    loss = torch.relu(2.0 - sums[:, 0] + sums[:, 1]).mean()
+    routing = 0.0
+    for features in batches:
+        batch = collate(features)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        aux = start(**inputs, output_router_logits=True).aux_loss
+        routing = routing + len(features) / 8 * start.config.router_aux_loss_coef * aux
+    (loss + routing).backward()
+    with torch.no_grad():
+        for parameter in start.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    assert last_log(trainer)["router_loss"] == pytest.approx(routing.item(), rel=1e-4)
+    assert last_log(trainer)["loss"] == pytest.approx((loss + routing).item(), rel=1e-4)
+    assert_same_weights(weights(trainer), dict(start.named_parameters()), rtol=1e-3, atol=1e-5)
+    found = trainer.evaluate()
+    trainer.model.config.output_router_logits = False
+    trainer._eval_meter = PreferenceMeter(trainer._objective)
+    assert found["eval_loss"] - trainer.evaluate()["eval_loss"] == pytest.approx(
+        found["eval_router_loss"], rel=1e-3
+    )
+
+
+def test_satisfied_groups_are_not_skipped(make, tiny_tokenizer):
+    """Their hinge has no gradient, and the router loss has one."""
+    model = model_of("mixtral")
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = make(model=model, loss=lambda logps: 0 * logps.sum(1), max_steps=3)
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("gate" in name for name in moved)
+    assert not any("lm_head" in name for name in moved)
+    assert "skipped_backwards" not in last_log(trainer)
+
+
+def test_what_has_none_or_an_encoder_is_refused_before_training(make, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.config.output_router_logits = True
+    with pytest.raises(UsageError, match="LlamaForCausalLM has none"):
+        make(model=model)
+    model = make_encoder_decoder("t5")
+    model.config.output_router_logits = True
+    with pytest.raises(UsageError, match="encoder-decoder"):
+        check_router_loss(model)
 
 
 def test_a_model_without_one_is_refused():

@@ -405,7 +405,7 @@ def run_two_processes(folder, options):
                     stderr=subprocess.STDOUT,
                 )
             )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     try:
         while (codes := [worker.poll() for worker in workers]) != [0, 0]:
             if any(codes) or time.monotonic() > deadline:

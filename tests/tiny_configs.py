@@ -1,4 +1,4 @@
-"""Tiny random models of any causal-LM class of transformers, from shrunken default configs.
+"""Tiny random models of any language-model class of transformers, from shrunken default configs.
 
 Configs call the same things by the same few names: what shrinks is a table of them. Families whose
 sizes depend on each other in their own way have a line of their own.
@@ -146,6 +146,17 @@ _BITING = {
 }
 
 _FOUR_LAYERS = {"num_hidden_layers": 4}  # the first one that attends is the fourth, or so
+
+
+def _three_axes(*sections: int) -> dict[str, Any]:
+    """Of rotary positions in time, height and width; in all they make half of a head."""
+    axes = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"rope_parameters": axes}
+
+
+_DEEP_TEXT = {"text_config": _FOUR_LAYERS}
+_AXES_OF_TEXT = {"text_config": _three_axes(2, 1, 1)}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_expand": 2, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "granitemoehybrid": {"mamba_expand": 2, "mamba_d_head": 16},
@@ -170,6 +181,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         _FOUR_LAYERS,
     ),
     **dict.fromkeys(("qwen3_next", "qwen4_exp_text", "recurrent_gemma"), _FOUR_LAYERS),
+    **dict.fromkeys(("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _DEEP_TEXT),
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl"), _AXES_OF_TEXT),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), _AXES_OF_TEXT),
+    "glm4v_moe": {"text_config": _three_axes(1, 1, 0)},
 }
 """model_type -> what its own checks or kernels ask for."""
 
@@ -193,16 +208,17 @@ def _shrunk(config_class: Any, extra: dict[str, Any]) -> Any:
     if "kv_lora_rank" in known:  # latent attention expands its keys to all heads
         options["num_key_value_heads"] = _HEADS
     options |= {n: value for n, value in _BITING.items() if n in known}
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
     options |= {n: token for n, token in tokens.items() if n in known}
     rates = ("dropout", "pdrop", "layerdrop")
     options |= {
         n: type(rate)(0) for n, rate in entries.items() if n.endswith(rates) and _is_number(rate)
     }
+    extra = dict(extra)
     for name in getattr(config_class, "sub_configs", {}):
         sub = getattr(default, name, None)
         if sub is not None:
-            options[name] = _shrunk(type(sub), extra.get(name, {})).to_dict()
+            options[name] = _shrunk(type(sub), extra.pop(name, {})).to_dict()
     return config_class(**{**options, **extra})
 
 
@@ -211,13 +227,18 @@ def causal_lm_families() -> dict[str, str]:
     return dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def make_causal_lm(model_type: str, class_name: str) -> Any:
-    """The same small model every time, in evaluation mode; vectors moved off zeros and ones."""
+def make_causal_lm(model_type: str, class_name: str, *, is_decoder: bool = True) -> Any:
+    """The same small model every time, in evaluation mode; vectors moved off zeros and ones.
+
+    `is_decoder` makes a decoder of what is by default an encoder, or one half of two.
+    """
     model_class = getattr(transformers, class_name)
     config_class = model_class.config_class or type(transformers.CONFIG_MAPPING[model_type]())
     config = _shrunk(config_class, SPECIAL.get(model_type, {}))
-    if hasattr(config, "is_decoder"):
+    if is_decoder and hasattr(config, "is_decoder"):
         config.is_decoder = True
+    if config.is_encoder_decoder and not is_decoder and not hasattr(config, "decoder"):
+        config.decoder_start_token_id = 0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -18,7 +19,8 @@ class _End(NamedTuple):
     error: BaseException | None
 
 
-class _Item(NamedTuple, Generic[T]):
+@dataclasses.dataclass(frozen=True)
+class _Item(Generic[T]):  # Python 3.10 has no generic NamedTuple
     value: T
 
 

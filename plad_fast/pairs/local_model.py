@@ -164,8 +164,11 @@ class LocalModel:
     def _generation_config(self, sampling: Sampling, ends: set[int], pad: int) -> GenerationConfig:
         from transformers import GenerationConfig
 
+        # The first token of every text a decoder was trained on, such as the mark of a language.
+        own = None if self._start_token is None else self.model.generation_config
         return GenerationConfig(
             do_sample=False,
+            forced_bos_token_id=getattr(own, "forced_bos_token_id", None),
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,

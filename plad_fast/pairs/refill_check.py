@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plad_fast.adapted_layers import vocabulary_size
 from plad_fast.errors import UsageError
 from plad_fast.head import base_model
 from plad_fast.pairs.refill import RowDecoder, UnsuitableError
@@ -66,7 +67,7 @@ def _cache_layers(config: Any) -> set[str]:
 
 def _difference(model: Any, pad: int) -> float:
     """Mean difference from whole sequences, one at a time and without a cache."""
-    vocab = base_model(model).get_input_embeddings().num_embeddings
+    vocab = vocabulary_size(model)
     draw = torch.Generator().manual_seed(0)
     first, stays, comes = (
         torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in _PROMPTS

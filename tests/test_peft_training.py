@@ -1,0 +1,136 @@
+"""The trainer on adapters: their steps, the base as reference, checkpoints, merged models.
+
+The yardstick is what PEFT's own forward computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from plad_fast import reference_logps
+from plad_fast.errors import UsageError
+from plad_fast.students import load_model
+from tests.test_peft import quantise
+from tests.test_trainer import naive_logps
+from tests.trainings import PAIRS, assert_same_weights, last_log, weights
+
+peft = pytest.importorskip("peft")
+
+BODY = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture
+def adapt(tiny_model):
+    """Adapts a copy of the tiny model; the adapters are moved, so that they are not its base."""
+
+    def make(seed=1, tied=False, quantised=False, **options):
+        model = copy.deepcopy(tiny_model)
+        if quantised:  # the body alone, as in QLoRA
+            quantise(model.model)
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.lm_head.weight = model.model.embed_tokens.weight
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=3, lora_alpha=5, **{"target_modules": BODY, **options})
+        model = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+CASES = {
+    "body": {},
+    "head": {"target_modules": [*BODY, "lm_head"]},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": [*BODY, "embed_tokens"]},
+    "tokens": {"trainable_token_indices": [2, 7, 33]},
+    "quantised": {"quantised": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_first_step_against_the_base_equals_the_naive_one(case, adapt, make, tiny_tokenizer):
+    """DPO whose reference is the base, which never exists a second time."""
+    model = adapt(**CASES[case])
+    trainer = make(
+        model=model, loss="dpo", beta=0.3, reference_model="base", per_device_train_batch_size=8
+    )
+    start = copy.deepcopy(model).eval()
+    trainer.train()
+
+    sums, _ = naive_logps(start, tiny_tokenizer, PAIRS)
+    with torch.no_grad(), start.disable_adapter():
+        reference, _ = naive_logps(start, tiny_tokenizer, PAIRS)
+    assert not torch.allclose(sums, reference, atol=0.1)
+    margins = (sums - reference) @ torch.tensor([1.0, -1.0])
+    loss = -nn.functional.logsigmoid(0.3 * margins).mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in start.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    assert last_log(trainer)["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_weights(weights(trainer), dict(start.named_parameters()), rtol=1e-4, atol=1e-6)
+
+
+def test_reference_is_the_adapted_model_unless_the_base_is_asked_for(adapt, make):
+    at_start = make(model=adapt(), loss="dpo", eval_rows=PAIRS).evaluate()["eval_loss"]
+    assert at_start == pytest.approx(math.log(2), abs=1e-6)
+    trainer = make(model=adapt(), loss="dpo", eval_rows=PAIRS, reference_model="base")
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+    frozen = {name for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in adapt().named_parameters() if not p.requires_grad}
+    # The base is there at any time: also data that come after training can be compared with it.
+    trainer.train()
+    assert trainer.evaluate(PAIRS[:2])["eval_loss"] > 0
+    assert not any(getattr(m, "disable_adapters", 0) is True for m in trainer.model.modules())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_resumed_run_and_merged_model(tied, adapt, make, tmp_path, tiny_tokenizer):
+    """Checkpoints hold the adapters alone; the base as reference is scored once for both runs,
+    though the resumed one is made with other adapters."""
+    options = {
+        **{"loss": "dpo", "reference_model": "base", "max_steps": 4, "save_steps": 2},
+        "reference_cache": str(tmp_path / "reference"),
+    }
+    targets = {"target_modules": BODY if tied else [*BODY, "lm_head"], "tied": tied}
+    straight = make(model=adapt(**targets), output=tmp_path / "a", save_strategy="steps", **options)
+    straight.train()
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    saved = {path.name for path in Path(checkpoint).glob("*.safetensors")}
+    assert saved == {"adapter_model.safetensors"}
+
+    with mock.patch.object(reference_logps, "causal_lm_logprobs") as scored:
+        resumed = make(model=adapt(seed=2, **targets), output=tmp_path / "b", **options)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    scored.assert_not_called()
+    assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
+
+    model = straight.model.eval()
+    with torch.no_grad():
+        expected, _ = naive_logps(model, tiny_tokenizer, PAIRS)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    with torch.no_grad():
+        found, _ = naive_logps(merged, tiny_tokenizer, PAIRS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+
+
+def test_base_of_a_model_without_adapters_is_refused(make):
+    with pytest.raises(UsageError, match="not a PEFT model"):
+        make(loss="dpo", reference_model="base")
+    with pytest.raises(UsageError, match="reference_model is 'other'"):
+        make(loss="dpo", reference_model="other")
