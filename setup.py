@@ -13,8 +13,9 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-    # CUDA builds of torch bring it. The kernels' tests need it on a CPU too.
-    "triton": ["triton>=3.7; platform_system == 'Linux'"],
+    # CUDA builds of torch bring it, each its own: 2.8, the oldest, brings 3.4. The kernels' tests
+    # need it on a CPU too.
+    "triton": ["triton>=3.4; platform_system == 'Linux'"],
     "flash": ["flash-attn>=2.6"],
     "api": ["openai>=1.50"],
     "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
@@ -30,22 +31,28 @@ EXTRAS = {
         "psutil",
     ],
 }
-EXTRAS["dev"] = [
+# What the tests need at the oldest versions that this file allows (`make test-oldest`).
+EXTRAS["test"] = [
     "pytest>=8.0",
     "hypothesis>=6.100",
+    "scipy>=1.11",  # what statistics are compared with
+    *EXTRAS["api"],
+    *EXTRAS["eval"],
+    *EXTRAS["gguf"],
+    *EXTRAS["peft"],
+    *EXTRAS["triton"],
+]
+# With what needs newer versions than those; its tests skip themselves where it is not installed.
+EXTRAS["dev"] = [
+    *EXTRAS["test"],
     "ruff>=0.9",
     "mypy>=1.10",
     "types-PyYAML",
-    "scipy>=1.11",  # what statistics are compared with
     "trl>=1.16; python_version >= '3.11'",  # losses and pair files are compared with its own
     "lightning>=2.4",  # examples/ has a module for it
     # `transformers serve`, a server that the tests have not written themselves.
     "fastapi",
     "uvicorn",
-    *EXTRAS["api"],
-    *EXTRAS["eval"],
-    *EXTRAS["gguf"],
-    *EXTRAS["triton"],
 ]
 
 setup(
@@ -72,7 +79,7 @@ setup(
         "datasets>=3.0",
         "numpy>=1.26",
         "pyyaml>=6.0",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",  # as datasets 3.0 has it
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["plad-fast = plad_fast.cli:main"]},

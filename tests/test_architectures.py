@@ -72,8 +72,9 @@ def own_sums(model, batch):
     for feature in FEATURES:
         for response in feature["response_ids"]:
             inputs = {"labels": torch.tensor([response])}
-            if model.config.model_type in ("mbart", "plbart"):
-                # They begin with the last label, which is the mark of a language in their data.
+            if model.config.model_type in ("mbart", "plbart", "t5gemma"):
+                # They begin with the last label, which is the mark of a language in their data, or
+                # (T5Gemma of transformers 4) with the decoder's bos token.
                 start = decoder_start_token(model)
                 inputs = {"decoder_input_ids": torch.tensor([[start, *response[:-1]]])}
             logits = model(input_ids=torch.tensor([feature["prompt_ids"]]), **inputs).logits[0]
@@ -98,6 +99,8 @@ def test_fused_log_probs_are_those_of_the_models_own_logits(architecture):
             check_head(model)
         return
     check_head(model)
+    if model_type == "recurrent_gemma" and not IS_NEW:
+        pytest.skip("its own logits are others with use_cache=False, in transformers 4")
     collator = PreferenceCollator(
         0,
         2,
@@ -112,7 +115,9 @@ def test_fused_log_probs_are_those_of_the_models_own_logits(architecture):
         if kind == TWO_HALVES:
             return
         if (padded := entry(PADDED_ONLY, architecture)) is not None:
-            with pytest.raises(UsageError, match=padded.message):
+            # An older class may fail an earlier one of the checks.
+            message = padded.message if IS_NEW else "'shared' is not possible"
+            with pytest.raises(UsageError, match=message):
                 prepare(model, "shared")
             return
         try:

@@ -215,7 +215,10 @@ def _shrunk(config_class: Any, extra: dict[str, Any]) -> Any:
         n: type(rate)(0) for n, rate in entries.items() if n.endswith(rates) and _is_number(rate)
     }
     extra = dict(extra)
-    for name in getattr(config_class, "sub_configs", {}):
+    nested = getattr(config_class, "sub_configs", {}) or [
+        n for n, value in vars(default).items() if isinstance(value, transformers.PretrainedConfig)
+    ]  # T5Gemma's of transformers 4 does not say which they are
+    for name in nested:
         sub = getattr(default, name, None)
         if sub is not None:
             options[name] = _shrunk(type(sub), extra.pop(name, {})).to_dict()
