@@ -193,12 +193,19 @@ def _end_with_docstring(node: ast.ClassDef, field: ast.AnnAssign) -> int:
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Yields):\s*$")
 _ITEM = re.compile(r"^ {4}(?! )(\*{0,2}\w[\w, `*.]*): (.*)$")
+_NAMES = re.compile(r"^ {4}(?! )[\w, `*.]+,$")
 
 
 def markdown(docstring: str) -> str:
     """Sections and their items as lists; all else stays as it is."""
-    lines, in_section = [], False
+    lines: list[str] = []
+    in_section, names = False, ""
     for line in docstring.splitlines():
+        if names:
+            line, names = f"{names} {line.strip()}", ""
+        if in_section and _NAMES.match(line):  # an item whose names go on in the next line
+            names = line
+            continue
         if _SECTION.match(line):
             lines += [f"**{line.strip().rstrip(':')}**", ""]
             in_section = True

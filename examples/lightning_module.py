@@ -20,7 +20,10 @@ from plad_fast.students import load_model
 
 
 class Student(lightning.LightningModule):
-    """Lightning calls `training_step` within DDP's forward, which is where the loss belongs."""
+    """Lightning calls `training_step` within DDP's forward, which is where the loss belongs.
+
+    Each process takes the mean of its own batch; accelerate_loop.py has totals over all of them.
+    """
 
     def __init__(self, model: PreTrainedModel, learning_rate: float) -> None:
         super().__init__()
@@ -50,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=args.output_dir
     )
     trainer.fit(student, pair_batches(args, student.model))
-    student.model.save_pretrained(args.output_dir)
+    if trainer.is_global_zero:
+        student.model.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":

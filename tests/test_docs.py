@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -166,17 +168,21 @@ def test_every_page_is_in_the_index():
 
 def named_tests() -> list[str]:
     text = (DOCS / "features.md").read_text("utf-8")
-    return re.findall(r"`(test_\w+\.py::test_\w+)`", text)
+    return re.findall(r"`(test_\w+\.py(?:::\w+)+)`", text)
 
 
 def test_the_feature_table_names_tests_that_exist():
     found = named_tests()
     assert len(found) > 30
     for name in found:
-        file, _, function = name.partition("::")
-        tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert function in functions, name
+        file, *path = name.split("::")
+        node: ast.Module | ast.ClassDef | ast.FunctionDef
+        node = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
+        for part in path:
+            inside = {n.name: n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+            assert part in inside, name
+            node = inside[part]
+        assert isinstance(node, ast.FunctionDef), name
 
 
 def test_a_feature_of_ours_names_its_test():
@@ -197,3 +203,21 @@ def test_the_reference_is_up_to_date():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("plad_fast.ops", "linear_sequence_logprobs"),
+        ("plad_fast.fused", "fused_linear_preference_loss"),
+        ("plad_fast.vocab_parallel", "vocab_parallel_sequence_logprobs"),
+        ("plad_fast.head", "causal_lm_logprobs"),
+    ],
+)
+def test_the_reference_has_every_parameter(module, name):
+    function = getattr(importlib.import_module(module), name)
+    pages = "".join(p.read_text("utf-8") for p in (DOCS / "reference").glob("*.md"))
+    section = pages.partition(f"\n### {name}\n")[2].partition("\n##")[0]
+    items = re.findall(r"^- `([^`]+)`: ", section, flags=re.MULTILINE)
+    documented = {part.strip("* ") for item in items for part in item.split(",")}
+    assert documented >= set(inspect.signature(function).parameters)
