@@ -75,7 +75,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "transformers>=4.57",
-        "accelerate>=1.1",
+        "accelerate>=1.3",
         "datasets>=3.0",
         "numpy>=1.26",
         "pyyaml>=6.0",

@@ -1,11 +1,13 @@
 """Writes docs/architectures.md from what the tests expect of every architecture.
 
-python docs/make_architectures.py            # or with --check: exit status 1 if it is out of date
+python docs/make_architectures.py            # or with --check: exit status 1 if it is out of date,
+                                             # and the lines that differ
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -79,7 +81,20 @@ def main() -> int:
     if not parser.parse_args().check:
         PAGE.write_text(page(), encoding="utf-8")
         return 0
-    return int(PAGE.read_text(encoding="utf-8") != page())
+    difference = list(
+        difflib.unified_diff(
+            PAGE.read_text(encoding="utf-8").splitlines(),
+            page().splitlines(),
+            str(PAGE.relative_to(ROOT)),
+            "as it should be",
+            lineterm="",
+            n=0,
+        )
+    )
+    if difference:
+        print("\n".join(difference))
+        print("\nrun docs/make_architectures.py to write it")
+    return int(bool(difference))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from plad_fast.backend import Denominators, LinearProblem
 from plad_fast.first_order import first_order_only
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.objective import Objective
-from plad_fast.preference_autograd import _scaled
 from plad_fast.products import accumulation_dtype
 from plad_fast.segments import length_normalized
 from plad_fast.softmax_rows import RowStatistics
-from plad_fast.workspace import HeadGradients
+from plad_fast.workspace import HeadGradients, scaled_gradient
 
 
 class ShardedHead(NamedTuple):
@@ -171,7 +170,7 @@ class ShardedPreference(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         scaled = (
-            None if grad is None else _scaled(grad, grad_loss, dtype)
+            None if grad is None else scaled_gradient(grad, grad_loss, dtype)
             for grad, dtype in zip(ctx.saved_tensors[:3], ctx.dtypes, strict=True)
         )
         return *scaled, *[None] * 9

@@ -5,10 +5,12 @@ W ranks; rank r holds rows [bounds[r], bounds[r + 1]) of the LM head, in the ord
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Number
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from plad_fast.errors import UsageError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_FACTS = 8  # that the ranks compare, at most
+_FACTS = 8  # that the ranks compare, at most: the message must have one length on all of them
 _ODD = 0x1E3779B97F4A7C15  # spreads small integers over 64 bits
 
 
@@ -95,9 +97,12 @@ def agreed_shards(
         UsageError: the other ranks' refusal, or a fact that differs, by name.
     """
     message = torch.zeros(2 + _FACTS, dtype=torch.int64, device=_meeting_place(group, devices))
+    try:
+        for place, fact in enumerate(facts.values(), start=2):
+            message[place] = fact
+    except Exception as error:  # a fact too many, or one that cannot be read: the others wait
+        refusal = refusal or error
     message[0], message[1] = refusal is not None, rows
-    for place, fact in enumerate(facts.values(), start=2):
-        message[place] = fact
     messages = gathered(message, group).tolist()
     if refusal is not None:
         raise refusal
@@ -172,3 +177,35 @@ def digest(tensor: Tensor | None) -> Tensor | int:
 def digest_of(*values: object) -> int:
     """The same for plain values, by how they are written."""
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7], "big")
+
+
+def digest_of_options(options: object, device: torch.device) -> int | Tensor:
+    """The same for options: numbers, names, tensors, and what holds them (lists, tuples, mappings,
+    partial functions).
+
+    Of a function the name counts, and of every other object the type.
+    """
+    tensors: list[Tensor] = []
+    result: int | Tensor = digest_of(_plain(options, tensors))
+    for place, tensor in enumerate(tensors):
+        result = (2 * place + 3) * digest(tensor.to(device)) + result
+    return result
+
+
+def _plain(value: Any, tensors: list[Tensor]) -> object:
+    """An option as it can be written down; tensors in it are added to the list."""
+    if isinstance(value, Tensor):
+        tensors.append(torch.view_as_real(value) if value.is_complex() else value)
+        return "tensor", str(value.dtype), tuple(value.shape)
+    if isinstance(value, Mapping):
+        names = sorted(value, key=repr)
+        return [(_plain(name, tensors), _plain(value[name], tensors)) for name in names]
+    if isinstance(value, (list, tuple)):
+        return [_plain(each, tensors) for each in value]
+    if isinstance(value, functools.partial):
+        return "partial", _plain((value.func, value.args, value.keywords), tensors)
+    if value is None or isinstance(value, (Number, str, bytes, torch.dtype)):
+        return value
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # of numpy
+        return str(value.dtype), _plain(value.tolist(), tensors)
+    return type(value).__name__, getattr(value, "__qualname__", "")

@@ -15,6 +15,11 @@ from plad_fast.wrappers import own_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Inits of LoRA (how they begin) that put a part of a layer's weight into the adapter.
+_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_ADAPTED = frozenset(
+    ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper", "peft.ModulesToSaveWrapper")
+)
 _ADVICE = "leave lm_head out of the target modules and out of quantisation"
 
 
@@ -72,24 +77,56 @@ def vocabulary_size(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base of a PEFT model meanwhile: adapters off, and what was saved beside them too.
+    """The base of an adapted model meanwhile: adapters off, and what was saved beside them too.
+
+    Args:
+        model: a PEFT model, or one to which transformers' own `add_adapter` or `load_adapter` gave
+            its adapters.
 
     Raises:
-        UsageError: the model is not one of PEFT.
+        UsageError: the model has no adapters, or is not the original one without them.
     """
     disable = getattr(model, "disable_adapter", None)
-    if disable is None:
+    if disable is None and not getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(
             f"{type(model).__name__} is not a PEFT model and has no adapters to switch off; pass "
             "a reference_model, or None for the model as it is before training"
         )
+    _require_original_base(model)
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with disable():
+        with _disabled_layers(model) if disable is None else disable():
             yield
     finally:
         for parameter, requires_grad in wanted:  # PEFT switches on all of an adapter
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _disabled_layers(model: nn.Module) -> Iterator[None]:
+    # Layer by layer: transformers' `enable_adapters` does not undo all of its `disable_adapters`.
+    layers: list[Any] = [module for module in model.modules() if _names(module) & _ADAPTED]
+    layers = [layer for layer in layers if not layer.disable_adapters]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _require_original_base(model: nn.Module) -> None:
+    settings: Any = getattr(model, "peft_config", None) or {}
+    for adapter, config in settings.items():
+        init = str(getattr(config, "init_lora_weights", ""))
+        if init.lower().startswith(_MOVE_THE_BASE):
+            raise UsageError(
+                f"adapter {adapter!r} was made with init_lora_weights={init!r}, which changes the "
+                "weights of the base: with its adapters off the model is not the original one; "
+                "set reference_model=None for the model as it is before training, or pass the "
+                "original model"
+            )
 
 
 def effective_layer(head: nn.Module, name: str) -> Layer:

@@ -50,12 +50,12 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raise a UsageError inside of `torch.func` transforms, or for tensors with a tangent."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         raise UsageError(
             "the op does not work inside of torch.func transforms (grad, vmap, jvp, ...); call it "
             "outside, and take gradients with torch.autograd or backward()"
         )
-    if forward_ad._current_level < 0:
+    if getattr(forward_ad, "_current_level", 0) < 0:
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -63,6 +63,12 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
                 "the op has no forward-mode derivative; take gradients with torch.autograd or "
                 "backward()"
             )
+
+
+def _transforms_are_active() -> bool:
+    """torch's own answer, which is no part of its public interface; no where it gives none."""
+    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return ask is not None and bool(ask())
 
 
 class _End(torch.autograd.Function):

@@ -131,8 +131,10 @@ def find_head(model: nn.Module, *, tensor_parallel: bool | DeviceMesh = False) -
         )
     if more is not None:
         bias = more if bias is None else bias + more
-    scale = _logit_scale(lm) * output_scale(lm)
-    return LMHead(weight, bias, _softcap(lm), scale, layer.adapters, group)
+    before = output_scale(lm)
+    if bias is not None and before != 1:
+        bias = bias / before  # it is added to what the head makes of scaled hidden states
+    return LMHead(weight, bias, _softcap(lm), _logit_scale(lm) * before, layer.adapters, group)
 
 
 def _total_bias(

@@ -75,7 +75,7 @@ class Objective:
             raise UsageError(
                 f"loss {spec.name!r} needs scores: one number per sequence, higher is better"
             )
-        if spec.needs_reference and not has_reference:
+        if spec.needs_reference_for(options) and not has_reference:
             raise UsageError(
                 f"loss {spec.name!r} needs reference_logps: the log-probability of each sequence "
                 "under the reference model (plad_fast.reference_logps computes them)"
@@ -87,6 +87,10 @@ class Objective:
         if not torch.compiler.is_compiling():
             objective._probe(torch.device(device))
         return objective
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.spec.needs_reference_for(self.options)
 
     def _probe(self, device: torch.device) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -130,10 +134,13 @@ class Objective:
         alpha = self.length_normalization if self.spec.length_normalized else 0.0
         if reference_logps is not None:
             reference_logps = length_normalized(reference_logps, counts, alpha)
-        tensors = {"counts": counts, "scores": scores, "reference_logps": reference_logps}
+        given: dict[str, Any] = {
+            **{"counts": counts, "scores": scores, "reference_logps": reference_logps},
+            "length_normalization": self.length_normalization,
+        }
         # A copy: the function may work in place.
         logps = length_normalized(sums, counts, alpha).clone()
-        return self.spec.fn(logps, **{k: tensors[k] for k in self.spec.takes}, **self.options)
+        return self.spec.fn(logps, **{k: given[k] for k in self.spec.takes}, **self.options)
 
     def denominators(
         self,

@@ -4,16 +4,16 @@ B groups of K responses to one prompt, best first; S = B * K sequences, each of 
 followed by one response; N response tokens in all. Only rows of the hidden states that predict a
 response token are taken from them: no other row reaches the LM head.
 
-* "padded": a row of its own for every sequence, (S, T), T tokens in the longest. Any model.
+* "padded": a row of its own for every sequence, (S, T), T tokens in the longest. Any model without
+  an encoder.
 * "packed": all sequences side by side in one row, (1, T), no padding.
 * "shared": as packed, but a group's prompt stands there once: [x | y+ | y-]. Positions restart
   behind the prompt for every response, and responses of a group do not see each other.
-
 * "encoder_decoder": prompts (B, T) for the encoder, and responses (S, R) for the decoder, behind
-  its start token and without their last one. Padding on the right of both.
+  its start token and without their last token. Padding on the right of both.
 
-"packed" and "shared" need `plad_fast.attention`, and the last one an encoder-decoder model, which
-takes no other.
+"packed" and "shared" need `plad_fast.attention`; "encoder_decoder" needs an encoder-decoder model,
+which takes no other layout.
 """
 
 from __future__ import annotations

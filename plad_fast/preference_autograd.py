@@ -8,7 +8,7 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -25,6 +25,7 @@ from plad_fast.losses import available, get_loss
 from plad_fast.objective import Objective
 from plad_fast.products import accumulation_dtype
 from plad_fast.segments import length_normalized
+from plad_fast.workspace import scaled_gradient
 
 # Schemas are read off these signatures, which must spell Optional out for older versions of torch.
 # ruff: noqa: UP045
@@ -102,11 +103,20 @@ def _objective(
     return Objective(get_loss(name), group_size, _nested(names, values), sft_weight, alpha)
 
 
+_MARKS = ",.:="  # that set entries, levels, kinds and texts apart
+_LARGEST_INT = 2**53  # up to which a float64 holds every one
+
+
 def _flattened(options: Mapping[str, Any], path: str = "") -> tuple[str, list[float]]:
-    """Options as a list of numbers and their names, "beta,parts.dpo.weight,f_divergence=js": what
-    an op can take."""
+    """Options as a list of numbers and their names, "beta,top:int,parts.dpo.weight,form=js": what
+    an op can take, whose numbers are all of one kind."""
     names, values = [], []
     for name, value in options.items():
+        if not isinstance(name, str) or not name or any(mark in name for mark in _MARKS):
+            raise UsageError(
+                f"in a compiled graph names in the options of a loss must be texts without any of "
+                f"{_MARKS!r}, got {name!r}"
+            )
         if isinstance(value, Mapping):
             inner_names, inner_values = _flattened(value, f"{path}{name}.")
             # One that is empty, too, has to come out of this again.
@@ -119,15 +129,29 @@ def _flattened(options: Mapping[str, Any], path: str = "") -> tuple[str, list[fl
                     f"{value!r}"
                 )
             names.append(f"{path}{name}={value}")
-        elif value is None or isinstance(value, (Tensor, list, tuple)):
+        elif isinstance(value, bool):
+            names.append(f"{path}{name}:bool")
+            values.append(float(value))
+        elif isinstance(value, int):
+            if not -_LARGEST_INT <= value <= _LARGEST_INT:
+                raise UsageError(
+                    f"in a compiled graph the option {name} of a loss must lie within 2**53 of 0 "
+                    f"where it is a whole number, got {value}"
+                )
+            names.append(f"{path}{name}:int")
+            values.append(value)
+        elif isinstance(value, float):
+            names.append(f"{path}{name}")
+            values.append(value)
+        else:
             raise UsageError(
                 f"in a compiled graph the option {name} of a loss must be a number or a name, not "
                 f"a {type(value).__name__}"
             )
-        else:
-            names.append(f"{path}{name}")
-            values.append(value)
     return ",".join(names), values
+
+
+_KINDS: dict[str, Callable[[float], float]] = {"": float, "int": int, "bool": bool}
 
 
 def _nested(names: str, values: Sequence[float]) -> dict[str, Any]:
@@ -136,12 +160,13 @@ def _nested(names: str, values: Sequence[float]) -> dict[str, Any]:
     numbers = iter(values)
     for entry in names.split(",") if names else ():
         path, is_text, text = entry.partition("=")
+        path, _, kind = path.partition(":")
         *outer, name = path.split(".")
         place = options
         for part in outer:
             place = place.setdefault(part, {})
         if name:
-            place[name] = text if is_text else next(numbers)
+            place[name] = text if is_text else _KINDS[kind](next(numbers))
     return options
 
 
@@ -252,7 +277,7 @@ def _differentiate_preference(
     eager = plain and grad_loss.device.type == "cpu"
     factor = None if eager and grad_loss.item() == 1 else grad_loss
     scaled = (
-        _scaled(grad, factor, dtype) if need else None
+        scaled_gradient(grad, factor, dtype) if need else None
         for grad, dtype, need in zip(
             ctx.saved_tensors[:3], ctx.dtypes, ctx.needs_input_grad[:3], strict=True
         )
@@ -275,22 +300,3 @@ def _keep_counted(
     kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
     rows = keep.nonzero().squeeze(1)
     return rows, targets[rows], kept_before[cu_seqlens]
-
-
-_SCALED_AT_ONCE = 2**20  # entries
-
-
-def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, multiplied in float32 and rounded once, block by block.
-
-    With no factor and nothing to convert it is `grad` itself: a caller that retains the graph
-    must not write to it.
-    """
-    if factor is None and grad.dtype == dtype:
-        return grad
-    result = torch.empty_like(grad, dtype=dtype)
-    step = max(1, _SCALED_AT_ONCE // max(grad[:1].numel(), 1))
-    for source, target in zip(grad.split(step), result.split(step), strict=True):
-        wide = source.to(accumulation_dtype(source.dtype))
-        target.copy_(wide if factor is None else wide * factor)
-    return result

@@ -18,6 +18,7 @@ from plad_fast.adapted_layers import base_model, vocabulary_size
 from plad_fast.encoder_decoder import is_encoder_decoder
 from plad_fast.errors import UsageError
 from plad_fast.head import backbone_hidden, evaluating, find_backbone
+from plad_fast.wrappers import replaced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,22 +34,26 @@ def asks_for_router_loss(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def router_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+def router_losses(model: nn.Module, *, wanted: bool | None = None) -> Iterator[list[Tensor]]:
     """Collects what the model would add to its loss, of every forward of its backbone meanwhile.
 
     It is the coefficient times a mean over tokens, those that the attention mask leaves out not
     counted; in packed rows a shared prompt counts once. To be used where `find_head` is, inside
     the wrapped forward.
 
+    Args:
+        wanted: whether to collect any; None does what the config asks for at present.
+
     Yields:
         A list, filled when the context is left: one scalar with its graph for every forward;
-        none if the config does not ask for it.
+        none if they are not wanted.
 
     Raises:
-        UsageError: the config asks for it, and the model has none.
+        UsageError: they are wanted, and the model has none, or re-entrant checkpointing would take
+            their gradient away.
     """
     losses: list[Tensor] = []
-    if not asks_for_router_loss(model):
+    if not (asks_for_router_loss(model) if wanted is None else wanted):
         yield losses
         return
     lm = base_model(model)
@@ -58,6 +63,8 @@ def router_losses(model: nn.Module) -> Iterator[list[Tensor]]:
             f"encoder-decoder models such as {type(lm).__name__}; set it to False"
         )
     backbone = find_backbone(lm)
+    if torch.is_grad_enabled():
+        _require_graph(backbone)
     heard: list[tuple[dict[str, Any], Any]] = []
 
     def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -91,12 +98,25 @@ def check_router_loss(model: nn.Module) -> None:
         backbone_hidden(model, input_ids)
 
 
+def _require_graph(backbone: nn.Module) -> None:
+    """Re-entrant checkpoints run layers without a graph, and router logits are taken inside."""
+    for module in backbone.modules():
+        state = vars(module)
+        if not (module.training and state.get("gradient_checkpointing")):
+            continue
+        function = state.get("_gradient_checkpointing_func")
+        # torch takes the re-entrant kind where nothing is said.
+        if getattr(function, "keywords", {}).get("use_reentrant") is not False:
+            raise UsageError(
+                "re-entrant gradient checkpointing leaves the router loss without a gradient; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
 def _own_loss(
     lm: PreTrainedModel, backbone: nn.Module, kwargs: dict[str, Any], output: Any
 ) -> Tensor:
-    own_forward = vars(backbone).get("forward")
-    backbone.forward = lambda *_, **__: output
-    try:
+    with replaced_forward(backbone, lambda *_, **__: output):
         # Not `lm` itself: hooks around it are those of the forward that runs already.
         found = type(lm).forward(
             lm,
@@ -107,11 +127,6 @@ def _own_loss(
             use_cache=False,
             return_dict=True,
         )
-    finally:
-        if own_forward is None:
-            del backbone.forward
-        else:
-            backbone.forward = own_forward
     loss = getattr(found, "aux_loss", None)
     config = lm.config.get_text_config()
     named = (getattr(config, name, None) for name in _COEFFICIENTS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast.errors import UsageError
 
@@ -49,7 +51,8 @@ def load_model(
     Args:
         source: a hub id, a folder written by `save_pretrained`, a `.gguf` file, or a folder that
             holds one `.gguf` file and no `config.json`. GGUF weights are dequantised, and the
-            model can be trained and saved like any other; causal ones only.
+            model can be trained and saved like any other; causal ones only. Adapters that PEFT
+            saved are put into the layers of their base model, which is loaded too.
         dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
         device: where to put the weights; None leaves them on the CPU.
 
@@ -65,6 +68,8 @@ def load_model(
     try:
         loader = _class_of(location)
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
+    except UsageError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
@@ -222,8 +227,28 @@ def _class_of(location: Mapping[str, Any]) -> Any:
     """The class that loads a model, by whether its configuration names an encoder."""
     if "gguf_file" in location:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(**location)
+    config = AutoConfig.from_pretrained(_config_source(**location))
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _config_source(pretrained_model_name_or_path: str) -> str:
+    """Where the configuration of a model lies: for adapters alone, with their base."""
+    source = pretrained_model_name_or_path
+    if Path(source, "config.json").is_file():
+        return source
+    adapter = find_adapter_config_file(source)
+    if adapter is None:
+        return source
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
+    base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(
+            f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "
+            "base_model_name_or_path; write a hub id or a folder there, or load the base model "
+            "yourself and pass it to peft.PeftModel.from_pretrained"
+        )
+    return str(base)
 
 
 def _require_gguf() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from datasets import Dataset
 
@@ -44,12 +44,17 @@ def encode_prompt(
     Raises:
         UsageError: the prompt has no tokens, so nothing could predict the first response token.
     """
+    return _prompt_ids(tokenizer, prompt, _specials(tokenizer), encoder_decoder)
+
+
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Content, specials: _Specials, encoder_decoder: bool
+) -> list[int]:
     if encoder_decoder and isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
         ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
-    if isinstance(prompt, str) and not encoder_decoder:
-        front = _front_ids(tokenizer)
+        front = specials.front if isinstance(prompt, str) else []
         if ids[: len(front)] != front:
             ids = front + ids
     if not ids:
@@ -91,13 +96,35 @@ def encode_group(
         UsageError: a prompt or a response that is neither text nor messages, no responses, or a
             `max_length` or `truncation_side` that is none.
     """
+    return _encode(
+        tokenizer,
+        prompt,
+        responses,
+        max_length=max_length,
+        truncation_side=truncation_side,
+        encoder_decoder=encoder_decoder,
+    )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    responses: Sequence[Content],
+    *,
+    max_length: int,
+    truncation_side: str,
+    encoder_decoder: bool,
+    specials: _Specials | None = None,
+) -> EncodedGroup:
+    """`encode_group`, with the tokenizer's special tokens if they are known already."""
     check_cut(max_length, truncation_side)
     prompt, texts = as_conversation(
         read_content(prompt, "prompt"), read_contents(responses, "responses")
     )
+    specials = specials or _specials(tokenizer)
     if encoder_decoder:
-        return _encode_two_texts(tokenizer, prompt, texts, max_length, truncation_side)
-    prompt_ids = encode_prompt(tokenizer, prompt)
+        return _encode_two_texts(tokenizer, prompt, texts, specials, max_length, truncation_side)
+    prompt_ids = _prompt_ids(tokenizer, prompt, specials, encoder_decoder)
     response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
     room = max_length - max(len(ids) for ids in response_ids)
     truncated = len(prompt_ids) > room
@@ -121,13 +148,14 @@ def _encode_two_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Content,
     responses: Sequence[str],
+    specials: _Specials,
     max_length: int,
     truncation_side: str,
 ) -> EncodedGroup:
     """The prompt for an encoder and its responses for a decoder."""
-    prompt_ids = encode_prompt(tokenizer, prompt, encoder_decoder=True)
+    prompt_ids = _prompt_ids(tokenizer, prompt, specials, True)
     response_ids = [_target_ids(tokenizer, prompt, response) for response in responses]
-    front, back = _special_counts(tokenizer) if isinstance(prompt, str) else (0, 0)
+    front, back = (len(specials.front), specials.back) if isinstance(prompt, str) else (0, 0)
     truncated = len(prompt_ids) > max_length
     fits = max(map(len, response_ids)) <= max_length and front + back < max_length
     if truncated and fits:
@@ -198,18 +226,20 @@ def tokenize_dataset(
             tokenized, first_only=first_only, encoder_decoder=encoder_decoder, name=name
         )
     require_columns(columns, with_scores=with_scores, name=name)
+    specials = _specials(tokenizer)
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             prompt, responses = read_row(row)
             responses = responses[: 1 if first_only else None]
-            group = encode_group(
+            group = _encode(
                 tokenizer,
                 prompt,
                 responses,
                 max_length=max_length,
                 truncation_side=truncation_side,
                 encoder_decoder=encoder_decoder,
+                specials=specials,
             )
             scores = read_scores(row, len(responses)) if with_scores else None
         except UsageError as error:
@@ -276,18 +306,19 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens a tokenizer puts in front of a text, without those it puts behind."""
+class _Specials(NamedTuple):
+    """The special tokens a tokenizer puts in front of a text, and how many behind it."""
+
+    front: list[int]
+    back: int
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
     plain = _ids(tokenizer, "a")
     full = tokenizer("a")["input_ids"]
     starts = range(len(full) - len(plain) + 1)
-    return full[: next((i for i in starts if full[i : i + len(plain)] == plain), 0)]
-
-
-def _special_counts(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """How many special tokens a tokenizer puts in front of a text and behind it."""
-    front = len(_front_ids(tokenizer))
-    return front, len(tokenizer("a")["input_ids"]) - front - len(_ids(tokenizer, "a"))
+    front = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
+    return _Specials(full[:front], len(full) - front - len(plain))
 
 
 def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:

@@ -18,11 +18,10 @@ from transformers import Trainer
 
 from plad_fast.adapted_layers import without_adapters
 from plad_fast.attention import enable
-from plad_fast.encoder_decoder import decoder_start_token
+from plad_fast.encoder_decoder import decoder_start_token, is_encoder_decoder
 from plad_fast.errors import UsageError
 from plad_fast.fused import FusedLoss, fused_linear_preference_loss
 from plad_fast.head import base_model, call_inside, check_head, through_head, unwrap
-from plad_fast.losses import get_loss
 from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
 from plad_fast.packing import (
     PADDED_LAYOUTS,
@@ -78,7 +77,7 @@ class PLaDTrainer(Trainer):
     * `skipped_backwards`: the share of micro-batches that had no gradient and ran no backward
     * `tokens_per_second`: tokens that entered the model, prompts included
     * `router_loss`: what a mixture of experts adds to the loss if its config asks for it
-      (`output_router_logits`), a mean over groups; `loss` includes it
+      (`output_router_logits`) as the trainer is made, a mean over groups; `loss` includes it
 
     Args:
         model: a transformers causal or encoder-decoder LM (see `plad_fast.head.find_head`), or PEFT
@@ -89,8 +88,8 @@ class PLaDTrainer(Trainer):
         processing_class: the model's tokenizer; it is saved with every checkpoint.
         reference_model: what losses that need reference log-probabilities compare with; None takes
             the model as it is before training, also before one that is resumed: pass the model that
-            the training began with. "base" takes a PEFT model with its adapters switched off, in
-            place and without a second copy. It runs once over the data, before the first step.
+            the training began with. "base" takes a model with its adapters of PEFT switched off,
+            in place and without a second copy. It runs once over the data, before the first step.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -121,6 +120,11 @@ class PLaDTrainer(Trainer):
         if reference_model == BASE:
             with without_adapters(model):  # says so if it has none
                 pass
+        if args.neftune_noise_alpha and is_encoder_decoder(model):
+            raise UsageError(
+                "neftune_noise_alpha is set, and its noise need not reach the embeddings of an "
+                f"encoder-decoder model such as {type(base_model(model)).__name__}; leave it out"
+            )
         self._has_router_loss = asks_for_router_loss(model)
 
         def encode(rows: Rows | None, name: str) -> Dataset | None:
@@ -302,7 +306,7 @@ class PLaDTrainer(Trainer):
         groups, tokens = (None, None) if num_items_in_batch is None else num_items_in_batch
 
         def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            with router_losses(module) as routing:
+            with router_losses(module, wanted=self._has_router_loss) as routing:
                 out = through_head(module, inputs, loss_of)
             own = routing[0] if routing else None
             rows = self._train_meter.rows(out, inputs["group_tokens"], own)
@@ -433,7 +437,7 @@ class PLaDTrainer(Trainer):
 
     def _with_reference(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """The dataset with reference log-probabilities, if the loss needs them and it has none."""
-        if dataset is None or not get_loss(self.args.loss).needs_reference:
+        if dataset is None or not self._objective.needs_reference:
             return dataset
         has_none = "reference_logps" not in dataset.column_names
         if has_none and not self._is_plain:

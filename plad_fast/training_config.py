@@ -108,7 +108,7 @@ class PLaDConfig(TrainingArguments):
         if self.neftune_noise_alpha and self.layout != "padded":
             raise UsageError(
                 "the noise of NEFTune depends on the length of a row, which packing changes; set "
-                "layout='padded', or leave neftune_noise_alpha out"
+                "layout='padded', or leave neftune_noise_alpha out, as for an encoder-decoder model"
             )
         if self.label_smoothing_factor:
             raise UsageError("label smoothing is not part of this loss; set it to 0")

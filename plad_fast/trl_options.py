@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plad_fast.errors import UsageError
+from plad_fast.losses.terms import F_DIVERGENCES
 from plad_fast.objective import Objective
 from plad_fast.validation import check_number, check_weight
 
@@ -58,7 +59,6 @@ REFUSED_DPO_OPTIONS = {
 }
 """Options that change the loss in a way that no function of sequence sums and counts can."""
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _ON_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 """What an f-divergence other than reverse_kl is valid with, beside sft."""
 
@@ -70,6 +70,8 @@ KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 def translate_dpo(options: Mapping[str, Any]) -> Translated:
     """Options of `trl.DPOConfig`; several loss types become the loss `mixture`.
+
+    With `sft` alone `beta` goes into TRL's `rewards/*`, though not into the loss: any is accepted.
 
     Args:
         options: those of `loss_type`, `loss_weights`, `beta`, `label_smoothing`, `discopop_tau`,
@@ -155,6 +157,9 @@ def translate_cpo(options: Mapping[str, Any]) -> Translated:
     )
     kind, sft_weight = given["loss_type"], given["cpo_alpha"]
     if kind == "alphapo":
+        # 0 is what TRL's own configuration sets.
+        zero = isinstance(sft_weight, (int, float)) and sft_weight == 0
+        _require_used(given, "cpo_alpha", 1.0, "a loss_type other than 'alphapo'", zero)
         kind, sft_weight = "simpo", 0.0
     if kind == "kto_pair":
         raise UsageError("loss_type 'kto_pair' is gone from TRL; use its KTOTrainer")
@@ -239,6 +244,8 @@ def _known(loss_type: Any, known: Sequence[str]) -> None:
 def _weights(types: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
     """Weight of each loss type, by name."""
     weights = [1.0] * len(types) if weights is None else weights
+    if not isinstance(weights, (list, tuple)):
+        raise UsageError(f"loss_weights must be None or a list of numbers, got {weights!r}")
     if not types or len(weights) != len(types):
         raise UsageError(f"{len(weights)} loss_weights for {len(types)} loss types; give one each")
     if len(set(types)) < len(types):
@@ -265,6 +272,8 @@ def _divergence(given: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any
             f"f_divergence_type {name!r} is valid with the loss types "
             f"{', '.join((*_ON_DIFFERENCES, 'sft'))}, not with {', '.join(wrong)}"
         )
+    alone = list(types) == ["sft"]
+    _require_used(given, "f_divergence_type", "reverse_kl", "a loss type beside 'sft'", not alone)
     return {"f_divergence": name} | ({"f_alpha": alpha} if of_alpha else {})
 
 

@@ -31,7 +31,13 @@ from torch import Tensor
 
 from plad_fast import validation as check
 from plad_fast._vocab_autograd import ShardedHead, ShardedPreference, ShardedTokens
-from plad_fast._vocab_group import agreed_shards, check_group, digest, digest_of
+from plad_fast._vocab_group import (
+    agreed_shards,
+    check_group,
+    digest,
+    digest_of,
+    digest_of_options,
+)
 from plad_fast.dispatch import default_scratch_bytes
 from plad_fast.errors import UsageError
 from plad_fast.first_order import refuse_transforms, stub
@@ -174,7 +180,8 @@ def vocab_parallel_preference_loss(
 
     One pass: three matrix products of this rank's rows, and a small collective for every chunk of
     them, before its gradients can be made. The ranks settle on a size of the chunks that fits all
-    of their budgets. A loss function must give the same on every rank.
+    of their budgets. A loss function must give the same on every rank: the ranks compare its name,
+    the arguments of a `functools.partial`, and the options.
 
     Args:
         group, vocab_size, reduce_hidden_grad, impl, scratch_bytes: as in
@@ -207,13 +214,12 @@ def vocab_parallel_preference_loss(
         return checked_spec(softcap, logit_scale, temperature), objective
 
     options = length_normalization, ignore_index, softcap, logit_scale, temperature
-    name = loss if isinstance(loss, str) else getattr(loss, "__name__", "")
     call = _agree(
         "vocab_parallel_preference_loss",
         _Inputs(hidden, weight, bias, targets, cu_seqlens),
         group,
         checked,
-        (*options, group_size, sft_weight, name, _plain(loss_options)),
+        (*options, group_size, sft_weight, loss, loss_options),
         {**constants, "num_groups": num_groups, "num_tokens": num_tokens},
         vocab_size=vocab_size,
         reduce_hidden_grad=reduce_hidden_grad,
@@ -319,7 +325,7 @@ def _agree(
             "dtypes, hidden sizes or gradients": digest_of(
                 hidden.shape[1], hidden.dtype, bias is None, *gradients
             ),
-            "options": digest_of(*options, vocab_size),
+            "options": digest_of_options((*options, vocab_size), hidden.device),
             "targets": digest(targets),
             "cu_seqlens": digest(cu_seqlens),
             "scores or reference_logps": digest(_as_tensor(constants.get("scores")))
@@ -379,17 +385,10 @@ def _check_vocab_size(vocab_size: int | None) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
-    """An option as it can be compared over ranks; of an object only its type can."""
-    if isinstance(value, Mapping):
-        return sorted((repr(name), repr(_plain(each))) for name, each in value.items())
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return type(value).__name__
-
-
 def _as_tensor(value: float | Tensor | None) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor([float(value)])
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.tensor([float(value)], dtype=torch.float64)
 
 
 def _check_impl(impl: str) -> None:

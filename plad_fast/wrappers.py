@@ -38,16 +38,23 @@ def call_inside(
         made.append(fn(*args, **kwargs))
         return made[-1]
 
-    own_forward = vars(module).get("forward")
+    with replaced_forward(module, forward):
+        shown = wrapper(*args, **kwargs)
+    return _unrounded(shown, made[-1])
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of the module's own, or of another that was put there."""
+    own = vars(module).get("forward")
     module.forward = forward
     try:
-        shown = wrapper(*args, **kwargs)
+        yield
     finally:
-        if own_forward is None:
+        if own is None:
             del module.forward
         else:
-            module.forward = own_forward
-    return _unrounded(shown, made[-1])
+            module.forward = own
 
 
 def unwrap(wrapper: nn.Module) -> nn.Module:

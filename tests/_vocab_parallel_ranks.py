@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -169,15 +170,15 @@ def a_satisfied_loss_and_no_gradients_at_all(group):
 def loss_options(name: str, num_sequences: int) -> dict[str, Any]:
     spec = get_loss(name)
     draw = torch.Generator().manual_seed(2)
-    options: dict[str, Any] = {}
+    needed = {"kl": 0.3, "parts": {"dpo": {"weight": 0.8}, "sppo_hard": {"weight": 0.5}}}
+    options = {name: needed[name] for name in spec.options if name in needed}
     if spec.needs_scores:
         options["scores"] = torch.rand(num_sequences, generator=draw, dtype=torch.float64)
-    if spec.needs_reference:
+    if spec.needs_reference_for(options):
         options["reference_logps"] = -9 * torch.rand(
             num_sequences, generator=draw, dtype=torch.float64
         )
-    needed = {"kl": 0.3, "parts": {"dpo": {"weight": 0.8}, "sppo_hard": {"weight": 0.5}}}
-    return options | {name: needed[name] for name in spec.options if name in needed}
+    return options
 
 
 @case
@@ -197,7 +198,7 @@ def every_loss_in_one_pass_equals_the_unsharded_one(group):
         options = {"loss": name, "sft_weight": 0.3, **loss_options(name, 6)}
         if name == "sft":
             del options["sft_weight"]
-        if get_loss(name).length_normalized:
+        if get_loss(name).length_normalized or name == "mixture":
             options["length_normalization"] = 0.5
         expected = fused_linear_preference_loss(
             *whole.inputs, **whole.options, impl="torch", **options
@@ -498,6 +499,14 @@ def collectives_are_those_of_the_table(group):
     assert seen == expected, seen
 
 
+def doubled(logps: Tensor, *, by: Any = None) -> Tensor:
+    return 2 * logps[:, 0] + 0 * torch.as_tensor(by).sum()
+
+
+def shifted(logps: Tensor, *, by: Any = None) -> Tensor:
+    return doubled(logps, by=by) - 1
+
+
 @case
 def ranks_that_disagree_are_told_so(group):
     """On every rank, without a hang; the next call works."""
@@ -534,8 +543,26 @@ def ranks_that_disagree_are_told_so(group):
     told("cu_seqlens differ", cu_seqlens=torch.tensor([0, 2, 5] if last else [0, 3, 5]))
     told("options differ", temperature=0.9 if last else 1.0)
     told("options differ", loss, beta=0.9 if last else 1.0)
+    for number in (0.1, torch.tensor(0.1)):
+        kto = {"loss": "kto", "reference_logps": -torch.ones(2)}
+        told("options differ", loss, kl=number * (1 + last), **kto)
+        loss(**arguments, kl=number, **kto)
+
+        def weighed(logps: Tensor, *, factors: Any, by: Any = None) -> Tensor:
+            return logps[:, 0] * factors[0] * factors[1]["of"]
+
+        for holder in ([1.0, {"of": number}], (2, {"of": number})):
+            other = type(holder)([holder[0], {"of": 3 * number if last else number}])
+            told("options differ", loss, loss=weighed, factors=other)
+            told("options differ", loss, loss=functools.partial(weighed, factors=other))
+            loss(**arguments, loss=functools.partial(weighed, factors=holder), by=print)
+    told("options differ", loss, loss=functools.partial(shifted if last else doubled, by=2.0))
+    told("options differ", loss, loss=shifted if last else doubled, by=2.0)
+    told("options differ", loss, loss=doubled, by=torch.ones(2, 1) if last else torch.ones(1, 2))
+    told("options differ", loss, loss=doubled, by=numpy.array([1.0, 1 + last]))
     told("scores or reference_logps differ", loss, scores=torch.ones(2) * (2 if last else 1))
     told("num_groups or num_tokens differ", loss, num_tokens=3 if last else 4)
+    told("num_groups or num_tokens differ", loss, num_tokens=2**24 + last)
     frozen = mine.hidden.detach() if last else mine.hidden
     told("gradients differ", hidden=frozen)
     # Who wants no gradient would take no part in the second forward of a group that is too long.
@@ -567,4 +594,10 @@ def ranks_that_disagree_are_told_so(group):
             vocab_parallel_sequence_logprobs(**{**arguments, "temperature": Broken(1.0)})
     else:
         told("refused its arguments")
+    # Nor does a rank wait for one that cannot read what it would tell.
+    if last:
+        with pytest.raises(NotImplementedError, match="meta"):
+            loss(**arguments, num_tokens=torch.tensor(3.0, device="meta"))
+    else:
+        told("refused its arguments", loss, num_tokens=3.0)
     vocab_parallel_sequence_logprobs(*mine.inputs, group=group)

@@ -194,7 +194,7 @@ def draw_loss(draw: Draw, arguments: dict[str, Any], like: int) -> None:
     arguments |= REQUIRED.get(spec.name, {})
     if spec.needs_scores or draw.maybe(0.1):
         arguments["scores"] = torch.randn(like, generator=generator).double()
-    if spec.needs_reference or draw.maybe(0.1):
+    if spec.needs_reference_for(arguments) or draw.maybe(0.1):
         arguments["reference_logps"] = -5 * torch.rand(like, generator=generator)
     if draw.maybe(0.4):
         arguments["sft_weight"] = draw.choice([0.0, 0.1, 2])

@@ -67,7 +67,7 @@ class Truth:
         }
         if "reference_logps" in constants:
             constants["reference_logps"] = constants["reference_logps"] / divisor
-        constants["counts"] = counts
+        constants |= {"counts": counts, "length_normalization": self.alpha}
         options = {name: value for name, value in a.items() if name in spec.options}
         takes = {name: constants[name] for name in spec.takes if name in constants}
         losses = spec.fn(plain / divisor, **takes, **options)

@@ -76,11 +76,38 @@ def own_sums(model, batch):
                 # They begin with the last label, which is the mark of a language in their data, or
                 # (T5Gemma of transformers 4) with the decoder's bos token.
                 start = decoder_start_token(model)
-                inputs = {"decoder_input_ids": torch.tensor([[start, *response[:-1]]])}
+                ids = torch.tensor([[start, *response[:-1]]])
+                # With a mask: in training T5Gemma takes pad tokens for padding, also the first.
+                inputs = {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
             logits = model(input_ids=torch.tensor([feature["prompt_ids"]]), **inputs).logits[0]
             found = logits.float().log_softmax(-1).gather(1, torch.tensor(response)[:, None])
             sums.append(found.sum())
     return torch.stack(sums)
+
+
+def without_dropout(model):
+    """In training mode, where layers may act otherwise; nothing random is left."""
+    for module in model.train().modules():
+        for name, value in list(vars(module).items()):
+            random = "drop" in name or "jitter" in name or (name == "p" and "Drop" in str(module))
+            if random and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def assert_same_gradients_in_training(model, batch):
+    """Of the input embeddings, through the whole model, and of the head."""
+    without_dropout(model)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 0.25])
+    parameters = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    ours, theirs = (
+        torch.autograd.grad(sums @ upstream, parameters)
+        for sums in (causal_lm_logprobs(model, batch).sums, own_sums(model, batch))
+    )
+    for got, expected in zip(ours, theirs, strict=True):
+        scale = float(expected.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("architecture", sweep())
@@ -112,6 +139,10 @@ def test_fused_log_probs_are_those_of_the_models_own_logits(architecture):
         expected = own_sums(model, batch)
         found = causal_lm_logprobs(model, batch).sums
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    if str(architecture).replace(" ", "_") in IN_EVERY_RUN:
+        assert_same_gradients_in_training(model, batch)
+        model.eval()
+    with torch.no_grad():
         if kind == TWO_HALVES:
             return
         if (padded := entry(PADDED_ONLY, architecture)) is not None:

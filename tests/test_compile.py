@@ -131,15 +131,49 @@ def test_options_come_out_of_the_op_as_they_went_in():
         {},
         {"beta": 0.5, "f_divergence": "forward_kl", "tau": 1},
         {"parts": {"dpo": {"weight": 0.8, "f_divergence": "forward_kl"}, "cpo": {}}, "beta": 2.0},
+        {"flag": True, "parts": {"own": {"off": False, "top": -3}}, "form": "a=b:c", "big": 2**53},
     ):
-        assert _nested(*_flattened(options)) == options
+        # How they are written tells 1 from 1.0 and True.
+        assert repr(_nested(*_flattened(options))) == repr(options)
 
 
-@pytest.mark.parametrize("value", [None, torch.tensor(1.0), [1.0], "a,b"])
+@pytest.mark.parametrize("value", [None, torch.tensor(1.0), [1.0], "a,b", 2**53 + 1, len, 1j])
 def test_options_that_an_op_cannot_take_are_refused(value):
     """They would come out of it as something else."""
     with pytest.raises(UsageError, match="the option tau of a loss must"):
         _flattened({"beta": 1.0, "tau": value})
+
+
+@pytest.mark.parametrize("name", [1, "", "own.loss", "a,b", "a=b", "top:int"])
+def test_names_that_an_op_cannot_take_are_refused(name):
+    with pytest.raises(UsageError, match=r"names in the options of a loss .* got"):
+        _flattened({"parts": {name: {"weight": 1.0}}})
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_truth_values_and_whole_numbers_reach_a_compiled_loss_as_such(dynamic):
+    @losses.register_loss("test_only_options")
+    def of_all_kinds(logps, *, flag=False, top=1, factor=1.0):
+        best = logps[:, :top].sum(dim=1)  # a slice takes no float
+        return factor * (best if flag is True else -best)
+
+    def loss_of(problem, **options):
+        return fused_linear_preference_loss(
+            *problem.inputs, bias=problem.bias, loss="test_only_options", **options
+        ).loss
+
+    try:
+        torch._dynamo.reset()
+        compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        problem = make_problem([4, 3, 2, 2], bias=True)
+        for options in (
+            {"flag": True, "top": 2, "factor": 3},
+            {"flag": False, "top": 2, "factor": 0.5},
+            {"flag": True, "top": 1},
+        ):
+            torch.testing.assert_close(compiled(problem, **options), loss_of(problem, **options))
+    finally:
+        del losses.registry._REGISTRY["test_only_options"]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -14,7 +14,7 @@ from plad_fast._pair_scores import score_pairs
 from plad_fast.cli import main
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
-from plad_fast.head import backbone_hidden, causal_lm_logprobs, check_head
+from plad_fast.head import backbone_hidden, base_model, causal_lm_logprobs, check_head
 from plad_fast.micro_batches import pack
 from plad_fast.packing import PreferenceCollator
 from plad_fast.pairs import LocalModel, Prompt, Sampling
@@ -155,18 +155,47 @@ def test_the_trainer_encodes_every_prompt_once(tokenizer, tmp_path, monkeypatch)
     assert seen == [8, 8]
 
 
-def test_adapters_in_both_halves_and_on_the_head():
+def adapt(model, targets=("q", "v", "q_proj", "v_proj"), **options):
+    """Under adapters that are moved, and not their base."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=3, target_modules=["q", "v", "lm_head"], init_lora_weights=False)
+    config = peft.LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **options)
     torch.manual_seed(0)
-    model = peft.get_peft_model(make_model("t5_v1_1"), config).eval()
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim == 1:
+                parameter += torch.randn_like(parameter)
+    return model
+
+
+TASKS = [None, "CAUSAL_LM", "SEQ_2_SEQ_LM"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("t5_v1_1", {"task_type": "SEQ_2_SEQ_LM"}),
+        ("t5_v1_1", {"lora_bias": True}),
+        # T5 scales what goes into a tied head: the adapter's bias comes after that.
+        ("t5", {"lora_bias": True}),
+        ("bart", {"lora_bias": True}),
+    ],
+    ids=["untied", "bias", "tied-bias", "two-biases"],
+)
+def test_adapters_in_both_halves_and_on_the_head(name, options):
+    targets = ("q_proj", "v_proj", "lm_head") if name == "bart" else ("q", "v", "lm_head")
+    if options.get("lora_bias"):
+        targets = ("lm_head",)
+    model = adapt(make_model(name), targets, **options)
     check_head(model)
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0])
     ours = causal_lm_logprobs(model, collate(model, GROUPS))
     theirs = own_logprobs(model, GROUPS)
     torch.testing.assert_close(ours.token_logprobs, torch.cat(theirs), rtol=1e-5, atol=1e-4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {"encoder", "decoder", "lm_head"} <= {part for n in trained for part in n.split(".")}
+    parts = {part for n in trained for part in n.split(".")}
+    assert set(["lm_head"] if len(targets) == 1 else ["encoder", "decoder", "lm_head"]) <= parts
     sums = torch.stack([each.sum() for each in theirs])
     both = [torch.autograd.grad(s @ weight, list(trained.values())) for s in (ours.sums, sums)]
     for name, got, expected in zip(trained, *both, strict=True):
@@ -280,15 +309,21 @@ def test_scores_equal_the_models_own(name, tokenizer):
     assert scores["rejected"].tolist() == pytest.approx(expected[1::2], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["t5_v1_1", "bart"])
-def test_answers_are_those_of_generate(name, tokenizer):
-    """In batches of prompts of several lengths, without prompt or start token in them."""
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("t5_v1_1", ""), ("bart", ""), *(("bart", task) for task in TASKS), ("t5_v1_1", TASKS[-1])],
+)
+def test_answers_are_those_of_generate(name, task, tokenizer):
+    """In batches of prompts of several lengths, without prompt or start token in them; under
+    adapters too, whatever task they name."""
     model = make_model(name)
     with torch.no_grad():  # some answers end, some do not
         if name == "bart":
             model.final_logits_bias[0, 2] = 3.5
         else:
             model.lm_head.weight[2] *= 3
+    if task != "":
+        model = adapt(model, task_type=task)
     prompts = [Prompt(str(i), text) for i, text in enumerate(["a", "bcd", "efghijklmno", "pq"])]
     sampling = Sampling(max_new_tokens=12, temperature=0, batch_size=4)
     answers = {
@@ -298,7 +333,7 @@ def test_answers_are_those_of_generate(name, tokenizer):
     }
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt.content)["input_ids"]])
-        expected = model.generate(
+        expected = base_model(model).generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
             num_beams=1, forced_eos_token_id=None,
             use_cache=False,  # of this T5, generate makes one with too few layers
@@ -377,6 +412,31 @@ def test_a_student_of_fewer_layers_is_the_same_when_loaded(name, tmp_path):
     assert len(drop_layers(model, 1).get_encoder().state_dict()) == len(
         model.get_encoder().state_dict()
     )
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_2_SEQ_LM"])
+def test_checkpoint_of_adapters_loads_onto_its_base(task, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    make_model("t5_v1_1").save_pretrained(tmp_path / "base")
+    model = adapt(load_model(tmp_path / "base"), task_type=task)
+    options = {"loss": "sft", "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer("t5", tokenizer, tmp_path, model=model, **options)
+    trainer.train()
+    loaded = load_model(tmp_path / "run" / "checkpoint-1")
+    assert isinstance(loaded, transformers.T5ForConditionalGeneration)
+    batch = collate(loaded, GROUPS)
+    ours = causal_lm_logprobs(loaded, batch).token_logprobs
+    torch.testing.assert_close(ours, causal_lm_logprobs(model.eval(), batch).token_logprobs)
+
+
+def test_noise_on_embeddings_is_refused_in_words_that_lead_out(tokenizer, tmp_path, monkeypatch):
+    """It would reach neither half of some models: transformers puts it on a third module."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    options = {"loss": "sft", "neftune_noise_alpha": 5.0}
+    with pytest.raises(UsageError, match="leave neftune_noise_alpha out, as for an encoder-decod"):
+        make_trainer("t5", tokenizer, tmp_path, **options)
+    with pytest.raises(UsageError, match="T5ForConditionalGeneration; leave it out"):
+        make_trainer("t5", tokenizer, tmp_path, layout="padded", **options)
 
 
 def test_layers_that_cannot_be_dropped(tiny_model):

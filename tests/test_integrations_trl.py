@@ -40,6 +40,11 @@ KEPT = {
     "cpo": {"loss", "grad_norm", "nll_loss"},
     "orpo": {"loss", "grad_norm", "nll_loss", "log_odds_ratio", "log_odds_chosen"},
 }
+ALL = {
+    "dpo": {"entropy", "mean_token_accuracy"},
+    "cpo": {"logits/chosen", "logits/rejected"},
+    "orpo": {"logits/chosen", "logits/rejected"},
+}
 OF_PAIRS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
 OF_PAIRS |= {"logps/chosen", "logps/rejected"}
 
@@ -155,9 +160,7 @@ def compare(kind, build, *, with_eval=False, layout="auto", metrics="fast", **op
             trainer.evaluate()
     require_equal_steps(plain, fast)
     logs = [[log for log in t.state.log_history if "train_loss" not in log] for t in (plain, fast)]
-    kept = KEPT[kind] | OF_PAIRS
-    if metrics == "all":
-        kept |= {"entropy", "mean_token_accuracy"}
+    kept = KEPT[kind] | OF_PAIRS | (ALL[kind] if metrics == "all" else set())
     for expected, found in zip(*logs, strict=True):
         prefix = "eval_" if "eval_loss" in expected else ""
         for name in kept - ({"grad_norm"} if prefix else set()):
@@ -230,37 +233,47 @@ def test_an_adapter_that_was_trained_before_is_its_own_reference(build, tiny_mod
     assert "ref" in fast.model.peft_config
 
 
-def test_autocast_is_that_of_the_trainer(build):
-    """bf16, TRL's default: both round, each in its own order."""
-    trainers = build(bf16=True, max_steps=1), use_plad_fast(build(bf16=True, max_steps=1))
-    for trainer in trainers:
-        trainer.train()
-    plain, fast = (trainer.state.log_history[0] for trainer in trainers)
-    assert fast["loss"] == pytest.approx(plain["loss"], abs=0.01)
-    assert fast["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.03)
-    assert fast["logps/chosen"] != build_in_float32(build)["logps/chosen"]
+@pytest.mark.parametrize(
+    ("kind", "metrics"), [("dpo", "fast"), ("dpo", "all"), ("cpo", "all"), ("orpo", "all")]
+)
+def test_autocast_is_that_of_the_trainer(build, tiny_model, kind, metrics):
+    """bf16, TRL's default: both round, each in its own order. The logits are large, and so are
+    their means: rounding these to bf16, or a sum of them, would show."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight += 3 * torch.randn_like(weight) + torch.randn_like(weight[0])
+    options = {"model": model, "bf16": True, "max_steps": 1}
+    plain = first_log(build(kind, **options))
+    fast = first_log(use_plad_fast(build(kind, **options), metrics=metrics))
+    for name in KEPT[kind] | OF_PAIRS | (ALL[kind] if metrics == "all" else set()):
+        near = 0.02 if name == "grad_norm" else 2e-3
+        assert fast[name] == pytest.approx(plain[name], rel=near, abs=2e-3), name
+    exact = first_log(use_plad_fast(build(kind, **{**options, "bf16": False})))
+    assert fast["logps/chosen"] != exact["logps/chosen"]
 
 
-def build_in_float32(build):
-    trainer = use_plad_fast(build(max_steps=1))
+def first_log(trainer):
     trainer.train()
     return trainer.state.log_history[0]
 
 
-def test_softcapped_logits_are_those_of_trl(build, tiny_model):
+@pytest.mark.parametrize("kind", ["dpo", "cpo"])
+def test_softcapped_logits_are_those_of_trl(build, tiny_model, kind):
     """Gemma 2 has windows, a cap on its logits and tied embeddings."""
     from tests.tiny_models import SHARED
 
     torch.manual_seed(0)
     model = SHARED["gemma2"]()
     model.resize_token_embeddings(tiny_model.config.vocab_size)
-    _, fast = compare("dpo", build, model=model, reference=model, metrics="all")
+    _, fast = compare(kind, build, model=model, reference=model, metrics="all")
     assert fast._head_loss.layout == "shared"
 
 
 CPO_CASES = [
     {},
-    {"loss_type": "simpo", "cpo_alpha": 0.5},
+    {"loss_type": "simpo", "cpo_alpha": 0.5, "metrics": "all", "gradient_checkpointing": True},
     {"loss_type": "ipo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     {"loss_type": "hinge", "beta": 0.3, "cpo_alpha": 0.0},
     {"loss_type": "alphapo", "alpha": 0.2, "label_smoothing": 0.1},
@@ -272,10 +285,40 @@ def test_cpo_steps_are_those_of_trl(build, options):
     compare("cpo", build, **options)
 
 
-@pytest.mark.parametrize("layout", ["auto", "padded"])
-def test_orpo_steps_are_those_of_trl(build, layout):
+@pytest.mark.parametrize(("layout", "metrics"), [("auto", "all"), ("padded", "fast")])
+def test_orpo_steps_are_those_of_trl(build, layout, metrics):
     """Its regulariser counts the prompt too, which the other losses leave out."""
-    compare("orpo", build, layout=layout, with_eval=True)
+    compare("orpo", build, layout=layout, metrics=metrics, with_eval=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*return_outputs")
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
+def test_predictions_are_those_of_trl(build, kind):
+    """Of `predict`, and those that `compute_metrics` gets; DPO's are logits, the others' means."""
+    plain, fast = build(kind, with_eval=True), build(kind, with_eval=True)
+    made = []
+    for trainer in (plain, use_plad_fast(fast, metrics="all" if kind == "dpo" else "fast")):
+        trainer.compute_metrics = lambda seen: {"mean": seen.predictions.mean()}
+        made.append((trainer.predict(trainer.eval_dataset), trainer.evaluate()))
+    (expected, their_log), (found, our_log) = made
+    assert found.predictions == pytest.approx(expected.predictions, 1e-4, 2e-5)
+    assert (found.label_ids == expected.label_ids).all()
+    for ours, theirs, names in (
+        (found.metrics, expected.metrics, {"test_loss", "test_mean"}),
+        (our_log, their_log, {"eval_loss", "eval_mean"}),
+    ):
+        assert ours.keys() == theirs.keys() >= names
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], 1e-5, 2e-5), name
+
+
+def test_logits_are_not_computed_where_nobody_asks(build):
+    trainer = use_plad_fast(build("cpo", with_eval=True))
+    trainer.evaluate()
+    assert "eval_logits/chosen" not in trainer.state.log_history[-1]
+    trainer.compute_metrics = lambda seen: {}
+    trainer.evaluate()
+    assert "eval_logits/chosen" in trainer.state.log_history[-1]
 
 
 def test_common_beginnings_run_through_the_model_once(build):
@@ -317,6 +360,67 @@ def test_what_is_not_supported_is_refused_by_name(build, kind, options, name):
     with pytest.raises(UsageError, match=name):
         use_plad_fast(trainer)
     assert not hasattr(trainer, "_head_loss")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("impl", "tritn"), ("impl", 3), ("scratch_mib", -3), ("scratch_mib", 0), ("scratch_mib", 1.5)],
+)
+def test_arguments_are_checked_before_the_trainer_is_changed(build, name, value):
+    trainer = build(max_steps=1)
+    with pytest.raises(UsageError, match=rf"{name}.*{value}"):
+        use_plad_fast(trainer, **{name: value})
+    use_plad_fast(trainer, impl="torch", scratch_mib=2).train()
+
+
+def test_a_trl_that_lacks_a_method_is_refused(build, monkeypatch):
+    trainer = build()
+    monkeypatch.delattr(trl.DPOTrainer, "_compute_loss")
+    with pytest.raises(UsageError, match=f"{re.escape(trl.__version__)} has no _compute_loss"):
+        use_plad_fast(trainer)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_rows_without_a_prompt_are_found_before_training(build, held_out):
+    """For losses that divide by length; the last row is looked at as the first is."""
+    trainers = [build(loss_type=[name], with_eval=True) for name in ("ipo", "sigmoid")]
+    name = "eval_dataset" if held_out else "train_dataset"
+    for trainer in trainers:
+        setattr(trainer, name, without_last_prompt(getattr(trainer, name)))
+    by_length, other = trainers
+    if held_out:
+        by_length.eval_dataset = {"pairs": by_length.eval_dataset}
+    with pytest.raises(UsageError, match=r"no prompt token.* ipo"):
+        use_plad_fast(by_length)
+    assert use_plad_fast(other)
+
+
+def without_last_prompt(data):
+    last = len(data) - 1
+    return data.map(
+        lambda row, i: {"prompt_ids": row["prompt_ids"] if i < last else []}, with_indices=True
+    )
+
+
+def test_what_a_collator_brings_is_refused_with_its_batch(build):
+    """The integration does not call a collator that is not TRL's: it may count, or draw."""
+    refusals = {}
+    for case in ("prompt", "entry"):
+        trainer = build(loss_type=["ipo"], per_device_train_batch_size=6)
+        trl_collator = trainer.data_collator
+
+        def collate(rows, case=case, trl_collator=trl_collator):
+            batch = trl_collator(rows)
+            return {**batch, "weights": torch.ones(6)} if case == "entry" else batch
+
+        trainer.data_collator = collate
+        if case == "prompt":
+            trainer.train_dataset = without_last_prompt(trainer.train_dataset)
+        with pytest.raises(UsageError) as caught:
+            use_plad_fast(trainer).train()
+        refusals[case] = str(caught.value)
+    assert "no prompt token" in refusals["prompt"]
+    assert "weights" in refusals["entry"]
 
 
 def test_options_that_are_not_known_are_refused_unless_left_alone(build, monkeypatch):

@@ -140,6 +140,58 @@ def test_the_family_holds_together():
     torch.testing.assert_close(mixed, want)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "cpo", "simpo"])
+def test_a_mixture_of_one_loss_is_that_loss_under_any_length_normalisation(name, alpha):
+    sums, counts = torch.tensor([-6.0, -8.0, -3.0, -2.0]), torch.tensor([4, 9, 1, 5])
+    options = {"length_normalization": alpha}
+    if losses.get_loss(name).needs_reference:
+        options["reference_logps"] = torch.tensor([-7.0, -5.0, -3.5, -1.0])
+    alone = preference_loss(sums, counts, loss=name, **options)
+    mixed = preference_loss(sums, counts, loss="mixture", parts={name: {}}, **options)
+    assert mixed.item() == alone.item()
+    double = preference_loss(
+        sums, counts, loss="mixture", parts={name: {"weight": 2.0}, "cpo_ipo": {}}, **options
+    )
+    other = preference_loss(sums, counts, loss="cpo_ipo", length_normalization=alpha)
+    torch.testing.assert_close(double, 2 * alone + other)
+
+
+def test_a_mixture_needs_a_reference_if_a_part_does():
+    spec = losses.get_loss("mixture")
+    assert spec.needs_reference_for({"parts": {"cpo": {}, "dpo": {}}})
+    assert not spec.needs_reference_for({"parts": {"cpo": {}, "simpo": {}}})
+    assert losses.get_loss("dpo").needs_reference_for({})
+    assert not losses.get_loss("cpo").needs_reference_for({})
+    with pytest.raises(UsageError, match="'dpo' in parts needs reference_logps"):
+        losses.mixture(LOGPS[:, :2], counts=torch.ones(2, 2), parts={"cpo": {}, "dpo": {}})
+
+
+def test_a_part_may_work_in_place():
+    @register_loss("test_only_in_place")
+    def in_place(logps):
+        logps -= 1.0
+        return logps[:, 0]
+
+    try:
+        parts = {"test_only_in_place": {}, "cpo_ipo": {}}
+        sums, counts = torch.zeros(4), torch.ones(4).long()
+        mixed = preference_loss(sums, counts, loss="mixture", parts=parts)
+        assert mixed == preference_loss(sums, counts, loss="cpo_ipo") - 1
+        assert not sums.any()
+    finally:
+        del losses.registry._REGISTRY["test_only_in_place"]
+
+
+def test_a_loss_may_ask_for_the_length_normalisation():
+    def told(logps, *, length_normalization):
+        return logps[:, 0] * 0 + length_normalization
+
+    sums, counts = torch.zeros(4), torch.ones(4).long()
+    for alpha in (0.0, 0.5):
+        assert preference_loss(sums, counts, loss=told, length_normalization=alpha) == alpha
+
+
 EXTREMES = [
     *((0.0, 0.0), (-1e4, -1e4), (0.0, -1e4), (-1e4, 0.0)),
     *((-1e-9, -3.0), (-3.0, -1e-9), (-1e-9, -1e-9), (-1e-45, -2.0)),
@@ -373,6 +425,7 @@ def mixture(parts):
         (mixture({losses.dpo: {}}), "parts must name registered losses"),
         (mixture({"dpo": {"tau": 1}}), "'dpo' in parts has no option 'tau'; it has: weight, beta"),
         (mixture({"kto": {}}), "'kto' in parts needs the option 'kl'"),
+        ({"loss": "mixture", "parts": {"cpo": {}, "dpo": {}}}, "'mixture' needs reference_logps"),
         (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),
         (mixture({"plad_margin": {}}), "'plad_margin' needs scores"),
         (mixture({"mixture": {}}), "parts of a mixture cannot be mixtures"),

@@ -64,6 +64,7 @@ def assert_as_peft_computes(model, batch):
 
 CASES = {
     "body": {"target_modules": BODY},
+    "body, with a task": {"target_modules": BODY, "task_type": "CAUSAL_LM"},
     "head": {"target_modules": [*BODY, "lm_head"]},
     "head alone": {"target_modules": ["lm_head"]},
     "head with a bias": {"target_modules": ["lm_head"], "lora_bias": True},

@@ -6,6 +6,7 @@ The yardstick is what PEFT's own forward computes.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from unittest import mock
@@ -16,6 +17,7 @@ from torch import nn
 
 from plad_fast import reference_logps
 from plad_fast.errors import UsageError
+from plad_fast.pairs import LocalModel, Prompt, Sampling
 from plad_fast.students import load_model
 from tests.test_peft import quantise
 from tests.test_trainer import naive_logps
@@ -51,6 +53,7 @@ def adapt(tiny_model):
 
 CASES = {
     "body": {},
+    "with a task": {"task_type": "CAUSAL_LM"},
     "head": {"target_modules": [*BODY, "lm_head"]},
     "head saved": {"modules_to_save": ["lm_head"]},
     "embedding": {"target_modules": [*BODY, "embed_tokens"]},
@@ -127,6 +130,95 @@ def test_resumed_run_and_merged_model(tied, adapt, make, tmp_path, tiny_tokenize
         found, _ = naive_logps(merged, tiny_tokenizer, PAIRS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["body", "head saved"])
+def test_adapters_that_transformers_added_switch_off_too(saved, adapt, make, tiny_model):
+    """`model.add_adapter` makes no model of PEFT; the same adapters, the same training."""
+    options = {"modules_to_save": ["lm_head"]} if saved else {}
+    wrapped, native = adapt(**options), copy.deepcopy(tiny_model)
+    native.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, target_modules=BODY, **options))
+    inner = wrapped.get_base_model()
+    native.load_state_dict(inner.state_dict())
+    wanted = {"loss": "dpo", "beta": 0.3, "reference_model": "base", "eval_rows": PAIRS}
+    wrapped, native = (make(model=model, **wanted) for model in (wrapped, native))
+    for trainer in (wrapped, native):
+        trainer.train()
+    assert last_log(native)["loss"] == pytest.approx(last_log(wrapped)["loss"], rel=1e-6)
+    assert last_log(native)["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert_same_weights(
+        weights(native), dict(wrapped.model.get_base_model().named_parameters()), rtol=0, atol=0
+    )
+    trained = {name: p.requires_grad for name, p in native.model.named_parameters()}
+    assert trained == {name: p.requires_grad for name, p in inner.named_parameters()}
+    assert not any(getattr(m, "disable_adapters", 0) is True for m in native.model.modules())
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_base_that_the_adapters_changed_is_refused(init, make, tiny_model):
+    """These begin with a part of the base in the adapter: the sum is the original model."""
+    model = copy.deepcopy(tiny_model)
+    before = copy.deepcopy(model.state_dict())
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=init)
+    adapted = peft.get_peft_model(model, config)
+    changed = adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.allclose(changed, before["model.layers.0.self_attn.q_proj.weight"])
+    with pytest.raises(UsageError, match=f"init_lora_weights='{init}'.*reference_model=None"):
+        make(model=adapted, loss="dpo", reference_model="base")
+    make(model=adapted, loss="dpo")
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_checkpoints_of_adapters_load_onto_their_base(task, make, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=[*BODY, "lm_head"], task_type=task)
+    model = peft.get_peft_model(load_model(tmp_path / "base"), config)
+    trainer = make(model=model, output=tmp_path / "run", save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert not (checkpoint / "config.json").exists()
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = trainer.model.eval()(tokens).logits
+        loaded = load_model(checkpoint)(tokens).logits
+        assert not torch.allclose(expected, load_model(tmp_path / "base")(tokens).logits)
+    torch.testing.assert_close(loaded, expected)
+
+    settings = checkpoint / "adapter_config.json"
+    without_a_base = {**json.loads(settings.read_text()), "base_model_name_or_path": ""}
+    settings.write_text(json.dumps(without_a_base))
+    with pytest.raises(UsageError, match=r"^'.*has no base_model_name_or_path"):
+        load_model(checkpoint)
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(UsageError, match="pip install peft"),
+    ):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("refill", [False, True])
+def test_answers_leave_the_generation_config_as_it_was(refill, task, adapt, tiny_tokenizer):
+    """PEFT's `generate` puts that of the outer model into the one inside."""
+    model = adapt(task_type=task)
+    inner = model.get_base_model()
+    sampling, prompts = Sampling(max_new_tokens=4, temperature=0), [Prompt("1", "abc")]
+    own = inner.generation_config
+
+    def answer(model):
+        local = LocalModel(model, tiny_tokenizer, "adapted", refill=refill)
+        [[found]] = local.generate(prompts, sampling)
+        return found
+
+    found = answer(model)
+    assert inner.generation_config is own
+    assert "generation_config" not in vars(model)
+    outer = model.generation_config = copy.deepcopy(own)
+    assert answer(model) == found
+    assert (model.generation_config, inner.generation_config) == (outer, own)
+    assert model.generation_config is outer
+    assert inner.generation_config is own
+    assert answer(model.merge_and_unload()) == found
 
 
 def test_base_of_a_model_without_adapters_is_refused(make):

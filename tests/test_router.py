@@ -100,11 +100,42 @@ def test_trainer_adds_it(budget, make, tiny_tokenizer):
     assert last_log(trainer)["loss"] == pytest.approx((loss + routing).item(), rel=1e-4)
     assert_same_weights(weights(trainer), dict(start.named_parameters()), rtol=1e-3, atol=1e-5)
     found = trainer.evaluate()
+    # What counts is the config as it was when the trainer was made.
     trainer.model.config.output_router_logits = False
+    again = trainer.evaluate()
+    assert [again[name] for name in ("eval_loss", "eval_router_loss")] == pytest.approx(
+        [found[name] for name in ("eval_loss", "eval_router_loss")]
+    )
+    trainer._has_router_loss = False
     trainer._eval_meter = PreferenceMeter(trainer._objective)
     assert found["eval_loss"] - trainer.evaluate()["eval_loss"] == pytest.approx(
         found["eval_router_loss"], rel=1e-3
     )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_keep_its_gradient_or_are_refused(reentrant, make, tiny_tokenizer):
+    """Re-entrant ones take the router logits without a graph."""
+    model, found = model_of("mixtral"), []
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    for checkpointed in (False, True):
+        trainer = make(
+            model=copy.deepcopy(model),
+            loss=lambda logps: 0 * logps.sum(1),
+            gradient_checkpointing=checkpointed,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointed else None,
+        )
+        before = weights(trainer)
+        if reentrant and checkpointed:
+            with pytest.raises(UsageError, match="re-entrant gradient checkpointing"):
+                trainer.train()
+            return
+        trainer.train()
+        found.append(weights(trainer))
+    gates = [name for name in before if "gate.weight" in name]
+    assert gates
+    assert not any(torch.equal(found[0][name], before[name]) for name in gates)
+    assert_same_weights(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
 def test_satisfied_groups_are_not_skipped(make, tiny_tokenizer):

@@ -10,11 +10,11 @@ import pytest
 
 from plad_fast import UsageError
 from plad_fast.losses import get_loss
+from plad_fast.losses.terms import F_DIVERGENCES
 from plad_fast.objective import Objective
 from plad_fast.trl_options import (
     CPO_LOSSES,
     DPO_LOSSES,
-    F_DIVERGENCES,
     KTO_LOSSES,
     REFUSED_DPO_LOSSES,
     translate_cpo,
@@ -54,6 +54,8 @@ def test_defaults_are_trls():
     assert translate_cpo({})[2] == translate_orpo({})[2] == 1.0
     assert translate_cpo({"loss_type": "simpo"})[1]["gamma"] == 0.5
     assert translate_cpo({"loss_type": "alphapo", "alpha": 0.25})[2] == 0.0
+    assert translate_cpo({"loss_type": "alphapo", "cpo_alpha": 0.0})[2] == 0.0  # as TRL sets it
+    assert translate_dpo({"loss_type": "sft", "beta": 0.3}) == ("sft", {}, 0.0)
     assert get_loss("kto").options.keys() - translate_kto({})[1].keys() == {"kl"}
     pytest.importorskip("trl")
     from trl import DPOConfig, KTOConfig
@@ -175,6 +177,28 @@ def test_every_option_of_trls_configurations_is_known():
         ),
         (translate_dpo, {"loss_weights": [1.0, 2.0]}, "2 loss_weights for 1 loss types"),
         (translate_dpo, {"loss_weights": [-1.0]}, "loss_weights must not be negative"),
+        (translate_dpo, {"loss_weights": 0.5}, "loss_weights must be None or a list .* got 0.5"),
+        (translate_dpo, {"loss_weights": "1"}, "loss_weights must be None or a list .* got '1'"),
+        (
+            *(translate_dpo, {"loss_type": ["sft"], "f_divergence_type": "forward_kl"}),
+            "f_divergence_type='forward_kl' has no effect .* beside 'sft'; leave it at",
+        ),
+        (
+            translate_dpo,
+            {
+                **{"loss_type": "sft", "f_divergence_type": "alpha_divergence"},
+                "f_alpha_divergence_coef": 2.0,
+            },
+            "f_divergence_type='alpha_divergence' has no effect",
+        ),
+        (
+            *(translate_dpo, {"loss_type": ["sft"], "f_alpha_divergence_coef": 2.0}),
+            "f_alpha_divergence_coef=2.0 has no effect",
+        ),
+        (
+            *(translate_cpo, {"loss_type": "alphapo", "cpo_alpha": 3.0}),
+            "cpo_alpha=3.0 has no effect in TRL without a loss_type other than 'alphapo'",
+        ),
         (translate_dpo, {"loss_type": ["ipo", "ipo"]}, "loss_type names a loss twice: ipo, ipo"),
         (translate_dpo, {"loss_type": []}, "0 loss_weights for 0 loss types"),
         (translate_dpo, {"loss_type": ["sft"], "loss_weights": [2.0]}, "set the weight to 1"),

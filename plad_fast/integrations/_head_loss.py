@@ -5,7 +5,7 @@ S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from plad_fast.fused import fused_linear_preference_loss
 from plad_fast.head import call_inside, head_arguments, unwrap
 from plad_fast.ops import autocast_head, linear_sequence_logprobs
 from plad_fast.packing import PreferenceBatch
-from plad_fast.reference import reference_logits
+from plad_fast.reference import transform_logits
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +45,7 @@ class HeadLoss:
     Args:
         loss, options, sft_weight: of `fused_linear_preference_loss`.
         layout: of the batches, see `plad_fast.packing`.
-        metrics: "fast", or "all" for another product of the head that gives the rest of them.
+        metrics: "fast", or "all" at the price of another pass, see `use_plad_fast`.
         impl, scratch_bytes: of the op.
     """
 
@@ -110,28 +110,69 @@ class HeadLoss:
         with torch.no_grad(), accelerator.autocast():
             return call_inside(model, module, forward, batch["input_ids"])
 
+    def mean_logits(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        input_ids: Tensor,  # (R, T)
+        attention_mask: Tensor,  # (R, T)
+    ) -> Tensor:  # (R, T)
+        """Mean over the vocabulary of the logits at every place of padded rows, padding too."""
+        count = input_ids.numel()
+        batch = PreferenceBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            loss_rows=torch.arange(count, device=input_ids.device),
+            targets=input_ids.flatten(),  # which are not looked at
+            cu_seqlens=torch.tensor([0, count], device=input_ids.device),
+        )
+        with torch.no_grad(), accelerator.autocast():
+            return _mean_logits(head_arguments(unwrap(model), batch)).view_as(input_ids)
+
 
 @torch.no_grad()
 def _token_metrics(arguments: Mapping[str, Any], everything: bool) -> dict[str, Tensor]:
-    hidden, weight, bias = autocast_head(
-        *(arguments[name] for name in ("hidden", "weight", "bias"))
-    )
-    softcap, scale = arguments["softcap"], arguments["logit_scale"]
     if not everything:
-        if softcap is not None:
-            return {}
-        # The mean over the vocabulary is linear in the logits: one row stands for all.
-        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-        if bias is not None:
-            mean += bias.float().mean()
-        return {"mean_logit": scale * mean}
+        capped = arguments["softcap"] is not None
+        return {} if capped else {"mean_logit": _mean_logits(arguments)}
     found: dict[str, list[Tensor]] = {"mean_logit": [], "entropy": [], "is_top1": []}
-    # In float32 the logits, their log-softmax and its exponential.
-    size = max(_CHUNK_BYTES // (12 * len(weight)), 1)
-    for rows, targets in zip(hidden.split(size), arguments["targets"].split(size), strict=True):
-        logits = reference_logits(rows, weight, bias, softcap, scale).float()
+    for logits, targets in _chunks(arguments):
         found["mean_logit"].append(logits.mean(1))
         found["is_top1"].append(logits.argmax(1) == targets)
         log_probs = logits.log_softmax(1)
         found["entropy"].append(-(log_probs.exp() * log_probs).sum(1))
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def _mean_logits(arguments: Mapping[str, Any]) -> Tensor:  # (N,)
+    if arguments["softcap"] is not None:
+        return torch.cat([logits.mean(1) for logits, _ in _chunks(arguments)])
+    hidden, weight, bias = _head_of(arguments)
+    # The mean over the vocabulary is linear in the logits: one row stands for all.
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        if bias is not None:
+            mean += bias.float().mean()
+        return arguments["logit_scale"] * mean
+
+
+def _chunks(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits in float32 of products in the model's dtype, as TRL's are, and their targets."""
+    hidden, weight, bias = _head_of(arguments)
+    # In float32 the logits, their log-softmax and its exponential.
+    size = max(_CHUNK_BYTES // (12 * len(weight)), 1)
+    for rows, targets in zip(hidden.split(size), arguments["targets"].split(size), strict=True):
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = rows @ weight.T
+            if bias is not None:
+                logits += bias
+            logits = transform_logits(
+                logits.float(), arguments["softcap"], arguments["logit_scale"]
+            )
+        yield logits, targets
+
+
+def _head_of(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states (N, D), weight (V, D) and bias (V,), rounded to what they are multiplied in."""
+    return autocast_head(*(arguments[name] for name in ("hidden", "weight", "bias")))

@@ -32,19 +32,19 @@ _DPO_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 DIVIDING_BY_LENGTH = {"ipo", "sigmoid_norm"}
 """Losses of the DPOTrainer that see a token which nothing predicts: they count it."""
 
-_NO_PROMPT = (
+NO_PROMPT = (
     "a row has no prompt token: TRL counts its first token in the length that {} divides by, "
     "though nothing predicts it; give every row a prompt"
 )
 
 
-class _WithHeadLoss(Trainer):
+class WithHeadLoss(Trainer):
     _head_loss: HeadLoss
     args: Any
     accelerator: Any
 
 
-class FastDPO(_WithHeadLoss):
+class FastDPO(WithHeadLoss):
     """In front of `trl.DPOTrainer`."""
 
     replaces = ("_compute_loss",)
@@ -64,7 +64,7 @@ class FastDPO(_WithHeadLoss):
         completion = inputs["completion_mask"]
         by_length = sorted(DIVIDING_BY_LENGTH & set(self.args.loss_type))
         if by_length and bool(completion[:, 0].any()):
-            raise UsageError(_NO_PROMPT.format(by_length[0]))
+            raise UsageError(NO_PROMPT.format(by_length[0]))
         batch = pair_batch(
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -77,7 +77,11 @@ class FastDPO(_WithHeadLoss):
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # for compute_metrics; TRL makes these logits anew, too
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+            )
         return out.loss, outputs
 
     def _reference_logps(self, inputs: dict[str, Any], batch: PreferenceBatch) -> Tensor:  # (2 B,)
@@ -120,42 +124,58 @@ class FastDPO(_WithHeadLoss):
         is_chosen = (sequences % 2 == 0).repeat_interleave(out.counts)  # (N,)
         sums = {
             "tokens": attention_mask.sum(),
-            "scored": counts.sum(),
             "chosen": counts[:, 0].sum(),
+            "rejected": counts[:, 1].sum(),
         }
         for name, values in out.tokens.items():
-            sums[name] = values.sum()
-            sums[f"chosen {name}"] = values[is_chosen].sum()
+            sums[f"chosen {name}"] = values[is_chosen].sum(dtype=torch.float64)
+            sums[f"rejected {name}"] = values[~is_chosen].sum(dtype=torch.float64)
         vector = torch.stack([value.double() for value in sums.values()])
         totals = dict(zip(sums, gather(vector[None]).sum(0).tolist(), strict=True))
         if mode == "train":
             # Text is not split over the processes: where a batch is, this is refused.
             self._total_train_tokens += int(totals["tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
-        scored, chosen = totals["scored"], totals["chosen"]
-        if "mean_logit" in totals:
-            of_chosen = totals["chosen mean_logit"]
-            metrics["logits/chosen"].append(of_chosen / max(chosen, 1))
-            of_rejected = totals["mean_logit"] - of_chosen
-            metrics["logits/rejected"].append(of_rejected / max(scored - chosen, 1))
-        if "entropy" in totals:
-            metrics["entropy"].append(totals["entropy"] / max(scored, 1))
+        chosen, rejected = totals["chosen"], totals["rejected"]
+        if "mean_logit" in out.tokens:
+            for side, count in (("chosen", chosen), ("rejected", rejected)):
+                metrics[f"logits/{side}"].append(totals[f"{side} mean_logit"] / max(count, 1))
+        if "entropy" in out.tokens:
+            entropy = totals["chosen entropy"] + totals["rejected entropy"]
+            metrics["entropy"].append(entropy / max(chosen + rejected, 1))
             metrics["mean_token_accuracy"].append(totals["chosen is_top1"] / max(chosen, 1))
 
 
-class _FastConcatenated(_WithHeadLoss):
+class _FastConcatenated(WithHeadLoss):
     """What CPO's and ORPO's trainers have in common."""
 
     pad_token_id: int
     concatenated_inputs: Any
+    _predicting = False
 
-    def _pairs(self, batch: dict[str, Any], padding: int, *, with_prompts: bool) -> PreferenceBatch:
-        both = self.concatenated_inputs(
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """TRL's, whose predictions are the metrics of logits."""
+        self._predicting = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._predicting = False
+
+    def _both(self, batch: dict[str, Any], padding: int) -> dict[str, Tensor]:
+        return self.concatenated_inputs(
             batch,
             is_encoder_decoder=False,
             padding_value=padding,
             device=self.accelerator.device,
         )
+
+    def _pairs(self, both: dict[str, Tensor], *, with_prompts: bool) -> PreferenceBatch:
         return pair_batch(
             both["concatenated_input_ids"],
             both["concatenated_attention_mask"],
@@ -163,6 +183,21 @@ class _FastConcatenated(_WithHeadLoss):
             layout=self._head_loss.layout,
             with_prompts=with_prompts,
         )
+
+    def _logits(
+        self, model: nn.Module, both: dict[str, Tensor], places: slice
+    ) -> dict[str, Tensor]:
+        """Mean logits, where they are asked for; TRL's are over prompts and padding, too."""
+        if not self._predicting and self._head_loss.metrics != "all":
+            return {}
+        means = self._head_loss.mean_logits(
+            self.accelerator,
+            model,
+            both["concatenated_input_ids"],
+            both["concatenated_attention_mask"],
+        )
+        chosen, rejected = means[:, places].chunk(2)
+        return {"logits/chosen": chosen.mean(), "logits/rejected": rejected.mean()}
 
     def _means(self, train_eval: str, values: dict[str, Tensor]) -> dict[str, float]:
         prefix = "eval_" if train_eval == "eval" else ""
@@ -181,8 +216,9 @@ class FastCPO(_FastConcatenated):
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, float]]:
-        """TRL's loss, and its metrics but for those of logits."""
-        pairs = self._pairs(batch, self.pad_token_id, with_prompts=False)
+        """TRL's loss and its metrics; those of logits where they are asked for."""
+        both = self._both(batch, self.pad_token_id)
+        pairs = self._pairs(both, with_prompts=False)
         out = self._head_loss.measure(self.accelerator, model, pairs, logits=False)
         logps, counts = out.logps.detach().view(-1, 2), out.counts.view(-1, 2)
         nll = -logps[:, 0].sum() / counts[:, 0].sum() if self.cpo_alpha else logps.new_zeros(())
@@ -190,7 +226,10 @@ class FastCPO(_FastConcatenated):
             logps = logps / counts
         _, chosen_rewards, rejected_rewards = self.cpo_loss(logps[:, 0], logps[:, 1])
         return out.loss, self._means(
-            train_eval, _rewards(chosen_rewards, rejected_rewards, logps) | {"nll_loss": nll}
+            train_eval,
+            _rewards(chosen_rewards, rejected_rewards, logps)
+            | {"nll_loss": nll}
+            | self._logits(model, both, slice(None)),
         )
 
 
@@ -209,8 +248,9 @@ class FastORPO(_FastConcatenated):
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, float]]:
-        """TRL's loss, and its metrics but for those of logits."""
-        groups = self._pairs(batch, self.padding_value, with_prompts=True)
+        """TRL's loss and its metrics; those of logits where they are asked for."""
+        both = self._both(batch, self.padding_value)
+        groups = self._pairs(both, with_prompts=True)
         lengths = groups["cu_seqlens"].diff().view(-1, 3)
         # TRL's regulariser is the likelihood of the chosen sequence with its prompt.
         share = len(lengths) / lengths[:, ::2].sum()
@@ -225,7 +265,8 @@ class FastORPO(_FastConcatenated):
         return out.loss, self._means(
             train_eval,
             _rewards(odds[1], odds[2], logps)
-            | {"nll_loss": nll, "log_odds_ratio": odds[3], "log_odds_chosen": odds[4]},
+            | {"nll_loss": nll, "log_odds_ratio": odds[3], "log_odds_chosen": odds[4]}
+            | self._logits(model, both, slice(-1)),
         )
 
 

@@ -10,8 +10,9 @@ TRL's, and a step has TRL's loss and gradients. What changes is how they are com
 with which the two sequences of a pair begin run through the model once and none of the padding
 does; only tokens of the responses reach the LM head; and its gradient is made in the same pass.
 
-Every option that would change the loss and is not known here is refused by name, at once. Written
-for TRL 1.15 and 1.16; with a newer one a warning is logged.
+Every option that would change the loss and is not known here is refused by name, at once. What only
+a batch can show is refused with that batch: padding that is not on the right, and entries that are
+not TRL's. Written for TRL 1.15 and 1.16; with a newer one a warning is logged.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from plad_fast.dispatch import get_backend
 from plad_fast.errors import UsageError
-from plad_fast.head import check_head
+from plad_fast.head import check_head, find_head
 from plad_fast.integrations._head_loss import METRICS, HeadLoss
+from plad_fast.ops import checked_impl
 from plad_fast.sharing import prepare
 from plad_fast.trl_options import translate_cpo, translate_dpo, translate_orpo
+from plad_fast.validation import is_whole
 
 try:
+    import pyarrow.compute
     import trl
+    from datasets import Dataset
     from transformers import ProcessorMixin, TrainingArguments
     from trl import DPOTrainer
     from trl.trainer.base_config import _BaseConfig
@@ -118,12 +124,13 @@ def use_plad_fast(
             a decoder-only model of text; in one process, or several under DDP.
         layout: "shared", "packed", "padded", or "auto"; see `plad_fast.sharing.prepare`.
         attention: see `plad_fast.attention.enable`.
-        metrics: "fast" leaves out what only whole rows of logits can tell: with DPO `entropy` and
-            `mean_token_accuracy`, and `logits/*` too for models with a softcap; "all" has them for
-            another product of the head. With CPO and ORPO there are no `logits/*`, which are
-            means over prompts and padding there. All other metrics are TRL's.
-        impl: backend of the op.
-        scratch_mib: bound on the op's extra memory.
+        metrics: "all" has all of TRL's. "fast" leaves out what takes another pass: with DPO
+            `entropy` and `mean_token_accuracy`, and `logits/*` too for models with a softcap,
+            which are another product of the head; with CPO and ORPO `logits/*`, which are means
+            over prompts and padding there, and another forward of the padded rows. What `predict`
+            returns and `compute_metrics` gets is TRL's in any case.
+        impl: backend of the op, see `plad_fast.linear_sequence_logprobs`.
+        scratch_mib: bound on the op's extra memory; None leaves it to the op.
 
     Returns:
         The same trainer, now of a class derived from its own.
@@ -134,15 +141,20 @@ def use_plad_fast(
     """
     if metrics not in METRICS:
         raise UsageError(f"unknown metrics {metrics!r}; known: {', '.join(METRICS)}")
+    if scratch_mib is not None and not (is_whole(scratch_mib) and 0 < scratch_mib < 2**43):
+        raise UsageError(f"scratch_mib must be a positive whole number, got {scratch_mib!r}")
+    checked_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
-    left_out = () if metrics == "all" and kind is _DPO else kind.left_out
     _check_setup(trainer)
     _check_methods(trainer, kind)
-    _check_metrics(trainer, kind, left_out)
+    if metrics == "fast":
+        _check_best_metric(trainer, kind)
     loss, options, sft_weight = kind.translate(_loss_options(trainer, kind))
+    _check_prompts(trainer)
     model: Any = trainer.model
     check_head(model)
+    get_backend(impl, find_head(model).weight)
     with trainer.accelerator.autocast():
         found = prepare(model, layout, attention=attention)
         reference = getattr(trainer, "ref_model", None)
@@ -164,7 +176,7 @@ def use_plad_fast(
 
 
 def _kind_of(trainer: Any) -> _Kind:
-    if isinstance(trainer, _with_head_loss()):
+    if isinstance(trainer, fast.WithHeadLoss):
         raise UsageError("this trainer uses plad_fast already; call use_plad_fast once")
     # By name: TRL's experimental modules are not loaded for the question alone.
     names = {f"{cls.__module__}.{cls.__name__}" for cls in type(trainer).__mro__}
@@ -178,10 +190,6 @@ def _kind_of(trainer: Any) -> _Kind:
         f"{type(trainer).__name__} is not known here; known are trl.DPOTrainer and the CPOTrainer "
         "and ORPOTrainer of trl.experimental"
     )
-
-
-def _with_head_loss() -> type:
-    return fast._WithHeadLoss
 
 
 def _check_version() -> None:
@@ -257,7 +265,12 @@ def _check_setup(trainer: Any) -> None:
 
 def _check_methods(trainer: Any, kind: _Kind) -> None:
     for name in kind.front.replaces:  # type: ignore[attr-defined]
-        owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
+        owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), None)
+        if owner is None:
+            raise UsageError(
+                f"{type(trainer).__name__} of TRL {trl.__version__} has no {name}: it computes its "
+                "loss in another way; use TRL 1.15 or 1.16, or the trainer without plad_fast"
+            )
         if not owner.__module__.startswith("trl.") or name in vars(trainer):
             raise UsageError(
                 f"{type(trainer).__name__} has its own {name}, which plad_fast would put out of "
@@ -265,15 +278,33 @@ def _check_methods(trainer: Any, kind: _Kind) -> None:
             )
 
 
-def _check_metrics(trainer: Any, kind: _Kind, left_out: tuple[str, ...]) -> None:
+def _check_best_metric(trainer: Any, kind: _Kind) -> None:
     wanted = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
-    if wanted in left_out:
-        advice = "metrics='all', or " if kind is _DPO else ""
+    if wanted in kind.left_out:
         raise UsageError(
-            f"metric_for_best_model is {wanted!r}, which is not computed; choose {advice}another"
+            f"metric_for_best_model is {wanted!r}, which is not computed with metrics='fast'; "
+            "choose metrics='all', or another metric"
         )
-    if trainer.compute_metrics is not None and kind is not _DPO:
-        raise UsageError(
-            f"compute_metrics gets the means of logits in {type(trainer).__name__}, and plad_fast "
-            "does not compute them; leave it out"
-        )
+
+
+def _check_prompts(trainer: Any) -> None:
+    """Looks at all rows that lie ready, rather than stop the training at one of them."""
+    loss_type = trainer.args.loss_type if isinstance(trainer, DPOTrainer) else ()
+    by_length = sorted(fast.DIVIDING_BY_LENGTH & set(loss_type))
+    # What another collator makes of the rows, only its batches show.
+    if not by_length or not type(trainer.data_collator).__module__.startswith("trl."):
+        return
+    for data in _datasets(trainer):
+        if "prompt_ids" not in data.column_names or data.format["type"] == "custom":
+            continue
+        for table in data.select_columns("prompt_ids").with_format("arrow").iter(10_000):
+            shortest = pyarrow.compute.min(pyarrow.compute.list_value_length(table["prompt_ids"]))
+            if shortest.as_py() == 0:
+                raise UsageError(fast.NO_PROMPT.format(by_length[0]))
+
+
+def _datasets(trainer: Any) -> list[Dataset]:
+    held_out = trainer.eval_dataset
+    found = [trainer.train_dataset]
+    found += held_out.values() if isinstance(held_out, Mapping) else [held_out]
+    return [data for data in found if isinstance(data, Dataset)]

@@ -5,9 +5,10 @@ B groups. `logps` holds s(y) = sum_t log p(y_t | x, y_<t) in nats, divided by |y
 length normalisation is on; `reference_logps` holds the same under a reference model, s_ref(y).
 
 A new loss is one function under `@register_loss`. Its first argument is `logps` (B, K); it may
-ask for `scores`, `counts` or `reference_logps`, (B, K) each, by naming them; its other keyword
-arguments are its options. It returns one loss per group, (B,), and must treat groups
-independently: the one-pass loss calls it on some groups at a time.
+ask for `scores`, `counts` or `reference_logps`, (B, K) each, or for the caller's
+`length_normalization`, by naming them; its other keyword arguments are its options. It returns one
+loss per group, (B,), and must treat groups independently: the one-pass loss calls it on some
+groups at a time.
 
 With more than one rejected response a loss of pairs is the mean over the pairs that the first
 response forms with each of the others, unless its docstring says otherwise.

@@ -10,29 +10,44 @@ import torch
 from torch import Tensor
 
 from plad_fast.errors import UsageError
-from plad_fast.losses.registry import LossSpec, check_option_kinds, get_loss, register_loss
+from plad_fast.losses.registry import (
+    LossSpec,
+    available,
+    check_option_kinds,
+    get_loss,
+    register_loss,
+)
 from plad_fast.losses.terms import check_weight
+from plad_fast.segments import length_normalized
 from plad_fast.validation import check_number
 
 
-@register_loss("mixture", length_normalized=False)
+def _a_part_needs_it(options: Mapping[str, Any]) -> bool:
+    parts = options.get("parts")
+    if not isinstance(parts, Mapping):  # which the loss itself refuses
+        return False
+    return any(name in available() and get_loss(name).needs_reference for name in parts)
+
+
+@register_loss("mixture", length_normalized=False, reference_if=_a_part_needs_it)
 def mixture(
-    logps: Tensor,  # (B, K)
+    logps: Tensor,  # (B, K), plain sums
     *,
-    reference_logps: Tensor,  # (B, K)
     counts: Tensor,  # (B, K)
+    reference_logps: Tensor | None = None,  # (B, K), plain sums
+    length_normalization: float = 0.0,
     parts: Mapping[str, Mapping[str, Any]],
 ) -> Tensor:  # (B,)
-    """Sum over parts of weight times loss, each of plain sums whatever the length normalisation.
+    """Sum over parts of weight times loss, each length-normalised as it is when alone.
 
     parts: {"dpo": {"weight": 0.8, "beta": 0.1}, "bco_pair": {"weight": 0.2}}: registered losses by
     name, each with a weight (1 if left out) and options of its own. What needs scores, and means
-    over tokens, cannot be a part: the likelihood of the best responses is `sft_weight`. So
-    weighted are MPO, Wang et al. 2024, arXiv 2411.10442, section 3.2, and TRL's `loss_weights`.
+    over tokens, cannot be a part: the likelihood of the best responses is `sft_weight`. Reference
+    log-probabilities are needed if a part needs them. So weighted are MPO, Wang et al. 2024, arXiv
+    2411.10442, section 3.2, and TRL's `loss_weights`.
     """
     if not isinstance(parts, Mapping) or not parts:
         raise UsageError(f'parts must be like {{"dpo": {{"weight": 0.8}}}}, got {parts!r}')
-    tensors = {"counts": counts, "reference_logps": reference_logps}
     total = logps.new_zeros(len(logps))
     for name, given in parts.items():
         spec = _part(name)
@@ -43,8 +58,15 @@ def mixture(
         weight = given.get("weight", 1.0)
         check_number(f"the weight of {name!r} in parts", weight)
         check_weight(f"the weight of {name!r} in parts", weight)
-        constants = {key: tensors[key] for key in spec.takes if key in tensors}
-        total = total + weight * spec.fn(logps, **constants, **options)
+        alpha = length_normalization if spec.length_normalized else 0.0
+        constants: dict[str, Any] = {"counts": counts, "length_normalization": length_normalization}
+        if reference_logps is not None:
+            constants["reference_logps"] = length_normalized(reference_logps, counts, alpha)
+        elif spec.needs_reference:
+            raise UsageError(f"{name!r} in parts needs reference_logps")
+        taken = {key: constants[key] for key in spec.takes if key in constants}
+        own = length_normalized(logps, counts, alpha).clone()  # the function may work in place
+        total = total + weight * spec.fn(own, **taken, **options)
     return total
 
 

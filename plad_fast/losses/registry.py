@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from plad_fast.errors import UsageError
 
-_TENSOR_ARGUMENTS = ("scores", "counts", "reference_logps")
-# Arguments of the ops: an option of this name would never reach the loss.
+_FROM_THE_CALL = ("scores", "counts", "reference_logps", "length_normalization")
+# Other arguments of the ops: an option of this name would never reach the loss.
 _RESERVED = {
     *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
-    *("softcap", "logit_scale", "temperature", "length_normalization", "ignore_index"),
+    *("softcap", "logit_scale", "temperature", "ignore_index"),
     *("num_groups", "num_tokens", "impl", "scratch_bytes"),
 }
 
@@ -35,30 +35,45 @@ class LossSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Option names with their default values; `inspect.Parameter.empty` means required."""
     takes: tuple[str, ...] = ()
-    """Which of `scores`, `counts` and `reference_logps` the function has a parameter for."""
+    """Which of `scores`, `counts`, `reference_logps` and `length_normalization` the function has a
+    parameter for."""
     needs_scores: bool = False
     """`scores` has no default."""
     needs_reference: bool = False
     """`reference_logps` has no default."""
+    reference_if: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a loss that can go without `reference_logps` needs them with these options."""
     mean_over: str = "groups"
     """`groups`, or `tokens` of the groups' first sequences: what the sum is divided by."""
     length_normalized: bool = True
     """False: the function always gets plain sums, whatever the caller's length normalisation."""
+
+    def needs_reference_for(self, options: Mapping[str, Any]) -> bool:
+        """`needs_reference`, or what these options ask for."""
+        if self.reference_if is None:
+            return self.needs_reference
+        return self.needs_reference or self.reference_if(options)
 
 
 _REGISTRY: dict[str, LossSpec] = {}
 
 
 def register_loss(
-    name: str, *, mean_over: str = "groups", length_normalized: bool = True
+    name: str,
+    *,
+    mean_over: str = "groups",
+    length_normalized: bool = True,
+    reference_if: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a loss function known under `name`; see the module's docstring for its form."""
+    """Make a loss function known under `name`; see the module's docstring for its form, and
+    `LossSpec` for the arguments."""
     assert mean_over in ("groups", "tokens")
 
     def register(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _REGISTRY:
             raise ValueError(f"a loss named {name!r} is registered already")
-        _REGISTRY[name] = _spec_of(name, fn, mean_over, length_normalized)
+        spec = _spec_of(name, fn, mean_over, length_normalized)
+        _REGISTRY[name] = replace(spec, reference_if=reference_if)
         return fn
 
     return register
@@ -174,8 +189,8 @@ def _spec_of(
     return LossSpec(
         name=name,
         fn=fn,
-        options={key: value for key, value in named.items() if key not in _TENSOR_ARGUMENTS},
-        takes=tuple(key for key in named if key in _TENSOR_ARGUMENTS),
+        options={key: value for key, value in named.items() if key not in _FROM_THE_CALL},
+        takes=tuple(key for key in named if key in _FROM_THE_CALL),
         needs_scores=named.get("scores") is inspect.Parameter.empty,
         needs_reference=named.get("reference_logps") is inspect.Parameter.empty,
         mean_over=mean_over,

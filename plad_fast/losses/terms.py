@@ -22,6 +22,7 @@ _SMALLEST_ALPHA = 1e-20
 """Below this the power is the logarithm to the last bit, and could be 0 in float32."""
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""Their names are TRL's, of `f_divergence_type`."""
 
 
 def first_against_each(

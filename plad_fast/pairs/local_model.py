@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from plad_fast.adapted_layers import base_model
 from plad_fast.chat import Content, render_response
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
@@ -198,8 +199,8 @@ class LocalModel:
         sampler = RowSampler(sampling, ids, before, device, samples)
         generate: Any = self.model.generate
         with _generating(self.model, config), torch.inference_mode():
-            output = generate(
-                torch.tensor(padded, device=device),
+            output = generate(  # by name, as PEFT's takes them
+                input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
@@ -264,12 +265,18 @@ def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
     model's; answers are to depend on `Sampling` alone.
     """
     training = [module for module in model.modules() if module.training]
-    own = model.generation_config
+    # A model of PEFT shows the one inside, unless it was given one of its own; its `generate` may
+    # put that into the model inside.
+    inner = base_model(model)
+    holders = [inner] if "generation_config" not in vars(model) else [inner, model]
+    own = [holder.generation_config for holder in holders]
     model.eval()
-    model.generation_config = config
+    for holder in holders:
+        holder.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        for holder, value in zip(holders, own, strict=True):
+            holder.generation_config = value
         for module in training:
             module.training = True
