@@ -109,14 +109,14 @@ def test_a_run_that_was_ended_goes_on_where_it_was(ending, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, server.url, str(path)], stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while server.faults["hang"] < 4 or len(stored(path)) < 40:
             assert time.monotonic() < deadline, process.poll()
             time.sleep(0.01)
         os.kill(process.pid, ending)
         start = time.monotonic()
         _, error = process.communicate(timeout=30)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20  # the timeout is 60
         assert (b"KeyboardInterrupt" in error) == (ending == signal.SIGINT)
         before = {row["id"] for row in stored(path)}
         assert len(before) >= 39  # the store takes back a row in whose writing it is interrupted
