@@ -19,6 +19,7 @@ from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._pair_scores import score_responses
 from plad_fast._records import digest, model_digest
 from plad_fast._score_files import stored_scores as stored_file_scores
+from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.pairs import (
     Answer,
@@ -37,7 +38,7 @@ from plad_fast.pairs import (
     stored_scores,
 )
 from plad_fast.pairs.filters import KEEP_ALL
-from plad_fast.students import drop_layers, load_model, load_tokenizer
+from plad_fast.students import load_model, load_tokenizer
 from plad_fast.training import train_model
 
 REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short sentence."

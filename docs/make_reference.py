@@ -55,10 +55,10 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
             "plad_fast.tokenization": ["tokenize_dataset", "encode_group", "encode_prompt"],
             "plad_fast.packing": ["PreferenceCollator", "PreferenceBatch", "to_device"],
             "plad_fast.sharing": ["prepare"],
+            "plad_fast.depth": ["drop_layers", "depth"],
             "plad_fast.students": [
                 "load_model",
                 "load_tokenizer",
-                "drop_layers",
                 "offline_teacher_path",
             ],
         },

@@ -55,6 +55,12 @@ class NotPackedError(UsageError):
     """A layer asks for what packed rows do not have."""
 
 
+def check_implementation(name: str) -> None:
+    """Raise a UsageError unless there is an implementation of that name, installed or not."""
+    if name not in ("auto", *IMPLEMENTATIONS):
+        raise UsageError(f"unknown attention {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+
+
 def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
     """Lets a model's attention take packed rows; see the module. Calling it again changes the
     implementation.
@@ -68,10 +74,7 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
     Raises:
         UsageError: an unknown implementation, or flash where it is not installed.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise UsageError(
-            f"unknown attention {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}"
-        )
+    check_implementation(implementation)
     if implementation == "flash" and load_flash(from_hub=True) is None:
         raise UsageError(
             "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "

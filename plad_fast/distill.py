@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._packages import require_packages, versions
 from plad_fast._recipe_data import load_recipe_prompts, prompts_digest, split_prompts
+from plad_fast.depth import depth, drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import (
     StudentOutputs,
@@ -37,13 +38,7 @@ from plad_fast.recipe_scoring import held_out_scoring
 from plad_fast.recipe_texts import RecipeTexts
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder
-from plad_fast.students import (
-    depth,
-    drop_layers,
-    load_model,
-    load_tokenizer,
-    offline_teacher_path,
-)
+from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
 from plad_fast.training import train_model
 
 if TYPE_CHECKING:

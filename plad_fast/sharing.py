@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plad_fast._flash import working_dtype
 from plad_fast.adapted_layers import vocabulary_size
-from plad_fast.attention import NotPackedError, enable, is_enabled
+from plad_fast.attention import NotPackedError, check_implementation, enable, is_enabled
 from plad_fast.encoder_decoder import is_encoder_decoder
 from plad_fast.errors import UsageError
 from plad_fast.head import base_model, batch_hidden, causal_lm_logprobs, evaluating, find_head
@@ -56,6 +56,7 @@ def prepare(
     """
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
+    check_implementation(attention)
     if is_encoder_decoder(model):
         if layout not in ("auto", "encoder_decoder"):
             raise UsageError(

@@ -1,43 +1,25 @@
-"""Students and teachers: a language model from a hub id, a folder or a GGUF file, or a smaller one.
-
-Dropping layers follows the usual way to start a small student from its teacher: keep evenly
-spaced layers with their weights, embeddings and head (DistilBERT, arXiv 1910.01108, section 3). Of
-an encoder-decoder model these are layers of the decoder, where generation spends its time, unless
-the encoder's are asked for as well (shrink and fine-tune, arXiv 2010.13002).
-"""
+"""Students and teachers: a language model from a hub id, a folder or a GGUF file."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Lists in a config that may by chance be as long as the model is deep.
-_NOT_PER_LAYER = frozenset({"architectures", "bos_token_id", "eos_token_id", "pad_token_id"})
-_LAYER_NUMBERS = ("layer_idx", "layer_id")
-# Set by use of a model rather than by its config.
-_RUNTIME_STATE = frozenset({"training", "gradient_checkpointing", "is_quantized", "name_or_path"})
 _KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
-# How configs of encoder-decoder models name the number of layers, by half.
-_DEPTHS = {
-    "encoder": ("encoder_layers", "num_layers"),
-    "decoder": ("decoder_layers", "num_decoder_layers"),
-}
 
 
 def load_model(
@@ -129,80 +111,6 @@ def offline_teacher_path() -> Path:
             "or pass a hub id or a folder instead"
         )
     return files[0]
-
-
-def depth(model: PreTrainedModel) -> int:
-    """How many layers a model has; of an encoder-decoder model, its decoder.
-
-    Raises:
-        UsageError: as `drop_layers`.
-    """
-    half = "decoder" if model.config.is_encoder_decoder else None
-    return len(_find_layers(model, half)[1])
-
-
-def drop_layers(
-    teacher: PreTrainedModel,
-    keep: int | Sequence[int],
-    *,
-    keep_encoder: int | Sequence[int] | None = None,
-) -> PreTrainedModel:
-    """A student made of some of the teacher's layers, and of its embeddings, final norm and head.
-
-    The student shares no storage with the teacher, which is left as it is. Tied weights stay tied.
-    `save_pretrained` and `from_pretrained` give back the same student.
-
-    Args:
-        teacher: a model whose layers, or those of encoder and decoder each, lie in one
-            `nn.ModuleList` (nearly all of them).
-        keep: how many layers, evenly spaced with the first and the last among them; or the
-            indices of the layers to keep, in increasing order. Layers of the decoder, if the
-            model has an encoder.
-        keep_encoder: layers of the encoder, likewise; None keeps all.
-
-    Raises:
-        UsageError: no such layers, or an architecture whose depth cannot be changed this way.
-    """
-    if not teacher.config.is_encoder_decoder:
-        if keep_encoder is not None:
-            raise UsageError(
-                f"keep_encoder is {keep_encoder}, and {type(teacher).__name__} has no encoder; "
-                "leave it out"
-            )
-        return _drop(teacher, {None: keep})
-    wanted: dict[str | None, int | Sequence[int]] = {"decoder": keep}
-    return _drop(teacher, wanted if keep_encoder is None else {**wanted, "encoder": keep_encoder})
-
-
-def _drop(
-    teacher: PreTrainedModel, wanted: Mapping[str | None, int | Sequence[int]]
-) -> PreTrainedModel:
-    """`drop_layers` by half of the model; None is all of it."""
-    found = {half: _find_layers(teacher, half) for half in wanted}
-    kept = {half: _kept_indices(keep, len(found[half][1])) for half, keep in wanted.items()}
-    # The deep copy meets a stand-in for every dropped layer, so their weights are never copied.
-    stand_in = nn.Identity()
-    dropped = [
-        layer
-        for half, (_, layers) in found.items()
-        for index, layer in enumerate(layers)
-        if index not in set(kept[half])
-    ]
-    student = copy.deepcopy(teacher, {id(layer): stand_in for layer in dropped})
-    for half, (name, layers) in found.items():
-        survivors = [layer for layer in student.get_submodule(name) if layer is not stand_in]
-        student.set_submodule(name, nn.ModuleList(survivors))
-        for index, layer in enumerate(survivors):
-            for module in layer.modules():
-                for attribute in _LAYER_NUMBERS:
-                    if isinstance(getattr(module, attribute, None), int):
-                        setattr(module, attribute, index)
-        if half is None:
-            _shrink_config(student.config.get_text_config(), kept[half], len(layers))
-        else:
-            setattr(student.config, _depth_name(student, half), len(survivors))
-    _require_rebuildable(student)
-    return student
 
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -301,108 +209,3 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         if hasattr(model, attribute):
             delattr(model, attribute)
     model.is_quantized = False
-
-
-def _depth_name(model: PreTrainedModel, half: str) -> str:
-    names = [name for name in _DEPTHS[half] if name in vars(model.config)]
-    if len(names) != 1:
-        raise UsageError(
-            f"it is not known where the config of {type(model).__name__} has the depth of its "
-            f"{half}; choose another student"
-        )
-    return names[0]
-
-
-def _find_layers(model: PreTrainedModel, half: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Name and layers of a model, or of its encoder or decoder."""
-    if half is None:
-        depth, inside = model.config.get_text_config().num_hidden_layers, model
-    else:
-        depth = getattr(model.config, _depth_name(model, half))
-        inside = model.get_encoder() if half == "encoder" else model.get_decoder()
-    members = set(inside.modules())
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and module in members
-    ]
-    # The outermost list is the stack; a list of that length inside a layer (experts) is not.
-    outermost = [
-        (name, module)
-        for name, module in found
-        if not any(name.startswith(f"{other}.") for other, _ in found)
-    ]
-    if len(outermost) != 1:
-        raise UsageError(
-            f"cannot tell which of the {len(outermost)} module lists of {type(model).__name__} are "
-            f"its {depth} layers; choose another student"
-        )
-    return outermost[0]
-
-
-def _kept_indices(keep: int | Sequence[int], depth: int) -> list[int]:
-    if isinstance(keep, int):
-        if not 1 <= keep <= depth:
-            raise UsageError(f"cannot keep {keep} layers of {depth}; choose from 1 to {depth}")
-        if keep == 1:
-            return [0]
-        gaps = keep - 1
-        return [(2 * index * (depth - 1) + gaps) // (2 * gaps) for index in range(keep)]
-    kept = list(keep)
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
-        raise UsageError(
-            f"layers to keep must be increasing indices from 0 to {depth - 1}, at least one and "
-            f"none twice; got {kept}"
-        )
-    return kept
-
-
-def _shrink_config(config: PretrainedConfig, kept: Sequence[int], depth: int) -> None:
-    for name, value in list(vars(config).items()):
-        per_layer = isinstance(value, (list, tuple)) and len(value) == depth
-        if per_layer and name not in _NOT_PER_LAYER:
-            setattr(config, name, type(value)(value[index] for index in kept))
-    config.num_hidden_layers = len(kept)
-
-
-def _require_rebuildable(student: PreTrainedModel) -> None:
-    """Refuses a student which its config would not rebuild as it is.
-
-    Some architectures derive a layer's kind or scale from its index, or from config entries that
-    are not plain per-layer lists: loaded again, such a student would be another model.
-    """
-    with torch.device("meta"):
-        rebuilt = type(student)(copy.deepcopy(student.config))
-    differing = _first_difference(_parts(student), _parts(rebuilt))
-    if differing is None:
-        ours, theirs = _settings(student), _settings(rebuilt)
-        differing = _first_difference(
-            {key: ours[key] for key in ours.keys() & theirs.keys()},
-            {key: theirs[key] for key in ours.keys() & theirs.keys()},
-        )
-    if differing is not None:
-        raise UsageError(
-            f"{type(student).__name__} cannot lose these layers: saved and loaded again, its "
-            f"{differing} would differ; keep other layers, or choose another student"
-        )
-
-
-def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    keys = sorted(ours.keys() | theirs.keys())
-    return next((key for key in keys if ours.get(key) != theirs.get(key)), None)
-
-
-def _parts(model: nn.Module) -> dict[str, Any]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _settings(model: nn.Module) -> dict[str, Any]:
-    """The plain values by which modules of one shape may still differ (window, scale, kind)."""
-    return {
-        f"{name}.{attribute}": value
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str))
-        and not attribute.startswith("_")
-        and attribute not in _RUNTIME_STATE
-    }

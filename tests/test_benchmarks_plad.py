@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.plad_study import ARMS, Setting, Study
 from benchmarks.plad_table import Outcomes, interval, summarise
 from plad_fast.errors import UsageError
 
+ROOT = Path(__file__).parent.parent
 SIZES = {
     "fine_tuning": 6, "pairing": 6, "validation": 4, "held_out": 4, "layers": 1, "samples": 2,
     "max_new_tokens": 40,
@@ -121,3 +123,26 @@ def test_intervals_are_over_seeds_and_prompts():
     assert 0.35 < low < 0.45 < 0.55 < high < 0.65
     low, high = interval([np.zeros(100), np.ones(100)])
     assert (low, high) == (0.0, 1.0)
+
+
+def test_the_readme_has_the_figures_of_the_table():
+    with open(ROOT / "benchmarks/results/plad_vs_sft.csv", newline="") as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    names = {"SFT": "before", "SFT longer": "more fine-tuning"}
+    assert list(rows) == ["SFT", *(arm.name for arm in ARMS)]
+    assert {row["seeds"] for row in rows.values()} == {"3"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, row in rows.items():
+        wins = [
+            "50 %"
+            if name == "SFT longer"
+            else "{:.1f} % [{:.1f}, {:.1f}]".format(
+                *(100 * float(row[f"win_{kind}{end}"]) for end in ("", "_low", "_high"))
+            )
+            for kind in ("likelihood_samples", "likelihood_greedy", "rougeL_samples")
+        ]
+        repetition = ", ".join(
+            f"{float(row[f'repetition_{k}']):.3f}" for k in ("samples", "greedy")
+        )
+        cells = [names.get(name, name), *wins, repetition]
+        assert f"| {' | '.join(cells)} |" in readme, cells

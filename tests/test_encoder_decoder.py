@@ -12,6 +12,7 @@ from torch import nn
 
 from plad_fast._pair_scores import score_pairs
 from plad_fast.cli import main
+from plad_fast.depth import depth, drop_layers
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.head import backbone_hidden, base_model, causal_lm_logprobs, check_head
@@ -19,7 +20,7 @@ from plad_fast.micro_batches import pack
 from plad_fast.packing import PreferenceCollator
 from plad_fast.pairs import LocalModel, Prompt, Sampling
 from plad_fast.sharing import prepare
-from plad_fast.students import depth, drop_layers, load_model
+from plad_fast.students import load_model
 from plad_fast.tokenization import encode_group, tokenize_dataset
 from tests.conftest import BOS, END
 from tests.recipe_runs import arguments

@@ -29,7 +29,7 @@ LAYERS = [
     {"_rows", "_devices"},
     {"row_layout", "tokenization"},
     {"packing", "_flash"},
-    {"attention", "students", "training_metrics", "micro_batches"},
+    {"attention", "depth", "students", "training_metrics", "micro_batches"},
     {"adapted_layers", "_tensor_parallel"},
     {"encoder_decoder"},
     {"lm_head"},

@@ -167,6 +167,8 @@ def test_layouts_by_name():
     assert is_enabled(model)
     with pytest.raises(UsageError, match="unknown layout 'row'"):
         prepare(model, "row")
+    with pytest.raises(UsageError, match="unknown attention 'quick'"):
+        prepare(model, "padded", attention="quick")
     with pytest.raises(UsageError, match="unknown attention 'xformers'"):
         prepare(model, attention="xformers")
 

@@ -18,8 +18,9 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
-from plad_fast.students import drop_layers, load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
 
 COMMON = {
     "vocab_size": 61,
