@@ -150,12 +150,10 @@ class Objective:
     ) -> tuple[float | Tensor, float | Tensor]:
         """What the group losses and the regulariser are divided by; 1 in place of 0.
 
-        Raises:
-            UsageError: a negative number, or a tensor that is not a scalar.
+        The numbers given have passed `plad_fast.validation.check_denominator`.
         """
-        groups = _denominator("num_groups", len(counts) if num_groups is None else num_groups)
-        tokens = counts[:, 0].sum() if num_tokens is None else num_tokens
-        tokens = _denominator("num_tokens", tokens)
+        groups = _denominator(len(counts) if num_groups is None else num_groups)
+        tokens = _denominator(counts[:, 0].sum() if num_tokens is None else num_tokens)
         return (tokens if self.spec.mean_over == "tokens" else groups), tokens
 
     def value(
@@ -246,13 +244,9 @@ def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:
         pending += [parent for parent, _ in node.next_functions]
 
 
-def _denominator(name: str, count: float | Tensor) -> float | Tensor:
+def _denominator(count: float | Tensor) -> float | Tensor:
     if not isinstance(count, Tensor):
-        if not count >= 0:
-            raise UsageError(f"{name} must not be negative, got {count}")
         return count or 1
-    if count.ndim:
-        raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
     # A wide float: an integer tensor would turn the weight it divides into float32.
     wide = torch.float32 if count.device.type == "mps" else torch.float64
     return torch.where(count > 0, count, 1).to(wide)
