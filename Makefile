@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints-cpu.txt
 EXTRA ?= dev
 UPGRADE ?=
+PROCESSES ?= 2
+# Files in order: the longest test is in one of the first. A thread in each process.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile \
+	--no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 RUN ?= runs/quickstart
 
@@ -17,10 +21,10 @@ quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The oldest versions that setup.py allows: `make test-oldest PYTHON=python3.10` has the oldest of
 # Python too. Builds of torch other than the CPU's bring CUDA: 7 GB here, and below.

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         unwrap(wrapper).save_pretrained(args.output_dir)
+    accelerator.wait_for_everyone()  # gloo may hang where its group ends right after a reduction
     accelerator.end_training()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -20,8 +21,11 @@ WORDS = ["red", "a cat", "eleven", "tea", "the sea", "no", "north", "it rains"]
 
 @pytest.fixture
 def arguments(tiny_teacher, tmp_path, monkeypatch):
-    """What every example takes."""
+    """What every example takes, in a process that has trained nothing yet."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    # accelerate keeps the precision of a process's first trainer for all that follow.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     rows = [{"prompt": f"Say {w}.", "chosen": w, "rejected": w[::-1] + "!"} for w in WORDS]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
