@@ -25,6 +25,7 @@ LAYERS = [
     {"ops"},
     {"fused"},
     {"_vocab_autograd"},
+    {"_vocab_call"},
     {"vocab_parallel"},
     {"_rows", "_devices"},
     {"row_layout", "tokenization"},
