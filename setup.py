@@ -34,7 +34,7 @@ EXTRAS = {
 # What the tests need at the oldest versions that this file allows (`make test-oldest`).
 EXTRAS["test"] = [
     "pytest>=8.0",
-    "pytest-xdist>=3.7",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.100",
     "scipy>=1.11",  # what statistics are compared with
     *EXTRAS["api"],

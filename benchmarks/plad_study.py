@@ -42,6 +42,7 @@ from plad_fast.training import train_model
 
 REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short sentence."
 TRAINING_SCORER = "rougeL"
+PARTS = ("validation", "first_held_out", "held_out")
 FORWARD = 1 / 3
 """What a token counts that went forward only."""
 
@@ -61,16 +62,16 @@ class Setting:
     pairing: int = 100
     """Dialogues for the pairs, which fine-tuning has not seen."""
     validation: int = 60
-    held_out: int = 120
-    evaluated: int = 60
-    """Of the validation or held-out dialogues, the first so many; what is left stays unseen."""
+    first_held_out: int = 60
+    """Dialogues on which a first choice of settings was measured; nobody chose anything by them."""
+    held_out: int = 60
     max_new_tokens: int = 64
     sft_epochs: float = 2.0
     sft_learning_rate: float = 1e-4
     pair_epochs: float = 2.0
     """Passes over the pairs of PLaD's ranking loss, which set the compute of every arm."""
     samples: int = 2
-    """Of a student to an evaluated prompt, at temperature 1."""
+    """Of a student to a prompt it is measured on, at temperature 1."""
     temperature: float = 1.5
     """Of the samples that become rejected answers."""
 
@@ -91,7 +92,7 @@ class Setting:
         ]
         random.Random(0).shuffle(found)
         parts = {}
-        for part in ("held_out", "validation", "pairing", "fine_tuning"):
+        for part in ("first_held_out", "held_out", "validation", "pairing", "fine_tuning"):
             count = getattr(self, part)
             if len(found) < count:
                 raise UsageError(f"{self.dialogsum} has too few dialogues for {count} {part}")
@@ -106,7 +107,7 @@ class Study:
         setting: what all seeds share.
         folder: of the experiment.
         seed: of fine-tuning, sampling and the arms' training.
-        part: "validation" or "held_out": what the arms are measured on.
+        part: of `PARTS`: what the arms are measured on.
     """
 
     def __init__(self, setting: Setting, folder: Path, seed: int, part: str) -> None:
@@ -198,15 +199,14 @@ class Study:
         return self.folder / slug(arm.name)
 
     def measure(self, name: str, model: Path, scorers: Sequence[str]) -> dict[str, Any]:
-        """Greedy answers and samples of a model to the evaluated prompts, and what they are worth.
+        """Greedy answers and samples of a model to the prompts of the part, and their worth.
 
         Returns:
             `ids`; `greedy`: texts; `samples`: a list of texts for each prompt; `logps` of the
             samples, per token; `scores`: scorer -> {"greedy", "samples"}; `cut`: share of answers
             that reached the length limit.
         """
-        evaluated = self.parts[self.part][: self.setting.evaluated]
-        prompts = [p for p in evaluated if p.id in self.teacher_answers]
+        prompts = [p for p in self.parts[self.part] if p.id in self.teacher_answers]
         longest, n = self.setting.max_new_tokens, self.setting.samples
         stem = f"{slug(name)}-{self.part}"
         greedy = self._answers(model, f"{stem}-greedy", prompts, Sampling(longest, temperature=0.0))

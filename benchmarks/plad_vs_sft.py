@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.common import RESULTS, environment, write_csv
 from benchmarks.plad_arms import ARMS, BASELINE, FINE_TUNED, Arm, read_arms
-from benchmarks.plad_study import TRAINING_SCORER, Setting, Study
+from benchmarks.plad_study import PARTS, TRAINING_SCORER, Setting, Study
 from benchmarks.plad_table import Outcomes, draw, summarise, table
 from plad_fast._records import require_equal
 from plad_fast.errors import UsageError
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dialogsum", type=Path, required=True, metavar="JSONL")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/plad_vs_sft"))
-    parser.add_argument("--part", choices=("validation", "held_out"), default="held_out")
+    parser.add_argument("--part", choices=PARTS, default="held_out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     names = [arm.name for arm in ARMS[1:]]
     parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")

@@ -19,8 +19,8 @@ from plad_fast.pairs import PairFilters
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
-    "fine_tuning": 6, "pairing": 6, "validation": 4, "held_out": 4, "layers": 1, "samples": 2,
-    "max_new_tokens": 40,
+    "fine_tuning": 6, "pairing": 6, "validation": 4, "first_held_out": 0, "held_out": 4,
+    "layers": 1, "samples": 2, "max_new_tokens": 40,
 }  # fmt: skip
 
 
