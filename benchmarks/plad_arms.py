@@ -53,8 +53,8 @@ class Arm:
 MEANS = {"length_normalization": 1.0}
 ARMS = (
     Arm("SFT longer", "sft", 1e-5),
-    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 4.0, "sft_weight": 1.0}),
-    Arm("PLaD margin", "plad_margin", 3e-5, options={**MEANS, "beta": 50.0, "sft_weight": 1.0}),
+    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 8.0, "sft_weight": 1.0}),
+    Arm("PLaD margin", "plad_margin", 3e-5, options={**MEANS, "beta": 200.0, "sft_weight": 1.0}),
     Arm("DPO", "dpo", 1e-5, options={"beta": 0.1}),
     Arm("SimPO", "simpo", 1e-5, options={"beta": 2.0, "loss_args": '{"gamma": 1.0}'}),
 )

@@ -37,7 +37,7 @@ from plad_fast.kernels.aot_tables import (
     tile_name,
 )
 from plad_fast.kernels.launch import AotEntry, LinearConfig
-from plad_fast.kernels.resources import GPUS, Resources, resources_of
+from plad_fast.kernels.resources import GPUS, Resources, ptxas_log, resources_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -91,7 +91,7 @@ def inspect(entry: AotEntry, arch: int) -> Report:
             compiled = compile_entry(entry, GPUTarget("cuda", arch, 32))
     resources = resources_of(
         arch,
-        log.getvalue(),
+        log.getvalue() or ptxas_log(compiled.asm["ptx"]),
         compiled.asm["cubin"],
         compiled.metadata.shared,
         compiled.metadata.tmem_size or 0,

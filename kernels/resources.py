@@ -84,6 +84,24 @@ class Resources:
     code: Code
 
 
+def ptxas_log(ptx: str) -> str:
+    """What `ptxas -v` says of a kernel. Triton prints it itself from 3.5 on."""
+    target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)
+    if target is None:
+        raise RuntimeError(f"PTX without a target:\n{ptx[:500]}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        command = [str(_TOOLS / "ptxas"), "-lineinfo", "-v", f"--gpu-name={target[1]}"]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(source.with_suffix(".o"))],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    return done.stderr
+
+
 def parse_ptxas(log: str) -> Usage:
     """The log of one kernel; functions that were not inlined spill on its account."""
     registers = re.findall(r"Used (\d+) registers", log)
