@@ -67,6 +67,7 @@ def transformers_generate(model: Any, prompts: list[Prompt], sampling: Sampling)
             [[{"role": "user", "content": p.content}] for p in batch],
             add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
         )  # fmt: skip
+        inputs.pop("token_type_ids", None)  # transformers 4.57 makes them, generate refuses them
         output = model.model.generate(
             **inputs, **settings, max_new_tokens=sampling.max_new_tokens, top_p=sampling.top_p,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import TrainingArguments
 
 from benchmarks.common import (
     DTYPES,
@@ -110,6 +111,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     missing = [f"{name}: {why}" for name in args.impl or () if (why := IMPLS[name].missing())]
     if missing:
         parser.error("; ".join(missing))
+    if not hasattr(TrainingArguments, "train_sampling_strategy"):
+        parser.error("needs transformers 5, whose trainers can take their rows in order")
     return args
 
 

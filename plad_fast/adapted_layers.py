@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from plad_fast.errors import UsageError
@@ -209,7 +210,12 @@ def _active(module: Any, known: Any) -> Sequence[str]:
 
 def _names(module: nn.Module) -> set[str]:
     """Of a module's classes, as package.Class: PEFT need not be installed to know them."""
-    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(module).__mro__}
+    return _names_of(type(module))
+
+
+@torch.compiler.assume_constant_result
+def _names_of(kind: type) -> set[str]:
+    return {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in kind.__mro__}
 
 
 def _require_in_layers(model: Any) -> None:

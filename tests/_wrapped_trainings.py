@@ -207,9 +207,9 @@ SINGLE = _named(_TRAININGS)
 TRAININGS = _named(_TRAININGS)
 RESUMED = {"saved": functools.partial(train, name="again", resume="saved-2/checkpoint-2", **LONG)}
 RESUMED_ALONE = dict(RESUMED)
-HAS_FSDP2 = int(transformers.__version__.partition(".")[0]) >= 5
-"""Earlier ones configure it otherwise."""
-if HAS_FSDP2:
+HAS_TRANSFORMERS_5 = int(transformers.__version__.partition(".")[0]) >= 5
+"""Earlier ones configure FSDP2 otherwise."""
+if HAS_TRANSFORMERS_5:
     TRAININGS |= _named(_TRAININGS, "fsdp-", fsdp=True)
     TRAININGS |= {
         "fsdp-bf16": functools.partial(train, name="fsdp-bf16", fsdp=True, bf16=True, **WINDOW),

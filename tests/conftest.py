@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ import torch
 # Read when a kernel is defined: without a GPU all of them are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    importlib.import_module("tests.triton_34")
 
 # The same cases on every machine, and no time limit: these machines are shared.
 hypothesis.settings.register_profile("plad", deadline=None, derandomize=True, max_examples=60)

@@ -284,7 +284,7 @@ def touch(edge: str, offset: int, tell: Tell) -> None:
 def main() -> None:
     torch.set_num_threads(1)  # a process that forks must have no other threads
     # Of the kernels only what nothing is planted in: the others are imported where they run.
-    for shared in ("triton", "triton.language", "plad_fast.kernels.primitives"):
+    for shared in ("triton", "triton.language", "triton_34", "plad_fast.kernels.primitives"):
         importlib.import_module(shared)
     works: dict[str, Callable[[Tell], None]] = {}
     for edge in EDGES:

@@ -33,6 +33,8 @@ def cache(tmp_path, monkeypatch):
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # What the interpreter of Triton 3.4 does to numpy.
+        warnings.filterwarnings("ignore", "Conversion of an array with ndim")
         yield cache_folder()
     forget()
 

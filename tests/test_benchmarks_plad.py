@@ -101,14 +101,14 @@ def test_answers_of_another_training_are_refused(command, tiny_teacher, dialogsu
 def test_arms_of_a_file(tmp_path, command, tiny_teacher, dialogsum):
     """Fields of `Arm`; fewer pairs are gone over more often."""
     path = tmp_path / "arms.json"
-    fields = {"name": "Two pairs", "loss": "plad_ranking", "learning_rate": 1e-4, "pairs": 2}
+    fields = {"name": "One pair", "loss": "plad_ranking", "learning_rate": 1e-4, "pairs": 1}
     path.write_text(json.dumps([fields | {"options": {"beta": 1.0}}]))
     (arm,) = read_arms(path)
-    assert arm == Arm("Two pairs", "plad_ranking", 1e-4, options={"beta": 1.0}, pairs=2)
+    assert arm == Arm("One pair", "plad_ranking", 1e-4, options={"beta": 1.0}, pairs=1)
     setting = Setting(str(tiny_teacher), dialogsum, **SIZES)
     study = Study(setting, plad_vs_sft.parse(command).output_dir, 0, "held_out")
     rows = study._filtered(arm)
-    assert rows == study.pairs[:2] != study.pairs
+    assert rows == study.pairs[:1] != study.pairs
     share = sum(study._tokens(row, "chosen", "rejected") for row in rows) / sum(
         study._tokens(row, "chosen", "rejected") for row in study.pairs
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from benchmarks import step, step_models
 from benchmarks.common import ROOT
@@ -27,6 +28,10 @@ from benchmarks.step_data import (
 from benchmarks.step_impls import IMPLS, Impl, Job, naive
 from benchmarks.step_measure import measure, prepare, save_truth
 from benchmarks.step_record import Truth
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(TrainingArguments, "train_sampling_strategy"), reason="the benchmark refuses to run"
+)
 
 COLUMNS = {
     "kind", "dtype", "active", "checkpointing", "impl", "median_s", "q1_s", "q3_s", "pairs_per_s",

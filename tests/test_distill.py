@@ -35,8 +35,8 @@ def test_the_run_folder_holds_what_was_promised(finished):
     student = AutoModelForCausalLM.from_pretrained(finished / "plad")
     assert student.config.num_hidden_layers == 1
     tokenizer = AutoTokenizer.from_pretrained(finished / "plad")
-    ids = tokenizer("hello", return_tensors="pt")
-    assert student.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    assert student.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
     pair = json.loads((finished / "pairs" / "train.jsonl").read_text().splitlines()[0])
     assert {"prompt", "chosen", "rejected", "id", "source"} <= pair.keys()
     metrics = json.loads((finished / "metrics.json").read_text())

@@ -18,14 +18,16 @@ from plad_fast.head import causal_lm_logprobs, head_arguments
 from plad_fast.packing import PreferenceCollator
 from tests._process_sets import results, start
 from tests._wrapped_losses import FOUR, GROUPS, LOSSES, ZERO_LOSSES
-from tests._wrapped_trainings import HAS_FSDP2, TRAININGS, ZERO_TRAININGS
+from tests._wrapped_trainings import HAS_TRANSFORMERS_5, TRAININGS, ZERO_TRAININGS
 from tests.tiny_models import make_model
 from tests.trainings import PAIRS, assert_same_weights
 
 COMPARED = [name for name in TRAININGS if name not in ("fsdp-refused", "fsdp-bf16")]
 """Trainings that end where the one in a single process does."""
 
-needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 by the settings of transformers 5")
+needs_fsdp2 = pytest.mark.skipif(
+    not HAS_TRANSFORMERS_5, reason="FSDP2 by the settings of transformers 5"
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,9 @@ def test_reference_of_a_sharded_model_is_refused(ran):
     results(ran, "TRAININGS", 2, "fsdp-refused")
 
 
+@pytest.mark.skipif(
+    not HAS_TRANSFORMERS_5, reason="transformers 4 takes the batch size of the checkpoint"
+)
 @pytest.mark.parametrize("world", [1, 4])
 def test_checkpoint_of_two_processes_resumes_in_others(world, ran):
     """With the optimizer and the schedule: it ends where a straight run of one process does."""
