@@ -63,7 +63,7 @@ class Setting:
     """Dialogues for the pairs, which fine-tuning has not seen."""
     validation: int = 60
     first_held_out: int = 60
-    """Dialogues on which a first choice of settings was measured; nobody chose anything by them."""
+    """Dialogues on which a first choice of settings was measured (benchmarks/README.md)."""
     held_out: int = 60
     max_new_tokens: int = 64
     sft_epochs: float = 2.0
@@ -117,6 +117,8 @@ class Study:
         self.seed = seed
         self.part = part
         self.parts = setting.prompts()
+        if not self.parts[part]:
+            raise UsageError(f"the part {part} has no dialogues; give it some")
         self.tokenizer = load_tokenizer(setting.teacher)
 
     @cached_property
@@ -290,7 +292,7 @@ class Study:
         if arm.fine_tunes:
             return budget / sum(self._tokens(row, "chosen") for row in rows)
         epoch = sum(self._tokens(row, "chosen", "rejected") for row in rows)
-        reference = FORWARD * epoch if arm.loss == "dpo" else 0.0
+        reference = FORWARD * epoch if arm.objective.needs_reference else 0.0
         return (budget - sampled - reference) / epoch
 
     def _sampled_tokens(self) -> int:

@@ -53,11 +53,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if isinstance(setting.default, (int, float)):
             flag = "--" + setting.name.replace("_", "-")
             parser.add_argument(flag, type=type(setting.default), default=setting.default)
-    parser.add_argument("--csv", type=Path, help="default for the held-out part: in results/")
+    parser.add_argument(
+        "--csv", type=Path, help="default: in results/, for all published arms on the held-out part"
+    )
     args = parser.parse_args(argv)
     if not args.dialogsum.is_file():
         parser.error(f"--dialogsum: there is no file {str(args.dialogsum)!r}")
-    if args.csv is None and args.part == "held_out" and args.arms_file is None:
+    if args.arms_file is not None and args.arms != names:
+        parser.error("--arms and --arms-file exclude each other")
+    published = args.part == "held_out" and args.arms_file is None and args.arms == names
+    if args.csv is None and published:
         args.csv = RESULTS / "plad_vs_sft.csv"
     return args
 

@@ -123,20 +123,72 @@ def test_arms_of_a_file(tmp_path, command, tiny_teacher, dialogsum):
     [
         ("{}", "must hold a list of objects"),
         ("[", "Expecting value"),
-        ('[{"name": "a", "loss": "dpo"}]', "learning_rate.*an arm has name, loss"),
-        ('[{"name": "a", "loss": "none", "learning_rate": 1}]', "none"),
-        ('[{"name": "a", "loss": "dpo", "learning_rate": 0}]', "must be positive"),
-        ('[{"name": "a", "loss": "dpo", "learning_rate": 1, "pairs": 0}]', "must be positive"),
-        ('[{"name": "a", "loss": "dpo", "learning_rate": 1, "options": {"lr": 1}}]', "option lr"),
-        ('[{"name": "a", "loss": "dpo", "learning_rate": 1, "filters": {"x": 1}}]', "'x'"),
-        ('[{"name": "SFT longer", "loss": "dpo", "learning_rate": 1}]', "'sft-longer' is taken"),
+        ("[]", "holds no arm"),
     ],
 )
-def test_arms_that_are_none(tmp_path, command, capsys, text, message):
+def test_files_without_arms(tmp_path, command, capsys, text, message):
     path = tmp_path / "arms.json"
     path.write_text(text)
     assert plad_vs_sft.main([*command, "--arms-file", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": ...}, "learning_rate.*an arm has name, loss"),
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4'"),
+        ({"learning_rate": True}, "learning_rate must be a number, got True"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"pairs": 0}, "pairs must be a whole number"),
+        ({"pairs": True}, "pairs must be a whole number"),
+        ({"loss": "none"}, "unknown loss 'none'"),
+        ({"loss": 3}, "loss"),
+        ({"loss": "sft", "pairs": 3}, "neither pairs nor filters"),
+        ({"options": {"lr": 1}}, "no option lr"),
+        ({"options": []}, "options must be an object"),
+        ({"options": {"beta": -1.0}}, "beta"),
+        ({"options": {"beta": "x"}}, "beta must be a number"),
+        ({"options": {"loss_args": '{"nope": 1}'}}, "nope"),
+        ({"filters": {"x": 1}}, "'x'"),
+        ({"filters": {"contradicted": "no"}}, "contradicted cannot be 'no'"),
+        ({"filters": {"min_gap": True}}, "min_gap cannot be True"),
+        ({"filters": 3}, "filters must be an object"),
+        ({"name": "SFT longer"}, "'SFT longer' is taken"),
+        ({"name": "Evaluation"}, "'Evaluation' is taken"),
+        ({"name": ""}, "a name is letters"),
+        ({"name": "../x"}, "a name is letters"),
+        ({"name": "x.checkpoints"}, "a name is letters"),
+        ({"name": 5}, "a name is letters"),
+    ],
+)
+def test_arms_that_cannot_be(tmp_path, command, capsys, fields, message):
+    arm = {"name": "a", "loss": "dpo", "learning_rate": 1e-4} | fields
+    path = tmp_path / "arms.json"
+    path.write_text(json.dumps([{k: v for k, v in arm.items() if v is not ...}]))
+    assert plad_vs_sft.main([*command, "--arms-file", str(path)]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_arms_are_named_once(command, capsys):
+    with pytest.raises(SystemExit):
+        plad_vs_sft.main([*command, "--arms", "DPO", "--arms-file", "arms.json"])
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_reference_is_paid_for(command, tiny_teacher, dialogsum):
+    setting = Setting(str(tiny_teacher), dialogsum, **SIZES)
+    study = Study(setting, plad_vs_sft.parse(command).output_dir, 0, "held_out")
+    with_reference, without = (Arm("a", loss, 1e-4) for loss in ("ipo", "simpo"))
+    pairs = study.pairs
+    epochs = study._epochs(without, pairs)
+    assert study._epochs(with_reference, pairs) == pytest.approx(epochs - 1 / 3)
+
+
+def test_a_part_without_dialogues_is_refused(command, capsys):
+    assert plad_vs_sft.main([*command, "--part", "first_held_out"]) == 2
+    assert "first_held_out has no dialogues" in capsys.readouterr().err
 
 
 def measures(scores):
