@@ -24,7 +24,7 @@ EXTRAS = {
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.10", "protobuf"],
     "bench": [
-        "transformers>=5",  # the step benchmark's trainers take their rows in order
+        "transformers>=5.2",  # the step benchmark's trainers take their rows in order
         "trl>=1.16; python_version >= '3.11'",
         "liger-kernel>=0.8.5",
         "cut-cross-entropy>=25.1.1",

@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if missing:
         parser.error("; ".join(missing))
     if not hasattr(TrainingArguments, "train_sampling_strategy"):
-        parser.error("needs transformers 5, whose trainers can take their rows in order")
+        parser.error("needs transformers 5.2, whose trainers can take their rows in order")
     return args
 
 

@@ -41,6 +41,8 @@ from plad_fast.kernels.resources import GPUS, Resources, ptxas_log, resources_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+_TRITON_LOGS = not triton.__version__.startswith("3.4.")
+"""What ptxas says, on demand; in 3.4 the knob for it is not read."""
 _TENSOR_CORE = {90: "wgmma", 100: "tcgen05"}  # mma elsewhere
 _AMD = "gfx942"
 _AMD_SAMPLE = 8  # every eighth entry
@@ -91,7 +93,7 @@ def inspect(entry: AotEntry, arch: int) -> Report:
             compiled = compile_entry(entry, GPUTarget("cuda", arch, 32))
     resources = resources_of(
         arch,
-        log.getvalue() or ptxas_log(compiled.asm["ptx"]),
+        log.getvalue() if _TRITON_LOGS else ptxas_log(compiled.asm["ptx"]),
         compiled.asm["cubin"],
         compiled.metadata.shared,
         compiled.metadata.tmem_size or 0,

@@ -208,14 +208,14 @@ def _active(module: Any, known: Any) -> Sequence[str]:
     return [adapter for adapter in module.active_adapters if adapter in known]
 
 
-def _names(module: nn.Module) -> set[str]:
+def _names(module: nn.Module) -> frozenset[str]:
     """Of a module's classes, as package.Class: PEFT need not be installed to know them."""
     return _names_of(type(module))
 
 
-@torch.compiler.assume_constant_result
-def _names_of(kind: type) -> set[str]:
-    return {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in kind.__mro__}
+@torch.compiler.assume_constant_result  # torch 2.8 cannot trace the name of a class's module
+def _names_of(kind: type) -> frozenset[str]:
+    return frozenset(f"{x.__module__.partition('.')[0]}.{x.__name__}" for x in kind.__mro__)
 
 
 def _require_in_layers(model: Any) -> None:

@@ -190,9 +190,8 @@ def autocast_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The head's inputs in the dtype in which autocast would multiply them; else unchanged."""
     device = hidden.device.type
-    # Autocast does not know "meta"; torch 2.8 cannot trace the question which devices it knows.
-    known = not hidden.is_meta
-    if not known or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    # No autocast on "meta"; torch 2.8 cannot trace the question whether a device has it.
+    if hidden.is_meta or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

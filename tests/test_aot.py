@@ -21,6 +21,7 @@ from plad_fast.kernels.resources import (
     Usage,
     blocks_per_sm,
     parse_ptxas,
+    ptxas_log,
 )
 from plad_fast.kernels.sass import Code, analyse, find_loops, parse_sass
 
@@ -199,6 +200,18 @@ def test_planted_faults_are_found(planted, arch, message):
         assert "error" not in done.stderr
     else:
         assert re.search(message, done.stderr), done.stderr
+
+
+def test_ptxas_is_asked_where_triton_does_not_log():
+    head = ".version 8.0\n.target sm_90\n.address_size 64\n"
+    body = ".visible .entry kernel() { .reg .b32 %r<2>; mov.u32 %r1, %tid.x; ret; }\n"
+    usage = parse_ptxas(ptxas_log(head + body))
+    assert usage.registers > 0
+    assert usage.spill_bytes == usage.static_shared == 0
+    with pytest.raises(RuntimeError, match=r"(?s)ptxas failed.*error"):
+        ptxas_log(head + body.replace("ret", "rot"))
+    with pytest.raises(RuntimeError, match="PTX without a target"):
+        ptxas_log(body)
 
 
 def test_refuses_the_interpreter():

@@ -357,11 +357,11 @@ def test_a_compiled_model_takes_rows_of_any_length():
         for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             assert relative(mine.grad, theirs.grad) < 1e-5
         graphs.append(counter.frame_count)
-    # All graphs once for the first length, and once more for any other length (torch 2.8 asks
-    # for a part of them again when it sees the third).
-    assert graphs[1] == 2 * graphs[0]
-    assert graphs[2] <= 3 * graphs[0]
-    assert graphs[3:] == [graphs[2]] * 3
+    # All graphs once for the first length, and once more for any other length; torch 2.8 compiles
+    # a part of them again when it sees the third.
+    again = graphs[2] - graphs[1] if torch.__version__.startswith("2.8.") else 0
+    assert again < graphs[0]
+    assert graphs == [graphs[0], 2 * graphs[0]] + [2 * graphs[0] + again] * 4
     # Padded rows in between have their mask, packed ones have none.
     for layout in ("padded", "shared"):
         found, expected = (logprobs(each, SIZES[0], layout) for each in (model, plain))

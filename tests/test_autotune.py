@@ -33,8 +33,10 @@ def cache(tmp_path, monkeypatch):
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # What the interpreter of Triton 3.4 does to numpy.
-        warnings.filterwarnings("ignore", "Conversion of an array with ndim")
+        # What the interpreter of Triton 3.4 does to numpy, in the kernels' name.
+        warnings.filterwarnings(
+            "ignore", "Conversion of an array with ndim", module="plad_fast.kernels"
+        )
         yield cache_folder()
     forget()
 

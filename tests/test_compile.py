@@ -242,7 +242,9 @@ def test_a_function_of_ones_own_is_not_taken_for_a_registered_loss():
         return fused_linear_preference_loss(*problem.inputs, loss=sft).loss
 
     problem = make_problem([2, 3])
-    with pytest.raises(Exception, match=r"must be a registered one|UsageError"):
+    # torch 2.8 says that there was an error in tracing, and not what it said.
+    old = torch.__version__.startswith("2.8.")
+    with pytest.raises(Exception, match="UsageError" if old else "must be a registered one"):
         torch.compile(loss_of, backend="aot_eager", fullgraph=True)(problem)
 
 

@@ -21,16 +21,17 @@ WORDS = ["red", "a cat", "eleven", "tea", "the sea", "no", "north", "it rains"]
 
 @pytest.fixture
 def arguments(tiny_teacher, tmp_path, monkeypatch):
-    """What every example takes, in a process that has trained nothing yet."""
+    """What every example takes."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     # accelerate keeps the precision of a process's first trainer for all that follow.
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     rows = [{"prompt": f"Say {w}.", "chosen": w, "rejected": w[::-1] + "!"} for w in WORDS]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = ["--model", str(tiny_teacher), "--pairs", str(pairs), "--learning-rate", "1e-3"]
-    return lambda name: [*shared, "--output-dir", str(tmp_path / name)]
+    yield lambda name: [*shared, "--output-dir", str(tmp_path / name)]
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights(arguments, name):

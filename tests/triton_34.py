@@ -20,7 +20,8 @@ def _validate(self: Any) -> None:
 
 if importlib.util.find_spec("triton"):
     import triton
-    from triton.runtime.interpreter import TensorDescHandle
 
     if triton.__version__.startswith("3.4."):
+        from triton.runtime.interpreter import TensorDescHandle
+
         TensorDescHandle.validate = _validate
