@@ -5,9 +5,11 @@ From the log of `ptxas -v` and from the SASS; the tools come with Triton.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,19 +91,8 @@ def ptxas_log(ptx: str) -> str:
     target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE)
     if target is None:
         raise RuntimeError(f"PTX without a target:\n{ptx[:500]}")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx, encoding="utf-8")
-        command = [str(_TOOLS / "ptxas"), "-lineinfo", "-v", f"--gpu-name={target[1]}"]
-        done = subprocess.run(
-            [*command, str(source), "-o", str(source.with_suffix(".o"))],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise RuntimeError(f"ptxas failed with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stderr
+    options = ["-lineinfo", "-v", f"--gpu-name={target[1]}", "-o", os.devnull]
+    return _run_tool("ptxas", options, ptx.encode()).stderr
 
 
 def parse_ptxas(log: str) -> Usage:
@@ -157,15 +148,19 @@ def resources_of(
 
 def disassemble(cubin: bytes) -> str:
     """SASS, with labels where branches go."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    return _run_tool("nvdisasm", ["-ndf", "-c"], cubin).stdout
+
+
+def _run_tool(
+    name: str, options: Sequence[str], content: bytes
+) -> subprocess.CompletedProcess[str]:
+    """One of Triton's own tools on a file of this content; what it complains of is raised."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
         done = subprocess.run(
-            [str(_TOOLS / "nvdisasm"), "-ndf", "-c", file.name],
-            capture_output=True,
-            text=True,
-            check=False,
+            [str(_TOOLS / name), *options, file.name], capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise RuntimeError(f"nvdisasm failed: {done.stderr[-2000:]}")
-    return done.stdout
+        raise RuntimeError(f"{name} failed: {done.stderr[-2000:]}")
+    return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,14 @@ def test_intervals_are_over_seeds_and_prompts():
     assert (low, high) == (0.0, 1.0)
 
 
+def wins(row):
+    """Cells: by likelihood, samples and greedy; by ROUGE-L, samples."""
+    kinds = "likelihood_samples", "likelihood_greedy", "rougeL_samples"
+    ends = "", "_low", "_high"
+    shares = [[100 * float(row[f"win_{kind}{end}"]) for end in ends] for kind in kinds]
+    return " | ".join("{:.1f} % [{:.1f}, {:.1f}]".format(*share) for share in shares)
+
+
 @pytest.mark.parametrize(
     ("page", "results"),
     [("README.md", "plad_vs_sft.csv"), ("benchmarks/README.md", "plad_vs_sft_first.csv")],
@@ -234,16 +243,24 @@ def test_the_pages_have_the_figures_of_the_tables(page, results):
     assert {row["seeds"] for row in rows.values()} == {"3"}
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, row in rows.items():
-        wins = [
-            "50 %"
-            if name == "SFT longer"
-            else "{:.1f} % [{:.1f}, {:.1f}]".format(
-                *(100 * float(row[f"win_{kind}{end}"]) for end in ("", "_low", "_high"))
-            )
-            for kind in ("likelihood_samples", "likelihood_greedy", "rougeL_samples")
-        ]
+        won = " | ".join(["50 %"] * 3) if name == "SFT longer" else wins(row)
         repetition = ", ".join(
             f"{float(row[f'repetition_{k}']):.3f}" for k in ("samples", "greedy")
         )
-        cells = [names.get(name, name), *wins, repetition]
+        cells = [names.get(name, name), won, repetition]
         assert f"| {' | '.join(cells)} |" in text, cells
+
+
+def test_the_page_has_what_was_tried():
+    with open(ROOT / "benchmarks/results/plad_tried.csv", newline="") as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    arms = read_arms(ROOT / "benchmarks/plad_tried.json")
+    assert list(rows) == ["SFT", "SFT longer", *(arm.name for arm in arms)]
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    for name in ("SFT", *(arm.name for arm in arms)):
+        assert f"| {wins(rows[name])} |" in text, name
+    # The experiment runs with the two that were chosen.
+    for tried, published in (("beta 8", "PLaD ranking"), ("margin 200", "PLaD margin")):
+        (one,) = (arm for arm in arms if arm.name == tried)
+        (other,) = (arm for arm in ARMS if arm.name == published)
+        assert replace(one, name=published) == other
