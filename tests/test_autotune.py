@@ -33,9 +33,9 @@ def cache(tmp_path, monkeypatch):
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # What the interpreter of Triton 3.4 does to numpy, in the kernels' name.
+        # What the interpreter of Triton 3.4 does to numpy, in its own name and the kernels'.
         warnings.filterwarnings(
-            "ignore", "Conversion of an array with ndim", module="plad_fast.kernels"
+            "ignore", "Conversion of an array with ndim", module="plad_fast.kernels|triton.runtime"
         )
         yield cache_folder()
     forget()
