@@ -228,7 +228,7 @@ def table(rows: Sequence[Record]) -> str:
                 f"{row['median_ms']:.1f}",
                 f"{row['q1_ms']:.1f}-{row['q3_ms']:.1f}",
                 number(row["ratio"], ".2f"),
-                f"{row['products']:.2f}",
+                number(row["products"], ".2f"),
                 number(row["extra_mib"], ".1f"),
                 number(row["over_gradients_mib"], "+.1f"),
                 number(row["worst_error"], ".0e"),

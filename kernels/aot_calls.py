@@ -29,8 +29,10 @@ _TYPES = {
 }
 _TOKENS = (16, 32, 64, 2048)
 """One number of each size that `launch.linear_config` tells apart."""
-_HEADS = ((2048, 128_256), (768, 50_257), (1001, 4099))
-"""D and V: Llama-3.2-1B; GPT-2, whose vocabulary is odd; and rows that are not aligned."""
+_HEADS = ((2048, 128_256), (896, 151_936), (2064, 32_000), (768, 50_257), (1001, 4099))
+"""D and V: Llama-3.2-1B; Qwen2.5-0.5B, whose vocabulary is no multiple of wide tiles; Llama-2's
+with LoRA of rank 16 on the head, whose D is no multiple of a tile's depth; GPT-2, whose vocabulary
+is odd; and rows that are not aligned."""
 _TRITON_STAGES = 3  # what a launch without num_stages gets
 
 

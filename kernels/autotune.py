@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from plad_fast.kernels.launch import LinearConfig, RowsConfig, SegmentsConfig
+from plad_fast.kernels.launch import LinearConfig, RowsConfig, SegmentsConfig, dot_precision
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -95,7 +95,7 @@ def tuned_linear(
     (num_tokens, width), vocab = hidden.shape, len(weight)
     # What the launcher tells apart has the heuristic's choice in common: the first candidate.
     flags = [name for name, value in options.items() if value is True]
-    flags.append(torch.get_float32_matmul_precision())
+    flags.append(dot_precision(hidden.dtype))
     key = f"{key_of(hidden, N=num_tokens, D=width, V=vocab)}, {candidates[0]}, {' '.join(flags)}"
 
     def bench(config: LinearConfig) -> float:

@@ -2,8 +2,8 @@
 
 Registered ops are opaque to `torch.compile`: a compiled loss calls them without a graph break,
 and their fake implementations give it shapes that follow a dynamic N and S. What depends on the
-values of a tensor (checks, dropping rows) or on free memory (a budget of 0 bytes stands for the
-device's default) happens inside of them.
+values of a tensor (checks, dropping rows) or on the device (a budget of 0 bytes stands for its
+default) happens inside of them.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -27,6 +27,10 @@ from plad_fast.products import accumulation_dtype
 # Schemas are read off these signatures, which must spell Optional out for older versions of torch.
 # ruff: noqa: UP045
 
+WAITING = (torch.Tag.cudagraph_unsafe,)
+"""Tags of ops that may wait for the device, as no captured CUDA graph can: Inductor leaves them out
+of its graphs (`torch.compile(mode="reduce-overhead")`)."""
+
 
 @contextlib.contextmanager
 def alone_on(tensor: Tensor) -> Iterator[None]:
@@ -38,7 +42,7 @@ def alone_on(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("plad_fast::linear_sequence_logprobs", mutates_args=())
+@torch.library.custom_op("plad_fast::linear_sequence_logprobs", mutates_args=(), tags=WAITING)
 def linear_sequence_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -87,7 +91,9 @@ def _(hidden, weight, bias, targets, cu_seqlens, *options):
     )
 
 
-@torch.library.custom_op("plad_fast::linear_sequence_logprobs_backward", mutates_args=())
+@torch.library.custom_op(
+    "plad_fast::linear_sequence_logprobs_backward", mutates_args=(), tags=WAITING
+)
 def _linear_backward(
     grad_sums: Optional[Tensor],  # (S,)
     grad_token: Optional[Tensor],  # (N,)

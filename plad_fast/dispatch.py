@@ -52,11 +52,15 @@ def get_backend(impl: str, tensor: Tensor) -> Backend:
 
 
 def default_scratch_bytes(device: torch.device) -> int:
-    """64 MiB; on CUDA an eighth of the free memory if that is more, at most 1 GiB."""
+    """64 MiB; on CUDA a 64th of the device's memory if that is more, at most 1 GiB.
+
+    Not of the memory that is free: the size of chunks decides the order of sums, and what is free
+    differs from call to call.
+    """
     if device.type != "cuda":
         return _CPU_SCRATCH_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(_CPU_SCRATCH_BYTES, min(free // 8, _MAX_CUDA_SCRATCH_BYTES))
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(_CPU_SCRATCH_BYTES, min(total // 64, _MAX_CUDA_SCRATCH_BYTES))
 
 
 @functools.cache

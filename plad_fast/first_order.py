@@ -19,6 +19,11 @@ from plad_fast.errors import UsageError
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
+_NO_SECOND = (
+    "the op has no second derivative, and a gradient of its gradient was asked for; leave "
+    "create_graph=True out, or build that term on plain logits (plad_fast.reference)"
+)
+
 
 def first_order_only(backward: Backward) -> Backward:
     """For a backward made of kernels: under `create_graph=True` its results have a graph to the
@@ -34,6 +39,9 @@ def first_order_only(backward: Backward) -> Backward:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return grads
         leaves = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
+        if not leaves:
+            # A compiled graph that autograd runs through (backend="eager") saved none of them.
+            raise UsageError(_NO_SECOND)
         return tuple(grad if grad is None else _End.apply(grad, *leaves) for grad in grads)
 
     return once
@@ -78,7 +86,4 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise UsageError(
-            "the op has no second derivative, and a gradient of its gradient was asked for; leave "
-            "create_graph=True out, or build that term on plain logits (plad_fast.reference)"
-        )
+        raise UsageError(_NO_SECOND)

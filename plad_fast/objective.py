@@ -6,6 +6,8 @@ B groups of K responses to one prompt, best first; S = B * K sequences.
 from __future__ import annotations
 
 import inspect
+import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,9 @@ from plad_fast import validation as check
 from plad_fast.errors import UsageError
 from plad_fast.losses import LossSpec, check_option_kinds, get_loss
 from plad_fast.segments import length_normalized
+
+_probed: weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+"""By function: the options, group sizes and devices that it was probed with."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Objective:
         **options: Any,
     ) -> Objective:
         """Check names, options and, unless a graph is being traced, shapes: by calls on two groups
-        of random numbers.
+        of random numbers, once for a function with its options.
 
         Raises:
             UsageError: unknown loss or option, missing scores or reference, negative weights, or
@@ -85,12 +90,26 @@ class Objective:
         check.check_length_normalization(length_normalization)
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
         if not torch.compiler.is_compiling():
-            objective._probe(torch.device(device))
+            objective._probe_once(torch.device(device))
         return objective
 
     @property
     def needs_reference(self) -> bool:
         return self.spec.needs_reference_for(self.options)
+
+    def _probe_once(self, device: torch.device) -> None:
+        """On a GPU a probe waits for the device, which a step should not."""
+        options = tuple(sorted(self.options.items()))
+        if not isinstance(self.spec.fn, types.FunctionType) or not all(
+            value is None or isinstance(value, int | float | str) for _, value in options
+        ):
+            self._probe(device)
+            return
+        known = _probed.setdefault(self.spec.fn, set())
+        case = device, self.group_size, self.length_normalization, repr(options)
+        if case not in known:
+            self._probe(device)
+            known.add(case)
 
     def _probe(self, device: torch.device) -> None:
         draw = torch.Generator().manual_seed(0)

@@ -71,10 +71,12 @@ def linear_sequence_logprobs(
         logit_scale: multiplies the logits (Cohere); for Granite, 1 / `logits_scaling`.
         temperature: divides the logits at last.
         length_normalization: alpha of sum / count ** alpha: 0 for sums, 1 for means.
-        ignore_index: targets equal to it count for nothing and cost nothing.
+        ignore_index: targets equal to it count for nothing. Their tokens cost nothing either, but
+            for the Triton backend's forward, in tiles that they share with tokens that count, and
+            for its backward with `skip_inactive=False`.
         impl: "auto", or a backend by name ("triton", "torch"); a named one never falls back.
         scratch_bytes: bound on the memory beside inputs, results and gradients; by default
-            64 MiB on the CPU, and on CUDA chosen from the free memory. At least one row of
+            64 MiB on the CPU, and on CUDA a 64th of the memory, up to 1 GiB. At least one row of
             logits is used. Not in it: where targets are ignored, a copy of the hidden states
             that count; for 16-bit weights a float32 gradient accumulator.
         skip_inactive: leave tokens whose upstream gradient is zero out of the backward's

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plad_fast import validation as check
-from plad_fast.autograd import alone_on
+from plad_fast.autograd import WAITING, alone_on
 from plad_fast.backend import LinearProblem
 from plad_fast.dispatch import default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
@@ -178,7 +178,7 @@ def _as_tensor(name: str, count: float | Tensor | None) -> Tensor | None:
     return torch.tensor(count, dtype=torch.float64)
 
 
-@torch.library.custom_op("plad_fast::linear_preference_loss", mutates_args=())
+@torch.library.custom_op("plad_fast::linear_preference_loss", mutates_args=(), tags=WAITING)
 def _linear_preference_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

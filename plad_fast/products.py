@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 _FLOAT16_TOP = 2.0**14
+# Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
+_ADDS_TO_WIDE = torch.__version__ >= (2, 10)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -192,14 +194,15 @@ class CudaHalfProducts(Products):
         self, operand: Operand, hidden: Tensor, out: Tensor, *, overwrite: bool
     ) -> None:
         transposed = operand.values.T
-        if operand.scale is None:
+        if operand.scale is None and _ADDS_TO_WIDE:
             beta = 0 if overwrite else 1
             torch.addmm(out, transposed, hidden, out_dtype=self.dtype, beta=beta, out=out)
             return
-        # The factor lies on the device: waiting for it would cost more than a pass over a block.
+        # A scale lies on the device: waiting for it would cost more than a pass over a block.
         for rows in self._vocab_blocks():
             product = torch.mm(transposed[rows], hidden, out_dtype=self.dtype)
-            product.mul_(operand.scale)
+            if operand.scale is not None:
+                product.mul_(operand.scale)
             out[rows].copy_(product) if overwrite else out[rows].add_(product)
 
 

@@ -106,6 +106,7 @@ def linear_backward(
         grad_lse = None if grad_lse is None else grad_lse[rows]
     else:
         rows = None
+    ignored = None if skip_inactive else (targets == ignore_index)[:, None]
     products = products_for(weight, scratch_bytes // _BLOCK_SHARE)
     grads = HeadGradients(
         hidden if needs[0] else None,
@@ -132,7 +133,11 @@ def linear_backward(
                 out=out[: chunk.stop - chunk.start],
                 scale=scale,
             )
-            grads.add(Operand(d_logits, scale), hidden[chunk], chunk)
+            h = hidden[chunk]
+            if ignored is not None:
+                # Whatever is there, even if it is not finite, adds nothing.
+                h = h.masked_fill(ignored[chunk], 0)
+            grads.add(Operand(d_logits, scale), h, chunk)
     result = grads.finish(weight.dtype)
     if rows is None or result.hidden is None:
         return result

@@ -267,10 +267,16 @@ def test_only_on_request_and_on_a_gpu(monkeypatch, setting, is_cuda, expected):
     assert not wanted(mock.Mock(is_cuda=is_cuda))
 
 
-def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path):
+@pytest.mark.parametrize("named", [False, True], ids=["precision", "TF32 by its newer name"])
+def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     """With the variable set, and as if the tensors were on a GPU: a candidate runs, once chosen."""
     from plad_fast.kernels import linear_backward, linear_forward
 
+    if named:  # torch then refuses to tell the precision by its older one
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            pytest.skip("this torch has no newer name")
+        refuses = mock.Mock(side_effect=RuntimeError)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
     monkeypatch.setenv("PLAD_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "wanted", lambda tensor: True)
     timed = []

@@ -321,3 +321,28 @@ def test_a_training_step_on_shared_rows_breaks_at_the_attention_and_not_at_the_o
 def test_a_training_step_under_inductor(layout):
     found = train(layout, "inductor", dynamic=True)
     assert_trains_alike(found, train(layout))
+
+
+@pytest.mark.parametrize("loss", [ranking, one_pass])
+def test_a_penalty_on_the_gradient_is_refused(loss):
+    """In a graph that autograd runs through, too: its gradient would be lost."""
+    problem = make_problem([3, 4], dtype=torch.float64)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    value = compiled(*problem.inputs[:2], None, *problem.inputs[2:])
+
+    def penalty() -> None:
+        (of_weight,) = torch.autograd.grad(value, problem.weight, create_graph=True)
+        of_weight.square().sum().backward()
+
+    with pytest.raises(UsageError, match="no second derivative"):
+        penalty()
+
+
+def test_no_cuda_graph_is_captured_over_an_op_that_waits():
+    for name in (
+        "linear_sequence_logprobs",
+        "linear_sequence_logprobs_backward",
+        "linear_preference_loss",
+    ):
+        op = getattr(torch.ops.plad_fast, name).default
+        assert torch.Tag.cudagraph_unsafe in op.tags

@@ -104,15 +104,35 @@ def test_nothing_waits_for_the_device():
         ours = linear_sequence_logprobs(
             *problem.inputs, impl="triton", skip_inactive=False, **problem.options
         )
-        ours.sums.sum().backward()
+        preference_loss(ours.sums, ours.counts, loss="plad_ranking", sft_weight=0.1).backward()
 
-    step()  # compiles
+    step()  # compiles, and probes the loss
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_around_the_ops_cuda_graphs_are_captured(one_pass):
+    """The ops may wait for the device, and are left out of the graphs."""
+    problem = problem_of(torch.bfloat16)
+
+    def loss(hidden, *rest):
+        inputs = 2 * hidden, *rest
+        if one_pass:
+            return fused_linear_preference_loss(*inputs, **problem.options).loss
+        return linear_sequence_logprobs(*inputs, **problem.options).sums.sum()
+
+    want = torch.autograd.grad(loss(*problem.inputs), problem.leaves)
+    compiled = torch.compile(loss, mode="reduce-overhead")
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = torch.autograd.grad(compiled(*problem.inputs), problem.leaves)
+        for mine, other in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, other)
 
 
 def test_extra_memory_stays_within_the_budget():

@@ -434,3 +434,21 @@ def mixture(parts):
 def test_refusals_say_what_was_wrong(options, message):
     with pytest.raises(UsageError, match=message):
         preference_loss(torch.zeros(4), torch.ones(4).long(), **options)
+
+
+def test_a_function_is_probed_once_with_its_options():
+    calls = []
+
+    def loss(logps, *, beta=1.0):
+        calls.append(len(logps))
+        return beta * logps.sum(1)
+
+    def value(**options):
+        return preference_loss(torch.zeros(6), torch.ones(6).long(), loss=loss, **options)
+
+    for options in ({}, {}, {"beta": 2.0}, {"beta": 2.0}, {"beta": 2}, {"group_size": 3}, {}):
+        value(**options)
+    probe = [2, 1, 1]
+    assert calls == [*probe, 3, 3, *probe, 3, 3, *probe, 3, *probe, 2, 3]
+    with pytest.raises(UsageError, match="one number per group"):
+        preference_loss(torch.zeros(2), torch.ones(2).long(), loss=lambda logps: logps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -158,21 +159,28 @@ def test_the_strategy_of_each_dtype():
 STRATEGIES = [products.UpcastProducts, products.CpuBfloat16Products, products.CudaHalfProducts]
 
 
+@pytest.mark.parametrize("adds_to_wide", [False, True], ids=["torch 2.8", "torch 2.10"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_of_products(strategy, dtype, monkeypatch):
+def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
     """Also the GPU's, with the product that hands out its accumulators put in place on the CPU."""
     real = {name: getattr(torch, name) for name in ("mm", "addmm")}
 
     def wide(name):
         def product(*operands, out_dtype=None, **options):
-            wanted = operands if out_dtype is None else (x.to(out_dtype) for x in operands)
-            return real[name](*wanted, **options)
+            if out_dtype is None:
+                return real[name](*operands, **options)
+            *added, first, second = operands
+            allowed = {first.dtype, out_dtype} if adds_to_wide else {first.dtype}
+            assert first.dtype == second.dtype
+            assert {x.dtype for x in added} <= allowed
+            return real[name](*(x.to(out_dtype) for x in operands), **options)
 
         return product
 
     for name in real:
         monkeypatch.setattr(torch, name, wide(name))
+    monkeypatch.setattr(products, "_ADDS_TO_WIDE", adds_to_wide)
     draw = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 12, generator=draw).to(dtype) for n in (9, 50))
     # Float16 cannot hold these without the strategy's own scale; bfloat16 can.
@@ -477,3 +485,12 @@ def test_a_named_backend_is_refused_not_replaced(monkeypatch):
     with pytest.raises(UsageError, match="impl='fake' cannot be used here: it is only a test"):
         linear_sequence_logprobs(*problem.inputs, impl="fake")
     assert linear_sequence_logprobs(*problem.inputs, impl="auto").sums.isfinite().all()
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(2, 64), (24, 384), (80, 1024)])
+def test_default_scratch_depends_on_the_gpu_alone(gib, mib, monkeypatch):
+    """Chunks decide the order of sums: with what happens to be free, bits would change."""
+    properties = mock.Mock(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert dispatch.default_scratch_bytes(torch.device("cuda", 0)) == mib * 2**20
+    assert dispatch.default_scratch_bytes(torch.device("cpu")) == 64 * 2**20

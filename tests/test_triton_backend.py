@@ -119,6 +119,24 @@ def test_rows_without_a_gradient(skip_inactive):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("skip_inactive", [True, False])
+def test_ignored_hidden_states_take_no_nan(impl, skip_inactive):
+    problem = make_problem([3, 4], dtype=torch.float32)
+    problem.targets[2] = problem.targets[6] = -100
+    kept = torch.arange(7)[problem.targets != -100]
+    want = linear_sequence_logprobs(*problem.inputs, impl=impl)
+    want_hidden, want_weight = gradients(want.sums.sum(), problem)
+    with torch.no_grad():
+        problem.hidden[2], problem.hidden[6] = torch.nan, torch.inf
+    ours = linear_sequence_logprobs(*problem.inputs, impl=impl, skip_inactive=skip_inactive)
+    of_hidden, of_weight = gradients(ours.sums.sum(), problem)
+    torch.testing.assert_close(ours.sums, want.sums)
+    torch.testing.assert_close(of_weight, want_weight)
+    torch.testing.assert_close(of_hidden[kept], want_hidden[kept])
+    assert not of_hidden[[2, 6]].any()
+
+
 def test_lse_and_entropy_on_request():
     problem = make_problem([5, 0, 3], ignored=0.2, temperature=0.7, dtype=torch.float32)
     both = [
