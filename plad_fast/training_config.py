@@ -76,6 +76,9 @@ class PLaDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # As in transformers 5: re-entrant checkpoints lose what adapters and routers need.
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._require_numbers()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)

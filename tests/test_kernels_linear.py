@@ -683,13 +683,13 @@ def test_reruns_are_bit_identical(dtype):
 def test_number_of_launches(monkeypatch):
     """Two forward, one backward, whatever the size; none for nothing."""
     launched = []
-    run = interpreter.InterpretedFunction.run
+    run = interpreter.GridExecutor.__call__
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         launched.append(self.fn.__name__)
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", counted)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     for lengths, forward, backward in (
         ([30, 0, 25], ["_linear_forward_kernel", "_combine_kernel"], ["_logits_gradient_kernel"]),
         ([0, 0], ["_combine_kernel"], []),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 
 import pytest
 import torch
+import transformers
 
 from plad_fast.pairs import LocalModel, Prompt, Sampling
 from plad_fast.pairs.refill import Refill, Row, RowDecoder
@@ -48,6 +50,8 @@ def answers(model, tokenizer, asked, *, refill, **options):
 @pytest.mark.parametrize("name", [*REFILLED, *PLAIN])
 def test_answers_are_those_of_generate(name, numbers):
     """Every way of attending, with answers of 1 to 14 tokens, so that rows come and go."""
+    if name == "recurrent_gemma" and transformers.__version__ < "5":
+        pytest.skip("in transformers 4 its `generate` takes up the state of the batch before")
     model = make_model(name)
     model.generation_config.eos_token_id = list(range(2, 12))
     asked = prompts(10)
@@ -73,9 +77,8 @@ def test_a_model_that_is_not_refilled_says_so_once(numbers, caplog):
         for _ in range(2):
             list(source.generate(prompts(2), Sampling(2)))
     (record,) = [r for r in caplog.records if "not refilled" in r.message]
-    assert record.message == (
-        "tiny: batches are not refilled: MambaForCausalLM has layers of the kind linear_attention"
-    )
+    assert record.message.startswith("tiny: batches are not refilled: MambaForCausalLM")
+    assert re.search("linear_attention|do not all keep keys and values", record.message)
 
 
 def test_positions_or_masks_that_are_ignored_are_found_out():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs
@@ -25,6 +26,8 @@ FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe
 def model_of(family):
     if not has_family(family):
         pytest.skip(f"this transformers has no {family}")
+    if family == "jetmoe" and transformers.__version__ < "5":
+        pytest.skip("in transformers 4 its own forward fails with a router loss")
     model = make_causal_lm(family, causal_lm_families()[family])
     model.config.output_router_logits = True
     return model

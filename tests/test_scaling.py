@@ -49,6 +49,11 @@ TINY = Shape("tiny", layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=
 WORK = Workload(pairs=4, prompt=32, response=16)
 TWICE = dataclasses.replace(WORK, shared=False)
 
+of_transformers_5 = pytest.mark.skipif(
+    transformers.__version__ < "5",
+    reason="in transformers 4 layers keep more, and each row has a rotation of its own",
+)
+
 
 def make_config(shape: Shape) -> LlamaConfig:
     return LlamaConfig(
@@ -112,6 +117,7 @@ def test_adapters_are_those_of_peft() -> None:
     assert TINY.lora_parameters(4) == model.get_nb_trainable_parameters()[0]
 
 
+@of_transformers_5
 @pytest.mark.parametrize(
     ("work", "layout", "active", "checkpointing"),
     [
@@ -148,6 +154,7 @@ def test_products_with_adapters_and_a_frozen_head(checkpointing: bool) -> None:
     assert measured_flops(model, batch, 4) == pytest.approx(counted.total, rel=0.01)
 
 
+@of_transformers_5
 def test_products_of_pairs_longer_than_the_buffer() -> None:
     """Pairs of 32 rows in a buffer of 20: twelve rows of each active pair are computed again."""
     budget = next(b for b in itertools.count(30_000, 100) if scratch_rows(TINY, b, 4) == 20)
@@ -167,6 +174,7 @@ def test_rows_of_the_scratch_are_those_of_the_op() -> None:
     assert _MAX_CUDA_SCRATCH_BYTES == SCRATCH_BYTES
 
 
+@of_transformers_5
 @pytest.mark.parametrize(("work", "layout"), [(WORK, "shared"), (TWICE, "padded")])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activations_are_what_autograd_keeps(work: Workload, layout: str, autocast: bool) -> None:
