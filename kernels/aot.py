@@ -37,7 +37,13 @@ from plad_fast.kernels.aot_tables import (
     tile_name,
 )
 from plad_fast.kernels.launch import AotEntry, LinearConfig
-from plad_fast.kernels.resources import GPUS, Resources, ptxas_log, resources_of
+from plad_fast.kernels.resources import (
+    GPUS,
+    Resources,
+    amd_linker_missing,
+    ptxas_log,
+    resources_of,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -198,6 +204,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET replaces the compiler; unset it")
+    if args.amd and (missing := amd_linker_missing()):
+        parser.error(f"{missing} Or leave {_AMD} out: --no-amd")
     return args
 
 
