@@ -33,7 +33,7 @@ _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "genera
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
 _ENDPOINT = (
     *("base_url", "api_key_env", "concurrency", "request_timeout"),
-    *("token_budget", "cost_budget", "price_in", "price_out"),
+    *("reasoning_tokens", "token_budget", "cost_budget", "price_in", "price_out"),
 )
 _SELECTION = (
     *("teacher_samples", "student_samples", "scorer", "select", "list_size", "drop_contradicted"),

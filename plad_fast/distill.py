@@ -33,6 +33,7 @@ from plad_fast.held_out import (
     margin_unit,
 )
 from plad_fast.pairs import Answer, LocalModel
+from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
 from plad_fast.recipe_scoring import held_out_scoring
 from plad_fast.recipe_texts import RecipeTexts
@@ -97,6 +98,9 @@ class _Distillation:
         self.texts = RecipeTexts(
             config, Path(config.output_dir).expanduser(), self.prompts, self._teacher_as_text
         )
+        # Before the folder keeps settings that an endpoint refuses.
+        self.texts.try_teacher(overwrite=overwrite)
+        try_endpoints(judge=self.scoring["judge"])
         self.folder = RunFolder(config.output_dir, settings, overwrite=overwrite)
         write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
 

@@ -53,6 +53,11 @@ class PairSettings:
     )
     concurrency: int = setting(8, "requests to the endpoint at once", affects_results=False)
     request_timeout: float = setting(60.0, "seconds for a request", affects_results=False)
+    reasoning_tokens: int = setting(
+        0,
+        "tokens for the reasoning of the endpoint's model, on top of its answer's length limit",
+        affects_results=False,
+    )
     token_budget: int | None = setting(
         None,
         "tokens that the teacher may spend at the endpoint in a run, and a judge as many",
@@ -104,6 +109,8 @@ class PairSettings:
         for name in ("teacher_samples", "student_samples", "concurrency"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.reasoning_tokens < 0:
+            raise UsageError(f"--reasoning-tokens must be 0 or more, got {self.reasoning_tokens}")
         require_selection(
             self.select,
             has_scores=self.scorer is not None,
@@ -182,6 +189,7 @@ class PairSettings:
             "api_key_env": self.api_key_env,
             "concurrency": self.concurrency,
             "timeout": self.request_timeout,
+            "reasoning_tokens": self.reasoning_tokens,
             "token_budget": self.token_budget,
             "cost_budget": self.cost_budget,
             "prices": prices,

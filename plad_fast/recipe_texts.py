@@ -24,6 +24,7 @@ from plad_fast.pairs import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.asking import collect
+from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig
 from plad_fast.students import load_tokenizer
 
@@ -66,6 +67,15 @@ class RecipeTexts:
         self._teacher: TextModel | None = None
         if not config.has_local_teacher:
             self._teacher = config.open_teacher(precision=config.precision, columns=self._columns)
+
+    def try_teacher(self, *, overwrite: bool) -> None:
+        """A word with the teacher, as `try_endpoints`."""
+        try_endpoints(
+            teacher=self._teacher,
+            sampling=self._teacher_sampling,
+            answers=self._teacher_file,
+            overwrite=overwrite,
+        )
 
     def ask_teacher(self) -> int:
         """Let the teacher answer what it has not answered yet; how many answers it failed at."""

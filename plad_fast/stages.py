@@ -35,6 +35,7 @@ from plad_fast.pairs import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.tables import read_table
+from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe_texts import select_pairs
@@ -85,6 +86,13 @@ def pair_models(
     teacher_made_by = teacher_fingerprint(teacher, base_url=config.base_url, columns=columns)
     if config.has_local_teacher:
         teacher_made_by["precision"] = config.precision
+    try_endpoints(
+        teacher=opened[0],
+        sampling=sampling,
+        answers=folder / "teacher.jsonl",
+        judge=scorer,
+        overwrite=overwrite,
+    )
     teacher_answers = stored_answers(
         opened.pop,  # nothing holds the teacher when the student is loaded
         prompts,
@@ -234,6 +242,7 @@ def evaluate_on_pairs(
         for scorer in scoring["scorers"].values():
             discard_answers(scorer_file(scorer.name, folder))
         discard_answers(folder / JUDGE_STORE)
+    try_endpoints(judge=scoring["judge"])
     results, outputs = evaluate_models(
         students,
         held_out,

@@ -61,6 +61,39 @@ def schedule(seed: int, *, share: float = 0.4, most: int = 3, never: frozenset[s
     return step
 
 
+def reasoning(tokens: int, say: Callable[[str], str] = answer_to):
+    """Behaves as OpenAI's reasoning models do, and spends so many tokens before each answer."""
+
+    def step(question: str, tries: int, body: Mapping[str, Any]) -> Step:
+        if "max_tokens" in body:
+            return _unsupported(
+                "max_tokens",
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                "'max_completion_tokens' instead.",
+            )
+        if body.get("temperature", 1) != 1:
+            return _unsupported(
+                "temperature",
+                f"Unsupported value: 'temperature' does not support {body['temperature']:g} with "
+                "this model. Only the default (1) value is supported.",
+            )
+        spent = body["max_completion_tokens"] <= tokens
+        choice = said("", "length") if spent else said(say(question))
+        return Step(choices=[choice] * body.get("n", 1))
+
+    return step
+
+
+def _unsupported(parameter: str, message: str) -> Step:
+    error = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": parameter,
+        "code": "unsupported_value",
+    }
+    return Step("status", 400, {"error": error})
+
+
 class FaultServer:
     """Listens while the `with` block lasts.
 

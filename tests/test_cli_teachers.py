@@ -7,7 +7,7 @@ import json
 import pytest
 
 from plad_fast.cli import main
-from tests.fault_server import FaultServer, Step
+from tests.fault_server import FaultServer, Step, reasoning, said
 from tests.recipe_runs import arguments
 
 KEY = "sk-planted-0123456789"
@@ -87,6 +87,51 @@ def test_the_recipe_with_an_endpoint(server, tiny_teacher, tmp_path, capfd):
     assert not files_with(KEY, folder)
 
 
+def test_a_teacher_that_reasons(tiny_teacher, tmp_path, capsys, monkeypatch):
+    """What it refuses is found before any work, and the same folder then takes what the messages
+    say to give."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.setattr("plad_fast.distill._Distillation.run", lambda run: {})
+    rows = write_rows(tmp_path / "prompts.jsonl", 12)
+    with FaultServer(reasoning(500)) as running:
+        extra = ["--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(running)]
+        for command in (
+            arguments(tiny_teacher, tmp_path / "run", *extra, "--prompts", rows),
+            ["pairs", *extra, "--prompts", rows, "--output-dir", str(tmp_path / "pairs"),
+             "--max-new-tokens", "60"],
+        ):  # fmt: skip
+            assert main([*command, "--teacher-temperature", "0"]) == 2
+            assert "give --teacher-temperature 1" in capsys.readouterr().err
+            command += ["--teacher-temperature", "1"]
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert "all 60 tokens were spent before any answer" in error
+            assert "raise --reasoning-tokens" in error
+            assert {path.name for path in tmp_path.iterdir()} <= {"prompts.jsonl", "run"}
+            assert main([*command, "--reasoning-tokens", "600"]) == 0, capsys.readouterr().err
+
+
+def test_a_judge_is_tried_out_before_students_are_run(tiny_teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    pairs = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "say 1", "chosen": "It is 1.", "rejected": "2"}
+    pairs.write_text(json.dumps(pair) + "\n")
+    judged = ["judge:openai:m", "--select", "best-worst"]
+    with FaultServer(lambda *_: Step(choices=[said("", "length")])) as running:
+        for command in (
+            ["evaluate", "--student", f"S={tiny_teacher}", "--pairs", str(pairs),
+             "--eval-scorer", judged[0], "--output-dir", str(tmp_path / "e")],
+            ["pairs", "--teacher", str(tiny_teacher), "--student", str(tiny_teacher),
+             "--output-dir", str(tmp_path / "p"), "--scorer", *judged],
+            arguments(tiny_teacher, tmp_path / "d", "--scorer", *judged),
+            arguments(tiny_teacher, tmp_path / "d", "--eval-scorer", judged[0]),
+        ):  # fmt: skip
+            assert main([*command, *endpoint(running)]) == 2
+            error = capsys.readouterr().err
+            assert "m: asked for a verdict, all 512 tokens were spent" in error
+    assert list(tmp_path.iterdir()) == [pairs]
+
+
 def test_what_the_teacher_failed_at_is_missing_from_all_stages(tiny_teacher, tmp_path, monkeypatch):
     """An answer that came after the teacher's stage would be in the data of the others."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
@@ -141,6 +186,7 @@ def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
         (["--student-samples", "2", "--student-temperature", "0"], "raise it"),
         (["--min-gap", "1"], "needs scores"),
         (["--max-length-ratio", "0.5"], "max_length_ratio"),
+        (["--reasoning-tokens", "-1"], "--reasoning-tokens must be 0 or more"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--calibration-samples", "1"], "at least 2"),
         (["--calibration-samples", "2", "--student-temperature", "0"], "raise it"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from plad_fast.cli import main
-from tests.fault_server import FaultServer, Step
+from tests.fault_server import FaultServer, reasoning
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -33,8 +33,9 @@ LANGUAGES = {"python", "bash", "text", "json", "yaml"}
 RUN_ELSEWHERE = {"scaling.md"}
 """Pages whose code has a test module of its own (tests/test_scaling.py)."""
 
-TINY = ["--teacher-temperature", "1", "--student-temperature", "1", "--max-new-tokens", "60"]
-EXTRA = {"distill": [*TINY, "--held-out", "4"], "pairs": TINY, "evaluate": TINY[2:]}
+TINY = ["--student-temperature", "1", "--max-new-tokens", "60"]
+EXTRA = {"distill": [*TINY, "--held-out", "4"], "pairs": TINY, "evaluate": TINY}
+"""What tiny students need; what an endpoint is asked stays as the page says."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -47,8 +48,8 @@ def python_pages() -> list[Path]:
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """Where a teacher or judge behind an API is asked: it answers, and always prefers the first."""
-    with FaultServer(lambda *_: Step()) as server:
+    """Where a teacher or judge behind an API is asked: a model such as the pages name."""
+    with FaultServer(reasoning(1500)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         yield server
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from plad_fast.pairs import Answer, Failure, Prompt, Sampling
 from plad_fast.pairs._retries import pause, retry_after
 from plad_fast.pairs.endpoint import ChatRequest, Choice, Endpoint, Reply
 from plad_fast.pairs.endpoint_model import EndpointModel, request_seed
-from tests.fault_server import FaultServer, Step, answer_to, said
+from tests.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 KEY = "sk-planted-0123456789"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "chat"}]
@@ -189,6 +190,76 @@ def test_no_answer_is_asked_for_without_a_limit_to_its_length():
         assert all({"max_tokens", "max_completion_tokens"} & body.keys() for body in server.bodies)
 
 
+def test_a_temperature_that_is_refused_is_the_users_to_change():
+    """Answers at another temperature than the one that is recorded would be passed off."""
+    with FaultServer(reasoning(0)) as server:
+        with pytest.raises(UsageError, match=r"does not support 0 .*give --teacher-temperature 1"):
+            ask(server, list("abcdefgh"), Sampling(temperature=0.0), concurrency=1)
+        assert server.faults["status"] == 4  # one of them for max_tokens
+        assert ask(server, ["a"], Sampling(temperature=1.0))["a", 0].text == answer_to("a")
+
+
+def test_a_request_may_do_without_its_temperature(caplog):
+    """With one warning; a request that needs it still sends it."""
+    free = ChatRequest(CHAT, 5, temperature=0.0, optional=frozenset({"temperature"}))
+    with FaultServer(reasoning(0)) as server:
+        model = endpoint(server)
+        replies = [reply for _, reply in model.complete([free] * 12)]
+        assert {reply.left_out for reply in replies} == {frozenset({"temperature"})}
+        ((_, refused),) = model.complete([ChatRequest(CHAT, 5, temperature=0.0)])
+        assert "does not support 0 " in refused
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1
+    assert "takes no temperature of 0: going on at its own" in warnings[0]
+    with FaultServer() as server:
+        ((_, reply),) = endpoint(server).complete([free])
+        assert reply.left_out == frozenset()
+        assert server.bodies[-1]["temperature"] == 0
+
+
+def test_tokens_that_went_into_reasoning_are_told_and_can_be_added():
+    says = r"all 48 tokens were spent before any answer \(reasoning\?\); raise --reasoning-tokens"
+    sampling = Sampling(max_new_tokens=48, n=2)
+    with FaultServer(reasoning(100)) as server:
+        items = ask(server, ["a"], sampling)
+        assert all(re.match(says, item.reason) for item in items.values())
+        server.bodies.clear()
+        with pytest.raises(UsageError, match=f"of the first 8 replies each is empty: {says}"):
+            ask(server, [f"q{i}" for i in range(100)], sampling, concurrency=2)
+        assert server.faults["answer"] < 14  # none is paid for after it is known
+        items = ask(server, ["a"], sampling, reasoning_tokens=60)
+        assert items["a", 1].text == answer_to("a")
+
+
+def test_a_model_is_tried_out_with_one_request():
+    def tried(step, sampling, **options):
+        with FaultServer(step) as server:
+            EndpointModel(endpoint(server, **options), "teacher").try_out(sampling)
+        assert set(server.asked) == {"Say yes."}
+
+    tried(reasoning(100), Sampling(200, temperature=1.0))
+    greedy = Sampling(200, temperature=0.0)
+    for step, sampling, says in [
+        (reasoning(0), greedy, "refuses all requests .* --teacher-temperature 1"),
+        (reasoning(100), Sampling(48), "teacher: asked for a word, all 48 tokens were spent"),
+        (lambda *_: Step("status", 404), greedy, "check the model's name"),
+        (lambda *_: Step("cut"), greedy, "no reply to a first request .*no connection"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            tried(step, sampling)
+
+
+def test_a_trial_does_not_speak_for_the_requests_that_follow():
+    """What is refused for a reason unknown still ends a run that has no answer of its own."""
+    refusal = Step("status", 400, {"error": {"message": "no roles but user"}})
+    with FaultServer(lambda question, *_: Step() if "yes" in question else refusal) as server:
+        model = EndpointModel(endpoint(server, concurrency=1))
+        model.try_out(Sampling())
+        with pytest.raises(UsageError, match="no roles but user"):
+            list(model.generate([Prompt(f"{i}", f"q{i}") for i in range(9)], Sampling()))
+    assert sum(server.asked.values()) == 4
+
+
 @pytest.mark.parametrize(
     ("step", "says"),
     [
@@ -272,6 +343,7 @@ def test_waits():
         ({"timeout": float("nan")}, "timeout"),
         ({"cost_budget": 1.0}, "prices"),
         ({"token_budget": 0}, "token_budget"),
+        ({"reasoning_tokens": -1}, "reasoning_tokens"),
         ({"prices": (1.0, -1.0)}, "prices"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -9,10 +10,11 @@ import pytest
 
 from plad_fast.errors import UsageError
 from plad_fast.pairs import Prompt
-from plad_fast.pairs.endpoint import Choice, Reply
+from plad_fast.pairs.endpoint import Choice, Endpoint, Reply
 from plad_fast.pairs.judge import Judge, JudgeReport, read_verdict
 from plad_fast.pairs.scoring import score_answers, stored_scores
 from plad_fast.pairs.teachers import Answer
+from tests.fault_server import FaultServer, Step, reasoning, said
 
 PROMPT = Prompt("p", "How many legs has a cat?")
 SHOWN = re.compile(r"<answer ([AB]) (\w+)>\n(.*?)\n</answer \1 \2>", re.DOTALL)
@@ -24,6 +26,8 @@ class Fake:
     def __init__(self, decide):
         self.decide = decide
         self.asked = []
+
+    reasoning_tokens = 0
 
     def settings(self):
         return {"model": "fake"}
@@ -167,6 +171,60 @@ def test_failed_comparisons_are_left_open_and_asked_again_later(tmp_path, caplog
     dead = Judge(Fake(lambda *_: "!no route"))
     with pytest.raises(UsageError, match="gave no reply; the first failure: !no route"):
         dead.compare([(PROMPT, "x", "y")])
+
+
+def endpoint_like(server, **options):
+    return Endpoint("m", base_url=server.url, api_key_env="NO_KEY", **options)
+
+
+def judged_by(question):
+    return longer(*(match[3] for match in SHOWN.finditer(question)))
+
+
+def test_a_judge_whose_temperature_is_refused_goes_on_and_says_so(tmp_path, caplog):
+    """Such verdicts are samples: the store tells them from those at temperature 0."""
+    items = [(PROMPT, "four", "4"), (PROMPT, "three", "many")]
+    path = tmp_path / "verdicts.jsonl"
+    with FaultServer(reasoning(300, judged_by)) as server:
+        judge = Judge(endpoint_like(server), store=path)
+        judge.try_out()
+        assert judge.compare(items) == [1.0, 1.0]
+    assert [record.getMessage().count("takes no temperature") for record in caplog.records] == [1]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert len(rows) == 4
+    assert all(row["temperature"] is None for row in rows)
+    with FaultServer(lambda question, *_: Step(choices=[said(judged_by(question))])) as server:
+        judge = Judge(endpoint_like(server), store=tmp_path / "other.jsonl")
+        judge.compare(items)
+    assert "temperature" not in (tmp_path / "other.jsonl").read_text()
+
+
+def test_a_judge_that_spends_its_tokens_is_found_out_early_and_takes_more(tmp_path):
+    """Asked again for one line, it would reason again: no reminder is paid for."""
+    path = tmp_path / "verdicts.jsonl"
+    says = r"all 512 tokens were spent before any verdict \(reasoning\?\); raise --reasoning-tokens"
+    with FaultServer(reasoning(600, judged_by)) as server:
+        judge = Judge(endpoint_like(server), store=path)
+        with pytest.raises(UsageError, match=f"judge: asked for a verdict, {says}"):
+            judge.try_out()
+        assert not path.exists()
+        server.asked.clear()
+        with pytest.raises(UsageError, match=f"no reply; the first failure: {says}"):
+            judge.compare([(PROMPT, "four", "4")])
+        many = [(PROMPT, "four", f"{i}") for i in range(100)]
+        with pytest.raises(UsageError, match=f"of the first 8 replies each is empty: {says}"):
+            judge.compare(many)
+        assert all("Compare two answers" in question for question in server.asked)
+        assert sum(server.asked.values()) < 40
+        judge = Judge(endpoint_like(server, reasoning_tokens=200), store=path)
+        judge.try_out()
+        assert judge.compare([(PROMPT, "four", "4")]) == [1.0]
+
+
+def test_a_judge_with_verdicts_is_not_tried_out(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    Judge(Fake(longer), store=path).compare([(PROMPT, "x", "yy")])
+    Judge(Fake(None), store=path).try_out()
 
 
 def test_scores_are_stored_beside_the_verdicts(tmp_path):

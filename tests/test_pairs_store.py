@@ -108,6 +108,15 @@ def test_other_settings_are_named_and_may_be_overwritten(path):
         assert not store.done
 
 
+def test_a_store_without_rows_takes_other_settings(path):
+    """Nothing in it was made with the old ones: a first run that failed at once leaves no trace."""
+    AnswerStore.open(path, SETTINGS).close()
+    with AnswerStore.open(path, {"model": "other"}) as store:
+        store.append(rows("a"))
+    with pytest.raises(UsageError, match="model was 'other'"):
+        AnswerStore.open(path, SETTINGS)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("content", [b'{"prompt": "a"}\n', b"no newline", b"\0\1"])
 def test_a_file_of_another_kind_is_left_alone(path, content, overwrite):

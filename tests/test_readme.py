@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from plad_fast.cli import main
-from tests.fault_server import FaultServer, Step
+from tests.fault_server import FaultServer, reasoning
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
-TINY = ["--teacher-temperature", "1", "--student-temperature", "1", "--max-new-tokens", "60"]
+TINY = ["--student-temperature", "1", "--max-new-tokens", "60"]
 EXTRA = {
     "distill": [*TINY, "--student-layers", "1", "--held-out", "4"],
     "pairs": TINY,
-    "evaluate": TINY[2:],
+    "evaluate": TINY,
 }
 """What a tiny model needs beside what the README says; the rest is run as it stands."""
 
@@ -55,8 +55,8 @@ def test_python_examples(code, tiny_teacher, tmp_path, monkeypatch):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """Where `openai:MODEL` is asked."""
-    with FaultServer(lambda *_: Step()) as server:
+    """Where `openai:MODEL` is asked: a model such as the commands name."""
+    with FaultServer(reasoning(1500)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         yield server
 
@@ -71,6 +71,8 @@ def test_command_line(tiny_teacher, endpoint, tmp_path, monkeypatch, capsys):
     assert len(lines) >= 6
     for line in lines:
         words = shlex.split(line)[1:]
+        if not any(word.startswith("openai:") for word in words):
+            words += ["--teacher-temperature", "1"] * (words[0] in ("distill", "pairs"))
         if words[0] == "distill" and "--teacher" not in words:
             words += ["--teacher", str(tiny_teacher)]
         words = [str(tiny_teacher) if word == "offline" else word for word in words]

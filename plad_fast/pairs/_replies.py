@@ -26,6 +26,24 @@ class Choice:
     n_tokens: int = 0
     """0 where the reply does not say."""
 
+    @property
+    def is_spent(self) -> bool:
+        """The length limit was reached before there was any text."""
+        return not self.text and self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a request: at least one choice."""
+
+    choices: list[Choice]
+
+    missing: str = ""
+    """Why there are fewer choices than `ChatRequest.n`, if there are."""
+
+    left_out: frozenset[str] = frozenset()
+    """Of `ChatRequest.optional`, what the endpoint did not take."""
+
 
 @dataclass
 class Usage:
@@ -96,6 +114,11 @@ def _read_choice(choice: Any, n_tokens: int, key: str) -> Choice:
         raise BadReplyError("the reply holds an answer that is not text")
     text = mask((text or "").strip(), key)
     return Choice(text, "length" if reason in _CUT_OFF else "stop", n_tokens)
+
+
+def spent_reason(limit: int, what: str, raise_flags: str) -> str:
+    """Why a reply is empty that used up all its tokens."""
+    return f"all {limit:,} tokens were spent before any {what} (reasoning?); raise {raise_flags}"
 
 
 def read_usage(completion: Any) -> tuple[int, int]:

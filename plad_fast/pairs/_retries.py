@@ -48,10 +48,18 @@ class Trouble:
 
     status: int | None = None
     retry_after: float | None = None
+
     parameter: str = ""
+    """What is refused: to be left out where `then` is `adapt`, to be told to the user else."""
 
 
-def judge(error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str) -> Trouble | None:
+def judge(
+    error: Exception,
+    sent: Mapping[str, Any],
+    refused: Set[str],
+    key: str,
+    optional: Set[str] = frozenset(),
+) -> Trouble | None:
     """What to do about an exception of the `openai` client.
 
     Args:
@@ -59,6 +67,7 @@ def judge(error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str
         sent: the request's body.
         refused: parameters that are left out or replaced already.
         key: to keep out of the reason.
+        optional: parameters that this request can do without, whatever their value.
 
     Returns:
         None for an exception that is no failure of the request.
@@ -68,7 +77,7 @@ def judge(error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str
     if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
         return Trouble("again", "no reply in time")
     if isinstance(error, openai.APIStatusError):
-        return _judge_status(error, sent, refused, key)
+        return _judge_status(error, sent, refused, key, optional)
     if isinstance(error, BadReplyError):
         return Trouble("again", one_line(str(error), key))
     if isinstance(error, UnicodeEncodeError):
@@ -82,7 +91,9 @@ def judge(error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str
     return None
 
 
-def _judge_status(error: Any, sent: Mapping[str, Any], refused: Set[str], key: str) -> Trouble:
+def _judge_status(
+    error: Any, sent: Mapping[str, Any], refused: Set[str], key: str, optional: Set[str]
+) -> Trouble:
     status: int = error.status_code
     said = _message(error)
     reason = one_line(f"status {status}: {said}" if said else f"status {status}", key)
@@ -97,6 +108,9 @@ def _judge_status(error: Any, sent: Mapping[str, Any], refused: Set[str], key: s
         parameter = _refused_parameter(error.param, said, sent)
         if parameter in _LIMITS and refused & (_LIMITS - {parameter}):
             parameter = ""  # the other name was refused before
+        # Left out, the server's own temperature would be used, which is 1 as a rule.
+        if parameter == "temperature" and sent[parameter] != 1 and parameter not in optional:
+            return Trouble("unclear", reason, status, parameter=parameter)
         if parameter:
             return Trouble("adapt", reason, status, parameter=parameter)
         return Trouble("unclear", reason, status)
@@ -116,16 +130,13 @@ def _message(error: Any) -> str:
 
 
 def _refused_parameter(named: object, said: str, sent: Mapping[str, Any]) -> str:
-    """A parameter that was sent, is refused, and may be left out or replaced; or nothing."""
+    """A parameter that was sent and is refused; or nothing."""
     for name in ("seed", "n", "temperature", *sorted(_LIMITS)):
         # A name of one letter is only believed in quotes.
         mentioned = named == name or re.search(rf"""['"`]{name}['"`]""", said) is not None
         if len(name) > 1:
             mentioned = mentioned or re.search(rf"\b{name}\b", said) is not None
         if mentioned and name in sent:
-            # Left out, the server's own temperature would be used, which is 1 as a rule.
-            if name == "temperature" and sent[name] != 1:
-                continue
             return name
     return ""
 
@@ -144,6 +155,11 @@ def refusal(trouble: Trouble, model: str, url: str, variable: str) -> UsageError
         404: "check the model's name, and --base-url, which usually ends in /v1",
         429: "raise the account's quota, and run again: what has come is kept",
     }.get(trouble.status or 0, "check the model's name, --base-url and the sampling settings")
+    if trouble.parameter == "temperature":
+        advice = (
+            "give --teacher-temperature 1: its answers are then samples, which come out otherwise "
+            "when they are asked for anew"
+        )
     return UsageError(f"model {model!r} at {url} refuses all requests ({trouble.reason}); {advice}")
 
 

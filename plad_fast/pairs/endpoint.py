@@ -11,49 +11,20 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from plad_fast.chat import Messages
 from plad_fast.errors import UsageError
 from plad_fast.pairs._access import OPENAI_URL, find_url, is_loopback, read_key
 from plad_fast.pairs._background import iterate_in_thread
-from plad_fast.pairs._replies import Choice, Usage, read_choices, read_usage
+from plad_fast.pairs._replies import Choice, Reply, Usage, read_choices, read_usage
+from plad_fast.pairs._requests import ChatRequest, request_body
 from plad_fast.pairs._retries import Trouble, judge, pause, refusal
+
+__all__ = ["ChatRequest", "Choice", "Endpoint", "Reply"]
 
 logger = logging.getLogger(__name__)
 
 _UNCLEAR = 3  # refusals nobody can explain before any reply, after which all will be refused
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """One conversation to continue."""
-
-    messages: Messages
-
-    max_tokens: int
-    """Longest answer; on endpoints of reasoning models, their reasoning included."""
-
-    n: int = 1
-    """Answers to give."""
-
-    temperature: float = 1.0
-
-    top_p: float = 1.0
-
-    seed: int | None = None
-    """Of the first answer; the one after it has the next number. Not all endpoints use seeds."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came of a request: at least one choice."""
-
-    choices: list[Choice]
-
-    missing: str = ""
-    """Why there are fewer choices than `ChatRequest.n`, if there are."""
 
 
 class Endpoint:
@@ -68,6 +39,8 @@ class Endpoint:
         concurrency: requests under way at once, at most.
         timeout: seconds for a whole request, after which it counts as failed.
         max_retries: how often a failed request is tried again.
+        reasoning_tokens: added to the length limit of every request, for a model that reasons
+            before it answers: what it spends on that counts as part of its answer.
         first_pause, longest_pause: seconds before the first retry, doubled for each one that
             follows, and the bound of that and of what the server asks for by Retry-After.
         token_budget: tokens, of prompts and answers, that may be spent over the life of this
@@ -89,6 +62,7 @@ class Endpoint:
         concurrency: int = 8,
         timeout: float = 60.0,
         max_retries: int = 6,
+        reasoning_tokens: int = 0,
         first_pause: float = 0.5,
         longest_pause: float = 60.0,
         token_budget: int | None = None,
@@ -101,6 +75,7 @@ class Endpoint:
         self.concurrency = concurrency
         self.timeout = timeout
         self.max_retries = max_retries
+        self.reasoning_tokens = reasoning_tokens
         self.first_pause = first_pause
         self.longest_pause = longest_pause
         self.token_budget = token_budget
@@ -109,6 +84,7 @@ class Endpoint:
         self._is_local = is_loopback(self.base_url)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._unclear = 0
+        self._trials = 0  # replies to `try_out`
         self._given_up_in_a_row = 0
         self._check()
 
@@ -131,6 +107,25 @@ class Endpoint:
         return iterate_in_thread(
             lambda: self._replies(requests, read_key(self.api_key_env, self.base_url))
         )
+
+    def try_out(self, request: ChatRequest) -> Reply:
+        """The reply to one plain request, by which to find out early whether any will be taken.
+
+        Raises:
+            UsageError: as `complete`, or no reply came.
+        """
+        self._unclear = _UNCLEAR - 1  # what is refused here is not refused for its text
+        try:
+            ((_, reply),) = self.complete([request])
+        finally:
+            self._unclear = 0
+        if isinstance(reply, str):
+            raise UsageError(
+                f"model {self.model!r} at {self.base_url} gave no reply to a first request "
+                f"({reply}); see that the endpoint works, and run again"
+            )
+        self._trials += 1
+        return reply
 
     async def _replies(
         self, requests: Sequence[ChatRequest], key: str
@@ -181,7 +176,15 @@ class Endpoint:
             if stop := self._stop_reason():
                 again = " again" if choices or last else ""
                 return _so_far(choices, f"not asked{again}: {stop}" + last)
-            body = self._body(request, len(choices))
+            body = request_body(
+                request,
+                self.model,
+                had=len(choices),
+                refused=self._refused,
+                reasoning_tokens=self.reasoning_tokens,
+                # OpenAI's newer models refuse the old name, other servers the new one.
+                newest=self.base_url == OPENAI_URL,
+            )
             try:
                 self.usage.requests += 1
                 completion = await asyncio.wait_for(
@@ -192,11 +195,11 @@ class Endpoint:
                 self.usage.answer_tokens += answer_tokens
                 found = read_choices(completion, key)
             except Exception as error:
-                trouble = judge(error, body, self._refused, key)
+                trouble = judge(error, body, self._refused, key, request.optional)
                 if trouble is None:
                     raise
                 if trouble.then == "adapt":
-                    self._adapt(trouble)
+                    self._adapt(trouble, request)
                     continue
                 if trouble.then == "again" and tries < self.max_retries:
                     logger.debug("%s: trying again: %s", self.model, trouble.reason)
@@ -210,39 +213,28 @@ class Endpoint:
             self.usage.replies += 1
             self.usage.uncounted += not (prompt_tokens or answer_tokens)
             choices += found[: request.n - len(choices)]
-        return Reply(choices)
+        return Reply(choices, left_out=request.optional & self._refused)
 
-    def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
-        """The request for what `had` choices leave to be asked for."""
-        limits = ["max_tokens", "max_completion_tokens"]
-        if self.base_url == OPENAI_URL:
-            limits.reverse()  # OpenAI's newer models refuse the old name, other servers the new one
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": request.messages,
-            "temperature": request.temperature,
-            next((name for name in limits if name not in self._refused), limits[0]): (
-                request.max_tokens
-            ),
-        }
-        if request.top_p < 1:
-            body["top_p"] = request.top_p
-        if request.n - had > 1:
-            body["n"] = request.n - had
-        if request.seed is not None:
-            # Servers that take no `n` are asked again, and must not say the same again.
-            body["seed"] = request.seed + had
-        return {name: value for name, value in body.items() if name not in self._refused}
-
-    def _adapt(self, trouble: Trouble) -> None:
-        if trouble.parameter not in self._refused:
-            logger.info(
-                "%s takes no %s: going on without (%s)",
+    def _adapt(self, trouble: Trouble, request: ChatRequest) -> None:
+        if trouble.parameter in self._refused:
+            return
+        self._refused.add(trouble.parameter)
+        if trouble.parameter == "temperature" and request.temperature != 1:
+            logger.warning(
+                "%s at %s takes no temperature of %g: going on at its own, where replies are "
+                "samples, which come out otherwise when they are asked for anew (%s)",
+                self.model,
                 self.base_url,
-                trouble.parameter,
+                request.temperature,
                 trouble.reason,
             )
-            self._refused.add(trouble.parameter)
+            return
+        logger.info(
+            "%s takes no %s: going on without (%s)",
+            self.base_url,
+            trouble.parameter,
+            trouble.reason,
+        )
 
     def _pause(self, tries: int, trouble: Trouble) -> float:
         return pause(tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause)
@@ -252,7 +244,7 @@ class Endpoint:
         # `from None`: a traceback would show the client's own error too, which may quote the key.
         if trouble.then == "stop":
             raise refusal(trouble, self.model, self.base_url, self.api_key_env) from None
-        if trouble.then == "unclear" and not self.usage.replies:
+        if trouble.then == "unclear" and self.usage.replies == self._trials:
             self._unclear += 1
             if self._unclear >= _UNCLEAR:
                 raise refusal(trouble, self.model, self.base_url, self.api_key_env) from None
@@ -288,8 +280,9 @@ class Endpoint:
         for name in ("concurrency", "timeout", "first_pause", "longest_pause"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.max_retries < 0:
-            raise UsageError(f"max_retries must be 0 or more, not {self.max_retries}")
+        for name in ("max_retries", "reasoning_tokens"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("token_budget", "cost_budget"):
             if (budget := getattr(self, name)) is not None and not budget > 0:
                 raise UsageError(f"{name} must be positive, not {budget}")

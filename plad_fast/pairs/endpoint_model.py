@@ -7,10 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from plad_fast.chat import Content, Messages
 from plad_fast.errors import UsageError
+from plad_fast.pairs._replies import spent_reason
 from plad_fast.pairs.endpoint import ChatRequest, Endpoint, Reply
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.teachers import Answer, Failure
+
+_FIRST_SPENT = (
+    8  # replies from the first on that end before any answer, after which no more is paid
+)
 
 
 class EndpointModel:
@@ -25,6 +30,25 @@ class EndpointModel:
         self.endpoint = endpoint
         self.name = endpoint.model if name is None else name
 
+    def try_out(self, sampling: Sampling) -> None:
+        """Asks for a word, to find out before long work whether such requests are answered.
+
+        Raises:
+            UsageError: the endpoint cannot be reached, refuses the key, the model or the sampling,
+                or spends all tokens before an answer.
+        """
+        reply = self.endpoint.try_out(
+            ChatRequest(
+                as_chat("Say yes."),
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=request_seed(sampling.seed, ""),
+            )
+        )
+        if reply.choices[0].is_spent:
+            raise UsageError(f"{self.name}: asked for a word, {self._spent(sampling)}")
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
@@ -35,7 +59,8 @@ class EndpointModel:
 
         Raises:
             UsageError: from this call: the sampling wants what the API does not have. From the
-                iterator: as `Endpoint.complete`.
+                iterator: as `Endpoint.complete`, or the first replies all spend their tokens before
+                any answer.
         """
         return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
 
@@ -59,8 +84,25 @@ class EndpointModel:
             )
             for prompt, samples in asked
         ]
-        replies = self.endpoint.complete(requests)
-        return (_read(asked[i][0].id, asked[i][1], reply) for i, reply in replies)
+        return self._answers(asked, requests, self._spent(sampling))
+
+    def _answers(
+        self, asked: Sequence[tuple[Prompt, range]], requests: Sequence[ChatRequest], spent: str
+    ) -> Iterator[list[Answer | Failure]]:
+        had = empty = 0
+        for i, reply in self.endpoint.complete(requests):
+            yield _read(asked[i][0].id, asked[i][1], reply, spent)
+            if isinstance(reply, Reply):
+                had += 1
+                empty += all(choice.is_spent for choice in reply.choices)
+                if had == empty == _FIRST_SPENT:
+                    raise UsageError(
+                        f"{self.name}: of the first {had} replies each is empty: {spent}"
+                    )
+
+    def _spent(self, sampling: Sampling) -> str:
+        limit = sampling.max_new_tokens + self.endpoint.reasoning_tokens
+        return spent_reason(limit, "answer", "--reasoning-tokens, or --max-new-tokens")
 
 
 def as_chat(content: Content) -> Messages:
@@ -85,13 +127,15 @@ def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
     return runs
 
 
-def _read(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | Failure]:
+def _read(prompt_id: str, samples: range, reply: Reply | str, spent: str) -> list[Answer | Failure]:
     if isinstance(reply, str):
         return [Failure(prompt_id, reply, sample) for sample in samples]
     found: list[Answer | Failure] = []
     for sample, choice in zip(samples, reply.choices, strict=False):
         if choice.finish_reason == "content_filter":
             found.append(Failure(prompt_id, "the endpoint's content filter withheld it", sample))
+        elif choice.is_spent:
+            found.append(Failure(prompt_id, spent, sample))
         elif not choice.text:
             found.append(Failure(prompt_id, "the answer is empty", sample))
         else:

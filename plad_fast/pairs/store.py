@@ -50,7 +50,7 @@ class AnswerStore:
         """Opens a store, or makes one together with its folder.
 
         A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
-        the same id the first counts.
+        the same id the first counts. A store without rows takes the fingerprint that it is given.
 
         Args:
             path: of the JSONL file.
@@ -59,7 +59,7 @@ class AnswerStore:
 
         Raises:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
-                process, or was made with another fingerprint.
+                process, or holds rows that were made with another fingerprint.
         """
         path = Path(path).expanduser()
         # A round trip makes of the settings what comes back from a file: lists of tuples, say.
@@ -139,7 +139,13 @@ class AnswerStore:
             self._write(_line(header))
             return
         first, *lines = whole.split(b"\n")[:-1]
-        self._require_equal(self._parse(first, 1, ("version", "fingerprint")), header)
+        found = self._parse(first, 1, ("version", "fingerprint"))
+        self._require_version(found)
+        if not lines and found != header:
+            self._file.truncate(0)
+            self._write(_line(header))
+            return
+        self._require_equal(found, header)
         for number, line in enumerate(lines, start=2):
             row = self._parse(line, number, ("id",))
             self._rows.setdefault(row["id"], row)
@@ -153,12 +159,14 @@ class AnswerStore:
         if content and not content.startswith(start) and not start.startswith(content):
             raise UsageError(f"{self.path} is not a store of answers; choose another output folder")
 
-    def _require_equal(self, found: Row, header: Row) -> None:
-        if found["version"] != header["version"]:
+    def _require_version(self, found: Row) -> None:
+        if found["version"] != _VERSION:
             raise UsageError(
                 f"{self.path} has format version {found['version']}, this plad_fast writes version "
-                f"{header['version']}; choose another output folder, or pass --overwrite"
+                f"{_VERSION}; choose another output folder, or pass --overwrite"
             )
+
+    def _require_equal(self, found: Row, header: Row) -> None:
         before, now = _flat(found["fingerprint"]), _flat(header["fingerprint"])
         changed = [
             f"{name} was {before.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
