@@ -100,6 +100,29 @@ def test_a_function_by_name(tmp_path, monkeypatch):
             open_teacher(spec)
 
 
+def test_a_function_that_was_edited_is_another_teacher(tmp_path, monkeypatch):
+    """Its old answers are refused, whatever it is wrapped in."""
+    module = tmp_path / "my_edited_module.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wrapped = (
+        "import functools\n\n\n@functools.lru_cache\ndef cached(prompt):\n    return prompt\n"
+        "class Teacher:\n    def __call__(self, prompt):\n        return prompt\n\n\n"
+        "called = Teacher()\n"
+    )
+    module.write_text(wrapped)
+    names = ("cached", "called")
+    before = [teacher_fingerprint(f"python:my_edited_module.{name}") for name in names]
+    assert [len(settings["source"]) for settings in before] == [16, 16]
+    module.write_text(wrapped + "# edited\n")
+    for name, settings in zip(names, before, strict=True):
+        now = teacher_fingerprint(f"python:my_edited_module.{name}")
+        with AnswerStore.open(tmp_path / f"{name}.jsonl", settings) as store:
+            store.append([{"id": "a"}])
+        with pytest.raises(UsageError, match="source was"):
+            AnswerStore.open(tmp_path / f"{name}.jsonl", now)
+
+
 def test_a_local_teacher_is_loaded_when_it_is_asked(tiny_teacher, monkeypatch):
     from plad_fast import students
 
@@ -182,7 +205,7 @@ def test_fingerprints_tell_what_answers_depend_on(tiny_teacher, tmp_path, monkey
         teacher_fingerprint("org/m"),
         teacher_fingerprint("column:x", columns=lambda name: {"a": "1"}),
         teacher_fingerprint("column:x", columns=lambda name: {"a": "2"}),
-        teacher_fingerprint("python:m.f"),
+        teacher_fingerprint("python:math.sqrt"),
         teacher_fingerprint(str(tiny_teacher)),
         teacher_fingerprint(OFFLINE),
     ]

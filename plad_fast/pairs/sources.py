@@ -20,7 +20,7 @@ from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.pairs._access import find_url
-from plad_fast.pairs._functions import import_function
+from plad_fast.pairs._functions import import_function, source_digest
 from plad_fast.pairs.endpoint import Endpoint
 from plad_fast.pairs.endpoint_model import EndpointModel
 from plad_fast.pairs.given import CallableModel, ColumnModel
@@ -83,10 +83,11 @@ def teacher_fingerprint(
 ) -> dict[str, Any]:
     """What the teacher's answers depend on besides prompts and sampling: JSON, nothing secret.
 
-    Nothing is loaded or asked. A Python function is known by its name alone.
+    No model is loaded and nothing is asked. A Python function is known by its name and by the file
+    that it is in.
 
     Raises:
-        UsageError: as `open_teacher` for a wrong specification.
+        UsageError: as `open_teacher` for a wrong specification, or a function that is not there.
     """
     kind, rest = split_spec(spec)
     if kind == "openai":
@@ -96,7 +97,8 @@ def teacher_fingerprint(
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":
-        return {"teacher": spec}
+        source = source_digest(import_function(rest))
+        return {"teacher": spec, **({} if source is None else {"source": source})}
     return {"teacher": spec, "weights": model_digest(rest)}
 
 
