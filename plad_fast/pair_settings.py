@@ -78,7 +78,8 @@ class PairSettings:
     scorer: str | None = setting(
         None,
         "rates answers: rouge1, rouge2 or rougeL to the reference, length, brevity, "
-        "likelihood:MODEL, reward:MODEL, judge:openai:MODEL, python:MODULE.FUNCTION",
+        "likelihood:MODEL, reward:MODEL (of several labels one: reward:MODEL#LABEL), "
+        "judge:openai:MODEL, python:MODULE.FUNCTION",
     )
     select: str = setting(
         "teacher",

@@ -173,6 +173,50 @@ def test_a_reward_model_is_loaded_from_its_folder(
         open_scorer(f"reward:{tiny_teacher}", device="cpu").score(ITEMS)
 
 
+def test_a_label_is_chosen_by_the_name_of_the_scorer(classifier, tiny_tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    classifier.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    good = RewardModel((classifier, tiny_tokenizer), label=2).score(ITEMS)
+    for label in ("good", "2"):
+        scorer = open_scorer(f"reward:{folder}#{label}", device="cpu")
+        scorer.check(PROMPTS)
+        assert scorer.score(ITEMS) == pytest.approx(good)
+    assert open_scorer(f"reward:{folder}#bad").name == "reward model#bad"
+    (tmp_path / "odd#name").mkdir()
+    assert open_scorer(f"reward:{tmp_path}/odd#name").settings()["label"] is None
+    for spec in (f"reward:{folder}#", "reward:#good"):
+        with pytest.raises(UsageError, match="write reward:MODEL#LABEL"):
+            open_scorer(spec)
+
+
+def test_wrong_reward_models_are_found_before_any_work(
+    classifier, tiny_tokenizer, tiny_teacher, tmp_path, monkeypatch
+):
+    """By their config, without their weights."""
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", None)
+    classifier.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    RewardModel(str(tmp_path), label="fair").check(PROMPTS)
+    for spec, says in [
+        (f"{tmp_path}", r"several labels; name one, as in reward:.*#good: 0 bad, 1 fair, 2 good"),
+        (f"{tmp_path}#fine", "no label 'fine'; name one"),
+        (f"{tmp_path}#3", "no label 3; name one"),
+        (f"{tiny_teacher}", "is a LlamaForCausalLM and no reward model"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            open_scorer(f"reward:{spec}").check(PROMPTS)
+    with pytest.raises(UsageError, match="several labels"):
+        RewardModel((classifier, tiny_tokenizer)).check(PROMPTS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["OurReward"]}))
+    RewardModel(str(tmp_path), label=0).check(PROMPTS)
+    # A type without a sequence classifier.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(UsageError, match="of type 'clip', of which transformers has no"):
+        RewardModel(str(tmp_path)).check(PROMPTS)
+
+
 def test_broken_rewards_and_long_answers_are_refused(classifier, tiny_tokenizer):
     model = copy.deepcopy(classifier)
     with torch.no_grad():

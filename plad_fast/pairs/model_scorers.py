@@ -132,7 +132,7 @@ class RewardModel(_ModelScorer):
     second text, and the prompt has to be plain text.
 
     Args:
-        label: which of several labels to take, by number or by its name in the config.
+        label: which of several labels to take, by its name in the config or by number.
     """
 
     kind = "reward"
@@ -142,6 +142,8 @@ class RewardModel(_ModelScorer):
     ) -> None:
         super().__init__(model, **options)
         self.label = label
+        if label is not None and options.get("name") is None:
+            self.name += f"#{label}"  # two labels of a model are two scorers, with a file each
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "label": self.label}
@@ -170,6 +172,18 @@ class RewardModel(_ModelScorer):
                 values |= dict(zip(batch, logits[:, label].double().tolist(), strict=True))
         return finite_scores(self.name, items, [values[index] for index in range(len(items))])
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do. Raises UsageError where the model is missing, is no sequence
+        classifier, or does not have the label."""
+        from plad_fast.pairs._reward_config import read_reward_config
+
+        was_there = self._is_there
+        super().check(prompts)
+        if self._loaded is not None:
+            self._label_index(self._loaded[0].config)
+        elif not was_there and (config := read_reward_config(self._source)) is not None:
+            self._label_index(config)
+
     def _encode(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
         content = as_messages(tokenizer, prompt.content)
         if isinstance(content, str):
@@ -190,7 +204,8 @@ class RewardModel(_ModelScorer):
             return self.label
         wrong = "several labels" if self.label is None else f"no label {self.label!r}"
         raise UsageError(
-            f"{self.name} has {wrong}; choose one by its number or name: "
+            f"the reward model {self._source!r} has {wrong}; name one, as in "
+            f"reward:{self._source}#{names[-1]}: "
             f"{', '.join(f'{index} {name}' for index, name in enumerate(names))}"
         )
 

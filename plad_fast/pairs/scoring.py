@@ -6,17 +6,15 @@ Models that score are in `model_scorers`, a judge behind an endpoint in `judge`.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from plad_fast import metrics
 from plad_fast.errors import UsageError
-from plad_fast.pairs._functions import import_function
+from plad_fast.pairs._functions import import_function, source_digest
 from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.prompts import Prompt, require_unique_ids
 from plad_fast.pairs.store import AnswerStore
@@ -32,7 +30,8 @@ ScoreFunction: TypeAlias = Callable[[Any, str, str | None], float]
 """Prompt (text or messages), answer and reference to a score."""
 
 _SPECS = (
-    "rouge1, rouge2, rougeL, length, brevity, likelihood:MODEL, reward:MODEL, judge:openai:MODEL, "
+    "rouge1, rouge2, rougeL, length, brevity, likelihood:MODEL, reward:MODEL, reward:MODEL#LABEL, "
+    "judge:openai:MODEL, "
     "python:MODULE.FUNCTION"
 )
 
@@ -138,11 +137,8 @@ class FunctionScorer:
 
     def settings(self) -> dict[str, Any]:
         """The name, and a digest of the file that the function is in, if it is in one."""
-        try:
-            source = Path(inspect.getsourcefile(self.function) or "").read_bytes()
-        except (TypeError, OSError):
-            return {"scorer": self.name}
-        return {"scorer": self.name, "source": hashlib.sha256(source).hexdigest()[:16]}
+        source = source_digest(self.function)
+        return {"scorer": self.name, **({} if source is None else {"source": source})}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         pass
@@ -158,7 +154,8 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
     Args:
         spec: `rouge1`, `rouge2`, `rougeL` (to the prompt's reference); `length`, `brevity` (many or
             few words); `likelihood:MODEL` (under a local model); `reward:MODEL` (sequence
-            classification); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint);
+            classification; `reward:MODEL#LABEL` takes one of several labels, by its name or its
+            number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint);
             `python:MODULE.FUNCTION`.
         **options: of `Likelihood` and `RewardModel`; of `Judge`, and in a dict `endpoint` those of
             `Endpoint`.
@@ -175,10 +172,16 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
         return Length(shorter=spec == "brevity")
     if kind == "python" and rest:
         return FunctionScorer(import_function(rest), spec)
-    if kind in ("likelihood", "reward") and rest:
-        from plad_fast.pairs.model_scorers import Likelihood, RewardModel
+    if kind == "likelihood" and rest:
+        from plad_fast.pairs.model_scorers import Likelihood
 
-        return (Likelihood if kind == "likelihood" else RewardModel)(rest, **options)
+        return Likelihood(rest, **options)
+    if kind == "reward" and rest:
+        from plad_fast.pairs._reward_config import split_label
+        from plad_fast.pairs.model_scorers import RewardModel
+
+        model, label = split_label(rest)
+        return RewardModel(model, **({"label": label} if label is not None else {}), **options)
     if kind == "judge":
         service, _, model = rest.partition(":")
         if service == "openai" and model:
