@@ -45,6 +45,8 @@ from plad_fast.training import train_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from plad_fast.pairs.judge import ChatEndpoint
+
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
 
@@ -88,16 +90,16 @@ class _Distillation:
                 "here; give a model to start from with --student"
             )
         # Made now, so that what is wrong with it is found out before any work.
-        self.scoring = held_out_scoring(config, Path(config.output_dir).expanduser() / "evaluation")
+        folder = Path(config.output_dir).expanduser()
+        judges: dict[str, ChatEndpoint] = {}
+        self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
             scorer.check(self.held_out)
         settings = {
             **config.results_settings(),
             "prompts_digest": prompts_digest(self.prompts),
         }
-        self.texts = RecipeTexts(
-            config, Path(config.output_dir).expanduser(), self.prompts, self._teacher_as_text
-        )
+        self.texts = RecipeTexts(config, folder, self.prompts, self._teacher_as_text, judges)
         # Before the folder keeps settings that an endpoint refuses.
         self.texts.try_teacher(overwrite=overwrite)
         try_endpoints(judge=self.scoring["judge"])

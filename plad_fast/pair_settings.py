@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from plad_fast.pairs import PairFilters, Scorer, TextModel
+    from plad_fast.pairs.judge import ChatEndpoint, Judge
 
 OFFLINE_TEACHER = "offline"  # as `pairs.sources.OFFLINE`, which is slow to import
 
@@ -60,12 +61,12 @@ class PairSettings:
     )
     token_budget: int | None = setting(
         None,
-        "tokens that the teacher may spend at the endpoint in a run, and a judge as many",
+        "tokens that the teacher may spend at the endpoint in a run, and the judge as many",
         affects_results=False,
     )
     cost_budget: float | None = setting(
         None,
-        "what the teacher may spend at the endpoint in a run by the prices, and a judge as much",
+        "what the teacher may spend at the endpoint in a run by the prices, and the judge as much",
         affects_results=False,
     )
     price_in: float | None = setting(
@@ -159,13 +160,19 @@ class PairSettings:
         )
 
     def open_scorer(
-        self, spec: str | None = None, *, verdicts: Path | None = None
+        self,
+        spec: str | None = None,
+        *,
+        verdicts: Path | None = None,
+        judges: dict[str, ChatEndpoint] | None = None,
     ) -> Scorer | None:
         """The scorer of the settings, or another by its name; None where none is named.
 
         Args:
             spec: in place of `scorer`.
             verdicts: file in which a judge keeps what it was told.
+            judges: endpoints of the run's judges by their specifications, to which a new one is
+                added: one that is opened twice has one budget.
         """
         from plad_fast.pairs import open_scorer
 
@@ -174,13 +181,19 @@ class PairSettings:
             return None
         options: dict[str, Any] = {}
         if spec.startswith("judge:"):
-            options = {"endpoint": {"base_url": self.base_url, **self._endpoint_options()}}
-            options["store"] = verdicts
+            known = (judges or {}).get(spec)
+            options = {
+                "endpoint": known or {"base_url": self.base_url, **self._endpoint_options()},
+                "store": verdicts,
+            }
         if spec == f"likelihood:{OFFLINE_TEACHER}":
             from plad_fast.students import offline_teacher_path
 
             spec = f"likelihood:{offline_teacher_path()}"
-        return open_scorer(spec, **options)
+        scorer = open_scorer(spec, **options)
+        if judges is not None and spec.startswith("judge:"):
+            judges[spec] = cast("Judge", scorer).endpoint
+        return scorer
 
     def _endpoint_options(self) -> dict[str, Any]:
         prices = None

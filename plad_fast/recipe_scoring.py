@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.errors import UsageError
 from plad_fast.held_out import scorer_file
-from plad_fast.pairs.judge import Judge
+from plad_fast.pairs.judge import ChatEndpoint, Judge
 from plad_fast.recipe import DistillConfig
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ JUDGE_STORE = "judge.jsonl"
 _JUDGE = "judge:"
 
 
-def held_out_scoring(config: DistillConfig, folder: Path) -> dict[str, Any]:
+def held_out_scoring(
+    config: DistillConfig, folder: Path, judges: dict[str, ChatEndpoint] | None = None
+) -> dict[str, Any]:
     """The options of `held_out.evaluate_models` that the settings ask for.
 
     The scorer that pairs were chosen by stands beside the one that they were not. A judge compares
@@ -28,6 +30,7 @@ def held_out_scoring(config: DistillConfig, folder: Path) -> dict[str, Any]:
     Args:
         config: of the run.
         folder: of the evaluation; the judge's verdicts are kept there.
+        judges: see `PairSettings.open_scorer`.
 
     Raises:
         UsageError: a scorer that cannot be made, two judges, or two scorers of one name.
@@ -41,7 +44,7 @@ def held_out_scoring(config: DistillConfig, folder: Path) -> dict[str, Any]:
     scorers: dict[str, Scorer] = {}
     judge = None
     for spec in specs:
-        scorer = config.open_scorer(spec, verdicts=folder / JUDGE_STORE)
+        scorer = config.open_scorer(spec, verdicts=folder / JUDGE_STORE, judges=judges)
         assert scorer is not None
         if isinstance(scorer, Judge):
             judge = scorer

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from plad_fast.pairs import Scorer, TextModel
+    from plad_fast.pairs.judge import ChatEndpoint
 
 Answers = Mapping[str, Sequence[Answer]]
 
@@ -43,6 +44,7 @@ class RecipeTexts:
         config: of the run.
         folder: of the run.
         load_teacher: makes the teacher's model, where it is a local one.
+        judges: see `PairSettings.open_scorer`.
 
     Raises:
         UsageError: teacher or scorer cannot be what the settings say.
@@ -54,13 +56,15 @@ class RecipeTexts:
         folder: Path,
         prompts: Sequence[Prompt],
         load_teacher: Callable[[], LocalModel],
+        judges: dict[str, ChatEndpoint],
     ) -> None:
         self.config = config
         self.folder = folder
         self.prompts = prompts
         self._load_teacher = load_teacher
         self._columns = answer_columns(config)
-        self._scorer = config.open_scorer(verdicts=folder / "pairs" / "verdicts.jsonl")
+        verdicts = folder / "pairs" / "verdicts.jsonl"
+        self._scorer = config.open_scorer(verdicts=verdicts, judges=judges)
         if self._scorer is not None:
             self._scorer.check(prompts)
         # Made now, so that what is wrong with an endpoint's settings is found out before any work.
@@ -78,7 +82,12 @@ class RecipeTexts:
         )
 
     def ask_teacher(self) -> int:
-        """Let the teacher answer what it has not answered yet; how many answers it failed at."""
+        """Let the teacher answer what it has not answered yet; how many answers it failed at.
+
+        Raises:
+            UsageError: as `stored_answers`, or its endpoint was asked no more before the end, for a
+                budget or an outage.
+        """
         teacher = self._teacher
 
         def load() -> TextModel:
@@ -91,6 +100,13 @@ class RecipeTexts:
             self._teacher_sampling,
             fingerprint=self._teacher_fingerprint(),
         )
+        stopped = getattr(getattr(teacher, "endpoint", None), "stopped", "")
+        if answered.failures and stopped:
+            raise UsageError(
+                f"the teacher has answered {len(answered.answers)} of {len(self.prompts)} prompts "
+                f"and is asked no more: {stopped}; what has come is kept: run the same command "
+                "again to ask for the rest, with a larger budget if one was spent"
+            )
         return len(answered.failures)
 
     def teacher_answers(self) -> dict[str, list[Answer]]:

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from plad_fast.cli import main
+from plad_fast.errors import UsageError
+from plad_fast.pairs import Prompt
 from tests.fault_server import FaultServer, Step, reasoning, said
 from tests.recipe_runs import arguments
 
@@ -152,6 +154,65 @@ def test_what_the_teacher_failed_at_is_missing_from_all_stages(tiny_teacher, tmp
     answers = (tmp_path / "run" / "answers" / "teacher.jsonl").read_text()
     assert len(answers.splitlines()) == 24
     assert "; 1 could not be had; " in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch):
+    """The judge of the pairs and that of the evaluation."""
+    runs = []
+    monkeypatch.setattr("plad_fast.distill._Distillation.run", lambda run: runs.append(run))
+    with FaultServer(lambda *_: Step(choices=[said("Verdict: tie")])) as running:
+        extra = [
+            *("--scorer", "judge:openai:m", "--select", "best-worst", "--rounds", "2"),
+            *("--token-budget", "40", "--concurrency", "1", *endpoint(running)),
+        ]
+        assert main(arguments(tiny_teacher, tmp_path / "run", *extra)) == 0
+        judges = [runs[0].texts._scorer, runs[0].scoring["judge"]]
+        items = [(Prompt("p", "?"), "x", f"{n}") for n in range(9)]
+        judges[0].compare(items[:1])
+        judges[1].compare(items)
+    # One to try it out, and two for each comparison: 8 tokens each.
+    assert sum(running.asked.values()) == 5
+    assert [judge.report.failed for judge in judges] == [0, 8]
+
+
+@pytest.mark.parametrize("reason", ["token budget of 80 is spent", "failed one after another"])
+def test_the_recipe_ends_where_the_asking_does(reason, tiny_teacher, tmp_path, monkeypatch, capsys):
+    """Rather than train on part of the answers; run again it asks for the others alone."""
+
+    def done(run):
+        raise UsageError("fine-tuning is reached")
+
+    monkeypatch.setattr("plad_fast.distill._Distillation._fine_tune", done)
+    gone = Step("status", 503, headers={"retry-after": "0"})
+
+    def step(question, tries, body):
+        return gone if "failed" in reason and sum(running.answered.values()) >= 9 else Step()
+
+    with FaultServer(step) as running:
+        extra = [
+            *("--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(running)),
+            *("--prompts", write_rows(tmp_path / "prompts.jsonl", 24)),
+        ]
+        run = arguments(tiny_teacher, tmp_path / "run", *extra)
+        if "budget" in reason:
+            limited = ["--token-budget", "80", "--concurrency", "1"]
+        else:
+            limited = ["--concurrency", "4"]
+        assert main([*run, *limited]) == 2
+        error = capsys.readouterr().err
+        had = len((tmp_path / "run" / "answers" / "teacher.jsonl").read_text().splitlines()) - 1
+        assert 8 <= had < 14
+        assert f"has answered {had} of 24 prompts and is asked no more: " in error
+        assert reason in error
+        assert (
+            "teacher's answers"
+            not in json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+        )
+        running.step = lambda *_: Step()
+        before = sum(running.answered.values())
+        assert main(run) == 2
+        assert "fine-tuning is reached" in capsys.readouterr().err
+        assert sum(running.answered.values()) - before == 24 - had
 
 
 def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):

@@ -81,6 +81,7 @@ class Endpoint:
         self.token_budget = token_budget
         self.cost_budget = cost_budget
         self.usage = Usage(prices=prices)
+        self.stopped = ""  # why `complete` left requests out the last time, if it did
         self._is_local = is_loopback(self.base_url)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._unclear = 0
@@ -133,6 +134,7 @@ class Endpoint:
         import openai
 
         self._given_up_in_a_row = 0  # the endpoint may be back
+        self.stopped = ""
         done: asyncio.Queue[tuple[int, Reply | str] | Exception] = asyncio.Queue()
         waiting = iter(enumerate(requests))
 
@@ -174,6 +176,7 @@ class Endpoint:
         last = ""
         while len(choices) < request.n:
             if stop := self._stop_reason():
+                self.stopped = stop
                 again = " again" if choices or last else ""
                 return _so_far(choices, f"not asked{again}: {stop}" + last)
             body = request_body(

@@ -157,8 +157,8 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
             classification; `reward:MODEL#LABEL` takes one of several labels, by its name or its
             number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint);
             `python:MODULE.FUNCTION`.
-        **options: of `Likelihood` and `RewardModel`; of `Judge`, and in a dict `endpoint` those of
-            `Endpoint`.
+        **options: of `Likelihood` and `RewardModel`; of `Judge`, where `endpoint` is an `Endpoint`
+            or a dict of its options.
 
     Raises:
         UsageError: there is no such scorer, or it cannot be made.
@@ -188,7 +188,10 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
             from plad_fast.pairs.endpoint import Endpoint
             from plad_fast.pairs.judge import Judge
 
-            return Judge(Endpoint(model, **options.pop("endpoint", {})), model, **options)
+            endpoint = options.pop("endpoint", {})
+            if isinstance(endpoint, Mapping):
+                endpoint = Endpoint(model, **endpoint)
+            return Judge(endpoint, model, **options)
     raise UsageError(f"unknown scorer {spec!r}; known: {_SPECS}")
 
 
