@@ -140,8 +140,8 @@ def test_a_failed_run_ends_and_another_goes_on(folder, expected, failure):
 
 
 def test_what_the_first_process_refuses_ends_both(folder):
-    with AnswerStore.open(folder / "answers.jsonl", {"seed": 9}):
-        pass
+    with AnswerStore.open(folder / "answers.jsonl", {"seed": 9}) as store:
+        store.append([{"id": "a"}])
     statuses, errors = two_processes(folder)
     assert statuses == [1, 1]
     assert all("was made with other settings" in error for error in errors)
@@ -149,7 +149,8 @@ def test_what_the_first_process_refuses_ends_both(folder):
 
 def test_shares_of_other_settings_are_discarded_on_demand_only(tiny_teacher, tmp_path, expected):
     share = tmp_path / "answers.rank1of3.jsonl"
-    AnswerStore.open(share, {"seed": 9}).close()
+    with AnswerStore.open(share, {"seed": 9}) as store:
+        store.append([{"id": "a"}])
     with pytest.raises(UsageError, match=r"answers.rank1of3.jsonl was made with other settings"):
         single(tiny_teacher, tmp_path)
     assert single(tiny_teacher, tmp_path, overwrite=True) == expected
