@@ -14,14 +14,25 @@ from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
-from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
 
 _FEWEST = 2
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
-    """The prompts that the settings name, checked."""
+    """The prompts that the settings name, checked.
+
+    Raises:
+        UsageError: from reading them, and where columns are named of the built-in prompts, which
+            have none.
+    """
     if config.prompts == BUILTIN_PROMPTS:
+        for name in ("prompt_column", "prompt_template", "reference_column", "split"):
+            if getattr(config, name) != getattr(DistillConfig, name):
+                raise UsageError(
+                    f"{flag(name)} is about data of yours, and without --prompts the built-in "
+                    "prompts are used; give --prompts"
+                )
         prompts = builtin_prompts()
         return prompts if config.limit is None else prompts[: config.limit]
     return load_prompts(

@@ -24,7 +24,6 @@ from plad_fast.held_out import (
     scorer_file,
     student_files,
 )
-from plad_fast.losses import get_loss
 from plad_fast.pairs import (
     Prompt,
     Sampling,
@@ -35,14 +34,13 @@ from plad_fast.pairs import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.tables import read_table
-from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
+from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.report import write_report
 from plad_fast.students import load_tokenizer, offline_teacher_path
 from plad_fast.training import is_trained, train_model
-
-_COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch")
+from plad_fast.training_checks import check_training
 
 
 def pair_models(
@@ -155,22 +153,17 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
-        options: of `train_model`, and `saves_per_stage`.
+        options: of `train_model`, whose defaults they have, and `saves_per_stage`.
 
     Raises:
-        UsageError: from reading the pairs or from the training, and where the folder holds
-            anything but the model that this very training made.
+        UsageError: a setting out of range, or one that the loss does not have; from reading the
+            pairs or from the training, and where the folder holds anything but the model that
+            this very training made.
     """
     require_one_gpu()
-    spec = get_loss(loss)
-    positive = {"epochs": epochs, "learning_rate": learning_rate}
-    positive |= {k: v for k, v in options.items() if k in _COUNTS}
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{flag(name)} must be positive, got {value}")
+    given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate}
+    check_training({**given, **options})
     rows = read_pairs(pairs)
-    if "beta" not in spec.options:
-        options.pop("beta", None)
     done_before = is_trained(Path(output_dir))
     log = train_model(
         _resolve(model),
@@ -179,8 +172,7 @@ def train_on_pairs(
         loss=loss,
         epochs=epochs,
         learning_rate=learning_rate,
-        batch_size=options.pop("batch_size", 8),
-        saves=options.pop("saves_per_stage", 2),
+        saves=options.pop("saves_per_stage", DistillConfig.saves_per_stage),
         **options,
     )
     if done_before:

@@ -169,6 +169,30 @@ BAD_INPUTS = {
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--micro-batch-size", "3", "--batch-size", "8"],
         "--micro-batch-size 3 must divide --batch-size 8",
     ),
+    "a precision that there is not": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--precision", "float16"],
+        "--precision must be one of .*'bfloat16'.*, got float16",
+    ),
+    "no checkpoints": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--saves-per-stage", "0"],
+        "--saves-per-stage must be at least 1, got 0",
+    ),
+    "a training seed below 0": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--seed", "-1"],
+        "--seed must be from 0",
+    ),
+    "a weight below 0": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--sft-weight", "-1"],
+        "--sft-weight must be at least 0",
+    ),
+    "beta of a loss that has none": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--loss", "sft", "--beta", "3"],
+        "--loss sft has no beta; leave --beta out",
+    ),
+    "a regulariser of what is a likelihood": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--loss", "sft", "--sft-weight", "1"],
+        "--sft-weight has no part in --loss sft, .*; leave it out",
+    ),
     "a seed below 0": ([*GOOD, "--seed", "-1"], "--seed must be from 0"),
     "a setting that is NaN": ([*GOOD, "--beta", "nan"], "--beta must be a finite number"),
 }

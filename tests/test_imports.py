@@ -44,7 +44,7 @@ LAYERS = [
     {"reference_logps"},
     {"training_reference"},
     {"trainer", "integrations"},
-    {"recipe", "pair_settings", "run_folder", "training", "doctor"},
+    {"recipe", "pair_settings", "run_folder", "training", "training_checks", "doctor"},
     {
         "held_out",
         "held_out_samples",
