@@ -61,6 +61,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
     require_one_gpu()
+    config.require_room()
     run = _Distillation(config, overwrite, command)
     try:
         return run.run()
@@ -87,7 +88,7 @@ class _Distillation:
                 "here; give a model to start from with --student"
             )
         # Made now, so that what is wrong with it is found out before any work.
-        self.scoring = held_out_scoring(config, Path(config.output_dir).expanduser() / "evaluation")
+        self.scoring = held_out_scoring(config, Path(config.output_dir) / "evaluation")
         for scorer in self.scoring["scorers"].values():
             scorer.check(self.held_out)
         settings = {
@@ -95,7 +96,7 @@ class _Distillation:
             "prompts_digest": prompts_digest(self.prompts),
         }
         self.texts = RecipeTexts(
-            config, Path(config.output_dir).expanduser(), self.prompts, self._teacher_as_text
+            config, Path(config.output_dir), self.prompts, self._teacher_as_text
         )
         self.folder = RunFolder(config.output_dir, settings, overwrite=overwrite)
         write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))

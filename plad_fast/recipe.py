@@ -112,6 +112,7 @@ class DistillConfig(PairSettings):
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _require_type(f, getattr(self, f.name))
+        object.__setattr__(self, "output_dir", expanded(self.output_dir))
         super().__post_init__()
         if self.loss == "sft":
             raise UsageError(
@@ -159,8 +160,16 @@ class DistillConfig(PairSettings):
                 f"--calibration-samples {self.calibration_samples} would all be the same at "
                 "--student-temperature 0; raise it"
             )
+
+    def require_room(self) -> None:
+        """Raises UsageError unless an answer of the greatest length can be scored.
+
+        That is for those who score their answers: `plad-fast pairs` does not.
+        """
         self._require(
-            "max_length", self.max_length > self.max_new_tokens, "must exceed --max-new-tokens"
+            "max_length",
+            self.max_length > self.max_new_tokens,
+            f"must exceed --max-new-tokens {self.max_new_tokens}",
         )
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -178,6 +187,18 @@ class DistillConfig(PairSettings):
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def expanded(output_dir: str) -> str:
+    """The folder with `~` spelt out, which a shell leaves to us in `--output-dir=~/runs`.
+
+    Raises:
+        UsageError: nobody has that home folder.
+    """
+    try:
+        return str(Path(output_dir).expanduser())
+    except RuntimeError as error:
+        raise UsageError(f"--output-dir {output_dir}: {error}; write the folder out") from None
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from plad_fast.pairs import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.tables import read_table
-from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
+from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.report import write_report
@@ -164,11 +164,12 @@ def train_on_pairs(
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate}
     check_training({**given, **options})
     rows = read_pairs(pairs)
-    done_before = is_trained(Path(output_dir))
+    folder = Path(expanded(output_dir))
+    done_before = is_trained(folder)
     log = train_model(
         _resolve(model),
         rows,
-        Path(output_dir),
+        folder,
         loss=loss,
         epochs=epochs,
         learning_rate=learning_rate,
@@ -180,8 +181,8 @@ def train_on_pairs(
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})
     shown = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
     metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
-    print(f"{metrics}\nmodel: {output_dir}", flush=True)
-    return Path(output_dir)
+    print(f"{metrics}\nmodel: {folder}", flush=True)
+    return folder
 
 
 def evaluate_on_pairs(
@@ -209,6 +210,7 @@ def evaluate_on_pairs(
     """
     require_packages("rouge_score", "matplotlib")
     _check_names(list(students))
+    config.require_room()
     folder = Path(config.output_dir)
     held_out = _held_out(read_pairs(pairs))
     for name, path in students.items():

@@ -193,6 +193,14 @@ BAD_INPUTS = {
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--loss", "sft", "--sft-weight", "1"],
         "--sft-weight has no part in --loss sft, .*; leave it out",
     ),
+    "an answer for which there is no room": (
+        [*EVALUATE, "--student", "A={teacher}", "--max-new-tokens", "1024"],
+        "--max-length must exceed --max-new-tokens 1024, got 1024",
+    ),
+    "an output folder of nobody": (
+        [*GOOD, "--output-dir=~no-such-user/run"],
+        "--output-dir ~no-such-user/run: .*; write the folder out",
+    ),
     "a seed below 0": ([*GOOD, "--seed", "-1"], "--seed must be from 0"),
     "a setting that is NaN": ([*GOOD, "--beta", "nan"], "--beta must be a finite number"),
 }
@@ -287,7 +295,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(data, tiny_teacher, tmp_pat
         [sys.executable, "-c", limited], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "what was finished is kept: make room and run it again" in done.stderr
+    assert "what was finished is kept: make room and run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert main(command) == 0
 
