@@ -95,7 +95,8 @@ def evaluate_students(
     Args:
         students: the untrained or fine-tuned one first, the distilled one last.
         teacher_answers: prompt id -> answer; these prompts are evaluated.
-        references: prompt id -> reference answer, for all or some of the prompts.
+        references: prompt id -> reference answer, for all or some of the prompts; a blank one is
+            none.
         score_fn: `(prompt, answer, target) -> float`, larger is better; decides win rates. Default:
             ROUGE-L to the target, which is the reference where there is one, else the teacher's
             answer.
@@ -143,7 +144,7 @@ def evaluate_students(
                 f"{name} needs the prompts; pass prompts={{id: prompt}} for every prompt"
             )
     references = references or {}
-    known = {key: text for key in ids if (text := references.get(key)) is not None}
+    known = {key: text for key in ids if (text := references.get(key)) and text.strip()}
     task = Task(
         teacher_answers,
         known,

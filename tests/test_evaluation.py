@@ -151,9 +151,10 @@ def test_the_teacher_is_not_measured_against_itself():
     assert results["students"][0]["win_rate_teacher"]["mean"] == 0.5
 
 
-def test_some_references():
-    """Where one is missing, or None, the teacher's answer takes its place in the score."""
-    results = evaluate_students([sft()], TEACHER, {"p1": "a dog", "p2": None})
+@pytest.mark.parametrize("none", [None, "", " "])
+def test_some_references(none):
+    """Where one is missing, or blank, the teacher's answer takes its place in the score."""
+    results = evaluate_students([sft()], TEACHER, {"p1": "a dog", "p2": none})
     row = results["students"][0]
     assert results["n_references"] == 1
     assert row["rougeL_reference"]["mean"] == 1.0
