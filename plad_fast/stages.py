@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import require_one_gpu
+from plad_fast._held_out_rows import read_held_out
 from plad_fast._packages import require_packages, versions
+from plad_fast._pair_scores import check_pairs
 from plad_fast._recipe_data import answer_columns, load_recipe_prompts, write_jsonl
 from plad_fast._records import model_digest
-from plad_fast.chat import as_conversation
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
 from plad_fast.held_out import (
-    HeldOut,
     calibration_file,
     draw_plots,
     evaluate_models,
@@ -25,7 +25,6 @@ from plad_fast.held_out import (
     student_files,
 )
 from plad_fast.pairs import (
-    Prompt,
     Sampling,
     discard_answers,
     joined,
@@ -38,7 +37,12 @@ from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.report import write_report
-from plad_fast.students import load_tokenizer, offline_teacher_path
+from plad_fast.students import (
+    holds_model,
+    is_encoder_decoder,
+    load_tokenizer,
+    offline_teacher_path,
+)
 from plad_fast.training import is_trained, train_model
 from plad_fast.training_checks import check_training
 
@@ -212,15 +216,20 @@ def evaluate_on_pairs(
     _check_names(list(students))
     config.require_room()
     folder = Path(config.output_dir)
-    held_out = _held_out(read_pairs(pairs))
+    held_out = read_held_out(read_pairs(pairs), pairs)
     for name, path in students.items():
-        # A wrong path is found before another student is run.
-        if path.is_dir() and not (path / "config.json").is_file():
+        # A wrong path, and a pair that cannot be scored, are found before any student is run.
+        if path.is_dir() and not holds_model(path):
             raise UsageError(
-                f"--student {name}={path} is no folder of a model, which has a config.json; check "
-                "the path"
+                f"--student {name}={path} is no folder of a model, which has a config.json, an "
+                "adapter_config.json or a .gguf file; check the path"
             )
-        load_tokenizer(path)
+        check_pairs(
+            load_tokenizer(path),
+            held_out.pairs,
+            max_length=config.max_length,
+            encoder_decoder=is_encoder_decoder(path),
+        )
     scoring = held_out_scoring(config, folder)
     if overwrite:
         for name in students:
@@ -311,19 +320,6 @@ def _discard_student(name: str, folder: Path) -> None:
         discard_answers(file)
     scores_file.unlink(missing_ok=True)
     calibration_file(name, folder).unlink(missing_ok=True)
-
-
-def _held_out(rows: list[dict[str, Any]]) -> HeldOut:
-    answers = {}
-    for number, row in enumerate(rows):
-        if row.get("rejected") is None:
-            raise UsageError(f"pair {number + 1} has no rejected answer; evaluation ranks pairs")
-        row["id"] = str(row.get("id", number))
-        # The prompt in the form in which its answers are scored: students answer that very one.
-        row["prompt"], (chosen,) = as_conversation(row["prompt"], [row["chosen"]])
-        answers[row["id"]] = chosen.strip()
-    prompts = [Prompt(row["id"], row["prompt"], row.get("reference")) for row in rows]
-    return HeldOut(prompts, answers, rows)
 
 
 def _resolve(source: str) -> str:

