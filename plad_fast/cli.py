@@ -227,7 +227,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
-    from plad_fast.stages import evaluate_on_pairs
+    from plad_fast.evaluation_stage import evaluate_on_pairs
 
     students = {}
     for text in arguments.students:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import require_one_gpu
-from plad_fast._held_out_rows import read_held_out
-from plad_fast._packages import require_packages, versions
-from plad_fast._pair_scores import check_pairs
-from plad_fast._recipe_data import answer_columns, load_recipe_prompts, write_jsonl
-from plad_fast._records import model_digest
-from plad_fast.errors import UsageError
-from plad_fast.evaluation import comparison_table, write_metrics
-from plad_fast.held_out import (
-    calibration_file,
-    draw_plots,
-    evaluate_models,
-    example_answers,
-    margin_unit,
-    scorer_file,
-    student_files,
+from plad_fast._recipe_data import (
+    answer_columns,
+    load_recipe_prompts,
+    prompts_digest,
+    read_pairs,
+    write_jsonl,
 )
+from plad_fast._records import model_digest
+from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
     Sampling,
     discard_answers,
@@ -32,19 +25,18 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
-from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
-from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe_texts import select_pairs
-from plad_fast.report import write_report
-from plad_fast.students import (
-    holds_model,
-    is_encoder_decoder,
-    load_tokenizer,
-    offline_teacher_path,
-)
+from plad_fast.stage_folder import claim_folder
+from plad_fast.students import load_tokenizer, offline_teacher_path
 from plad_fast.training import is_trained, train_model
 from plad_fast.training_checks import check_training
+
+# The endpoint's address is among what the teacher is known by.
+_OF_PAIRS = (
+    *(f.name for f in fields(PairSettings) if f.metadata["affects_results"]),
+    *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
+)
 
 
 def pair_models(
@@ -62,7 +54,8 @@ def pair_models(
         overwrite: discard the answers and scores stored there.
 
     Raises:
-        UsageError: from loading, generation, scoring or storing, and when no pair is left.
+        UsageError: from loading, generation, scoring or storing; when no pair is left; and where
+            other prompts, models or settings, or another command, have made the folder.
     """
     config = replace(config, teacher=teacher)
     folder = Path(config.output_dir)
@@ -87,18 +80,43 @@ def pair_models(
     teacher_made_by = teacher_fingerprint(teacher, base_url=config.base_url, columns=columns)
     if config.has_local_teacher:
         teacher_made_by["precision"] = config.precision
+    student_made_by = {
+        "student": student,
+        "weights": model_digest(source),
+        "precision": config.precision,
+    }
+    settings = {
+        **{name: getattr(config, name) for name in _OF_PAIRS if name != "base_url"},
+        **{f"teacher's {name}": value for name, value in teacher_made_by.items()},
+        **{f"student's {name}": value for name, value in student_made_by.items()},
+        "prompts": prompts_digest(prompts),
+    }
+    path, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
+    stores = folder / "teacher.jsonl", folder / "student.jsonl"
+
+    def claim() -> None:
+        claim_folder(
+            folder,
+            "pairs",
+            settings,
+            results=[path.name],
+            overwrite=overwrite,
+            discard=lambda _: [discard_answers(file) for file in (*stores, scores, verdicts)],
+        )
+
+    with joined() as ranks:
+        ranks.from_first(claim)
     teacher_answers = stored_answers(
         opened.pop,  # nothing holds the teacher when the student is loaded
         prompts,
-        folder / "teacher.jsonl",
+        stores[0],
         sampling,
         fingerprint=teacher_made_by,
-        overwrite=overwrite,
     ).answers
     student_answers = stored_answers(
         lambda: open_local_model(source, "student", precision=config.precision),
         prompts,
-        folder / "student.jsonl",
+        stores[1],
         replace(
             sampling,
             temperature=config.student_temperature,
@@ -107,20 +125,10 @@ def pair_models(
             # Another stream of random numbers, or equal models would give equal answers.
             seed=config.seed + 1,
         ),
-        fingerprint={
-            "student": student,
-            "weights": model_digest(source),
-            "precision": config.precision,
-        },
-        overwrite=overwrite,
+        fingerprint=student_made_by,
     ).answers
-    path = folder / "pairs.jsonl"
 
     def write() -> str:
-        scores = folder / "scores.jsonl"
-        if overwrite:
-            discard_answers(scores)
-            discard_answers(verdicts)
         rows, report = select_pairs(
             config,
             scorer,
@@ -187,139 +195,6 @@ def train_on_pairs(
     metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
     print(f"{metrics}\nmodel: {folder}", flush=True)
     return folder
-
-
-def evaluate_on_pairs(
-    students: Mapping[str, Path],
-    pairs: str,
-    config: DistillConfig,
-    *,
-    overwrite: bool = False,
-    command: str = "",
-) -> dict[str, Any]:
-    """Compare students on held-out pairs whose chosen answers are the teacher's. Resumable.
-
-    Writes `metrics.json`, plots and `report.html` into the output folder.
-
-    Args:
-        students: name -> folder, the baseline first.
-        pairs: file in the standard preference format.
-        config: sampling, length normalisation and output folder.
-        overwrite: discard the answers and scores stored there.
-        command: what the report says to run again.
-
-    Raises:
-        UsageError: from reading the pairs, loading, or generation; names that cannot be told apart
-            as files; and stored answers of other models, pairs or settings.
-    """
-    require_packages("rouge_score", "matplotlib")
-    _check_names(list(students))
-    config.require_room()
-    folder = Path(config.output_dir)
-    held_out = read_held_out(read_pairs(pairs), pairs)
-    for name, path in students.items():
-        # A wrong path, and a pair that cannot be scored, are found before any student is run.
-        if path.is_dir() and not holds_model(path):
-            raise UsageError(
-                f"--student {name}={path} is no folder of a model, which has a config.json, an "
-                "adapter_config.json or a .gguf file; check the path"
-            )
-        check_pairs(
-            load_tokenizer(path),
-            held_out.pairs,
-            max_length=config.max_length,
-            encoder_decoder=is_encoder_decoder(path),
-        )
-    scoring = held_out_scoring(config, folder)
-    if overwrite:
-        for name in students:
-            _discard_student(name, folder)
-        for scorer in scoring["scorers"].values():
-            discard_answers(scorer_file(scorer.name, folder))
-        discard_answers(folder / JUDGE_STORE)
-    results, outputs = evaluate_models(
-        students,
-        held_out,
-        folder,
-        sampling=Sampling(
-            config.max_new_tokens,
-            temperature=config.student_temperature,
-            top_p=config.top_p,
-            seed=config.seed + 1,
-            batch_size=config.generation_batch_size,
-        ),
-        length_normalization=config.length_normalization,
-        max_length=config.max_length,
-        precision=config.precision,
-        **scoring,
-    )
-    write_metrics(results, folder / "metrics.json")
-    drawn = draw_plots(
-        results,
-        outputs,
-        students,
-        folder / "plots",
-        length_normalization=config.length_normalization,
-    )
-    write_report(
-        folder / "report.html",
-        title=f"Evaluation of {', '.join(students)}",
-        config={"students": {k: str(v) for k, v in students.items()}, "pairs": pairs},
-        stages=[],
-        metrics=results,
-        plots=drawn,
-        examples=example_answers(held_out, outputs),
-        margin_unit=margin_unit(config.length_normalization),
-        command=command,
-        versions=versions(),
-    )
-    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
-    return results
-
-
-def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
-
-    Raises:
-        UsageError: no such file, damaged, empty, or without the columns that rows need.
-    """
-    table = read_table(path, "train")
-    columns = set(table.columns)
-    # Of messages and texts that begin with their prompt, both responses tell what it is.
-    if not columns >= {"chosen", "rejected"} and not (
-        "prompt" in columns and columns & {"chosen", "completion", "responses"}
-    ):
-        raise UsageError(
-            f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
-            "rejected, and lists have prompt and responses"
-        )
-    return [dict(row) for row in table.rows]
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Names become names of files, on some systems without regard to case."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if any(character in name for character in "/\\:\0") or name.startswith("."):
-            raise UsageError(
-                f"--student {name}=...: a name must not contain / \\ or : nor start with a dot, "
-                "for files are named after it; choose another"
-            )
-        plain = name.lower().replace(" ", "-")
-        if plain in seen:
-            raise UsageError(
-                f"--student {seen[plain]} and --student {name} would share their files; give them "
-                "names that differ in more than case and spaces"
-            )
-        seen[plain] = name
-
-
-def _discard_student(name: str, folder: Path) -> None:
-    answer_files, scores_file = student_files(name, folder)
-    for file in answer_files:
-        discard_answers(file)
-    scores_file.unlink(missing_ok=True)
-    calibration_file(name, folder).unlink(missing_ok=True)
 
 
 def _resolve(source: str) -> str:

@@ -65,7 +65,7 @@ def test_flags_have_to_be_spelt_out(short, capsys):
     ("stage", "command"),
     [
         ("stages.pair_models", ["pairs", "--teacher", "t", "--student", "s"]),
-        ("stages.evaluate_on_pairs", ["evaluate", "--student", "A=~/a", "--pairs", "p"]),
+        ("evaluation_stage.evaluate_on_pairs", ["evaluate", "--student", "A=~/a", "--pairs", "p"]),
         ("stages.train_model", ["train", "--model", "m", "--pairs", "pairs.jsonl"]),
         ("distill.distill", ["distill"]),
         ("distill.distill", ["quickstart"]),

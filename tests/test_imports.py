@@ -44,7 +44,10 @@ LAYERS = [
     {"reference_logps"},
     {"training_reference"},
     {"trainer", "integrations"},
-    {"recipe", "pair_settings", "run_folder", "training", "training_checks", "doctor"},
+    {
+        *("recipe", "pair_settings", "run_folder", "stage_folder"),
+        *("training", "training_checks", "doctor"),
+    },
     {
         "held_out",
         "held_out_samples",
@@ -55,7 +58,7 @@ LAYERS = [
         "recipe_scoring",
     },
     {"distill"},
-    {"stages"},
+    {"stages", "evaluation_stage"},
     {"cli"},
 ]
 """Ground floor first. A module imports from its own floor and below, never from above."""
