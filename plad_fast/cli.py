@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(pairs, DistillConfig, _PAIR_SETTINGS)
 
     train = add("train", _train, "Train a model on preference pairs, or fine-tune on their chosen.")
-    train.add_argument("--model", required=True, help="hub id, folder or .gguf file")
+    train.add_argument(
+        "--model",
+        required=True,
+        help="hub id, folder or .gguf file; adapters of PEFT are merged into their base first",
+    )
     train.add_argument(
         "--pairs", required=True, help="JSONL or Parquet of prompt, chosen, rejected"
     )

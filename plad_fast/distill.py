@@ -127,7 +127,10 @@ class _Distillation:
         config = self.config
 
         def fill(folder: Path) -> None:
-            model = self._load_teacher() if config.student is None else load_model(config.student)
+            if config.student is None:
+                model = self._load_teacher()
+            else:
+                model = load_model(config.student, merge_adapters=True)
             tokenizer = load_tokenizer(config.student or self.teacher_source)
             layers = config.student_layers
             if layers is None and config.student is None:
@@ -281,7 +284,7 @@ class _Distillation:
     def _load_teacher(self) -> PreTrainedModel:
         """Loaded once for the student and the answers: a GGUF file takes its time."""
         if self._teacher is None:
-            self._teacher = load_model(self.teacher_source)
+            self._teacher = load_model(self.teacher_source, merge_adapters=True)
         return self._teacher
 
     def _teacher_as_text(self) -> LocalModel:

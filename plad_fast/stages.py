@@ -94,6 +94,10 @@ def pair_models(
     path, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
     stores = folder / "teacher.jsonl", folder / "student.jsonl"
 
+    def discard(_: Mapping[str, Any]) -> None:
+        for file in (*stores, scores, verdicts):
+            discard_answers(file)
+
     def claim() -> None:
         claim_folder(
             folder,
@@ -101,7 +105,7 @@ def pair_models(
             settings,
             results=[path.name],
             overwrite=overwrite,
-            discard=lambda _: [discard_answers(file) for file in (*stores, scores, verdicts)],
+            discard=discard,
         )
 
     with joined() as ranks:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from plad_fast._adapters import merged_adapters
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    merge_adapters: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal or an encoder-decoder language model, in evaluation mode.
 
@@ -39,9 +41,12 @@ def load_model(
             saved are put into the layers of their base model, which is loaded too.
         dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
         device: where to put the weights; None leaves them on the CPU.
+        merge_adapters: merge adapters into the base model's weights, which can then all be trained,
+            and are saved whole. Left in the layers, adapters keep every weight frozen.
 
     Raises:
-        UsageError: nothing there, not a language model, or not all of its weights.
+        UsageError: nothing there, not a language model, or not all of its weights; and adapters
+            that cannot be merged.
     """
     location = _locate(source)
     if "gguf_file" in location:
@@ -50,6 +55,9 @@ def load_model(
         _keep_dense(location)
     loader = AutoModelForCausalLM
     try:
+        base = _base_of_adapters(location) if merge_adapters else None
+        if base is not None:
+            return merged_adapters(source, load_model(base, dtype=dtype, device=device))
         loader = _class_of(location)
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
     except UsageError:
@@ -73,6 +81,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
+    folder = Path(source)
+    if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("tokenizer*")):
+        base = _base_of_adapters(location)  # PEFT saves adapters alone
+        if base is not None and Path(base).resolve() != folder.resolve():
+            return load_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except (OSError, ValueError, ImportError) as error:
@@ -171,9 +184,18 @@ def _config_source(pretrained_model_name_or_path: str) -> str:
     source = pretrained_model_name_or_path
     if Path(source, "config.json").is_file():
         return source
+    return _base_of_adapters({"pretrained_model_name_or_path": source}) or source
+
+
+def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
+    """The base model of adapters that PEFT saved; None where there is a model of its own."""
+    source = location["pretrained_model_name_or_path"]
+    has_config = Path(source, "config.json").is_file()
+    if "gguf_file" in location or (has_config and not Path(source, ADAPTER_CONFIG).is_file()):
+        return None
     adapter = find_adapter_config_file(source)
     if adapter is None:
-        return source
+        return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
     base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")

@@ -58,7 +58,8 @@ def train_model(
     clipped at norm 1; parameters in float32.
 
     Args:
-        source: folder of the model and its tokenizer, a hub id, or a .gguf file.
+        source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
+            are merged into their base model first, and all of its weights are trained.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args: see `PLaDConfig`.
@@ -110,7 +111,9 @@ def train_model(
     checkpoints.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(checkpoints)
     try:
-        if any(not entry.name.startswith(".") for entry in checkpoints.iterdir()):
+        # A training that was refused leaves its record alone, which keeps nobody from another.
+        names = {entry.name for entry in checkpoints.iterdir()} - {_RECORD}
+        if any(not name.startswith(".") for name in names):
             _require_record(checkpoints, record)
         write_atomically(checkpoints / _RECORD, json.dumps(record, indent=1))
         steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
@@ -168,7 +171,7 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
         **options,
     )
     trainer = PLaDTrainer(
-        load_model(source, dtype=torch.float32),
+        load_model(source, dtype=torch.float32, merge_adapters=True),
         config,
         train_dataset=list(rows),
         processing_class=load_tokenizer(source),

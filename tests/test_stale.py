@@ -81,6 +81,15 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny_teacher, pairs, tm
     assert not output.exists()
 
 
+def test_a_training_that_was_refused_keeps_nobody_from_another(
+    tiny_teacher, pairs, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert main(train(tmp_path / "none", pairs, output)) == 2
+    assert "cannot load" in capsys.readouterr().err
+    assert main(train(tiny_teacher, pairs, output)) == 0
+
+
 def test_two_trainings_cannot_share_a_folder(tiny_teacher, pairs, tmp_path, capsys):
     (tmp_path / "out.checkpoints").mkdir()
     lock = lock_folder(tmp_path / "out.checkpoints")
