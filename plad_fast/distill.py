@@ -127,10 +127,8 @@ class _Distillation:
         config = self.config
 
         def fill(folder: Path) -> None:
-            if config.student is None:
-                model = self._load_teacher()
-            else:
-                model = load_model(config.student, merge_adapters=True)
+            load = partial(load_model, merge_adapters=True)
+            model = self._load_teacher() if config.student is None else load(config.student)
             tokenizer = load_tokenizer(config.student or self.teacher_source)
             layers = config.student_layers
             if layers is None and config.student is None:
