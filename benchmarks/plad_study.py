@@ -320,7 +320,8 @@ class Study:
             max_tokens_per_batch=4096,
             saves=1,
             seed=self.seed,
-            **options,
+            # Unset, as in `PLaDConfig`: an arm names the weights that it trains with.
+            **{"sft_weight": 0.0, "length_normalization": 0.0, **options},
         )
 
 

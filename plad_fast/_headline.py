@@ -13,8 +13,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
     """What the last student has over the first, in plain words and no more than the data say.
 
     A difference counts only when its 95 % interval excludes zero (for a win rate: one half) and
-    there are at least `MIN_PROMPTS` held-out prompts (pairs, for the ranking; comparisons, for the
-    wins).
+    there are at least `MIN_PROMPTS` held-out prompts (with pairs, for the ranking; with
+    comparisons, for the wins).
     """
     students = metrics["students"]
     new = students[-1]["name"]
@@ -29,7 +29,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
             f"With {metrics['n_prompts']} held-out prompts this run is too small to tell whether "
             f"{new} is better than {old}; use {MIN_PROMPTS} or more, better some hundreds."
         )
-    sentences = [_opening(change, metrics["n_pairs"]), *_evidence(metrics, change)]
+    sentences = [_opening(change, metrics["n_pair_prompts"]), *_evidence(metrics, change)]
     if len(students) > 2:
         # Some or all of the gain may be that of the stage before.
         before = next(c for c in metrics["comparisons"] if c["baseline"] == students[-2]["name"])
@@ -49,10 +49,16 @@ def verdict(interval: Mapping[str, float] | None, neutral: float) -> int:
     return 1 if interval["mean"] > neutral else -1
 
 
-def _opening(change: Mapping[str, Any], n_pairs: int) -> str:
+def pair_counts(metrics: Mapping[str, Any]) -> str:
+    """Such as "60 pairs", or "60 pairs of 20 prompts" where some have several."""
+    pairs, prompts = metrics["n_pairs"], metrics["n_pair_prompts"]
+    return f"{pairs} pairs" + f" of {prompts} prompts" * (prompts < pairs)
+
+
+def _opening(change: Mapping[str, Any], n_pair_prompts: int) -> str:
     new, old = change["candidate"], change["baseline"]
     answers = verdict(change["win_rate"], 0.5) if _decided(change) >= MIN_PROMPTS else 0
-    ranking = verdict(change["ranking_accuracy"], 0.0) if n_pairs >= MIN_PROMPTS else 0
+    ranking = verdict(change["ranking_accuracy"], 0.0) if n_pair_prompts >= MIN_PROMPTS else 0
     if answers > 0:
         return f"Distillation paid off: {new} answers better than {old}."
     if answers < 0:
@@ -90,7 +96,7 @@ def _evidence(metrics: Mapping[str, Any], change: Mapping[str, Any]) -> list[str
         new, old = (shares[change[key]]["mean"] for key in ("candidate", "baseline"))
         sentences.append(
             f"It gives the teacher's answer the higher probability in {new:.0%} of "
-            f"{metrics['n_pairs']} pairs, {change['baseline']} in {old:.0%} (difference "
+            f"{pair_counts(metrics)}, {change['baseline']} in {old:.0%} (difference "
             f"{100 * ranking['mean']:+.0f} points, 95% interval {100 * ranking['low']:+.0f} to "
             f"{100 * ranking['high']:+.0f})."
         )

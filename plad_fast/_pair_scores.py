@@ -44,18 +44,7 @@ def score_pairs(
     Raises:
         UsageError: a pair that is not as above, or as `score_responses`.
     """
-    if not pairs:
-        raise UsageError("there are no pairs to score; pass at least one")
-    names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
-    rows = []
-    for name, pair in zip(names, pairs, strict=True):
-        try:
-            prompt, responses = read_row(pair)
-            if len(responses) != 2:
-                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
-        except UsageError as error:
-            raise UsageError(f"pair {name}: {error}") from None
-        rows.append((prompt, responses))
+    names, rows = _read_pairs(pairs)
     logps = score_responses(
         model,
         tokenizer,
@@ -69,6 +58,49 @@ def score_pairs(
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
+
+
+def check_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Mapping[str, Any]],
+    *,
+    max_length: int,
+    encoder_decoder: bool = False,
+) -> None:
+    """Raises UsageError for pairs that `score_pairs` would refuse to a model with this tokenizer.
+
+    Args:
+        tokenizer, pairs, max_length: as `score_pairs` will get them.
+        encoder_decoder: whether the model is one.
+    """
+    names, rows = _read_pairs(pairs)
+    _encode(
+        tokenizer,
+        rows,
+        max_length=max_length,
+        encoder_decoder=encoder_decoder,
+        unit="pair",
+        names=names,
+    )
+
+
+def _read_pairs(
+    pairs: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[tuple[Content, list[Content]]]]:
+    """Names of the pairs for messages, and what is in them."""
+    if not pairs:
+        raise UsageError("there are no pairs to score; pass at least one")
+    names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
+    rows = []
+    for name, pair in zip(names, pairs, strict=True):
+        try:
+            prompt, responses = read_row(pair)
+            if len(responses) != 2:
+                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
+        except UsageError as error:
+            raise UsageError(f"pair {name}: {error}") from None
+        rows.append((prompt, responses))
+    return names, rows
 
 
 def score_responses(
@@ -108,33 +140,21 @@ def score_responses(
     from plad_fast.head import causal_lm_logprobs, evaluating
     from plad_fast.packing import PreferenceCollator, to_device
     from plad_fast.sharing import prepare
-    from plad_fast.tokenization import encode_group
 
     if not rows:
         raise UsageError(f"there are no {unit}s to score; pass at least one")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
     names = [f"number {index}" for index in range(len(rows))] if names is None else names
-    start, features = decoder_start_token(model), []
-    for name, (prompt, responses) in zip(names, rows, strict=True):
-        try:
-            group = encode_group(
-                tokenizer,
-                prompt,
-                responses,
-                max_length=max_length,
-                encoder_decoder=start is not None,
-            )
-            features.append(group)
-        except UsageError as error:
-            raise UsageError(f"{unit} {name}: {error}") from None
-    too_long = [name for name, feature in zip(names, features, strict=True) if not feature["fits"]]
-    if too_long:
-        raise UsageError(
-            f"{len(too_long)} of {len(rows)} {unit}s hold a response longer than "
-            f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
-            f"raise max_length, or leave those {unit}s out"
-        )
+    start = decoder_start_token(model)
+    features = _encode(
+        tokenizer,
+        rows,
+        max_length=max_length,
+        encoder_decoder=start is not None,
+        unit=unit,
+        names=names,
+    )
     pad_token_id = tokenizer.pad_token_id  # padding is masked, so any id would do
     pad, layout = 0 if pad_token_id is None else pad_token_id, prepare(model)
     device = next(model.parameters()).device
@@ -161,6 +181,41 @@ def score_responses(
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
     return [logps[index] for index in range(len(rows))]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Content, Sequence[Content]]],
+    *,
+    max_length: int,
+    encoder_decoder: bool,
+    unit: str,
+    names: Sequence[str],
+) -> list[EncodedGroup]:
+    """Rows as token ids; raises UsageError for one that is not as in `score_responses`."""
+    from plad_fast.tokenization import encode_group
+
+    features = []
+    for name, (prompt, responses) in zip(names, rows, strict=True):
+        try:
+            group = encode_group(
+                tokenizer,
+                prompt,
+                responses,
+                max_length=max_length,
+                encoder_decoder=encoder_decoder,
+            )
+        except UsageError as error:
+            raise UsageError(f"{unit} {name}: {error}") from None
+        features.append(group)
+    too_long = [name for name, feature in zip(names, features, strict=True) if not feature["fits"]]
+    if too_long:
+        raise UsageError(
+            f"{len(too_long)} of {len(rows)} {unit}s hold a response longer than "
+            f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
+            f"raise max_length, or leave those {unit}s out"
+        )
+    return features
 
 
 def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tuple[int, list[int]]]:

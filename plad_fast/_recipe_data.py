@@ -14,14 +14,26 @@ from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
-from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.pairs.tables import read_table
+from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
 
 _FEWEST = 2
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
-    """The prompts that the settings name, checked."""
+    """The prompts that the settings name, checked.
+
+    Raises:
+        UsageError: from reading them, and where columns are named of the built-in prompts, which
+            have none.
+    """
     if config.prompts == BUILTIN_PROMPTS:
+        for name in ("prompt_column", "prompt_template", "reference_column", "split"):
+            if getattr(config, name) != getattr(DistillConfig, name):
+                raise UsageError(
+                    f"{flag(name)} is about data of yours, and without --prompts the built-in "
+                    "prompts are used; give --prompts"
+                )
         prompts = builtin_prompts()
         return prompts if config.limit is None else prompts[: config.limit]
     return load_prompts(
@@ -89,6 +101,25 @@ def split_prompts(
         )
     random.Random(seed).shuffle(groups)
     return _flat(groups[count:]), _flat(groups[:count])
+
+
+def read_pairs(path: str) -> list[dict[str, Any]]:
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
+
+    Raises:
+        UsageError: no such file, damaged, empty, or without the columns that rows need.
+    """
+    table = read_table(path, "train")
+    columns = set(table.columns)
+    # Of messages and texts that begin with their prompt, both responses tell what it is.
+    if not columns >= {"chosen", "rejected"} and not (
+        "prompt" in columns and columns & {"chosen", "completion", "responses"}
+    ):
+        raise UsageError(
+            f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
+            "rejected, and lists have prompt and responses"
+        )
+    return [dict(row) for row in table.rows]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,17 @@ from typing import Any
 
 from plad_fast.errors import UsageError
 
+_ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # What else answers depend on: architecture, tokenizer, chat template, end tokens.
-_BESIDE = ("config.json", "generation_config.json", "tokenizer*", "*.model", "*.jinja")
+_BESIDE = (
+    "config.json",
+    _ADAPTER_CONFIG,
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+)
 _BLOCK = 2**20  # bytes read at once
 
 
@@ -42,7 +50,19 @@ def model_digest(source: str | os.PathLike[str]) -> str:
     for file in files:
         state = file.stat()
         parts.append((file.name, _file_digest(file, state.st_size, state.st_mtime_ns)))
+    base = _base_of_adapters(path)
+    if base and Path(base).expanduser().resolve() != path.resolve():
+        parts.append(("base", model_digest(base)))
     return digest(parts)
+
+
+def _base_of_adapters(folder: Path) -> str | None:
+    """What the adapters that PEFT saved in a folder are for; None where there are none."""
+    try:
+        settings = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @functools.lru_cache(maxsize=256)

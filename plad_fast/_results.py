@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from plad_fast._headline import p_text, verdict
+from plad_fast._headline import p_text, pair_counts, verdict
 
 
 class _Line(NamedTuple):
@@ -69,10 +69,10 @@ def results_section(metrics: Mapping[str, Any], margin_unit: str) -> str:
     return (
         _wins(metrics)
         + _table([row["name"] for row in rows], lines, change)
-        + f'<p class="note">{metrics["n_prompts"]} held-out prompts, {metrics["n_pairs"]} pairs; '
-        "± is half of the 95% bootstrap interval; ▲ and ▼ mark a change whose interval excludes "
-        "no change. <b>Margin</b>: log-probability of the teacher's answer minus that of the "
-        f"rejected one. {_own_pairs(metrics)}"
+        + f'<p class="note">{metrics["n_prompts"]} held-out prompts, {pair_counts(metrics)}; '
+        "± is half of the 95% bootstrap interval, drawn by prompt; ▲ and ▼ mark a change whose "
+        "interval excludes no change. <b>Margin</b>: log-probability of the teacher's answer minus "
+        f"that of the rejected one. {_own_pairs(metrics)}"
         "<b>Distinct</b>: different words (word pairs) divided by all of them, over all answers. "
         "<b>Repetition</b>: share of four-word runs that came before in the same answer.</p>"
     )

@@ -61,6 +61,8 @@ class Measured:
     """Scorer -> (prompts,), NaN where it gave none."""
     texts: Sequence[str]
     """(prompts,); none of a student without answers."""
+    prompts: Mapping[str, Sequence[str]]
+    """Metric over pairs -> the prompt of each value; of other metrics each value has its own."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,30 @@ class Task:
         self, student: StudentOutputs, scores: Mapping[str, FloatArray], *, is_teacher: bool
     ) -> Measured:
         values: dict[str, FloatArray] = {}
+        prompts: dict[str, Sequence[str]] = {}
         if len(student.pair_ids):
             chosen, rejected = student.chosen_logps, student.rejected_logps
             values["ranking_accuracy"] = metrics.outcomes(chosen, rejected)
             values["margin"] = metrics.margins(chosen, rejected)
+            prompts = dict.fromkeys(("ranking_accuracy", "margin"), student.pair_prompts)
             own = student.own_rejected_logps
             if own is not None and not np.isnan(own).all():
                 scored = ~np.isnan(own)
                 values["own_ranking_accuracy"] = metrics.outcomes(chosen[scored], own[scored])
+                prompts["own_ranking_accuracy"] = [
+                    prompt
+                    for prompt, there in zip(student.pair_prompts, scored, strict=True)
+                    if there
+                ]
         if not student.answers:
-            return Measured(values, {}, [])
+            return Measured(values, {}, [], prompts)
         answers = [student.answers[key] for key in self.teacher_answers]
         values |= self._likeness(student.answers, answers, is_teacher)
         values["mean_words"] = metrics.word_counts(answers)
         values["repetition_4"] = metrics.repetition_shares(answers, 4)
         if self.score_fn is not None:
             values["score"] = self._custom_scores(self.score_fn, answers)
-        return Measured(values, scores, answers)
+        return Measured(values, scores, answers, prompts)
 
     def row(
         self, student: StudentOutputs, own: Measured, teacher: Measured | None = None
@@ -116,7 +125,10 @@ class Task:
             "n": len(texts),
             "n_pairs": len(student.pair_ids),
             "n_own_pairs": len(values.get("own_ranking_accuracy", ())),
-            **{name: self._interval(values.get(name)) for name in _ROW_INTERVALS},
+            **{
+                name: self._interval(values.get(name), own.prompts.get(name))
+                for name in _ROW_INTERVALS
+            },
             "win_rate_teacher": self._interval(wins),
             "wins_teacher": _counts(wins),
             **{name: float(values[name].mean()) if texts else None for name in _TEXT},
@@ -138,7 +150,9 @@ class Task:
         wins = self._outcomes(candidate, baseline)
         return {
             **{
-                name: self._interval(a[name] - b[name]) if name in a and name in b else None
+                name: self._interval(a[name] - b[name], candidate.prompts.get(name))
+                if name in a and name in b
+                else None
                 for name in _COMPARED
             },
             "win_rate": self._interval(wins),
@@ -241,11 +255,15 @@ class Task:
             Prompt(key, self.prompts[key], self.references.get(key)) for key in self.teacher_answers
         ]
 
-    def _interval(self, values: FloatArray | None) -> dict[str, float] | None:
+    def _interval(
+        self, values: FloatArray | None, prompts: Sequence[str] | None = None
+    ) -> dict[str, float] | None:
         if values is None:
             return None
         return asdict(
-            metrics.paired_bootstrap(values, n_resamples=self.n_resamples, seed=self.seed)
+            metrics.paired_bootstrap(
+                values, groups=prompts, n_resamples=self.n_resamples, seed=self.seed
+            )
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plad_fast._headline import p_text
+from plad_fast._headline import p_text, pair_counts
 
 # Key, title, decimals.
 _COLUMNS = (
@@ -67,7 +67,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
                 for key, title, decimals in _CALIBRATION_PARTS:
                     if change[key] is not None:
                         lines.append(f"  {title:<26}{_bracket(change[key], decimals, sign='+')}")
-    counts = f"{results['n_prompts']} held-out prompts, {results['n_pairs']} pairs"
+    counts = f"{results['n_prompts']} held-out prompts, {pair_counts(results)}"
     lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from plad_fast._packages import require_packages
 from plad_fast.errors import UsageError
 from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
 
+_OVERWRITE = "--overwrite"
 _FAILURE_LOG = "plad-fast-error.log"
 _NEEDED = ("transformers", "datasets", "accelerate")
 # The system's errors that its owner can mend, and their texts, in which libraries wrap them.
@@ -65,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(2, str(error))
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; run the same command again to go on")
+        return _fail(130, f"interrupted; {_again(arguments)} to go on")
     except BrokenPipeError:
         return _broken_pipe()
     except Exception as error:
         if _is_of_the_disk(error):
-            return _fail(2, f"{error}; what was finished is kept: make room and run it again")
+            return _fail(
+                2, f"{error}; what was finished is kept: make room and {_again(arguments)}"
+            )
         if isinstance(error, OSError):
             return _fail(2, str(error))
         return _unexpected(error, getattr(arguments, "output_dir", None))
@@ -80,13 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="plad-fast",
+        allow_abbrev=False,
         description="Distil a language model from text alone, by pseudo-preference pairs.",
     )
     parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("--verbose", action="store_true", help="also say what is decided")
         command.set_defaults(run=run)
         return command
@@ -115,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(pairs, DistillConfig, _PAIR_SETTINGS)
 
     train = add("train", _train, "Train a model on preference pairs, or fine-tune on their chosen.")
-    train.add_argument("--model", required=True, help="hub id, folder or .gguf file")
+    train.add_argument(
+        "--model",
+        required=True,
+        help="hub id, folder or .gguf file; adapters of PEFT are merged into their base first",
+    )
     train.add_argument(
         "--pairs", required=True, help="JSONL or Parquet of prompt, chosen, rejected"
     )
@@ -150,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_overwrite(
     command: argparse.ArgumentParser, text: str = "empty the folder of an earlier run first"
 ) -> None:
-    command.add_argument("--overwrite", action="store_true", help=text)
+    command.add_argument(_OVERWRITE, action="store_true", help=text)
 
 
 def _add_settings(
@@ -223,7 +231,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
-    from plad_fast.stages import evaluate_on_pairs
+    from plad_fast.evaluation_stage import evaluate_on_pairs
 
     students = {}
     for text in arguments.students:
@@ -232,7 +240,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--student {text} must be NAME=PATH, with a name of its own, such as SFT=runs/sft"
             )
-        students[name] = Path(path)
+        students[name] = Path(os.path.expanduser(path))
     evaluate_on_pairs(
         students,
         arguments.pairs,
@@ -261,7 +269,15 @@ def _quiet_libraries() -> None:
 
 
 def _command() -> str:
-    return shlex.join(["plad-fast", *sys.argv[1:]])
+    """What was typed, less --overwrite: who types it again does not want to lose the results."""
+    return shlex.join(["plad-fast", *(part for part in sys.argv[1:] if part != _OVERWRITE)])
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """How to go on from where a command ended."""
+    anew = getattr(arguments, "overwrite", False)
+    without = f" without {_OVERWRITE}, which would start anew" if anew else ""
+    return f"run the same command again{without}"
 
 
 def _fail(status: int, message: str) -> int:

@@ -64,6 +64,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
     require_one_gpu()
+    config.require_room()
     run = _Distillation(config, overwrite, command)
     try:
         return run.run()
@@ -90,7 +91,7 @@ class _Distillation:
                 "here; give a model to start from with --student"
             )
         # Made now, so that what is wrong with it is found out before any work.
-        folder = Path(config.output_dir).expanduser()
+        folder = Path(config.output_dir)
         judges: dict[str, ChatEndpoint] = {}
         self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
@@ -132,7 +133,8 @@ class _Distillation:
         config = self.config
 
         def fill(folder: Path) -> None:
-            model = self._load_teacher() if config.student is None else load_model(config.student)
+            load = partial(load_model, merge_adapters=True)
+            model = self._load_teacher() if config.student is None else load(config.student)
             tokenizer = load_tokenizer(config.student or self.teacher_source)
             layers = config.student_layers
             if layers is None and config.student is None:
@@ -286,7 +288,7 @@ class _Distillation:
     def _load_teacher(self) -> PreTrainedModel:
         """Loaded once for the student and the answers: a GGUF file takes its time."""
         if self._teacher is None:
-            self._teacher = load_model(self.teacher_source)
+            self._teacher = load_model(self.teacher_source, merge_adapters=True)
         return self._teacher
 
     def _teacher_as_text(self) -> LocalModel:

@@ -63,6 +63,9 @@ class StudentOutputs:
     own_rejected_logps: FloatArray | None = None
     """(P,) log-probability of this student's own present answer; NaN where it gave none to score,
     for a cut-off one, say. Those pairs are left out of `own_ranking_accuracy`."""
+    pair_prompts: Sequence[str] = ()
+    """(P,) the prompt of each pair: pairs of one prompt are no independent evidence, and intervals
+    are drawn by prompt. Left out, every pair has a prompt of its own."""
 
     def __post_init__(self) -> None:
         for name in ("chosen_logps", "rejected_logps", "own_rejected_logps"):
@@ -76,6 +79,13 @@ class StudentOutputs:
                     f"{len(self.pair_ids)} pair_ids; give one log-probability for each pair"
                 )
             object.__setattr__(self, name, vector)
+        prompts = self.pair_prompts or list(map(str, range(len(self.pair_ids))))
+        if len(prompts) != len(self.pair_ids):
+            raise UsageError(
+                f"pair_prompts of {self.name} has {len(prompts)} entries, but there are "
+                f"{len(self.pair_ids)} pair_ids; give the prompt of each pair"
+            )
+        object.__setattr__(self, "pair_prompts", prompts)
 
 
 def evaluate_students(
@@ -95,7 +105,8 @@ def evaluate_students(
     Args:
         students: the untrained or fine-tuned one first, the distilled one last.
         teacher_answers: prompt id -> answer; these prompts are evaluated.
-        references: prompt id -> reference answer, for all or some of the prompts.
+        references: prompt id -> reference answer, for all or some of the prompts; a blank one is
+            none.
         score_fn: `(prompt, answer, target) -> float`, larger is better; decides win rates. Default:
             ROUGE-L to the target, which is the reference where there is one, else the teacher's
             answer.
@@ -113,7 +124,8 @@ def evaluate_students(
         are `{"wins", "ties", "losses", "p_value"}` of the exact two-sided sign test
         (`metrics.sign_test`); what cannot be computed is None.
 
-        * `n_prompts`, `n_pairs`, `n_references`, `score` (what decides wins), `scored_by` (what
+        * `n_prompts`, `n_pairs`, `n_pair_prompts` (those that the pairs are of, fewer where one has
+          several pairs), `n_references`, `score` (what decides wins), `scored_by` (what
           the rows' `score` is), `scorers` (names), `confidence`, `n_resamples`, `seed`.
         * `students`: one row each: `name`, `n` (prompts), `n_pairs`, `n_own_pairs` (those behind
           `own_ranking_accuracy`); intervals `ranking_accuracy`,
@@ -143,7 +155,7 @@ def evaluate_students(
                 f"{name} needs the prompts; pass prompts={{id: prompt}} for every prompt"
             )
     references = references or {}
-    known = {key: text for key in ids if (text := references.get(key)) is not None}
+    known = {key: text for key in ids if (text := references.get(key)) and text.strip()}
     task = Task(
         teacher_answers,
         known,
@@ -161,6 +173,7 @@ def evaluate_students(
     return {
         "n_prompts": len(ids),
         "n_pairs": max(len(student.pair_ids) for student in students),
+        "n_pair_prompts": max(len(set(student.pair_prompts)) for student in students),
         "n_references": len(known),
         "score": task.win_label(),
         "scored_by": task.score_label(),
@@ -202,12 +215,13 @@ def _check_students(students: Sequence[StudentOutputs], teacher_answers: Mapping
                 "prompts out of teacher_answers"
             )
         if len(student.pair_ids):
-            if pair_ids is not None and list(student.pair_ids) != pair_ids:
+            these = [*student.pair_ids, *student.pair_prompts]
+            if pair_ids is not None and these != pair_ids:
                 raise UsageError(
                     f"{student.name} was scored on other pairs than the students before it; score "
                     "every student on the same pairs, in the same order"
                 )
-            pair_ids = list(student.pair_ids)
+            pair_ids = these
 
 
 def write_metrics(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

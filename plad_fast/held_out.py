@@ -73,6 +73,12 @@ class HeldOut:
     """Prompt id -> the teacher's answer."""
     pairs: Sequence[Mapping[str, Any]]
     """Rows of the preference format over some of the prompts: what is ranked."""
+    pair_prompts: Sequence[str] = ()
+    """The prompt's id of each pair; left out where a pair's own id is its prompt's."""
+
+    def prompts_of_pairs(self) -> list[str]:
+        """The prompt's id of each pair."""
+        return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
 
 
 def evaluate_models(
@@ -214,7 +220,7 @@ class _Runner:
             lambda: _score(
                 partial(scoring.pairs, length_normalization=self.length_normalization),
                 held_out.pairs,
-                answered[1].first,
+                [answered[1].first[prompt_id] for prompt_id in held_out.prompts_of_pairs()],
             ),
         )
         samples = None
@@ -237,6 +243,7 @@ class _Runner:
             rejected_logps=np.array(pair_scores["rejected"]),
             pair_ids=[pair["id"] for pair in held_out.pairs],
             own_rejected_logps=np.array(pair_scores["own"], dtype=np.float64),  # None becomes NaN
+            pair_prompts=held_out.prompts_of_pairs(),
         )
         return outputs, samples
 
@@ -279,29 +286,25 @@ class _Scoring:
 def _score(
     score: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
     pairs: Sequence[Mapping[str, Any]],
-    samples: Mapping[str, Answer],
+    samples: Sequence[Answer],
 ) -> dict[str, list[float | None]]:
     """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
+
+    Pairs of one prompt have the same sample, which is scored once.
 
     A sample that is empty, or was cut off by the length limit, is not an answer: scoring adds the
     end token, which the student did not choose. Such samples get None.
     """
     scores = score(pairs)
-    usable = [
-        index
-        for index, pair in enumerate(pairs)
-        if samples[pair["id"]].finish_reason == "stop" and samples[pair["id"]].text.strip()
-    ]
-    own: list[float | None] = [None] * len(pairs)
-    if usable:
-        rows = [
-            {**pair, "rejected": as_response(pair["prompt"], samples[pair["id"]].text)}
-            for pair in (pairs[index] for index in usable)
-        ]
-        for index, logp in zip(usable, score(rows)["rejected"].tolist(), strict=True):
-            own[index] = logp
+    rows: dict[str, dict[str, Any]] = {}
+    for pair, sample in zip(pairs, samples, strict=True):
+        if sample.finish_reason == "stop" and sample.text.strip():
+            rejected = as_response(pair["prompt"], sample.text)
+            rows.setdefault(sample.prompt_id, {**pair, "rejected": rejected})
+    logps = score(list(rows.values()))["rejected"].tolist() if rows else []
+    own = dict(zip(rows, logps, strict=True))
     return {
         "chosen": scores["chosen"].tolist(),
         "rejected": scores["rejected"].tolist(),
-        "own": own,
+        "own": [own.get(sample.prompt_id) for sample in samples],
     }

@@ -5,6 +5,7 @@ Letters: n examples, R resamples. Everything is numpy on float64; nothing here k
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -48,6 +49,7 @@ def paired_bootstrap(
     a: ArrayLike,  # (n,)
     b: ArrayLike | None = None,  # (n,)
     *,
+    groups: Sequence[Hashable] | None = None,  # (n,)
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -58,8 +60,12 @@ def paired_bootstrap(
     their standard deviation. The interval always contains the mean. It is too narrow for a handful
     of examples, and has no width for a single one or for examples that are all alike.
 
+    Examples of one group, such as pairs of one prompt, are no independent evidence: groups are
+    drawn, and all examples of a group come with it. Without `groups` each example is its own.
+
     Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation"; Efron
-    and Tibshirani 1993, chapter 13 (percentile interval).
+    and Tibshirani 1993, chapter 13 (percentile interval); Field and Welsh 2007, "Bootstrapping
+    Clustered Data" (groups).
 
     Raises:
         UsageError: no examples, a value that is not finite, lengths that differ, or fewer than two
@@ -69,7 +75,8 @@ def paired_bootstrap(
     if b is not None:
         values = values - aligned(b, values, "b", "a")
     require_resamples(n_resamples)
-    n = len(values)
+    sums, counts = _by_group(values, groups)
+    n = len(sums)
     try:
         rng = np.random.default_rng(seed)
     except (TypeError, ValueError):
@@ -77,11 +84,40 @@ def paired_bootstrap(
     block = max(1, _BOOTSTRAP_BLOCK // n)
     means = np.concatenate(
         [
-            values[rng.integers(0, n, size=(min(block, n_resamples - start), n))].mean(axis=1)
+            _resampled(sums, counts, rng.integers(0, n, size=(min(block, n_resamples - start), n)))
             for start in range(0, n_resamples, block)
         ]
     )
     return percentile_interval(float(values.mean()), means)
+
+
+def _by_group(
+    values: FloatArray, groups: Sequence[Hashable] | None
+) -> tuple[FloatArray, FloatArray | None]:
+    """Sums and sizes of the groups, in the order in which they come; None for sizes of 1."""
+    if groups is None:
+        return values, None
+    if len(groups) != len(values):
+        raise UsageError(
+            f"there are {len(values)} examples and {len(groups)} groups; give one for each example"
+        )
+    numbers: dict[Hashable, int] = {}
+    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    if len(numbers) == len(values):
+        return values, None
+    sums = np.bincount(index, weights=values).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64)
+
+
+def _resampled(
+    sums: FloatArray,
+    counts: FloatArray | None,
+    drawn: NDArray[np.int64],  # (R, groups)
+) -> FloatArray:  # (R,)
+    """The mean over all examples of the groups that were drawn."""
+    if counts is None:
+        return sums[drawn].mean(axis=1)
+    return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
 
 
 def percentile_interval(

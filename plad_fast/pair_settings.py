@@ -88,7 +88,9 @@ class PairSettings:
         "best-worst, best-worst-pooled, or ranked lists; the last three by score",
     )
     list_size: int | None = setting(
-        None, "responses in a ranked list; default: all that a prompt has"
+        None,
+        "responses in a ranked list; default: as many as keep the most answers; a prompt with "
+        "fewer different ones gives no list",
     )
     drop_contradicted: bool = setting(False, "drop pairs whose rejected answer scores higher")
     min_gap: float | None = setting(None, "drop pairs whose scores are closer")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 _FLOAT16_TOP = 2.0**14
 # Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
-_ADDS_TO_WIDE = torch.__version__ >= (2, 10)
+_ADDS_TO_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

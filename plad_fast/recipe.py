@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.errors import UsageError
-from plad_fast.losses import get_loss, read_loss_args
-from plad_fast.objective import Objective
+from plad_fast.losses import get_loss
 from plad_fast.pair_settings import OFFLINE_TEACHER, PairSettings, flag, setting
+from plad_fast.training_checks import check_training
 
 __all__ = ["BUILTIN_PROMPTS", "OFFLINE_TEACHER", "DistillConfig", "coerce", "flag", "load_settings"]
 
 BUILTIN_PROMPTS = "builtin"
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ class DistillConfig(PairSettings):
         None, "margin of the loss, or its weight of the reference; default: the loss's own"
     )
     loss_args: str | None = setting(None, 'further options of the loss as JSON: {"gamma": 0.5}')
-    sft_weight: float = setting(1.0, "weight of the NLL regulariser")
+    sft_weight: float = setting(1.0, "weight of the NLL regulariser; the loss sft has none")
     length_normalization: float = setting(
-        1.0, "alpha of s(y) / |y|**alpha: 1 ranks by nat per token"
+        1.0, "alpha of s(y) / |y|**alpha: 1 ranks by nat per token; the loss sft has none"
     )
     epochs: float = setting(2.0, "passes over the pairs")
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration")
@@ -113,6 +112,7 @@ class DistillConfig(PairSettings):
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _require_type(f, getattr(self, f.name))
+        object.__setattr__(self, "output_dir", expanded(self.output_dir))
         super().__post_init__()
         if self.loss == "sft":
             raise UsageError(
@@ -130,30 +130,17 @@ class DistillConfig(PairSettings):
                 f"--student-samples {self.student_samples} would all be the same at "
                 "--student-temperature 0; raise it"
             )
-        self._require("beta", self.beta is None or self.beta >= 0, "must be at least 0")
-        options = read_loss_args(self.loss, self.loss_args, beta=self.beta) or {}
-        if self.beta is not None:
-            options["beta"] = self.beta
-        Objective.bind(self.loss, group_size=2, has_scores=True, has_reference=True, **options)
-        self._require("seed", 0 <= self.seed < 2**32, "must be from 0 to 4294967295")
+        # The message about a micro-batch names both sizes that it has to divide.
+        check_training({**vars(self), "micro_batch_size": None})
         self._require("held_out", self.held_out > 0, "must be positive")
         self._require("sft_share", 0 < self.sft_share <= 1, "must be above 0 and at most 1")
         self._require("limit", self.limit is None or self.limit >= 1, "must be at least 1")
-        self._require("precision", self.precision in PRECISIONS, f"must be one of {PRECISIONS}")
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
-        for name in (
-            *("max_new_tokens", "batch_size", "sft_batch_size", "rounds"),
-            *("generation_batch_size", "saves_per_stage", "max_tokens_per_batch"),
-        ):
+        for name in ("max_new_tokens", "sft_batch_size", "rounds", "generation_batch_size"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("sft_epochs", "epochs", "sft_learning_rate", "learning_rate"):
+        for name in ("sft_epochs", "sft_learning_rate"):
             self._require(name, getattr(self, name) > 0, "must be positive")
-        for name in (
-            "teacher_temperature",
-            "student_temperature",
-            "sft_weight",
-            "length_normalization",
-        ):
+        for name in ("teacher_temperature", "student_temperature"):
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         size = self.micro_batch_size
         self._require(
@@ -173,8 +160,16 @@ class DistillConfig(PairSettings):
                 f"--calibration-samples {self.calibration_samples} would all be the same at "
                 "--student-temperature 0; raise it"
             )
+
+    def require_room(self) -> None:
+        """Raises UsageError unless an answer of the greatest length can be scored.
+
+        That is for those who score their answers: `plad-fast pairs` does not.
+        """
         self._require(
-            "max_length", self.max_length > self.max_new_tokens, "must exceed --max-new-tokens"
+            "max_length",
+            self.max_length > self.max_new_tokens,
+            f"must exceed --max-new-tokens {self.max_new_tokens}",
         )
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -192,6 +187,18 @@ class DistillConfig(PairSettings):
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def expanded(output_dir: str) -> str:
+    """The folder with `~` spelt out, which a shell leaves to us in `--output-dir=~/runs`.
+
+    Raises:
+        UsageError: nobody has that home folder.
+    """
+    try:
+        return str(Path(output_dir).expanduser())
+    except RuntimeError as error:
+        raise UsageError(f"--output-dir {output_dir}: {error}; write the folder out") from None
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:

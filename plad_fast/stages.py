@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import require_one_gpu
-from plad_fast._packages import require_packages, versions
-from plad_fast._recipe_data import answer_columns, load_recipe_prompts, write_jsonl
-from plad_fast._records import model_digest
-from plad_fast.chat import as_conversation
-from plad_fast.errors import UsageError
-from plad_fast.evaluation import comparison_table, write_metrics
-from plad_fast.held_out import (
-    HeldOut,
-    calibration_file,
-    draw_plots,
-    evaluate_models,
-    example_answers,
-    margin_unit,
-    scorer_file,
-    student_files,
+from plad_fast._recipe_data import (
+    answer_columns,
+    load_recipe_prompts,
+    prompts_digest,
+    read_pairs,
+    write_jsonl,
 )
-from plad_fast.losses import get_loss
+from plad_fast._records import model_digest
+from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
-    Prompt,
     Sampling,
     discard_answers,
     joined,
@@ -34,16 +26,19 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
-from plad_fast.pairs.tables import read_table
 from plad_fast.pairs.trials import try_endpoints
-from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
-from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
+from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
-from plad_fast.report import write_report
+from plad_fast.stage_folder import claim_folder
 from plad_fast.students import load_tokenizer, offline_teacher_path
 from plad_fast.training import is_trained, train_model
+from plad_fast.training_checks import check_training
 
-_COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch")
+# The endpoint's address is among what the teacher is known by.
+_OF_PAIRS = (
+    *(f.name for f in fields(PairSettings) if f.metadata["affects_results"]),
+    *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
+)
 
 
 def pair_models(
@@ -61,7 +56,8 @@ def pair_models(
         overwrite: discard the answers and scores stored there.
 
     Raises:
-        UsageError: from loading, generation, scoring or storing, and when no pair is left.
+        UsageError: from loading, generation, scoring or storing; when no pair is left; and where
+            other prompts, models or settings, or another command, have made the folder.
     """
     config = replace(config, teacher=teacher)
     folder = Path(config.output_dir)
@@ -93,18 +89,53 @@ def pair_models(
         judge=scorer,
         overwrite=overwrite,
     )
+    student_made_by = {
+        "student": student,
+        "weights": model_digest(source),
+        "precision": config.precision,
+    }
+    settings: dict[str, Any] = {
+        **{name: getattr(config, name) for name in _OF_PAIRS if name != "base_url"},
+        **{f"teacher's {name}": value for name, value in teacher_made_by.items()},
+        **{f"student's {name}": value for name, value in student_made_by.items()},
+        "prompts": prompts_digest(prompts),
+    }
+    path, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
+    stores = folder / "teacher.jsonl", folder / "student.jsonl"
+
+    def discard(_: Mapping[str, Any]) -> None:
+        for file in (*stores, scores, verdicts):
+            discard_answers(file)
+
+    def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
+        first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
+        others = {**found, "prompts": settings["prompts"]}
+        return found["prompts"] == first and others == json.loads(json.dumps(settings))
+
+    def claim() -> None:
+        claim_folder(
+            folder,
+            "pairs",
+            settings,
+            results=[path.name],
+            overwrite=overwrite,
+            discard=discard,
+            extends=has_fewer_prompts,
+        )
+
+    with joined() as ranks:
+        ranks.from_first(claim)
     teacher_answers = stored_answers(
         opened.pop,  # nothing holds the teacher when the student is loaded
         prompts,
-        folder / "teacher.jsonl",
+        stores[0],
         sampling,
         fingerprint=teacher_made_by,
-        overwrite=overwrite,
     ).answers
     student_answers = stored_answers(
         lambda: open_local_model(source, "student", precision=config.precision),
         prompts,
-        folder / "student.jsonl",
+        stores[1],
         replace(
             sampling,
             temperature=config.student_temperature,
@@ -113,20 +144,10 @@ def pair_models(
             # Another stream of random numbers, or equal models would give equal answers.
             seed=config.seed + 1,
         ),
-        fingerprint={
-            "student": student,
-            "weights": model_digest(source),
-            "precision": config.precision,
-        },
-        overwrite=overwrite,
+        fingerprint=student_made_by,
     ).answers
-    path = folder / "pairs.jsonl"
 
     def write() -> str:
-        scores = folder / "scores.jsonl"
-        if overwrite:
-            discard_answers(scores)
-            discard_answers(verdicts)
         rows, report = select_pairs(
             config,
             scorer,
@@ -163,32 +184,27 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
-        options: of `train_model`, and `saves_per_stage`.
+        options: of `train_model`, whose defaults they have, and `saves_per_stage`.
 
     Raises:
-        UsageError: from reading the pairs or from the training, and where the folder holds
-            anything but the model that this very training made.
+        UsageError: a setting out of range, or one that the loss does not have; from reading the
+            pairs or from the training, and where the folder holds anything but the model that
+            this very training made.
     """
     require_one_gpu()
-    spec = get_loss(loss)
-    positive = {"epochs": epochs, "learning_rate": learning_rate}
-    positive |= {k: v for k, v in options.items() if k in _COUNTS}
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{flag(name)} must be positive, got {value}")
+    given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate}
+    check_training({**given, **options})
     rows = read_pairs(pairs)
-    if "beta" not in spec.options:
-        options.pop("beta", None)
-    done_before = is_trained(Path(output_dir))
+    folder = Path(expanded(output_dir))
+    done_before = is_trained(folder)
     log = train_model(
         _resolve(model),
         rows,
-        Path(output_dir),
+        folder,
         loss=loss,
         epochs=epochs,
         learning_rate=learning_rate,
-        batch_size=options.pop("batch_size", 8),
-        saves=options.pop("saves_per_stage", 2),
+        saves=options.pop("saves_per_stage", DistillConfig.saves_per_stage),
         **options,
     )
     if done_before:
@@ -196,149 +212,8 @@ def train_on_pairs(
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})
     shown = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
     metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
-    print(f"{metrics}\nmodel: {output_dir}", flush=True)
-    return Path(output_dir)
-
-
-def evaluate_on_pairs(
-    students: Mapping[str, Path],
-    pairs: str,
-    config: DistillConfig,
-    *,
-    overwrite: bool = False,
-    command: str = "",
-) -> dict[str, Any]:
-    """Compare students on held-out pairs whose chosen answers are the teacher's. Resumable.
-
-    Writes `metrics.json`, plots and `report.html` into the output folder.
-
-    Args:
-        students: name -> folder, the baseline first.
-        pairs: file in the standard preference format.
-        config: sampling, length normalisation and output folder.
-        overwrite: discard the answers and scores stored there.
-        command: what the report says to run again.
-
-    Raises:
-        UsageError: from reading the pairs, loading, or generation; names that cannot be told apart
-            as files; and stored answers of other models, pairs or settings.
-    """
-    require_packages("rouge_score", "matplotlib")
-    _check_names(list(students))
-    folder = Path(config.output_dir)
-    held_out = _held_out(read_pairs(pairs))
-    for name, path in students.items():
-        # A wrong path is found before another student is run.
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise UsageError(
-                f"--student {name}={path} is no folder of a model, which has a config.json; check "
-                "the path"
-            )
-        load_tokenizer(path)
-    scoring = held_out_scoring(config, folder)
-    if overwrite:
-        for name in students:
-            _discard_student(name, folder)
-        for scorer in scoring["scorers"].values():
-            discard_answers(scorer_file(scorer.name, folder))
-        discard_answers(folder / JUDGE_STORE)
-    try_endpoints(judge=scoring["judge"])
-    results, outputs = evaluate_models(
-        students,
-        held_out,
-        folder,
-        sampling=Sampling(
-            config.max_new_tokens,
-            temperature=config.student_temperature,
-            top_p=config.top_p,
-            seed=config.seed + 1,
-            batch_size=config.generation_batch_size,
-        ),
-        length_normalization=config.length_normalization,
-        max_length=config.max_length,
-        precision=config.precision,
-        **scoring,
-    )
-    write_metrics(results, folder / "metrics.json")
-    drawn = draw_plots(
-        results,
-        outputs,
-        students,
-        folder / "plots",
-        length_normalization=config.length_normalization,
-    )
-    write_report(
-        folder / "report.html",
-        title=f"Evaluation of {', '.join(students)}",
-        config={"students": {k: str(v) for k, v in students.items()}, "pairs": pairs},
-        stages=[],
-        metrics=results,
-        plots=drawn,
-        examples=example_answers(held_out, outputs),
-        margin_unit=margin_unit(config.length_normalization),
-        command=command,
-        versions=versions(),
-    )
-    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
-    return results
-
-
-def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
-
-    Raises:
-        UsageError: no such file, damaged, empty, or without the columns that rows need.
-    """
-    table = read_table(path, "train")
-    columns = set(table.columns)
-    # Of messages and texts that begin with their prompt, both responses tell what it is.
-    if not columns >= {"chosen", "rejected"} and not (
-        "prompt" in columns and columns & {"chosen", "completion", "responses"}
-    ):
-        raise UsageError(
-            f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
-            "rejected, and lists have prompt and responses"
-        )
-    return [dict(row) for row in table.rows]
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Names become names of files, on some systems without regard to case."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if any(character in name for character in "/\\:\0") or name.startswith("."):
-            raise UsageError(
-                f"--student {name}=...: a name must not contain / \\ or : nor start with a dot, "
-                "for files are named after it; choose another"
-            )
-        plain = name.lower().replace(" ", "-")
-        if plain in seen:
-            raise UsageError(
-                f"--student {seen[plain]} and --student {name} would share their files; give them "
-                "names that differ in more than case and spaces"
-            )
-        seen[plain] = name
-
-
-def _discard_student(name: str, folder: Path) -> None:
-    answer_files, scores_file = student_files(name, folder)
-    for file in answer_files:
-        discard_answers(file)
-    scores_file.unlink(missing_ok=True)
-    calibration_file(name, folder).unlink(missing_ok=True)
-
-
-def _held_out(rows: list[dict[str, Any]]) -> HeldOut:
-    answers = {}
-    for number, row in enumerate(rows):
-        if row.get("rejected") is None:
-            raise UsageError(f"pair {number + 1} has no rejected answer; evaluation ranks pairs")
-        row["id"] = str(row.get("id", number))
-        # The prompt in the form in which its answers are scored: students answer that very one.
-        row["prompt"], (chosen,) = as_conversation(row["prompt"], [row["chosen"]])
-        answers[row["id"]] = chosen.strip()
-    prompts = [Prompt(row["id"], row["prompt"], row.get("reference")) for row in rows]
-    return HeldOut(prompts, answers, rows)
+    print(f"{metrics}\nmodel: {folder}", flush=True)
+    return folder
 
 
 def _resolve(source: str) -> str:

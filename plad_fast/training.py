@@ -18,6 +18,7 @@ from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._records import digest, model_digest, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
+from plad_fast.losses import get_loss
 from plad_fast.run_folder import lock_folder
 from plad_fast.students import load_model, load_tokenizer
 
@@ -36,34 +37,41 @@ def train_model(
     loss: str,
     epochs: float,
     learning_rate: float,
-    batch_size: int,
+    batch_size: int = 4,
     micro_batch_size: int | None = None,
-    max_tokens_per_batch: int | None = None,
+    max_tokens_per_batch: int | None = 4096,
     saves: int = 2,
     seed: int = 0,
     precision: str = "auto",
     max_length: int = 1024,
     beta: float | None = None,
     loss_args: str | None = None,
-    sft_weight: float = 0.0,
-    length_normalization: float = 0.0,
+    sft_weight: float | None = None,
+    length_normalization: float | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model in `source` on preference rows and save it in `output`.
+
+    The defaults are those of `DistillConfig`, that is, of the command line.
 
     Checkpoints lie in `<output>.checkpoints` until the model is saved; the newest complete one is
     resumed from. Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients
     clipped at norm 1; parameters in float32.
 
     Args:
-        source: folder of the model and its tokenizer, a hub id, or a .gguf file.
+        source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
+            are merged into their base model first, and all of its weights are trained.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
-        loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
+        loss, beta, loss_args: see `PLaDConfig`.
+        sft_weight, length_normalization: see `PLaDConfig`; None for 1, and for 0 where the loss is
+            a likelihood, as "sft" is, which has neither.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
         saves: checkpoints in the course of the training.
+        seed: of the order of the rows and of dropout.
         precision: "float32", "bfloat16" autocast, or "auto".
+        max_length: tokens of prompt and response.
 
     Returns:
         The trainer's log history.
@@ -72,6 +80,10 @@ def train_model(
         UsageError: the folder holds something else, or checkpoints of another training lie beside
             it, or another process trains there; and from loading or from the trainer.
     """
+    unless_likelihood = 0.0 if get_loss(loss).mean_over == "tokens" else 1.0
+    sft_weight = unless_likelihood if sft_weight is None else sft_weight
+    if length_normalization is None:
+        length_normalization = unless_likelihood
     micro = micro_batch_size or batch_size
     if batch_size % micro:
         raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
@@ -99,7 +111,9 @@ def train_model(
     checkpoints.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(checkpoints)
     try:
-        if any(not entry.name.startswith(".") for entry in checkpoints.iterdir()):
+        # A training that was refused leaves its record alone, which keeps nobody from another.
+        names = {entry.name for entry in checkpoints.iterdir()} - {_RECORD}
+        if any(not name.startswith(".") for name in names):
             _require_record(checkpoints, record)
         write_atomically(checkpoints / _RECORD, json.dumps(record, indent=1))
         steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
@@ -157,7 +171,7 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
         **options,
     )
     trainer = PLaDTrainer(
-        load_model(source, dtype=torch.float32),
+        load_model(source, dtype=torch.float32, merge_adapters=True),
         config,
         train_dataset=list(rows),
         processing_class=load_tokenizer(source),

@@ -169,6 +169,38 @@ BAD_INPUTS = {
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--micro-batch-size", "3", "--batch-size", "8"],
         "--micro-batch-size 3 must divide --batch-size 8",
     ),
+    "a precision that there is not": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--precision", "float16"],
+        "--precision must be one of .*'bfloat16'.*, got float16",
+    ),
+    "no checkpoints": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--saves-per-stage", "0"],
+        "--saves-per-stage must be at least 1, got 0",
+    ),
+    "a training seed below 0": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--seed", "-1"],
+        "--seed must be from 0",
+    ),
+    "a weight below 0": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--sft-weight", "-1"],
+        "--sft-weight must be at least 0",
+    ),
+    "beta of a loss that has none": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--loss", "sft", "--beta", "3"],
+        "--loss sft has no beta; leave --beta out",
+    ),
+    "a regulariser of what is a likelihood": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--loss", "sft", "--sft-weight", "1"],
+        "--sft-weight has no part in --loss sft, .*; leave it out",
+    ),
+    "an answer for which there is no room": (
+        [*EVALUATE, "--student", "A={teacher}", "--max-new-tokens", "1024"],
+        "--max-length must exceed --max-new-tokens 1024, got 1024",
+    ),
+    "an output folder of nobody": (
+        [*GOOD, "--output-dir=~no-such-user/run"],
+        "--output-dir ~no-such-user/run: .*; write the folder out",
+    ),
     "a seed below 0": ([*GOOD, "--seed", "-1"], "--seed must be from 0"),
     "a setting that is NaN": ([*GOOD, "--beta", "nan"], "--beta must be a finite number"),
 }
@@ -263,7 +295,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(data, tiny_teacher, tmp_pat
         [sys.executable, "-c", limited], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "what was finished is kept: make room and run it again" in done.stderr
+    assert "what was finished is kept: make room and run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert main(command) == 0
 

@@ -26,6 +26,69 @@ def test_interruption_by_hand_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     assert "run the same command again" in capsys.readouterr().err
 
 
+def test_after_an_interrupted_overwriting_the_flag_is_to_be_left_out(monkeypatch, capsys):
+    """It empties the folder at every start. The report's command is without it for the same."""
+    commands = []
+
+    def interrupted(config, *, overwrite, command):
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plad_fast.distill.distill", interrupted)
+    typed = ["distill", "--overwrite", "--beta", "1"]
+    monkeypatch.setattr("sys.argv", ["plad-fast", *typed])
+    assert main(typed) == 130
+    assert "run the same command again without --overwrite, which" in capsys.readouterr().err
+    assert commands == ["plad-fast distill --beta 1"]
+
+
+PAIRS = ["pairs", "--teacher", "t", "--student", "s", "--output-dir", "o"]
+
+
+def test_pairs_take_answers_of_any_length(monkeypatch):
+    """They are not scored here, so that no --max-length bounds them."""
+    seen = []
+    monkeypatch.setattr("plad_fast.stages.pair_models", lambda config, **_: seen.append(config))
+    assert main([*PAIRS, "--max-new-tokens", "4096"]) == 0
+    assert seen[0].max_new_tokens == 4096
+
+
+@pytest.mark.parametrize("short", ["--max-length=9", "--limi=3", "--overwr"])
+def test_flags_have_to_be_spelt_out(short, capsys):
+    """`--max-length` is no flag of `pairs`, and was taken for --max-length-ratio."""
+    with pytest.raises(SystemExit):
+        main([*PAIRS, short])
+    assert f"unrecognized arguments: {short}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("stages.pair_models", ["pairs", "--teacher", "t", "--student", "s"]),
+        ("evaluation_stage.evaluate_on_pairs", ["evaluate", "--student", "A=~/a", "--pairs", "p"]),
+        ("stages.train_model", ["train", "--model", "m", "--pairs", "pairs.jsonl"]),
+        ("distill.distill", ["distill"]),
+        ("distill.distill", ["quickstart"]),
+    ],
+)
+def test_the_home_folder_is_spelt_out_for_every_command(stage, command, monkeypatch, tmp_path):
+    """No shell does it in `--output-dir=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    seen = []
+
+    def run(*arguments, **options):
+        seen.extend(str(getattr(value, "output_dir", value)) for value in arguments)
+        return []
+
+    monkeypatch.setattr(f"plad_fast.{stage}", run)
+    assert main([*command, "--output-dir=~/x"]) == 0
+    assert str(tmp_path / "x") in seen
+    assert "~" not in "".join(seen)
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_an_unexpected_error_leaves_one_line_and_a_file(has_begun, monkeypatch, capsys, tmp_path):
     """The file lies with the run, if that got as far as a folder; it must not make one foreign."""

@@ -151,9 +151,10 @@ def test_the_teacher_is_not_measured_against_itself():
     assert results["students"][0]["win_rate_teacher"]["mean"] == 0.5
 
 
-def test_some_references():
-    """Where one is missing, or None, the teacher's answer takes its place in the score."""
-    results = evaluate_students([sft()], TEACHER, {"p1": "a dog", "p2": None})
+@pytest.mark.parametrize("none", [None, "", " "])
+def test_some_references(none):
+    """Where one is missing, or blank, the teacher's answer takes its place in the score."""
+    results = evaluate_students([sft()], TEACHER, {"p1": "a dog", "p2": none})
     row = results["students"][0]
     assert results["n_references"] == 1
     assert row["rougeL_reference"]["mean"] == 1.0
@@ -310,6 +311,37 @@ def test_pairs_without_an_own_answer_are_left_out_of_that_metric_alone():
     assert (none["own_ranking_accuracy"], none["n_own_pairs"]) == (None, 0)
 
 
+def test_pairs_of_one_prompt_are_no_independent_evidence():
+    """Each pair three times: the same means and intervals as once, over three times the pairs."""
+
+    def times(student, count):
+        logps = {
+            name: np.tile(getattr(student, name), count)
+            for name in ("chosen_logps", "rejected_logps", "own_rejected_logps")
+        }
+        ids = [f"{key} {k}" for k in range(count) for key in IDS]
+        return StudentOutputs(
+            student.name, student.answers, pair_ids=ids, pair_prompts=IDS * count, **logps
+        )
+
+    pair = sft(own_rejected_logps=[-4.0, -1.0]), plad(own_rejected_logps=[-4.0, float("nan")])
+    once, thrice = (
+        evaluate_students([times(student, count) for student in pair], TEACHER) for count in (1, 3)
+    )
+    assert [once[f"n_{key}"] for key in ("prompts", "pairs", "pair_prompts")] == [2, 2, 2]
+    assert [thrice[f"n_{key}"] for key in ("prompts", "pairs", "pair_prompts")] == [2, 6, 2]
+    for mine, theirs in zip(
+        [*once["students"], *once["comparisons"]],
+        [*thrice["students"], *thrice["comparisons"]],
+        strict=True,
+    ):
+        for name in ("ranking_accuracy", "margin", "own_ranking_accuracy"):
+            if mine.get(name):
+                assert theirs[name] == pytest.approx(mine[name])
+    assert "2 held-out prompts, 6 pairs of 2 prompts;" in comparison_table(thrice)
+    assert "2 held-out prompts, 2 pairs;" in comparison_table(once)
+
+
 def test_last_against_first_comes_first():
     students = [sft(name=name) for name in ("a", "b", "c")]
     couples = [
@@ -333,7 +365,12 @@ def test_last_against_first_comes_first():
             lambda: evaluate_students([sft(), plad(pair_ids=["p2", "p1"])], TEACHER),
             "scored on other pairs",
         ),
+        (
+            lambda: evaluate_students([sft(), plad(pair_prompts=["p1", "p1"])], TEACHER),
+            "scored on other pairs",
+        ),
         (lambda: sft(chosen_logps=[1.0]), "chosen_logps of SFT has shape"),
+        (lambda: sft(pair_prompts=["p1"]), "pair_prompts of SFT has 1 entries"),
         (
             lambda: evaluate_students([sft()], TEACHER, score_fn=lambda *_: 0.0),
             "needs the prompts",

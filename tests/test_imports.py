@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_records", "_page", "_headline"},
+    {"_packages", "_records", "_page", "_headline", "_adapters"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
     {"_vocab_group", "_vocab_rows"},
@@ -44,17 +44,21 @@ LAYERS = [
     {"reference_logps"},
     {"training_reference"},
     {"trainer", "integrations"},
-    {"recipe", "pair_settings", "run_folder", "training", "doctor"},
+    {
+        *("recipe", "pair_settings", "run_folder", "stage_folder"),
+        *("training", "training_checks", "doctor"),
+    },
     {
         "held_out",
         "held_out_samples",
+        "_held_out_rows",
         "_report_parts",
         "_recipe_data",
         "recipe_texts",
         "recipe_scoring",
     },
     {"distill"},
-    {"stages"},
+    {"stages", "evaluation_stage"},
     {"cli"},
 ]
 """Ground floor first. A module imports from its own floor and below, never from above."""

@@ -64,6 +64,19 @@ def test_bootstrap_pairs_the_examples():
     assert result.high == pytest.approx(1.0)
 
 
+def test_bootstrap_draws_groups_whole():
+    """Three copies of every example say no more than one; unequal groups weigh by their size."""
+    values = np.random.default_rng(3).normal(size=50)
+    alone = metrics.paired_bootstrap(values)
+    assert metrics.paired_bootstrap(values, groups=range(50)) == alone
+    copies = metrics.paired_bootstrap(np.tile(values, 3), groups=list(range(50)) * 3)
+    for name, value in vars(alone).items():
+        assert getattr(copies, name) == pytest.approx(value, rel=1e-12)
+    assert metrics.paired_bootstrap(np.tile(values, 3)).standard_error < 0.7 * alone.standard_error
+    unequal = metrics.paired_bootstrap([1.0, 0.0, 0.0, 0.0], groups=["a", "b", "b", "b"])
+    assert (unequal.mean, unequal.low, unequal.high) == (0.25, 0.0, 1.0)
+
+
 def test_bootstrap_in_several_blocks(monkeypatch):
     values = np.arange(40.0)
     monkeypatch.setattr(intervals, "_BOOTSTRAP_BLOCK", 1000)  # 25 resamples at once
@@ -151,6 +164,7 @@ def test_words_and_their_repetition_by_hand():
         (lambda: metrics.paired_bootstrap([[1.0]]), r"shape \(1, 1\)"),
         (lambda: metrics.paired_bootstrap([1.0], [1.0, 2.0]), "b has 2 values and a has 1"),
         (lambda: metrics.paired_bootstrap([1.0], n_resamples=1), "take 2 or more"),
+        (lambda: metrics.paired_bootstrap([1.0], groups="ab"), "1 examples and 2 groups"),
         (lambda: metrics.win_rate([1.0, float("nan")], [1.0, 1.0]), "first at index 1"),
         (lambda: metrics.margins([float("-inf")], [0.0]), "chosen_logps holds 1 value"),
         (lambda: metrics.sign_test([1.0, 0.75]), "an outcome is 0.75"),

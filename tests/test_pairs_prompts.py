@@ -77,6 +77,15 @@ def test_csv_text_stays_text_and_may_be_long(tmp_path):
     assert [p.content for p in load_prompts(tmp_path / "p.csv")] == [r["prompt"] for r in rows]
 
 
+def test_a_blank_reference_is_none(tmp_path):
+    """A CSV file has no other way to leave one out, and an empty text is like no answer."""
+    answers = ["", " \n", "3"]
+    rows = [{**row, "answer": answer} for row, answer in zip(ROWS, answers, strict=True)]
+    write_csv(tmp_path / "p.csv", rows)
+    prompts = load_prompts(tmp_path / "p.csv", reference_column="answer")
+    assert [p.reference for p in prompts] == [None, None, "3"]
+
+
 def test_template_columns_and_messages(tmp_path, jsonl):
     prompts = load_prompts(jsonl, prompt_template="On {topic}:\n{prompt}")
     assert prompts[0].content == "On x:\nOne?"

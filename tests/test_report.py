@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -308,6 +309,14 @@ def test_headline_says_what_the_intervals_allow(first, last, opening):
 def test_headline_concludes_nothing_from_a_handful():
     students = [student("a", lead=0.0, kept=4, n=5), student("b", lead=9.0, kept=9, n=5)]
     assert "too small to tell whether b is better than a" in headline(evaluate(*students))
+
+
+def test_headline_concludes_nothing_from_many_pairs_of_a_handful_of_prompts():
+    students = [student("a", lead=0.0, kept=4), student("b", lead=3.0, kept=4)]
+    few = [replace(s, pair_prompts=[f"p{i % 8}" for i in range(40)]) for s in students]
+    text = headline(evaluate(*few))
+    assert text.startswith("Distillation bought nothing measurable: b is no better than a.")
+    assert "of 40 pairs of 8 prompts, a in" in text
 
 
 def test_headline_concludes_nothing_from_a_handful_of_verdicts():

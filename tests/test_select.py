@@ -88,7 +88,8 @@ def test_a_gap_drops_ties_and_near_ties_from_lists():
     texts = ranked(TEACHER, STUDENT, scores, filters=gap, list_size=5)[0]
     assert texts == ["lucky", "best", "good", "fine", "worst"]
     with pytest.raises(UsageError, match="1 close; lower min_gap"):
-        ranked(TEACHER, STUDENT, scores, filters=gap)
+        ranked(TEACHER, STUDENT, scores, filters=gap, list_size=6)
+    assert ranked(TEACHER, STUDENT, scores, filters=gap)[0] == texts
 
 
 def test_unusable_answers_are_never_selected():
@@ -100,7 +101,26 @@ def test_unusable_answers_are_never_selected():
         assert (row["chosen"], row["rejected"]) == ("good", "bad")
     assert ranked(teacher, student, scores, list_size=2)[0] == ["good", "bad"]
     with pytest.raises(UsageError, match="1 few; lower list_size"):
-        ranked(teacher, student, scores)
+        ranked(teacher, student, scores, list_size=3)
+    assert ranked(teacher, student, scores)[0] == ["good", "bad"]
+
+
+@pytest.mark.parametrize(
+    ("repeating", "size", "kept"),
+    [(0, 4, 10), (1, 4, 9), (2, 4, 8), (3, 3, 10), (5, 3, 10), (10, 3, 10)],
+)
+def test_lists_are_as_long_as_keeps_the_most_answers(repeating, size, kept):
+    """Of ten prompts with four answers each, some have one that repeats another: in place of
+    4 * (10 - repeating) answers, lists of three hold 3 * 10."""
+    prompts = [Prompt(str(i), "Q") for i in range(10)]
+    teacher, student, scores = {}, {}, {}
+    for i, prompt in enumerate(prompts):
+        teacher |= said("a", "b", prompt_id=prompt.id)
+        student |= said("c", "a" if i < repeating else "d", prompt_id=prompt.id)
+        scores |= {(prompt.id, text): -float(ord(text)) for text in "abcd"}
+    rows, report = build_pairs(prompts, teacher, student, select="ranked", scores=scores)
+    assert {len(row["responses"]) for row in rows} == {size}
+    assert report == PairReport(10, few=10 - kept)
 
 
 @pytest.mark.parametrize(

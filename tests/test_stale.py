@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plad_fast.cli import main
-from plad_fast.run_folder import lock_folder
+from plad_fast.run_folder import RunFolder, lock_folder
 from plad_fast.students import load_model
 from tests.recipe_runs import kill_at
 
@@ -81,6 +81,15 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny_teacher, pairs, tm
     assert not output.exists()
 
 
+def test_a_training_that_was_refused_keeps_nobody_from_another(
+    tiny_teacher, pairs, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert main(train(tmp_path / "none", pairs, output)) == 2
+    assert "cannot load" in capsys.readouterr().err
+    assert main(train(tiny_teacher, pairs, output)) == 0
+
+
 def test_two_trainings_cannot_share_a_folder(tiny_teacher, pairs, tmp_path, capsys):
     (tmp_path / "out.checkpoints").mkdir()
     lock = lock_folder(tmp_path / "out.checkpoints")
@@ -131,11 +140,7 @@ def test_a_stale_evaluation_is_refused(tiny_teacher, pairs, tmp_path, capsys):
 
 def test_pairs_of_a_retrained_student_are_made_anew(tiny_teacher, pairs, tmp_path, capsys):
     student = changed_copy(tiny_teacher, tmp_path / "student")
-    command = [
-        "pairs", "--teacher", str(tiny_teacher), "--student", str(student), "--prompts", str(pairs),
-        "--output-dir", str(tmp_path / "p"), "--max-new-tokens", "60", "--precision", "float32",
-        "--teacher-temperature", "1",
-    ]  # fmt: skip
+    command = pair(tiny_teacher, student, pairs, tmp_path / "p")
     assert main(command) == 0
     shutil.rmtree(student)
     shutil.copytree(tiny_teacher, student)
@@ -145,6 +150,122 @@ def test_pairs_of_a_retrained_student_are_made_anew(tiny_teacher, pairs, tmp_pat
     assert main([*command, "--overwrite"]) == 0
     assert main([*command, "--precision", "bfloat16"]) == 2
     assert "precision was 'float32' and is 'bfloat16'" in capsys.readouterr().err
+
+
+def content(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_the_folder_of_a_run_or_a_model_is_no_place_for_other_results(
+    overwrite, tiny_teacher, pairs, tmp_path, capsys
+):
+    """Its metrics.json, report.html and plots have the names of an evaluation's."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    RunFolder(run, {}).close()
+    model.mkdir()
+    (model / "training.json").write_text("{}")
+    (run / "metrics.json").write_text("of the run")
+    before = content(tmp_path)
+    for folder, what in ((run, "holds run.json, so it is the"), (model, "holds training.json")):
+        for command in (
+            evaluate(tiny_teacher, pairs, folder),
+            pair(tiny_teacher, tiny_teacher, pairs, folder),
+        ):
+            assert main([*command, *overwrite]) == 2
+            assert what in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+
+def test_an_evaluation_of_others_is_not_replaced(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "out"
+    first = evaluate(tiny_teacher, pairs, output)
+    assert main(first) == 0
+    before = content(output)
+    other = [part.replace("A=", "B=") for part in first]
+    assert main(other) == 2
+    assert "students was ['A'] and is ['B']" in capsys.readouterr().err
+    assert main([*first, "--calibration-samples", "2"]) == 2
+    assert "calibration_samples was 0 and is 2" in capsys.readouterr().err
+    assert main(pair(tiny_teacher, tiny_teacher, pairs, output)) == 2
+    assert "holds the results of `plad-fast evaluate`" in capsys.readouterr().err
+    assert content(output) == before
+    assert main(first) == 0
+    assert main([*other, "--overwrite"]) == 0
+    assert {path.name for path in output.glob("*-*.json*")} == {
+        "b-greedy.jsonl", "b-logps.json", "b-sampled.jsonl",
+    }  # fmt: skip
+
+
+def test_results_without_a_record_are_not_replaced(tiny_teacher, pairs, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("of somebody")
+    assert main(evaluate(tiny_teacher, pairs, tmp_path / "out")) == 2
+    assert "holds report.html but no stage.json" in capsys.readouterr().err
+    assert main(pair(tiny_teacher, tiny_teacher, pairs, tmp_path)) == 2
+    assert "holds pairs.jsonl but no stage.json" in capsys.readouterr().err
+    assert main([*evaluate(tiny_teacher, pairs, tmp_path / "out"), "--overwrite"]) == 0
+
+
+def pair(teacher, student, prompts, output, *extra: str) -> list[str]:
+    return ["pairs", "--teacher", str(teacher), "--student", str(student), "--prompts",
+            str(prompts), "--output-dir", str(output), "--max-new-tokens", "60", "--precision",
+            "float32", "--teacher-temperature", "1", *extra]  # fmt: skip
+
+
+def test_pairs_of_other_prompts_or_settings_are_not_replaced(
+    tiny_teacher, pairs, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    # Nothing came of these settings, and the message advises others.
+    assert main([*command, "--scorer", "length", "--min-gap", "9999"]) == 2
+    assert "no pair is left" in capsys.readouterr().err
+    assert main(command) == 0
+    before = content(output)
+    assert main(command) == 0
+    assert content(output) == before
+    capsys.readouterr()
+    more = write_pairs(tmp_path / "more.jsonl", 7)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(more.read_text().splitlines(keepends=True)[:0:-1]))
+    others = {
+        "prompts was '6 prompts, .* and is '6 prompts, ": [*command, "--prompts", str(fewer)],
+        "select was 'teacher' and is 'all'": [*command, "--select", "all"],
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr("plad_fast.pairs.sources.open_local_model", None)
+        for message, other in others.items():
+            assert main(other) == 2
+            error = capsys.readouterr().err
+            assert re.search(message, error), error
+            assert "--overwrite" in error
+            assert "copies of its stored answers" in error
+    assert content(output) == before
+    # What was answered stays where more prompts follow after those.
+    assert main([*command, "--prompts", str(more)]) == 0
+    answers = (output / "teacher.jsonl").read_bytes()
+    assert answers.startswith(before[output / "teacher.jsonl"])
+    assert len(answers) > len(before[output / "teacher.jsonl"])
+    assert main([*others["select was 'teacher' and is 'all'"], "--overwrite"]) == 0
+
+
+def test_an_interrupted_overwriting_goes_on_without_the_flag(
+    tiny_teacher, pairs, tmp_path, monkeypatch
+):
+    """All that other settings made is gone at once, also what is not reached before the end."""
+    output = tmp_path / "p"
+    assert main(pair(tiny_teacher, tiny_teacher, pairs, output)) == 0
+    anew = pair(tiny_teacher, tiny_teacher, pairs, output, "--seed", "5")
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plad_fast.stages.stored_answers", interrupted)
+        assert main([*anew, "--overwrite"]) == 130
+    assert [path.name for path in output.iterdir()] == ["stage.json"]
+    assert main(anew) == 0
 
 
 def test_cut_off_samples_are_no_answers(tiny_teacher, pairs, tmp_path):

@@ -20,7 +20,13 @@ from transformers import (
 
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
-from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import (
+    holds_model,
+    is_encoder_decoder,
+    load_model,
+    load_tokenizer,
+    offline_teacher_path,
+)
 
 COMMON = {
     "vocab_size": 61,
@@ -301,6 +307,9 @@ def test_gguf_is_an_ordinary_model_afterwards(tiny_gguf, tmp_path):
         assert torch.equal(model(tokens).logits, loaded(tokens).logits)
         assert torch.equal(model(tokens).logits, load_model(tiny_gguf.parent)(tokens).logits)
     assert load_tokenizer(tiny_gguf).eos_token == "</s>"
+    assert holds_model(tiny_gguf.parent)
+    assert not holds_model(tmp_path)
+    assert not is_encoder_decoder(tiny_gguf.parent)
 
 
 def test_missing_offline_teacher_says_what_to_install(monkeypatch):

@@ -17,7 +17,8 @@ from plad_fast.pairs.select import (
     Candidate,
     Pair,
     Scores,
-    select_list,
+    common_list_size,
+    rank_answers,
     select_pairs,
 )
 from plad_fast.pairs.teachers import Answer
@@ -122,7 +123,8 @@ def build_pairs(
         scores: of the answers, from `scoring.score_answers`. A pair or list with an answer that
             has none is dropped.
         filters: what else to drop.
-        list_size: responses in a ranked row; by default as many as a prompt has answers at most.
+        list_size: responses in a ranked row; by default as many as keep the most answers: see
+            `select.common_list_size`. A prompt with fewer gives no row.
         tokenizer: of the student that is to be trained.
         source: written into every row; by default what was preferred to what.
 
@@ -133,20 +135,19 @@ def build_pairs(
     require_unique_ids(prompts)
     require_selection(select, has_scores=scores is not None, filters=filters, list_size=list_size)
     teacher, student = _as_lists(teacher_answers), _as_lists(student_answers)
-    if list_size is None:
-        lengths = [len(teacher.get(p.id, ())) + len(student.get(p.id, ())) for p in prompts]
-        list_size = max(2, *lengths, 0)
+    given = [(teacher.get(p.id, ()), student.get(p.id, ())) for p in prompts]
+    selected: list[Sequence[Pair | list[Candidate] | str]]
+    if select == "ranked":
+        assert scores is not None
+        ranked = [rank_answers(*answers, scores, filters) for answers in given]
+        size = common_list_size(ranked) if list_size is None else list_size
+        selected = [[answers.of_size(size)] for answers in ranked]
+    else:
+        selected = [select_pairs(*answers, scores, select, filters) for answers in given]
     source = _SOURCES[select] if source is None else source
     rows = []
     dropped: Counter[str] = Counter()
-    for prompt in prompts:
-        given = teacher.get(prompt.id, ()), student.get(prompt.id, ())
-        found: Sequence[Pair | list[Candidate] | str]
-        if select == "ranked":
-            assert scores is not None
-            found = [select_list(*given, scores, list_size, filters)]
-        else:
-            found = select_pairs(*given, scores, select, filters)
+    for prompt, found in zip(prompts, selected, strict=True):
         for item in found:
             if isinstance(item, str):
                 dropped[item] += 1

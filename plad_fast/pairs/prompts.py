@@ -38,7 +38,11 @@ class Prompt:
     """Plain text or chat messages."""
 
     reference: str | None = None
-    """A reference answer, for evaluation; no model sees it."""
+    """A reference answer, for evaluation; no model sees it. A blank one is none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reference, str) and not self.reference.strip():
+            object.__setattr__(self, "reference", None)
 
 
 def load_prompts(
@@ -62,7 +66,7 @@ def load_prompts(
         prompt_column: column with the prompt, text or a list of `{"role", "content"}` messages;
             `prompt` if neither this nor a template is given.
         prompt_template: text with `{column}` fields (`str.format`) to build the prompt from.
-        reference_column: column with a reference answer, null where there is none.
+        reference_column: column with a reference answer, null or blank where there is none.
         limit: take only the first so many rows.
         split: split of a hub data set.
 
@@ -241,10 +245,13 @@ def _as_chat(value: list[Any], where: str) -> Messages:
 
 
 def _reference(row: Row, column: str | None, where: str) -> str | None:
-    value = None if column is None else row.get(column)
+    return (
+        None if column is None else read_reference(row.get(column), f"{where}, column {column!r}")
+    )
+
+
+def read_reference(value: Any, where: str) -> str | None:
+    """A reference answer as it is in the data; raises UsageError unless it is text or null."""
     if value is not None and not isinstance(value, str):
-        raise UsageError(
-            f"{where}, column {column!r} holds a {type(value).__name__}; a reference is "
-            "text or null"
-        )
+        raise UsageError(f"{where} holds a {type(value).__name__}; a reference is text or null")
     return value

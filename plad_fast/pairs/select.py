@@ -89,25 +89,35 @@ def select_pairs(
     return [_pair(chosen, rejected, scores, filters)]
 
 
-def select_list(
-    teacher: Sequence[Answer],
-    student: Sequence[Answer],
-    scores: Scores,
-    size: int,
-    filters: PairFilters,
-) -> list[Candidate] | Reason:
-    """`size` different answers to a prompt by falling score, or why there are not so many.
+class RankedAnswers(NamedTuple):
+    """Different answers to a prompt by falling score, and why there are not more."""
+
+    candidates: list[Candidate]
+    reason: Reason
+
+    def of_size(self, size: int) -> list[Candidate] | Reason:
+        """The best, the worst, and evenly spaced ones between, or why there are not so many."""
+        kept = self.candidates
+        if len(kept) < size:
+            return self.reason
+        return [kept[round(i * (len(kept) - 1) / (size - 1))] for i in range(size)]
+
+
+def rank_answers(
+    teacher: Sequence[Answer], student: Sequence[Answer], scores: Scores, filters: PairFilters
+) -> RankedAnswers:
+    """All answers to a prompt that may stand in a list.
 
     An answer that may not stand as the rejected one of a pair with its predecessor in the list is
     left out. Equal scores therefore stay, in the order of the module, unless the filters ask for a
-    gap. Of more than `size` answers the best, the worst, and evenly spaced ones between are taken.
+    gap.
     """
     answers = [*teacher, *student]
     if not answers:
-        return "missing"
+        return RankedAnswers([], "missing")
     ranked = _rank(answers, scores)
     if any(candidate.score is None for candidate in ranked):
-        return "unscored"
+        return RankedAnswers([], "unscored")
     kept: list[Candidate] = []
     reason: Reason = "few"
     for candidate in ranked:
@@ -115,9 +125,18 @@ def select_list(
             reason = why
         else:
             kept.append(candidate)
-    if len(kept) < size:
-        return reason
-    return [kept[round(i * (len(kept) - 1) / (size - 1))] for i in range(size)]
+    return RankedAnswers(kept, reason)
+
+
+def common_list_size(lists: Sequence[RankedAnswers]) -> int:
+    """The size at which lists of one size, as a training needs them, hold the most answers.
+
+    One repeated answer does not cost its prompt, as the largest size would have it, nor does one
+    prompt of few answers shorten all lists. Of sizes that hold as many the larger one.
+    """
+    lengths = [len(ranked.candidates) for ranked in lists]
+    sizes = range(2, max(lengths, default=2) + 1)
+    return max(sizes, key=lambda size: (size * sum(n >= size for n in lengths), size), default=2)
 
 
 def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:

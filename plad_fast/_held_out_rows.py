@@ -1,0 +1,66 @@
+"""Held-out pairs from a file: every row is read before any model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plad_fast._records import digest
+from plad_fast._rows import read_row
+from plad_fast.chat import as_conversation
+from plad_fast.errors import UsageError
+from plad_fast.held_out import HeldOut
+from plad_fast.pairs import Prompt
+from plad_fast.pairs.prompts import read_reference
+
+
+def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
+    """Prompts, answers and pairs in the rows of a file in the standard preference format.
+
+    Rows with the same prompt are pairs of one prompt, which has the id of the first of them; so
+    are those that a row with several rejected responses stands for, or a list: its best response
+    against each of the others. The teacher's answer to a prompt is the first chosen response.
+
+    Args:
+        rows: in any of the forms that `tokenize_dataset` lists.
+        source: of the rows, for messages.
+
+    Raises:
+        UsageError: a row that is no pair, or whose reference is no text, or that shares its id with
+            one of another prompt. The message has the number of the row.
+    """
+    answers: dict[str, str] = {}
+    contents: dict[str, Any] = {}
+    references: dict[str, str | None] = {}
+    ids: dict[str, str] = {}  # digest of a prompt -> its id
+    first_rows: dict[str, int] = {}
+    pairs: list[dict[str, Any]] = []
+    prompts_of_pairs: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            prompt, responses = read_row(row)
+            reference = read_reference(row.get("reference"), "reference")
+            if len(responses) < 2:
+                raise UsageError("there is no rejected response, and evaluation ranks pairs")
+            # In the form in which its answers are scored: students answer that very one.
+            prompt, texts = as_conversation(prompt, responses)
+        except UsageError as error:
+            raise UsageError(f"{source}, row {number + 1}: {error}") from None
+        row_id = str(number if row.get("id") is None else row["id"])
+        prompt_id = ids.setdefault(digest(prompt), row_id)
+        if contents.setdefault(prompt_id, prompt) != prompt:
+            raise UsageError(
+                f"{source}, rows {first_rows[prompt_id] + 1} and {number + 1} have the id "
+                f"{row_id!r} and different prompts; give every prompt an id of its own, or none"
+            )
+        first_rows.setdefault(prompt_id, number)
+        answers.setdefault(prompt_id, texts[0].strip())
+        if references.get(prompt_id) is None:
+            references[prompt_id] = Prompt(prompt_id, prompt, reference).reference
+        for place, rejected in enumerate(responses[1:]):
+            pair = {**row, "prompt": prompt, "chosen": responses[0], "rejected": rejected}
+            pair.pop("responses", None)
+            pairs.append({**pair, "id": f"{row_id}\t{place}" if place else row_id})
+            prompts_of_pairs.append(prompt_id)
+    prompts = [Prompt(key, content, references[key]) for key, content in contents.items()]
+    return HeldOut(prompts, answers, pairs, prompts_of_pairs)

@@ -1,0 +1,172 @@
+"""`plad-fast evaluate`: students that come from elsewhere, compared on pairs of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plad_fast._held_out_rows import read_held_out
+from plad_fast._packages import require_packages, versions
+from plad_fast._pair_scores import check_pairs
+from plad_fast._recipe_data import read_pairs
+from plad_fast._records import digest, model_digest
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import comparison_table, write_metrics
+from plad_fast.held_out import (
+    HeldOut,
+    calibration_file,
+    draw_plots,
+    evaluate_models,
+    example_answers,
+    margin_unit,
+    scorer_file,
+    student_files,
+)
+from plad_fast.pairs import Sampling, discard_answers
+from plad_fast.pairs.trials import try_endpoints
+from plad_fast.recipe import DistillConfig
+from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
+from plad_fast.report import write_report
+from plad_fast.stage_folder import claim_folder
+from plad_fast.students import holds_model, is_encoder_decoder, load_tokenizer
+
+_SETTINGS = (
+    *("length_normalization", "max_new_tokens", "student_temperature", "top_p", "seed"),
+    *("max_length", "precision", "eval_scorer", "calibration_samples"),
+)
+
+
+def evaluate_on_pairs(
+    students: Mapping[str, Path],
+    pairs: str,
+    config: DistillConfig,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Compare students on held-out pairs whose chosen answers are the teacher's. Resumable.
+
+    Writes `metrics.json`, plots and `report.html` into the output folder.
+
+    Args:
+        students: name -> folder, the baseline first.
+        pairs: file in the standard preference format.
+        config: sampling, length normalisation and output folder.
+        overwrite: discard the answers and scores stored there.
+        command: what the report says to run again.
+
+    Raises:
+        UsageError: from reading the pairs, loading, or generation; names that cannot be told apart
+            as files; and a folder that other models, pairs or settings, or another command, have
+            made.
+    """
+    require_packages("rouge_score", "matplotlib")
+    _check_names(list(students))
+    config.require_room()
+    folder = Path(config.output_dir)
+    held_out = read_held_out(read_pairs(pairs), pairs)
+    _check_students(students, held_out, config.max_length)
+    scoring = held_out_scoring(config, folder)
+    try_endpoints(judge=scoring["judge"])
+
+    def discard(found: Mapping[str, Any]) -> None:
+        for name in dict.fromkeys([*students, *found.get("students", ())]):
+            _discard_student(name, folder)
+        for scorer in scoring["scorers"].values():
+            discard_answers(scorer_file(scorer.name, folder))
+        discard_answers(folder / JUDGE_STORE)
+
+    claim_folder(
+        folder,
+        "evaluate",
+        {
+            **{name: getattr(config, name) for name in _SETTINGS},
+            "students": list(students),
+            **{f"{name}'s weights": model_digest(path) for name, path in students.items()},
+            "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+        },
+        results=["metrics.json", "report.html"],
+        overwrite=overwrite,
+        discard=discard,
+    )
+    results, outputs = evaluate_models(
+        students,
+        held_out,
+        folder,
+        sampling=Sampling(
+            config.max_new_tokens,
+            temperature=config.student_temperature,
+            top_p=config.top_p,
+            seed=config.seed + 1,
+            batch_size=config.generation_batch_size,
+        ),
+        length_normalization=config.length_normalization,
+        max_length=config.max_length,
+        precision=config.precision,
+        **scoring,
+    )
+    write_metrics(results, folder / "metrics.json")
+    drawn = draw_plots(
+        results,
+        outputs,
+        students,
+        folder / "plots",
+        length_normalization=config.length_normalization,
+    )
+    write_report(
+        folder / "report.html",
+        title=f"Evaluation of {', '.join(students)}",
+        config={"students": {k: str(v) for k, v in students.items()}, "pairs": pairs},
+        stages=[],
+        metrics=results,
+        plots=drawn,
+        examples=example_answers(held_out, outputs),
+        margin_unit=margin_unit(config.length_normalization),
+        command=command,
+        versions=versions(),
+    )
+    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
+    return results
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Names become names of files, on some systems without regard to case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if any(character in name for character in "/\\:\0") or name.startswith("."):
+            raise UsageError(
+                f"--student {name}=...: a name must not contain / \\ or : nor start with a dot, "
+                "for files are named after it; choose another"
+            )
+        plain = name.lower().replace(" ", "-")
+        if plain in seen:
+            raise UsageError(
+                f"--student {seen[plain]} and --student {name} would share their files; give them "
+                "names that differ in more than case and spaces"
+            )
+        seen[plain] = name
+
+
+def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length: int) -> None:
+    """A wrong path, and a pair that cannot be scored, are found before any student is run."""
+    for name, path in students.items():
+        if path.is_dir() and not holds_model(path):
+            raise UsageError(
+                f"--student {name}={path} is no folder of a model, which has a config.json, an "
+                "adapter_config.json or a .gguf file; check the path"
+            )
+        check_pairs(
+            load_tokenizer(path),
+            held_out.pairs,
+            max_length=max_length,
+            encoder_decoder=is_encoder_decoder(path),
+        )
+
+
+def _discard_student(name: str, folder: Path) -> None:
+    answer_files, scores_file = student_files(name, folder)
+    for file in answer_files:
+        discard_answers(file)
+    scores_file.unlink(missing_ok=True)
+    calibration_file(name, folder).unlink(missing_ok=True)

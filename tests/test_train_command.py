@@ -1,0 +1,64 @@
+"""`plad-fast train`: what its help says is what it trains with."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+
+import pytest
+
+from plad_fast.cli import main
+from plad_fast.recipe import DistillConfig, flag
+from plad_fast.training import train_model
+
+# Of what the weights depend on; --epochs and --learning-rate are the command's own.
+RECORDED = ("batch_size", "sft_weight", "length_normalization", "max_length", "precision", "seed")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(4)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recorded(model, pairs, output, *extra: str) -> dict:
+    command = ["train", "--model", str(model), "--pairs", str(pairs), "--output-dir", str(output)]
+    assert main([*command, *extra]) == 0
+    return json.loads((output / "training.json").read_text())
+
+
+def test_the_defaults_of_the_help_are_those_of_the_training(
+    tiny_teacher, pairs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    record = recorded(tiny_teacher, pairs, tmp_path / "out")
+    for name in RECORDED:
+        option = rf"^  {flag(name)} VALUE.*?\(default: (.*?)\)"
+        [shown] = re.findall(option, text, re.DOTALL | re.MULTILINE)
+        assert str(record[name]) == shown, name
+    assert (record["epochs"], record["learning_rate"]) == (1.0, 2e-5)
+    spelt_out = [part for name in RECORDED for part in (flag(name), str(record[name]))]
+    assert recorded(tiny_teacher, pairs, tmp_path / "out", *spelt_out) == record
+
+
+def test_fine_tuning_has_no_weights_of_preferences(tiny_teacher, pairs, tmp_path):
+    record = recorded(tiny_teacher, pairs, tmp_path / "out", "--loss", "sft")
+    assert (record["sft_weight"], record["length_normalization"]) == (0.0, 0.0)
+
+
+def test_the_function_has_the_defaults_of_the_settings():
+    of_settings = {f.name: f.default for f in dataclasses.fields(DistillConfig)}
+    of_settings["saves"] = of_settings["saves_per_stage"]
+    parameters = inspect.signature(train_model).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    # None stands for them, and for 0 where the loss is a likelihood.
+    assert defaults.pop("sft_weight") is defaults.pop("length_normalization") is None
+    assert defaults.keys() > {"batch_size", "max_tokens_per_batch", "max_length"}
+    assert defaults == {name: of_settings[name] for name in defaults}
