@@ -32,11 +32,16 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
             "prompt"
         )
     if with_scores:
-        wanted = ["scores"] if "responses" in there else ["chosen_score", "rejected_score"]
+        wanted = score_columns(there)
         if not there.issuperset(wanted):
             raise UsageError(
                 f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
             )
+
+
+def score_columns(columns: Collection[str]) -> list[str]:
+    """Where rows of these columns have their scores."""
+    return ["scores"] if "responses" in columns else ["chosen_score", "rejected_score"]
 
 
 def read_row(row: Mapping[str, Any]) -> PreferenceRow:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from datasets import Dataset
 
-from plad_fast._rows import read_content, read_contents, read_row, read_scores, require_columns
+from plad_fast._row_sets import checked_tokens, holds_any, longest, require_one_size, require_rows
+from plad_fast._rows import (
+    read_content,
+    read_contents,
+    read_row,
+    read_scores,
+    require_columns,
+    score_columns,
+)
 from plad_fast.chat import Content, as_conversation, render_prompt, render_response
 from plad_fast.errors import UsageError
 from plad_fast.validation import is_whole
@@ -184,7 +192,7 @@ def tokenize_dataset(
     max_length: int,
     truncation_side: str = "left",
     first_only: bool = False,
-    with_scores: bool = False,
+    with_scores: bool | None = False,
     encoder_decoder: bool = False,
     name: str = "dataset",
 ) -> Dataset:
@@ -206,26 +214,27 @@ def tokenize_dataset(
             long rows too.
         tokenizer, max_length, truncation_side, encoder_decoder: see `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
-        with_scores: read the scores, which must then be there.
+        with_scores: read the scores, which must then be there; None reads them if a row has some.
         name: what to call the dataset in messages.
 
     Returns:
         A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
-        longest sequence; the prompt of an encoder is one of its own) and, if asked for, `scores`
-        (K).
+        longest sequence; the prompt of an encoder is one of its own) and, if read, `scores` (K).
 
     Raises:
         UsageError: no rows, missing columns, a row that is not as above, groups of different
             sizes, or every row dropped.
     """
     check_cut(max_length, truncation_side)
-    columns = _require_rows(dataset, name)
+    columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
         tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
-        return _checked_tokens(
+        return checked_tokens(
             tokenized, first_only=first_only, encoder_decoder=encoder_decoder, name=name
         )
-    require_columns(columns, with_scores=with_scores, name=name)
+    require_columns(columns, with_scores=bool(with_scores), name=name)
+    if with_scores is None:
+        with_scores = holds_any(dataset, score_columns(columns))
     specials = _specials(tokenizer)
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -244,7 +253,7 @@ def tokenize_dataset(
             scores = read_scores(row, len(responses)) if with_scores else None
         except UsageError as error:
             raise UsageError(f"{name}, row {index + 1}: {error}") from None
-        length = _longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
+        length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
         encoded = {**group, "length": length}
         return encoded if scores is None else {**encoded, "scores": scores}
 
@@ -254,52 +263,10 @@ def tokenize_dataset(
         )
     else:  # Arrow gets the ids only: rows may hold prompts of both forms
         encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
-    _require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
+    require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
     fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
     _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
     return encoded.select(fitting).remove_columns(["truncated", "fits"])
-
-
-def _longest(
-    prompt: Sequence[int], responses: Sequence[Sequence[int]], encoder_decoder: bool
-) -> int:
-    """Tokens of the longest sequence that passes through one stack of layers."""
-    response = max(map(len, responses))
-    return max(len(prompt), response) if encoder_decoder else len(prompt) + response
-
-
-def _checked_tokens(
-    dataset: Dataset, *, first_only: bool, encoder_decoder: bool, name: str
-) -> Dataset:
-    """Rows of token ids that somebody else made, with the column `length`."""
-    dataset = dataset.with_format(None)
-    lengths, sizes = [], set()
-    for index, row in enumerate(dataset.select_columns(["prompt_ids", "response_ids"])):
-        prompt, responses = row["prompt_ids"], row["response_ids"]
-        if len(prompt) == 0 or len(responses) == 0:
-            missing = "prompt_ids are" if len(prompt) == 0 else "response_ids are"
-            raise UsageError(
-                f"{name}, row {index + 1}: the {missing} empty; every row needs a token of a "
-                "prompt, which predicts the first one of a response, and a response"
-            )
-        sizes.add(1 if first_only else len(responses))
-        kept = responses[: 1 if first_only else None]
-        lengths.append(_longest(prompt, kept, encoder_decoder))
-    _require_one_size(sizes, name)
-    if first_only:
-        given = {"response_ids", "scores", "reference_logps"} & set(dataset.column_names)
-        dataset = dataset.map(lambda row: {name: row[name][:1] for name in given})
-    if "length" in dataset.column_names:
-        dataset = dataset.remove_columns("length")
-    return dataset.add_column("length", lengths)
-
-
-def _require_one_size(sizes: set[int], name: str) -> None:
-    if len(sizes) > 1:
-        raise UsageError(
-            f"the rows of {name} have {' or '.join(map(str, sorted(sizes)))} responses; a batch "
-            "needs groups of one size: keep that many of each, or train on them one after the other"
-        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -328,25 +295,6 @@ def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
     if ids[0] == bos and length > 1:
         return [bos, *ids[len(ids) - length + 1 :]]
     return ids[len(ids) - length :]
-
-
-def _require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """The columns of a dataset that has rows."""
-    if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, (Dataset, Sequence)):
-        raise UsageError(
-            f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
-        )
-    if len(dataset) == 0:
-        raise UsageError(f"{name} has no rows; check how it was loaded or filtered")
-    if isinstance(dataset, Dataset):
-        return dataset.column_names
-    for number, row in enumerate(dataset, start=1):
-        if not isinstance(row, Mapping):
-            raise UsageError(
-                f"{name}, row {number} is a {type(row).__name__}; every row must map column names "
-                "to values"
-            )
-    return list({column: None for row in dataset for column in row})
 
 
 def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:

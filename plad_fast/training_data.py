@@ -70,13 +70,16 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
 ) -> Dataset:
+    spec = get_loss(args.loss)
+    # One that can go without takes them where there are some.
+    with_scores = None if "scores" in spec.takes and not spec.needs_scores else spec.needs_scores
     dataset = tokenize_dataset(
         rows,
         tokenizer,
         max_length=args.max_length,
         truncation_side=args.truncation_side,
         first_only=args.fine_tunes,
-        with_scores=get_loss(args.loss).needs_scores,
+        with_scores=with_scores,
         encoder_decoder=decoder_start_token(model) is not None,
         name=name,
     )

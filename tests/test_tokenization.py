@@ -157,6 +157,24 @@ def test_first_only_and_scores(tiny_tokenizer):
     assert data[0]["scores"] == [2, 1]
 
 
+@pytest.mark.parametrize("arrow", [False, True])
+def test_scores_that_a_loss_can_go_without_are_read_where_there_are_some(tiny_tokenizer, arrow):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    unscored = {**row, "chosen_score": None, "rejected_score": None}
+    scored = {**row, "chosen_score": 2.0, "rejected_score": 1.0}
+
+    def encode(rows):
+        rows = Dataset.from_list(rows) if arrow else rows
+        return tokenize_dataset(rows, tiny_tokenizer, max_length=32, with_scores=None)
+
+    assert encode([scored, scored])["scores"][0] == [2.0, 1.0]
+    for rows in ([row], [unscored]):
+        assert "scores" not in encode(rows).column_names
+    for wrong in (unscored, {**scored, "rejected_score": None}):
+        with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
+            encode([scored, wrong])
+
+
 def test_cut_prompts_and_dropped_rows_are_counted_once(tiny_tokenizer, caplog):
     rows = [
         {"prompt": "p" * 30, "chosen": "a", "rejected": "b"},

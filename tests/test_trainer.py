@@ -338,6 +338,21 @@ def test_unusable_data_is_refused(rows, eval_rows, options, message, make):
         make(rows, eval_rows=eval_rows, **options)
 
 
+def test_a_loss_that_can_go_without_scores_sees_those_of_text_rows(make, tiny_tokenizer):
+    """kto takes a response for desirable by its score, and without scores the first one."""
+    rows = [{**row, "scores": [1.0, 1.0, -1.0]} for row in RANKED]
+    options = {"loss": "kto", "loss_args": {"kl": 0.0}, "beta": 0.5}
+    encoded = tokenize_dataset(rows, tiny_tokenizer, max_length=128, with_scores=True)
+    trained = {}
+    for name, data in (("text", rows), ("ids", encoded), ("none", RANKED)):
+        trainer = make(data, per_device_train_batch_size=8, **options)
+        trainer.train()
+        trained[name] = weights(trainer)
+    assert_same_weights(trained["text"], trained["ids"], rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        assert_same_weights(trained["none"], trained["ids"], rtol=1e-4, atol=1e-5)
+
+
 def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
     model = copy.deepcopy(tiny_model)
     model.resize_token_embeddings(len(tiny_tokenizer) - 1)
