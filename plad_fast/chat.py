@@ -67,7 +67,8 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, respons
     For chat messages this is the part of the rendered conversation that follows the prompt, so a
     template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
     marks no end of a turn, the EOS token is added. Where a template renders the earlier turns
-    differently once an answer follows, and for plain text, it is the response and the EOS token.
+    differently once an answer follows, and for plain text, it is the response and the EOS token,
+    which a response may bring along.
 
     Raises:
         UsageError: as `as_conversation` and `render_prompt`.
@@ -80,7 +81,8 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, respons
         if full.startswith(head):
             tail = full[len(head) :].rstrip()
             return tail if _ends_in_mark(tokenizer, tail) else tail + (tokenizer.eos_token or "")
-    return text + (tokenizer.eos_token or "")
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:

@@ -178,7 +178,8 @@ def _encode_two_texts(
 def _target_ids(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: str) -> list[int]:
     if not isinstance(prompt, str):
         return _ids(tokenizer, render_response(tokenizer, prompt, response))
-    ids = tokenizer(text_target=response)["input_ids"]
+    # The tokenizer adds an EOS of its own.
+    ids = tokenizer(text_target=response.removesuffix(tokenizer.eos_token or ""))["input_ids"]
     end = tokenizer.eos_token_id
     # Behind it may stand a mark of the language, as mBART's tokenizer writes.
     marked = ids[-2:-1] == [end] and ids[-1] in tokenizer.all_special_ids

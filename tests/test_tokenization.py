@@ -60,6 +60,18 @@ def test_responses_end_their_turn_once(tiny_tokenizer, eos_tokenizer):
         assert (group["truncated"], group["fits"]) == (False, True)
 
 
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_text_that_ends_in_eos_gets_no_other(tiny_tokenizer, eos_tokenizer, encoder_decoder):
+    """As in TRL, where it is added only if it is missing."""
+    for tokenizer in (tiny_tokenizer, eos_tokenizer):
+        group = encode_group(
+            tokenizer, "p", ["yes<|end|>", "no"], max_length=64, encoder_decoder=encoder_decoder
+        )
+        ends = [ids.count(tokenizer.eos_token_id) for ids in group["response_ids"]]
+        assert ends == [1, 1]
+        assert all(ids[-1] == tokenizer.eos_token_id for ids in group["response_ids"])
+
+
 def test_left_cut_keeps_bos_and_the_end_of_the_prompt(tiny_tokenizer):
     group = encode_group(tiny_tokenizer, "abcdef", ["xyz", "x"], max_length=7)
     # The longest response is xyz and its end mark: three tokens are left for the prompt.
