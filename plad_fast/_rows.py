@@ -90,6 +90,25 @@ def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
     return list(scores[:group_size])
 
 
+def read_reference_logps(row: Mapping[str, Any], count: int) -> list[float]:
+    """The log-probabilities of a row's `count` responses under a reference model.
+
+    Raises:
+        UsageError: there are others than one finite number each.
+    """
+    logps = row.get("reference_logps")
+    if (
+        not isinstance(logps, (list, tuple))
+        or len(logps) != count
+        or not all(isinstance(value, Real) and math.isfinite(value) for value in logps)
+    ):
+        raise UsageError(
+            f"reference_logps are {logps} for {count} responses; give a finite number each, or "
+            "leave the column out"
+        )
+    return list(logps)
+
+
 def _without_prompt(chosen: Any, rejected: Any) -> PreferenceRow:
     """What both responses begin with is the prompt: whole messages, or text up to white space."""
     first, second = read_content(chosen, "chosen"), read_content(rejected, "rejected")

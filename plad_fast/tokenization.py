@@ -12,6 +12,7 @@ from plad_fast._row_sets import checked_tokens, holds_any, longest, require_one_
 from plad_fast._rows import (
     read_content,
     read_contents,
+    read_reference_logps,
     read_row,
     read_scores,
     require_columns,
@@ -194,6 +195,7 @@ def tokenize_dataset(
     truncation_side: str = "left",
     first_only: bool = False,
     with_scores: bool | None = False,
+    with_reference: bool = True,
     encoder_decoder: bool = False,
     name: str = "dataset",
 ) -> Dataset:
@@ -216,11 +218,14 @@ def tokenize_dataset(
         tokenizer, max_length, truncation_side, encoder_decoder: see `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
         with_scores: read the scores, which must then be there; None reads them if a row has some.
+        with_reference: keep `reference_logps`, one per response, where a row has some. They are of
+            whole prompts: a row whose prompt would be cut is refused.
         name: what to call the dataset in messages.
 
     Returns:
         A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
-        longest sequence; the prompt of an encoder is one of its own) and, if read, `scores` (K).
+        longest sequence; the prompt of an encoder is one of its own) and, if read, `scores` and
+        `reference_logps` (K each).
 
     Raises:
         UsageError: no rows, missing columns, a row that is not as above, groups of different
@@ -237,11 +242,17 @@ def tokenize_dataset(
     if with_scores is None:
         with_scores = holds_any(dataset, score_columns(columns))
     specials = _specials(tokenizer)
+    with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             prompt, responses = read_row(row)
+            numbers: dict[str, list[float]] = {}
+            if with_reference:
+                numbers["reference_logps"] = read_reference_logps(row, len(responses))
             responses = responses[: 1 if first_only else None]
+            if with_scores:
+                numbers["scores"] = read_scores(row, len(responses))
             group = _encode(
                 tokenizer,
                 prompt,
@@ -251,12 +262,16 @@ def tokenize_dataset(
                 encoder_decoder=encoder_decoder,
                 specials=specials,
             )
-            scores = read_scores(row, len(responses)) if with_scores else None
+            if with_reference and group["truncated"] and group["fits"]:
+                raise UsageError(
+                    f"reference_logps are of the whole prompt, which max_length={max_length} cuts; "
+                    "raise max_length, or leave the column out to have them computed"
+                )
         except UsageError as error:
             raise UsageError(f"{name}, row {index + 1}: {error}") from None
         length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
-        encoded = {**group, "length": length}
-        return encoded if scores is None else {**encoded, "scores": scores}
+        kept = {key: values[: len(responses)] for key, values in numbers.items()}
+        return {**group, "length": length, **kept}
 
     if isinstance(dataset, Dataset):
         encoded = dataset.map(

@@ -80,6 +80,7 @@ def tokenize(
         truncation_side=args.truncation_side,
         first_only=args.fine_tunes,
         with_scores=with_scores,
+        with_reference="reference_logps" in spec.takes,
         encoder_decoder=decoder_start_token(model) is not None,
         name=name,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -185,6 +186,35 @@ def test_scores_that_a_loss_can_go_without_are_read_where_there_are_some(tiny_to
     for wrong in (unscored, {**scored, "rejected_score": None}):
         with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
             encode([scored, wrong])
+
+
+@pytest.mark.parametrize("arrow", [False, True])
+def test_reference_logps_of_text_rows_are_kept(tiny_tokenizer, arrow):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "reference_logps": [-1.0, -2.5]}
+
+    def encode(row, **options):
+        rows = [
+            {"prompt": "p", "chosen": "a" * 30, "rejected": "b", "reference_logps": [0, 0]},
+            row,
+        ]
+        rows = Dataset.from_list(rows) if arrow else rows
+        [found] = tokenize_dataset(rows, tiny_tokenizer, **{"max_length": 16, **options})
+        return found
+
+    assert encode(row)["reference_logps"] == [-1.0, -2.5]
+    assert encode(row, first_only=True)["reference_logps"] == [-1.0]
+    assert "reference_logps" not in encode(row, with_reference=False)
+    for wrong, message in (
+        (
+            {**row, "reference_logps": [-1.0]},
+            r"row 2: reference_logps are \[-1.0\] for 2 responses",
+        ),
+        ({**row, "reference_logps": None}, "row 2: reference_logps are None for 2 responses"),
+        ({**row, "reference_logps": [-1.0, math.inf]}, "give a finite number each"),
+        ({**row, "prompt": "p" * 30}, "row 2: reference_logps are of the whole prompt"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            encode(wrong)
 
 
 def test_cut_prompts_and_dropped_rows_are_counted_once(tiny_tokenizer, caplog):

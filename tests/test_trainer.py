@@ -353,6 +353,16 @@ def test_a_loss_that_can_go_without_scores_sees_those_of_text_rows(make, tiny_to
         assert_same_weights(trained["none"], trained["ids"], rtol=1e-4, atol=1e-5)
 
 
+def test_reference_logps_of_text_rows_take_the_place_of_a_reference_model(make):
+    rows = [{**row, "reference_logps": [-1.0, -2.0]} for row in PAIRS]
+    trainer = make(rows, loss="dpo", eval_rows=rows[:3])
+    assert trainer.train_dataset["reference_logps"][:] == [[-1.0, -2.0]] * 8
+    assert trainer.eval_dataset["reference_logps"][:] == [[-1.0, -2.0]] * 3
+    assert "reference_logps" not in make(rows).train_dataset.column_names
+    with pytest.raises(UsageError, match="train_dataset, row 1: reference_logps are"):
+        make([{**PAIRS[0], "reference_logps": [-1.0]}], loss="dpo")
+
+
 def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
     model = copy.deepcopy(tiny_model)
     model.resize_token_embeddings(len(tiny_tokenizer) - 1)
