@@ -17,7 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+)
 
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import tokenize_dataset
@@ -52,6 +59,7 @@ def near(value, rel=1e-5):
     return pytest.approx(value, rel=rel, abs=5.1e-5)
 
 
+WIDTHS = ("layers", "attention_heads", "ffn_dim")
 LOSSES = {
     "ranking": (PAIRS, {"loss": "plad_ranking", "beta": 2.0}),
     "ranking-means-and-sft": (
@@ -363,6 +371,39 @@ def test_reference_logps_of_text_rows_take_the_place_of_a_reference_model(make):
         make([{**PAIRS[0], "reference_logps": [-1.0]}], loss="dpo")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "lora"])
+def test_dropout_is_off_where_responses_are_compared(kind, make, tiny_model, tiny_tokenizer):
+    """Before the first step a model is its own reference, and DPO's loss is log 2."""
+    size = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0}
+    if kind == "gpt2":  # 0.1 by default, in layers and attention
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **size))
+    elif kind == "bart":
+        widths = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in WIDTHS}
+        drops = {"dropout": 0.5, "attention_dropout": 0.5, "decoder_layerdrop": 0.5}
+        config = BartConfig(d_model=32, max_position_embeddings=256, **size, **widths, **drops)
+        model = BartForConditionalGeneration(config)
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            copy.deepcopy(tiny_model),
+            peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False),
+        )
+    options = {"loss": "dpo", "beta": 5.0, "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    for disable in (True, False):
+        trainer = make(model=copy.deepcopy(model), disable_dropout=disable, **options)
+        trainer.train()
+        assert (abs(last_log(trainer)["loss"] - math.log(2)) < 1e-4) == disable
+
+
+def test_fine_tuning_keeps_dropout(make, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    make(model=model, loss="sft")
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
+    make(model=model)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
 def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
     model = copy.deepcopy(tiny_model)
     model.resize_token_embeddings(len(tiny_tokenizer) - 1)
@@ -387,6 +428,18 @@ def test_config_is_an_argument_parser_away(tmp_path):
     assert (config.loss, config.max_length, config.beta) == ("sft", 99, None)
     assert config.report_to == []
     assert json.loads(config.to_json_string())["loss"] == "sft"
+
+
+@pytest.mark.parametrize("name", ["nll", "eval_nll", "eval_dev_nll"])
+def test_the_best_nll_is_the_lowest(name, tmp_path):
+    def is_greater(**options):
+        return PLaDConfig(str(tmp_path), use_cpu=True, **options).greater_is_better
+
+    assert is_greater(metric_for_best_model=name) is False
+    assert is_greater(metric_for_best_model=name, greater_is_better=True) is True
+    assert is_greater(metric_for_best_model="eval_margin") is True
+    assert is_greater(metric_for_best_model="eval_loss") is False
+    assert is_greater() is None
 
 
 def test_options_of_the_loss(tmp_path):
