@@ -47,7 +47,7 @@ from plad_fast.training_data import (
     require_supported,
     tokenize,
 )
-from plad_fast.training_metrics import PreferenceMeter
+from plad_fast.training_metrics import AtBegin, PreferenceMeter
 from plad_fast.training_processes import of_first_process, require_finite, require_processes
 from plad_fast.training_reference import Reference
 from plad_fast.wrappers import gathered
@@ -142,10 +142,7 @@ class PLaDTrainer(Trainer):
         self._train_meter, self._eval_meter = (
             PreferenceMeter(self._objective, router_loss=self._has_router_loss) for _ in range(2)
         )
-        self._gradients = KnownGradients()
-        self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
-        self._may_skip = False  # in the micro-batch at hand
-        self._skipped = False  # in the accumulation window
+        self._begin()
         super().__init__(
             model=model,
             args=args,
@@ -153,7 +150,7 @@ class PLaDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), Satisfied()],
+            callbacks=[*(callbacks or []), Satisfied(), AtBegin(self._begin)],
             optimizers=optimizers,
         )
         require_processes(self.args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
@@ -169,6 +166,14 @@ class PLaDTrainer(Trainer):
         self._reference_model = reference_model
         self.train_dataset = self._with_reference(train, "train_dataset")
         self.eval_dataset = of_each(self._with_reference, evaluation)
+
+    def _begin(self) -> None:
+        """Leaves behind what a training before this one has counted."""
+        self._train_meter.reset()
+        self._gradients = KnownGradients()
+        self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
+        self._may_skip = False  # in the micro-batch at hand
+        self._skipped = False  # in the accumulation window
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""

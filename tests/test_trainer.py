@@ -202,6 +202,19 @@ def test_each_log_covers_its_own_window(make):
         assert last_log(together)[key] == near(mean)
 
 
+def test_a_second_training_logs_nothing_of_the_first(make):
+    """The first ends between two logs; nor has the clock of the second run meanwhile."""
+    trainer = make(max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer.train()
+    first = last_log(trainer)
+    time.sleep(2)
+    trainer.train()
+    again = last_log(trainer)
+    for key in ("loss", "nll", "margin", "logps/chosen"):
+        assert again[key] == first[key]
+    assert again["tokens_per_second"] > first["tokens_per_second"] / 5
+
+
 def test_several_evaluation_sets(make):
     trainer = make(eval_rows={"long": PAIRS[:4], "short": PAIRS[4:]})
     metrics = trainer.evaluate()
