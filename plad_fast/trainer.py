@@ -191,10 +191,19 @@ class PLaDTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        if self.args.include_num_input_tokens_seen != "no":
+            for batch in batches:
+                self._show_tokens(batch)
         groups = [feature for batch in batches for feature in batch["groups"].features]
         tokens = sum(len(feature["response_ids"][0]) for feature in groups)
         totals = torch.tensor([len(groups), tokens], dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(totals, "sum")
+
+    def _show_tokens(self, batch: dict[str, Any]) -> None:
+        """Something of the shape that the Trainer's count of tokens seen is taken from."""
+        count = sum(map(self._num_tokens, batch["groups"].features))
+        batch[getattr(self.model, "main_input_name", "input_ids")] = torch.ones(count).long()
+        batch["attention_mask"] = torch.ones(count).long()
 
     def training_step(
         self,

@@ -120,6 +120,11 @@ class PLaDConfig(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UsageError("label smoothing is not part of this loss; set it to 0")
+        if getattr(self.accelerator_config, "dispatch_batches", None):
+            raise UsageError(
+                "accelerator_config asks for dispatch_batches=True, which sends tensors from the "
+                "first process to the others, and rows become tensors later here; leave it out"
+            )
         if self.torch_compile:
             raise UsageError(
                 "torch_compile=True would compile the loss again for every step; call "

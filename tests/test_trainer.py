@@ -215,6 +215,17 @@ def test_a_second_training_logs_nothing_of_the_first(make):
     assert again["tokens_per_second"] > first["tokens_per_second"] / 5
 
 
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_tokens_seen_are_counted(kind, make, tiny_tokenizer, caplog):
+    """Those that entered the model: a shared prompt once, no padding."""
+    trainer = make(include_num_input_tokens_seen=kind, max_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    rows = tokenize_dataset(PAIRS, tiny_tokenizer, max_length=128)
+    tokens = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
+    assert trainer.state.num_input_tokens_seen == sum(tokens) + sum(tokens[:4])
+    assert "main_input_name" not in caplog.text
+
+
 def test_several_evaluation_sets(make):
     trainer = make(eval_rows={"long": PAIRS[:4], "short": PAIRS[4:]})
     metrics = trainer.evaluate()
@@ -337,6 +348,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
         ({"scratch_mib": 0}, "scratch_mib"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"torch_compile": True}, "model.base_model.compile"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
     ],
 )
 def test_bad_settings_are_refused(options, message, tmp_path):
