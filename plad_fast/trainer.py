@@ -18,12 +18,13 @@ from transformers import Trainer
 
 from plad_fast.adapted_layers import without_adapters
 from plad_fast.attention import enable
+from plad_fast.bins import pack
 from plad_fast.dropout import disable_dropout
 from plad_fast.encoder_decoder import decoder_start_token, is_encoder_decoder
 from plad_fast.errors import UsageError
 from plad_fast.fused import FusedLoss, fused_linear_preference_loss
 from plad_fast.head import base_model, call_inside, check_head, through_head, unwrap
-from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
+from plad_fast.micro_batches import KnownGradients, Satisfied, split_to
 from plad_fast.packing import (
     PADDED_LAYOUTS,
     PreferenceBatch,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_records", "_page", "_headline"},
+    {"_packages", "_records", "_page", "_headline", "bins", "dropout"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
     {"_vocab_group", "_vocab_rows"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"_vocab_autograd"},
     {"_vocab_call"},
     {"vocab_parallel"},
-    {"_rows", "_devices"},
+    {"_rows", "_row_sets", "_devices"},
     {"row_layout", "tokenization"},
     {"packing", "_flash"},
     {"attention", "depth", "students", "training_metrics", "micro_batches"},
@@ -37,7 +37,7 @@ LAYERS = [
     {"head"},
     {"router"},
     {"sharing", "training_config"},
-    {"training_data"},
+    {"training_data", "training_processes"},
     {"metrics", "_pooled_ranks"},
     {"pairs", "evaluation", "_student_metrics", "_pair_scores", "calibration"},
     {"plots", "calibration_plots", "report", "_results", "_score_files"},
