@@ -47,15 +47,18 @@ def score_pairs(
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
-    rows = []
+    rows, templates = [], []
     for name, pair in zip(names, pairs, strict=True):
         try:
-            prompt, responses = read_row(pair)
-            if len(responses) != 2:
-                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
+            row = read_row(pair)
+            if len(row.responses) != 2:
+                raise UsageError(
+                    f"{len(row.responses)} responses; give one chosen and one rejected"
+                )
         except UsageError as error:
             raise UsageError(f"pair {name}: {error}") from None
-        rows.append((prompt, responses))
+        rows.append((row.prompt, row.responses))
+        templates.append(row.template)
     logps = score_responses(
         model,
         tokenizer,
@@ -66,6 +69,7 @@ def score_pairs(
         progress=progress,
         unit="pair",
         names=names,
+        templates=templates,
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
@@ -82,6 +86,7 @@ def score_responses(
     progress: bool = True,
     unit: str = "prompt",
     names: Sequence[str] | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[FloatArray]:
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
@@ -96,6 +101,7 @@ def score_responses(
         progress: show a progress bar.
         unit: what to call a row in messages.
         names: of the rows in messages; by default their numbers.
+        templates: what the chat template gets for each row beside messages, such as `tools`.
 
     Returns:
         For each row a float64 array with one log-probability a response, in nats.
@@ -116,7 +122,8 @@ def score_responses(
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
     names = [f"number {index}" for index in range(len(rows))] if names is None else names
     start, features = decoder_start_token(model), []
-    for name, (prompt, responses) in zip(names, rows, strict=True):
+    templates = [{}] * len(rows) if templates is None else templates
+    for name, (prompt, responses), template in zip(names, rows, templates, strict=True):
         try:
             group = encode_group(
                 tokenizer,
@@ -124,6 +131,7 @@ def score_responses(
                 responses,
                 max_length=max_length,
                 encoder_decoder=start is not None,
+                template=template,
             )
             features.append(group)
         except UsageError as error:

@@ -11,6 +11,7 @@ from plad_fast._devices import require_one_gpu
 from plad_fast._packages import require_packages, versions
 from plad_fast._recipe_data import answer_columns, load_recipe_prompts, write_jsonl
 from plad_fast._records import model_digest
+from plad_fast._template_options import refuse_template_options
 from plad_fast.chat import as_conversation
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
@@ -324,6 +325,7 @@ def _held_out(rows: list[dict[str, Any]]) -> HeldOut:
     for number, row in enumerate(rows):
         if row.get("rejected") is None:
             raise UsageError(f"pair {number + 1} has no rejected answer; evaluation ranks pairs")
+        refuse_template_options(row, f"pair {number + 1}")
         row["id"] = str(row.get("id", number))
         # The prompt in the form in which its answers are scored: students answer that very one.
         row["prompt"], (chosen,) = as_conversation(row["prompt"], [row["chosen"]])

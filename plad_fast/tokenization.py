@@ -53,16 +53,20 @@ def encode_prompt(
     Raises:
         UsageError: the prompt has no tokens, so nothing could predict the first response token.
     """
-    return _prompt_ids(tokenizer, prompt, _specials(tokenizer), encoder_decoder)
+    return _prompt_ids(tokenizer, prompt, None, _specials(tokenizer), encoder_decoder)
 
 
 def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Content, specials: _Specials, encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    template: Mapping[str, Any] | None,
+    specials: _Specials,
+    encoder_decoder: bool,
 ) -> list[int]:
     if encoder_decoder and isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
-        ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
+        ids = _ids(tokenizer, render_prompt(tokenizer, prompt, template))
         front = specials.front if isinstance(prompt, str) else []
         if ids[: len(front)] != front:
             ids = front + ids
@@ -82,6 +86,7 @@ def encode_group(
     max_length: int,
     truncation_side: str = "left",
     encoder_decoder: bool = False,
+    template: Mapping[str, Any] | None = None,
 ) -> EncodedGroup:
     """Tokenises one prompt and its responses apart, so that the border never moves.
 
@@ -100,6 +105,7 @@ def encode_group(
         max_length: of prompt and response together; of an encoder-decoder model, of each.
         truncation_side: the side from which a long prompt loses tokens, "left" or "right".
         encoder_decoder: whether the student is such a model.
+        template: what the chat template gets beside messages, such as `tools`.
 
     Raises:
         UsageError: a prompt or a response that is neither text nor messages, no responses, or a
@@ -112,6 +118,7 @@ def encode_group(
         max_length=max_length,
         truncation_side=truncation_side,
         encoder_decoder=encoder_decoder,
+        template=template,
     )
 
 
@@ -123,6 +130,7 @@ def _encode(
     max_length: int,
     truncation_side: str,
     encoder_decoder: bool,
+    template: Mapping[str, Any] | None = None,
     specials: _Specials | None = None,
 ) -> EncodedGroup:
     """`encode_group`, with the tokenizer's special tokens if they are known already."""
@@ -131,10 +139,16 @@ def _encode(
         read_content(prompt, "prompt"), read_contents(responses, "responses")
     )
     specials = specials or _specials(tokenizer)
+    prompt_ids = _prompt_ids(tokenizer, prompt, template, specials, encoder_decoder)
+    if encoder_decoder and isinstance(prompt, str):
+        response_ids = [_target_ids(tokenizer, text) for text in texts]
+    else:
+        rendered = (render_response(tokenizer, prompt, text, template) for text in texts)
+        response_ids = [_ids(tokenizer, text) for text in rendered]
     if encoder_decoder:
-        return _encode_two_texts(tokenizer, prompt, texts, specials, max_length, truncation_side)
-    prompt_ids = _prompt_ids(tokenizer, prompt, specials, encoder_decoder)
-    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
+        if not isinstance(prompt, str):
+            specials = _Specials([], 0)
+        return _two_texts(prompt_ids, response_ids, specials, max_length, truncation_side)
     room = max_length - max(len(ids) for ids in response_ids)
     truncated = len(prompt_ids) > room
     # A group that does not fit is left whole: the caller reports and drops it.
@@ -153,18 +167,15 @@ def check_cut(max_length: int, truncation_side: str) -> None:
         raise UsageError(f"truncation_side must be left or right, got {truncation_side!r}")
 
 
-def _encode_two_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    responses: Sequence[str],
+def _two_texts(
+    prompt_ids: list[int],
+    response_ids: list[list[int]],
     specials: _Specials,
     max_length: int,
     truncation_side: str,
 ) -> EncodedGroup:
     """The prompt for an encoder and its responses for a decoder."""
-    prompt_ids = _prompt_ids(tokenizer, prompt, specials, True)
-    response_ids = [_target_ids(tokenizer, prompt, response) for response in responses]
-    front, back = (len(specials.front), specials.back) if isinstance(prompt, str) else (0, 0)
+    front, back = len(specials.front), specials.back
     truncated = len(prompt_ids) > max_length
     fits = max(map(len, response_ids)) <= max_length and front + back < max_length
     if truncated and fits:
@@ -176,9 +187,7 @@ def _encode_two_texts(
     )
 
 
-def _target_ids(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: str) -> list[int]:
-    if not isinstance(prompt, str):
-        return _ids(tokenizer, render_response(tokenizer, prompt, response))
+def _target_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     # The tokenizer adds an EOS of its own.
     ids = tokenizer(text_target=response.removesuffix(tokenizer.eos_token or ""))["input_ids"]
     end = tokenizer.eos_token_id
@@ -210,7 +219,8 @@ def tokenize_dataset(
     * `chosen` or `completion` alone: one response.
 
     Rows with `chosen` and `rejected` need no `prompt` if both begin with it: with the same
-    messages, or with the same words.
+    messages, or with the same words. `tools` (a list, or its JSON text) and `chat_template_kwargs`
+    go to the chat template, which plain text does not pass through.
 
     Args:
         dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
@@ -246,7 +256,7 @@ def tokenize_dataset(
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            prompt, responses = read_row(row)
+            prompt, responses, template = read_row(row)
             numbers: dict[str, list[float]] = {}
             if with_reference:
                 numbers["reference_logps"] = read_reference_logps(row, len(responses))
@@ -260,6 +270,7 @@ def tokenize_dataset(
                 max_length=max_length,
                 truncation_side=truncation_side,
                 encoder_decoder=encoder_decoder,
+                template=template,
                 specials=specials,
             )
             if with_reference and group["truncated"] and group["fits"]:

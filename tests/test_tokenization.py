@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 
@@ -349,6 +350,56 @@ def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
     prompt = [{"role": "system", "content": "be kind"}, *CHAT]
     with pytest.raises(UsageError, match=r"row 1: .* roles system, user \(no system role\)"):
         tokenize_dataset([{"prompt": prompt, "chosen": "a"}], tokenizer, max_length=64)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.fixture(scope="module")
+def tool_tokenizer(tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% if think %}hm{% endif %}"
+        + tokenizer.chat_template
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("arrow", [False, True])
+def test_rows_bring_tools_and_options_to_the_chat_template(tool_tokenizer, tools, arrow):
+    row = {"prompt": CHAT, "chosen": "a", "rejected": "b"}
+    rows = [
+        {**row, "tools": tools, "chat_template_kwargs": {"think": True}},
+        {**row, "tools": None, "chat_template_kwargs": {"other": 1}},
+    ]
+    data = tokenize_dataset(
+        Dataset.from_list(rows) if arrow else rows, tool_tokenizer, max_length=200
+    )
+    texts = [text_of(tool_tokenizer, ids) for ids in data["prompt_ids"]]
+    plain = "<|bos|><|user|>hi<|end|><|assistant|>"
+    assert texts == [json.dumps(TOOLS) + "hm" + plain, plain]
+    assert all(
+        [text_of(tool_tokenizer, ids) for ids in responses] == ["a<|end|>", "b<|end|>"]
+        for responses in data["response_ids"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tools", "f(", "row 1: tools is a text and no JSON"),
+        ("tools", {"name": "f"}, "row 1: tools is a dict; give a list"),
+        ("chat_template_kwargs", "think", "row 1: chat_template_kwargs is a str"),
+        ("chat_template_kwargs", {"tokenize": True}, "row 1: chat_template_kwargs has tokenize"),
+    ],
+)
+def test_options_of_the_chat_template_are_checked(tool_tokenizer, column, value, message):
+    row = {"prompt": CHAT, "chosen": "a", "rejected": "b", column: value}
+    with pytest.raises(UsageError, match=message):
+        tokenize_dataset([row], tool_tokenizer, max_length=200)
 
 
 TOKENS = {"prompt_ids": [3, 4], "response_ids": [[5, 6, 7], [8]]}
