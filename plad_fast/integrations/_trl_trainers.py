@@ -18,6 +18,7 @@ from trl.trainer.utils import use_adapter
 
 from plad_fast.errors import UsageError
 from plad_fast.integrations._head_loss import HeadLoss, Measured
+from plad_fast.integrations._live_options import LiveLoss
 from plad_fast.integrations._pair_rows import pair_batch
 from plad_fast.losses import get_loss
 from plad_fast.packing import PreferenceBatch
@@ -39,9 +40,13 @@ NO_PROMPT = (
 
 
 class WithHeadLoss(Trainer):
-    _head_loss: HeadLoss
+    _live_loss: LiveLoss
     args: Any
     accelerator: Any
+
+    @property
+    def _head_loss(self) -> HeadLoss:
+        return self._live_loss.of(self)
 
 
 class FastDPO(WithHeadLoss):
@@ -49,6 +54,7 @@ class FastDPO(WithHeadLoss):
 
     replaces = ("_compute_loss",)
     beta: float
+    loss_types: list[str]
     precompute_ref_logps: bool
     ref_model: nn.Module | None
     _metrics: Any
@@ -62,7 +68,7 @@ class FastDPO(WithHeadLoss):
                 "TRL's data collator for text"
             )
         completion = inputs["completion_mask"]
-        by_length = sorted(DIVIDING_BY_LENGTH & set(self.args.loss_type))
+        by_length = sorted(DIVIDING_BY_LENGTH & set(self.loss_types))
         if by_length and bool(completion[:, 0].any()):
             raise UsageError(NO_PROMPT.format(by_length[0]))
         batch = pair_batch(
