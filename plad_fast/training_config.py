@@ -80,9 +80,10 @@ class PLaDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         # The parent knows by the name that a loss is better when it is lower.
-        is_nll = re.search("(^|_)nll$", self.metric_for_best_model or "")
-        if self.greater_is_better is None and is_nll:
-            self.greater_is_better = False
+        given: Any = self
+        is_nll = re.search("(^|_)nll$", given.metric_for_best_model or "")
+        if given.greater_is_better is None and is_nll:
+            given.greater_is_better = False
         super().__post_init__()
         self._require_numbers()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
