@@ -48,8 +48,12 @@ def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_template_options(row: Mapping[str, Any], name: str) -> None:
     """Raise a UsageError for a row that has some, where its prompt is asked without them."""
-    if read_template_options(row):
-        raise UsageError(
-            f"{name} has tools or chat_template_kwargs, and models are asked the prompt alone; "
-            "leave such rows out"
-        )
+    try:
+        if not read_template_options(row):
+            return
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    raise UsageError(
+        f"{name} has tools or chat_template_kwargs, and models are asked the prompt alone; leave "
+        "such rows out, or these columns"
+    )

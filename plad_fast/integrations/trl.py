@@ -118,6 +118,8 @@ def use_plad_fast(
 ) -> AnyTrainer:
     """Lets a TRL trainer compute its loss with this library; call it before `train`.
 
+    Options of the loss count as they are at each step, the trainer's own before its arguments'.
+
     Args:
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
             a decoder-only model of text; in one process, or several under DDP.
