@@ -44,7 +44,7 @@ def score_pairs(
     Raises:
         UsageError: a pair that is not as above, or as `score_responses`.
     """
-    names, rows = _read_pairs(pairs)
+    names, rows, templates = _read_pairs(pairs)
     logps = score_responses(
         model,
         tokenizer,
@@ -55,6 +55,7 @@ def score_pairs(
         progress=progress,
         unit="pair",
         names=names,
+        templates=templates,
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
@@ -73,7 +74,7 @@ def check_pairs(
         tokenizer, pairs, max_length: as `score_pairs` will get them.
         encoder_decoder: whether the model is one.
     """
-    names, rows = _read_pairs(pairs)
+    names, rows, templates = _read_pairs(pairs)
     _encode(
         tokenizer,
         rows,
@@ -81,26 +82,30 @@ def check_pairs(
         encoder_decoder=encoder_decoder,
         unit="pair",
         names=names,
+        templates=templates,
     )
 
 
 def _read_pairs(
     pairs: Sequence[Mapping[str, Any]],
-) -> tuple[list[str], list[tuple[Content, list[Content]]]]:
-    """Names of the pairs for messages, and what is in them."""
+) -> tuple[list[str], list[tuple[Content, list[Content]]], list[Mapping[str, Any]]]:
+    """Names of the pairs for messages, what is in them, and what chat templates get of each."""
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
-    rows = []
+    rows, templates = [], []
     for name, pair in zip(names, pairs, strict=True):
         try:
-            prompt, responses = read_row(pair)
-            if len(responses) != 2:
-                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
+            row = read_row(pair)
+            if len(row.responses) != 2:
+                raise UsageError(
+                    f"{len(row.responses)} responses; give one chosen and one rejected"
+                )
         except UsageError as error:
             raise UsageError(f"pair {name}: {error}") from None
-        rows.append((prompt, responses))
-    return names, rows
+        rows.append((row.prompt, row.responses))
+        templates.append(row.template)
+    return names, rows, templates
 
 
 def score_responses(
@@ -114,6 +119,7 @@ def score_responses(
     progress: bool = True,
     unit: str = "prompt",
     names: Sequence[str] | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[FloatArray]:
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
@@ -128,6 +134,7 @@ def score_responses(
         progress: show a progress bar.
         unit: what to call a row in messages.
         names: of the rows in messages; by default their numbers.
+        templates: what the chat template gets for each row beside messages, such as `tools`.
 
     Returns:
         For each row a float64 array with one log-probability a response, in nats.
@@ -154,6 +161,7 @@ def score_responses(
         encoder_decoder=start is not None,
         unit=unit,
         names=names,
+        templates=templates,
     )
     pad_token_id = tokenizer.pad_token_id  # padding is masked, so any id would do
     pad, layout = 0 if pad_token_id is None else pad_token_id, prepare(model)
@@ -191,12 +199,14 @@ def _encode(
     encoder_decoder: bool,
     unit: str,
     names: Sequence[str],
+    templates: Sequence[Mapping[str, Any]] | None,
 ) -> list[EncodedGroup]:
     """Rows as token ids; raises UsageError for one that is not as in `score_responses`."""
     from plad_fast.tokenization import encode_group
 
     features = []
-    for name, (prompt, responses) in zip(names, rows, strict=True):
+    templates = [{}] * len(rows) if templates is None else templates
+    for name, (prompt, responses), template in zip(names, rows, templates, strict=True):
         try:
             group = encode_group(
                 tokenizer,
@@ -204,6 +214,7 @@ def _encode(
                 responses,
                 max_length=max_length,
                 encoder_decoder=encoder_decoder,
+                template=template,
             )
         except UsageError as error:
             raise UsageError(f"{unit} {name}: {error}") from None

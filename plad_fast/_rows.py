@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from plad_fast._template_options import read_template_options
 from plad_fast.chat import Content, require_unicode
 from plad_fast.errors import UsageError
 
@@ -18,6 +19,8 @@ class PreferenceRow(NamedTuple):
 
     prompt: Content
     responses: list[Content]
+    template: Mapping[str, Any]
+    """What the chat template gets beside messages."""
 
 
 def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -> None:
@@ -32,11 +35,16 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
             "prompt"
         )
     if with_scores:
-        wanted = ["scores"] if "responses" in there else ["chosen_score", "rejected_score"]
+        wanted = score_columns(there)
         if not there.issuperset(wanted):
             raise UsageError(
                 f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
             )
+
+
+def score_columns(columns: Collection[str]) -> list[str]:
+    """Where rows of these columns have their scores."""
+    return ["scores"] if "responses" in columns else ["chosen_score", "rejected_score"]
 
 
 def read_row(row: Mapping[str, Any]) -> PreferenceRow:
@@ -46,11 +54,12 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
         UsageError: a value is missing or of another type than it should be. The message does not
             say which row it is: the caller knows.
     """
+    template = read_template_options(row)
     if row.get("prompt") is None and row.get("chosen") and row.get("rejected"):
-        return _without_prompt(row["chosen"], row["rejected"])
+        return PreferenceRow(*_without_prompt(row["chosen"], row["rejected"]), template)
     prompt = read_content(row.get("prompt"), "prompt")
     if row.get("responses") is not None:
-        return PreferenceRow(prompt, read_contents(row["responses"], "responses"))
+        return PreferenceRow(prompt, read_contents(row["responses"], "responses"), template)
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
@@ -59,7 +68,7 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
         responses += (
             read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
         )
-    return PreferenceRow(prompt, responses)
+    return PreferenceRow(prompt, responses, template)
 
 
 def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
@@ -85,7 +94,26 @@ def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
     return list(scores[:group_size])
 
 
-def _without_prompt(chosen: Any, rejected: Any) -> PreferenceRow:
+def read_reference_logps(row: Mapping[str, Any], count: int) -> list[float]:
+    """The log-probabilities of a row's `count` responses under a reference model.
+
+    Raises:
+        UsageError: there are others than one finite number each.
+    """
+    logps = row.get("reference_logps")
+    if (
+        not isinstance(logps, (list, tuple))
+        or len(logps) != count
+        or not all(isinstance(value, Real) and math.isfinite(value) for value in logps)
+    ):
+        raise UsageError(
+            f"reference_logps are {logps} for {count} responses; give a finite number each, or "
+            "leave the column out"
+        )
+    return list(logps)
+
+
+def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:
     """What both responses begin with is the prompt: whole messages, or text up to white space."""
     first, second = read_content(chosen, "chosen"), read_content(rejected, "rejected")
     differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
@@ -99,7 +127,7 @@ def _without_prompt(chosen: Any, rejected: Any) -> PreferenceRow:
         raise UsageError(
             "prompt is null, and chosen and rejected do not begin with the same one; add it"
         )
-    return PreferenceRow(first[:shared], [first[shared:], second[shared:]])
+    return first[:shared], [first[shared:], second[shared:]]
 
 
 def read_contents(value: Any, column: str) -> list[Content]:

@@ -218,11 +218,28 @@ def _names_of(kind: type) -> frozenset[str]:
     return frozenset(f"{x.__module__.partition('.')[0]}.{x.__name__}" for x in kind.__mro__)
 
 
-def _require_in_layers(model: Any) -> None:
+def require_whole_loss(model: nn.Module) -> None:
+    """Raise a UsageError if PEFT's own forward adds a term to the loss of an adapter in use."""
+    for config in _settings_in_use(model):
+        for name in ("orth_reg_weight", "auxiliary_loss_weight"):  # AdaLoRA, ShadowPEFT
+            if weight := getattr(config, name, 0.0):
+                raise UsageError(
+                    f"{type(config).__name__} has {name}={weight}, the weight of a term that PEFT "
+                    "adds to a model's own loss, which is not the one trained here; make it with "
+                    f"{name}=0.0, or use LoRA"
+                )
+
+
+def _settings_in_use(model: Any) -> list[Any]:
     settings = getattr(model, "peft_config", None) or {}
     active = getattr(model, "active_adapters", None) or list(settings)
-    for adapter in [active] if isinstance(active, str) else active:
-        config = settings.get(adapter)
+    if callable(active):  # of transformers' own models
+        active = list(settings)
+    return [settings.get(adapter) for adapter in ([active] if isinstance(active, str) else active)]
+
+
+def _require_in_layers(model: Any) -> None:
+    for config in _settings_in_use(model):
         kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
         if getattr(config, "is_prompt_learning", False) or kind in ("XLORA", "POLY"):
             raise UsageError(

@@ -8,7 +8,7 @@ chat model a plain-text prompt, make messages of it first (`plad_fast.pairs.as_m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from plad_fast.errors import UsageError
@@ -45,12 +45,15 @@ def require_unicode(text: str, where: str) -> None:
         ) from None
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Content, template: Mapping[str, Any] | None = None
+) -> str:
     """The text after which the model starts to answer.
 
     Args:
         tokenizer: its chat template is used for a prompt of messages.
         prompt: plain text, which is returned as it is, or chat messages.
+        template: what the chat template gets beside the messages, such as `tools`.
 
     Raises:
         UsageError: messages for a tokenizer that has no chat template, or that its template
@@ -58,16 +61,22 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    return _apply_template(tokenizer, prompt, add_generation_prompt=True)
+    return _apply_template(tokenizer, prompt, add_generation_prompt=True, **(template or {}))
 
 
-def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: Content) -> str:
+def render_response(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    response: Content,
+    template: Mapping[str, Any] | None = None,
+) -> str:
     """The text a model would produce after `render_prompt`, up to and with its end-of-turn mark.
 
     For chat messages this is the part of the rendered conversation that follows the prompt, so a
     template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
     marks no end of a turn, the EOS token is added. Where a template renders the earlier turns
-    differently once an answer follows, and for plain text, it is the response and the EOS token.
+    differently once an answer follows, and for plain text, it is the response and the EOS token,
+    which a response may bring along.
 
     Raises:
         UsageError: as `as_conversation` and `render_prompt`.
@@ -75,12 +84,13 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Content, respons
     prompt, [text] = as_conversation(prompt, [response])
     if not isinstance(prompt, str):
         conversation = [*prompt, {"role": "assistant", "content": text}]
-        full = _apply_template(tokenizer, conversation)
-        head = render_prompt(tokenizer, prompt)
+        full = _apply_template(tokenizer, conversation, **(template or {}))
+        head = render_prompt(tokenizer, prompt, template)
         if full.startswith(head):
             tail = full[len(head) :].rstrip()
             return tail if _ends_in_mark(tokenizer, tail) else tail + (tokenizer.eos_token or "")
-    return text + (tokenizer.eos_token or "")
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:

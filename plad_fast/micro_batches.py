@@ -1,4 +1,4 @@
-"""What runs together: groups packed to a budget of tokens, those without a gradient apart.
+"""What runs together: groups in micro-batches, those without a gradient apart.
 
 Under a hinge a group that is satisfied has no gradient. A micro-batch of such groups alone needs
 no backward at all, so groups that had none at their last visit are packed together.
@@ -13,35 +13,6 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-
-
-def pack(
-    lengths: Sequence[int | tuple[int, ...]], budget: int | None, *, padded: bool = False
-) -> list[list[int]]:
-    """Indices of the lengths in bins that stay within the budget; first fit, longest first.
-
-    A bin takes the sum of its lengths or, padded, its longest as often as it has items. A length
-    of several parts is their sum, and each part is padded on its own. A length over the budget has
-    a bin of its own. In a bin, and by their first indices among each other, items keep their order.
-    No budget means one bin.
-    """
-    if budget is None:
-        return [list(range(len(lengths)))] if lengths else []
-    parts = [(length,) if isinstance(length, int) else length for length in lengths]
-    bins: list[list[int]] = []
-    taken: list[tuple[int, ...]] = []  # by each bin: of an item if padded, else of all
-    for index in sorted(range(len(parts)), key=lambda i: -sum(parts[i])):
-        for place, indices in enumerate(bins):
-            both = zip(taken[place], parts[index], strict=True)
-            grown = tuple(max(pair) if padded else sum(pair) for pair in both)
-            if sum(grown) * (len(indices) + 1 if padded else 1) <= budget:
-                indices.append(index)
-                taken[place] = grown
-                break
-        else:
-            bins.append([index])
-            taken.append(parts[index])
-    return sorted(sorted(indices) for indices in bins)
 
 
 def split_to(bins: Sequence[Sequence[int]], count: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ B groups of K responses to one prompt, best first; S = B * K sequences.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 import weakref
@@ -99,14 +100,16 @@ class Objective:
 
     def _probe_once(self, device: torch.device) -> None:
         """On a GPU a probe waits for the device, which a step should not."""
-        options = tuple(sorted(self.options.items()))
-        if not isinstance(self.spec.fn, types.FunctionType) or not all(
-            value is None or isinstance(value, int | float | str) for _, value in options
-        ):
+        function: Any = self.spec.fn
+        bound: tuple[Any, ...] = ()
+        if type(function) is functools.partial:
+            function, bound = function.func, (function.args, function.keywords)
+        options = _frozen((bound, self.options))
+        if not isinstance(function, types.FunctionType) or options is None:
             self._probe(device)
             return
-        known = _probed.setdefault(self.spec.fn, set())
-        case = device, self.group_size, self.length_normalization, repr(options)
+        known = _probed.setdefault(function, set())
+        case = device, self.group_size, self.length_normalization, options
         if case not in known:
             self._probe(device)
             known.add(case)
@@ -261,6 +264,22 @@ def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:
                 "linear_sequence_logprobs, or detach that tensor"
             )
         pending += [parent for parent, _ in node.next_functions]
+
+
+def _frozen(value: Any) -> str | None:
+    """A text that is the same for equal options; None if one may change without it."""
+    if value is None or isinstance(value, int | float | str):
+        return repr(value)
+    if isinstance(value, Tensor) and not value.ndim:  # whose value a GPU would have to be asked for
+        return f"{value.dtype} {value.device}"
+    if isinstance(value, Mapping):
+        items = sorted(value.items(), key=lambda item: repr(item[0]))
+    elif isinstance(value, tuple | list):
+        items = list(enumerate(value))
+    else:
+        return None
+    frozen = [(repr(key), _frozen(item)) for key, item in items]
+    return None if any(text is None for _, text in frozen) else repr((type(value), frozen))
 
 
 def _denominator(count: float | Tensor) -> float | Tensor:

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from plad_fast._records import digest
+from plad_fast.bins import pack
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs, evaluating
-from plad_fast.micro_batches import pack
 from plad_fast.packing import PADDED_LAYOUTS, to_device, token_counts
 from plad_fast.pairs.store import AnswerStore
 
@@ -96,13 +96,17 @@ def add_reference_logps(
     rows = dataset.select_columns(_TOKENS).with_format(None)
     options = {"temperature": temperature, "impl": impl, "scratch_bytes": scratch_bytes}
     scorer = _Scorer(rows, model, collate, options, autocast or contextlib.nullcontext, name)
-    batches = _batches(rows, getattr(collate, "layout", "padded"), max_tokens_per_batch)
+
+    def read() -> Iterable[Mapping[str, Any]]:
+        return tqdm(rows, desc=f"reading {name}", unit="row", leave=False, disable=not progress)
+
+    batches = _batches(read(), getattr(collate, "layout", "padded"), max_tokens_per_batch)
     known: Logps | None
     if cache is None:
         known = {}
         scorer.run(batches, (), known.update, progress)
     else:
-        settings = fingerprint(rows, model, temperature, scorer.autocast)
+        settings = fingerprint(read(), model, temperature, scorer.autocast)
         path = Path(cache).expanduser() / f"{digest(settings)}.jsonl"
         known = _read_finished(path, len(rows))
         if known is None:
@@ -114,7 +118,10 @@ def add_reference_logps(
 
 
 def fingerprint(
-    rows: Dataset, model: PreTrainedModel, temperature: float, autocast: Autocast
+    rows: Iterable[Mapping[str, Any]],
+    model: PreTrainedModel,
+    temperature: float,
+    autocast: Autocast,
 ) -> dict[str, Any]:
     """What reference log-probabilities depend on but for rounding, as JSON values.
 
@@ -233,7 +240,7 @@ class _Scorer:
         return dict(zip(batch, groups, strict=True))
 
 
-def _batches(rows: Dataset, layout: str, max_tokens: int) -> list[list[int]]:
+def _batches(rows: Iterable[Mapping[str, Any]], layout: str, max_tokens: int) -> list[list[int]]:
     """Rows of like length together, the longest first: what exceeds the memory does so at once."""
     sizes = [token_counts(row, layout) for row in rows]
     batches = pack(sizes, max_tokens, padded=layout in PADDED_LAYOUTS)

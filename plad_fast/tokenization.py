@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from datasets import Dataset
 
-from plad_fast._rows import read_content, read_contents, read_row, read_scores, require_columns
+from plad_fast._row_sets import checked_tokens, holds_any, longest, require_one_size, require_rows
+from plad_fast._rows import (
+    read_content,
+    read_contents,
+    read_reference_logps,
+    read_row,
+    read_scores,
+    require_columns,
+    score_columns,
+)
 from plad_fast.chat import Content, as_conversation, render_prompt, render_response
 from plad_fast.errors import UsageError
 from plad_fast.validation import is_whole
@@ -44,16 +53,20 @@ def encode_prompt(
     Raises:
         UsageError: the prompt has no tokens, so nothing could predict the first response token.
     """
-    return _prompt_ids(tokenizer, prompt, _specials(tokenizer), encoder_decoder)
+    return _prompt_ids(tokenizer, prompt, None, _specials(tokenizer), encoder_decoder)
 
 
 def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Content, specials: _Specials, encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    template: Mapping[str, Any] | None,
+    specials: _Specials,
+    encoder_decoder: bool,
 ) -> list[int]:
     if encoder_decoder and isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
-        ids = _ids(tokenizer, render_prompt(tokenizer, prompt))
+        ids = _ids(tokenizer, render_prompt(tokenizer, prompt, template))
         front = specials.front if isinstance(prompt, str) else []
         if ids[: len(front)] != front:
             ids = front + ids
@@ -73,6 +86,7 @@ def encode_group(
     max_length: int,
     truncation_side: str = "left",
     encoder_decoder: bool = False,
+    template: Mapping[str, Any] | None = None,
 ) -> EncodedGroup:
     """Tokenises one prompt and its responses apart, so that the border never moves.
 
@@ -91,6 +105,7 @@ def encode_group(
         max_length: of prompt and response together; of an encoder-decoder model, of each.
         truncation_side: the side from which a long prompt loses tokens, "left" or "right".
         encoder_decoder: whether the student is such a model.
+        template: what the chat template gets beside messages, such as `tools`.
 
     Raises:
         UsageError: a prompt or a response that is neither text nor messages, no responses, or a
@@ -103,6 +118,7 @@ def encode_group(
         max_length=max_length,
         truncation_side=truncation_side,
         encoder_decoder=encoder_decoder,
+        template=template,
     )
 
 
@@ -114,6 +130,7 @@ def _encode(
     max_length: int,
     truncation_side: str,
     encoder_decoder: bool,
+    template: Mapping[str, Any] | None = None,
     specials: _Specials | None = None,
 ) -> EncodedGroup:
     """`encode_group`, with the tokenizer's special tokens if they are known already."""
@@ -122,10 +139,16 @@ def _encode(
         read_content(prompt, "prompt"), read_contents(responses, "responses")
     )
     specials = specials or _specials(tokenizer)
+    prompt_ids = _prompt_ids(tokenizer, prompt, template, specials, encoder_decoder)
+    if encoder_decoder and isinstance(prompt, str):
+        response_ids = [_target_ids(tokenizer, text) for text in texts]
+    else:
+        rendered = (render_response(tokenizer, prompt, text, template) for text in texts)
+        response_ids = [_ids(tokenizer, text) for text in rendered]
     if encoder_decoder:
-        return _encode_two_texts(tokenizer, prompt, texts, specials, max_length, truncation_side)
-    prompt_ids = _prompt_ids(tokenizer, prompt, specials, encoder_decoder)
-    response_ids = [_ids(tokenizer, render_response(tokenizer, prompt, text)) for text in texts]
+        if not isinstance(prompt, str):
+            specials = _Specials([], 0)
+        return _two_texts(prompt_ids, response_ids, specials, max_length, truncation_side)
     room = max_length - max(len(ids) for ids in response_ids)
     truncated = len(prompt_ids) > room
     # A group that does not fit is left whole: the caller reports and drops it.
@@ -144,18 +167,15 @@ def check_cut(max_length: int, truncation_side: str) -> None:
         raise UsageError(f"truncation_side must be left or right, got {truncation_side!r}")
 
 
-def _encode_two_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    responses: Sequence[str],
+def _two_texts(
+    prompt_ids: list[int],
+    response_ids: list[list[int]],
     specials: _Specials,
     max_length: int,
     truncation_side: str,
 ) -> EncodedGroup:
     """The prompt for an encoder and its responses for a decoder."""
-    prompt_ids = _prompt_ids(tokenizer, prompt, specials, True)
-    response_ids = [_target_ids(tokenizer, prompt, response) for response in responses]
-    front, back = (len(specials.front), specials.back) if isinstance(prompt, str) else (0, 0)
+    front, back = len(specials.front), specials.back
     truncated = len(prompt_ids) > max_length
     fits = max(map(len, response_ids)) <= max_length and front + back < max_length
     if truncated and fits:
@@ -167,10 +187,9 @@ def _encode_two_texts(
     )
 
 
-def _target_ids(tokenizer: PreTrainedTokenizerBase, prompt: Content, response: str) -> list[int]:
-    if not isinstance(prompt, str):
-        return _ids(tokenizer, render_response(tokenizer, prompt, response))
-    ids = tokenizer(text_target=response)["input_ids"]
+def _target_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
+    # The tokenizer adds an EOS of its own.
+    ids = tokenizer(text_target=response.removesuffix(tokenizer.eos_token or ""))["input_ids"]
     end = tokenizer.eos_token_id
     # Behind it may stand a mark of the language, as mBART's tokenizer writes.
     marked = ids[-2:-1] == [end] and ids[-1] in tokenizer.all_special_ids
@@ -184,7 +203,8 @@ def tokenize_dataset(
     max_length: int,
     truncation_side: str = "left",
     first_only: bool = False,
-    with_scores: bool = False,
+    with_scores: bool | None = False,
+    with_reference: bool = True,
     encoder_decoder: bool = False,
     name: str = "dataset",
 ) -> Dataset:
@@ -199,39 +219,50 @@ def tokenize_dataset(
     * `chosen` or `completion` alone: one response.
 
     Rows with `chosen` and `rejected` need no `prompt` if both begin with it: with the same
-    messages, or with the same words.
+    messages, or with the same words. `tools` (a list, or its JSON text) and `chat_template_kwargs`
+    go to the chat template, which plain text does not pass through.
 
     Args:
         dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
             long rows too.
         tokenizer, max_length, truncation_side, encoder_decoder: see `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
-        with_scores: read the scores, which must then be there.
+        with_scores: read the scores, which must then be there; None reads them if a row has some.
+        with_reference: keep `reference_logps`, one per response, where a row has some. They are of
+            whole prompts: a row whose prompt would be cut is refused.
         name: what to call the dataset in messages.
 
     Returns:
         A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
-        longest sequence; the prompt of an encoder is one of its own) and, if asked for, `scores`
-        (K).
+        longest sequence; the prompt of an encoder is one of its own) and, if read, `scores` and
+        `reference_logps` (K each).
 
     Raises:
         UsageError: no rows, missing columns, a row that is not as above, groups of different
             sizes, or every row dropped.
     """
     check_cut(max_length, truncation_side)
-    columns = _require_rows(dataset, name)
+    columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
         tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
-        return _checked_tokens(
+        return checked_tokens(
             tokenized, first_only=first_only, encoder_decoder=encoder_decoder, name=name
         )
-    require_columns(columns, with_scores=with_scores, name=name)
+    require_columns(columns, with_scores=bool(with_scores), name=name)
+    if with_scores is None:
+        with_scores = holds_any(dataset, score_columns(columns))
     specials = _specials(tokenizer)
+    with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            prompt, responses = read_row(row)
+            prompt, responses, template = read_row(row)
+            numbers: dict[str, list[float]] = {}
+            if with_reference:
+                numbers["reference_logps"] = read_reference_logps(row, len(responses))
             responses = responses[: 1 if first_only else None]
+            if with_scores:
+                numbers["scores"] = read_scores(row, len(responses))
             group = _encode(
                 tokenizer,
                 prompt,
@@ -239,14 +270,19 @@ def tokenize_dataset(
                 max_length=max_length,
                 truncation_side=truncation_side,
                 encoder_decoder=encoder_decoder,
+                template=template,
                 specials=specials,
             )
-            scores = read_scores(row, len(responses)) if with_scores else None
+            if with_reference and group["truncated"] and group["fits"]:
+                raise UsageError(
+                    f"reference_logps are of the whole prompt, which max_length={max_length} cuts; "
+                    "raise max_length, or leave the column out to have them computed"
+                )
         except UsageError as error:
             raise UsageError(f"{name}, row {index + 1}: {error}") from None
-        length = _longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
-        encoded = {**group, "length": length}
-        return encoded if scores is None else {**encoded, "scores": scores}
+        length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
+        kept = {key: values[: len(responses)] for key, values in numbers.items()}
+        return {**group, "length": length, **kept}
 
     if isinstance(dataset, Dataset):
         encoded = dataset.map(
@@ -254,52 +290,10 @@ def tokenize_dataset(
         )
     else:  # Arrow gets the ids only: rows may hold prompts of both forms
         encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
-    _require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
+    require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
     fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
     _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
     return encoded.select(fitting).remove_columns(["truncated", "fits"])
-
-
-def _longest(
-    prompt: Sequence[int], responses: Sequence[Sequence[int]], encoder_decoder: bool
-) -> int:
-    """Tokens of the longest sequence that passes through one stack of layers."""
-    response = max(map(len, responses))
-    return max(len(prompt), response) if encoder_decoder else len(prompt) + response
-
-
-def _checked_tokens(
-    dataset: Dataset, *, first_only: bool, encoder_decoder: bool, name: str
-) -> Dataset:
-    """Rows of token ids that somebody else made, with the column `length`."""
-    dataset = dataset.with_format(None)
-    lengths, sizes = [], set()
-    for index, row in enumerate(dataset.select_columns(["prompt_ids", "response_ids"])):
-        prompt, responses = row["prompt_ids"], row["response_ids"]
-        if len(prompt) == 0 or len(responses) == 0:
-            missing = "prompt_ids are" if len(prompt) == 0 else "response_ids are"
-            raise UsageError(
-                f"{name}, row {index + 1}: the {missing} empty; every row needs a token of a "
-                "prompt, which predicts the first one of a response, and a response"
-            )
-        sizes.add(1 if first_only else len(responses))
-        kept = responses[: 1 if first_only else None]
-        lengths.append(_longest(prompt, kept, encoder_decoder))
-    _require_one_size(sizes, name)
-    if first_only:
-        given = {"response_ids", "scores", "reference_logps"} & set(dataset.column_names)
-        dataset = dataset.map(lambda row: {name: row[name][:1] for name in given})
-    if "length" in dataset.column_names:
-        dataset = dataset.remove_columns("length")
-    return dataset.add_column("length", lengths)
-
-
-def _require_one_size(sizes: set[int], name: str) -> None:
-    if len(sizes) > 1:
-        raise UsageError(
-            f"the rows of {name} have {' or '.join(map(str, sorted(sizes)))} responses; a batch "
-            "needs groups of one size: keep that many of each, or train on them one after the other"
-        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -328,25 +322,6 @@ def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
     if ids[0] == bos and length > 1:
         return [bos, *ids[len(ids) - length + 1 :]]
     return ids[len(ids) - length :]
-
-
-def _require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """The columns of a dataset that has rows."""
-    if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, (Dataset, Sequence)):
-        raise UsageError(
-            f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset or a list of rows"
-        )
-    if len(dataset) == 0:
-        raise UsageError(f"{name} has no rows; check how it was loaded or filtered")
-    if isinstance(dataset, Dataset):
-        return dataset.column_names
-    for number, row in enumerate(dataset, start=1):
-        if not isinstance(row, Mapping):
-            raise UsageError(
-                f"{name}, row {number} is a {type(row).__name__}; every row must map column names "
-                "to values"
-            )
-    return list({column: None for row in dataset for column in row})
 
 
 def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:

@@ -12,17 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
 from plad_fast.adapted_layers import without_adapters
 from plad_fast.attention import enable
+from plad_fast.bins import pack
+from plad_fast.dropout import disable_dropout
 from plad_fast.encoder_decoder import decoder_start_token, is_encoder_decoder
 from plad_fast.errors import UsageError
 from plad_fast.fused import FusedLoss, fused_linear_preference_loss
 from plad_fast.head import base_model, call_inside, check_head, through_head, unwrap
-from plad_fast.micro_batches import KnownGradients, Satisfied, pack, split_to
+from plad_fast.micro_batches import KnownGradients, Satisfied, split_to
 from plad_fast.packing import (
     PADDED_LAYOUTS,
     PreferenceBatch,
@@ -46,7 +48,8 @@ from plad_fast.training_data import (
     require_supported,
     tokenize,
 )
-from plad_fast.training_metrics import PreferenceMeter
+from plad_fast.training_metrics import AtBegin, PreferenceMeter
+from plad_fast.training_processes import of_first_process, require_finite, require_processes
 from plad_fast.training_reference import Reference
 from plad_fast.wrappers import gathered
 
@@ -125,6 +128,8 @@ class PLaDTrainer(Trainer):
                 "neftune_noise_alpha is set, and its noise need not reach the embeddings of an "
                 f"encoder-decoder model such as {type(base_model(model)).__name__}; leave it out"
             )
+        if args.disable_dropout and not args.fine_tunes:
+            disable_dropout(model)
         self._has_router_loss = asks_for_router_loss(model)
 
         def encode(rows: Rows | None, name: str) -> Dataset | None:
@@ -138,10 +143,7 @@ class PLaDTrainer(Trainer):
         self._train_meter, self._eval_meter = (
             PreferenceMeter(self._objective, router_loss=self._has_router_loss) for _ in range(2)
         )
-        self._gradients = KnownGradients()
-        self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
-        self._may_skip = False  # in the micro-batch at hand
-        self._skipped = False  # in the accumulation window
+        self._begin()
         super().__init__(
             model=model,
             args=args,
@@ -149,24 +151,10 @@ class PLaDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), Satisfied()],
+            callbacks=[*(callbacks or []), Satisfied(), AtBegin(self._begin)],
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1:
-            raise UsageError(
-                "several GPUs in one process (DataParallel) are not supported; start one process "
-                "per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
-            )
-        if self.is_deepspeed_enabled and args.max_tokens_per_batch is not None:
-            raise UsageError(
-                "max_tokens_per_batch makes several backwards a step, and DeepSpeed counts them; "
-                "leave it out and set per_device_train_batch_size"
-            )
-        if self.accelerator.num_processes > 1 and not self.accelerator.even_batches:
-            raise UsageError(
-                "accelerator_config asks for even_batches=False, but the processes have to run "
-                "the same number of micro-batches; leave it out"
-            )
+        require_processes(self.args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
         # The loss is normalised over the accumulation window: the Trainer must not do it again.
         self.model_accepts_loss_kwargs = True
         self.layout = self._prepare_model()
@@ -179,6 +167,14 @@ class PLaDTrainer(Trainer):
         self._reference_model = reference_model
         self.train_dataset = self._with_reference(train, "train_dataset")
         self.eval_dataset = of_each(self._with_reference, evaluation)
+
+    def _begin(self) -> None:
+        """Leaves behind what a training before this one has counted."""
+        self._train_meter.reset()
+        self._gradients = KnownGradients()
+        self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
+        self._may_skip = False  # in the micro-batch at hand
+        self._skipped = False  # in the accumulation window
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""
@@ -196,10 +192,19 @@ class PLaDTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        if self.args.include_num_input_tokens_seen != "no":
+            for batch in batches:
+                self._show_tokens(batch)
         groups = [feature for batch in batches for feature in batch["groups"].features]
         tokens = sum(len(feature["response_ids"][0]) for feature in groups)
         totals = torch.tensor([len(groups), tokens], dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(totals, "sum")
+
+    def _show_tokens(self, batch: dict[str, Any]) -> None:
+        """Something of the shape that the Trainer's count of tokens seen is taken from."""
+        count = sum(map(self._num_tokens, batch["groups"].features))
+        batch[getattr(self.model, "main_input_name", "input_ids")] = torch.ones(count).long()
+        batch["attention_mask"] = torch.ones(count).long()
 
     def training_step(
         self,
@@ -338,7 +343,7 @@ class PLaDTrainer(Trainer):
         with self.accelerator.autocast():
             loss, rows, active = call_inside(model, module, forward, inputs["input_ids"])
         if num_items_in_batch is not None:
-            self._require_finite(loss, module)
+            require_finite(loss, module, self.accelerator, self.state.global_step)
             self._train_meter.add(rows)
             if self._may_have_none and "index" in inputs:
                 loss = self._without_gradient(loss, active, inputs)
@@ -418,17 +423,17 @@ class PLaDTrainer(Trainer):
 
     def _prepare_model(self) -> str:
         """The layout, found by the first process: the others may not have their weights yet."""
-        found: list[Any] = [None]
+
+        def find() -> str:
+            check_head(self.model)
+            check_router_loss(self.model)
+            return self._prepare(self.model, self.args.layout)
+
         with gathered(self.model):
-            if self.is_world_process_zero():
-                check_head(self.model)
-                check_router_loss(self.model)
-                found = [self._prepare(self.model, self.args.layout)]
-        if self.accelerator.num_processes > 1:
-            found = broadcast_object_list(found)
-            if found[0] not in PADDED_LAYOUTS:
-                enable(base_model(self.model), self.args.attention)
-        return found[0]
+            layout = of_first_process(self.accelerator, find)
+        if self.accelerator.num_processes > 1 and layout not in PADDED_LAYOUTS:
+            enable(base_model(self.model), self.args.attention)
+        return layout
 
     def _prepare(self, model: nn.Module, layout: str) -> str:
         # As in training: autocast decides which attention can run, and how it rounds.
@@ -477,20 +482,3 @@ class PLaDTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "response_ids", "scores", "length", "index"]
         self._signature_columns.append("reference_logps")
-
-    def _require_finite(self, loss: Tensor, module: nn.Module) -> None:
-        if torch.isfinite(loss):
-            return
-        step = self.state.global_step
-        # Of a sharded one the own part: the other processes may be elsewhere.
-        parts = ((name, getattr(p, "_local_tensor", p)) for name, p in module.named_parameters())
-        broken = next((name for name, part in parts if not part.isfinite().all()), None)
-        if step > 0:
-            advice = "lower the learning rate, or set max_grad_norm=1.0"
-        elif broken is not None:
-            advice = f"its weights were not finite to begin with ({broken}): load the model again"
-        else:
-            advice = "look for extreme scores in the data"
-        raise UsageError(
-            f"the loss is {loss.item()} at step {step}; {advice}; in fp16, use bf16 or float32"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ class PLaDConfig(TrainingArguments):
     """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means."""
     temperature: float = 1.0
     """Divides the logits before the softmax; 1 scores with the model as it is."""
+    disable_dropout: bool = True
+    """Set the model's dropout to 0, that of its adapters too, as TRL's DPOTrainer does: a response
+    is compared with others and with a reference that knows no dropout. Fine-tuning keeps it."""
     max_length: int = 1024
     """Tokens of prompt and response; of an encoder-decoder model, of each of them. Longer prompts
     are cut; a response never is."""
@@ -75,10 +79,15 @@ class PLaDConfig(TrainingArguments):
     """The datasets hold token ids by the time the trainer sees them: nothing to remove."""
 
     def __post_init__(self) -> None:
+        # The parent knows by the name that a loss is better when it is lower.
+        given: Any = self
+        is_nll = re.search("(^|_)nll$", given.metric_for_best_model or "")
+        if given.greater_is_better is None and is_nll:
+            given.greater_is_better = False
         super().__post_init__()
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+        if given.gradient_checkpointing and given.gradient_checkpointing_kwargs is None:
             # As in transformers 5: re-entrant checkpoints lose what adapters and routers need.
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            given.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._require_numbers()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)
@@ -115,6 +124,11 @@ class PLaDConfig(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UsageError("label smoothing is not part of this loss; set it to 0")
+        if getattr(self.accelerator_config, "dispatch_batches", None):
+            raise UsageError(
+                "accelerator_config asks for dispatch_batches=True, which sends tensors from the "
+                "first process to the others, and rows become tensors later here; leave it out"
+            )
         if self.torch_compile:
             raise UsageError(
                 "torch_compile=True would compile the loss again for every step; call "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
-from plad_fast.adapted_layers import vocabulary_size
+from plad_fast.adapted_layers import require_whole_loss, vocabulary_size
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
@@ -52,6 +52,7 @@ def require_supported(
 ) -> None:
     if not isinstance(args, PLaDConfig):
         raise UsageError(f"args must be a PLaDConfig, got {type(args).__name__}")
+    require_whole_loss(model)
     embeddings = vocabulary_size(model)
     if len(tokenizer) > embeddings:
         raise UsageError(
@@ -70,13 +71,17 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
 ) -> Dataset:
+    spec = get_loss(args.loss)
+    # One that can go without takes them where there are some.
+    with_scores = None if "scores" in spec.takes and not spec.needs_scores else spec.needs_scores
     dataset = tokenize_dataset(
         rows,
         tokenizer,
         max_length=args.max_length,
         truncation_side=args.truncation_side,
         first_only=args.fine_tunes,
-        with_scores=get_loss(args.loss).needs_scores,
+        with_scores=with_scores,
+        with_reference="reference_logps" in spec.takes,
         encoder_decoder=decoder_start_token(model) is not None,
         name=name,
     )

@@ -6,12 +6,26 @@ B groups of K responses to one prompt, best first.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from plad_fast.fused import FusedLoss
 from plad_fast.objective import Objective
+
+
+class AtBegin(TrainerCallback):
+    """Calls a function where a training begins, also one that begins again."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """For `transformers.Trainer`."""
+        self._function()
 
 
 class PreferenceMeter:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def record_dtypes(trainer):
 
 def train(folder: Path, name: str, *, fsdp=False, zero=None, tied=False, resume=None, **options):
     rows = json.loads((folder / "rows.json").read_text())
+    change = options.pop("change", None)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if fsdp:
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -101,6 +103,8 @@ def train(folder: Path, name: str, *, fsdp=False, zero=None, tied=False, resume=
         model = load() if model is None else model
         if zero == "loaded in parts":
             assert not model.lm_head.weight.numel()
+        if change is not None:
+            change(model)
         trainer = InOrder(
             model=model,
             args=args,
@@ -149,6 +153,31 @@ def margin(folder: Path, name: str, **options):
 def refused_reference(folder: Path):
     with pytest.raises(UsageError, match=r"add them to the rows beforehand.*add_reference_logps"):
         train(folder, "refused", fsdp=True, loss="dpo")
+
+
+def scale_logits(model):
+    """What no name in a config tells, and the first process finds out."""
+
+    def forward(*args, **kwargs):
+        output = type(model).forward(model, *args, **kwargs)
+        output.logits = output.logits * 3
+        return output
+
+    model.forward = forward
+
+
+def refused_head(folder: Path):
+    with pytest.raises(UsageError, match="does more to its logits than the fused loss"):
+        train(folder, "refused-head", change=scale_logits)
+
+
+def infinite_loss_in_the_last_process(folder: Path):
+    rows = rows_with_an_inactive_share(folder)
+    options = {"loss": "plad_margin", "beta": 100.0, "skip_inactive": False}
+    rows[BATCH - 1]["chosen_score"] = math.inf
+    match = rf"^process {dist.get_world_size() - 1}: the loss is inf at step 0; look for extreme"
+    with pytest.raises(UsageError, match=match):
+        train(folder, "infinite", rows=rows, **options)
 
 
 ZERO_CONFIG = {
@@ -207,6 +236,7 @@ SINGLE = _named(_TRAININGS)
 TRAININGS = _named(_TRAININGS)
 RESUMED = {"saved": functools.partial(train, name="again", resume="saved-2/checkpoint-2", **LONG)}
 RESUMED_ALONE = dict(RESUMED)
+REFUSED = {"head": refused_head, "infinite": infinite_loss_in_the_last_process}
 HAS_TRANSFORMERS_5 = int(transformers.__version__.partition(".")[0]) >= 5
 """Earlier ones configure FSDP2 otherwise."""
 if HAS_TRANSFORMERS_5:

@@ -28,6 +28,7 @@ def data(tmp_path):
     write("numbers.jsonl", [{"prompt": 3}])
     write("long.jsonl", [*good, {"prompt": "x " * 400}])
     write("unranked.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in good])
+    write("tools.jsonl", [good[0], {**good[1], "tools": [{"name": "f"}]}])
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "recipe.yaml").write_text("beta: 0.5\nlearning-rat: 1e-4\n")
     (tmp_path / "list.yaml").write_text("- beta\n")
@@ -145,6 +146,10 @@ BAD_INPUTS = {
         "--epochs must be positive",
     ),
     "a student without a name": ([*EVALUATE, "--student", "{teacher}"], "must be NAME=PATH"),
+    "an evaluation of pairs with tools": (
+        [*EVALUATE, "--pairs", "{data}/tools.jsonl", "--student", "A={teacher}"],
+        "pair 2 has tools or chat_template_kwargs, and models are asked the prompt alone",
+    ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],
         "cannot load a tokenizer from .*/none'",

@@ -18,7 +18,7 @@ from plad_fast.head import causal_lm_logprobs, head_arguments
 from plad_fast.packing import PreferenceCollator
 from tests._process_sets import results, start
 from tests._wrapped_losses import FOUR, GROUPS, LOSSES, ZERO_LOSSES
-from tests._wrapped_trainings import HAS_TRANSFORMERS_5, TRAININGS, ZERO_TRAININGS
+from tests._wrapped_trainings import HAS_TRANSFORMERS_5, REFUSED, TRAININGS, ZERO_TRAININGS
 from tests.tiny_models import make_model
 from tests.trainings import PAIRS, assert_same_weights
 
@@ -48,7 +48,7 @@ def ran(folder):
     losses, trainings = "tests._wrapped_losses", "tests._wrapped_trainings"
     sets = [f"{losses}:LOSSES:2", f"{losses}:FOUR:4"]
     sets += [f"{trainings}:{name}" for name in ("SINGLE:1", "TRAININGS:2")]
-    sets += [f"{trainings}:{name}" for name in ("RESUMED_ALONE:1", "RESUMED:4")]
+    sets += [f"{trainings}:{name}" for name in ("RESUMED_ALONE:1", "RESUMED:4", "REFUSED:2")]
     return start(folder, "ran", *sets)
 
 
@@ -95,6 +95,12 @@ def test_bf16_under_fsdp_rounds_neither_loss_nor_counts(ran):
 @needs_fsdp2
 def test_reference_of_a_sharded_model_is_refused(ran):
     results(ran, "TRAININGS", 2, "fsdp-refused")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_one_process_finds_is_refused_by_all(case, ran):
+    """The others would wait for it."""
+    results(ran, "REFUSED", 2, case)
 
 
 @pytest.mark.skipif(

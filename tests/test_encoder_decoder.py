@@ -11,12 +11,12 @@ import transformers
 from torch import nn
 
 from plad_fast._pair_scores import score_pairs
+from plad_fast.bins import pack
 from plad_fast.cli import main
 from plad_fast.depth import depth, drop_layers
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.head import backbone_hidden, base_model, causal_lm_logprobs, check_head
-from plad_fast.micro_batches import pack
 from plad_fast.packing import PreferenceCollator
 from plad_fast.pairs import LocalModel, Prompt, Sampling
 from plad_fast.sharing import prepare

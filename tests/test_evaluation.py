@@ -86,6 +86,25 @@ def test_score_pairs_agrees_with_full_logits(tiny_model, tiny_tokenizer, alpha, 
         np.testing.assert_allclose(scores[side], expected, rtol=1e-4)
 
 
+def test_score_pairs_hands_tools_to_the_chat_template(tiny_model, tiny_tokenizer):
+    """As the training does; the rendered prompt given as text has the same score."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% if tools %}t{% endif %}" + tokenizer.chat_template
+    messages = [{"role": "user", "content": "hi"}]
+    row = {"prompt": messages, "chosen": "a", "rejected": "b"}
+    rendered = "t<|bos|><|user|>hi<|end|><|assistant|>"
+    scores = score_pairs(
+        tiny_model, tokenizer, [row, {**row, "tools": [{"name": "f"}]}], progress=False
+    )
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    answer = tokenizer("a<|end|>", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = tiny_model(torch.tensor([ids + answer])).logits[0].double().log_softmax(-1)
+    expected = sum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(answer))
+    assert scores["chosen"][1] == pytest.approx(expected, rel=1e-4)
+    assert scores["chosen"][0] != pytest.approx(expected, rel=1e-4)
+
+
 def test_score_pairs_restores_the_mode_and_leaves_no_gradient(tiny_model, tiny_tokenizer):
     model = copy.deepcopy(tiny_model).train()
     seen = []

@@ -195,6 +195,63 @@ def test_dpo_steps_are_those_of_trl(build, options):
     assert fast._head_loss.layout == "shared"
 
 
+class Schedule(TrainerCallback):
+    """Changes a trainer's own options before every step, as a schedule of beta does."""
+
+    def __init__(self, trainer, change):
+        self.trainer, self.change = trainer, change
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.change(self.trainer, state.global_step)
+
+
+def strengthen(trainer, step):
+    trainer.beta = 0.1 + step
+
+
+def change_the_loss(trainer, step):
+    trainer.loss_types[:] = ["sigmoid", "hinge", "ipo"][step : step + 1]
+
+
+def smooth_less(trainer, step):
+    trainer.label_smoothing, trainer.cpo_alpha = 0.2 / (step + 1), 1.0 + step
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("dpo", strengthen),
+        ("dpo", change_the_loss),
+        ("cpo", strengthen),
+        ("cpo", smooth_less),
+        ("orpo", strengthen),
+    ],
+)
+def test_options_that_change_between_steps_count_as_in_trl(kind, change, build):
+    plain, fast = build(kind), use_plad_fast(build(kind))
+    for trainer in (plain, fast):
+        trainer.add_callback(Schedule(trainer, change))
+        trainer.train()
+    require_equal_steps(plain, fast)
+
+
+def test_options_set_on_the_trainer_go_before_its_arguments(build):
+    plain, fast = build(), build()
+    plain.beta = fast.beta = 1.0
+    fast = use_plad_fast(fast)
+    for trainer in (plain, fast):
+        trainer.train()
+    require_equal_steps(plain, fast)
+
+
+def test_an_option_that_becomes_unknown_is_refused_at_the_step(build):
+    trainer = use_plad_fast(build())
+    trainer.add_callback(Schedule(trainer, lambda t, step: setattr(t, "use_weighting", step > 0)))
+    with pytest.raises(UsageError, match="use_weighting=True does not work here"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_other_layouts_give_the_same_step(build, layout):
     _, fast = compare("dpo", build, layout=layout, loss_type=["ipo"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 
 import pytest
@@ -452,3 +454,38 @@ def test_a_function_is_probed_once_with_its_options():
     assert calls == [*probe, 3, 3, *probe, 3, 3, *probe, 3, *probe, 2, 3]
     with pytest.raises(UsageError, match="one number per group"):
         preference_loss(torch.zeros(2), torch.ones(2).long(), loss=lambda logps: logps)
+
+
+def test_nested_options_and_partials_are_probed_once_too():
+    """A mixture's parts, and what binds a number or a tensor () of another value at every step."""
+    calls = []
+
+    def loss(logps, *, parts=None, scale=1.0):
+        calls.append(len(logps))
+        return scale * logps.sum(1)
+
+    def value(loss=loss, **options):
+        return preference_loss(torch.zeros(6), torch.ones(6).long(), loss=loss, **options)
+
+    def new():
+        found = list(calls)
+        calls.clear()
+        return found
+
+    probe = [2, 1, 1]
+    for parts in ({"a": {"weight": 1.0}}, {"a": {"weight": 2.0}}, {"a": {"names": ["b"]}}):
+        value(parts=parts)
+        assert new() == [*probe, 3]
+        value(parts=copy.deepcopy(parts))
+        assert new() == [3]
+    for bound in ({"scale": 2.0}, {"scale": torch.tensor(2.0)}, {"parts": {"a": 1}}):
+        value(functools.partial(loss, **bound))
+        assert new() == [*probe, 3]
+        value(functools.partial(loss, **bound))
+        assert new() == [3]
+    value(functools.partial(loss, scale=torch.tensor(3.0)))
+    assert new() == [3]
+    # What may change under the same name is probed every time.
+    for _ in range(2):
+        value(functools.partial(loss, parts={"a": object()}))
+        assert new() == [*probe, 3]

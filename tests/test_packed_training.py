@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from unittest import mock
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from plad_fast import reference_logps
+from plad_fast.bins import pack
 from plad_fast.errors import UsageError
-from plad_fast.micro_batches import pack, split_to
+from plad_fast.micro_batches import split_to
 from plad_fast.trainer import PLaDTrainer
 from tests.trainings import PAIRS, RANKED, assert_same_weights, last_log, weights
 
@@ -34,6 +36,39 @@ def test_packing_keeps_to_the_budget(lengths, budget, padded):
     if budget is not None and not padded:
         sums = sorted(sum(lengths[i] for i in indices) for indices in bins)
         assert len(sums) < 2 or sums[0] + sums[1] > budget
+
+
+def first_fit(lengths, budget, padded):
+    """Packing by its definition: of all bins the first that still has room."""
+    bins = []
+    for index in sorted(range(len(lengths)), key=lambda i: -sum(lengths[i])):
+        for indices in bins:
+            columns = zip(*(lengths[i] for i in [*indices, index]), strict=True)
+            taken = sum(max(c) * (len(indices) + 1) if padded else sum(c) for c in columns)
+            if taken <= budget:
+                indices.append(index)
+                break
+        else:
+            bins.append([index])
+    return sorted(map(sorted, bins))
+
+
+@given(st.integers(1, 2), st.integers(1, 90), st.booleans(), st.data())
+def test_packing_is_first_fit(parts, budget, padded, data):
+    length = st.tuples(st.integers(1, 30), *[st.integers(0, 30)] * (parts - 1))
+    lengths = data.draw(st.lists(length, max_size=20))
+    assert pack(lengths, budget, padded=padded) == first_fit(lengths, budget, padded)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_packing_a_large_set_takes_no_time(padded):
+    """60,000 rows, as for a reference pass; a search of all bins would take minutes."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(60_000, generator=draw) / 2 + 6.6).exp().clamp(max=4096).int()
+    started = time.process_time()
+    bins = pack([(length, 7) for length in lengths.tolist()], 4200, padded=padded)
+    assert time.process_time() - started < 15
+    assert sum(map(len, bins)) == len(lengths)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())

@@ -97,6 +97,14 @@ def test_template_columns_and_messages(tmp_path, jsonl):
     assert load_prompts(path)[0].content == CHAT
 
 
+def test_tools_that_no_model_would_see_are_refused(tmp_path):
+    rows = [{"prompt": CHAT, "tools": []}, {"prompt": CHAT, "tools": '[{"name": "f"}]'}]
+    with pytest.raises(UsageError, match=r"row 2 has tools or chat_template_kwargs"):
+        load_prompts(write_jsonl(tmp_path / "tools.jsonl", rows))
+    path = write_jsonl(tmp_path / "text.jsonl", [{"prompt": "Which tools?", "tools": "saw"}])
+    assert load_prompts(path)[0].content == "Which tools?"
+
+
 def test_a_hub_data_set_is_read_with_its_config_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     calls = []

@@ -51,6 +51,26 @@ def adapt(tiny_model):
     return make
 
 
+@pytest.mark.parametrize("attached", ["by PEFT", "by transformers"])
+def test_a_term_that_pefts_forward_adds_to_the_loss_is_refused(attached, make, tiny_model):
+    """AdaLoRA's, which keeps its matrices orthogonal."""
+
+    def adapted(**options):
+        model = copy.deepcopy(tiny_model)
+        schedule = {"total_step": 10, "tinit": 2, "tfinal": 2}
+        config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, **schedule, **options)
+        if attached == "by PEFT":
+            return peft.get_peft_model(model, config)
+        model.add_adapter(config)
+        return model
+
+    with pytest.raises(
+        UsageError, match=r"AdaLoraConfig has orth_reg_weight=0.5.* with orth_reg_weight=0.0"
+    ):
+        make(model=adapted())
+    make(model=adapted(orth_reg_weight=0.0)).train()
+
+
 CASES = {
     "body": {},
     "with a task": {"task_type": "CAUSAL_LM"},

@@ -115,6 +115,15 @@ def test_the_model_is_in_eval_mode_without_gradients_and_left_as_it_was(dataset,
     assert [module.training for module in model.modules()] == before
 
 
+def test_progress_is_shown_from_the_start(dataset, model, tmp_path, capfd):
+    """Also while rows are read and packed, before the model runs."""
+    Forwards(model).kill_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        add(dataset, model, tmp_path, progress=True)
+    shown = capfd.readouterr().err
+    assert "reading dataset" in shown.partition("reference log-probs")[0]
+
+
 def test_a_finished_file_runs_no_model(dataset, model, tmp_path):
     """Nor does it need the lock that a writer takes: all processes read at once."""
     first = add(dataset, model, tmp_path)

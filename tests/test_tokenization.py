@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 
 import pytest
 import torch
@@ -58,6 +60,18 @@ def test_responses_end_their_turn_once(tiny_tokenizer, eos_tokenizer):
         texts = [text_of(tokenizer, ids) for ids in group["response_ids"]]
         assert texts == ["yes<|end|>", "no<|end|>"]
         assert (group["truncated"], group["fits"]) == (False, True)
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_text_that_ends_in_eos_gets_no_other(tiny_tokenizer, eos_tokenizer, encoder_decoder):
+    """As in TRL, where it is added only if it is missing."""
+    for tokenizer in (tiny_tokenizer, eos_tokenizer):
+        group = encode_group(
+            tokenizer, "p", ["yes<|end|>", "no"], max_length=64, encoder_decoder=encoder_decoder
+        )
+        ends = [ids.count(tokenizer.eos_token_id) for ids in group["response_ids"]]
+        assert ends == [1, 1]
+        assert all(ids[-1] == tokenizer.eos_token_id for ids in group["response_ids"])
 
 
 def test_left_cut_keeps_bos_and_the_end_of_the_prompt(tiny_tokenizer):
@@ -155,6 +169,53 @@ def test_first_only_and_scores(tiny_tokenizer):
     ranked = [{"prompt": "p", "responses": ["a", "b"], "scores": [2, 1]}]
     data = tokenize_dataset(ranked, tiny_tokenizer, max_length=32, with_scores=True)
     assert data[0]["scores"] == [2, 1]
+
+
+@pytest.mark.parametrize("arrow", [False, True])
+def test_scores_that_a_loss_can_go_without_are_read_where_there_are_some(tiny_tokenizer, arrow):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    unscored = {**row, "chosen_score": None, "rejected_score": None}
+    scored = {**row, "chosen_score": 2.0, "rejected_score": 1.0}
+
+    def encode(rows):
+        rows = Dataset.from_list(rows) if arrow else rows
+        return tokenize_dataset(rows, tiny_tokenizer, max_length=32, with_scores=None)
+
+    assert encode([scored, scored])["scores"][0] == [2.0, 1.0]
+    for rows in ([row], [unscored]):
+        assert "scores" not in encode(rows).column_names
+    for wrong in (unscored, {**scored, "rejected_score": None}):
+        with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
+            encode([scored, wrong])
+
+
+@pytest.mark.parametrize("arrow", [False, True])
+def test_reference_logps_of_text_rows_are_kept(tiny_tokenizer, arrow):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "reference_logps": [-1.0, -2.5]}
+
+    def encode(row, **options):
+        rows = [
+            {"prompt": "p", "chosen": "a" * 30, "rejected": "b", "reference_logps": [0, 0]},
+            row,
+        ]
+        rows = Dataset.from_list(rows) if arrow else rows
+        [found] = tokenize_dataset(rows, tiny_tokenizer, **{"max_length": 16, **options})
+        return found
+
+    assert encode(row)["reference_logps"] == [-1.0, -2.5]
+    assert encode(row, first_only=True)["reference_logps"] == [-1.0]
+    assert "reference_logps" not in encode(row, with_reference=False)
+    for wrong, message in (
+        (
+            {**row, "reference_logps": [-1.0]},
+            r"row 2: reference_logps are \[-1.0\] for 2 responses",
+        ),
+        ({**row, "reference_logps": None}, "row 2: reference_logps are None for 2 responses"),
+        ({**row, "reference_logps": [-1.0, math.inf]}, "give a finite number each"),
+        ({**row, "prompt": "p" * 30}, "row 2: reference_logps are of the whole prompt"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            encode(wrong)
 
 
 def test_cut_prompts_and_dropped_rows_are_counted_once(tiny_tokenizer, caplog):
@@ -289,6 +350,56 @@ def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
     prompt = [{"role": "system", "content": "be kind"}, *CHAT]
     with pytest.raises(UsageError, match=r"row 1: .* roles system, user \(no system role\)"):
         tokenize_dataset([{"prompt": prompt, "chosen": "a"}], tokenizer, max_length=64)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.fixture(scope="module")
+def tool_tokenizer(tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% if think %}hm{% endif %}"
+        + tokenizer.chat_template
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("arrow", [False, True])
+def test_rows_bring_tools_and_options_to_the_chat_template(tool_tokenizer, tools, arrow):
+    row = {"prompt": CHAT, "chosen": "a", "rejected": "b"}
+    rows = [
+        {**row, "tools": tools, "chat_template_kwargs": {"think": True}},
+        {**row, "tools": None, "chat_template_kwargs": {"other": 1}},
+    ]
+    data = tokenize_dataset(
+        Dataset.from_list(rows) if arrow else rows, tool_tokenizer, max_length=200
+    )
+    texts = [text_of(tool_tokenizer, ids) for ids in data["prompt_ids"]]
+    plain = "<|bos|><|user|>hi<|end|><|assistant|>"
+    assert texts == [json.dumps(TOOLS) + "hm" + plain, plain]
+    assert all(
+        [text_of(tool_tokenizer, ids) for ids in responses] == ["a<|end|>", "b<|end|>"]
+        for responses in data["response_ids"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tools", "f(", "row 1: tools is a text and no JSON"),
+        ("tools", {"name": "f"}, "row 1: tools is a dict; give a list"),
+        ("chat_template_kwargs", "think", "row 1: chat_template_kwargs is a str"),
+        ("chat_template_kwargs", {"tokenize": True}, "row 1: chat_template_kwargs has tokenize"),
+    ],
+)
+def test_options_of_the_chat_template_are_checked(tool_tokenizer, column, value, message):
+    row = {"prompt": CHAT, "chosen": "a", "rejected": "b", column: value}
+    with pytest.raises(UsageError, match=message):
+        tokenize_dataset([row], tool_tokenizer, max_length=200)
 
 
 TOKENS = {"prompt_ids": [3, 4], "response_ids": [[5, 6, 7], [8]]}

@@ -17,7 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+)
 
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import tokenize_dataset
@@ -52,6 +59,7 @@ def near(value, rel=1e-5):
     return pytest.approx(value, rel=rel, abs=5.1e-5)
 
 
+WIDTHS = ("layers", "attention_heads", "ffn_dim")
 LOSSES = {
     "ranking": (PAIRS, {"loss": "plad_ranking", "beta": 2.0}),
     "ranking-means-and-sft": (
@@ -194,6 +202,30 @@ def test_each_log_covers_its_own_window(make):
         assert last_log(together)[key] == near(mean)
 
 
+def test_a_second_training_logs_nothing_of_the_first(make):
+    """The first ends between two logs; nor has the clock of the second run meanwhile."""
+    trainer = make(max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer.train()
+    first = last_log(trainer)
+    time.sleep(2)
+    trainer.train()
+    again = last_log(trainer)
+    for key in ("loss", "nll", "margin", "logps/chosen"):
+        assert again[key] == first[key]
+    assert again["tokens_per_second"] > first["tokens_per_second"] / 5
+
+
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_tokens_seen_are_counted(kind, make, tiny_tokenizer, caplog):
+    """Those that entered the model: a shared prompt once, no padding."""
+    trainer = make(include_num_input_tokens_seen=kind, max_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    rows = tokenize_dataset(PAIRS, tiny_tokenizer, max_length=128)
+    tokens = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
+    assert trainer.state.num_input_tokens_seen == sum(tokens) + sum(tokens[:4])
+    assert "main_input_name" not in caplog.text
+
+
 def test_several_evaluation_sets(make):
     trainer = make(eval_rows={"long": PAIRS[:4], "short": PAIRS[4:]})
     metrics = trainer.evaluate()
@@ -316,6 +348,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
         ({"scratch_mib": 0}, "scratch_mib"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"torch_compile": True}, "model.base_model.compile"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
     ],
 )
 def test_bad_settings_are_refused(options, message, tmp_path):
@@ -336,6 +369,64 @@ def test_bad_settings_are_refused(options, message, tmp_path):
 def test_unusable_data_is_refused(rows, eval_rows, options, message, make):
     with pytest.raises(UsageError, match=message):
         make(rows, eval_rows=eval_rows, **options)
+
+
+def test_a_loss_that_can_go_without_scores_sees_those_of_text_rows(make, tiny_tokenizer):
+    """kto takes a response for desirable by its score, and without scores the first one."""
+    rows = [{**row, "scores": [1.0, 1.0, -1.0]} for row in RANKED]
+    options = {"loss": "kto", "loss_args": {"kl": 0.0}, "beta": 0.5}
+    encoded = tokenize_dataset(rows, tiny_tokenizer, max_length=128, with_scores=True)
+    trained = {}
+    for name, data in (("text", rows), ("ids", encoded), ("none", RANKED)):
+        trainer = make(data, per_device_train_batch_size=8, **options)
+        trainer.train()
+        trained[name] = weights(trainer)
+    assert_same_weights(trained["text"], trained["ids"], rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        assert_same_weights(trained["none"], trained["ids"], rtol=1e-4, atol=1e-5)
+
+
+def test_reference_logps_of_text_rows_take_the_place_of_a_reference_model(make):
+    rows = [{**row, "reference_logps": [-1.0, -2.0]} for row in PAIRS]
+    trainer = make(rows, loss="dpo", eval_rows=rows[:3])
+    assert trainer.train_dataset["reference_logps"][:] == [[-1.0, -2.0]] * 8
+    assert trainer.eval_dataset["reference_logps"][:] == [[-1.0, -2.0]] * 3
+    assert "reference_logps" not in make(rows).train_dataset.column_names
+    with pytest.raises(UsageError, match="train_dataset, row 1: reference_logps are"):
+        make([{**PAIRS[0], "reference_logps": [-1.0]}], loss="dpo")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "lora"])
+def test_dropout_is_off_where_responses_are_compared(kind, make, tiny_model, tiny_tokenizer):
+    """Before the first step a model is its own reference, and DPO's loss is log 2."""
+    size = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0}
+    if kind == "gpt2":  # 0.1 by default, in layers and attention
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **size))
+    elif kind == "bart":
+        widths = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in WIDTHS}
+        drops = {"dropout": 0.5, "attention_dropout": 0.5, "decoder_layerdrop": 0.5}
+        config = BartConfig(d_model=32, max_position_embeddings=256, **size, **widths, **drops)
+        model = BartForConditionalGeneration(config)
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            copy.deepcopy(tiny_model),
+            peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False),
+        )
+    options = {"loss": "dpo", "beta": 5.0, "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    for disable in (True, False):
+        trainer = make(model=copy.deepcopy(model), disable_dropout=disable, **options)
+        trainer.train()
+        assert (abs(last_log(trainer)["loss"] - math.log(2)) < 1e-4) == disable
+
+
+def test_fine_tuning_keeps_dropout(make, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    make(model=model, loss="sft")
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
+    make(model=model)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.0
 
 
 def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
@@ -362,6 +453,18 @@ def test_config_is_an_argument_parser_away(tmp_path):
     assert (config.loss, config.max_length, config.beta) == ("sft", 99, None)
     assert config.report_to == []
     assert json.loads(config.to_json_string())["loss"] == "sft"
+
+
+@pytest.mark.parametrize("name", ["nll", "eval_nll", "eval_dev_nll"])
+def test_the_best_nll_is_the_lowest(name, tmp_path):
+    def is_greater(**options):
+        return PLaDConfig(str(tmp_path), use_cpu=True, **options).greater_is_better
+
+    assert is_greater(metric_for_best_model=name) is False
+    assert is_greater(metric_for_best_model=name, greater_is_better=True) is True
+    assert is_greater(metric_for_best_model="eval_margin") is True
+    assert is_greater(metric_for_best_model="eval_loss") is False
+    assert is_greater() is None
 
 
 def test_options_of_the_loss(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from plad_fast.errors import UsageError
-from plad_fast.integrations._head_loss import HeadLoss, Measured
+from plad_fast.integrations._head_loss import HeadLoss, Loss, Measured
+from plad_fast.integrations._live_options import LiveLoss
 from plad_fast.integrations._pair_rows import pair_batch
 from plad_fast.losses import get_loss
 from plad_fast.packing import PreferenceBatch
@@ -39,9 +40,13 @@ NO_PROMPT = (
 
 
 class WithHeadLoss(Trainer):
-    _head_loss: HeadLoss
+    _live_loss: LiveLoss
     args: Any
     accelerator: Any
+
+    @property
+    def _head_loss(self) -> HeadLoss:
+        return self._live_loss.of(self)
 
 
 class FastDPO(WithHeadLoss):
@@ -49,6 +54,7 @@ class FastDPO(WithHeadLoss):
 
     replaces = ("_compute_loss",)
     beta: float
+    loss_types: list[str]
     precompute_ref_logps: bool
     ref_model: nn.Module | None
     _metrics: Any
@@ -62,7 +68,7 @@ class FastDPO(WithHeadLoss):
                 "TRL's data collator for text"
             )
         completion = inputs["completion_mask"]
-        by_length = sorted(DIVIDING_BY_LENGTH & set(self.args.loss_type))
+        by_length = sorted(DIVIDING_BY_LENGTH & set(self.loss_types))
         if by_length and bool(completion[:, 0].any()):
             raise UsageError(NO_PROMPT.format(by_length[0]))
         batch = pair_batch(
@@ -254,8 +260,14 @@ class FastORPO(_FastConcatenated):
         lengths = groups["cu_seqlens"].diff().view(-1, 3)
         # TRL's regulariser is the likelihood of the chosen sequence with its prompt.
         share = len(lengths) / lengths[:, ::2].sum()
-        loss = functools.partial(_with_prompt_nll, head_loss=self._head_loss, share=share)
-        out = self._head_loss.measure(
+        head_loss = self._head_loss
+        loss = functools.partial(
+            _with_prompt_nll,
+            loss=head_loss.loss,
+            options=head_loss.options,
+            nll_weight=head_loss.sft_weight * share,
+        )
+        out = head_loss.measure(
             self.accelerator, model, groups, loss=loss, group_size=3, logits=False
         )
         logps, counts = out.logps.detach().view(-1, 3), out.counts.view(-1, 3)
@@ -274,13 +286,14 @@ def _with_prompt_nll(
     logps: Tensor,  # (B, 3): y+, y-, the prompt of y+
     *,
     counts: Tensor,  # (B, 3)
-    head_loss: HeadLoss,
-    share: Tensor,
+    loss: Loss,
+    options: Mapping[str, Any],
+    nll_weight: Tensor,  # ()
 ) -> Tensor:  # (B,)
-    spec = get_loss(head_loss.loss)
+    spec = get_loss(loss)
     own = {"counts": counts[:, :2]} if "counts" in spec.takes else {}
-    losses = spec.fn(logps[:, :2], **own, **head_loss.options)
-    return losses - share.to(logps.dtype) * head_loss.sft_weight * (logps[:, 0] + logps[:, 2])
+    losses = spec.fn(logps[:, :2], **own, **options)
+    return losses - nll_weight.to(logps.dtype) * (logps[:, 0] + logps[:, 2])
 
 
 def _rewards(chosen: Tensor, rejected: Tensor, logps: Tensor) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from plad_fast.dispatch import get_backend
 from plad_fast.errors import UsageError
 from plad_fast.head import check_head, find_head
 from plad_fast.integrations._head_loss import METRICS, HeadLoss
+from plad_fast.integrations._live_options import LiveLoss, Translated, present_options
 from plad_fast.ops import checked_impl
 from plad_fast.sharing import prepare
 from plad_fast.trl_options import translate_cpo, translate_dpo, translate_orpo
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AnyTrainer = TypeVar("AnyTrainer", bound="Trainer")
-Translated = tuple[str, Mapping[str, Any], float]
-
 _OLDEST, _NEWEST = (1, 15), (1, 16)
 
 
@@ -119,6 +118,8 @@ def use_plad_fast(
 ) -> AnyTrainer:
     """Lets a TRL trainer compute its loss with this library; call it before `train`.
 
+    Options of the loss count as they are at each step, the trainer's own before its arguments'.
+
     Args:
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
             a decoder-only model of text; in one process, or several under DDP.
@@ -150,7 +151,8 @@ def use_plad_fast(
     _check_methods(trainer, kind)
     if metrics == "fast":
         _check_best_metric(trainer, kind)
-    loss, options, sft_weight = kind.translate(_loss_options(trainer, kind))
+    _check_options(trainer, kind)
+    loss, options, sft_weight = kind.translate(present_options(trainer, kind.loss_options))
     _check_prompts(trainer)
     model: Any = trainer.model
     check_head(model)
@@ -162,14 +164,11 @@ def use_plad_fast(
             prepare(trainer.accelerator.unwrap_model(reference), found, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
-    trainer._head_loss = HeadLoss(
-        loss=loss,
-        options=options,
-        sft_weight=sft_weight,
-        layout=found,
-        metrics=metrics,
-        impl=impl,
-        scratch_bytes=None if scratch_mib is None else scratch_mib * 2**20,
+    scratch_bytes = None if scratch_mib is None else scratch_mib * 2**20
+    trainer._live_loss = LiveLoss(
+        kind.translate,
+        kind.loss_options,
+        HeadLoss(loss, options, sft_weight, found, metrics, impl, scratch_bytes),
     )
     logger.info("%s: loss %s, %s rows", cls.__name__, loss, found)
     return trainer
@@ -205,21 +204,18 @@ def _check_version() -> None:
         )
 
 
-def _loss_options(trainer: Any, kind: _Kind) -> dict[str, Any]:
-    """What the translation gets; raises UsageError for an option that TRL's trainer has and this
-    module does not know, unless it is left at its default."""
+def _check_options(trainer: Any, kind: _Kind) -> None:
+    """Raises UsageError for an option that TRL's trainer has and this module does not know, unless
+    it is left at its default."""
     general = {f.name for cls in (TrainingArguments, _BaseConfig) for f in dataclasses.fields(cls)}
-    options = {}
+    known = general | kind.kept | kind.loss_options
     for option in dataclasses.fields(trainer.args):
         value = getattr(trainer.args, option.name)
-        if option.name in kind.loss_options:
-            options[option.name] = value
-        elif option.name not in general | kind.kept and value != option.default:
+        if option.name not in known and value != option.default:
             raise UsageError(
                 f"{option.name}={value!r} is not supported; leave it at {option.default!r}, or use "
                 f"{type(trainer).__name__} without plad_fast"
             )
-    return options
 
 
 def _check_setup(trainer: Any) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plad_fast._template_options import refuse_template_options
 from plad_fast.chat import Content, Messages, require_unicode
 from plad_fast.errors import UsageError
 from plad_fast.pairs.tables import Row, Table, read_table
@@ -95,6 +96,8 @@ def load_prompts(
     for index, row in enumerate(itertools.islice(table.rows, limit)):
         where = f"{table.source}, row {index + 1}"
         content = content_of(row, where)
+        if not isinstance(content, str):
+            refuse_template_options(row, where)
         if ids is not None:
             prompt_id = ids[index]
         else:
