@@ -24,6 +24,7 @@ if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 15):
 
 from plad_fast.integrations import _pair_rows  # noqa: E402
 from plad_fast.integrations.trl import use_plad_fast  # noqa: E402
+from plad_fast.objective import Objective  # noqa: E402
 
 # A common beginning longer than the prompt, one response that continues the other, an empty
 # prompt but for BOS, and lengths that differ: no batch is a rectangle.
@@ -242,6 +243,24 @@ def test_options_set_on_the_trainer_go_before_its_arguments(build):
     for trainer in (plain, fast):
         trainer.train()
     require_equal_steps(plain, fast)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("dpo", {"loss_type": ["sigmoid", "bco_pair"]}), ("orpo", {})],
+)
+def test_a_loss_is_probed_before_the_first_step_only(kind, options, build, monkeypatch):
+    """On a GPU a probe waits for the device."""
+    trainer, steps, probe = use_plad_fast(build(kind, **options)), [], Objective._probe
+
+    def spy(*arguments):
+        steps.append(trainer.state.global_step)
+        probe(*arguments)
+
+    monkeypatch.setattr(Objective, "_probe", spy)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert not any(steps)
 
 
 def test_an_option_that_becomes_unknown_is_refused_at_the_step(build):

@@ -263,7 +263,7 @@ class FastORPO(_FastConcatenated):
         head_loss = self._head_loss
         loss = functools.partial(
             _with_prompt_nll,
-            loss=head_loss.loss,
+            name=head_loss.loss,
             options=head_loss.options,
             nll_weight=head_loss.sft_weight * share,
         )
@@ -286,11 +286,11 @@ def _with_prompt_nll(
     logps: Tensor,  # (B, 3): y+, y-, the prompt of y+
     *,
     counts: Tensor,  # (B, 3)
-    loss: Loss,
+    name: Loss,
     options: Mapping[str, Any],
     nll_weight: Tensor,  # ()
 ) -> Tensor:  # (B,)
-    spec = get_loss(loss)
+    spec = get_loss(name)
     own = {"counts": counts[:, :2]} if "counts" in spec.takes else {}
     losses = spec.fn(logps[:, :2], **own, **options)
     return losses - nll_weight.to(logps.dtype) * (logps[:, 0] + logps[:, 2])
