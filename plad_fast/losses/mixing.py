@@ -42,9 +42,9 @@ def mixture(
 
     parts: {"dpo": {"weight": 0.8, "beta": 0.1}, "bco_pair": {"weight": 0.2}}: registered losses by
     name, each with a weight (1 if left out) and options of its own. What needs scores, and means
-    over tokens, cannot be a part: the likelihood of the best responses is `sft_weight`. Reference
-    log-probabilities are needed if a part needs them. So weighted are MPO, Wang et al. 2024, arXiv
-    2411.10442, section 3.2, and TRL's `loss_weights`.
+    over tokens, cannot be a part: the likelihood of the best responses is `sft_weight`. Parts that
+    can go without scores do. Reference log-probabilities are needed if a part needs them. So
+    weighted are MPO, Wang et al. 2024, arXiv 2411.10442, section 3.2, and TRL's `loss_weights`.
     """
     if not isinstance(parts, Mapping) or not parts:
         raise UsageError(f'parts must be like {{"dpo": {{"weight": 0.8}}}}, got {parts!r}')
