@@ -20,7 +20,7 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
 
     Raises:
         UsageError: they are of a kind that cannot be merged, do not fit the model, or are on a head
-            whose weights are the embeddings too.
+            or on embeddings whose weights are the other's too.
     """
     from peft import PeftModel
 
@@ -30,11 +30,11 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
     )
     try:
         adapted = PeftModel.from_pretrained(model, os.fspath(source))
-        if _on_tied_head(adapted.get_base_model()):
+        if _on_one_end_of_tied_weights(adapted.get_base_model()):
             raise UsageError(
-                f"the adapters of {os.fspath(source)!r} are on an LM head whose weights are those "
-                "of the embeddings, which merging would change as well; untie the two in the base "
-                f"model, or {advice}"
+                f"the adapters of {os.fspath(source)!r} are on an LM head or on embeddings whose "
+                "weights are those of the other, which merging would change as well; untie the two "
+                f"in the base model, or {advice}"
             )
         merged = adapted.merge_and_unload()
     except UsageError:
@@ -48,7 +48,8 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
     return merged.eval()
 
 
-def _on_tied_head(model: PreTrainedModel) -> bool:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    base = getattr(head, "base_layer", None)
-    return base is not None and base.weight is getattr(embeddings, "base_layer", embeddings).weight
+def _on_one_end_of_tied_weights(model: PreTrainedModel) -> bool:
+    ends = [model.get_output_embeddings(), model.get_input_embeddings()]
+    bases = [getattr(end, "base_layer", end) for end in ends]
+    weights = [getattr(base, "weight", None) for base in bases]
+    return weights[0] is weights[1] is not None and ends != bases

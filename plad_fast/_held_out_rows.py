@@ -39,7 +39,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
     prompts_of_pairs: list[str] = []
     for number, row in enumerate(rows):
         try:
-            prompt, responses, _ = read_row(row)
+            prompt, responses, template = read_row(row)
             reference = read_reference(row.get("reference"), "reference")
             if len(responses) < 2:
                 raise UsageError("there is no rejected response, and evaluation ranks pairs")
@@ -47,7 +47,8 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             prompt, texts = as_conversation(prompt, responses)
         except UsageError as error:
             raise UsageError(f"{source}, row {number + 1}: {error}") from None
-        refuse_template_options(row, f"{source}, row {number + 1}")
+        if template:
+            refuse_template_options(row, f"{source}, row {number + 1}")
         row_id = str(number if row.get("id") is None else row["id"])
         prompt_id = ids.setdefault(digest(prompt), row_id)
         if contents.setdefault(prompt_id, prompt) != prompt:

@@ -54,12 +54,13 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
         UsageError: a value is missing or of another type than it should be. The message does not
             say which row it is: the caller knows.
     """
-    template = read_template_options(row)
     if row.get("prompt") is None and row.get("chosen") and row.get("rejected"):
-        return PreferenceRow(*_without_prompt(row["chosen"], row["rejected"]), template)
+        prompt, responses = _without_prompt(row["chosen"], row["rejected"])
+        return PreferenceRow(prompt, responses, _template(row, prompt))
     prompt = read_content(row.get("prompt"), "prompt")
     if row.get("responses") is not None:
-        return PreferenceRow(prompt, read_contents(row["responses"], "responses"), template)
+        responses = read_contents(row["responses"], "responses")
+        return PreferenceRow(prompt, responses, _template(row, prompt))
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
@@ -68,7 +69,12 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
         responses += (
             read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
         )
-    return PreferenceRow(prompt, responses, template)
+    return PreferenceRow(prompt, responses, _template(row, prompt))
+
+
+def _template(row: Mapping[str, Any], prompt: Content) -> dict[str, Any]:
+    """Plain text does not pass through a template: such columns may be anything then."""
+    return {} if isinstance(prompt, str) else read_template_options(row)
 
 
 def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:

@@ -36,14 +36,22 @@ def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
             f"chat_template_kwargs is a {type(given).__name__}; it should map names to values, "
             'such as {"enable_thinking": false}'
         )
-    # Arrow gives every row every key that one of them has.
-    options = {key: value for key, value in (given or {}).items() if value is not None}
+    options = _without_nulls(given or {})
     if wrong := sorted(_OURS & options.keys()):
         raise UsageError(
             f"chat_template_kwargs has {', '.join(wrong)}, which the tokenisation sets itself; "
             "leave it out"
         )
+    if not isinstance(row.get("tools"), str):
+        tools = _without_nulls(tools)
     return ({"tools": list(tools)} if tools else {}) | options
+
+
+def _without_nulls(value: Any) -> Any:
+    """Less the keys without a value: Arrow gives every row those that one of them has."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def refuse_template_options(row: Mapping[str, Any], name: str) -> None:

@@ -103,7 +103,7 @@ class _Distillation:
         self.texts = RecipeTexts(config, folder, self.prompts, self._teacher_as_text, judges)
         # Before the folder keeps settings that an endpoint refuses.
         self.texts.try_teacher(overwrite=overwrite)
-        try_endpoints(judge=self.scoring["judge"])
+        try_endpoints(judge=self.scoring["judge"], overwrite=overwrite)
         self.folder = RunFolder(config.output_dir, settings, overwrite=overwrite)
         write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
 

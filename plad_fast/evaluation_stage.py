@@ -68,7 +68,7 @@ def evaluate_on_pairs(
     held_out = read_held_out(read_pairs(pairs), pairs)
     _check_students(students, held_out, config.max_length)
     scoring = held_out_scoring(config, folder)
-    try_endpoints(judge=scoring["judge"])
+    try_endpoints(judge=scoring["judge"], overwrite=overwrite)
 
     def discard(found: Mapping[str, Any]) -> None:
         for name in dict.fromkeys([*students, *found.get("students", ())]):

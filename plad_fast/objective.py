@@ -131,14 +131,6 @@ class Objective:
                 f"loss {self.spec.name!r} failed on two groups of {self.group_size} random "
                 f"log-probabilities: {error}"
             ) from error
-        if not isinstance(both, Tensor) or both.shape != (2,) or not both.is_floating_point():
-            got = type(both).__name__
-            if isinstance(both, Tensor):
-                got = f"{tuple(both.shape)} of {both.dtype}"
-            raise UsageError(
-                f"loss {self.spec.name!r} must return one number per group: for 2 groups the "
-                f"shape (2,), got {got}"
-            )
         if not torch.allclose(both, torch.cat(parts), atol=1e-4, equal_nan=True):
             raise UsageError(
                 f"loss {self.spec.name!r} gives a group another value when it is alone; a loss "
@@ -162,7 +154,16 @@ class Objective:
         }
         # A copy: the function may work in place.
         logps = length_normalized(sums, counts, alpha).clone()
-        return self.spec.fn(logps, **{k: given[k] for k in self.spec.takes}, **self.options)
+        losses = self.spec.fn(logps, **{k: given[k] for k in self.spec.takes}, **self.options)
+        expected = logps.shape[:1]
+        is_tensor = isinstance(losses, Tensor)
+        if not is_tensor or losses.shape != expected or not losses.is_floating_point():
+            got = f"{tuple(losses.shape)} of {losses.dtype}" if is_tensor else type(losses).__name__
+            raise UsageError(
+                f"loss {self.spec.name!r} must return one number per group: for {len(logps)} "
+                f"groups the shape {tuple(expected)}, got {got}"
+            )
+        return losses
 
     def denominators(
         self,

@@ -54,9 +54,9 @@ def claim_folder(
         found = _recorded(folder, command)
         there = [name for name in results if (folder / name).exists()]
         if overwrite:
+            discard(found or {})  # which may be refused: the results go last
             for name in there:
                 (folder / name).unlink()
-            discard(found or {})
         elif there and found is not None and not extends(found):
             advice = (
                 "choose another --output-dir (copies of its stored answers, *.jsonl but for pairs, "

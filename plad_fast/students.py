@@ -57,7 +57,8 @@ def load_model(
     try:
         base = _base_of_adapters(location) if merge_adapters else None
         if base is not None:
-            return merged_adapters(source, load_model(base, dtype=dtype, device=device))
+            model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
+            return merged_adapters(source, model)
         loader = _class_of(location)
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
     except UsageError:

@@ -141,4 +141,24 @@ def test_what_cannot_be_merged_is_refused(base, pairs, tmp_path, capsys):
     head = peft.LoraConfig(r=3, target_modules=["lm_head"])
     tied = save_adapters(base, tmp_path / "tied", head)
     assert main([*command, str(tied)]) == 2
-    assert "are on an LM head whose weights are those of the embeddings" in capsys.readouterr().err
+    assert "on an LM head or on embeddings whose weights are those" in capsys.readouterr().err
+    embeddings = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UsageError, match="which merging would change as well"):
+        load_model(save_adapters(base, tmp_path / "ends", embeddings), merge_adapters=True)
+
+
+def test_adapters_on_adapters_are_merged_in_turn(adapters, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    inner = load_model(adapters, merge_adapters=True)
+    outer = peft.get_peft_model(inner, config)
+    with torch.no_grad():
+        for parameter in outer.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    outer.save_pretrained(tmp_path / "outer")
+    path = tmp_path / "outer" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": str(adapters)}))
+    expected = logits(outer.merge_and_unload())
+    found = load_model(tmp_path / "outer", merge_adapters=True)
+    torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-4)

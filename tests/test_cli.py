@@ -28,7 +28,8 @@ def data(tmp_path):
     write("numbers.jsonl", [{"prompt": 3}])
     write("long.jsonl", [*good, {"prompt": "x " * 400}])
     write("unranked.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in good])
-    write("tools.jsonl", [good[0], {**good[1], "tools": [{"name": "f"}]}])
+    asked = {**good[1], "prompt": [{"role": "user", "content": "Say 1."}]}
+    write("tools.jsonl", [good[0], {**asked, "tools": [{"name": "f"}]}])
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "recipe.yaml").write_text("beta: 0.5\nlearning-rat: 1e-4\n")
     (tmp_path / "list.yaml").write_text("- beta\n")
@@ -148,7 +149,7 @@ BAD_INPUTS = {
     "a student without a name": ([*EVALUATE, "--student", "{teacher}"], "must be NAME=PATH"),
     "an evaluation of pairs with tools": (
         [*EVALUATE, "--pairs", "{data}/tools.jsonl", "--student", "A={teacher}"],
-        "pair 2 has tools or chat_template_kwargs, and models are asked the prompt alone",
+        "tools.jsonl, row 2 has tools or chat_template_kwargs, and models are asked the prompt",
     ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],

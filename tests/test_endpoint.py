@@ -18,6 +18,7 @@ from plad_fast.pairs import Answer, Failure, Prompt, Sampling
 from plad_fast.pairs._retries import pause, retry_after
 from plad_fast.pairs.endpoint import ChatRequest, Choice, Endpoint, Reply
 from plad_fast.pairs.endpoint_model import EndpointModel, request_seed
+from plad_fast.pairs.trials import try_endpoints
 from tests.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 KEY = "sk-planted-0123456789"
@@ -229,6 +230,23 @@ def test_tokens_that_went_into_reasoning_are_told_and_can_be_added():
         assert server.faults["answer"] < 14  # none is paid for after it is known
         items = ask(server, ["a"], sampling, reasoning_tokens=60)
         assert items["a", 1].text == answer_to("a")
+
+
+def test_what_spent_its_tokens_is_asked_again_of_a_model_that_has_answered(tmp_path):
+    """They come first in another run, and eight of them say nothing of the others."""
+    asked = [Prompt(f"{i}", f"hard {i}" if i < 10 else f"easy {i}") for i in range(20)]
+    store = tmp_path / "answers.jsonl"
+    store.write_text("{}\n{}\n")  # a header and a row
+
+    def step(question, *_):
+        return Step(choices=[said("", "length")]) if "hard" in question else Step()
+
+    with FaultServer(step) as server:
+        model = EndpointModel(endpoint(server))
+        try_endpoints(teacher=model, sampling=Sampling(), answers=store)
+        items = [item for batch in model.generate(asked, Sampling()) for item in batch]
+    assert sum(isinstance(item, Failure) for item in items) == 10
+    assert len(items) == 20
 
 
 def test_a_model_is_tried_out_with_one_request():

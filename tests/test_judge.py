@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 
@@ -224,7 +225,35 @@ def test_a_judge_that_spends_its_tokens_is_found_out_early_and_takes_more(tmp_pa
 def test_a_judge_with_verdicts_is_not_tried_out(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     Judge(Fake(longer), store=path).compare([(PROMPT, "x", "yy")])
-    Judge(Fake(None), store=path).try_out()
+    endpoint = Fake(None)
+    endpoint.try_out = mock.Mock(return_value=Reply([Choice("Verdict: A", "stop", 5)]))
+    judge = Judge(endpoint, store=path)
+    judge.try_out()
+    assert not endpoint.try_out.called
+    judge.try_out(overwrite=True)
+    path.write_text(path.read_text().partition("\n")[0] + "\n")
+    judge.try_out()
+    assert endpoint.try_out.call_count == 2
+
+
+class Vague(Fake):
+    """Says nothing clear of some texts, and asked again reasons until its tokens are spent."""
+
+    def complete(self, requests):
+        for index, request in enumerate(requests):
+            if len(request.messages) > 1:
+                yield index, Reply([Choice("", "length", 5)])
+                continue
+            first, second = (match[3] for match in SHOWN.finditer(request.messages[0]["content"]))
+            clear = "vague" not in (first, second)
+            yield index, Reply([Choice(longer(first, second) if clear else "Hm.", "stop", 5)])
+
+
+def test_reminders_that_spend_their_tokens_leave_the_other_verdicts():
+    items = [(PROMPT, "four", "4")] + [(PROMPT, "vague", f"{i}") for i in range(8)]
+    outcomes = Judge(Vague(None)).compare(items)
+    assert outcomes[0] == 1.0
+    assert all(map(math.isnan, outcomes[1:]))
 
 
 def test_scores_are_stored_beside_the_verdicts(tmp_path):

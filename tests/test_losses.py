@@ -489,3 +489,16 @@ def test_nested_options_and_partials_are_probed_once_too():
     for _ in range(2):
         value(functools.partial(loss, parts={"a": object()}))
         assert new() == [*probe, 3]
+
+
+def test_what_a_loss_returns_is_looked_at_in_every_call():
+    """It is probed once, and may change with what it looks up."""
+    dims = [1]
+
+    def loss(logps):
+        return logps.sum(dims)
+
+    preference_loss(torch.zeros(4), torch.ones(4).long(), loss=loss)
+    dims.append(0)
+    with pytest.raises(UsageError, match=r"for 2 groups the shape \(2,\), got \(\) of"):
+        preference_loss(torch.zeros(4), torch.ones(4).long(), loss=loss)

@@ -284,3 +284,13 @@ def test_cut_off_samples_are_no_answers(tiny_teacher, pairs, tmp_path):
     row = json.loads((output / "metrics.json").read_text())["students"][0]
     assert (row["n_own_pairs"], row["n_pairs"]) == (sum(usable), len(usable))
     assert f"{sum(usable)} for A" in (output / "report.html").read_text()
+
+
+def test_overwriting_that_is_refused_leaves_the_results(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    assert main(command) == 0
+    (output / "student.jsonl").write_text("notes\n")
+    assert main([*command, "--overwrite"]) == 2
+    assert "is not a store of answers" in capsys.readouterr().err
+    assert (output / "pairs.jsonl").exists()

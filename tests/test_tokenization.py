@@ -402,6 +402,30 @@ def test_options_of_the_chat_template_are_checked(tool_tokenizer, column, value,
         tokenize_dataset([row], tool_tokenizer, max_length=200)
 
 
+def test_tools_have_no_keys_of_other_rows(tool_tokenizer):
+    """Arrow gives every struct the keys that one of them has."""
+    rows = [
+        {"prompt": CHAT, "chosen": "a", "rejected": "b",
+         "tools": [{"name": "f", "parameters": {name: {"type": "string"}}}]}
+        for name in ("city", "day")
+    ]  # fmt: skip
+    texts = [
+        [text_of(tool_tokenizer, ids) for ids in data["prompt_ids"]]
+        for data in (
+            tokenize_dataset(given, tool_tokenizer, max_length=200)
+            for given in (rows, Dataset.from_list(rows))
+        )
+    ]
+    assert texts[0] == texts[1]
+    assert "null" not in texts[1][0]
+
+
+def test_plain_text_passes_through_no_template(tiny_tokenizer):
+    row = {"prompt": "hi", "chosen": "a", "rejected": "b"}
+    data = tokenize_dataset([{**row, "tools": "hammer"}], tiny_tokenizer, max_length=200)
+    assert data.to_list() == tokenize_dataset([row], tiny_tokenizer, max_length=200).to_list()
+
+
 TOKENS = {"prompt_ids": [3, 4], "response_ids": [[5, 6, 7], [8]]}
 
 

@@ -13,9 +13,8 @@ from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.teachers import Answer, Failure
 
-_FIRST_SPENT = (
-    8  # replies from the first on that end before any answer, after which no more is paid
-)
+# Replies from the first on that end before any answer, after which no more is paid.
+_FIRST_SPENT = 8
 
 
 class EndpointModel:
@@ -29,6 +28,8 @@ class EndpointModel:
     def __init__(self, endpoint: Endpoint, name: str | None = None) -> None:
         self.endpoint = endpoint
         self.name = endpoint.model if name is None else name
+        self.has_answered = False
+        """Set, also from outside, where the first replies need no watching any more."""
 
     def try_out(self, sampling: Sampling) -> None:
         """Asks for a word, to find out before long work whether such requests are answered.
@@ -89,15 +90,16 @@ class EndpointModel:
     def _answers(
         self, asked: Sequence[tuple[Prompt, range]], requests: Sequence[ChatRequest], spent: str
     ) -> Iterator[list[Answer | Failure]]:
-        had = empty = 0
+        empty = 0
         for i, reply in self.endpoint.complete(requests):
             yield _read(asked[i][0].id, asked[i][1], reply, spent)
             if isinstance(reply, Reply):
-                had += 1
-                empty += all(choice.is_spent for choice in reply.choices)
-                if had == empty == _FIRST_SPENT:
+                is_empty = all(choice.is_spent for choice in reply.choices)
+                self.has_answered |= not is_empty
+                empty += is_empty
+                if empty == _FIRST_SPENT and not self.has_answered:
                     raise UsageError(
-                        f"{self.name}: of the first {had} replies each is empty: {spent}"
+                        f"{self.name}: of the first {empty} replies each is empty: {spent}"
                     )
 
     def _spent(self, sampling: Sampling) -> str:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from plad_fast.chat import Content, Messages
@@ -19,7 +18,7 @@ from plad_fast.pairs._verdicts import CRITERIA, REMINDER, TEMPLATE, as_question,
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.scoring import Item, by_prompt, digest
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.pairs.store import AnswerStore, has_rows
 
 if TYPE_CHECKING:
     from plad_fast.pairs.endpoint import ChatRequest, Reply
@@ -111,6 +110,7 @@ class Judge:
         self.progress = progress
         self.report = JudgeReport()
         self._known: dict[str, str] = {}
+        self._has_replied = False
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -124,14 +124,17 @@ class Judge:
     def check(self, prompts: Sequence[Prompt]) -> None:
         pass
 
-    def try_out(self) -> None:
-        """Asks for one verdict, unless the store is there already, to find out before long work
+    def try_out(self, *, overwrite: bool = False) -> None:
+        """Asks for one verdict, unless the store has some already, to find out before long work
         whether there will be any.
+
+        Args:
+            overwrite: the store is about to be discarded.
 
         Raises:
             UsageError: as `Endpoint.try_out`, or all tokens are spent before a verdict.
         """
-        if self.store is not None and Path(self.store).expanduser().exists():
+        if self.store is not None and has_rows(self.store) and not overwrite:
             return
         texts = ("Name a colour.", "Blue.", "A colour.")
         question = self._question(digest(*texts), *texts)
@@ -279,7 +282,7 @@ class Judge:
         requests = [self._request(questions[key]) for key in keys]
         replies = self.endpoint.complete(requests)
         hidden = not self.progress
-        had = empty = 0
+        empty = 0
         for index, reply in tqdm(
             replies, total=len(keys), desc=self.name, unit="verdict", disable=hidden
         ):
@@ -289,9 +292,9 @@ class Judge:
                 failures.append(self._spent())
                 empty += 1
             else:
-                had += 1
+                self._has_replied = True
                 yield keys[index], reply
-            if empty == _FIRST_SPENT and not had:
+            if empty == _FIRST_SPENT and not self._has_replied and not self._known:
                 raise UsageError(
                     f"{self.name}: of the first {empty} replies each is empty: {self._spent()}"
                 )

@@ -6,6 +6,7 @@ JSON object with an `id`. A run killed at any moment loses at most the rows it w
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -203,6 +204,15 @@ class AnswerStore:
             if isinstance(error, OSError):
                 raise _unwritable(self.path, error) from error
             raise
+
+
+def has_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether a store is there and has anything after its header."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return sum(1 for _ in itertools.islice(file, 2)) == 2
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 from plad_fast.pairs.endpoint_model import EndpointModel
 from plad_fast.pairs.judge import Judge
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.sharding import joined
+from plad_fast.pairs.store import has_rows
 
 
 def try_endpoints(
@@ -27,7 +27,7 @@ def try_endpoints(
     Args:
         teacher: with an `EndpointModel` come `sampling` and the store of `answers`.
         judge: any scorer.
-        overwrite: the teacher's store is about to be discarded.
+        overwrite: the stores are about to be discarded.
 
     Raises:
         UsageError: as `EndpointModel.try_out` and `Judge.try_out`.
@@ -39,18 +39,11 @@ def try_endpoints(
         if isinstance(teacher, EndpointModel):
             assert sampling is not None
             assert answers is not None
-            if overwrite or not _has_rows(answers.expanduser()):
+            teacher.has_answered = has_rows(answers) and not overwrite
+            if not teacher.has_answered:
                 teacher.try_out(sampling)
         if isinstance(judge, Judge):
-            judge.try_out()
+            judge.try_out(overwrite=overwrite)
 
     with joined() as ranks:
         ranks.from_first(ask)
-
-
-def _has_rows(store: Path) -> bool:
-    """Whether there is anything after the header."""
-    if not store.exists():
-        return False
-    with store.open("rb") as file:
-        return sum(1 for _ in itertools.islice(file, 2)) == 2
