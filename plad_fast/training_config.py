@@ -85,8 +85,9 @@ class PLaDConfig(TrainingArguments):
         if given.greater_is_better is None and is_nll:
             given.greater_is_better = False
         super().__post_init__()
-        if given.gradient_checkpointing and given.gradient_checkpointing_kwargs is None:
-            # As in transformers 5: re-entrant checkpoints lose what adapters and routers need.
+        is_old = not hasattr(given, "activation_checkpointing")
+        if is_old and given.gradient_checkpointing and given.gradient_checkpointing_kwargs is None:
+            # As in newer transformers: re-entrant checkpoints lose what adapters and routers need.
             given.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._require_numbers()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
