@@ -7,7 +7,8 @@ odd and unaligned sizes, without options, with a softcap, and with everything. -
 combination of options.
 Exit status 1 on any spilled register, any block that does not fit a multiprocessor, and any linear
 kernel of 16-bit operands without its architecture's tensor core instruction in the inner loop.
-Nothing is timed; see `predict`.
+--spills BYTES lets a kernel spill that much outside of its inner loop. Nothing is timed; see
+`predict`.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def compile_entry(entry: AotEntry, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def inspect(entry: AotEntry, arch: int) -> Report:
-    """Compiles an entry and lists what is wrong with it."""
+def inspect(entry: AotEntry, arch: int, spills: int = 0) -> Report:
+    """Compiles an entry and lists what is wrong with it; see `problems_of`."""
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         # What is in the cache already is not assembled, and then ptxas says nothing.
@@ -114,14 +115,20 @@ def inspect(entry: AotEntry, arch: int) -> Report:
         entry.tile.num_warps,
         entry.tile.num_stages,
         resources,
-        tuple(problems_of(entry, arch, resources)),
+        tuple(problems_of(entry, arch, resources, spills)),
     )
 
 
-def problems_of(entry: AotEntry, arch: int, resources: Resources) -> Iterator[str]:
-    """What must not be: each in a sentence."""
+def problems_of(entry: AotEntry, arch: int, resources: Resources, spills: int = 0) -> Iterator[str]:
+    """What must not be: each in a sentence.
+
+    Args:
+        spills: bytes of registers that may be spilled outside of the inner loop.
+    """
     limit = GPUS[arch].shared_per_block
-    if resources.spill_bytes:
+    if resources.code.inner_spills:
+        yield f"spills {resources.spill_bytes} bytes of registers, also in its inner loop"
+    elif resources.spill_bytes > spills:
         yield f"spills {resources.spill_bytes} bytes of registers"
     if resources.shared_bytes > limit:
         yield f"takes {resources.shared_bytes} bytes of shared memory; a block has {limit}"
@@ -135,9 +142,9 @@ def problems_of(entry: AotEntry, arch: int, resources: Resources) -> Iterator[st
             yield f"multiplies 16-bit operands by {found} instead of {wanted}"
 
 
-def _work(job: tuple[int, bool, str | None, int]) -> Report:
-    *which, index = job
-    return inspect(entries(*which)[index], job[0])
+def _work(job: tuple[int, bool, str | None, int, int]) -> Report:
+    *which, index, spills = job
+    return inspect(entries(*which)[index], job[0], spills)
 
 
 def _work_amd(index: int) -> str:
@@ -149,7 +156,7 @@ def _work_amd(index: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     jobs = [
-        (arch, args.all, args.module, index)
+        (arch, args.all, args.module, index, args.spills)
         for arch in dict.fromkeys(args.arch)
         for index in range(len(entries(arch, args.all, args.module)))
     ]
@@ -198,6 +205,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every combination of options")
     parser.add_argument("--json", type=Path, help="write all of it there")
     parser.add_argument("--markdown", type=Path, help="write the tables there")
+    parser.add_argument(
+        "--spills",
+        type=int,
+        default=0,
+        metavar="BYTES",
+        help="of registers, which a kernel may spill outside of its inner loop (0)",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--no-amd", dest="amd", action="store_false", help=f"leave out {_AMD}")
     parser.add_argument("--module", help="compile what aot_entries of this module gives instead")

@@ -129,6 +129,8 @@ class Code:
     """Instructions of the inner loop."""
     inner_special: int
     """Those of them that the special function units run: exp, log, reciprocal."""
+    inner_spills: int
+    """Those of them that move a register to local memory or back."""
     outer: int
     """Instructions around it: of the loop that contains it, or of the kernel if none does."""
     outer_special: int
@@ -155,6 +157,7 @@ def analyse(blocks: Sequence[Block]) -> Code:
         loads=_load_widths(x for i in sorted(inner) for x in blocks[i].instructions),
         inner=names.total(),
         inner_special=names["MUFU"],
+        inner_spills=names["LDL"] + names["STL"],
         outer=other.total(),
         outer_special=other["MUFU"],
     )

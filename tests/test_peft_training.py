@@ -51,6 +51,15 @@ def adapt(tiny_model):
     return make
 
 
+def add_adapter(model, config):
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" in str(error):  # transformers 5.24 wants 0.22, which was not out
+            pytest.skip("this transformers wants a newer PEFT")
+        raise
+
+
 @pytest.mark.parametrize("attached", ["by PEFT", "by transformers"])
 def test_a_term_that_pefts_forward_adds_to_the_loss_is_refused(attached, make, tiny_model):
     """AdaLoRA's, which keeps its matrices orthogonal."""
@@ -61,7 +70,7 @@ def test_a_term_that_pefts_forward_adds_to_the_loss_is_refused(attached, make, t
         config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, **schedule, **options)
         if attached == "by PEFT":
             return peft.get_peft_model(model, config)
-        model.add_adapter(config)
+        add_adapter(model, config)
         return model
 
     with pytest.raises(
@@ -157,7 +166,7 @@ def test_adapters_that_transformers_added_switch_off_too(saved, adapt, make, tin
     """`model.add_adapter` makes no model of PEFT; the same adapters, the same training."""
     options = {"modules_to_save": ["lm_head"]} if saved else {}
     wrapped, native = adapt(**options), copy.deepcopy(tiny_model)
-    native.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, target_modules=BODY, **options))
+    add_adapter(native, peft.LoraConfig(r=3, lora_alpha=5, target_modules=BODY, **options))
     inner = wrapped.get_base_model()
     native.load_state_dict(inner.state_dict())
     wanted = {"loss": "dpo", "beta": 0.3, "reference_model": "base", "eval_rows": PAIRS}
