@@ -54,8 +54,9 @@ def adapt(tiny_model):
 def add_adapter(model, config):
     try:
         model.add_adapter(config)
-    except ValueError as error:
-        if "version of PEFT" in str(error):  # transformers 5.24 wants 0.22, which was not out
+    except (ValueError, TypeError) as error:
+        # transformers 5.24 asks for 0.22, which was not out; 4.57 hands AdaLoRA what 0.15 lacks.
+        if "version of PEFT" in str(error) or "low_cpu_mem_usage" in str(error):
             pytest.skip("this transformers wants a newer PEFT")
         raise
 
