@@ -82,10 +82,12 @@ def pair_models(
     teacher_made_by = teacher_fingerprint(teacher, base_url=config.base_url, columns=columns)
     if config.has_local_teacher:
         teacher_made_by["precision"] = config.precision
+    path, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
+    stores = folder / "teacher.jsonl", folder / "student.jsonl"
     try_endpoints(
         teacher=opened[0],
         sampling=sampling,
-        answers=folder / "teacher.jsonl",
+        answers=stores[0],
         judge=scorer,
         overwrite=overwrite,
     )
@@ -100,8 +102,6 @@ def pair_models(
         **{f"student's {name}": value for name, value in student_made_by.items()},
         "prompts": prompts_digest(prompts),
     }
-    path, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
-    stores = folder / "teacher.jsonl", folder / "student.jsonl"
 
     def discard(_: Mapping[str, Any]) -> None:
         for file in (*stores, scores, verdicts):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,12 @@ def arguments(teacher, output, *extra: str) -> list[str]:
         "--sft-share", "0.5", "--precision", "float32",
         "--output-dir", str(output), *extra,
     ]  # fmt: skip
+
+
+def write_pairs(path: Path, count: int) -> Path:
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 KILLABLE = """

@@ -14,7 +14,7 @@ from plad_fast.cli import main
 from plad_fast.errors import UsageError
 from plad_fast.recipe_texts import RecipeTexts
 from plad_fast.students import load_model, load_tokenizer
-from tests.recipe_runs import arguments
+from tests.recipe_runs import arguments, write_pairs
 
 peft = pytest.importorskip("peft")
 TOKENS = torch.arange(3, 15)[None]
@@ -48,10 +48,7 @@ def adapters(base, tmp_path):
 
 @pytest.fixture
 def pairs(tmp_path):
-    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(4)]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_pairs(tmp_path / "pairs.jsonl", 4)
 
 
 def logits(model):

@@ -13,18 +13,12 @@ import torch
 from plad_fast.cli import main
 from plad_fast.run_folder import RunFolder, lock_folder
 from plad_fast.students import load_model
-from tests.recipe_runs import kill_at
+from tests.recipe_runs import kill_at, write_pairs
 
 
 @pytest.fixture
 def pairs(tmp_path):
     return write_pairs(tmp_path / "pairs.jsonl", 6)
-
-
-def write_pairs(path, count: int):
-    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def train(model, pairs, output, *extra: str) -> list[str]:

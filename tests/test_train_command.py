@@ -12,6 +12,7 @@ import pytest
 from plad_fast.cli import main
 from plad_fast.recipe import DistillConfig, flag
 from plad_fast.training import train_model
+from tests.recipe_runs import write_pairs
 
 # Of what the weights depend on; --epochs and --learning-rate are the command's own.
 RECORDED = ("batch_size", "sft_weight", "length_normalization", "max_length", "precision", "seed")
@@ -19,10 +20,7 @@ RECORDED = ("batch_size", "sft_weight", "length_normalization", "max_length", "p
 
 @pytest.fixture
 def pairs(tmp_path):
-    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(4)]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_pairs(tmp_path / "pairs.jsonl", 4)
 
 
 def recorded(model, pairs, output, *extra: str) -> dict:
