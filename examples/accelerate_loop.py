@@ -24,7 +24,7 @@ LOSS = {"loss": "plad_ranking", "sft_weight": 0.1}
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     accelerator = Accelerator()
-    model = load_model(args.model, device=accelerator.device).train()
+    model = load_model(args.model, dtype=torch.float32, device=accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     batches = pair_batches(args, model)
     # What the processes have in common is the wrapper: the loss is computed within its forward,

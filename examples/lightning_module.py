@@ -48,7 +48,7 @@ class Student(lightning.LightningModule):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    student = Student(load_model(args.model).train(), args.learning_rate)
+    student = Student(load_model(args.model, dtype=torch.float32).train(), args.learning_rate)
     trainer = lightning.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=args.output_dir
     )

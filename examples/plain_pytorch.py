@@ -20,7 +20,7 @@ from plad_fast.students import load_model
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model, device=device).train()
+    model = load_model(args.model, dtype=torch.float32, device=device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 
     for batch in pair_batches(args, model):

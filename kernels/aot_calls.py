@@ -109,7 +109,7 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
             *operands,
             bias,
             targets,
-            *(tokens, tokens, tokens),
+            *(tokens, tokens, tokens, tokens),
             tokens if case.rest else None,
             **_options(case),
             out=_empty(n, vocab, dtype=dtype),
@@ -125,7 +125,7 @@ def _call_rows(dtype: torch.dtype, out_dtype: torch.dtype, vocab: int, case: Cas
     logits_rows_backward(
         logits,
         targets,
-        *(tokens, tokens, tokens),
+        *(tokens, tokens, tokens, tokens),
         tokens if case.rest else None,
         bias=bias,
         **_options(case),

@@ -25,6 +25,7 @@ def _logits_gradient_kernel(
     bias_ptr,
     targets_ptr,
     lse_ptr,
+    tail_ptr,
     miss_ptr,
     grad_ptr,
     grad_lse_ptr,
@@ -98,12 +99,14 @@ def _logits_gradient_kernel(
         )
         z, capped = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
         lse = tl.load(lse_ptr + offs_n, mask=counted, other=0.0)
+        tail = tl.load(tail_ptr + offs_n, mask=counted, other=0.0)
         miss = tl.load(miss_ptr + offs_n, mask=counted, other=0.0)
         if HAS_SCALE:
             slope = slope / tl.load(scale_ptr)
         d_raw = logit_gradient(
             z,
             lse[:, None],
+            tail[:, None],
             offs_v[None, :] == targets[:, None],
             grad[:, None],
             grad_lse[:, None],
@@ -127,6 +130,7 @@ def logits_gradient(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (n,) int64
     lse: Tensor,  # (n,)
+    tail: Tensor,  # (n,)
     miss: Tensor,  # (n,)
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None,  # (n,)
@@ -158,6 +162,7 @@ def logits_gradient(
             bias,
             targets,
             lse,
+            tail,
             miss,
             grad_logprobs,
             grad_lse,
@@ -176,6 +181,7 @@ def logits_gradient(
         hidden if bias is None else bias,
         targets.contiguous(),
         lse.contiguous(),
+        tail.contiguous(),
         miss.contiguous(),
         grad_logprobs.contiguous(),
         grad_logprobs if grad_lse is None else grad_lse.contiguous(),

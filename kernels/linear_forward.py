@@ -39,6 +39,7 @@ class LinearStatistics(NamedTuple):
     counts: Tensor  # (S,) int64
     token_logprobs: Tensor  # (N,)
     lse: Tensor  # (N,)
+    tail: Tensor  # (N,) what rounding took from lse
     miss: Tensor  # (N,) 1 - p(target)
     entropy: Tensor | None  # (N,)
 
@@ -209,6 +210,7 @@ def _combine_kernel(
     counts_ptr,
     logprobs_ptr,
     lse_ptr,
+    tail_ptr,
     miss_ptr,
     entropy_ptr,
     num_tokens,
@@ -249,12 +251,13 @@ def _combine_kernel(
                 moment += decay * (part_moment + shift * part_rest)
             rest += decay * part_rest
             part += num_tokens
-        logprob, lse, miss, new_base = token_statistics(z_target, row_max, rest)
+        logprob, lse, tail, miss, base, log_total = token_statistics(z_target, row_max, rest)
         tl.store(logprobs_ptr + offs_n, tl.where(counted, logprob, 0.0), mask=exists)
         tl.store(lse_ptr + offs_n, tl.where(counted, lse, 0.0), mask=exists)
+        tl.store(tail_ptr + offs_n, tl.where(counted, tail, 0.0), mask=exists)
         tl.store(miss_ptr + offs_n, tl.where(counted, miss, 0.0), mask=exists)
         if WITH_ENTROPY:
-            entropy = entropy_of(moment, row_max, rest, z_target, new_base, lse - new_base)
+            entropy = entropy_of(moment, row_max, rest, z_target, base, log_total)
             tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
         sums += tl.where(counted, logprob, 0.0).to(tl.float64)
         counts += counted.to(tl.int64)
@@ -309,7 +312,7 @@ def linear_forward(
     def per_token() -> Tensor:
         return torch.empty(num_tokens, device=hidden.device, dtype=torch.float32)
 
-    logprobs, lse, miss = per_token(), per_token(), per_token()
+    logprobs, lse, tail, miss = per_token(), per_token(), per_token(), per_token()
     entropy = per_token() if with_entropy else None
     num_sequences = cu_seqlens.shape[0] - 1
     sums = torch.empty(num_sequences, device=hidden.device, dtype=torch.float32)
@@ -374,6 +377,7 @@ def linear_forward(
             counts,
             logprobs,
             lse,
+            tail,
             miss,
             lse if entropy is None else entropy,
             num_tokens,
@@ -385,4 +389,4 @@ def linear_forward(
             BLOCK_N=_COMBINED_TOKENS,
             num_warps=2,
         )
-    return LinearStatistics(sums, counts, logprobs, lse, miss, entropy)
+    return LinearStatistics(sums, counts, logprobs, lse, tail, miss, entropy)

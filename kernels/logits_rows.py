@@ -32,6 +32,7 @@ class RowStatistics(NamedTuple):
 
     token_logprobs: Tensor
     lse: Tensor
+    tail: Tensor  # what rounding took from lse
     miss: Tensor  # 1 - p(target)
     entropy: Tensor | None
 
@@ -43,6 +44,7 @@ def _logits_rows_forward_kernel(
     targets_ptr,
     logprobs_ptr,
     lse_ptr,
+    tail_ptr,
     miss_ptr,
     entropy_ptr,
     vocab,
@@ -65,6 +67,7 @@ def _logits_rows_forward_kernel(
     if target == ignore_index:
         tl.store(logprobs_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
+        tl.store(tail_ptr + row, 0.0)
         tl.store(miss_ptr + row, 0.0)
         if WITH_ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
@@ -96,15 +99,15 @@ def _logits_rows_forward_kernel(
             others, at_target = without_target(z[None, :], offs_v, targets, vocab, EVEN_V)
             z_target += at_target
             row_max, rest, moment = online_update(others, row_max, rest, moment, WITH_ENTROPY)
-        logprob, lse, miss, base = token_statistics(z_target, row_max, rest)
+        logprob, lse, tail, miss, base, log_total = token_statistics(z_target, row_max, rest)
         one = row + tl.arange(0, 1)
         tl.store(logprobs_ptr + one, logprob)
         tl.store(lse_ptr + one, lse)
+        tl.store(tail_ptr + one, tail)
         tl.store(miss_ptr + one, miss)
         if WITH_ENTROPY:
-            tl.store(
-                entropy_ptr + one, entropy_of(moment, row_max, rest, z_target, base, lse - base)
-            )
+            entropy = entropy_of(moment, row_max, rest, z_target, base, log_total)
+            tl.store(entropy_ptr + one, entropy)
 
 
 @triton.jit
@@ -141,6 +144,7 @@ def _logits_rows_backward_kernel(
     bias_ptr,
     targets_ptr,
     lse_ptr,
+    tail_ptr,
     miss_ptr,
     grad_ptr,
     grad_lse_ptr,
@@ -184,6 +188,7 @@ def _logits_rows_backward_kernel(
     if HAS_GRAD_LSE:
         grad_lse = tl.load(grad_lse_ptr + row)
     lse = tl.load(lse_ptr + row)
+    tail = tl.load(tail_ptr + row)
     miss = tl.load(miss_ptr + row)
     # Whatever came for an ignored row, also NaN.
     grad = tl.where(target == ignore_index, 0.0, grad)
@@ -205,7 +210,7 @@ def _logits_rows_backward_kernel(
             HAS_SOFTCAP,
             EVEN_V,
         )
-        d_raw = logit_gradient(z, lse, offs_v == target, grad, grad_lse, miss, HAS_GRAD_LSE)
+        d_raw = logit_gradient(z, lse, tail, offs_v == target, grad, grad_lse, miss, HAS_GRAD_LSE)
         if HAS_SOFTCAP:
             # A row without a gradient has 0 here, whatever its logits are.
             d_raw = tl.where(d_raw == 0.0, 0.0, d_raw * (1.0 - capped * capped))
@@ -232,11 +237,11 @@ def logits_rows_forward(
     """Statistics of every row; one launch."""
     vocab = logits.shape[-1]
     config = config or launch.rows_config(vocab)
-    count = 4 if with_entropy else 3
+    count = 5 if with_entropy else 4
     outputs = [
         torch.empty(targets.shape, device=logits.device, dtype=torch.float32) for _ in range(count)
     ]
-    logprobs, lse, miss, *entropies = outputs
+    logprobs, lse, tail, miss, *entropies = outputs
     if targets.numel():
         cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
         stride_ls, stride_lt = _row_strides(logits)
@@ -246,6 +251,7 @@ def logits_rows_forward(
             targets.contiguous(),
             logprobs,
             lse,
+            tail,
             miss,
             entropies[0] if entropies else lse,
             vocab,
@@ -265,13 +271,14 @@ def logits_rows_forward(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return RowStatistics(logprobs, lse, miss, entropies[0] if entropies else None)
+    return RowStatistics(logprobs, lse, tail, miss, entropies[0] if entropies else None)
 
 
 def logits_rows_backward(
     logits: Tensor,  # (N, V) or (S, T, V)
     targets: Tensor,  # (N,) or (S, T) int64
     lse: Tensor,  # of the targets' shape
+    tail: Tensor,  # of the targets' shape
     miss: Tensor,  # of the targets' shape
     grad_logprobs: Tensor,  # of the targets' shape
     grad_lse: Tensor | None,  # of the targets' shape
@@ -304,6 +311,7 @@ def logits_rows_backward(
         logits if bias is None else bias,
         targets.contiguous(),
         lse.contiguous(),
+        tail.contiguous(),
         miss.contiguous(),
         grad_logprobs.contiguous(),
         grad_logprobs if grad_lse is None else grad_lse.contiguous(),

@@ -85,9 +85,11 @@ def finite_base(row_max):
 
 @triton.jit
 def token_statistics(z_target, row_max, rest):
-    """Log-probability, lse and 1 - p of a target from the statistics of all other entries.
+    """Log-probability, lse, its tail, and 1 - p of a target; and the maximum and the log of the sum
+    that the lse consists of. From the statistics of all other entries.
 
     row_max and rest: max z and sum of exp(z - row_max) over them.
+    tail: what rounding takes from the lse, which each probability of a row would lose.
     """
     maximum = tl.maximum(row_max, z_target)
     base = finite_base(maximum)
@@ -99,7 +101,12 @@ def token_statistics(z_target, row_max, rest):
     undefined = (total != total) | (maximum == float("-inf"))
     log_total = tl.where(undefined, float("nan"), log_total)
     logprob = tl.where(undefined, float("nan"), z_target - base - log_total)
-    return logprob, base + log_total, rest / tl.maximum(total, 1e-37) + 0.0 * log_total, base
+    lse = base + log_total
+    # The error of a sum is a float itself (Knuth's TwoSum).
+    of_total = lse - base
+    tail = (base - (lse - of_total)) + (log_total - of_total)
+    miss = rest / tl.maximum(total, 1e-37) + 0.0 * log_total
+    return logprob, lse, tail, miss, base, log_total
 
 
 @triton.jit
@@ -114,8 +121,8 @@ def entropy_of(moment, row_max, rest, z_target, base, log_total):
 
 
 @triton.jit
-def logit_gradient(z, lse, is_target, grad, grad_lse, miss, HAS_GRAD_LSE: tl.constexpr):
-    """d z of a tile; grad, grad_lse, lse and miss broadcast over it.
+def logit_gradient(z, lse, tail, is_target, grad, grad_lse, miss, HAS_GRAD_LSE: tl.constexpr):
+    """d z of a tile; grad, grad_lse, lse, its tail and miss broadcast over it.
 
     A row whose gradients are 0 gets 0 whatever its logits are.
     """
@@ -129,4 +136,6 @@ def logit_gradient(z, lse, is_target, grad, grad_lse, miss, HAS_GRAD_LSE: tl.con
         at_target += grad_lse * (1.0 - miss)
         of_others += grad_lse
         silent = silent & (grad_lse == 0.0)
+    # A factor of the row, so that no entry pays for it.
+    of_others *= tl.exp(-tail)
     return tl.where(silent, 0.0, tl.where(is_target, at_target, of_others * probability))

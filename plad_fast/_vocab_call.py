@@ -21,7 +21,7 @@ from plad_fast.errors import UsageError
 from plad_fast.first_order import refuse_transforms
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.ops import autocast_head, checked_ignore_index, checked_scratch
-from plad_fast.segments import segment_sums
+from plad_fast.segments import segment_counts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -128,7 +128,7 @@ def agreed_call(
     if shards.rows < len(weight):
         weight, bias = weight[: shards.rows], None if bias is None else bias[: shards.rows]
     keep = targets != ignore_index
-    counts = segment_sums(keep.double(), cu_seqlens).long()
+    counts = segment_counts(keep, cu_seqlens)
     rows, num_tokens = keep.nonzero().squeeze(1), len(hidden)
     if len(rows) < num_tokens:
         hidden, targets = hidden.index_select(0, rows), targets[rows]

@@ -58,7 +58,7 @@ def linear_sequence_logprobs(
     impl: str,
     scratch_bytes: int,
     skip_inactive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`LinearStatistics`, with an empty entropy where none is asked for."""
     check.check_sequences(targets, cu_seqlens, len(weight), ignore_index)
     spec = LogitSpec(softcap, logit_scale, temperature)
@@ -69,7 +69,7 @@ def linear_sequence_logprobs(
             problem, length_normalization, with_entropy
         )
     entropy = statistics.lse.new_empty(0) if statistics.entropy is None else statistics.entropy
-    return (*statistics[:5], entropy)
+    return (*statistics[:6], entropy)
 
 
 @linear_sequence_logprobs.register_fake
@@ -84,9 +84,7 @@ def _(hidden, weight, bias, targets, cu_seqlens, *options):
     return (
         hidden.new_empty(num_sequences, dtype=dtype),
         targets.new_empty(num_sequences),
-        per_token(),
-        per_token(),
-        per_token(),
+        *(per_token() for _ in range(4)),
         per_token() if with_entropy else hidden.new_empty(0, dtype=dtype),
     )
 
@@ -105,6 +103,7 @@ def _linear_backward(
     cu_seqlens: Tensor,
     counts: Tensor,  # (S,)
     lse: Tensor,  # (N,)
+    tail: Tensor,  # (N,)
     miss: Tensor,  # (N,)
     softcap: Optional[float],
     logit_scale: float,
@@ -135,7 +134,7 @@ def _linear_backward(
     needs = (need_hidden, need_weight, need_bias)
     with alone_on(hidden):
         grads = get_backend(impl, hidden).linear_backward(
-            problem, lse, miss, upstream, needs, skip_inactive
+            problem, lse, tail, miss, upstream, needs, skip_inactive
         )
     first, second, third = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return first, second, third
@@ -151,12 +150,12 @@ def _(grad_sums, grad_token, grad_lse, hidden, weight, bias, *options):
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, cu_seqlens, *options = inputs
-    _, counts, _, lse, miss, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, counts, lse, miss)
+    _, counts, _, lse, tail, miss, entropy = output
+    ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, counts, lse, tail, miss)
     softcap, logit_scale, temperature, ignore_index, alpha, _, impl, scratch, skip = options
     ctx.options = softcap, logit_scale, temperature, ignore_index, alpha, impl, scratch, skip
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(counts, miss, entropy)
+    ctx.mark_non_differentiable(counts, tail, miss, entropy)
 
 
 @first_order_only
@@ -189,8 +188,8 @@ def stored_token_logprobs(
     ignore_index: int,
     impl: str,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token log-probabilities, lse and 1 - p(target), of the targets' shape."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token log-probabilities, lse, its tail and 1 - p(target), of the targets' shape."""
     check.check_sequences(targets.reshape(-1), cu_seqlens, logits.shape[-1], ignore_index)
     spec = LogitSpec(softcap, logit_scale, temperature)
     scratch = scratch_bytes or default_scratch_bytes(logits.device)
@@ -203,15 +202,16 @@ def stored_token_logprobs(
 @stored_token_logprobs.register_fake
 def _(logits, targets, *_):
     dtype = accumulation_dtype(logits.dtype)
-    return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(3))
+    return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(4))
 
 
-@torch.library.custom_op("plad_fast::stored_token_logprobs_backward", mutates_args=())
+@torch.library.custom_op("plad_fast::stored_token_logprobs_backward", mutates_args=(), tags=WAITING)
 def _stored_backward(
     grad: Tensor,
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
+    tail: Tensor,
     miss: Tensor,
     softcap: Optional[float],
     logit_scale: float,
@@ -224,7 +224,7 @@ def _stored_backward(
     scratch = scratch_bytes or default_scratch_bytes(logits.device)
     with alone_on(logits):
         return get_backend(impl, logits).stored_backward(
-            logits, targets, lse, miss, grad, spec, ignore_index, scratch
+            logits, targets, lse, tail, miss, grad, spec, ignore_index, scratch
         )
 
 
@@ -235,9 +235,9 @@ def _(grad, logits, *_):
 
 def _save_stored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, _, *ctx.options = inputs
-    _, lse, miss = output
-    ctx.save_for_backward(logits, targets, lse, miss)
-    ctx.mark_non_differentiable(lse, miss)
+    _, lse, tail, miss = output
+    ctx.save_for_backward(logits, targets, lse, tail, miss)
+    ctx.mark_non_differentiable(lse, tail, miss)
 
 
 @first_order_only

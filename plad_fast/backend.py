@@ -36,6 +36,7 @@ class LinearStatistics(NamedTuple):
     counts: Tensor  # (S,) int64, tokens that are not ignored
     token_logprobs: Tensor  # (N,)
     lse: Tensor  # (N,)
+    tail: Tensor  # (N,) what rounding took from lse, or 0 from a backend that has no use for it
     miss: Tensor  # (N,) 1 - p(target)
     entropy: Tensor | None  # (N,)
 
@@ -77,6 +78,7 @@ class Backend(Protocol):
         self,
         problem: LinearProblem,
         lse: Tensor,  # (N,)
+        tail: Tensor,  # (N,)
         miss: Tensor,  # (N,)
         upstream: Upstream,
         needs: tuple[bool, bool, bool],
@@ -108,14 +110,15 @@ class Backend(Protocol):
         spec: LogitSpec,
         ignore_index: int,
         scratch_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token log-probabilities, lse and miss, of the targets' shape."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token log-probabilities, lse, tail and miss, of the targets' shape."""
 
     def stored_backward(
         self,
         logits: Tensor,
         targets: Tensor,
         lse: Tensor,
+        tail: Tensor,
         miss: Tensor,
         grad: Tensor,  # of the targets' shape
         spec: LogitSpec,

@@ -8,11 +8,12 @@ N tokens, V vocabulary, D hidden, S sequences.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plad_fast.backend import HeadGradient, LinearProblem, LinearStatistics, Upstream
 from plad_fast.onepass import linear_preference_loss
-from plad_fast.segments import length_normalized, segment_sums
+from plad_fast.segments import length_normalized, segment_counts, segment_sums
 from plad_fast.softmax_rows import RowStatistics
 from plad_fast.stored_logits import stored_backward, stored_forward
 from plad_fast.workspace import HeadGradients, Workspace
@@ -46,8 +47,8 @@ def linear_forward(
     rows = keep.nonzero().squeeze(1)
     space = Workspace(hidden[: len(rows)], weight, bias, spec, scratch_bytes, for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=space.products.dtype)
-    lse, miss = token_logprobs.clone(), token_logprobs.clone()
-    entropy = token_logprobs.clone() if with_entropy else None
+    lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
+    entropy = torch.zeros_like(token_logprobs) if with_entropy else None
     for chunk in space.chunks(0, len(rows)):
         at = _slice_if_whole(rows[chunk], chunk, len(hidden) == len(rows))
         part = space.forward(hidden[at], targets[at], with_entropy)
@@ -56,15 +57,17 @@ def linear_forward(
         miss[at] = part.miss
         if entropy is not None and part.entropy is not None:
             entropy[at] = part.entropy
-    counts = segment_sums(keep.to(token_logprobs.dtype), cu_seqlens).long()
+    counts = segment_counts(keep, cu_seqlens)
     sums = segment_sums(token_logprobs, cu_seqlens)
     sums = length_normalized(sums, counts, length_normalization)
-    return LinearStatistics(sums, counts, token_logprobs, lse, miss, entropy)
+    return LinearStatistics(sums, counts, token_logprobs, lse, tail, miss, entropy)
 
 
 def linear_backward(
     problem: LinearProblem,
-    lse: Tensor,  # (N,), not needed: the statistics come with the second product
+    # Not needed: the statistics come with the second product.
+    lse: Tensor,  # (N,)
+    tail: Tensor,  # (N,)
     miss: Tensor,  # (N,)
     upstream: Upstream,
     needs: tuple[bool, bool, bool],

@@ -40,19 +40,48 @@ _SELECTION = (
     *("teacher_samples", "student_samples", "scorer", "select", "list_size", "drop_contradicted"),
     *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
 )
+_LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
+_RESOURCES = (
+    *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),
+    *("precision", "saves_per_stage"),
+)
+_EVALUATION = ("eval_scorer", "calibration_samples")
 _PAIR_SETTINGS = (
     *(*_PROMPTS, "teacher_temperature", *_GENERATION, "precision"),
     *(*_SELECTION, *_ENDPOINT),
 )
-_TRAIN_SETTINGS = (
-    *("beta", "loss_args", "sft_weight", "length_normalization", "batch_size", "micro_batch_size"),
-    "max_tokens_per_batch",
-    *("max_length", "precision", "saves_per_stage", "seed"),
-)
+_TRAIN_SETTINGS = (*_LOSS, *_RESOURCES, "seed")
 _EVALUATE_SETTINGS = (
     *("length_normalization", *_GENERATION, "max_length", "precision"),
-    *("eval_scorer", "calibration_samples", *_ENDPOINT),
+    *(*_EVALUATION, *_ENDPOINT),
 )
+# Of `--help`, in this order.
+_GROUPS = {
+    "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
+    "prompts": (*_PROMPTS, "held_out", "sft_share"),
+    "answers": ("teacher_temperature", *(name for name in _GENERATION if name != "seed")),
+    "scores and pairs": _SELECTION,
+    "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
+    "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS),
+    "evaluation": _EVALUATION,
+    "memory, precision, checkpoints": _RESOURCES,
+    "teacher or judge by endpoint": _ENDPOINT,
+}
+# Where a setting means less than in `distill`.
+_HELP = {
+    "pairs": {"seed": "of sampling"},
+    "train": {
+        "seed": "of the order of the pairs and of dropout",
+        "batch_size": "pairs in an optimizer step",
+    },
+    "evaluate": {
+        "seed": "of sampling",
+        "max_new_tokens": "tokens of an answer at most",
+        "student_temperature": "of the students' samples",
+        "length_normalization": "alpha of s(y) / |y|**alpha: 1 ranks by nat per token (default: 1)",
+    },
+}
+_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,11 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     distill = add("distill", _distill, "The whole recipe: fine-tune, pair, calibrate, evaluate.")
     distill.add_argument("--config", help="YAML file with these settings; flags win over it")
     _add_overwrite(distill)
-    _add_settings(distill, DistillConfig)
+    _add_settings(distill)
 
-    quickstart = add(
-        "quickstart", _quickstart, "`distill` offline, with everything at its default."
-    )
+    quickstart = add("quickstart", _quickstart, "`distill` offline, with its defaults.")
     quickstart.add_argument("--output-dir", default="runs/quickstart", help="run folder")
     _add_overwrite(quickstart)
 
@@ -116,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--student", required=True, help="hub id, folder or .gguf file")
     pairs.add_argument("--output-dir", required=True, help="folder for pairs.jsonl and the answers")
     _add_overwrite(pairs, "discard the answers stored in the folder first")
-    _add_settings(pairs, DistillConfig, _PAIR_SETTINGS)
+    _add_settings(pairs, "pairs", _PAIR_SETTINGS)
 
     train = add("train", _train, "Train a model on preference pairs, or fine-tune on their chosen.")
     train.add_argument(
@@ -125,13 +152,21 @@ def _parser() -> argparse.ArgumentParser:
         help="hub id, folder or .gguf file; adapters of PEFT are merged into their base first",
     )
     train.add_argument(
-        "--pairs", required=True, help="JSONL or Parquet of prompt, chosen, rejected"
+        "--pairs",
+        required=True,
+        help="JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected",
     )
     train.add_argument("--output-dir", required=True, help="folder to make for the trained model")
     train.add_argument("--epochs", default="1", help="passes over the pairs (default: 1)")
     train.add_argument("--learning-rate", default="2e-5", help="peak (default: 2e-5)")
-    train.add_argument("--loss", default="plad_ranking", help="see `plad-fast doctor`, or sft")
-    _add_settings(train, DistillConfig, _TRAIN_SETTINGS)
+    train.add_argument(
+        "--loss",
+        default="plad_ranking",
+        help="sft fine-tunes on the chosen responses alone; `plad-fast doctor` lists the others "
+        "(default: plad_ranking)",
+    )
+    _add_overwrite(train, "discard the model and the checkpoints of an earlier training first")
+    _add_settings(train, "train", _TRAIN_SETTINGS)
 
     evaluate = add("evaluate", _evaluate, "Compare students on held-out pairs; write a report.")
     evaluate.add_argument(
@@ -140,16 +175,17 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME=PATH",
-        help="a student and its folder; repeat, the first is the baseline",
+        help="a student and its folder; repeat: the first is the baseline, the last the one that "
+        "the report is about",
     )
     evaluate.add_argument(
-        "--pairs", required=True, help="held-out JSONL of prompt, chosen, rejected"
+        "--pairs", required=True, help="held-out pairs of prompt, chosen, rejected, as of train"
     )
     evaluate.add_argument(
         "--output-dir", required=True, help="folder for metrics.json, report.html"
     )
     _add_overwrite(evaluate, "discard the answers and scores stored in the folder first")
-    _add_settings(evaluate, DistillConfig, _EVALUATE_SETTINGS)
+    _add_settings(evaluate, "evaluate", _EVALUATE_SETTINGS)
 
     add("doctor", _doctor, "Versions, devices, and which backend would be used and why.")
     return parser
@@ -162,22 +198,26 @@ def _add_overwrite(
 
 
 def _add_settings(
-    command: argparse.ArgumentParser, config: type, names: Sequence[str] | None = None
+    command: argparse.ArgumentParser, name: str = "distill", names: Sequence[str] | None = None
 ) -> None:
     """A flag for every setting, or for those named. What is not given stays out of the result."""
-    for field in dataclasses.fields(config):
-        if names is not None and field.name not in names:
-            continue
-        default = "" if field.default is None else f" (default: {field.default})"
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
-        command.add_argument(
-            flag(field.name),
-            dest=field.name,
-            **switch,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=(field.metadata["help"] + default).replace("%", "%%"),
-        )
+    fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    for title, members in _GROUPS.items():
+        wanted = [fields[member] for member in members if names is None or member in names]
+        group = command.add_argument_group(title) if wanted else None
+        for field in wanted:
+            assert group is not None
+            text = _HELP.get(name, {}).get(field.name, field.metadata["help"])
+            default = "" if field.default is None else f" (default: {field.default})"
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
+            group.add_argument(
+                flag(field.name),
+                dest=field.name,
+                **switch,
+                default=argparse.SUPPRESS,
+                metavar=_METAVARS.get(str(field.type).split(" ")[0], "true|false"),
+                help=(text + default).replace("%", "%%"),
+            )
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -201,7 +241,9 @@ def _distill(arguments: argparse.Namespace) -> None:
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
-    _run_distill(DistillConfig(output_dir=arguments.output_dir), arguments.overwrite)
+    # The built-in prompts ask for a sentence or two.
+    config = DistillConfig(output_dir=arguments.output_dir, max_new_tokens=48)
+    _run_distill(config, arguments.overwrite)
 
 
 def _run_distill(config: DistillConfig, overwrite: bool) -> None:
@@ -226,7 +268,9 @@ def _train(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from plad_fast.stages import train_on_pairs
 
-    train_on_pairs(arguments.model, arguments.pairs, **_given(arguments))
+    train_on_pairs(
+        arguments.model, arguments.pairs, overwrite=arguments.overwrite, **_given(arguments)
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

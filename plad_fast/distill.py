@@ -282,6 +282,7 @@ class _Distillation:
             seed=config.seed,
             precision=config.precision,
             max_length=config.max_length,
+            gradient_checkpointing=config.gradient_checkpointing,
             **options,
         )
 

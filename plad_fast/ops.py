@@ -15,7 +15,7 @@ from plad_fast import autograd
 from plad_fast import validation as check
 from plad_fast.first_order import refuse_transforms
 from plad_fast.logit_spec import LogitSpec
-from plad_fast.segments import length_normalized, segment_sums
+from plad_fast.segments import length_normalized, segment_counts, segment_sums
 
 
 class SequenceLogProbs(NamedTuple):
@@ -81,12 +81,14 @@ def linear_sequence_logprobs(
             that count; for 16-bit weights a float32 gradient accumulator.
         skip_inactive: leave tokens whose upstream gradient is zero out of the backward's
             products. Their number must be known for that, so the backward waits once for a GPU;
-            False never waits.
+            with False the Triton backend never waits.
         return_lse: also return `lse`.
         return_entropy: also return `entropy`.
 
     Raises:
-        UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
+        UsageError: shapes, dtypes, devices, targets or options that do not fit; says which. Values
+            of targets and cu_seqlens on a GPU are an assertion of the device there, which it
+            reports when it comes to them.
     """
     hidden, weight, bias = checked_head(hidden, weight, bias)
     check.check_targets(targets, len(hidden), hidden.device)
@@ -99,7 +101,7 @@ def linear_sequence_logprobs(
     ):
         check.check_flag(name, flag)
     spec = checked_spec(softcap, logit_scale, temperature)
-    sums, counts, token_logprobs, lse, _, entropy = autograd.linear_sequence_logprobs(
+    sums, counts, token_logprobs, lse, _, _, entropy = autograd.linear_sequence_logprobs(
         hidden,
         weight,
         bias,
@@ -158,7 +160,7 @@ def sequence_logprobs(
     check.check_length_normalization(length_normalization)
     spec = checked_spec(softcap, logit_scale, temperature)
     targets, cu_seqlens = targets.long(), cu_seqlens.long()
-    token_logprobs, _, _ = autograd.stored_token_logprobs(
+    token_logprobs, *_ = autograd.stored_token_logprobs(
         logits,
         targets,
         cu_seqlens,
@@ -170,7 +172,7 @@ def sequence_logprobs(
         checked_scratch(scratch_bytes),
     )
     token_logprobs = token_logprobs.reshape(-1)
-    counts = segment_sums((flat_targets != ignore_index).double(), cu_seqlens).long()
+    counts = segment_counts(flat_targets != ignore_index, cu_seqlens)
     sums = segment_sums(token_logprobs, cu_seqlens)
     normalized = length_normalized(sums, counts, length_normalization)
     return SequenceLogProbs(normalized, counts, token_logprobs)

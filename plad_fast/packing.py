@@ -96,6 +96,11 @@ class PreferenceCollator:
                     f"a row has {found} responses where groups of {self.group_size} were "
                     "expected; all rows need the same number"
                 )
+            if not len(feature["prompt_ids"]) and self.layout != "encoder_decoder":
+                raise UsageError(
+                    "a row has empty prompt_ids, and nothing would predict the first token of its "
+                    "responses; begin them with the tokenizer's BOS token"
+                )
         groups = [_Group(f["prompt_ids"], f["response_ids"]) for f in features]
         if self.layout == "encoder_decoder":
             batch = self._encoder_decoder(groups)
@@ -109,7 +114,12 @@ class PreferenceCollator:
             [[g.shared if shares else g.unshared, g.unshared] for g in groups]
         )
         for name in ("scores", "reference_logps"):
-            if name in features[0]:
+            having = sum(name in feature for feature in features)
+            if 0 < having < len(features):
+                raise UsageError(
+                    f"{having} of {len(features)} rows of a batch have {name}; all or none must"
+                )
+            if having:
                 values = [value for feature in features for value in feature[name]]
                 batch[name] = torch.tensor(values, dtype=torch.float32)
         return batch

@@ -31,9 +31,10 @@ def products_for(weight: Tensor, block_bytes: int) -> Products:
     """The strategy for this dtype and device."""
     if weight.dtype in (torch.float32, torch.float64):
         return Products(weight, block_bytes)
-    if weight.is_cuda:
+    if weight.is_cuda and not torch.version.hip:
         return CudaHalfProducts(weight, block_bytes)
-    if weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
         return CpuBfloat16Products(weight, block_bytes)
     return UpcastProducts(weight, block_bytes)
 

@@ -14,7 +14,7 @@ from typing import Any
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
 from plad_fast.pair_settings import OFFLINE_TEACHER, PairSettings, flag, setting
-from plad_fast.training_checks import check_training
+from plad_fast.training_checks import check_training, recipe_terms
 
 __all__ = ["BUILTIN_PROMPTS", "OFFLINE_TEACHER", "DistillConfig", "coerce", "flag", "load_settings"]
 
@@ -23,7 +23,7 @@ BUILTIN_PROMPTS = "builtin"
 
 @dataclass(frozen=True)
 class DistillConfig(PairSettings):
-    """Everything `plad-fast distill` can be told. The defaults are those of the quickstart.
+    """Everything `plad-fast distill` can be told.
 
     Raises:
         UsageError: a value out of range, in one sentence with the flag's name.
@@ -60,7 +60,7 @@ class DistillConfig(PairSettings):
     seed: int = setting(0, "of the split, of sampling and of training")
 
     max_new_tokens: int = setting(
-        48, "length limit of an answer; answers that reach it are dropped"
+        256, "tokens of an answer at most; those that are cut off there make no pairs"
     )
     teacher_temperature: float = setting(0.0, "of the teacher's answers; 0 is greedy")
     student_temperature: float = setting(
@@ -82,9 +82,12 @@ class DistillConfig(PairSettings):
         None, "margin of the loss, or its weight of the reference; default: the loss's own"
     )
     loss_args: str | None = setting(None, 'further options of the loss as JSON: {"gamma": 0.5}')
-    sft_weight: float = setting(1.0, "weight of the NLL regulariser; the loss sft has none")
+    sft_weight: float = setting(
+        None, "weight of the NLL regulariser; default: 1 for plad_*, cpo and orpo, else 0"
+    )
     length_normalization: float = setting(
-        1.0, "alpha of s(y) / |y|**alpha: 1 ranks by nat per token; the loss sft has none"
+        None,
+        "alpha of s(y) / |y|**alpha: 1 ranks by nat per token; default: 1 for plad_*, else 0",
     )
     epochs: float = setting(2.0, "passes over the pairs")
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration")
@@ -107,9 +110,17 @@ class DistillConfig(PairSettings):
         "samples of each student to each held-out prompt, to see whether its likelihood tells "
         "good answers from bad; 0 leaves that out",
     )
+    gradient_checkpointing: bool = setting(
+        False,
+        "compute activations again in the backward: less memory, a third more time",
+        affects_results=False,
+    )
     saves_per_stage: int = setting(2, "checkpoints in each training", affects_results=False)
 
     def __post_init__(self) -> None:
+        terms = recipe_terms(self.loss, self.sft_weight, self.length_normalization)
+        for name, value in zip(("sft_weight", "length_normalization"), terms, strict=True):
+            object.__setattr__(self, name, value)
         for f in dataclasses.fields(self):
             _require_type(f, getattr(self, f.name))
         object.__setattr__(self, "output_dir", expanded(self.output_dir))

@@ -99,6 +99,7 @@ class RecipeTexts:
             self._teacher_file,
             self._teacher_sampling,
             fingerprint=self._teacher_fingerprint(),
+            to_the_end=True,
         )
         stopped = getattr(getattr(teacher, "endpoint", None), "stopped", "")
         if answered.failures and stopped:
@@ -159,6 +160,7 @@ class RecipeTexts:
             self.folder / "answers" / f"student{suffix}.jsonl",
             self.student_sampling(round_number, n),
             fingerprint={"student": name},
+            to_the_end=True,
         ).answers
 
     def student_sampling(self, round_number: int = 1, n: int = 1) -> Sampling:

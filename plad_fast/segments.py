@@ -19,6 +19,15 @@ def segment_sums(
     return torch.segment_reduce(wide, "sum", offsets=cu_seqlens, initial=0).to(values.dtype)
 
 
+def segment_counts(
+    keep: Tensor,  # (N,) bool
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,) int64
+    """How many of keep[cu_seqlens[i] : cu_seqlens[i + 1]] are set, for every i."""
+    before = torch.nn.functional.pad(keep.long().cumsum(0), (1, 0))[cu_seqlens]
+    return before.diff()
+
+
 def length_normalized(
     sums: Tensor,  # (S,)
     counts: Tensor,  # (S,)

@@ -17,6 +17,7 @@ from plad_fast._recipe_data import (
     write_jsonl,
 )
 from plad_fast._records import model_digest
+from plad_fast.errors import UsageError
 from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
     Sampling,
@@ -30,8 +31,8 @@ from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.stage_folder import claim_folder
-from plad_fast.students import load_tokenizer, offline_teacher_path
-from plad_fast.training import is_trained, train_model
+from plad_fast.students import check_loadable, load_tokenizer, offline_teacher_path
+from plad_fast.training import discard_training, is_trained, train_model
 from plad_fast.training_checks import check_training
 
 # The endpoint's address is among what the teacher is known by.
@@ -68,6 +69,7 @@ def pair_models(
     if scorer is not None:
         scorer.check(prompts)
     source = _resolve(student)
+    check_loadable(source)
     tokenizer = load_tokenizer(source)
     # Made now, so that what is wrong with an endpoint's settings is found out before any work.
     opened = [config.open_teacher(precision=config.precision, columns=columns)]
@@ -131,6 +133,7 @@ def pair_models(
         stores[0],
         sampling,
         fingerprint=teacher_made_by,
+        to_the_end=True,
     ).answers
     student_answers = stored_answers(
         lambda: open_local_model(source, "student", precision=config.precision),
@@ -145,6 +148,7 @@ def pair_models(
             seed=config.seed + 1,
         ),
         fingerprint=student_made_by,
+        to_the_end=True,
     ).answers
 
     def write() -> str:
@@ -177,6 +181,7 @@ def train_on_pairs(
     loss: str = "plad_ranking",
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
+    overwrite: bool = False,
     **options: Any,
 ) -> Path:
     """Train a model on a file of pairs; make `output_dir`. Resumable.
@@ -184,6 +189,7 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
+        overwrite: discard the model and the checkpoints of another training first.
         options: of `train_model`, whose defaults they have, and `saves_per_stage`.
 
     Raises:
@@ -196,6 +202,16 @@ def train_on_pairs(
     check_training({**given, **options})
     rows = read_pairs(pairs)
     folder = Path(expanded(output_dir))
+    check_loadable(_resolve(model))
+    if overwrite:
+        for name, source in (("--model", model), ("--pairs", pairs)):
+            inside = (Path(source).resolve(), *Path(source).resolve().parents)
+            if folder.resolve() in inside:
+                raise UsageError(
+                    f"{name} {source} lies in --output-dir, which --overwrite would empty; choose "
+                    "another --output-dir"
+                )
+        discard_training(folder)
     done_before = is_trained(folder)
     log = train_model(
         _resolve(model),

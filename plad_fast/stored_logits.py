@@ -22,25 +22,29 @@ def stored_forward(
     spec: LogitSpec,
     ignore_index: int,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, lse and miss of every target, 0 where it is ignored."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability, lse, a tail of 0, and miss of every target, 0 where it is ignored."""
     dtype = accumulation_dtype(logits.dtype)
-    results = [logits.new_zeros(targets.shape, dtype=dtype) for _ in range(3)]
+    token_logprobs, lse, tail, miss = (
+        logits.new_zeros(targets.shape, dtype=dtype) for _ in range(4)
+    )
     scratch = logits.new_empty(_block_rows(logits, scratch_bytes), logits.shape[-1], dtype=dtype)
     for block in _blocks(logits, scratch_bytes):
         keep = targets[block] != ignore_index
         buffer = scratch[: len(keep)].copy_(logits[block])
         part = softmax_rows_(buffer, targets[block].where(keep, 0), spec)
-        lse = part.row_max + part.sum_exp.log()
-        for result, values in zip(results, (part.token_logprobs, lse, part.miss), strict=True):
-            result[block] = values.where(keep, 0)
-    return results[0], results[1], results[2]
+        token_logprobs[block] = part.token_logprobs.where(keep, 0)
+        lse[block] = (part.row_max + part.sum_exp.log()).where(keep, 0)
+        miss[block] = part.miss.where(keep, 0)
+    return token_logprobs, lse, tail, miss
 
 
 def stored_backward(
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,  # not needed: the statistics are taken again
+    # Not needed: the statistics are taken again.
+    lse: Tensor,
+    tail: Tensor,
     miss: Tensor,
     grad: Tensor,  # of the targets' shape
     spec: LogitSpec,

@@ -106,6 +106,22 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_loadable(source: str | os.PathLike[str]) -> None:
+    """That there is a configuration, and in a folder weights, before long work; nothing is loaded.
+
+    Raises:
+        UsageError: something is missing; says what.
+    """
+    is_encoder_decoder(source)
+    folder = Path(source)
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise UsageError(
+            f"folder {str(folder)!r} holds no weights ({', '.join(patterns)}); save the model "
+            "there with model.save_pretrained"
+        )
+
+
 def holds_model(folder: Path) -> bool:
     """Whether there is something in a folder that `load_model` may be able to load."""
     names = ("config.json", ADAPTER_CONFIG)
@@ -157,6 +173,8 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
     path = Path(source)
+    if _is_path(source) and not path.exists():
+        raise UsageError(f"there is nothing at {str(path)!r}; check the path")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"there is no file {str(path)!r}; check the path")
@@ -170,6 +188,12 @@ def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
         if files:
             return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
     return {"pretrained_model_name_or_path": os.fspath(source)}
+
+
+def _is_path(source: str | os.PathLike[str]) -> bool:
+    """Whether it can be nothing but a path: a hub id has one slash at most, and begins a name."""
+    text = os.fspath(source)
+    return text.startswith(("/", ".", "~")) or text.count("/") > 1
 
 
 def _class_of(location: Mapping[str, Any]) -> Any:

@@ -35,6 +35,7 @@ from plad_fast.packing import (
 )
 from plad_fast.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.sharing import prepare
+from plad_fast.training_checks import warn_of_narrow_weights
 from plad_fast.training_config import PLaDConfig
 from plad_fast.training_data import (
     Features,
@@ -130,6 +131,7 @@ class PLaDTrainer(Trainer):
             )
         if args.disable_dropout and not args.fine_tunes:
             disable_dropout(model)
+        warn_of_narrow_weights(model)
         self._has_router_loss = asks_for_router_loss(model)
 
         def encode(rows: Rows | None, name: str) -> Dataset | None:

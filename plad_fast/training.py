@@ -18,9 +18,9 @@ from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._records import digest, model_digest, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
-from plad_fast.losses import get_loss
 from plad_fast.run_folder import lock_folder
 from plad_fast.students import load_model, load_tokenizer
+from plad_fast.training_checks import recipe_terms
 
 if TYPE_CHECKING:
     from plad_fast.trainer import PLaDTrainer
@@ -44,6 +44,7 @@ def train_model(
     seed: int = 0,
     precision: str = "auto",
     max_length: int = 1024,
+    gradient_checkpointing: bool = False,
     beta: float | None = None,
     loss_args: str | None = None,
     sft_weight: float | None = None,
@@ -63,8 +64,7 @@ def train_model(
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args: see `PLaDConfig`.
-        sft_weight, length_normalization: see `PLaDConfig`; None for 1, and for 0 where the loss is
-            a likelihood, as "sft" is, which has neither.
+        sft_weight, length_normalization: see `PLaDConfig`; None for those of `recipe_terms`.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
@@ -72,6 +72,7 @@ def train_model(
         seed: of the order of the rows and of dropout.
         precision: "float32", "bfloat16" autocast, or "auto".
         max_length: tokens of prompt and response.
+        gradient_checkpointing: compute activations again in the backward rather than keep them.
 
     Returns:
         The trainer's log history.
@@ -80,10 +81,7 @@ def train_model(
         UsageError: the folder holds something else, or checkpoints of another training lie beside
             it, or another process trains there; and from loading or from the trainer.
     """
-    unless_likelihood = 0.0 if get_loss(loss).mean_over == "tokens" else 1.0
-    sft_weight = unless_likelihood if sft_weight is None else sft_weight
-    if length_normalization is None:
-        length_normalization = unless_likelihood
+    sft_weight, length_normalization = recipe_terms(loss, sft_weight, length_normalization)
     micro = micro_batch_size or batch_size
     if batch_size % micro:
         raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
@@ -134,6 +132,7 @@ def train_model(
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=batch_size // micro,
             max_tokens_per_batch=max_tokens_per_batch,
+            gradient_checkpointing=gradient_checkpointing,
             bf16=autocast_dtype(precision) == torch.bfloat16,
             seed=seed,
             save_steps=max(1, math.ceil(steps / saves)),
@@ -186,15 +185,39 @@ def is_trained(output: Path) -> bool:
     return output.exists() and not (output.is_dir() and not any(output.iterdir()))
 
 
+def discard_training(output: Path) -> None:
+    """Removes the model and the checkpoints that `train_model` made, where there are any.
+
+    Raises:
+        UsageError: there is something else, or another process trains there; it is left alone.
+    """
+    folders = [output, output.with_name(f"{output.name}.checkpoints")]
+    folders = [folder for folder in folders if is_trained(folder)]
+    for folder in folders:
+        if not (folder / _RECORD).is_file():
+            raise UsageError(
+                f"{folder} has no record of a training ({_RECORD}) and is not discarded; choose "
+                "another --output-dir, or delete it yourself"
+            )
+    for folder in folders:
+        lock = lock_folder(folder)
+        try:
+            shutil.rmtree(folder)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
 def _require_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises UsageError unless the training of this record made the folder."""
-    advice = f"choose another --output-dir, or delete {folder}"
     try:
         found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UsageError(
-            f"{folder} is there already and has no record of a training ({_RECORD}); {advice}"
+            f"{folder} is there already and has no record of a training ({_RECORD}); choose "
+            "another --output-dir, or delete it"
         ) from None
+    advice = "choose another --output-dir, or pass --overwrite to start anew"
     require_equal(found, json.loads(json.dumps(record)), folder, advice)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss, read_loss_args
 from plad_fast.objective import Objective
 from plad_fast.pair_settings import flag
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -16,6 +21,38 @@ _COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch", "saves_per_
 _POSITIVE = ("epochs", "learning_rate")
 _NOT_NEGATIVE = ("sft_weight", "length_normalization")
 _OF_PREFERENCES = ("sft_weight", "length_normalization")
+# Losses to which their papers add the likelihood of the chosen response, and those that rank by
+# nats per token.
+_WITH_LIKELIHOOD = ("plad_ranking", "plad_margin", "plad_listwise", "cpo", "orpo")
+_PER_TOKEN = ("plad_ranking", "plad_margin", "plad_listwise")
+
+
+def recipe_terms(
+    loss: str, sft_weight: float | None, length_normalization: float | None
+) -> tuple[float, float]:
+    """(sft_weight, length_normalization), with those of the recipe where there is None.
+
+    1 and 1 for PLaD's losses, 1 and 0 for CPO and ORPO, which have the likelihood as a term, and
+    0 and 0 for all others: "dpo" is DPO.
+    """
+    if sft_weight is None:
+        sft_weight = float(loss in _WITH_LIKELIHOOD)
+    if length_normalization is None:
+        length_normalization = float(loss in _PER_TOKEN)
+    return sft_weight, length_normalization
+
+
+def warn_of_narrow_weights(model: torch.nn.Module) -> None:
+    """Logs that weights of 16 bits are to be trained, which loses most of what AdamW would add."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    narrow = trained & {torch.bfloat16, torch.float16}
+    if narrow:
+        logger.warning(
+            "the weights to train are %s: updates below 2**-9 of a weight are lost, and at the "
+            "learning rates of calibration most are. Load the model with dtype=torch.float32 and "
+            "set bf16=True, which multiplies in bfloat16 all the same",
+            str(narrow.pop()).removeprefix("torch."),
+        )
 
 
 def check_training(settings: Mapping[str, Any]) -> None:

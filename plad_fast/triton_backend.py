@@ -91,6 +91,7 @@ def linear_forward(
 def linear_backward(
     problem: LinearProblem,
     lse: Tensor,  # (N,)
+    tail: Tensor,  # (N,)
     miss: Tensor,  # (N,)
     upstream: Upstream,
     needs: tuple[bool, bool, bool],
@@ -100,13 +101,8 @@ def linear_backward(
 
     hidden, weight, bias, targets, _, spec, ignore_index, scratch_bytes = problem
     grad, grad_lse = upstream
-    rows = upstream.active().nonzero().squeeze(1) if skip_inactive else None
-    if rows is not None and len(rows) < len(hidden):
-        hidden, targets, lse, miss, grad = (x[rows] for x in (hidden, targets, lse, miss, grad))
-        grad_lse = None if grad_lse is None else grad_lse[rows]
-    else:
-        rows = None
-    ignored = None if skip_inactive else (targets == ignore_index)[:, None]
+    active_rows = upstream.active().nonzero().squeeze(1) if skip_inactive else None
+    count = len(hidden) if active_rows is None else len(active_rows)
     products = products_for(weight, scratch_bytes // _BLOCK_SHARE)
     grads = HeadGradients(
         hidden if needs[0] else None,
@@ -114,45 +110,46 @@ def linear_backward(
         bias if needs[2] else None,
         products,
     )
-    if len(hidden):
+    if count:
         bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
         scale = products.operand_scale(bound.max() * abs(spec.slope))
-        out = _scratch(products.operand_dtype, hidden, weight, scratch_bytes)
-        for start in range(0, len(hidden), len(out)):
-            chunk = slice(start, min(start + len(out), len(hidden)))
+        out = _scratch(products.operand_dtype, count, weight, scratch_bytes)
+        for start in range(0, count, len(out)):
+            chunk = slice(start, min(start + len(out), count))
+            rows: slice | Tensor = chunk
+            if active_rows is not None and count < len(hidden):
+                rows = active_rows[chunk]
+            h, t = hidden[rows], targets[rows]
             d_logits = logits_gradient(
-                hidden[chunk],
+                h,
                 weight,
                 bias,
-                targets[chunk],
-                lse[chunk],
-                miss[chunk],
-                grad[chunk],
-                None if grad_lse is None else grad_lse[chunk],
+                t,
+                lse[rows],
+                tail[rows],
+                miss[rows],
+                grad[rows],
+                None if grad_lse is None else grad_lse[rows],
                 **_logit_options(spec, ignore_index),
                 out=out[: chunk.stop - chunk.start],
                 scale=scale,
             )
-            h = hidden[chunk]
-            if ignored is not None:
-                # Whatever is there, even if it is not finite, adds nothing.
-                h = h.masked_fill(ignored[chunk], 0)
-            grads.add(Operand(d_logits, scale), h, chunk)
-    result = grads.finish(weight.dtype)
-    if rows is None or result.hidden is None:
-        return result
-    spread = torch.zeros_like(problem.hidden)
-    return result._replace(hidden=spread.index_copy_(0, rows, result.hidden))
+            if not skip_inactive:
+                # Whatever an ignored token holds, even if it is not finite, adds nothing.
+                h = h.masked_fill((t == ignore_index)[:, None], 0)
+            grads.add(Operand(d_logits, scale), h, rows)
+    return grads.finish(weight.dtype)
 
 
-def _scratch(dtype: torch.dtype, hidden: Tensor, weight: Tensor, scratch_bytes: int) -> Tensor:
-    """Room for the gradient of as many rows of logits as the budget allows, (rows, V)."""
+def _scratch(dtype: torch.dtype, count: int, weight: Tensor, scratch_bytes: int) -> Tensor:
+    """Room for the gradient of as many of the rows of logits as the budget allows, (rows, V)."""
     vocab, width = weight.shape
     budget = scratch_bytes - scratch_bytes // _BLOCK_SHARE
-    rows = max(1, budget // (vocab * dtype.itemsize + 4 * width))
+    # Beside its logits a row may have a copy of its hidden state and its gradient in float32.
+    rows = max(1, budget // (vocab * dtype.itemsize + (4 + weight.dtype.itemsize) * width))
     # Chunks of nearly the same length: a short last one would leave a GPU idle.
-    count = -(-len(hidden) // rows)
-    return hidden.new_empty(-(-len(hidden) // count), vocab, dtype=dtype)
+    chunks = -(-count // rows)
+    return weight.new_empty(-(-count // chunks), vocab, dtype=dtype)
 
 
 def linear_preference_loss(
@@ -182,7 +179,7 @@ def stored_forward(
     spec: LogitSpec,
     ignore_index: int,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from plad_fast.kernels.logits_rows import logits_rows_forward
 
     statistics = logits_rows_forward(
@@ -192,13 +189,14 @@ def stored_forward(
         **_logit_options(spec, ignore_index),
         with_entropy=False,
     )
-    return statistics.token_logprobs, statistics.lse, statistics.miss
+    return statistics.token_logprobs, statistics.lse, statistics.tail, statistics.miss
 
 
 def stored_backward(
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
+    tail: Tensor,
     miss: Tensor,
     grad: Tensor,
     spec: LogitSpec,
@@ -211,6 +209,7 @@ def stored_backward(
         logits,
         targets,
         lse,
+        tail,
         miss,
         grad.contiguous(),
         None,

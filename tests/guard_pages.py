@@ -136,6 +136,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
     backward.logits_gradient(
         *operands,
         ours.lse,
+        ours.tail,
         ours.miss,
         guard.normal(n),
         guard.normal(n),
@@ -167,7 +168,7 @@ def _rows(guard: Guard, shape: tuple[int, ...], dtype: torch.dtype, flip: bool) 
         "config": launch.RowsConfig(16, num_warps=4),
     }
     ours = rows.logits_rows_forward(logits, targets, with_entropy=True, **options)
-    given = (targets, ours.lse, ours.miss, guard.normal(*lead), guard.normal(*lead))
+    given = (targets, *ours[1:4], guard.normal(*lead), guard.normal(*lead))
     scale = guard.keep(torch.tensor(2.0))
     if len(shape) == 2:
         order = guard.keep(torch.arange(shape[0])[-1:])

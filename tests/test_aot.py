@@ -238,8 +238,9 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     """What CI rests on: no spill, nothing too large, tensor cores for 16-bit operands."""
     path = tmp_path / "kernels.json"
     options = ["--no-amd"] if amd_linker_missing() else []
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
-        # 25 of the 633 do with 3.9, most of them a few bytes, and none in an inner loop.
+    if triton.__version__.split(".")[:2] != ["3", "7"]:
+        # Tiles are chosen with 3.7. With 3.4 and 3.9 some 25 of 633 spill, up to 160 and 592 bytes,
+        # and none in an inner loop.
         options += ["--spills", "600"]
     done = aot("--arch", "80", "90", "100", "--json", str(path), *options)
     assert done.returncode == 0, done.stderr

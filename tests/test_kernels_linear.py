@@ -112,6 +112,7 @@ class Case:
         return logits_gradient(
             *self.operands,
             statistics.lse,
+            statistics.tail,
             statistics.miss,
             grad,
             grad_lse,
@@ -233,7 +234,7 @@ def test_forward_meets_the_budget(case, alpha, entropy):
     counts = [int(keep[a:b].sum()) for a, b in pairwise(bounds)]
     assert ours.counts.dtype == torch.int64
     assert ours.counts.tolist() == counts
-    for values in (ours.token_logprobs, ours.lse, ours.miss):
+    for values in (ours.token_logprobs, ours.lse, ours.tail, ours.miss):
         assert not values[~keep].any()
 
 
@@ -527,7 +528,8 @@ def test_strided_vectors():
     ours = case.forward()
     for mine, other in zip(ours, want[0], strict=True):
         assert torch.equal(mine, other)
-    ours = ours._replace(lse=strided(ours.lse), miss=strided(ours.miss))
+    of_tokens = {name: getattr(ours, name) for name in ("lse", "tail", "miss")}
+    ours = ours._replace(**{name: strided(x) for name, x in of_tokens.items()})
     got = case.backward(ours, strided(grad), strided(grad_lse))
     assert torch.equal(got, want[1])
 
@@ -623,6 +625,7 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     logits_gradient(
         *operands,
         ours.lse,
+        ours.tail,
         ours.miss,
         grad,
         None,

@@ -92,6 +92,7 @@ class Case:
             self.logits,
             self.targets,
             statistics.lse,
+            statistics.tail,
             statistics.miss,
             grad,
             grad_lse,
@@ -485,7 +486,8 @@ def test_statistics_and_gradients_of_any_stride():
     ours = case.forward()
     case.bias = laid_out(case.bias, "stepped")
     case.targets = case.targets.T.contiguous().T
-    strided = ours._replace(lse=ours.lse.T.contiguous().T, miss=ours.miss.T.contiguous().T)
+    of_rows = {name: getattr(ours, name) for name in ("lse", "tail", "miss")}
+    strided = ours._replace(**{name: x.T.contiguous().T for name, x in of_rows.items()})
     sparse = case.backward(
         torch.tensor(2.0).expand(3, 4), torch.full((3, 8), -1.0)[:, ::2], statistics=strided
     )

@@ -146,14 +146,16 @@ def test_an_infinite_logit_of_bfloat16_operands_stays_infinite():
 
 
 def test_the_strategy_of_each_dtype():
-    def kind(dtype):
-        return type(products.products_for(torch.zeros(2, 2, dtype=dtype), 64))
+    def kind(dtype, device="cpu"):
+        return type(products.products_for(torch.zeros(2, 2, dtype=dtype, device=device), 64))
 
     assert kind(torch.float32) is kind(torch.float64) is products.Products
     assert kind(torch.float16) is products.UpcastProducts
     native = products.cpu_multiplies_bfloat16()
     wanted = products.CpuBfloat16Products if native else products.UpcastProducts
     assert kind(torch.bfloat16) is wanted
+    # Another device need not add in float32 what its CPU does.
+    assert kind(torch.bfloat16, "meta") is products.UpcastProducts
 
 
 STRATEGIES = [products.UpcastProducts, products.CpuBfloat16Products, products.CudaHalfProducts]

@@ -102,6 +102,23 @@ def test_numbers_of_the_responses_go_along(layout):
     assert "scores" not in batch
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("having", [0, 1])
+def test_numbers_that_only_some_rows_have_are_refused(layout, having):
+    groups = [{"prompt_ids": [1], "response_ids": [[2], [3]]} for _ in range(2)]
+    groups[having]["scores"] = [0.5, 0.25]
+    with pytest.raises(UsageError, match="1 of 2 rows of a batch have scores; all or none must"):
+        PreferenceCollator(0, 2, layout=layout)(groups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_prompt_is_refused(layout):
+    """The token before the response would be another sequence's."""
+    groups = [{"prompt_ids": ids, "response_ids": [[2], [3]]} for ids in ([1], [])]
+    with pytest.raises(UsageError, match="empty prompt_ids"):
+        PreferenceCollator(0, 2, layout=layout)(groups)
+
+
 def test_unknown_layouts_are_refused():
     with pytest.raises(UsageError, match="unknown layout 'auto'; known: padded, packed, shared"):
         PreferenceCollator(0, 2, layout="auto")

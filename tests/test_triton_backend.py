@@ -47,6 +47,41 @@ def test_op_meets_the_budget(problem):
         assert_within_budget(ours, same, truth, what, roundings=16)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, -100.0, 1000.0, 1e4])
+def test_gradients_of_large_logits_keep_their_digits(offset):
+    """A log-sum-exp of 1000 is rounded at 3e-5, which each probability of its row would be off."""
+    exact = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) + offset
+    targets = torch.arange(6)[None]
+    results = []
+    for dtype, impl in ((torch.float32, "triton"), (torch.float32, None), (torch.float64, None)):
+        logits = exact[None].to(dtype).requires_grad_()
+        if impl is None:
+            sums = logits.log_softmax(-1).gather(2, targets[..., None]).sum()
+        else:
+            sums = sequence_logprobs(logits, targets, impl=impl).sums.sum()
+        results.append(torch.autograd.grad(sums, logits)[0])
+    assert_within_budget(*results, f"gradient at {offset}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_a_head_with_large_logits_meet_the_budget(seed):
+    """Two-phase and one pass. The products are exact, so that the lse alone is rounded."""
+    problem = make_problem([7, 9], width=40, vocab=200, dtype=torch.float32, scale=6.0, seed=seed)
+    for leaf in problem.leaves:
+        leaf.data.mul_(16).round_().div_(16)
+    truth, same = (gradients(oracle(p)[0].sum(), p) for p in (problem.to(torch.float64), problem))
+    lse = linear_sequence_logprobs(*problem.inputs, return_lse=True, impl="triton").lse
+    assert lse.max() > 100
+    ours = linear_sequence_logprobs(*problem.inputs, impl="triton").sums.sum()
+    one_pass = fused_linear_preference_loss(
+        *problem.inputs, loss="sft", group_size=1, impl="triton"
+    ).loss * len(problem.targets)
+    for name, loss in (("two phases", ours), ("one pass", -one_pass)):
+        for got, torchs, exact in zip(gradients(loss, problem), same, truth, strict=True):
+            if got is not None:
+                assert_within_budget(got, torchs, exact, name)
+
+
 @FEW
 @given(problem=problems(group_size=2))
 def test_one_pass_equals_the_torch_backend(problem):
@@ -221,7 +256,7 @@ def test_float16_gradients_too_small_for_a_finite_inverse():
     for size in (0.0, 1e-42, 1e-37, 1e-3, 1e30):
         scale = scales.operand_scale(torch.tensor(size))
         out = logits_rows_backward(
-            logits, targets, rows.lse, rows.miss, torch.full((2,), size), None, **options,
+            logits, targets, *rows[1:4], torch.full((2,), size), None, **options,
             out=torch.empty(2, 9, dtype=torch.float16), scale=scale,
         )  # fmt: skip
         assert (out.float() * scale).isfinite().all()

@@ -161,7 +161,9 @@ def use_plad_fast(
         found = prepare(model, layout, attention=attention)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
-            prepare(trainer.accelerator.unwrap_model(reference), found, attention=attention)
+            reference = trainer.accelerator.unwrap_model(reference)
+            check_head(reference)
+            prepare(reference, found, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
     scratch_bytes = None if scratch_mib is None else scratch_mib * 2**20

@@ -69,6 +69,7 @@ def stored_answers(
     fingerprint: Mapping[str, Any],
     overwrite: bool = False,
     progress: bool = True,
+    to_the_end: bool = False,
 ) -> Answered:
     """Answers from a store, which is filled up first where it lacks some.
 
@@ -83,6 +84,8 @@ def stored_answers(
             those that a killed run left are taken in first.
         fingerprint: what else the answers depend on, such as the model's name.
         overwrite: discard what is stored.
+        to_the_end: answers that are cut off are of no use. Once sixteen have come, and before more
+            are paid for, it is an error if all of them are, and a warning if most of them are.
 
     Raises:
         UsageError: as `AnswerStore.open` and `generate_answers`, and where another process failed.
@@ -93,7 +96,7 @@ def stored_answers(
         missing = ranks.from_first(lambda: run.open(stack, overwrite))
         if missing:
             sharded = ranks.from_first(lambda: run.load(load))
-            run.ask(load, frozenset(missing), sharded, progress)
+            run.ask(load, frozenset(missing), sharded, progress, to_the_end)
         return ranks.from_first(run.close)
 
 
@@ -154,6 +157,7 @@ class _Run:
         missing: frozenset[str],
         sharded: bool,
         progress: bool,
+        to_the_end: bool,
     ) -> None:
         every = all_wanted(self._prompts, self._sampling)
         wanted = [(prompt, k) for prompt, k in every if row_id(prompt.id, k) in missing]
@@ -165,12 +169,25 @@ class _Run:
                 if mine:
                     model = self._model or load()
                     progress = progress and rank == 0
-                    found = ask(model, mine, shard, self._sampling, progress=progress)
+                    found = ask(
+                        model,
+                        mine,
+                        shard,
+                        self._sampling,
+                        progress=progress,
+                        to_the_end=to_the_end,
+                    )
         elif self._store is not None:
             assert self._model is not None
             stored = len(every) - len(wanted)
             found = ask(
-                self._model, wanted, self._store, self._sampling, stored=stored, progress=progress
+                self._model,
+                wanted,
+                self._store,
+                self._sampling,
+                stored=stored,
+                progress=progress,
+                to_the_end=to_the_end,
             )
         for part in self._ranks.gather(found):
             self._failures.update(part)

@@ -16,6 +16,8 @@ from plad_fast.pairs.teachers import Answer, Failure, TextModel
 
 logger = logging.getLogger(__name__)
 
+_ENOUGH = 16  # answers, to see whether the length limit fits
+
 Wanted = Sequence[tuple[Prompt, int]]
 """Prompts and numbers of samples."""
 
@@ -64,19 +66,25 @@ def ask(
     *,
     stored: int = 0,
     progress: bool = True,
+    to_the_end: bool = False,
 ) -> dict[str, Failure]:
     """Stores the answers that are wanted as they come.
 
     Args:
         stored: answers that were there before, for the bar.
+        to_the_end: only answers that end before the limit are of use.
 
     Returns:
         What failed, by row id.
+
+    Raises:
+        UsageError: none of the first answers ended, where it matters.
     """
     from tqdm import tqdm
 
     digests = {prompt.id: content_digest(prompt.content) for prompt, _ in wanted}
     failures: dict[str, Failure] = {}
+    watched = to_the_end
     with tqdm(
         total=stored + len(wanted),
         initial=stored,
@@ -92,7 +100,32 @@ def ask(
                 if isinstance(item, Failure):
                     failures[row_id(item.prompt_id, item.sample)] = item
             bar.update(len(new))
+            if watched and len(store.rows) >= _ENOUGH:
+                watched = False
+                _check_limit(model.name, store, sampling)
     return failures
+
+
+def _check_limit(name: str, store: AnswerStore, sampling: Sampling) -> None:
+    """Before the rest is asked for, and perhaps paid: do the answers fit their limit?"""
+    count = len(store.rows)
+    cut = sum(row["finish_reason"] == "length" for row in store.rows.values())
+    limit = f"max_new_tokens={sampling.max_new_tokens}"
+    if cut == count:
+        raise UsageError(
+            f"each of the first {count} answers of the {name} was cut off at {limit}, and none is "
+            "of use; raise --max-new-tokens, or ask for short answers. The settings of what is "
+            "stored would be others then: choose another folder, or pass --overwrite"
+        )
+    if cut > count / 2:
+        logger.warning(
+            "%s: %d of the first %d answers were cut off at %s and make no pairs; the others are "
+            "its shortest. Interrupt and raise --max-new-tokens if that is not meant",
+            name,
+            cut,
+            count,
+            limit,
+        )
 
 
 def _generate(
