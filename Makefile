@@ -15,7 +15,7 @@ RUN ?= runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-all lint docs bench study aot clean
+.PHONY: quickstart test test-all lint docs bench study no-dialogues aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -60,8 +60,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.generation --plot
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl
-study: $(VENV)/.dev
+study: $(if $(DIALOGSUM),,no-dialogues) $(VENV)/.dev
 	$(BIN)/python -m benchmarks.plad_vs_sft --dialogsum $(DIALOGSUM)
+
+no-dialogues:
+	@echo "give the dialogues: make study DIALOGSUM=path/to/dialogsum.jsonl"; exit 2
 
 # Compiles the GPU kernels without a GPU and fails on what would not run well there.
 aot: $(VENV)/.dev

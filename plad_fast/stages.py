@@ -202,7 +202,6 @@ def train_on_pairs(
     check_training({**given, **options})
     rows = read_pairs(pairs)
     folder = Path(expanded(output_dir))
-    check_loadable(_resolve(model))
     if overwrite:
         for name, source in (("--model", model), ("--pairs", pairs)):
             inside = (Path(source).resolve(), *Path(source).resolve().parents)

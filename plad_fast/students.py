@@ -173,12 +173,12 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
     path = Path(source)
-    if _is_path(source) and not path.exists():
-        raise UsageError(f"there is nothing at {str(path)!r}; check the path")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"there is no file {str(path)!r}; check the path")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if _is_path(source) and not path.exists():
+        raise UsageError(f"there is nothing at {str(path)!r}; check the path")
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:

@@ -35,7 +35,6 @@ from plad_fast.packing import (
 )
 from plad_fast.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.sharing import prepare
-from plad_fast.training_checks import warn_of_narrow_weights
 from plad_fast.training_config import PLaDConfig
 from plad_fast.training_data import (
     Features,
@@ -48,6 +47,7 @@ from plad_fast.training_data import (
     pad_token_id,
     require_supported,
     tokenize,
+    warn_of_narrow_weights,
 )
 from plad_fast.training_metrics import AtBegin, PreferenceMeter
 from plad_fast.training_processes import of_first_process, require_finite, require_processes

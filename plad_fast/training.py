@@ -19,7 +19,7 @@ from plad_fast._records import digest, model_digest, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
 from plad_fast.run_folder import lock_folder
-from plad_fast.students import load_model, load_tokenizer
+from plad_fast.students import check_loadable, load_model, load_tokenizer
 from plad_fast.training_checks import recipe_terms
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def train_model(
         _require_record(output, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
         return log_history(output)
+    check_loadable(source)
     checkpoints.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(checkpoints)
     try:
@@ -132,7 +133,7 @@ def train_model(
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=batch_size // micro,
             max_tokens_per_batch=max_tokens_per_batch,
-            gradient_checkpointing=gradient_checkpointing,
+            **_checkpointing(gradient_checkpointing),
             bf16=autocast_dtype(precision) == torch.bfloat16,
             seed=seed,
             save_steps=max(1, math.ceil(steps / saves)),
@@ -178,6 +179,15 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
     return trainer
+
+
+def _checkpointing(wanted: bool) -> dict[str, bool]:
+    """The Trainer's setting, which transformers 5 calls by another name."""
+    from plad_fast.trainer import PLaDConfig
+
+    new = hasattr(PLaDConfig, "activation_checkpointing")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True} if wanted else {}
 
 
 def is_trained(output: Path) -> bool:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss, read_loss_args
 from plad_fast.objective import Objective
 from plad_fast.pair_settings import flag
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -40,19 +35,6 @@ def recipe_terms(
     if length_normalization is None:
         length_normalization = float(loss in _PER_TOKEN)
     return sft_weight, length_normalization
-
-
-def warn_of_narrow_weights(model: torch.nn.Module) -> None:
-    """Logs that weights of 16 bits are to be trained, which loses most of what AdamW would add."""
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    narrow = trained & {torch.bfloat16, torch.float16}
-    if narrow:
-        logger.warning(
-            "the weights to train are %s: updates below 2**-9 of a weight are lost, and at the "
-            "learning rates of calibration most are. Load the model with dtype=torch.float32 and "
-            "set bf16=True, which multiplies in bfloat16 all the same",
-            str(narrow.pop()).removeprefix("torch."),
-        )
 
 
 def check_training(settings: Mapping[str, Any]) -> None:

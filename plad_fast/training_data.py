@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
+
+import torch
 
 from plad_fast.adapted_layers import require_whole_loss, vocabulary_size
 from plad_fast.encoder_decoder import decoder_start_token
@@ -16,6 +19,8 @@ from plad_fast.training_config import PLaDConfig
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Rows = Union["Dataset", Sequence[Mapping[str, Any]]]
 Features = list[dict[str, Any]]
@@ -62,6 +67,19 @@ def require_supported(
     parallelism = args.parallelism_config
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         raise UsageError("tensor, context and sequence parallelism are not supported")
+
+
+def warn_of_narrow_weights(model: torch.nn.Module) -> None:
+    """Logs that weights of 16 bits are to be trained, which loses most of what AdamW would add."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    narrow = trained & {torch.bfloat16, torch.float16}
+    if narrow:
+        logger.warning(
+            "the weights to train are %s: updates below 2**-9 of a weight are lost, and at the "
+            "learning rates of calibration most are. Load the model with dtype=torch.float32 and "
+            "set bf16=True, which multiplies in bfloat16 all the same",
+            str(narrow.pop()).removeprefix("torch."),
+        )
 
 
 def tokenize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,59 @@ def run(path, model, prompts=PROMPTS, **options):
 
 def texts(answered):
     return {i: [a.text for a in answers] for i, answers in answered.answers.items()}
+
+
+class Wordy(Scripted):
+    """Finishes the answers to some prompts only."""
+
+    def __init__(self, finishes=()):
+        super().__init__()
+        self.finishes = finishes
+
+    def generate(self, prompts, sampling):
+        for batch in super().generate(prompts, sampling):
+            yield [
+                replace(a, finish_reason="stop" if a.prompt_id in self.finishes else "length")
+                for a in batch
+            ]
+
+
+MANY = [Prompt(str(i), f"prompt {i}") for i in range(40)]
+
+
+def test_answers_that_are_all_cut_off_end_the_asking_early(tmp_path):
+    path, wordy = tmp_path / "a.jsonl", Wordy(finishes=("30",))
+
+    def answers(model, **options):
+        return stored_answers(
+            lambda: model, MANY, path, Sampling(9), fingerprint={}, progress=False, **options
+        )
+
+    with pytest.raises(UsageError, match=r"first 16 answers of the scripted .*--max-new-tokens"):
+        answers(wordy, to_the_end=True)
+    assert len(wordy.asked) == 16
+    # A caller who can use them goes on with those that came.
+    again = Wordy()
+    assert len(answers(again).answers) == 40
+    assert len(again.asked) == 24
+
+
+def test_a_warning_where_most_answers_are_cut_off(tmp_path, caplog):
+    for count, warned in ((3, True), (9, False)):
+        model = Wordy(finishes=[p.id for p in MANY[:count]])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="plad_fast"):
+            stored_answers(
+                lambda model=model: model,
+                MANY,
+                tmp_path / f"{count}.jsonl",
+                Sampling(9),
+                fingerprint={},
+                progress=False,
+                to_the_end=True,
+            )
+        text = "13 of the first 16 answers were cut off at max_new_tokens=9"
+        assert (text in caplog.text) == warned
 
 
 def test_samples_are_kept_apart_and_in_order(tmp_path):

@@ -153,11 +153,26 @@ BAD_INPUTS = {
     ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],
-        "cannot load a tokenizer from .*/none'",
+        "there is nothing at '.*/none'; check the path",
     ),
     "a student that is no model": (
         [*EVALUATE, "--student", "A={data}/no-model"],
         "--student A=.*/no-model is no folder of a model",
+    ),
+    "pairs with a student without weights": (
+        # The teacher would be asked first.
+        [
+            "pairs",
+            "--teacher",
+            "python:none.ask",
+            "--student",
+            "{weightless}",
+            "--prompts",
+            "{data}/good.jsonl",
+            "--output-dir",
+            "{out}",
+        ],
+        "weightless' holds no weights",
     ),
     "a student named like a path": (
         [*EVALUATE, "--student", "../A={teacher}"],
@@ -214,7 +229,7 @@ BAD_INPUTS = {
 
 @pytest.fixture(scope="module")
 def broken_models(tiny_teacher, tmp_path_factory):
-    """A model of NaN, and one that says nothing but one short answer."""
+    """A model of NaN, one that says nothing but one short answer, and one without weights."""
     from plad_fast.students import load_model
 
     folders = {}
@@ -238,6 +253,9 @@ def broken_models(tiny_teacher, tmp_path_factory):
                 model.lm_head.weight[letter, 0] = 100.0
                 model.lm_head.weight[model.config.eos_token_id, 0] = -100.0
         model.save_pretrained(folders[name])
+    folders["weightless"] = tmp_path_factory.mktemp("models") / "weightless"
+    shutil.copytree(tiny_teacher, folders["weightless"])
+    (folders["weightless"] / "model.safetensors").unlink()
     return folders
 
 

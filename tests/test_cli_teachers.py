@@ -122,9 +122,10 @@ def test_a_judge_is_tried_out_before_students_are_run(tiny_teacher, tmp_path, ca
     with FaultServer(lambda *_: Step(choices=[said("", "length")])) as running:
         for command in (
             ["evaluate", "--student", f"S={tiny_teacher}", "--pairs", str(pairs),
-             "--eval-scorer", judged[0], "--output-dir", str(tmp_path / "e")],
+             "--max-new-tokens", "60", "--eval-scorer", judged[0],
+             "--output-dir", str(tmp_path / "e")],
             ["pairs", "--teacher", str(tiny_teacher), "--student", str(tiny_teacher),
-             "--output-dir", str(tmp_path / "p"), "--scorer", *judged],
+             "--max-new-tokens", "60", "--output-dir", str(tmp_path / "p"), "--scorer", *judged],
             arguments(tiny_teacher, tmp_path / "d", "--scorer", *judged),
             arguments(tiny_teacher, tmp_path / "d", "--eval-scorer", judged[0]),
         ):  # fmt: skip

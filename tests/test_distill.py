@@ -161,6 +161,7 @@ def test_the_stages_alone(finished, tiny_teacher, tmp_path, capsys):
         "--student", f"SFT={tmp_path / 'sft'}",
         "--student", f"PLaD={tmp_path / 'plad'}",
         "--pairs", file, "--output-dir", str(tmp_path / "e"), "--precision", "float32",
+        "--max-new-tokens", "60",
     ]  # fmt: skip
     assert main(evaluate) == 0
     assert "PLaD compared with SFT" in capsys.readouterr().out

@@ -299,6 +299,15 @@ def test_adapters_are_trained_against_the_model_without_them(build):
     assert all("lora" in name for name in gradients(fast)[0])
 
 
+def test_the_head_of_the_reference_is_checked_too(build, tiny_model):
+    """Its logits are not what its head and its configuration say."""
+    reference = copy.deepcopy(tiny_model)
+    reference.lm_head.register_forward_hook(lambda module, args, logits: logits * 0.5)
+    trainer = build(reference=reference)
+    with pytest.raises(UsageError, match="logits"):
+        use_plad_fast(trainer)
+
+
 def test_an_adapter_that_was_trained_before_is_its_own_reference(build, tiny_model):
     """TRL keeps its first state as a second adapter, which the loss switches to and back."""
     peft = pytest.importorskip("peft")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import yaml
 
 from plad_fast import UsageError
 from plad_fast._recipe_data import load_recipe_prompts, read_jsonl, split_prompts, write_jsonl
+from plad_fast.cli import main
 from plad_fast.pairs import Prompt
-from plad_fast.recipe import DistillConfig, coerce, load_settings
+from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
 
 
 def test_split_is_disjoint_complete_and_seeded():
@@ -74,6 +78,36 @@ def test_values_that_are_not_of_the_type_of_their_setting(name, value, message):
     if not isinstance(value, str):  # what a flag gives is text; a caller may give anything
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be"):
             DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("loss", "terms"),
+    [
+        ("plad_ranking", (1, 1)),
+        ("plad_listwise", (1, 1)),
+        ("orpo", (1, 0)),
+        ("cpo", (1, 0)),
+        ("simpo", (0, 0)),
+        ("dpo", (0, 0)),
+        ("slic", (0, 0)),
+    ],
+)
+def test_losses_have_the_terms_of_their_papers(loss, terms):
+    config = DistillConfig(loss=loss)
+    assert (config.sft_weight, config.length_normalization) == terms
+    given = DistillConfig(loss=loss, sft_weight=0.5, length_normalization=0.25)
+    assert (given.sft_weight, given.length_normalization) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("command", ["distill", "pairs", "train", "evaluate"])
+def test_every_setting_is_in_the_help_once(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(DistillConfig):
+        entries = re.findall(rf"^  {flag(field.name)} ", shown, re.MULTILINE)
+        assert len(entries) <= 1
+        assert entries or command != "distill"
 
 
 @pytest.mark.parametrize("bad", [{"seed": -1}, {"beta": float("nan")}, {"epochs": float("inf")}])

@@ -21,6 +21,7 @@ from transformers import (
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.students import (
+    check_loadable,
     holds_model,
     is_encoder_decoder,
     load_model,
@@ -201,6 +202,21 @@ def test_unusable_sources_are_refused(tmp_path):
         load_model("no-such-organisation/no-such-model")
     with pytest.raises(UsageError, match="cannot load a tokenizer"):
         load_tokenizer("no-such-organisation/no-such-model")
+    for mistyped in ("./modles/student", "runs/mine/sft", str(tmp_path / "none")):
+        for load in (load_model, load_tokenizer, check_loadable):
+            with pytest.raises(UsageError, match=r"there is nothing at .*; check the path"):
+                load(mistyped)
+
+
+def test_what_cannot_be_loaded_is_known_without_loading(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    check_loadable(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="holds no weights"):
+        check_loadable(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match="cannot load a causal language model"):
+        check_loadable(tmp_path)
 
 
 def _without_a_layer(weights):

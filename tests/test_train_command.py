@@ -8,6 +8,9 @@ import json
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from plad_fast.cli import main
 from plad_fast.recipe import DistillConfig, flag
@@ -15,7 +18,7 @@ from plad_fast.training import train_model
 from tests.recipe_runs import write_pairs
 
 # Of what the weights depend on; --epochs and --learning-rate are the command's own.
-RECORDED = ("batch_size", "sft_weight", "length_normalization", "max_length", "precision", "seed")
+RECORDED = ("batch_size", "max_length", "precision", "seed")
 
 
 @pytest.fixture
@@ -38,10 +41,11 @@ def test_the_defaults_of_the_help_are_those_of_the_training(
     text = capsys.readouterr().out
     record = recorded(tiny_teacher, pairs, tmp_path / "out")
     for name in RECORDED:
-        option = rf"^  {flag(name)} VALUE.*?\(default: (.*?)\)"
+        option = rf"^  {flag(name)} [A-Z]+ .*?\(default: (.*?)\)"
         [shown] = re.findall(option, text, re.DOTALL | re.MULTILINE)
         assert str(record[name]) == shown, name
     assert (record["epochs"], record["learning_rate"]) == (1.0, 2e-5)
+    assert (record["sft_weight"], record["length_normalization"]) == (1.0, 1.0)
     spelt_out = [part for name in RECORDED for part in (flag(name), str(record[name]))]
     assert recorded(tiny_teacher, pairs, tmp_path / "out", *spelt_out) == record
 
@@ -56,7 +60,29 @@ def test_the_function_has_the_defaults_of_the_settings():
     of_settings["saves"] = of_settings["saves_per_stage"]
     parameters = inspect.signature(train_model).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    # None stands for them, and for 0 where the loss is a likelihood.
+    # None stands for those of the loss.
     assert defaults.pop("sft_weight") is defaults.pop("length_normalization") is None
     assert defaults.keys() > {"batch_size", "max_tokens_per_batch", "max_length"}
     assert defaults == {name: of_settings[name] for name in defaults}
+
+
+def test_gradient_checkpointing_is_a_matter_of_memory(tiny_teacher, pairs, tmp_path, monkeypatch):
+    """It is switched on in the model, changes no weight, and is no other training."""
+    enabled = []
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    name = new if hasattr(PreTrainedModel, new) else old
+    real = getattr(PreTrainedModel, name)
+    monkeypatch.setattr(
+        PreTrainedModel,
+        name,
+        lambda model, *args, **kwargs: (enabled.append(model), real(model, *args, **kwargs)),
+    )
+    options = ("--precision", "float32")
+    recorded(tiny_teacher, pairs, tmp_path / "plain", *options)
+    assert not enabled
+    recorded(tiny_teacher, pairs, tmp_path / "out", *options, "--gradient-checkpointing")
+    assert enabled
+    assert recorded(tiny_teacher, pairs, tmp_path / "out", *options)
+    plain, ours = (load_file(tmp_path / x / "model.safetensors") for x in ("plain", "out"))
+    for name, weight in plain.items():
+        torch.testing.assert_close(ours[name], weight)

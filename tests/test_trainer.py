@@ -215,6 +215,13 @@ def test_a_second_training_logs_nothing_of_the_first(make):
     assert again["tokens_per_second"] > first["tokens_per_second"] / 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_of_16_bits_get_a_warning(dtype, make, tiny_model, caplog):
+    make(model=copy.deepcopy(tiny_model).to(dtype))
+    warned = "Load the model with dtype=torch.float32" in caplog.text
+    assert warned == (dtype != torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["all", "non_padding"])
 def test_tokens_seen_are_counted(kind, make, tiny_tokenizer, caplog):
     """Those that entered the model: a shared prompt once, no padding."""
