@@ -64,7 +64,8 @@ def train_model(
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args: see `PLaDConfig`.
-        sft_weight, length_normalization: see `PLaDConfig`; None for those of `recipe_terms`.
+        sft_weight, length_normalization: see `PLaDConfig`; None for 1 and 1 with PLaD's losses, 1
+            and 0 with "cpo" and "orpo", and 0 and 0 with all others.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.

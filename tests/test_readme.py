@@ -78,7 +78,7 @@ def test_command_line(tiny_teacher, endpoint, tmp_path, monkeypatch, capsys):
         words = [str(tiny_teacher) if word == "offline" else word for word in words]
         assert main([*words, *EXTRA.get(words[0], [])]) == 0, capsys.readouterr().err
     assert Path("runs/compared/report.html").is_file()
-    assert "answer to" in Path("runs/api/pairs.jsonl").read_text()
+    assert "answer to" in Path("runs/api-pairs/pairs.jsonl").read_text()
     assert Path("runs/scored/plad-2/config.json").is_file()
     prompt = json.loads(Path("runs/summaries/pairs/train.jsonl").read_text().splitlines()[0])
     assert "sentence:\nA:" in prompt["prompt"][0]["content"]
