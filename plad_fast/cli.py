@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(distill)
     _add_settings(distill)
 
-    quickstart = add("quickstart", _quickstart, "`distill` offline, with its defaults.")
+    quickstart = add("quickstart", _quickstart, "`distill` offline, with short answers.")
     quickstart.add_argument("--output-dir", default="runs/quickstart", help="run folder")
     _add_overwrite(quickstart)
 
@@ -165,7 +165,6 @@ def _parser() -> argparse.ArgumentParser:
         help="sft fine-tunes on the chosen responses alone; `plad-fast doctor` lists the others "
         "(default: plad_ranking)",
     )
-    _add_overwrite(train, "discard the model and the checkpoints of an earlier training first")
     _add_settings(train, "train", _TRAIN_SETTINGS)
 
     evaluate = add("evaluate", _evaluate, "Compare students on held-out pairs; write a report.")
@@ -268,9 +267,7 @@ def _train(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from plad_fast.stages import train_on_pairs
 
-    train_on_pairs(
-        arguments.model, arguments.pairs, overwrite=arguments.overwrite, **_given(arguments)
-    )
+    train_on_pairs(arguments.model, arguments.pairs, **_given(arguments))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -239,18 +239,18 @@ class _Distillation:
                 for number, folder in enumerate(self._students())
             },
             self.folder / "plots",
-            length_normalization=config.length_normalization,
+            length_normalization=config.alpha,
         )
         held_out = self._held_out_data()
         write_report(
             self.folder / "report.html",
             title=f"Distillation of {Path(self.teacher_source).stem}",
-            config=config.as_dict(),
+            config=config.as_dict() | config.results_settings(),
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             metrics=results,
             plots=drawn,
             examples=example_answers(held_out, outputs),
-            margin_unit=margin_unit(config.length_normalization),
+            margin_unit=margin_unit(config.alpha),
             command=self.command,
             versions=versions(),
         )
@@ -262,7 +262,7 @@ class _Distillation:
             self._held_out_data(),
             self.folder / "evaluation",
             sampling=self.texts.student_sampling(),
-            length_normalization=self.config.length_normalization,
+            length_normalization=self.config.alpha,
             max_length=self.config.max_length,
             precision=self.config.precision,
             **self.scoring,

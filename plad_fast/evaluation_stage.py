@@ -82,6 +82,7 @@ def evaluate_on_pairs(
         "evaluate",
         {
             **{name: getattr(config, name) for name in _SETTINGS},
+            "length_normalization": config.alpha,
             "students": list(students),
             **{f"{name}'s weights": model_digest(path) for name, path in students.items()},
             "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
@@ -101,7 +102,7 @@ def evaluate_on_pairs(
             seed=config.seed + 1,
             batch_size=config.generation_batch_size,
         ),
-        length_normalization=config.length_normalization,
+        length_normalization=config.alpha,
         max_length=config.max_length,
         precision=config.precision,
         **scoring,
@@ -112,7 +113,7 @@ def evaluate_on_pairs(
         outputs,
         students,
         folder / "plots",
-        length_normalization=config.length_normalization,
+        length_normalization=config.alpha,
     )
     write_report(
         folder / "report.html",
@@ -122,7 +123,7 @@ def evaluate_on_pairs(
         metrics=results,
         plots=drawn,
         examples=example_answers(held_out, outputs),
-        margin_unit=margin_unit(config.length_normalization),
+        margin_unit=margin_unit(config.alpha),
         command=command,
         versions=versions(),
     )

@@ -82,12 +82,13 @@ class DistillConfig(PairSettings):
         None, "margin of the loss, or its weight of the reference; default: the loss's own"
     )
     loss_args: str | None = setting(None, 'further options of the loss as JSON: {"gamma": 0.5}')
-    sft_weight: float = setting(
-        None, "weight of the NLL regulariser; default: 1 for plad_*, cpo and orpo, else 0"
+    sft_weight: float | None = setting(
+        None, "weight of the NLL regulariser; default: 1 for plad_*, slic, cpo and orpo, else 0"
     )
-    length_normalization: float = setting(
+    length_normalization: float | None = setting(
         None,
-        "alpha of s(y) / |y|**alpha: 1 ranks by nat per token; default: 1 for plad_*, else 0",
+        "alpha of s(y) / |y|**alpha: 1 ranks by nat per token; default: 1 for plad_* and losses "
+        "on means over tokens, else 0",
     )
     epochs: float = setting(2.0, "passes over the pairs")
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration")
@@ -118,9 +119,6 @@ class DistillConfig(PairSettings):
     saves_per_stage: int = setting(2, "checkpoints in each training", affects_results=False)
 
     def __post_init__(self) -> None:
-        terms = recipe_terms(self.loss, self.sft_weight, self.length_normalization)
-        for name, value in zip(("sft_weight", "length_normalization"), terms, strict=True):
-            object.__setattr__(self, name, value)
         for f in dataclasses.fields(self):
             _require_type(f, getattr(self, f.name))
         object.__setattr__(self, "output_dir", expanded(self.output_dir))
@@ -187,13 +185,19 @@ class DistillConfig(PairSettings):
         if not holds:
             raise UsageError(f"{flag(name)} {rule}, got {getattr(self, name)}")
 
+    @property
+    def alpha(self) -> float:
+        """`length_normalization`, or what the loss has it at."""
+        return recipe_terms(self.loss, self.sft_weight, self.length_normalization)[1]
+
     def results_settings(self) -> dict[str, Any]:
-        """The settings on which results depend, as plain values."""
+        """The settings on which results depend, as plain values, the loss's own among them."""
+        terms = recipe_terms(self.loss, self.sft_weight, self.length_normalization)
         return {
             f.name: _plain(getattr(self, f.name))
             for f in dataclasses.fields(self)
             if f.metadata["affects_results"]
-        }
+        } | {"sft_weight": terms[0], "length_normalization": terms[1]}
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""

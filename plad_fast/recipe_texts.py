@@ -160,7 +160,6 @@ class RecipeTexts:
             self.folder / "answers" / f"student{suffix}.jsonl",
             self.student_sampling(round_number, n),
             fingerprint={"student": name},
-            to_the_end=True,
         ).answers
 
     def student_sampling(self, round_number: int = 1, n: int = 1) -> Sampling:

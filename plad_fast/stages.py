@@ -17,7 +17,6 @@ from plad_fast._recipe_data import (
     write_jsonl,
 )
 from plad_fast._records import model_digest
-from plad_fast.errors import UsageError
 from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
     Sampling,
@@ -32,7 +31,7 @@ from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.stage_folder import claim_folder
 from plad_fast.students import check_loadable, load_tokenizer, offline_teacher_path
-from plad_fast.training import discard_training, is_trained, train_model
+from plad_fast.training import is_trained, train_model
 from plad_fast.training_checks import check_training
 
 # The endpoint's address is among what the teacher is known by.
@@ -148,7 +147,6 @@ def pair_models(
             seed=config.seed + 1,
         ),
         fingerprint=student_made_by,
-        to_the_end=True,
     ).answers
 
     def write() -> str:
@@ -181,7 +179,6 @@ def train_on_pairs(
     loss: str = "plad_ranking",
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
-    overwrite: bool = False,
     **options: Any,
 ) -> Path:
     """Train a model on a file of pairs; make `output_dir`. Resumable.
@@ -189,7 +186,6 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
-        overwrite: discard the model and the checkpoints of another training first.
         options: of `train_model`, whose defaults they have, and `saves_per_stage`.
 
     Raises:
@@ -202,15 +198,6 @@ def train_on_pairs(
     check_training({**given, **options})
     rows = read_pairs(pairs)
     folder = Path(expanded(output_dir))
-    if overwrite:
-        for name, source in (("--model", model), ("--pairs", pairs)):
-            inside = (Path(source).resolve(), *Path(source).resolve().parents)
-            if folder.resolve() in inside:
-                raise UsageError(
-                    f"{name} {source} lies in --output-dir, which --overwrite would empty; choose "
-                    "another --output-dir"
-                )
-        discard_training(folder)
     done_before = is_trained(folder)
     log = train_model(
         _resolve(model),

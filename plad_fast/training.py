@@ -64,8 +64,8 @@ def train_model(
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args: see `PLaDConfig`.
-        sft_weight, length_normalization: see `PLaDConfig`; None for 1 and 1 with PLaD's losses, 1
-            and 0 with "cpo" and "orpo", and 0 and 0 with all others.
+        sft_weight, length_normalization: see `PLaDConfig`; None for what the loss's paper has: 1
+            and 1 with PLaD's losses, 0 and 0 with "dpo", for example.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
@@ -196,39 +196,15 @@ def is_trained(output: Path) -> bool:
     return output.exists() and not (output.is_dir() and not any(output.iterdir()))
 
 
-def discard_training(output: Path) -> None:
-    """Removes the model and the checkpoints that `train_model` made, where there are any.
-
-    Raises:
-        UsageError: there is something else, or another process trains there; it is left alone.
-    """
-    folders = [output, output.with_name(f"{output.name}.checkpoints")]
-    folders = [folder for folder in folders if is_trained(folder)]
-    for folder in folders:
-        if not (folder / _RECORD).is_file():
-            raise UsageError(
-                f"{folder} has no record of a training ({_RECORD}) and is not discarded; choose "
-                "another --output-dir, or delete it yourself"
-            )
-    for folder in folders:
-        lock = lock_folder(folder)
-        try:
-            shutil.rmtree(folder)
-        finally:
-            if lock is not None:
-                os.close(lock)
-
-
 def _require_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises UsageError unless the training of this record made the folder."""
+    advice = f"choose another --output-dir, or delete {folder}"
     try:
         found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UsageError(
-            f"{folder} is there already and has no record of a training ({_RECORD}); choose "
-            "another --output-dir, or delete it"
+            f"{folder} is there already and has no record of a training ({_RECORD}); {advice}"
         ) from None
-    advice = "choose another --output-dir, or pass --overwrite to start anew"
     require_equal(found, json.loads(json.dumps(record)), folder, advice)
 
 

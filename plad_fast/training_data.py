@@ -70,14 +70,14 @@ def require_supported(
 
 
 def warn_of_narrow_weights(model: torch.nn.Module) -> None:
-    """Logs that weights of 16 bits are to be trained, which loses most of what AdamW would add."""
+    """Logs that weights of 16 bits are to be trained, which lose most of what AdamW would add."""
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     narrow = trained & {torch.bfloat16, torch.float16}
     if narrow:
         logger.warning(
-            "the weights to train are %s: updates below 2**-9 of a weight are lost, and at the "
-            "learning rates of calibration most are. Load the model with dtype=torch.float32 and "
-            "set bf16=True, which multiplies in bfloat16 all the same",
+            "the weights to train are %s: an update below half a unit of a weight's last digit is "
+            "lost, and at the learning rates of calibration many are. Load the model with "
+            "dtype=torch.float32 and set bf16=True, which multiplies in bfloat16 all the same",
             str(narrow.pop()).removeprefix("torch."),
         )
 

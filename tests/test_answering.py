@@ -69,39 +69,41 @@ class Wordy(Scripted):
 MANY = [Prompt(str(i), f"prompt {i}") for i in range(40)]
 
 
-def test_answers_that_are_all_cut_off_end_the_asking_early(tmp_path):
+def answers_to_many(path, model, n=1, **options):
+    return stored_answers(
+        lambda: model, MANY, path, Sampling(9, n=n), fingerprint={}, progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_answers_that_are_all_cut_off_end_the_asking_early(n, tmp_path):
     path, wordy = tmp_path / "a.jsonl", Wordy(finishes=("30",))
+    message = r"of the scripted to the first 16 prompts are all cut off .*--max-new-tokens"
+    with pytest.raises(UsageError, match=message):
+        answers_to_many(path, wordy, n, to_the_end=True)
+    asked = len(wordy.asked)
+    assert asked == 15 * n + 1
+    # The store is enough to know it.
+    with pytest.raises(UsageError, match=message):
+        answers_to_many(path, wordy, n, to_the_end=True)
+    assert len(wordy.asked) == asked
+    # Who can use them goes on with those that came.
+    assert len(answers_to_many(path, wordy, n).answers) == 40
+    assert len(wordy.asked) == 40 * n + (n - 1)  # of the last one the first sample came again
 
-    def answers(model, **options):
-        return stored_answers(
-            lambda: model, MANY, path, Sampling(9), fingerprint={}, progress=False, **options
-        )
 
-    with pytest.raises(UsageError, match=r"first 16 answers of the scripted .*--max-new-tokens"):
-        answers(wordy, to_the_end=True)
-    assert len(wordy.asked) == 16
-    # A caller who can use them goes on with those that came.
-    again = Wordy()
-    assert len(answers(again).answers) == 40
-    assert len(again.asked) == 24
+def test_samples_of_a_prompt_that_are_cut_off_are_one_prompt(tmp_path):
+    wordy = Wordy(finishes=[p.id for p in MANY[1:]])
+    assert len(answers_to_many(tmp_path / "a.jsonl", wordy, 16, to_the_end=True).answers) == 40
 
 
-def test_a_warning_where_most_answers_are_cut_off(tmp_path, caplog):
-    for count, warned in ((3, True), (9, False)):
-        model = Wordy(finishes=[p.id for p in MANY[:count]])
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="plad_fast"):
-            stored_answers(
-                lambda model=model: model,
-                MANY,
-                tmp_path / f"{count}.jsonl",
-                Sampling(9),
-                fingerprint={},
-                progress=False,
-                to_the_end=True,
-            )
-        text = "13 of the first 16 answers were cut off at max_new_tokens=9"
-        assert (text in caplog.text) == warned
+@pytest.mark.parametrize(("finished", "warned"), [(3, True), (9, False)])
+def test_a_warning_where_most_answers_are_cut_off(finished, warned, tmp_path, caplog):
+    model = Wordy(finishes=[p.id for p in MANY[:finished]])
+    with caplog.at_level(logging.WARNING, logger="plad_fast"):
+        answers_to_many(tmp_path / "a.jsonl", model, to_the_end=True)
+    assert ("no answer ended within max_new_tokens=9" in caplog.text) == warned
+    assert ("to 13 of the first 16 prompts" in caplog.text) == warned
 
 
 def test_samples_are_kept_apart_and_in_order(tmp_path):

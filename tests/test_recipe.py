@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from plad_fast import UsageError
+from plad_fast import UsageError, cli
 from plad_fast._recipe_data import load_recipe_prompts, read_jsonl, split_prompts, write_jsonl
 from plad_fast.cli import main
 from plad_fast.pairs import Prompt
 from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
+from plad_fast.training_checks import recipe_terms
 
 
 def test_split_is_disjoint_complete_and_seeded():
@@ -85,29 +87,46 @@ def test_values_that_are_not_of_the_type_of_their_setting(name, value, message):
     [
         ("plad_ranking", (1, 1)),
         ("plad_listwise", (1, 1)),
-        ("orpo", (1, 0)),
+        ("slic", (1, 0)),
         ("cpo", (1, 0)),
-        ("simpo", (0, 0)),
+        ("orpo", (1, 1)),  # of means, whatever alpha is
+        ("simpo", (0, 1)),
         ("dpo", (0, 0)),
-        ("slic", (0, 0)),
     ],
 )
 def test_losses_have_the_terms_of_their_papers(loss, terms):
-    config = DistillConfig(loss=loss)
-    assert (config.sft_weight, config.length_normalization) == terms
-    given = DistillConfig(loss=loss, sft_weight=0.5, length_normalization=0.25)
-    assert (given.sft_weight, given.length_normalization) == (0.5, 0.25)
+    config = replace(DistillConfig(), loss=loss)
+    for settings, expected in (
+        (config, terms),
+        (replace(config, sft_weight=0.5, length_normalization=0.25), (0.5, 0.25)),
+    ):
+        found = settings.results_settings()
+        assert (found["sft_weight"], found["length_normalization"]) == expected
+        assert settings.alpha == expected[1]
+    assert recipe_terms("sft", None, None) == (0, 0)
 
 
-@pytest.mark.parametrize("command", ["distill", "pairs", "train", "evaluate"])
-def test_every_setting_is_in_the_help_once(command, capsys):
+def test_a_null_of_yaml_is_the_default(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("sft_weight: null\nloss: dpo\n")
+    config = DistillConfig(**load_settings(tmp_path / "recipe.yaml"))
+    assert config.results_settings()["sft_weight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("distill", {f.name for f in dataclasses.fields(DistillConfig)}),
+        ("pairs", {*cli._PAIR_SETTINGS}),
+        ("train", {*cli._TRAIN_SETTINGS}),
+        ("evaluate", {*cli._EVALUATE_SETTINGS}),
+    ],
+)
+def test_every_setting_is_in_the_help_once(command, names, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    shown = capsys.readouterr().out
-    for field in dataclasses.fields(DistillConfig):
-        entries = re.findall(rf"^  {flag(field.name)} ", shown, re.MULTILINE)
-        assert len(entries) <= 1
-        assert entries or command != "distill"
+    shown = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert {flag(name) for name in names} <= set(shown)
+    assert len(shown) == len(set(shown))
 
 
 @pytest.mark.parametrize("bad", [{"seed": -1}, {"beta": float("nan")}, {"epochs": float("inf")}])

@@ -49,24 +49,8 @@ def test_a_finished_training_is_recognised_and_another_refused(
         assert main(command) == 2
         error = capsys.readouterr().err
         assert re.search(message, error)
-        assert "choose another --output-dir, or pass --overwrite to start anew" in error
+        assert f"choose another --output-dir, or delete {output}" in error
     assert (output / "model.safetensors").read_bytes() == weights
-    assert main(train(tiny_teacher, more, output, "--overwrite")) == 0
-    assert (output / "model.safetensors").read_bytes() != weights
-
-
-def test_overwriting_discards_trainings_alone(tiny_teacher, pairs, tmp_path, capsys):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "thesis.tex").write_text("x")
-    assert main(train(tiny_teacher, pairs, output, "--overwrite")) == 2
-    assert "has no record of a training" in capsys.readouterr().err
-    assert (output / "thesis.tex").is_file()
-    model = shutil.copytree(tiny_teacher, tmp_path / "models" / "a")
-    (tmp_path / "models" / "training.json").write_text("{}")
-    assert main(train(model, pairs, tmp_path / "models", "--overwrite")) == 2
-    assert "lies in --output-dir, which --overwrite would empty" in capsys.readouterr().err
-    assert (model / "config.json").is_file()
 
 
 def changed_copy(model_folder, copy):

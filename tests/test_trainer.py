@@ -218,7 +218,7 @@ def test_a_second_training_logs_nothing_of_the_first(make):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_of_16_bits_get_a_warning(dtype, make, tiny_model, caplog):
     make(model=copy.deepcopy(tiny_model).to(dtype))
-    warned = "Load the model with dtype=torch.float32" in caplog.text
+    warned = "dtype=torch.float32 and set bf16=True" in caplog.text
     assert warned == (dtype != torch.float32)
 
 

@@ -84,8 +84,9 @@ def stored_answers(
             those that a killed run left are taken in first.
         fingerprint: what else the answers depend on, such as the model's name.
         overwrite: discard what is stored.
-        to_the_end: answers that are cut off are of no use. Once sixteen have come, and before more
-            are paid for, it is an error if all of them are, and a warning if most of them are.
+        to_the_end: answers that are cut off are of no use. Once sixteen prompts are answered, and
+            before more are paid for, it is an error if no answer to them ended, and a warning if
+            most did not. Models that several processes share are not watched.
 
     Raises:
         UsageError: as `AnswerStore.open` and `generate_answers`, and where another process failed.
@@ -169,14 +170,7 @@ class _Run:
                 if mine:
                     model = self._model or load()
                     progress = progress and rank == 0
-                    found = ask(
-                        model,
-                        mine,
-                        shard,
-                        self._sampling,
-                        progress=progress,
-                        to_the_end=to_the_end,
-                    )
+                    found = ask(model, mine, shard, self._sampling, progress=progress)
         elif self._store is not None:
             assert self._model is not None
             stored = len(every) - len(wanted)

@@ -16,7 +16,7 @@ from plad_fast.pairs.teachers import Answer, Failure, TextModel
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH = 16  # answers, to see whether the length limit fits
+_ENOUGH = 16  # prompts, to see whether the length limit fits their answers
 
 Wanted = Sequence[tuple[Prompt, int]]
 """Prompts and numbers of samples."""
@@ -72,19 +72,19 @@ def ask(
 
     Args:
         stored: answers that were there before, for the bar.
-        to_the_end: only answers that end before the limit are of use.
+        to_the_end: only answers that end before their limit are of use.
 
     Returns:
         What failed, by row id.
 
     Raises:
-        UsageError: none of the first answers ended, where it matters.
+        UsageError: no answer to the first prompts ended, where it matters.
     """
     from tqdm import tqdm
 
     digests = {prompt.id: content_digest(prompt.content) for prompt, _ in wanted}
     failures: dict[str, Failure] = {}
-    watched = to_the_end
+    known = not (to_the_end and wanted) or _check_limit(model.name, store, sampling)
     with tqdm(
         total=stored + len(wanted),
         initial=stored,
@@ -100,32 +100,40 @@ def ask(
                 if isinstance(item, Failure):
                     failures[row_id(item.prompt_id, item.sample)] = item
             bar.update(len(new))
-            if watched and len(store.rows) >= _ENOUGH:
-                watched = False
-                _check_limit(model.name, store, sampling)
+            known = known or _check_limit(model.name, store, sampling)
     return failures
 
 
-def _check_limit(name: str, store: AnswerStore, sampling: Sampling) -> None:
-    """Before the rest is asked for, and perhaps paid: do the answers fit their limit?"""
-    count = len(store.rows)
-    cut = sum(row["finish_reason"] == "length" for row in store.rows.values())
+def _check_limit(name: str, store: AnswerStore, sampling: Sampling) -> bool:
+    """Whether enough prompts are answered to see if answers fit their limit.
+
+    Raises:
+        UsageError: not one of them is answered to the end.
+    """
+    finished: dict[str, bool] = {}
+    for row_id, row in store.rows.items():
+        prompt = row_id.removesuffix(f"\t{row['sample']}") if row.get("sample") else row_id
+        finished[prompt] = finished.get(prompt, False) or row["finish_reason"] != "length"
+    count, cut = len(finished), len(finished) - sum(finished.values())
+    if count < _ENOUGH:
+        return False
     limit = f"max_new_tokens={sampling.max_new_tokens}"
     if cut == count:
         raise UsageError(
-            f"each of the first {count} answers of the {name} was cut off at {limit}, and none is "
-            "of use; raise --max-new-tokens, or ask for short answers. The settings of what is "
-            "stored would be others then: choose another folder, or pass --overwrite"
+            f"the answers of the {name} to the first {count} prompts are all cut off at {limit}, "
+            "and none is of use; raise --max-new-tokens, or ask for short answers. What is stored "
+            "was made with other settings then: choose another folder, or pass --overwrite"
         )
     if cut > count / 2:
         logger.warning(
-            "%s: %d of the first %d answers were cut off at %s and make no pairs; the others are "
-            "its shortest. Interrupt and raise --max-new-tokens if that is not meant",
+            "%s: to %d of the first %d prompts no answer ended within %s, and they make no pairs; "
+            "interrupt and raise --max-new-tokens if that is not meant",
             name,
             cut,
             count,
             limit,
         )
+    return True
 
 
 def _generate(
