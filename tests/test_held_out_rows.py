@@ -103,7 +103,8 @@ def test_nothing_is_generated_where_a_pair_cannot_be_scored(
 ):
     monkeypatch.setattr(module, "load_model", None)
     rows = [PAIR, {**PAIR, "id": "long", "prompt": "Say much.", "chosen": " much" * 20}]
-    assert evaluate(tiny_teacher, rows, tmp_path, "--max-length", "64") == 2
+    options = ("--max-length", "64", "--max-new-tokens", "40")
+    assert evaluate(tiny_teacher, rows, tmp_path, *options) == 2
     assert "1 of 2 pairs hold a response longer than max_length=64" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
