@@ -26,6 +26,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _TOKENS = (16, 32, 64, 2048)
 """One number of each size that `launch.linear_config` tells apart."""
@@ -38,7 +39,7 @@ _TRITON_STAGES = 3  # what a launch without num_stages gets
 
 @dataclass(frozen=True)
 class Case:
-    """Options of a call; `rest` stands for entropy, gradients of the lse, and row orders."""
+    """Options of a call; `rest` stands for entropy, length normalisation and row orders."""
 
     bias: bool = False
     softcap: bool = False
@@ -67,7 +68,7 @@ def entries(capability: tuple[int, int], cases: tuple[Case, ...]) -> list[AotEnt
             *itertools.product([_HEAD_WITH_A_TAIL], REACHED_CASES),
         ]
         for dtype, (head, case) in itertools.product(_TYPES, calls):
-            if dtype != torch.int64:
+            if dtype.is_floating_point:
                 _call(dtype, head, case)
         before = torch.get_float32_matmul_precision()
         try:

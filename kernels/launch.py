@@ -190,6 +190,28 @@ def operands(hidden: Tensor, weight: Tensor, config: LinearConfig, loads: str) -
     )
 
 
+def gradient_factors(
+    tail: Tensor,  # (n,)
+    miss: Tensor,  # (n,)
+    grad_logprobs: Tensor,  # (n,)
+    grad_lse: Tensor | None,  # (n,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a row has a gradient (bool); its gradient at the target, and what the gradient is of
+    each other probability. (n,) each.
+
+    The tail, which rounding took from the lse, is a factor that all probabilities of a row have.
+    A row without a gradient has 0, also one of NaN.
+    """
+    silent = grad_logprobs == 0
+    at_target, of_others = grad_logprobs * miss, -grad_logprobs
+    if grad_lse is not None:
+        silent = silent & (grad_lse == 0)
+        at_target = at_target + grad_lse * (1 - miss)
+        of_others = of_others + grad_lse
+    of_others = of_others * torch.exp(-tail)
+    return ~silent, at_target.masked_fill(silent, 0), of_others.masked_fill(silent, 0)
+
+
 def rows_config(vocab: int) -> RowsConfig:
     """8 kB of float32 at a time: enough loads in flight, and no more than registers hold."""
     block = min(2048, max(128, triton.next_power_of_2(vocab)))

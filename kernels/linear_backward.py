@@ -9,6 +9,7 @@ n tokens of the chunk, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import autotune, launch
@@ -24,11 +25,10 @@ def _logits_gradient_kernel(
     weight_ptr,
     bias_ptr,
     targets_ptr,
+    active_ptr,  # 1 where there is a gradient
     lse_ptr,
-    tail_ptr,
-    miss_ptr,
-    grad_ptr,
-    grad_lse_ptr,
+    at_target_ptr,
+    of_others_ptr,
     scale_ptr,  # (), what the result is divided by
     out_ptr,
     num_tokens,
@@ -46,7 +46,6 @@ def _logits_gradient_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -65,12 +64,7 @@ def _logits_gradient_kernel(
     exists = offs_n < num_tokens
     targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
     counted = targets != ignore_index
-    grad = tl.load(grad_ptr + offs_n, mask=counted, other=0.0)
-    active = grad != 0.0
-    grad_lse = grad
-    if HAS_GRAD_LSE:
-        grad_lse = tl.load(grad_lse_ptr + offs_n, mask=counted, other=0.0)
-        active = active | (grad_lse != 0.0)
+    active = tl.load(active_ptr + offs_n, mask=counted, other=0)
 
     d_raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if tl.max(active.to(tl.int32), axis=0) > 0:
@@ -99,19 +93,16 @@ def _logits_gradient_kernel(
         )
         z, capped = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
         lse = tl.load(lse_ptr + offs_n, mask=counted, other=0.0)
-        tail = tl.load(tail_ptr + offs_n, mask=counted, other=0.0)
-        miss = tl.load(miss_ptr + offs_n, mask=counted, other=0.0)
+        at_target = tl.load(at_target_ptr + offs_n, mask=counted, other=0.0)
+        of_others = tl.load(of_others_ptr + offs_n, mask=counted, other=0.0)
         if HAS_SCALE:
             slope = slope / tl.load(scale_ptr)
         d_raw = logit_gradient(
             z,
             lse[:, None],
-            tail[:, None],
             offs_v[None, :] == targets[:, None],
-            grad[:, None],
-            grad_lse[:, None],
-            miss[:, None],
-            HAS_GRAD_LSE,
+            at_target[:, None],
+            of_others[:, None],
         )
         if HAS_SOFTCAP:
             # A row without a gradient has 0 here, whatever its logits are.
@@ -174,17 +165,17 @@ def logits_gradient(
             scale=scale,
         )
     config = config or launch.linear_config(hidden.dtype, num_tokens, device, **kind)
+    active, at_target, of_others = launch.gradient_factors(tail, miss, grad_logprobs, grad_lse)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
         *launch.operands(hidden, weight, config, loads),
         hidden if bias is None else bias,
         targets.contiguous(),
+        active.view(torch.uint8),
         lse.contiguous(),
-        tail.contiguous(),
-        miss.contiguous(),
-        grad_logprobs.contiguous(),
-        grad_logprobs if grad_lse is None else grad_lse.contiguous(),
+        at_target.contiguous(),
+        of_others.contiguous(),
         lse if scale is None else scale,
         out,
         num_tokens,
@@ -202,7 +193,6 @@ def logits_gradient(
         ignore_index,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
-        HAS_GRAD_LSE=grad_lse is not None,
         HAS_SCALE=scale is not None,
         EVEN_D=width % config.BLOCK_D == 0,
         EVEN_V=vocab % config.BLOCK_V == 0,

@@ -144,10 +144,8 @@ def _logits_rows_backward_kernel(
     bias_ptr,
     targets_ptr,
     lse_ptr,
-    tail_ptr,
-    miss_ptr,
-    grad_ptr,
-    grad_lse_ptr,
+    at_target_ptr,
+    of_others_ptr,
     rows_ptr,
     scale_ptr,  # (), what the result is divided by
     out_ptr,
@@ -166,7 +164,6 @@ def _logits_rows_backward_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -183,16 +180,10 @@ def _logits_rows_backward_kernel(
         token = row
     logits_ptr += sequence * stride_ls + token * stride_lt
     target = tl.load(targets_ptr + row)
-    grad = tl.load(grad_ptr + row)
-    grad_lse = grad
-    if HAS_GRAD_LSE:
-        grad_lse = tl.load(grad_lse_ptr + row)
     lse = tl.load(lse_ptr + row)
-    tail = tl.load(tail_ptr + row)
-    miss = tl.load(miss_ptr + row)
     # Whatever came for an ignored row, also NaN.
-    grad = tl.where(target == ignore_index, 0.0, grad)
-    grad_lse = tl.where(target == ignore_index, 0.0, grad_lse)
+    at_target = tl.where(target == ignore_index, 0.0, tl.load(at_target_ptr + row))
+    of_others = tl.where(target == ignore_index, 0.0, tl.load(of_others_ptr + row))
     if HAS_SCALE:
         slope = slope / tl.load(scale_ptr)
     for start in range(0, vocab, BLOCK_V):
@@ -210,7 +201,7 @@ def _logits_rows_backward_kernel(
             HAS_SOFTCAP,
             EVEN_V,
         )
-        d_raw = logit_gradient(z, lse, tail, offs_v == target, grad, grad_lse, miss, HAS_GRAD_LSE)
+        d_raw = logit_gradient(z, lse, offs_v == target, at_target, of_others)
         if HAS_SOFTCAP:
             # A row without a gradient has 0 here, whatever its logits are.
             d_raw = tl.where(d_raw == 0.0, 0.0, d_raw * (1.0 - capped * capped))
@@ -305,16 +296,15 @@ def logits_rows_backward(
     assert out.shape == (logits.shape if rows is None else (count, vocab))
     if count == 0:
         return out
+    _, at_target, of_others = launch.gradient_factors(tail, miss, grad_logprobs, grad_lse)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     _logits_rows_backward_kernel[(count,)](
         logits,
         logits if bias is None else bias,
         targets.contiguous(),
         lse.contiguous(),
-        tail.contiguous(),
-        miss.contiguous(),
-        grad_logprobs.contiguous(),
-        grad_logprobs if grad_lse is None else grad_lse.contiguous(),
+        at_target.contiguous(),
+        of_others.contiguous(),
         targets if rows is None else rows.contiguous(),
         lse if scale is None else scale,
         out,
@@ -331,7 +321,6 @@ def logits_rows_backward(
         ignore_index,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
-        HAS_GRAD_LSE=grad_lse is not None,
         HAS_ROWS=rows is not None,
         HAS_SCALE=scale is not None,
         EVEN_V=vocab % config.BLOCK_V == 0,

@@ -121,21 +121,12 @@ def entropy_of(moment, row_max, rest, z_target, base, log_total):
 
 
 @triton.jit
-def logit_gradient(z, lse, tail, is_target, grad, grad_lse, miss, HAS_GRAD_LSE: tl.constexpr):
-    """d z of a tile; grad, grad_lse, lse, its tail and miss broadcast over it.
-
-    A row whose gradients are 0 gets 0 whatever its logits are.
+def logit_gradient(z, lse, is_target, at_target, of_others):
+    """d z of a tile from the factors of `launch.gradient_factors`, which broadcast over it, as lse
+    does. A row whose factors are 0 gets 0 whatever its logits are.
     """
     # Above 0 only in rows that are masked out below; a NaN stays one.
     log_probability = z - lse
     probability = tl.exp(tl.where(log_probability > 0.0, 0.0, log_probability))
-    at_target = grad * miss
-    of_others = -grad
-    silent = grad == 0.0
-    if HAS_GRAD_LSE:
-        at_target += grad_lse * (1.0 - miss)
-        of_others += grad_lse
-        silent = silent & (grad_lse == 0.0)
-    # A factor of the row, so that no entry pays for it.
-    of_others *= tl.exp(-tail)
-    return tl.where(silent, 0.0, tl.where(is_target, at_target, of_others * probability))
+    d_z = tl.where(is_target, at_target, of_others * probability)
+    return tl.where((at_target == 0.0) & (of_others == 0.0), 0.0, d_z)

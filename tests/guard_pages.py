@@ -12,6 +12,7 @@ source, with that one left out: those must die. Standard output has a line of JS
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -88,9 +89,17 @@ class Guard:
     def keep(self, tensor: Tensor) -> Tensor:
         return guarded(tensor, self.edge)
 
-    def allocations(self) -> mock._patch[Any]:
-        empty = torch.empty
-        return mock.patch.object(torch, "empty", lambda *a, **k: self.keep(empty(*a, **k)))
+    @contextlib.contextmanager
+    def allocations(self) -> Iterator[None]:
+        launch = kernels("launch")
+        empty, factors = torch.empty, launch.gradient_factors
+        with (
+            mock.patch.object(torch, "empty", lambda *a, **k: self.keep(empty(*a, **k))),
+            mock.patch.object(
+                launch, "gradient_factors", lambda *a: tuple(map(self.keep, factors(*a)))
+            ),
+        ):
+            yield
 
 
 def kernels(name: str) -> ModuleType:
