@@ -284,7 +284,8 @@ def logits_rows_backward(
     scale: Tensor | None = None,  # ()
     config: RowsConfig | None = None,
 ) -> Tensor:
-    """d raw / scale, written to `out` in its dtype and returned; one launch.
+    """d raw / scale, written to `out` in its dtype and returned; one launch, behind the small ones
+    of `launch.gradient_factors`.
 
     In place with `rows`, a row that is written must not be read by another program: each is either
     rows[i] = i, or a row that no entry of `rows` names.

@@ -42,8 +42,8 @@ class KernelWorkspace(Workspace):
     ) -> Operand:
         assert isinstance(statistics, logits_rows.RowStatistics)
         count = len(targets) if order is None else len(order)
-        bound = grad_logprobs.abs().max() * abs(self.spec.slope)
-        scale = self.products.operand_scale(bound)
+        bound = grad_logprobs.abs() if grad_lse is None else grad_logprobs.abs() + grad_lse.abs()
+        scale = self.products.operand_scale(bound.max() * abs(self.spec.slope))
         buffer = self._buffer[: len(targets)]
         dtype = self.products.operand_dtype
         # In place of the logits where the dtype is theirs.

@@ -58,7 +58,7 @@ def load_model(
         base = _base_of_adapters(location) if merge_adapters else None
         if base is not None:
             model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
-            return merged_adapters(source, model)
+            return merged_adapters(location["pretrained_model_name_or_path"], model)
         loader = _class_of(location)
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
     except UsageError:
@@ -82,7 +82,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
-    folder = Path(source).expanduser()
+    folder = _expanded(source)
     if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("tokenizer*")):
         base = _base_of_adapters(location)  # PEFT saves adapters alone
         if base is not None and Path(base).resolve() != folder.resolve():
@@ -113,7 +113,7 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
         UsageError: something is missing; says what.
     """
     is_encoder_decoder(source)
-    folder = Path(source).expanduser()
+    folder = _expanded(source)
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf")
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
         raise UsageError(
@@ -172,7 +172,7 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"there is no file {str(path)!r}; check the path")
@@ -187,7 +187,16 @@ def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
             )
         if files:
             return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
-    return {"pretrained_model_name_or_path": os.fspath(path)}
+    place = path if path.exists() else source
+    return {"pretrained_model_name_or_path": os.fspath(place)}
+
+
+def _expanded(source: str | os.PathLike[str]) -> Path:
+    """With `~` spelt out, which a shell leaves to us in `--model=~/student`."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{os.fspath(source)}: {error}; write the folder out") from None
 
 
 def _is_path(source: str | os.PathLike[str]) -> bool:

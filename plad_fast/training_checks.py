@@ -35,7 +35,11 @@ def recipe_terms(
     if sft_weight is None:
         sft_weight = float(loss in _WITH_LIKELIHOOD)
     if length_normalization is None:
-        own_means = not spec.length_normalized and spec.mean_over != "tokens"
+        own_means = (
+            not spec.length_normalized
+            and "length_normalization" not in spec.takes  # which hands it on to its parts
+            and spec.mean_over != "tokens"
+        )
         length_normalization = float(loss in _PER_TOKEN or own_means)
     return sft_weight, length_normalization
 

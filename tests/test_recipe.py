@@ -92,10 +92,12 @@ def test_values_that_are_not_of_the_type_of_their_setting(name, value, message):
         ("orpo", (1, 1)),  # of means, whatever alpha is
         ("simpo", (0, 1)),
         ("dpo", (0, 0)),
+        ("mixture", (0, 0)),
     ],
 )
 def test_losses_have_the_terms_of_their_papers(loss, terms):
-    config = replace(DistillConfig(), loss=loss)
+    parts = '{"parts": {"dpo": {}}}' if loss == "mixture" else None
+    config = replace(DistillConfig(), loss=loss, loss_args=parts)
     for settings, expected in (
         (config, terms),
         (replace(config, sft_weight=0.5, length_normalization=0.25), (0.5, 0.25)),

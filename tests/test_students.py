@@ -208,6 +208,16 @@ def test_unusable_sources_are_refused(tmp_path):
                 load(mistyped)
 
 
+def test_a_home_folder_is_spelt_out(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    tiny_model.save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for load in (load_model, load_tokenizer, check_loadable):
+        load("~/student")
+        with pytest.raises(UsageError, match="write the folder out"):
+            load("~nobody_of_this_name/student")
+
+
 def test_what_cannot_be_loaded_is_known_without_loading(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     check_loadable(tmp_path)
