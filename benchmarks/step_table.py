@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.common import MIB, RESULTS, Record, format_table, quartiles
-from benchmarks.step_data import PAIRS_PER_STEP, StepCase
+from benchmarks.step_data import KINDS, PAIRS_PER_STEP, StepCase
 
 BASELINES = ("trl", "trl batched")
 HEADER = (
@@ -118,7 +118,8 @@ def markdown(rows: Sequence[Record]) -> str:
     for row in rows:
         key = (row["kind"], row["dtype"], row["active"], row["checkpointing"])
         cases.setdefault(key, {})[row["impl"]] = row
-    for (kind, dtype, active, checkpointing), found in cases.items():
+    for key in sorted(cases, key=lambda case: KINDS.index(case[0])):
+        (kind, dtype, active, checkpointing), found = key, cases[key]
         name = f"{kind}, {dtype}"
         name += "" if float(active) == 1 else f", {float(active):.0%} active"
         name += ", checkpointing" if checkpointing == "True" else ""
