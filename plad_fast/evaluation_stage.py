@@ -77,12 +77,12 @@ def evaluate_on_pairs(
             discard_answers(scorer_file(scorer.name, folder))
         discard_answers(folder / JUDGE_STORE)
 
+    of_results = config.results_settings()
     claim_folder(
         folder,
         "evaluate",
         {
-            **{name: getattr(config, name) for name in _SETTINGS},
-            "length_normalization": config.alpha,
+            **{name: of_results[name] for name in _SETTINGS},
             "students": list(students),
             **{f"{name}'s weights": model_digest(path) for name, path in students.items()},
             "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",

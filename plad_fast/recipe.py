@@ -113,7 +113,7 @@ class DistillConfig(PairSettings):
     )
     gradient_checkpointing: bool = setting(
         False,
-        "compute activations again in the backward: less memory, a third more time",
+        "compute activations again in the backward: less memory, more time",
         affects_results=False,
     )
     saves_per_stage: int = setting(2, "checkpoints in each training", affects_results=False)

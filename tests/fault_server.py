@@ -128,7 +128,7 @@ class FaultServer:
             request_queue_size = 64
 
             def handle_error(self, *args: Any) -> None:
-                pass  # the client has gone
+                """Silent: the client has gone."""
 
         self._http = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"

@@ -78,7 +78,7 @@ def answers_to_many(path, model, n=1, **options):
 @pytest.mark.parametrize("n", [1, 2])
 def test_answers_that_are_all_cut_off_end_the_asking_early(n, tmp_path):
     path, wordy = tmp_path / "a.jsonl", Wordy(finishes=("30",))
-    message = r"of the scripted to the first 16 prompts are all cut off .*--max-new-tokens"
+    message = r"scripted: the answers to the first 16 prompts are all cut off .*--max-new-tokens"
     with pytest.raises(UsageError, match=message):
         answers_to_many(path, wordy, n, to_the_end=True)
     asked = len(wordy.asked)

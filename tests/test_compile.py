@@ -343,6 +343,7 @@ def test_no_cuda_graph_is_captured_over_an_op_that_waits():
         "linear_sequence_logprobs",
         "linear_sequence_logprobs_backward",
         "linear_preference_loss",
+        "stored_token_logprobs_backward",
     ):
         op = getattr(torch.ops.plad_fast, name).default
         assert torch.Tag.cudagraph_unsafe in op.tags

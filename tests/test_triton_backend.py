@@ -6,13 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from problems import assert_within_budget, make_problem, oracle, problems
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plad_fast import (
     UsageError,
     fused_linear_preference_loss,
     linear_sequence_logprobs,
     sequence_logprobs,
+    triton_backend,
 )
+from plad_fast.backend import LinearProblem, Upstream
+from plad_fast.logit_spec import LogitSpec
 
 pytest.importorskip("triton")
 
@@ -260,3 +264,33 @@ def test_float16_gradients_too_small_for_a_finite_inverse():
             out=torch.empty(2, 9, dtype=torch.float16), scale=scale,
         )  # fmt: skip
         assert (out.float() * scale).isfinite().all()
+
+
+class Rows(TorchDispatchMode):
+    """The most rows of hidden states that were ever copied at once."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.index and result.ndim == 2:
+            self.most = max(self.most, len(result))
+        return result
+
+
+def test_only_a_chunk_of_active_rows_is_copied():
+    """What `scratch_bytes` bounds does not grow with the tokens that have a gradient."""
+    base = make_problem([40, 40], width=24, vocab=50, dtype=torch.float32, scratch_rows=4)
+    problem = LinearProblem(
+        base.hidden.detach(), base.weight.detach(), None, base.targets, base.cu_seqlens,
+        LogitSpec(None, 1.0, 1.0), -100, 4 * 50 * 4 * 2,
+    )  # fmt: skip
+    statistics = triton_backend.linear_forward(problem, 0.0, False)
+    grad = torch.ones(80)
+    grad[::3] = 0.0
+    with Rows() as rows:
+        triton_backend.linear_backward(
+            problem, statistics.lse, statistics.tail, statistics.miss, Upstream(grad, None),
+            (True, True, False), True,
+        )  # fmt: skip
+    assert 0 < rows.most <= 8

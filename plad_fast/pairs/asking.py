@@ -111,8 +111,8 @@ def _check_limit(name: str, store: AnswerStore, sampling: Sampling) -> bool:
         UsageError: not one of them is answered to the end.
     """
     finished: dict[str, bool] = {}
-    for row_id, row in store.rows.items():
-        prompt = row_id.removesuffix(f"\t{row['sample']}") if row.get("sample") else row_id
+    for key, row in store.rows.items():
+        prompt = key.removesuffix(f"\t{row['sample']}") if row.get("sample") else key
         finished[prompt] = finished.get(prompt, False) or row["finish_reason"] != "length"
     count, cut = len(finished), len(finished) - sum(finished.values())
     if count < _ENOUGH:
@@ -120,8 +120,8 @@ def _check_limit(name: str, store: AnswerStore, sampling: Sampling) -> bool:
     limit = f"max_new_tokens={sampling.max_new_tokens}"
     if cut == count:
         raise UsageError(
-            f"the answers of the {name} to the first {count} prompts are all cut off at {limit}, "
-            "and none is of use; raise --max-new-tokens, or ask for short answers. What is stored "
+            f"{name}: the answers to the first {count} prompts are all cut off at {limit}, and "
+            "none is of use; raise --max-new-tokens, or ask for short answers. What is stored "
             "was made with other settings then: choose another folder, or pass --overwrite"
         )
     if cut > count / 2:
