@@ -155,6 +155,10 @@ BAD_INPUTS = {
         [*EVALUATE, "--student", "A={data}/none"],
         "there is nothing at '.*/none'; check the path",
     ),
+    "a student that is not there either": (
+        [*EVALUATE, "--student", "A=./none"],
+        r"--student A=\./none: there is nothing at '\./none'; check the path",
+    ),
     "a student that is no model": (
         [*EVALUATE, "--student", "A={data}/no-model"],
         "--student A=.*/no-model is no folder of a model",
