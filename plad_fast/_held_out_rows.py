@@ -8,7 +8,7 @@ from typing import Any
 from plad_fast._records import digest
 from plad_fast._rows import read_row
 from plad_fast._template_options import refuse_template_options
-from plad_fast.chat import as_conversation
+from plad_fast.chat import as_conversation, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.held_out import HeldOut
 from plad_fast.pairs import Prompt
@@ -44,7 +44,13 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             if len(responses) < 2:
                 raise UsageError("there is no rejected response, and evaluation ranks pairs")
             # In the form in which its answers are scored: students answer that very one.
-            prompt, texts = as_conversation(prompt, responses)
+            prompt, answered = as_conversation(prompt, responses)
+            best = answered[0] if isinstance(answered[0], str) else answered[0]["content"] or ""
+            if is_blank(best):
+                raise UsageError(
+                    "the best response has no text, and evaluation compares texts; leave the row "
+                    "out"
+                )
         except UsageError as error:
             raise UsageError(f"{source}, row {number + 1}: {error}") from None
         if template:
@@ -57,7 +63,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
                 f"{row_id!r} and different prompts; give every prompt an id of its own, or none"
             )
         first_rows.setdefault(prompt_id, number)
-        answers.setdefault(prompt_id, texts[0].strip())
+        answers.setdefault(prompt_id, best.strip())
         if references.get(prompt_id) is None:
             references[prompt_id] = Prompt(prompt_id, prompt, reference).reference
         for place, rejected in enumerate(responses[1:]):

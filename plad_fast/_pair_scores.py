@@ -93,10 +93,11 @@ def _read_pairs(
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
+    from_arrow = hasattr(pairs, "column_names")  # a datasets.Dataset, slow to import
     rows, templates = [], []
     for name, pair in zip(names, pairs, strict=True):
         try:
-            row = read_row(pair)
+            row = read_row(pair, from_arrow=from_arrow)
             if len(row.responses) != 2:
                 raise UsageError(
                     f"{len(row.responses)} responses; give one chosen and one rejected"
@@ -202,19 +203,16 @@ def _encode(
     templates: Sequence[Mapping[str, Any]] | None,
 ) -> list[EncodedGroup]:
     """Rows as token ids; raises UsageError for one that is not as in `score_responses`."""
-    from plad_fast.tokenization import encode_group
+    from plad_fast._text_ids import TextIds
+    from plad_fast.tokenization import encode_with, report_texts
 
+    encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
     features = []
     templates = [{}] * len(rows) if templates is None else templates
     for name, (prompt, responses), template in zip(names, rows, templates, strict=True):
         try:
-            group = encode_group(
-                tokenizer,
-                prompt,
-                responses,
-                max_length=max_length,
-                encoder_decoder=encoder_decoder,
-                template=template,
+            group = encode_with(
+                encoder, prompt, responses, max_length=max_length, template=template
             )
         except UsageError as error:
             raise UsageError(f"{unit} {name}: {error}") from None
@@ -226,6 +224,9 @@ def _encode(
             f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
             f"raise max_length, or leave those {unit}s out"
         )
+    report_texts(
+        f"the {unit}s to score", [f["moved"] for f in features], [f["split"] for f in features]
+    )
     return features
 
 

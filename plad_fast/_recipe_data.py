@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast._records import digest
+from plad_fast._template_options import without_nulls
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import write_atomically
@@ -119,7 +120,10 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
             f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
             "rejected, and lists have prompt and responses"
         )
-    return [dict(row) for row in table.rows]
+    if isinstance(table.rows, list):
+        return [dict(row) for row in table.rows]
+    # Of the hub, by way of Arrow.
+    return [{name: without_nulls(value) for name, value in row.items()} for row in table.rows]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

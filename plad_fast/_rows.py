@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from plad_fast._template_options import read_template_options
-from plad_fast.chat import Content, require_unicode
+from plad_fast._template_options import read_template_options, without_nulls
+from plad_fast.chat import Content, Message, is_blank, require_unicode
 from plad_fast.errors import UsageError
 
 _RESPONSE = 'text or a list of {"role", "content"} messages'
@@ -47,20 +47,31 @@ def score_columns(columns: Collection[str]) -> list[str]:
     return ["scores"] if "responses" in columns else ["chosen_score", "rejected_score"]
 
 
-def read_row(row: Mapping[str, Any]) -> PreferenceRow:
+def read_row(row: Mapping[str, Any], *, from_arrow: bool = False) -> PreferenceRow:
     """Prompt and responses of a row in any of the forms that `tokenize_dataset` lists.
+
+    Args:
+        row: column -> value.
+        from_arrow: of a table that gives every struct the keys that one of its column has: keys
+            without a value are left out. Elsewhere a null in a tool's arguments is the user's.
 
     Raises:
         UsageError: a value is missing or of another type than it should be. The message does not
             say which row it is: the caller knows.
     """
+    prompt, responses = _read_texts(without_nulls(row) if from_arrow else row)
+    # Plain text does not pass through a template: such columns may be anything then.
+    is_text = isinstance(prompt, str) and all(isinstance(item, str) for item in responses)
+    template = {} if is_text else read_template_options(row, from_arrow=from_arrow)
+    return PreferenceRow(prompt, responses, template)
+
+
+def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     if row.get("prompt") is None and row.get("chosen") and row.get("rejected"):
-        prompt, responses = _without_prompt(row["chosen"], row["rejected"])
-        return PreferenceRow(prompt, responses, _template(row, prompt))
+        return _without_prompt(row["chosen"], row["rejected"])
     prompt = read_content(row.get("prompt"), "prompt")
     if row.get("responses") is not None:
-        responses = read_contents(row["responses"], "responses")
-        return PreferenceRow(prompt, responses, _template(row, prompt))
+        return prompt, read_contents(row["responses"], "responses")
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
@@ -69,12 +80,7 @@ def read_row(row: Mapping[str, Any]) -> PreferenceRow:
         responses += (
             read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
         )
-    return PreferenceRow(prompt, responses, _template(row, prompt))
-
-
-def _template(row: Mapping[str, Any], prompt: Content) -> dict[str, Any]:
-    """Plain text does not pass through a template: such columns may be anything then."""
-    return {} if isinstance(prompt, str) else read_template_options(row)
+    return prompt, responses
 
 
 def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
@@ -129,9 +135,10 @@ def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]
         shared = max((i for i in range(shared) if first[i].isspace()), default=0)
     else:  # the last message is an answer, also where both conversations are equal
         shared = min(shared, len(first) - 1, len(second) - 1)
-    if not shared:
+    if not shared or (isinstance(first, str) and is_blank(first[:shared])):
         raise UsageError(
-            "prompt is null, and chosen and rejected do not begin with the same one; add it"
+            "prompt is null, and chosen and rejected do not begin with the same one (the same "
+            "messages, or the same words up to white space); add it"
         )
     return first[:shared], [first[shared:], second[shared:]]
 
@@ -156,16 +163,53 @@ def read_content(value: Any, column: str) -> Content:
         return value
     if not isinstance(value, (list, tuple)) or not _is_messages(value):
         raise UsageError(f"{column} is {_shown(value)}; it should be {_RESPONSE}")
-    for message in value:
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise UsageError(
-                    f"{column} has a message whose {key} is {_shown(message.get(key))}; it should "
-                    "be text"
-                )
-        require_unicode(message["content"], column)
-    # Arrow gives every message every key that one of them has.
-    return [{key: v for key, v in message.items() if v is not None} for message in value]
+    return [_read_message(message, column) for message in value]
+
+
+def _read_message(message: Mapping[str, Any], column: str) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise UsageError(f"{column} has a message whose role is {_shown(role)}; it should be text")
+    # Keys without a value are as good as none: servers send them, and Arrow makes them.
+    others = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
+    if isinstance(content, (list, tuple)):
+        content = "".join(_part_text(part, column) for part in content)
+    # A message that calls a tool need not say anything.
+    calls = role == "assistant" and content is None and any(others.values())
+    if not isinstance(content, str) and not calls:
+        raise UsageError(
+            f"{column} has a message whose content is {_shown(content)}; it should be text"
+        )
+    found = {"role": role, "content": content, **others}
+    _require_unicode(found, column)
+    return found
+
+
+def _part_text(part: Any, column: str) -> str:
+    """Text of one of the parts of a message's content, as OpenAI's format has them."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    if is_text and kind in ("text", "input_text", "output_text", None):
+        return part["text"]
+    what = f"of type {kind!r}" if kind is not None else f"that is {_shown(part)}"
+    raise UsageError(
+        f"{column} has a message with a part {what}; only parts of type 'text' are read: leave the "
+        "row out, or write what the part says as text"
+    )
+
+
+def _require_unicode(value: Any, column: str) -> None:
+    if isinstance(value, str):
+        require_unicode(value, column)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _require_unicode(key, column)
+            _require_unicode(inner, column)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _require_unicode(inner, column)
 
 
 def _is_messages(value: Sequence[Any]) -> bool:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from plad_fast.errors import UsageError
 
-# Arguments of `apply_chat_template` that say what is done with the text.
-_OURS = {
-    *("conversation", "tokenize", "add_generation_prompt", "continue_final_message"),
-    *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
-}
+# What `apply_chat_template` takes, or sets itself, and a template does not get from a row: its
+# further parameters, of whatever version of transformers, are added to these.
+_RESERVED = frozenset(
+    {
+        *("conversation", "conversations", "messages", "tokenizer", "self", "tools"),
+        *("chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+        *("raise_exception", "strftime_now", "kwargs"),
+    }
+)
+_FOR_TEMPLATES = {"documents"}
 
 
-def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+def read_template_options(row: Mapping[str, Any], *, from_arrow: bool = False) -> dict[str, Any]:
     """Arguments of `apply_chat_template`, from a row's `tools` and `chat_template_kwargs`.
+
+    Args:
+        row: with or without these columns.
+        from_arrow: leave out keys without a value, see `without_nulls`.
 
     Raises:
         UsageError: tools that are no list, nor the JSON text of one, or other arguments than a
@@ -29,6 +41,8 @@ def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
             tools = json.loads(tools)
         except ValueError as error:
             raise UsageError(f"tools is a text and no JSON ({error}); give a list") from None
+    elif from_arrow:
+        tools = without_nulls(tools)
     if tools is not None and not isinstance(tools, (list, tuple)):
         raise UsageError(f"tools is a {type(tools).__name__}; give a list of tools, or its JSON")
     if given is not None and not isinstance(given, Mapping):
@@ -36,22 +50,30 @@ def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
             f"chat_template_kwargs is a {type(given).__name__}; it should map names to values, "
             'such as {"enable_thinking": false}'
         )
-    options = _without_nulls(given or {})
-    if wrong := sorted(_OURS & options.keys()):
+    options = {key: value for key, value in (given or {}).items() if value is not None}
+    if from_arrow:
+        options = without_nulls(options)
+    if options and (wrong := sorted(_reserved() & options.keys())):
         raise UsageError(
             f"chat_template_kwargs has {', '.join(wrong)}, which the tokenisation sets itself; "
-            "leave it out"
+            "leave it out" + ("; tools have a column of their own" if "tools" in wrong else "")
         )
-    if not isinstance(row.get("tools"), str):
-        tools = _without_nulls(tools)
     return ({"tools": list(tools)} if tools else {}) | options
 
 
-def _without_nulls(value: Any) -> Any:
-    """Less the keys without a value: Arrow gives every row those that one of them has."""
+def without_nulls(value: Any) -> Any:
+    """Less the keys without a value, at every depth: Arrow gives every row those that one has."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+@functools.cache
+def _reserved() -> frozenset[str]:
+    from transformers import PreTrainedTokenizerBase
+
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return _RESERVED | (taken.keys() - _FOR_TEMPLATES)
 
 
 def refuse_template_options(row: Mapping[str, Any], name: str) -> None:

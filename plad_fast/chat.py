@@ -8,20 +8,44 @@ chat model a plain-text prompt, make messages of it first (`plad_fast.pairs.as_m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from plad_fast._template_text import (
+    Whole,
+    apply_template,
+    common_length,
+    is_tag,
+    whole_conversation,
+)
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages: TypeAlias = list[dict[str, str]]
+Message: TypeAlias = dict[str, Any]
+Messages: TypeAlias = list[Message]
 Content: TypeAlias = str | Messages
 
+# White space, control characters, and what Unicode has for no glyph: Default_Ignorable_Code_Point,
+# the marks of interlinear annotation, and the blank of Braille.
+_BLANK = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
 
-def as_conversation(prompt: Content, responses: Sequence[Content]) -> tuple[Content, list[str]]:
-    """A prompt and the texts of its responses, of whichever form they are.
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space, zero-width and format characters only."""
+    return _BLANK.fullmatch(text) is not None
+
+
+def as_conversation(
+    prompt: Content, responses: Sequence[Content]
+) -> tuple[Content, list[str] | Messages]:
+    """A prompt and its responses in the prompt's form: texts, or the assistant's message of each.
 
     Where a response is messages and the prompt is text, the prompt is what the user said. Messages
     of a response that repeat the prompt are left out.
@@ -29,7 +53,10 @@ def as_conversation(prompt: Content, responses: Sequence[Content]) -> tuple[Cont
     Raises:
         UsageError: messages of a response that neither repeat the prompt nor are one answer to it.
     """
-    if isinstance(prompt, str) and not all(isinstance(response, str) for response in responses):
+    texts = [response for response in responses if isinstance(response, str)]
+    if isinstance(prompt, str):
+        if len(texts) == len(responses):
+            return prompt, texts
         prompt = [{"role": "user", "content": prompt}]
     return prompt, [_answer(prompt, response) for response in responses]
 
@@ -57,11 +84,37 @@ def render_prompt(
 
     Raises:
         UsageError: messages for a tokenizer that has no chat template, or that its template
-            refuses.
+            refuses, or that end in the assistant's.
     """
     if isinstance(prompt, str):
         return prompt
-    return _apply_template(tokenizer, prompt, add_generation_prompt=True, **(template or {}))
+    if prompt[-1]["role"] == "assistant":
+        raise UsageError(
+            "the prompt ends in an assistant message, which leaves nothing to answer; cut it off, "
+            "and put its text at the start of the responses if they go on from there"
+        )
+    return apply_template(tokenizer, prompt, template, generation_prompt=True)
+
+
+def render_group(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    answers: Messages,
+    template: Mapping[str, Any] | None = None,
+) -> tuple[str, list[Whole]]:
+    """The text of `render_prompt`, and the conversation with each one of the answers.
+
+    A conversation need not begin with the former: see `whole_conversation`.
+
+    Args:
+        tokenizer, prompt, template: as for `render_prompt`.
+        answers: a message of the assistant each; all of its keys go to the template.
+
+    Raises:
+        UsageError: as `render_prompt`, and for a key of an answer that the template does not show.
+    """
+    head = render_prompt(tokenizer, prompt, template)
+    return head, [whole_conversation(tokenizer, prompt, a, head, template) for a in answers]
 
 
 def render_response(
@@ -74,23 +127,65 @@ def render_response(
 
     For chat messages this is the part of the rendered conversation that follows the prompt, so a
     template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
-    marks no end of a turn, the EOS token is added. Where a template renders the earlier turns
-    differently once an answer follows, and for plain text, it is the response and the EOS token,
-    which a response may bring along.
+    marks no end of a turn, the EOS token is added. Where the conversation does not begin with the
+    prompt (its generation prompt opens a thought, and the answer has none), it is the part that
+    follows their common start. For plain text it is the response and the EOS token, which a
+    response may bring along.
 
     Raises:
-        UsageError: as `as_conversation` and `render_prompt`.
+        UsageError: as `as_conversation` and `render_group`.
     """
-    prompt, [text] = as_conversation(prompt, [response])
-    if not isinstance(prompt, str):
-        conversation = [*prompt, {"role": "assistant", "content": text}]
-        full = _apply_template(tokenizer, conversation, **(template or {}))
-        head = render_prompt(tokenizer, prompt, template)
-        if full.startswith(head):
-            tail = full[len(head) :].rstrip()
-            return tail if _ends_in_mark(tokenizer, tail) else tail + (tokenizer.eos_token or "")
+    prompt, [answer] = as_conversation(prompt, [response])
+    if isinstance(prompt, str):
+        return with_eos(tokenizer, cast(str, answer))
+    head, [whole] = render_group(tokenizer, prompt, [cast(Message, answer)], template)
+    return answer_text(tokenizer, head, whole)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
+    """What follows the common start of a rendered prompt and a conversation, with its end."""
+    tail = whole.text[common_length(head, whole.text) :]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    ended = bool(ids) and ends_turn(tokenizer, whole, ids[-1])
+    return tail if ended else tail + (tokenizer.eos_token or "")
+
+
+def with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text that ends in the EOS token, once."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
+
+
+def ends_turn(tokenizer: PreTrainedTokenizerBase, whole: Whole, last: int) -> bool:
+    """Whether a conversation whose last token is this one ends in a mark of the end."""
+    if last == tokenizer.eos_token_id:
+        return True
+    token = tokenizer.added_tokens_decoder.get(last) if whole.marked else None
+    return token is not None and not is_tag(str(token))
+
+
+def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that closes an answer in the chat template, if it is one added for its meaning."""
+    head, [whole] = render_group(
+        tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}]
+    )
+    # Without an EOS token, a template that marks no end closes with the answer itself.
+    ids = tokenizer(answer_text(tokenizer, head, whole), add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What a model wrote, letter for letter: without special tokens, but with the marks of thoughts
+    and tool calls, which some tokenizers count among these."""
+    added = tokenizer.added_tokens_decoder
+    if any(i in added and added[i].special and is_tag(added[i].content) for i in ids):
+        special = {i for i, token in added.items() if token.special and not is_tag(token.content)}
+        ids = [i for i in ids if i not in special]
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    else:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:
@@ -101,12 +196,12 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, re
     Raises:
         UsageError: as `render_prompt`.
     """
-    return _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
+    return apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
 
 
-def _answer(prompt: Content, response: Content) -> str:
+def _answer(prompt: Messages, response: Content) -> Message:
     if isinstance(response, str):
-        return response
+        return {"role": "assistant", "content": response}
     *before, last = response
     if last["role"] != "assistant":
         raise UsageError(
@@ -118,38 +213,12 @@ def _answer(prompt: Content, response: Content) -> str:
             f"a response holds {len(response)} messages, and those before the last are not the "
             "prompt; move the earlier turns into the prompt, which all responses share"
         )
-    return last["content"]
+    return last
 
 
-def _same_turns(messages: Messages, prompt: Content) -> bool:
-    turns = [
-        [(message["role"], message["content"].strip()) for message in side]
+def _same_turns(messages: Messages, prompt: Messages) -> bool:
+    first, second = (
+        [{**message, "content": (message.get("content") or "").strip()} for message in side]
         for side in (messages, prompt)
-        if not isinstance(side, str)
-    ]
-    return len(turns) == 2 and turns[0] == turns[1]
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
-    from jinja2 import TemplateError  # a dependency of torch, and slow to import
-
-    name = tokenizer.name_or_path or "this tokenizer"
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{name} has no chat template, but there are chat messages; pass prompt and responses "
-            "as text, or set tokenizer.chat_template"
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UsageError(
-            f"the chat template of {name} refuses messages of the roles {roles} ({error}); change "
-            "the messages, such as a system message into the start of the first user message"
-        ) from error
-
-
-def _ends_in_mark(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the last token of a text is one that was added to the vocabulary for its meaning."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return bool(ids) and ids[-1] in tokenizer.added_tokens_decoder
+    )
+    return first == second

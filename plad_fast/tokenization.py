@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import Dataset
 
@@ -18,7 +18,8 @@ from plad_fast._rows import (
     require_columns,
     score_columns,
 )
-from plad_fast.chat import Content, as_conversation, render_prompt, render_response
+from plad_fast._text_ids import GroupIds, Specials, TextIds
+from plad_fast.chat import Content, as_conversation
 from plad_fast.errors import UsageError
 from plad_fast.validation import is_whole
 
@@ -39,10 +40,18 @@ class EncodedGroup(TypedDict):
     """The prompt was cut."""
     fits: bool
     """False: a response is too long, or leaves the prompt no room for a token; drop the group."""
+    moved: str
+    """The end of the prompt with which the responses begin, or nothing; see `encode_group`."""
+    split: str
+    """A special token of a message that was encoded as text, or nothing."""
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Content, *, encoder_decoder: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    *,
+    encoder_decoder: bool = False,
+    split_special_tokens: bool = True,
 ) -> list[int]:
     """Token ids after which the model starts to answer.
 
@@ -50,32 +59,18 @@ def encode_prompt(
     in front (BOS), once, and never those it puts behind (EOS): the text goes on. For an encoder,
     which reads the prompt as a text of its own, plain text gets all of the tokenizer's.
 
+    Args:
+        tokenizer, encoder_decoder, split_special_tokens: see `encode_group`.
+        prompt: plain text or chat messages.
+
     Raises:
-        UsageError: the prompt has no tokens, so nothing could predict the first response token.
+        UsageError: the prompt has no tokens, so nothing could predict the first response token; or
+            messages that the chat template refuses, or that end in the assistant's.
     """
-    return _prompt_ids(tokenizer, prompt, None, _specials(tokenizer), encoder_decoder)
-
-
-def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    template: Mapping[str, Any] | None,
-    specials: _Specials,
-    encoder_decoder: bool,
-) -> list[int]:
-    if encoder_decoder and isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids = _ids(tokenizer, render_prompt(tokenizer, prompt, template))
-        front = specials.front if isinstance(prompt, str) else []
-        if ids[: len(front)] != front:
-            ids = front + ids
-    if not ids:
-        raise UsageError(
-            "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first "
-            "response token; drop empty prompts"
-        )
-    return ids
+    encoder = TextIds(
+        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
+    )
+    return encoder.prompt(prompt)
 
 
 def encode_group(
@@ -87,8 +82,14 @@ def encode_group(
     truncation_side: str = "left",
     encoder_decoder: bool = False,
     template: Mapping[str, Any] | None = None,
+    split_special_tokens: bool = True,
 ) -> EncodedGroup:
-    """Tokenises one prompt and its responses apart, so that the border never moves.
+    """Token ids of one prompt and of its responses, whose tokens are those behind the prompt.
+
+    Prompt and response are one text to the tokenizer. Where the last tokens of a prompt are others
+    once a response follows (a space that goes with the next word, a generation prompt that opens a
+    thought which an answer does without), all responses begin where the prompt and a whole text
+    part; `moved` says what of the prompt that is.
 
     All responses see the same prompt. It is cut, if it must be, so that the longest response fits
     into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
@@ -102,60 +103,68 @@ def encode_group(
         tokenizer: of the student.
         prompt: plain text or chat messages.
         responses: K texts or lists of messages, best first; see `plad_fast.chat.as_conversation`.
+            All keys of such a message go to the chat template, such as `tool_calls`.
         max_length: of prompt and response together; of an encoder-decoder model, of each.
         truncation_side: the side from which a long prompt loses tokens, "left" or "right".
         encoder_decoder: whether the student is such a model.
         template: what the chat template gets beside messages, such as `tools`.
+        split_special_tokens: encode special tokens that stand in chat messages as the text they
+            are there; the chat template's own stay tokens, and so do marks of thoughts and tool
+            calls. False makes tokens of them, as in plain text.
 
     Raises:
-        UsageError: a prompt or a response that is neither text nor messages, no responses, or a
+        UsageError: a prompt or a response that is neither text nor messages, no responses, a
+            message of a response with a key that the chat template does not show, or a
             `max_length` or `truncation_side` that is none.
     """
-    return _encode(
-        tokenizer,
+    encoder = TextIds(
+        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
+    )
+    return encode_with(
+        encoder,
         prompt,
         responses,
         max_length=max_length,
         truncation_side=truncation_side,
-        encoder_decoder=encoder_decoder,
         template=template,
     )
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
+def encode_with(
+    encoder: TextIds,
     prompt: Content,
     responses: Sequence[Content],
     *,
     max_length: int,
-    truncation_side: str,
-    encoder_decoder: bool,
+    truncation_side: str = "left",
     template: Mapping[str, Any] | None = None,
-    specials: _Specials | None = None,
 ) -> EncodedGroup:
-    """`encode_group`, with the tokenizer's special tokens if they are known already."""
+    """`encode_group` with a tokenizer of which much is known already."""
     check_cut(max_length, truncation_side)
-    prompt, texts = as_conversation(
+    prompt, answers = as_conversation(
         read_content(prompt, "prompt"), read_contents(responses, "responses")
     )
-    specials = specials or _specials(tokenizer)
-    prompt_ids = _prompt_ids(tokenizer, prompt, template, specials, encoder_decoder)
-    if encoder_decoder and isinstance(prompt, str):
-        response_ids = [_target_ids(tokenizer, text) for text in texts]
-    else:
-        rendered = (render_response(tokenizer, prompt, text, template) for text in texts)
-        response_ids = [_ids(tokenizer, text) for text in rendered]
-    if encoder_decoder:
-        if not isinstance(prompt, str):
-            specials = _Specials([], 0)
-        return _two_texts(prompt_ids, response_ids, specials, max_length, truncation_side)
-    room = max_length - max(len(ids) for ids in response_ids)
+    ids = encoder.group(prompt, answers, template)
+    if encoder.encoder_decoder:
+        specials = encoder.specials if isinstance(prompt, str) else Specials([], 0)
+        return _two_texts(ids, specials, max_length, truncation_side)
+    prompt_ids = ids.prompt
+    room = max_length - max(map(len, ids.responses))
     truncated = len(prompt_ids) > room
     # A group that does not fit is left whole: the caller reports and drops it.
     if truncated and room >= 1:
-        prompt_ids = _cut(prompt_ids, room, truncation_side, tokenizer.bos_token_id)
+        prompt_ids = _cut(prompt_ids, room, truncation_side, encoder.tokenizer.bos_token_id)
+    return _encoded(ids, prompt_ids, truncated, fits=room >= 1)
+
+
+def _encoded(ids: GroupIds, prompt_ids: list[int], truncated: bool, fits: bool) -> EncodedGroup:
     return EncodedGroup(
-        prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=room >= 1
+        prompt_ids=prompt_ids,
+        response_ids=ids.responses,
+        truncated=truncated,
+        fits=fits,
+        moved=ids.moved,
+        split=ids.split,
     )
 
 
@@ -168,32 +177,18 @@ def check_cut(max_length: int, truncation_side: str) -> None:
 
 
 def _two_texts(
-    prompt_ids: list[int],
-    response_ids: list[list[int]],
-    specials: _Specials,
-    max_length: int,
-    truncation_side: str,
+    ids: GroupIds, specials: Specials, max_length: int, truncation_side: str
 ) -> EncodedGroup:
     """The prompt for an encoder and its responses for a decoder."""
+    prompt_ids = ids.prompt
     front, back = len(specials.front), specials.back
     truncated = len(prompt_ids) > max_length
-    fits = max(map(len, response_ids)) <= max_length and front + back < max_length
+    fits = max(map(len, ids.responses)) <= max_length and front + back < max_length
     if truncated and fits:
         end = len(prompt_ids) - back
         body = _cut(prompt_ids[front:end], max_length - front - back, truncation_side, None)
         prompt_ids = [*prompt_ids[:front], *body, *prompt_ids[end:]]
-    return EncodedGroup(
-        prompt_ids=prompt_ids, response_ids=response_ids, truncated=truncated, fits=fits
-    )
-
-
-def _target_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    # The tokenizer adds an EOS of its own.
-    ids = tokenizer(text_target=response.removesuffix(tokenizer.eos_token or ""))["input_ids"]
-    end = tokenizer.eos_token_id
-    # Behind it may stand a mark of the language, as mBART's tokenizer writes.
-    marked = ids[-2:-1] == [end] and ids[-1] in tokenizer.all_special_ids
-    return ids if end is None or ids[-1:] == [end] or marked else [*ids, end]
+    return _encoded(ids, prompt_ids, truncated, fits)
 
 
 def tokenize_dataset(
@@ -206,6 +201,7 @@ def tokenize_dataset(
     with_scores: bool | None = False,
     with_reference: bool = True,
     encoder_decoder: bool = False,
+    split_special_tokens: bool = True,
     name: str = "dataset",
 ) -> Dataset:
     """Preference rows as token ids.
@@ -225,7 +221,8 @@ def tokenize_dataset(
     Args:
         dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
             long rows too.
-        tokenizer, max_length, truncation_side, encoder_decoder: see `encode_group`.
+        tokenizer, max_length, truncation_side, encoder_decoder, split_special_tokens: see
+            `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
         with_scores: read the scores, which must then be there; None reads them if a row has some.
         with_reference: keep `reference_logps`, one per response, where a row has some. They are of
@@ -251,27 +248,28 @@ def tokenize_dataset(
     require_columns(columns, with_scores=bool(with_scores), name=name)
     if with_scores is None:
         with_scores = holds_any(dataset, score_columns(columns))
-    specials = _specials(tokenizer)
+    encoder = TextIds(
+        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
+    )
+    from_arrow = isinstance(dataset, Dataset)
     with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            prompt, responses, template = read_row(row)
+            prompt, responses, template = read_row(row, from_arrow=from_arrow)
             numbers: dict[str, list[float]] = {}
             if with_reference:
                 numbers["reference_logps"] = read_reference_logps(row, len(responses))
             responses = responses[: 1 if first_only else None]
             if with_scores:
                 numbers["scores"] = read_scores(row, len(responses))
-            group = _encode(
-                tokenizer,
+            group = encode_with(
+                encoder,
                 prompt,
                 responses,
                 max_length=max_length,
                 truncation_side=truncation_side,
-                encoder_decoder=encoder_decoder,
                 template=template,
-                specials=specials,
             )
             if with_reference and group["truncated"] and group["fits"]:
                 raise UsageError(
@@ -293,26 +291,8 @@ def tokenize_dataset(
     require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
     fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
     _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
-    return encoded.select(fitting).remove_columns(["truncated", "fits"])
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-class _Specials(NamedTuple):
-    """The special tokens a tokenizer puts in front of a text, and how many behind it."""
-
-    front: list[int]
-    back: int
-
-
-def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
-    plain = _ids(tokenizer, "a")
-    full = tokenizer("a")["input_ids"]
-    starts = range(len(full) - len(plain) + 1)
-    front = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
-    return _Specials(full[:front], len(full) - front - len(plain))
+    report_texts(name, encoded["moved"], encoded["split"])
+    return encoded.select(fitting).remove_columns(["truncated", "fits", "moved", "split"])
 
 
 def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
@@ -341,4 +321,29 @@ def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: in
             len(truncated),
             dropped,
             max_length,
+        )
+
+
+def report_texts(name: str, moved: Sequence[str], split: Sequence[str]) -> None:
+    """Warn of groups, by their `EncodedGroup` fields, whose tokens are not what one might think."""
+    ends = [text for text in moved if text]
+    if ends:
+        logger.warning(
+            "%s: in %d of %d rows the prompt's last tokens are others once a response follows, "
+            "such as %r; there the responses begin where prompt and whole text part, and include "
+            "what stands in its place",
+            name,
+            len(ends),
+            len(moved),
+            max(ends, key=ends.count),
+        )
+    tokens = [token for token in split if token]
+    if tokens:
+        logger.warning(
+            "%s: %d of %d rows hold special tokens in their messages, such as %r; they are encoded "
+            "as text. Set split_special_tokens=False to make tokens of them",
+            name,
+            len(tokens),
+            len(split),
+            max(tokens, key=tokens.count),
         )

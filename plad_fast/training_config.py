@@ -47,6 +47,10 @@ class PLaDConfig(TrainingArguments):
     are cut; a response never is."""
     truncation_side: str = "left"
     """The side from which a long prompt loses tokens: "left" or "right"."""
+    split_special_tokens: bool = True
+    """Encode special tokens that stand in chat messages, such as an end-of-turn mark that a teacher
+    wrote, as the text they are there; the chat template's own stay tokens, and so do marks of
+    thoughts and tool calls. False makes tokens of them, as always in plain text."""
     layout: str = "auto"
     """How groups reach the model: "shared" (packed without padding, every prompt once), "packed"
     (its prompt before every response), "padded" (a padded row for every sequence), or "auto":

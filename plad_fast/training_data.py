@@ -101,6 +101,7 @@ def tokenize(
         with_scores=with_scores,
         with_reference="reference_logps" in spec.takes,
         encoder_decoder=decoder_start_token(model) is not None,
+        split_special_tokens=args.split_special_tokens,
         name=name,
     )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

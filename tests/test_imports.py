@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
     {"_packages", "_records", "_page", "_headline", "_adapters"},
-    {"bins", "dropout", "_template_options"},
+    {"bins", "dropout", "_template_options", "_template_text"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
     {"_vocab_group", "_vocab_rows"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"_vocab_autograd"},
     {"_vocab_call"},
     {"vocab_parallel"},
-    {"_rows", "_row_sets", "_devices"},
+    {"_rows", "_row_sets", "_devices", "_special_text", "_text_ids"},
     {"row_layout", "tokenization"},
     {"packing", "_flash"},
     {"attention", "depth", "students", "training_metrics", "micro_batches"},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plad_fast import metrics
+from plad_fast.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs.teachers import Answer
 
@@ -110,7 +111,7 @@ def drop_reason(teacher: Answer | None, student: Answer | None) -> DropReason | 
     if teacher is None or student is None:
         return "missing"
     texts = normalize_whitespace(teacher.text), normalize_whitespace(student.text)
-    if not all(texts):
+    if any(map(is_blank, texts)):
         return "empty"
     if "length" in (teacher.finish_reason, student.finish_reason):
         return "truncated"
@@ -121,7 +122,7 @@ def drop_reason(teacher: Answer | None, student: Answer | None) -> DropReason | 
 
 def is_usable(answer: Answer) -> bool:
     """Whether an answer can stand in a pair: it is neither blank nor cut off."""
-    return bool(answer.text.strip()) and answer.finish_reason != "length"
+    return not is_blank(answer.text) and answer.finish_reason != "length"
 
 
 def normalize_whitespace(text: str) -> str:

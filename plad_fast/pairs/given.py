@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from plad_fast.chat import Content
+from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._secrets import one_line
 from plad_fast.pairs.prompts import Prompt, load_prompts
@@ -76,7 +76,7 @@ class ColumnModel:
 
     def _answer(self, prompt_id: str) -> Answer | Failure:
         text = (self.answers.get(prompt_id) or "").strip()
-        if not text:
+        if is_blank(text):
             return Failure(prompt_id, f"{self.name} has no answer to it")
         return Answer(prompt_id, text, "stop", 0)
 
@@ -137,7 +137,7 @@ class CallableModel:
 
 
 def _as_answer(text: Any, prompt_id: str, sample: int) -> Answer | Failure:
-    if text is None or (isinstance(text, str) and not text.strip()):
+    if text is None or (isinstance(text, str) and is_blank(text)):
         return Failure(prompt_id, "the function returned no text", sample)
     if not isinstance(text, str):
         return Failure(prompt_id, f"the function returned a {type(text).__name__}", sample)

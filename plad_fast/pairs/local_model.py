@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plad_fast.adapted_layers import base_model
-from plad_fast.chat import Content, render_response
+from plad_fast.chat import decode_answer, turn_end_token
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.pairs.prompts import Prompt, as_messages
@@ -216,8 +216,7 @@ class LocalModel:
         tokens = row.tokens
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         # Not every end token is special to the tokenizer: cut before it rather than skip it.
-        text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        assert isinstance(text, str)
+        text = decode_answer(self.tokenizer, tokens[:length])
         if length is None:
             return Answer(row.prompt_id, text.strip(), "length", len(tokens), row.sample)
         return Answer(row.prompt_id, text.strip(), "stop", length + 1, row.sample)
@@ -234,7 +233,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     ends = set(configured if isinstance(configured, list) else [configured])
     ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        ends.add(_turn_end(tokenizer))
+        ends.add(turn_end_token(tokenizer))
     return {token for token in ends if token is not None}
 
 
@@ -247,14 +246,6 @@ def _cache(model: PreTrainedModel) -> dict[str, Any]:
     from transformers import DynamicCache, EncoderDecoderCache
 
     return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    prompt: Content = [{"role": "user", "content": "a"}]
-    text = render_response(tokenizer, prompt, "a")
-    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-    # Without an EOS token, a template that marks no end closes with the answer itself.
-    return last if last in tokenizer.added_tokens_decoder else None
 
 
 @contextmanager

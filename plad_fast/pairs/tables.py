@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plad_fast._template_options import without_nulls
 from plad_fast.errors import UsageError
 
 Row = Mapping[str, Any]
@@ -136,9 +137,10 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise UsageError(f"{path} is not a readable Parquet file: {error}; write it anew") from None
+    return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
 
 
 _READERS = {

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from plad_fast.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._secrets import one_line
 from plad_fast.pairs.endpoint_model import as_chat, request_seed
@@ -136,7 +137,7 @@ def _place(outputs: list[Any], where: Sequence[int], found: Sequence[Any]) -> No
 
 def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:
     text = completion.text.strip()
-    if not text:
+    if is_blank(text):
         return Failure(prompt_id, "the answer is empty", sample)
     count = len(completion.token_ids)
     if completion.finish_reason == "length":

@@ -1,0 +1,222 @@
+"""Chat messages as the text that a tokenizer's chat template makes of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+
+# Tokens that are part of an answer, not marks around it.
+_TAG = re.compile(r"think|thought|reason|tool|function|action|python_tag", re.IGNORECASE)
+# (?:seed:)? is Seed-OSS's, [THINK] Magistral's, <|START_THINKING|> Cohere's.
+_OPENED = r"(?:<(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|START_THINKING\|>)"
+_CLOSED = r"(?:</(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>)"
+_OPENS = re.compile(rf"\s*{_OPENED}")
+_CLOSES = re.compile(_CLOSED)
+_TAGS = re.compile(f"{_OPENED}|{_CLOSED}")
+_EMPTY = re.compile(rf"\s*{_OPENED}\s*{_CLOSED}\s*")
+_LEFT_OPEN = re.compile(rf"({_OPENED})(\s*)\Z")
+_LEFT_EMPTY = re.compile(rf"({_OPENED})\s*{_CLOSED}\s*\Z")
+# Names of one thing: transformers 5 gives a template all of them for one.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_PROBE = "plad-fast"
+
+
+class Whole(NamedTuple):
+    """A conversation with its answer."""
+
+    text: str
+    """Without white space behind the end of the answer's turn."""
+
+    marked: bool
+    """Whether the template wrote something behind the answer."""
+
+
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two texts or lists begin with alike."""
+    if second[: len(first)] == first:
+        return len(first)
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, len(second))
+
+
+def is_tag(token: str) -> bool:
+    """Whether a token of the vocabulary begins or ends a thought or a tool's call."""
+    return bool(_TAG.search(token))
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Mapping[str, Any] | None = None,
+    *,
+    generation_prompt: bool = False,
+) -> str:
+    """The text of messages; raises UsageError where there is no template, or it refuses them."""
+    if all(message.get("content") is not None for message in messages):
+        return _render(tokenizer, messages, options, generation_prompt)
+    # Some templates ask for a null content, and some write "None".
+    filled = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
+    text = _render(tokenizer, filled, options, generation_prompt)
+    try:
+        given = _render(tokenizer, messages, options, generation_prompt)
+    except UsageError:
+        return text
+    return text if given.count("None") > text.count("None") else given
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Mapping[str, Any] | None,
+    generation_prompt: bool,
+) -> str:
+    from jinja2 import TemplateError  # a dependency of torch, and slow to import
+
+    name = template_name(tokenizer)
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"{name} has no chat template, but there are chat messages; pass prompt and responses "
+            "as text, or set tokenizer.chat_template"
+        )
+    template: Any = tokenizer.apply_chat_template
+    try:
+        return template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **(options or {}),
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise UsageError(
+            f"the chat template of {name} refuses messages of the roles {roles} ({error}); change "
+            "the messages, such as a system message into the start of the first user message"
+        ) from error
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "this tokenizer"
+
+
+def whole_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    answer: Message,
+    head: str,
+    options: Mapping[str, Any] | None,
+) -> Whole:
+    """A prompt and its answer, as the model that is given `head` should write it.
+
+    That is the template's text, which need not begin with `head`: the generation prompt may open a
+    thought that a plain answer does without. Where the template takes an answer's own thought
+    away, or renders the prompt differently once an answer follows, the answer stands behind
+    `head`, less a tag that `head` has opened already, and before the template's end of a turn.
+
+    Raises:
+        UsageError: the answer has a key that the template does not show, or that cannot be shown
+            without it.
+    """
+    full = apply_template(tokenizer, [*prompt, answer], options)
+    content = answer.get("content") or ""
+    extra = [key for key in answer if key not in ("role", "content") and not _is_empty(answer[key])]
+    for key in extra:
+        _require_shown(tokenizer, prompt, answer, key, full, options)
+    thinks = bool(_OPENS.match(content) or _CLOSES.search(content))
+    common = common_length(head, full)
+    if not thinks or _keeps_thought(content, head, full):
+        if common == len(head):
+            return _whole(head + full[common:].rstrip(), content)
+        if not (thinks and _LEFT_OPEN.search(head)) and full.startswith(
+            apply_template(tokenizer, prompt, options).rstrip()
+        ):
+            return _whole(full.rstrip(), content)
+    if extra:
+        raise UsageError(
+            f"the response has {', '.join(extra)}, and the chat template of "
+            f"{template_name(tokenizer)} does not render it behind its prompt (it drops or doubles "
+            "the thought in the content, or writes earlier turns differently then); leave the row "
+            "out, or set another tokenizer.chat_template"
+        )
+    end = _turn_end(tokenizer, prompt, options)
+    return _whole(_continued(head, content, thinks) + end, content)
+
+
+def _whole(text: str, content: str) -> Whole:
+    content = content.rstrip()
+    return Whole(text, marked=not content or not text.endswith(content))
+
+
+def _keeps_thought(content: str, head: str, full: str) -> bool:
+    """Whether a template shows the thought in an answer, however spaced, and no other before it."""
+    written = _LEFT_OPEN.search(head) or _LEFT_EMPTY.search(head)
+    start = common_length(head[: written.start()] if written else head, full)
+    turn = full[start:]
+    empty = _EMPTY.match(turn)
+    if empty and _TAGS.search(turn, empty.end()):
+        return False
+    thought = _OPENS.sub("", content, count=1)
+    parts = _CLOSES.split(thought, maxsplit=1)
+    closed = len(parts) == 1 or _CLOSES.search(turn) is not None
+    return closed and "".join(parts[0].split()) in "".join(turn.split())
+
+
+def _continued(head: str, content: str, thinks: bool) -> str:
+    """An answer behind a generation prompt, which may have opened a thought or closed one."""
+    opened, empty = _LEFT_OPEN.search(head), _LEFT_EMPTY.search(head)
+    if not thinks:  # outside of a thought
+        return (head[: opened.start()] if opened else head) + content
+    own = _OPENS.match(content)
+    if opened:
+        if own is None:
+            return head + content
+        rest, gap = content[own.end() :], opened[2]
+        return head + (rest[len(gap) :] if rest.startswith(gap) else rest.lstrip())
+    if empty:
+        return head[: empty.start()] + ("" if own else f"{empty[1]}\n") + content
+    return head + content
+
+
+def _turn_end(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], options: Mapping[str, Any] | None
+) -> str:
+    """What the template writes behind an answer."""
+    text = apply_template(
+        tokenizer, [*prompt, {"role": "assistant", "content": _PROBE}], options
+    ).rstrip()
+    return text.rpartition(_PROBE)[2] if _PROBE in text else ""
+
+
+def _require_shown(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    answer: Message,
+    key: str,
+    full: str,
+    options: Mapping[str, Any] | None,
+) -> None:
+    same = {key}
+    if key in _REASONING:
+        same = {name for name in _REASONING if answer.get(name) == answer[key]}
+    without = {name: value for name, value in answer.items() if name not in same}
+    try:
+        ignored = apply_template(tokenizer, [*prompt, without], options) == full
+    except UsageError:
+        return
+    if ignored:
+        raise UsageError(
+            f"a message of the response has the key {key!r}, which the chat template of "
+            f"{template_name(tokenizer)} does not show: it would be lost; leave the key out, put "
+            "its text into the content, or set a tokenizer.chat_template that shows it"
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
