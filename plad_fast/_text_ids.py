@@ -144,8 +144,9 @@ class TextIds:
                 "precedes the response; end the prompt in a line break, or drop such short prompts"
             )
         moved = ""
-        if shared < len(prompt):
-            moved = self.tokenizer.decode(prompt[shared:], clean_up_tokenization_spaces=False)
+        if end := prompt[shared:]:
+            # A space in front is no text to some tokenizers.
+            moved = self.tokenizer.decode(end) or "".join(self.tokenizer.convert_ids_to_tokens(end))
         return GroupIds(prompt[:shared], [whole[shared:] for whole in wholes], moved)
 
     def _target(self, response: str) -> list[int]:
