@@ -18,6 +18,7 @@ from plad_fast.chat import (
     Message,
     answer_text,
     ends_turn,
+    is_blank,
     render_group,
     render_prompt,
     with_eos,
@@ -86,7 +87,7 @@ class TextIds:
         if isinstance(prompt, str):
             if self.encoder_decoder:
                 return _required(self.tokenizer(prompt)["input_ids"])
-            return _required(self._with_front(self._text.ids([prompt])[0]))
+            return self._started(prompt, self._text.ids([prompt])[0])
         prompt, template = self._hidden(prompt), self._hidden(template)
         return _required(self._text.ids([render_prompt(self.tokenizer, prompt, template)])[0])
 
@@ -122,6 +123,11 @@ class TextIds:
     def _hidden(self, value: Any) -> Any:
         return self._text.hide(value) if self._splits else value
 
+    def _started(self, prompt: str, ids: list[int]) -> list[int]:
+        """Ids of a plain-text prompt. One that shows nothing is empty."""
+        ids = self._with_front(ids)
+        return _required([] if is_blank(prompt) and not self.specials.front else ids)
+
     def _with_front(self, ids: list[int]) -> list[int]:
         front = self.specials.front
         return ids if ids[: len(front)] == front else front + ids
@@ -134,7 +140,7 @@ class TextIds:
             if end is not None and tokens[-1:] != [end]:  # its text is not its token everywhere
                 text = wholes[place].removesuffix(self.tokenizer.eos_token)
                 ids[place] = [*self._text.ids([text])[0], end]
-        return _required(self._with_front(prompt_ids)), [self._with_front(tokens) for tokens in ids]
+        return self._started(prompt, prompt_ids), [self._with_front(tokens) for tokens in ids]
 
     def _split(self, prompt: list[int], wholes: list[list[int]]) -> GroupIds:
         shared = min(common_length(prompt, whole) for whole in wholes)

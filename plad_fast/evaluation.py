@@ -19,7 +19,7 @@ from plad_fast import metrics
 from plad_fast._pair_scores import score_pairs
 from plad_fast._student_metrics import Judge, ScoreFn, Scorer, Task
 from plad_fast._tables import comparison_table
-from plad_fast.chat import Content
+from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
 
@@ -155,7 +155,7 @@ def evaluate_students(
                 f"{name} needs the prompts; pass prompts={{id: prompt}} for every prompt"
             )
     references = references or {}
-    known = {key: text for key in ids if (text := references.get(key)) and text.strip()}
+    known = {key: text for key in ids if (text := references.get(key)) and not is_blank(text)}
     task = Task(
         teacher_answers,
         known,

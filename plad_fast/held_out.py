@@ -20,7 +20,7 @@ from plad_fast._pair_scores import score_responses
 from plad_fast._records import digest, model_digest
 from plad_fast._report_parts import draw_plots, example_answers, margin_unit
 from plad_fast._score_files import stored_scores
-from plad_fast.chat import Content
+from plad_fast.chat import Content, is_blank
 from plad_fast.evaluation import (
     Judge,
     StudentOutputs,
@@ -298,7 +298,7 @@ def _score(
     scores = score(pairs)
     rows: dict[str, dict[str, Any]] = {}
     for pair, sample in zip(pairs, samples, strict=True):
-        if sample.finish_reason == "stop" and sample.text.strip():
+        if sample.finish_reason == "stop" and not is_blank(sample.text):
             rejected = as_response(pair["prompt"], sample.text)
             rows.setdefault(sample.prompt_id, {**pair, "rejected": rejected})
     logps = score(list(rows.values()))["rejected"].tolist() if rows else []

@@ -13,7 +13,7 @@ import numpy as np
 from plad_fast._records import digest
 from plad_fast._score_files import stored_scores
 from plad_fast.calibration import ScoredSamples, evaluate_calibration
-from plad_fast.chat import Content
+from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import Scorer
 from plad_fast.metrics import FloatArray, rouge
@@ -111,7 +111,11 @@ def score_samples(
         UsageError: from scoring, and as `stored_scores`.
     """
     finished = {
-        p.id: [a.text for a in samples.get(p.id, ()) if a.finish_reason == "stop" and a.text]
+        p.id: [
+            a.text
+            for a in samples.get(p.id, ())
+            if a.finish_reason == "stop" and not is_blank(a.text)
+        ]
         for p in prompts
     }
     # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.

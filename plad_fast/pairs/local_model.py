@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -81,21 +81,24 @@ class LocalModel:
     ) -> Iterator[list[Answer]]:
         """As `generate`, of each prompt the samples of these numbers alone."""
         prompts = {prompt.id: prompt for prompt, _ in wanted}
-        ids = {prompt_id: self._encode(prompt) for prompt_id, prompt in prompts.items()}
+        ids = self._encode(prompts.values())
         self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)
         rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
         rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
         return self._batches(rows, sampling)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        from plad_fast.tokenization import encode_prompt  # brings in datasets
+    def _encode(self, prompts: Iterable[Prompt]) -> dict[str, list[int]]:
+        from plad_fast._text_ids import TextIds
 
-        encoder_decoder = self._start_token is not None
-        content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
-        try:
-            return encode_prompt(self.tokenizer, content, encoder_decoder=encoder_decoder)
-        except UsageError as error:
-            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+        encoder = TextIds(self.tokenizer, encoder_decoder=self._start_token is not None)
+        found = {}
+        for prompt in prompts:
+            content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
+            try:
+                found[prompt.id] = encoder.prompt(content)
+            except UsageError as error:
+                raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+        return found
 
     def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
         config = self.model.config.get_text_config()

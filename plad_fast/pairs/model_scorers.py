@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plad_fast._records import model_digest
+from plad_fast._special_text import SpecialText
 from plad_fast.chat import render_conversation
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import as_response
@@ -153,7 +154,8 @@ class RewardModel(_ModelScorer):
 
         model, tokenizer = self._model()
         label = self._label_index(model.config)
-        rows = [self._encode(tokenizer, *item) for item in items]
+        special = SpecialText(tokenizer)
+        rows = [self._encode(special, *item) for item in items]
         positions = _positions(model)
         longest = max(range(len(rows)), key=lambda index: len(rows[index]), default=0)
         if positions and rows and len(rows[longest]) > positions:
@@ -184,15 +186,17 @@ class RewardModel(_ModelScorer):
         elif not was_there and (config := read_reward_config(self._source)) is not None:
             self._label_index(config)
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
+    def _encode(self, special: SpecialText, prompt: Prompt, text: str) -> list[int]:
+        tokenizer = special.tokenizer
         content = as_messages(tokenizer, prompt.content)
         if isinstance(content, str):
             return tokenizer(content, text)["input_ids"]
         try:
-            rendered = render_conversation(tokenizer, content, text)
+            # Special tokens are the template's alone, as in training.
+            rendered = render_conversation(tokenizer, special.hide(content), special.hide(text))
+            return special.ids([rendered])[0]
         except UsageError as error:
             raise UsageError(f"prompt {prompt.id!r}: {error}") from None
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def _label_index(self, config: Any) -> int:
         names = [config.id2label[index] for index in range(config.num_labels)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from plad_fast import metrics
+from plad_fast.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._functions import import_function, source_digest
 from plad_fast.pairs.filters import is_usable
@@ -83,7 +84,7 @@ class Rouge:
         return {"scorer": self.name}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        lacking = [prompt.id for prompt in prompts if not (prompt.reference or "").strip()]
+        lacking = [prompt.id for prompt in prompts if is_blank(prompt.reference or "")]
         if lacking:
             raise UsageError(
                 f"{len(lacking)} of {len(prompts)} prompts have no reference, the first is "
