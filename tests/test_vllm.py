@@ -42,6 +42,7 @@ def vllm(monkeypatch):
     module = types.ModuleType("vllm")
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     module.calls, module.engines, module.template = [], [], "{{ messages }}"
+    module.tokenizer = None
 
     class LLM:
         def __init__(self, model, *, tensor_parallel_size=1, dtype="auto"):
@@ -50,9 +51,11 @@ def vllm(monkeypatch):
             module.engines.append((model, tensor_parallel_size))
 
         def get_tokenizer(self):
-            return types.SimpleNamespace(chat_template=module.template)
+            return module.tokenizer or types.SimpleNamespace(chat_template=module.template)
 
         def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
+            if not isinstance(prompts[0], str):
+                prompts = [module.tokenizer.decode(p["prompt_token_ids"]) for p in prompts]
             assert all(isinstance(prompt, str) for prompt in prompts)
             return self._run("generate", prompts, sampling_params)
 
@@ -118,6 +121,16 @@ def test_a_model_without_a_chat_template_continues_text(vllm):
         ("chat", 1),
     ]
     assert [items[i, 0].text.split()[0] for i in ("a", "chat", "b")] == ["a", "chat", "b"]
+
+
+def test_special_tokens_in_a_prompt_reach_the_model_as_text(vllm, tiny_tokenizer):
+    vllm.tokenizer = tiny_tokenizer
+    model = VllmModel("m")
+    answers(model, ["a", "b<|end|>"], Sampling())
+    [(tokens, asked, _), (method, chats, _)] = vllm.calls
+    assert (tokens, method) == ("generate", "chat")
+    assert asked == ["<|bos|><|user|>b<|end|><|end|><|assistant|>"]
+    assert chats == [[{"role": "user", "content": "a"}]]
 
 
 def test_answers_come_by_and_by(vllm, monkeypatch):

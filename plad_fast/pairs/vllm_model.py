@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from plad_fast.chat import is_blank
+from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._secrets import one_line
 from plad_fast.pairs.endpoint_model import as_chat, request_seed
@@ -95,12 +95,21 @@ class VllmModel:
             for prompt, sample in asked
         ]
         contents = [prompt.content for prompt, _ in asked]
+        tokenizer = self._engine.get_tokenizer()
         # A tokenizer that brings its own way of chatting (Mistral's) has no such attribute.
-        chats = getattr(self._engine.get_tokenizer(), "chat_template", True)
+        chats = getattr(tokenizer, "chat_template", True)
         outputs: list[Any] = [None] * len(asked)
         plain = [i for i, content in enumerate(contents) if isinstance(content, str) and not chats]
-        as_messages = [i for i in range(len(asked)) if i not in set(plain)]
+        tokens = _as_tokens(tokenizer, {i: c for i, c in enumerate(contents) if i not in plain})
+        as_messages = [i for i in range(len(asked)) if i not in {*plain, *tokens}]
         try:
+            if tokens:
+                found = self._engine.generate(
+                    [{"prompt_token_ids": ids} for ids in tokens.values()],
+                    [params[i] for i in tokens],
+                    use_tqdm=False,
+                )
+                _place(outputs, list(tokens), found)
             if plain:
                 found = self._engine.generate(
                     [contents[i] for i in plain], [params[i] for i in plain], use_tqdm=False
@@ -128,6 +137,20 @@ def _vllm() -> Any:
     return importlib.import_module(
         "vllm"
     )  # takes long, and is not installed where types are checked
+
+
+def _as_tokens(tokenizer: Any, contents: Mapping[int, Content]) -> dict[int, list[int]]:
+    """Token ids of the chats with a special token in a message, which vLLM would not read as text.
+
+    They are those on which a student is trained.
+    """
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        return {}
+    from plad_fast._text_ids import TextIds
+
+    encoder = TextIds(tokenizer)
+    chats = {i: as_chat(content) for i, content in contents.items()}
+    return {i: encoder.prompt(chat) for i, chat in chats.items() if encoder.holds_special(chat)}
 
 
 def _place(outputs: list[Any], where: Sequence[int], found: Sequence[Any]) -> None:
