@@ -76,6 +76,11 @@ def test_a_blank_reference_is_none():
         ({**PAIR, "rejected": [1, 2]}, "an entry of rejected is '1', a int"),
         ({**PAIR, "prompt": 3}, "prompt is '3', a int"),
         ({**PAIR, "reference": 7}, "reference holds a int; a reference is text or null"),
+        (
+            {**PAIR, "chosen": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "the best response has no text",
+        ),
+        ({**PAIR, "chosen": "\u200b"}, "the best response has no text"),
         ({**PAIR, "prompt": None}, "prompt is null, and chosen and rejected do not begin"),
     ],
 )

@@ -131,6 +131,7 @@ def test_repeated_ids_are_refused(tmp_path):
         (answer("p", "a"), answer("p", "A"), None),
         (answer("p", "a  b\n"), answer("p", " a b"), "identical"),
         (answer("p", " \n"), answer("p", "b"), "empty"),
+        (answer("p", "a"), answer("p", "\u200b \ufeff\u2060"), "empty"),  # nothing to be seen
         (answer("p", "a"), answer("p", "", "length"), "empty"),
         (answer("p", "a", "length"), answer("p", "b"), "truncated"),
         (answer("p", "a"), answer("p", "b", "length"), "truncated"),

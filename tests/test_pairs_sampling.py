@@ -10,7 +10,10 @@ import torch
 from plad_fast.errors import UsageError
 from plad_fast.pairs.local_model import LocalModel, end_tokens
 from plad_fast.pairs.prompts import Prompt
+from plad_fast.pairs.refill import Row
 from plad_fast.pairs.sampling import RowSampler, Sampling, invert_cdf, row_uniforms
+from plad_fast.tokenization import encode_group
+from tests.tokenizer_families import load, single_bytes, unigram
 
 # First numbers of prompt "a" under seed 3.
 STREAM = [0.36142635345458984, 0.9842919707298279, 0.8634724020957947]
@@ -227,3 +230,35 @@ def test_sampling_checks_its_values(option):
     (name,) = option
     with pytest.raises(UsageError, match=name):
         Sampling(**option)
+
+
+@pytest.mark.parametrize(
+    "text", ["if x != y :", "Bonjour ! Ca va ?", "the word 'social'", "do n't"]
+)
+@pytest.mark.parametrize("backend", [unigram, single_bytes])
+def test_an_answer_keeps_its_spaces(backend, text, tiny_model):
+    """Whatever the tokenizer says of cleaning up."""
+    tokenizer = load(backend())
+    tokenizer.clean_up_tokenization_spaces = True
+    row = Row("p", [1], 0)
+    row.tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    answer = LocalModel(tiny_model, tokenizer, "m")._finish(row, {tokenizer.eos_token_id})
+    assert (answer.text, answer.finish_reason) == (text, "stop")
+
+
+def test_an_answer_keeps_the_marks_of_its_thought_and_loses_other_special_tokens(tiny_model):
+    tokenizer = load(single_bytes())
+    said = "<think>hm</think>ok<tool_call>{}</tool_call>"
+    row = Row("p", [1], 0)
+    row.tokens = tokenizer(f"<s>{said}<|ad_hoc|>", add_special_tokens=False)["input_ids"]
+    assert LocalModel(tiny_model, tokenizer, "m")._finish(row, set()).text == said
+
+
+def test_a_model_is_asked_what_a_student_is_trained_on(model, tiny_tokenizer):
+    """Special tokens in a prompt are text there as here."""
+    content = [{"role": "user", "content": "a<|end|>b"}]
+    group = encode_group(tiny_tokenizer, content, ["c"], max_length=99)
+    asked = model._encode([Prompt("p", content), Prompt("q", "a<|end|>b")])
+    assert asked == {"p": group["prompt_ids"], "q": group["prompt_ids"]}
+    with pytest.raises(UsageError, match="prompt 'p': the prompt ends in an assistant message"):
+        model._encode([Prompt("p", [*content, {"role": "assistant", "content": "so"}])])

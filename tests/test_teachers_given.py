@@ -58,6 +58,10 @@ def test_a_function_fails_prompt_by_prompt(monkeypatch):
     reason = "LookupError: GET https://host/?key=*** refused"
     assert found["b", 0] == Failure("b", reason)
     assert found["c", 0].reason == "the function returned no text"
+    silent = items(CallableModel(lambda content: "\u200b\ufeff", "f"))
+    assert silent["a", 0].reason == "the function returned no text"
+    silent = items(ColumnModel({"a": "\u2060 "}, "column:gold"), PROMPTS[:1])
+    assert silent["a", 0].reason == "column:gold has no answer to it"
     assert "returned a int" in items(CallableModel(len, "f"))["a", 0].reason
 
 

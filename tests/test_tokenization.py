@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from plad_fast.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.packing import PreferenceCollator
 from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
@@ -393,7 +394,21 @@ def test_rows_bring_tools_and_options_to_the_chat_template(tool_tokenizer, tools
         ("tools", "f(", "row 1: tools is a text and no JSON"),
         ("tools", {"name": "f"}, "row 1: tools is a dict; give a list"),
         ("chat_template_kwargs", "think", "row 1: chat_template_kwargs is a str"),
-        ("chat_template_kwargs", {"tokenize": True}, "row 1: chat_template_kwargs has tokenize"),
+        *(
+            ("chat_template_kwargs", {name: "x"}, f"row 1: chat_template_kwargs has {name}, which")
+            for name in (
+                "tokenize",
+                "chat_template",
+                "messages",
+                "tokenizer",
+                "tools",
+                "self",
+                "conversation",
+                "add_generation_prompt",
+                "return_dict",
+                "kwargs",
+            )
+        ),
     ],
 )
 def test_options_of_the_chat_template_are_checked(tool_tokenizer, column, value, message):
@@ -444,3 +459,80 @@ def test_token_ids_of_somebody_else_are_checked(tiny_tokenizer):
     ):
         with pytest.raises(UsageError, match=message):
             tokenize_dataset([TOKENS, wrong], tiny_tokenizer, max_length=64)
+
+
+def test_reserved_names_are_those_of_the_function_itself(tool_tokenizer):
+    """Whichever version of transformers: a parameter is no variable of a template."""
+    import inspect
+
+    parameters = inspect.signature(tool_tokenizer.apply_chat_template).parameters
+    row = {"prompt": CHAT, "chosen": "a", "rejected": "b"}
+    for name in parameters.keys() - {"documents"}:
+        given = {**row, "chat_template_kwargs": {name: True}}
+        with pytest.raises(UsageError, match=f"chat_template_kwargs has {name}"):
+            tokenize_dataset([given], tool_tokenizer, max_length=200)
+    documents = {**row, "chat_template_kwargs": {"documents": [{"title": "a", "text": "b"}]}}
+    tokenize_dataset([documents], tool_tokenizer, max_length=200)
+
+
+def test_template_options_reach_a_text_prompt_with_chat_responses(tool_tokenizer):
+    row = {"prompt": "hi", "chosen": [{"role": "assistant", "content": "a"}], "tools": TOOLS}
+    [found] = tokenize_dataset([row], tool_tokenizer, max_length=200)
+    assert text_of(tool_tokenizer, found["prompt_ids"]).startswith(json.dumps(TOOLS))
+
+
+def test_a_default_of_null_in_a_list_of_tools_stays(tool_tokenizer):
+    tools = [{"name": "f", "parameters": {"city": {"type": "string", "default": None}}}]
+    row = {"prompt": CHAT, "chosen": "a", "rejected": "b", "tools": tools}
+    [found] = tokenize_dataset([row], tool_tokenizer, max_length=200)
+    assert text_of(tool_tokenizer, found["prompt_ids"]).startswith(json.dumps(tools))
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff \u2060", "\u00ad", "\u3164", "\x00"])
+def test_a_prompt_that_shows_nothing_is_empty(tiny_tokenizer, text):
+    import copy
+
+    from tokenizers import processors
+
+    assert is_blank(text)
+    assert not is_blank(text + ".")
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(UsageError, match="empty"):
+        encode_prompt(bare, text)
+    row = {"chosen": f"{text} a", "rejected": f"{text} b"}
+    with pytest.raises(UsageError, match="row 1: prompt is null"):
+        tokenize_dataset([row], tiny_tokenizer, max_length=64)
+
+
+def test_visible_characters_are_not_blank():
+    for text in ("a", "。", "🙂", "\u0600", "٪", "-", "\u0301", "𝅘𝅥"):
+        assert not is_blank(text)
+
+
+def test_parquet_adds_no_nulls_to_what_is_nested(tmp_path):
+    from plad_fast._recipe_data import read_pairs
+
+    def row(**arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return {"prompt": CHAT, "chosen": [turn], "rejected": [turn], "reference": None}
+
+    rows = [row(x=0), row(text="hi")]
+    path = tmp_path / "pairs.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    assert read_pairs(str(path)) == rows
+
+
+def test_a_dataset_of_pairs_is_scored_as_its_rows_are(tiny_model, tool_tokenizer):
+    from plad_fast._pair_scores import score_pairs
+
+    rows = [
+        {"prompt": CHAT, "chosen": "a", "rejected": "b", "tools": [{"name": "f", key: 1}]}
+        for key in ("x", "y")
+    ]
+    listed, arrow = (
+        score_pairs(tiny_model, tool_tokenizer, data, progress=False)
+        for data in (rows, Dataset.from_list(rows))
+    )
+    assert listed["chosen"].tolist() == arrow["chosen"].tolist()
