@@ -15,9 +15,9 @@ import torch
 from transformers import ProgressCallback
 
 from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._files import publish_folder, write_atomically
 from plad_fast._records import digest, model_digest, require_equal
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import write_atomically
 from plad_fast.run_folder import lock_folder
 from plad_fast.students import check_loadable, load_model, load_tokenizer
 from plad_fast.training_checks import recipe_terms
@@ -147,9 +147,7 @@ def train_model(
         trainer.save_model(str(partial))
         (partial / "log_history.json").write_text(json.dumps(log, indent=1))
         shutil.copy(checkpoints / _RECORD, partial / _RECORD)
-        if output.is_dir():  # empty, as was found above
-            output.rmdir()
-        partial.rename(output)
+        publish_folder(partial, output)  # in place of an empty one, as was found above
         shutil.rmtree(checkpoints, ignore_errors=True)
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
