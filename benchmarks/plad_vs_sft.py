@@ -29,9 +29,9 @@ from benchmarks.common import RESULTS, environment, write_csv
 from benchmarks.plad_arms import ARMS, BASELINE, FINE_TUNED, Arm, read_arms
 from benchmarks.plad_study import PARTS, TRAINING_SCORER, Setting, Study
 from benchmarks.plad_table import Outcomes, draw, summarise, table
+from plad_fast._files import write_atomically
 from plad_fast._records import require_equal
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import write_atomically
 from plad_fast.students import offline_teacher_path
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast._files import write_atomically
 from plad_fast._records import digest
 from plad_fast._template_options import without_nulls
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import write_atomically
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
 from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag

@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast._files import write_atomically
 from plad_fast._packages import require_packages, versions
 from plad_fast._recipe_data import load_recipe_prompts, prompts_digest, split_prompts
 from plad_fast.depth import depth, drop_layers
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import (
-    StudentOutputs,
-    comparison_table,
-    write_atomically,
-    write_metrics,
-)
+from plad_fast.evaluation import StudentOutputs, comparison_table, write_metrics
 from plad_fast.held_out import (
     HeldOut,
     draw_plots,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from plad_fast import metrics
+from plad_fast._files import write_atomically
 from plad_fast._pair_scores import score_pairs
 from plad_fast._student_metrics import Judge, ScoreFn, Scorer, Task
 from plad_fast._tables import comparison_table
@@ -31,7 +32,6 @@ __all__ = [
     "comparison_table",
     "evaluate_students",
     "score_pairs",
-    "write_atomically",
     "write_metrics",
 ]
 
@@ -228,16 +228,3 @@ def write_metrics(results: Mapping[str, Any], path: str | os.PathLike[str]) -> P
     """Write the result of `evaluate_students` as JSON; the file is complete or not there."""
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     return write_atomically(path, text + "\n")
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text next to `path`, then rename it into place; folders are made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

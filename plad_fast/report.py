@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from plad_fast._files import write_atomically
 from plad_fast._headline import headline
 from plad_fast._page import PAGE, STYLE
 from plad_fast._results import calibration_section, results_section
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import write_atomically
 
 __all__ = ["headline", "write_report"]
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from plad_fast._files import write_atomically
 from plad_fast._records import require_equal
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import write_atomically
 
 logger = logging.getLogger("plad_fast")
 

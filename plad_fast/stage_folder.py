@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast._files import write_atomically
 from plad_fast._records import require_equal
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import write_atomically
 
 _RECORD = "stage.json"
 _FORMAT = {"format": "plad-fast stage", "version": 1}
