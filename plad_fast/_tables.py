@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     counts = f"{results['n_prompts']} held-out prompts, {pair_counts(results)}"
     lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
     if results.get("judge"):
-        lines.append(judge_line(results["judge"]))
+        lines += textwrap.wrap(judge_line(results["judge"]), 100, subsequent_indent="  ")
     return "\n".join(lines)
 
 

@@ -124,6 +124,8 @@ def _judge(
         return _judge_status(error, sent, refused, key, optional)
     if isinstance(error, UnicodeEncodeError):
         return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
+    if "DecodingError" in names:
+        return Trouble("again", one_line(f"the reply cannot be read: {error}", key), lost=True)
     transport = type(error).__module__.partition(".")[0] in _TRANSPORTS
     if transport or isinstance(error, (openai.APIConnectionError, OSError)):
         reason = one_line(f"no connection: {error.__cause__ or error}", key)
@@ -169,7 +171,7 @@ def _judge_status(
             return Trouble("stop", reason, status, advice=_LATER)
         if wait is not None and wait > LONGEST_ASKED:
             reason = f"{reason}; it asks to wait for {_in_words(wait)}"
-            return Trouble("stop", reason, status, advice=_LATER)
+            return Trouble("stop", reason, status, retry_after=wait, advice=_LATER)
         return Trouble("again", reason, status, retry_after=wait)
     of_prompt = code in _OF_ONE_PROMPT or status == 413
     refusal = Refusal()

@@ -315,9 +315,9 @@ class Endpoint:
         # `from None`: a traceback would show the client's own error too, which may quote the key.
         error = refusal(trouble, self.model, self.base_url, self.api_key_env)
         # A server that has answered may refuse one request by any status; not so its key, the
-        # credit and the quota.
-        lasts = not self.usage.replies or trouble.advice or trouble.status in _LASTING
-        if trouble.then == "stop" and lasts:
+        # credit and the quota, nor for a wait of hours.
+        lasts = trouble.status in _LASTING or trouble.retry_after is not None
+        if trouble.then == "stop" and (lasts or not self.usage.replies):
             raise error from None
         if trouble.then == "once" and trouble.advice and not self.usage.replies:
             raise error from None
