@@ -15,6 +15,7 @@ from plad_fast._template_options import without_nulls
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
+from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
 
@@ -130,7 +131,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows that `write_jsonl` wrote."""
     # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    return [mend(json.loads(line)) for line in lines if line]
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

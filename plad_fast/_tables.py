@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +70,26 @@ def comparison_table(results: Mapping[str, Any]) -> str:
                         lines.append(f"  {title:<26}{_bracket(change[key], decimals, sign='+')}")
     counts = f"{results['n_prompts']} held-out prompts, {pair_counts(results)}"
     lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
+    if results.get("judge"):
+        lines += textwrap.wrap(judge_line(results["judge"]), 100, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def judge_line(summary: Mapping[str, Any]) -> str:
+    """What became of a judge's comparisons and what they cost, of `Judge.summary`."""
+    kinds = (
+        ("ties", "ties"),
+        ("order_dependent", "of them changed with the order of the answers"),
+        ("unparsable", "of them without a verdict that could be read"),
+        ("failed", "could not be had"),
+    )
+    counts = [f"{summary[key]} {text}" for key, text in kinds if summary[key] or key == "ties"]
+    tokens = summary["prompt_tokens"] + summary["answer_tokens"]
+    cost = "" if summary["cost"] is None else f", cost {summary['cost']:.4f}"
+    return (
+        f"judge: {summary['comparisons']} comparisons, {', '.join(counts)}; "
+        f"{summary['verdicts']} verdicts by {tokens:,} tokens{cost}"
+    )
 
 
 def _wins(title: str, scores: Mapping[str, Any]) -> list[str]:

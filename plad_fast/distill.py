@@ -197,7 +197,8 @@ class _Distillation:
                 parts[name] = self.texts.make_held_out_pairs(self.held_out, samples, tokenizer)
         except UsageError as error:
             raise UsageError(f"{name} prompts: {error}") from None
-        return "; ".join(f"{name}: {report}" for name, report in parts.items())
+        lines = [f"{name}: {report}" for name, report in parts.items()]
+        return "; ".join(filter(None, [*lines, self.texts.judge_usage()]))
 
     def _calibrate(self, number: int) -> str:
         config = self.config

@@ -24,6 +24,7 @@ from plad_fast.held_out import (
     student_files,
 )
 from plad_fast.pairs import Sampling, discard_answers
+from plad_fast.pairs.judge import Judge
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
@@ -127,6 +128,8 @@ def evaluate_on_pairs(
         command=command,
         versions=versions(),
     )
+    if isinstance(scoring["judge"], Judge):
+        print(f"judge, in this run: {scoring['judge'].spent()}")
     print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
     return results
 

@@ -45,6 +45,7 @@ from plad_fast.pairs import (
     as_response,
     stored_answers,
 )
+from plad_fast.pairs.judge import Judge as EndpointJudge
 from plad_fast.students import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def evaluate_models(
 
     Returns:
         The metrics of `evaluate_students`, to which `calibration` is added (see
-        `calibration.evaluate_calibration`; None if it was not measured), and the students' outputs.
+        `calibration.evaluate_calibration`; None if it was not measured) and `judge` (see
+        `Judge.summary`; None if there was none), and the students' outputs.
 
     Raises:
         UsageError: from loading, generation or storing; what is stored was made by other models
@@ -139,6 +141,8 @@ def evaluate_models(
     ran = [runner.run(name, path) for name, path in students.items()]
     outputs = [output for output, _ in ran]
     references = {p.id: p.reference for p in held_out.prompts if p.reference is not None}
+    if isinstance(judge, EndpointJudge):
+        judge.restart()
     results = evaluate_students(
         outputs,
         held_out.teacher_answers,
@@ -150,6 +154,7 @@ def evaluate_models(
         judge=judge,
         prompts={p.id: p.content for p in held_out.prompts},
     )
+    results["judge"] = judge.summary() if isinstance(judge, EndpointJudge) else None
     results["calibration"] = None
     if rated := [samples for _, samples in ran if samples is not None]:
         results["calibration"] = measure_calibration(rated, calibration_samples, quality.name)

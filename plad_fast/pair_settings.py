@@ -105,9 +105,11 @@ class PairSettings:
     )
 
     def __post_init__(self) -> None:
+        from plad_fast.pairs._access import check_variable
         from plad_fast.pairs.build import require_selection
         from plad_fast.pairs.sources import split_spec
 
+        check_variable(self.api_key_env)  # before it gets into any file
         if self.teacher != OFFLINE_TEACHER:
             split_spec(self.teacher)
         for name in ("teacher_samples", "student_samples", "concurrency"):

@@ -24,6 +24,7 @@ from plad_fast.pairs import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.asking import collect
+from plad_fast.pairs.judge import Judge
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig
 from plad_fast.students import load_tokenizer
@@ -124,6 +125,10 @@ class RecipeTexts:
         """What this run spent at the teacher's endpoint, if it has one."""
         endpoint = getattr(self._teacher, "endpoint", None)
         return "" if endpoint is None else f"; {endpoint.usage}"
+
+    def judge_usage(self) -> str:
+        """What became of a judge's comparisons in this run, and what it spent, if there is one."""
+        return f"judge: {self._scorer.spent()}" if isinstance(self._scorer, Judge) else ""
 
     def best_teacher_answers(self) -> dict[str, Answer]:
         """Prompt id -> the first answer that the teacher finished."""

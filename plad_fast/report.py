@@ -16,6 +16,7 @@ from plad_fast._files import write_atomically
 from plad_fast._headline import headline
 from plad_fast._page import PAGE, STYLE
 from plad_fast._results import calibration_section, results_section
+from plad_fast._tables import judge_line
 from plad_fast.errors import UsageError
 
 __all__ = ["headline", "write_report"]
@@ -69,6 +70,7 @@ def write_report(
     """
     sections = [
         ("Results", results_section(metrics, margin_unit)),
+        ("Judge", _judge(metrics.get("judge"))),
         ("Likelihood and quality", calibration_section(metrics.get("calibration"))),
         ("Plots", "".join(_figure(caption, file) for caption, file in plots)),
         ("Example answers", "".join(map(_example, examples))),
@@ -85,6 +87,10 @@ def write_report(
         title=escape(title), style=STYLE, headline=escape(headline(metrics)), body=body
     )
     return write_atomically(path, page)
+
+
+def _judge(summary: Mapping[str, Any] | None) -> str:
+    return f"<p>{escape(judge_line(summary))}.</p>" if summary else ""
 
 
 def _figure(caption: str, file: str | os.PathLike[str]) -> str:

@@ -26,6 +26,7 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
+from plad_fast.pairs.judge import Judge
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
@@ -167,6 +168,8 @@ def pair_models(
         if ranks.rank == 0:
             if endpoint is not None:
                 print(f"teacher: {endpoint.usage}")
+            if isinstance(scorer, Judge):
+                print(f"judge: {scorer.spent()}")
             print(f"{report}\npairs: {path}", flush=True)
     return path
 

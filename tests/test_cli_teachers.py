@@ -135,6 +135,68 @@ def test_a_judge_is_tried_out_before_students_are_run(tiny_teacher, tmp_path, ca
     assert list(tmp_path.iterdir()) == [pairs]
 
 
+def test_an_evaluation_tells_what_its_judge_said_and_cost(tiny_teacher, tmp_path, capsys):
+    pairs, folder = tmp_path / "pairs.jsonl", tmp_path / "e"
+    pair = {"prompt": "say 1", "chosen": "It is 1.", "rejected": "2"}
+    pairs.write_text(json.dumps(pair) + "\n")
+    with FaultServer(lambda *_: Step(choices=[said("Verdict: A")])) as running:
+        command = [
+            *("evaluate", "--student", f"S={tiny_teacher}", "--pairs", str(pairs)),
+            *("--max-new-tokens", "8", "--eval-scorer", "judge:openai:m", "--output-dir"),
+            *(str(folder), "--base-url", running.url, "--price-in", "1e6", "--price-out", "1e6"),
+        ]
+        for _ in range(2):
+            assert main(command) == 0
+            told = " ".join(capsys.readouterr().out.split())
+            told_by_report = (folder / "report.html").read_text()
+            for text in (told, told_by_report):
+                assert "1 comparisons, 1 ties, 1 of them changed with the order" in text
+                assert "2 verdicts by 16 tokens, cost 16.0000" in text
+            assert json.loads((folder / "metrics.json").read_text())["judge"]["cost"] == 16
+        assert "0 tokens in 0 requests" in told
+    assert sum(running.asked.values()) == 3  # one of them to try it out
+
+
+def test_a_key_for_a_name_gets_into_no_file(tiny_teacher, tmp_path, capsys):
+    for key in ("gsk_planted0123456789", "AIzaPlanted0123456789"):
+        command = arguments(tiny_teacher, tmp_path / "run", "--api-key-env", key)
+        assert main(command) == 2
+        assert key not in capsys.readouterr().err
+    assert not files_with("lanted0123456789", tmp_path)
+
+
+def test_half_an_emoji_passes_through_every_door(tiny_teacher, tmp_path, monkeypatch):
+    """From a server, a column, a function, ids and references: none of them ends the recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    half = "Nice \ud83d"
+    rows = [
+        {"id": f"{n}" + half * (n in (0, 3)), "prompt": f"say {n:02d}"}
+        | dict.fromkeys(("answer", "reference"), f"It is {n}.")
+        for n in range(24)
+    ]
+    for n in (0, 3, 7, 20):
+        rows[n]["answer"] = rows[n]["reference"] = f"{half} {n}"
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "of_mine.py").write_text("def ask(prompt):\n    return 'Nice \\ud83d ' + prompt\n")
+    extra = ["--student", str(tiny_teacher), "--prompts", "p.jsonl", "--scorer", "rougeL"]
+    extra += ["--reference-column", "reference"]
+    with FaultServer(lambda q, *_: Step(choices=[said(f"Nice \ud83d {q}")])) as running:
+        mine = [*extra, "--teacher", "openai:m", "--base-url", running.url]
+        command = arguments(tiny_teacher, tmp_path / "run", *mine)
+        assert main(command) == 0
+        assert main(command) == 0
+    assert set(running.asked.values()) == {1}
+    assert "Nice \ufffd" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for teacher in ("column:answer", "python:of_mine.ask"):
+        folder = tmp_path / teacher.partition(":")[0]
+        command = ["pairs", "--teacher", teacher, *extra, "--max-new-tokens", "8"]
+        assert main([*command, "--output-dir", str(folder), "--limit", "8"]) == 0
+        assert "Nice \ufffd" in (folder / "teacher.jsonl").read_text(encoding="utf-8")
+    for file in tmp_path.glob("*/**/*.jsonl"):
+        assert "ud83d" not in file.read_text(encoding="utf-8")
+
+
 def test_what_the_teacher_failed_at_is_missing_from_all_stages(tiny_teacher, tmp_path, monkeypatch):
     """An answer that came after the teacher's stage would be in the data of the others."""
     monkeypatch.setenv("TEACHER_KEY", KEY)

@@ -15,7 +15,7 @@ pytest.importorskip("openai")
 
 from plad_fast.errors import UsageError
 from plad_fast.pairs import Answer, Failure, Prompt, Sampling
-from plad_fast.pairs._retries import pause, retry_after
+from plad_fast.pairs._retries import LONGEST_ASKED, pause, retry_after
 from plad_fast.pairs.endpoint import ChatRequest, Choice, Endpoint, Reply
 from plad_fast.pairs.endpoint_model import EndpointModel, request_seed
 from plad_fast.pairs.trials import try_endpoints
@@ -317,7 +317,7 @@ def test_a_prompt_that_is_refused_fails_alone(error):
     assert error["message"][:20] in failed[0].reason
 
 
-def test_the_wait_that_is_asked_for_is_kept_up_to_the_bound():
+def test_the_wait_that_is_asked_for_is_kept_to():
     with FaultServer(
         lambda _, tries, __: (
             Step() if tries else Step("status", 429, headers={"retry-after": "0.4"})
@@ -325,8 +325,9 @@ def test_the_wait_that_is_asked_for_is_kept_up_to_the_bound():
     ) as server:
         ask(server, ["a"])
         assert 0.4 <= server.times[1] - server.times[0] < 2
+        # Its own pauses have a bound that is lower.
         ask(server, ["b"], longest_pause=0.1)
-        assert 0.1 <= server.times[3] - server.times[2] < 0.4
+        assert server.times[3] - server.times[2] >= 0.4
 
 
 def test_waits():
@@ -342,7 +343,8 @@ def test_waits():
         waits = [pause(tries, None, first=1, longest=10) for _ in range(50)]
         assert most / 2 <= min(waits) <= max(waits) <= most
     assert 5 <= pause(0, 5, first=1, longest=10) <= 5.1
-    assert pause(0, 1e9, first=1, longest=10) <= 10.1
+    assert 300 <= pause(0, 300, first=1, longest=10) <= 301
+    assert pause(0, 1e9, first=1, longest=10) <= LONGEST_ASKED + 1
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,19 @@ def test_table_says_who_won_and_by_which_scorer():
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_table_says_what_became_of_a_judges_comparisons():
+    results = evaluate_students([sft(), plad()], TEACHER)
+    counts = {"comparisons": 20, "ties": 9, "order_dependent": 4, "unparsable": 3, "failed": 2}
+    spent = {"verdicts": 36, "prompt_tokens": 12000, "answer_tokens": 345, "cost": 0.0123}
+    text = comparison_table({**results, "judge": {"name": "m", **counts, **spent}})
+    (told,) = re.findall(r"judge: 20 comparisons.*", text, re.DOTALL)
+    for part in ("9 ties", "4 of them changed with the order", "3 of them without", "2 could not"):
+        assert part in told
+    assert "12,345 tokens, cost 0.0123" in told.replace("\n ", "")
+    assert max(map(len, text.splitlines())) <= 100
+    assert "judge:" not in comparison_table({**results, "judge": None})
+
+
 def test_table_fits_a_terminal():
     long_name = "a student with a long name"
     wide = plad(name=long_name, chosen_logps=[-1234.5, 10.0], rejected_logps=[-9000.0, 0.0])

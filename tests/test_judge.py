@@ -92,6 +92,23 @@ def test_verdicts_that_change_with_the_order_are_ties(replies, outcome):
         ('{"verdict": null}', None),
         ("", None),
         ("Verdict:", None),
+        ("<think>Verdict: A? no.\n</think>\n\nVerdict: B", "B"),
+        ("<think>\nI lean to\nVerdict: A", None),
+        ("Verdict: A (slightly better)", "A"),
+        ("Verdict: A (or B?) B", None),
+        ("Verdict: A\n\n(Note: A is longer.)", "A"),
+        ("\\boxed{B}", "B"),
+        ("Final Verdict: [[A]]", "A"),
+        ("Verdict: neither", "tie"),
+        ("Verdict: A<|im_end|>", "A"),
+        ("Verdict\uff1a B", "B"),
+        ('```json\n{"verdict": "A", "why": "x {y} z"}\n```', "A"),
+        ('{"verdict": ["A"]}', None),
+        ("It comes down to taste, so\nTie", None),  # a bare word says so where it is all
+        ("The better one is\nA", None),
+        ("Plan B", None),
+        ("{" * 10_000 + "}", None),
+        ("Verdict: A " + "(" * 10_000 + "b", None),
     ],
 )
 def test_only_a_clear_verdict_counts(reply, verdict):
@@ -265,3 +282,80 @@ def test_scores_are_stored_beside_the_verdicts(tmp_path):
     silent = Judge(Fake(None))
     again = stored_scores(silent, [(PROMPT, text) for _, text in scores], path, progress=False)
     assert again == list(scores.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "says", "requests"),
+    [
+        ("<think>\nFirst thought\nVerdict: A\n", "length", "all 512 tokens were spent", 2),
+        ("The better one is\nVerdict: A", "length", "cut off twice before a verdict", 4),
+        ("<think>\nVerdict: A", "stop", "ends inside its thought", 2),
+        ("Verdict: A", "error", "'error'", 4),
+        ("Verdict: A", "content_filter", "withheld", 2),
+        ("Verdict: A", "tool_calls", "called a tool", 2),
+    ],
+)
+def test_a_reply_that_is_not_whole_gives_no_verdict(content, reason, says, requests, tmp_path):
+    """It stays open, and another run asks for it again."""
+    path = tmp_path / "verdicts.jsonl"
+    with FaultServer(lambda *_: Step(choices=[said(content, reason)])) as server:
+        endpoint = endpoint_like(server, max_retries=1, first_pause=0.005)
+        judge = Judge(endpoint, store=path)
+        with pytest.raises(UsageError, match=f"no reply; the first failure: .*{says}"):
+            judge.compare([(PROMPT, "four", "4")])
+        assert sum(server.asked.values()) == requests
+        assert len(path.read_text().splitlines()) == 1
+        server.step = lambda question, *_: Step(choices=[said(judged_by(question))])
+        assert judge.compare([(PROMPT, "four", "4")]) == [1.0]
+
+
+def test_a_reply_that_is_cut_off_may_come_to_its_verdict_when_asked_again():
+    def step(question, tries, body):
+        again = len(body["messages"]) > 1
+        text = judged_by(body["messages"][0]["content"]).splitlines()[-1]
+        return Step(
+            choices=[said(text if again else "At length, A", "stop" if again else "length")]
+        )
+
+    with FaultServer(step) as server:
+        assert Judge(endpoint_like(server)).compare([(PROMPT, "four", "4")]) == [1.0]
+
+
+def test_what_verdicts_cost_is_kept_with_them(tmp_path):
+    """A run that finds them all in the store tells the same."""
+    path = tmp_path / "verdicts.jsonl"
+    items = [(PROMPT, "four", "4"), (PROMPT, "even", "five"), (PROMPT, "same", "same")]
+    prices = {"prices": (1e6, 2e6)}
+
+    def step(question, *_):
+        return Step(choices=[said("Verdict: A" if "even" in question else judged_by(question))])
+
+    with FaultServer(step) as server:
+        judge = Judge(endpoint_like(server, **prices), store=path)
+        judge.compare(items)
+        judge.restart()
+        judge.compare(items)
+        again = Judge(endpoint_like(server, **prices), store=path)
+        again.compare(items)
+    assert sum(server.asked.values()) == 4
+    assert again.endpoint.usage.tokens == 0
+    assert (
+        judge.summary()
+        == again.summary()
+        == {
+            "name": "judge",
+            "comparisons": 3,
+            "ties": 2,
+            "order_dependent": 1,
+            "unparsable": 0,
+            "failed": 0,
+            "verdicts": 4,
+            "prompt_tokens": 20,
+            "answer_tokens": 12,
+            "cost": 44.0,
+        }
+    )
+    assert judge.spent() == (
+        "3 comparisons, 2 ties (1 changed with the order); 32 tokens in 4 requests, cost 44.0000"
+    )
+    assert Judge(Fake(longer)).summary()["cost"] is None

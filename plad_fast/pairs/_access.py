@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import logging
 import os
+import re
 from urllib.parse import urlsplit
 
 from plad_fast.errors import UsageError
 from plad_fast.pairs._secrets import one_line
 
+logger = logging.getLogger(__name__)
+
 OPENAI_URL = "https://api.openai.com/v1"
+
+
+# What no company's key looks like: capitals, in words, one of which says what it is.
+_PLAIN_NAME = re.compile(r"(?=.{1,64}\Z)[A-Z_][A-Z0-9]*(?:_[A-Z0-9]+)*\Z")
+_OF_A_KEY = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASS|PASSWORD|AUTH|CRED)S?(?:_|\d|\Z)")
+
+
+def check_variable(variable: str) -> None:
+    """Raises UsageError for what may be a key in place of its variable's name; it does not say it.
+
+    A variable that is set has its name. One that is not has to look like one.
+    """
+    if variable.isidentifier() and one_line(variable) == variable:
+        if os.environ.get(variable):
+            return
+        if _PLAIN_NAME.match(variable) and _OF_A_KEY.search(variable):
+            return
+    raise UsageError(
+        "--api-key-env takes the name of an environment variable, such as OPENAI_API_KEY, and what "
+        "it got is no name of a variable that is set, or is the key itself (it is not shown here); "
+        "set a variable to the key, and give its name"
+    )
 
 
 def read_key(variable: str, url: str) -> str:
@@ -18,11 +45,7 @@ def read_key(variable: str, url: str) -> str:
     Raises:
         UsageError: there is none, or it cannot be one. The message does not hold it.
     """
-    if not variable.isidentifier() or one_line(variable) != variable:
-        raise UsageError(
-            "--api-key-env takes the name of an environment variable, such as OPENAI_API_KEY, and "
-            "what it got is no name, or is the key itself"
-        )
+    check_variable(variable)
     key = os.environ.get(variable, "").strip()
     if not key and is_loopback(url):
         return "none"
@@ -65,6 +88,16 @@ def find_url(url: str | None) -> str:
             "files; give scheme, host and path alone, and the key by an environment variable"
         )
     return url.rstrip("/")
+
+
+@functools.cache  # once, whoever asks there
+def warn_of_clear_text(url: str) -> None:
+    if urlsplit(url).scheme == "http" and not is_loopback(url):
+        logger.warning(
+            "%s is not encrypted, and not on this machine: the key, the prompts and the answers "
+            "can be read on the way; use https:// if the server has it",
+            url,
+        )
 
 
 def is_loopback(url: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import json
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,18 @@ def request_body(
     if request.seed is not None:
         # Servers that take no `n` are asked again, and must not say the same again.
         body["seed"] = request.seed + had
-    left_out = set(refused)
+    left_out = set(refused) - {limit}  # a request without a limit may cost anything
     if request.temperature != 1 and "temperature" not in request.optional:
         left_out.discard("temperature")
     return {name: value for name, value in body.items() if name not in left_out}
+
+
+def estimated_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
+    """What a request may have cost whose reply is not there to say so: of prompt and of answers.
+
+    Four bytes make a token, about, and the answers are taken to be as long as they may be: it is
+    the long ones that come too late.
+    """
+    size = len(json.dumps(body["messages"], ensure_ascii=False, default=str))
+    limit = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+    return -(-size // 4), limit * body.get("n", 1)

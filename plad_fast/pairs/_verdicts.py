@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from typing import Any
 
 from plad_fast.chat import Content, Messages
+from plad_fast.pairs._thoughts import after_thought
 
 CRITERIA = (
     "The better answer does what the request asks for, is correct, and is clear. Length as such is "
@@ -42,10 +45,22 @@ REMINDER = (
     "or Verdict: tie"
 )
 
-_LINE = re.compile(
-    r"[\W_]*(?:(?:final\W+)?(?:verdict|winner)\W+)?(?:answer\W+)?(a|b|tie)[\W_]*", re.IGNORECASE
+_WORD = r"(a|b|tie|neither|draw|equal)"
+# With a word that says what it is, a remark in brackets may follow.
+_NAMED = re.compile(
+    rf"[\W_]*(?:final\W+)?(?:verdict|winner)\W+(?:answer\W+)?{_WORD}\b[\W_]*?(?:\([^()]*\))?[\W_]*",
+    re.IGNORECASE,
 )
-_OBJECT = re.compile(r"\{[^{}]*\}$")
+_MARKED = re.compile(
+    r"[\W_]*(?:\[\[\W*(?:answer\W+)?(a|b|tie)\W*\]\]|\\boxed\{\W*(?:\\text\{)?(a|b|tie)\W*\})[\W_]*",
+    re.IGNORECASE,
+)
+_ALONE = re.compile(rf"[\W_]*(?:answer\W+)?{_WORD}[\W_]*", re.IGNORECASE)
+_LONGEST_LINE = 1000
+_MOST_BRACES = 64
+_REMARK = re.compile(r"[\W_]*\([^()]*\)[\W_]*")
+# What a server may leave of a model's end token.
+_END_TOKEN = re.compile(r"(?:\s*(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
 
 
 def as_question(mark: str, criteria: str, prompt: Content, first: str, second: str) -> Messages:
@@ -61,22 +76,40 @@ def as_question(mark: str, criteria: str, prompt: Content, first: str, second: s
 
 
 def read_verdict(reply: str) -> str | None:
-    """`A`, `B` or `tie`, if the last line of a reply is a verdict or it ends in a JSON one."""
-    lines = [line.strip() for line in reply.splitlines()]
+    """`A`, `B` or `tie`, if the last line of a reply is a verdict or it ends in a JSON one.
+
+    A bare letter is one where nothing else is said. What stands in a thought is none.
+    """
+    text = _END_TOKEN.sub("", after_thought(reply))
+    lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("```")]
+    while len(lines) > 1 and _REMARK.fullmatch(lines[-1][:_LONGEST_LINE]):
+        lines.pop()
     if not lines:
         return None
     said = lines[-1]
-    if found := _OBJECT.search("\n".join(lines)):
-        try:
-            values = json.loads(found[0])
-        except ValueError:
-            return None
-        said = str(values.get("verdict", values.get("winner", "")))
-    verdict = _LINE.fullmatch(said)
+    if said.endswith("}") and (found := _last_object("\n".join(lines))) is not None:
+        value = found.get("verdict", found.get("winner"))
+        verdict = _ALONE.fullmatch(value) if isinstance(value, str) else None
+    elif len(said) > _LONGEST_LINE:
+        return None
+    else:
+        verdict = _NAMED.fullmatch(said) or _MARKED.fullmatch(said)
+        if verdict is None and len(lines) == 1:
+            verdict = _ALONE.fullmatch(said)
     if verdict is None:
         return None
-    return "tie" if verdict[1].lower() == "tie" else verdict[1].upper()
+    word = next(filter(None, verdict.groups())).upper()
+    return word if word in ("A", "B") else "tie"
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text ends in."""
+    for start in [match.start() for match in re.finditer(r"\{", text)][-_MOST_BRACES:]:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text[start:])
+            return value if isinstance(value, dict) else None
+    return None
 
 
 def _transcript(messages: Messages) -> str:

@@ -8,16 +8,26 @@ ends the run at once, with what has come already in the caller's hands.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from plad_fast.errors import UsageError
-from plad_fast.pairs._access import OPENAI_URL, find_url, is_loopback, read_key
+from plad_fast.pairs._access import OPENAI_URL, find_url, is_loopback, read_key, warn_of_clear_text
 from plad_fast.pairs._background import iterate_in_thread
-from plad_fast.pairs._replies import Choice, Reply, Usage, read_choices, read_usage
-from plad_fast.pairs._requests import ChatRequest, request_body
+from plad_fast.pairs._client import open_client
+from plad_fast.pairs._replies import (
+    Choice,
+    Reply,
+    Usage,
+    parse_reply,
+    read_choices,
+    read_usage,
+    tells_ends,
+)
+from plad_fast.pairs._requests import ChatRequest, estimated_tokens, request_body
 from plad_fast.pairs._retries import Trouble, judge, pause, refusal
 
 __all__ = ["ChatRequest", "Choice", "Endpoint", "Reply"]
@@ -25,6 +35,8 @@ __all__ = ["ChatRequest", "Choice", "Endpoint", "Reply"]
 logger = logging.getLogger(__name__)
 
 _UNCLEAR = 3  # refusals nobody can explain before any reply, after which all will be refused
+_LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, credit, quota
+_FIRST_CONNECTION = 4.0  # seconds in which a server that is to be tried out takes a connection
 
 
 class Endpoint:
@@ -42,10 +54,12 @@ class Endpoint:
         reasoning_tokens: added to the length limit of every request, for a model that reasons
             before it answers: what it spends on that counts as part of its answer.
         first_pause, longest_pause: seconds before the first retry, doubled for each one that
-            follows, and the bound of that and of what the server asks for by Retry-After.
+            follows, and the bound of that. What the server asks for by Retry-After is kept to, up
+            to a quarter of an hour; a longer wait ends the run.
         token_budget: tokens, of prompts and answers, that may be spent over the life of this
             object. Once they are, no request starts; those under way are let finish, so that up
-            to `concurrency` requests come on top.
+            to `concurrency` requests come on top. A request whose reply came too late or could not
+            be read counts at an estimate: its whole length limit.
         cost_budget: likewise, in the currency of `prices`.
         prices: of a million tokens of prompts, and of answers.
 
@@ -84,6 +98,8 @@ class Endpoint:
         self.stopped = ""  # why `complete` left requests out the last time, if it did
         self._is_local = is_loopback(self.base_url)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
+        self._tells_ends = False  # whether any reply had a finish_reason
+        self._is_trial = False
         self._unclear = 0
         self._trials = 0  # replies to `try_out`
         self._given_up_in_a_row = 0
@@ -116,10 +132,12 @@ class Endpoint:
             UsageError: as `complete`, or no reply came.
         """
         self._unclear = _UNCLEAR - 1  # what is refused here is not refused for its text
+        self._is_trial = True
         try:
             ((_, reply),) = self.complete([request])
         finally:
             self._unclear = 0
+            self._is_trial = False
         if isinstance(reply, str):
             raise UsageError(
                 f"model {self.model!r} at {self.base_url} gave no reply to a first request "
@@ -131,27 +149,30 @@ class Endpoint:
     async def _replies(
         self, requests: Sequence[ChatRequest], key: str
     ) -> AsyncGenerator[tuple[int, Reply | str], None]:
-        import openai
-
         self._given_up_in_a_row = 0  # the endpoint may be back
         self.stopped = ""
         done: asyncio.Queue[tuple[int, Reply | str] | Exception] = asyncio.Queue()
         waiting = iter(enumerate(requests))
+        halted = asyncio.Event()
 
-        async def work(client: openai.AsyncOpenAI) -> None:
+        async def work(client: Any) -> None:
             try:
                 for index, request in waiting:
-                    done.put_nowait((index, await self._ask(client, request, key)))
+                    done.put_nowait((index, await self._ask(client, request, key, halted)))
+                    if halted.is_set():
+                        return
             except Exception as error:
                 done.put_nowait(error)
 
-        async with openai.AsyncOpenAI(
-            api_key=key,
+        limits = [r.n * (r.max_tokens + self.reasoning_tokens) for r in requests]
+        async with open_client(
+            key=key,
             base_url=self.base_url,
             timeout=self.timeout,
-            max_retries=0,
+            connect=min(self.timeout, _FIRST_CONNECTION) if self._is_trial else self.timeout,
             # A proxy named in the environment is not meant for this machine itself.
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not self._is_local),
+            proxies=not self._is_local,
+            tokens=max(limits, default=0),
         ) as client:
             workers = [
                 asyncio.create_task(work(client))
@@ -160,9 +181,17 @@ class Endpoint:
             try:
                 for _ in requests:
                     item = await done.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    yield item
+                    if not isinstance(item, Exception):
+                        yield item
+                        continue
+                    halted.set()
+                    if self.usage.replies:  # those under way may bring more, and are paid for
+                        await asyncio.wait(workers)
+                        while not done.empty():
+                            other = done.get_nowait()
+                            if not isinstance(other, Exception):
+                                yield other
+                    raise item
             finally:
                 # Until all have ended: `wait_for` loses a cancellation that meets a reply.
                 while left := [worker for worker in workers if not worker.done()]:
@@ -170,15 +199,20 @@ class Endpoint:
                         worker.cancel()
                     await asyncio.wait(left, timeout=0.1)
 
-    async def _ask(self, client: Any, request: ChatRequest, key: str) -> Reply | str:
+    async def _ask(
+        self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
+    ) -> Reply | str:
         choices: list[Choice] = []
+        spent = [0, 0]  # tokens of the prompt, and of the answers
         tries = 0
         last = ""
         while len(choices) < request.n:
-            if stop := self._stop_reason():
-                self.stopped = stop
+            stop = self._stop_reason()
+            if halted.is_set() or stop:
+                self.stopped = stop or self.stopped
                 again = " again" if choices or last else ""
-                return _so_far(choices, f"not asked{again}: {stop}" + last)
+                reason = stop or "another request ended the run"
+                return _so_far(choices, f"not asked{again}: {reason}" + last, spent)
             body = request_body(
                 request,
                 self.model,
@@ -188,35 +222,72 @@ class Endpoint:
                 # OpenAI's newer models refuse the old name, other servers the new one.
                 newest=self.base_url == OPENAI_URL,
             )
+            counted = (0, 0)
             try:
                 self.usage.requests += 1
-                completion = await asyncio.wait_for(
-                    client.chat.completions.create(**body), self.timeout
+                response = await asyncio.wait_for(
+                    client.chat.completions.with_raw_response.create(**body), self.timeout
                 )
-                prompt_tokens, answer_tokens = read_usage(completion)
-                self.usage.prompt_tokens += prompt_tokens
-                self.usage.answer_tokens += answer_tokens
-                found = read_choices(completion, key)
+                reply = parse_reply(response.content)
+                counted = read_usage(reply)
+                self._count(counted, spent)
+                self._tells_ends |= tells_ends(reply)
+                missing = request.n - len(choices)
+                found = read_choices(reply, key, n=missing, told=self._tells_ends)
             except Exception as error:
                 trouble = judge(error, body, self._refused, key, request.optional)
-                if trouble is None:
-                    raise
+                if trouble.lost and not any(counted):
+                    self.usage.lost += 1
+                    self._count(estimated_tokens(body), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
                     continue
-                if trouble.then == "again" and tries < self.max_retries:
+                if tries < self._most_retries(trouble):
                     logger.debug("%s: trying again: %s", self.model, trouble.reason)
                     last = f"; the last try: {trouble.reason}"
                     self.usage.retries += 1
-                    await asyncio.sleep(self._pause(tries, trouble))
+                    await self._rest(tries, trouble, halted)
                     tries += 1
                     continue
-                return _so_far(choices, self._give_up(trouble, tries))
+                return _so_far(choices, self._give_up(trouble, tries), spent)
             self._given_up_in_a_row = 0
             self.usage.replies += 1
-            self.usage.uncounted += not (prompt_tokens or answer_tokens)
-            choices += found[: request.n - len(choices)]
-        return Reply(choices, left_out=request.optional & self._refused)
+            self.usage.uncounted += not any(counted)
+            choices += found
+        left_out = request.optional & self._refused
+        return Reply(choices, "", left_out, prompt_tokens=spent[0], answer_tokens=spent[1])
+
+    def _count(self, tokens: tuple[int, int], spent: list[int]) -> None:
+        self.usage.prompt_tokens += tokens[0]
+        self.usage.answer_tokens += tokens[1]
+        spent[0] += tokens[0]
+        spent[1] += tokens[1]
+
+    def _most_retries(self, trouble: Trouble) -> int:
+        if trouble.then == "once":
+            # Where replies have come, a page or a stream in place of one will pass.
+            passes = self.usage.replies and trouble.advice
+            return self.max_retries if passes else min(1, self.max_retries)
+        if trouble.then != "again":
+            return 0
+        if self._is_trial and trouble.unreachable:
+            return 0 if trouble.reason.endswith("in time") else 1  # nobody waits for an error
+        return self.max_retries
+
+    async def _rest(self, tries: int, trouble: Trouble, halted: asyncio.Event) -> None:
+        seconds = pause(
+            tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause
+        )
+        if seconds > 1.2 * self.longest_pause:
+            logger.warning(
+                "%s at %s asks to wait for %.0f s (%s)",
+                self.model,
+                self.base_url,
+                seconds,
+                trouble.reason,
+            )
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(halted.wait(), seconds)
 
     def _adapt(self, trouble: Trouble, request: ChatRequest) -> None:
         if trouble.parameter in self._refused:
@@ -239,20 +310,26 @@ class Endpoint:
             trouble.reason,
         )
 
-    def _pause(self, tries: int, trouble: Trouble) -> float:
-        return pause(tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause)
-
     def _give_up(self, trouble: Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
         # `from None`: a traceback would show the client's own error too, which may quote the key.
-        if trouble.then == "stop":
-            raise refusal(trouble, self.model, self.base_url, self.api_key_env) from None
+        error = refusal(trouble, self.model, self.base_url, self.api_key_env)
+        # A server that has answered may refuse one request by any status; not so its key, the
+        # credit and the quota, nor for a wait of hours.
+        lasts = trouble.status in _LASTING or trouble.retry_after is not None
+        if trouble.then == "stop" and (lasts or not self.usage.replies):
+            raise error from None
+        if trouble.then == "once" and trouble.advice and not self.usage.replies:
+            raise error from None
         if trouble.then == "unclear" and self.usage.replies == self._trials:
             self._unclear += 1
             if self._unclear >= _UNCLEAR:
-                raise refusal(trouble, self.model, self.base_url, self.api_key_env) from None
-        if trouble.then == "again":
+                raise error from None
+        if self._is_trial and trouble.parameter:
+            raise error from None  # of the length limit, which no prompt is too long for here
+        if trouble.then in ("again", "once", "stop") and not trouble.parameter:
             self._given_up_in_a_row += 1
+        if trouble.then in ("again", "once"):
             return f"given up after {tries + 1} tries; the last one: {trouble.reason}"
         return trouble.reason
 
@@ -297,7 +374,10 @@ class Endpoint:
         if self.usage.prices is not None and not all(p >= 0 for p in self.usage.prices):
             raise UsageError(f"prices must be 0 or more, not {self.usage.prices}")
         read_key(self.api_key_env, self.base_url)
+        warn_of_clear_text(self.base_url)
 
 
-def _so_far(choices: list[Choice], reason: str) -> Reply | str:
-    return Reply(choices, missing=reason) if choices else reason
+def _so_far(choices: list[Choice], reason: str, spent: Sequence[int]) -> Reply | str:
+    if not choices:
+        return reason
+    return Reply(choices, missing=reason, prompt_tokens=spent[0], answer_tokens=spent[1])

@@ -8,6 +8,7 @@ from typing import Any
 from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._secrets import one_line
+from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.prompts import Prompt, load_prompts
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.tables import read_table
@@ -75,7 +76,7 @@ class ColumnModel:
         return iter([[self._answer(prompt.id) for prompt in prompts]])
 
     def _answer(self, prompt_id: str) -> Answer | Failure:
-        text = (self.answers.get(prompt_id) or "").strip()
+        text = mend(self.answers.get(prompt_id) or "").strip()
         if is_blank(text):
             return Failure(prompt_id, f"{self.name} has no answer to it")
         return Answer(prompt_id, text, "stop", 0)
@@ -141,4 +142,4 @@ def _as_answer(text: Any, prompt_id: str, sample: int) -> Answer | Failure:
         return Failure(prompt_id, "the function returned no text", sample)
     if not isinstance(text, str):
         return Failure(prompt_id, f"the function returned a {type(text).__name__}", sample)
-    return Answer(prompt_id, text.strip(), "stop", 0, sample)
+    return Answer(prompt_id, mend(text).strip(), "stop", 0, sample)

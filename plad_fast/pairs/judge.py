@@ -8,17 +8,17 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from plad_fast.chat import Content, Messages
 from plad_fast.errors import UsageError
-from plad_fast.pairs._replies import spent_reason
+from plad_fast.pairs._replies import cost_of, spent_reason
 from plad_fast.pairs._verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.scoring import Item, by_prompt, digest
-from plad_fast.pairs.store import AnswerStore, has_rows
+from plad_fast.pairs.store import AnswerStore, Row, has_rows
 
 if TYPE_CHECKING:
     from plad_fast.pairs.endpoint import ChatRequest, Reply
@@ -55,7 +55,7 @@ class JudgeReport:
     unparsable: int = 0
     """Those with a reply that held no verdict, also when asked again; they count as ties."""
     failed: int = 0
-    """Those with a reply that could not be had."""
+    """Those with a reply that could not be had, was cut off or was withheld."""
 
     def __str__(self) -> str:
         notes = [
@@ -109,7 +109,8 @@ class Judge:
         self.store = store
         self.progress = progress
         self.report = JudgeReport()
-        self._known: dict[str, str] = {}
+        self._known: dict[str, Row] = {}
+        self._used: set[str] = set()
         self._has_replied = False
 
     def settings(self) -> dict[str, Any]:
@@ -180,6 +181,34 @@ class Judge:
                     scores[index] = sum(shares) / len(shares)
         return scores
 
+    def summary(self) -> dict[str, Any]:
+        """The report's counts, and what the verdicts behind them cost, as JSON values.
+
+        Tokens are of the verdicts rather than of this run: those that were stored before count,
+        and requests that failed do not. `cost` is None where the endpoint knows no prices.
+        """
+        tokens = [self._known[key].get("tokens", (0, 0)) for key in self._used]
+        prompt_tokens, answer_tokens = (sum(pair[k] for pair in tokens) for k in (0, 1))
+        usage = getattr(self.endpoint, "usage", None)
+        return {
+            "name": self.name,
+            **asdict(self.report),
+            "verdicts": len(self._used),
+            "prompt_tokens": prompt_tokens,
+            "answer_tokens": answer_tokens,
+            "cost": cost_of(prompt_tokens, answer_tokens, getattr(usage, "prices", None)),
+        }
+
+    def spent(self) -> str:
+        """The report, and what the endpoint spent in this run, in a line."""
+        usage = getattr(self.endpoint, "usage", None)
+        return str(self.report) if usage is None else f"{self.report}; {usage}"
+
+    def restart(self) -> None:
+        """Counts anew: the report and the summary are of what follows."""
+        self.report = JudgeReport()
+        self._used = set()
+
     def _outcomes(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
         keys = [
             (digest(prompt.content, a, b), digest(prompt.content, b, a)) for prompt, a, b in items
@@ -201,11 +230,12 @@ class Judge:
 
     def _outcome(self, key: str, swapped: str) -> float | None:
         report = self.report
-        verdicts = self._known.get(key), self._known.get(swapped)
         report.comparisons += 1
-        if verdicts[0] is None or verdicts[1] is None:
+        if key not in self._known or swapped not in self._known:
             report.failed += 1
             return None
+        self._used |= {key, swapped}
+        verdicts = self._known[key]["verdict"], self._known[swapped]["verdict"]
         first, second = _WORTH[verdicts[0]], 1 - _WORTH[verdicts[1]]
         report.unparsable += "unparsable" in verdicts
         report.order_dependent += first != second and "unparsable" not in verdicts
@@ -243,24 +273,32 @@ class Judge:
             yield None
             return
         with AnswerStore.open(self.store, self.settings()) as store:
-            self._known |= {key: row["verdict"] for key, row in store.rows.items()}
+            self._known |= store.rows
             yield store
 
     def _ask(self, questions: Mapping[str, Messages], store: AnswerStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""
         failures: list[str] = []
         unclear: dict[str, Messages] = {}
+        paid: dict[str, tuple[int, int]] = {}
         for key, reply in self._complete(questions, failures):
-            text = reply.choices[0].text.strip()
-            if verdict := read_verdict(text):
+            paid[key] = (reply.prompt_tokens, reply.answer_tokens)
+            choice = reply.choices[0]
+            # The last line of a reply that was cut off is no verdict, whatever it reads.
+            verdict = None if choice.finish_reason == "length" else read_verdict(choice.text)
+            if verdict:
                 self._keep(key, verdict, reply, store)
             else:
-                said = {"role": "assistant", "content": text or "(nothing)"}
+                said = {"role": "assistant", "content": choice.text or "(nothing)"}
                 again = {"role": "user", "content": REMINDER}
                 unclear[key] = [*questions[key], said, again]
         for key, reply in self._complete(unclear, failures):
-            verdict = read_verdict(reply.choices[0].text.strip()) or "unparsable"
-            self._keep(key, verdict, reply, store)
+            choice = reply.choices[0]
+            if choice.finish_reason == "length":
+                failures.append(f"cut off twice before a verdict; {self._spent()}")
+                continue
+            verdict = read_verdict(choice.text) or "unparsable"
+            self._keep(key, verdict, reply, store, paid[key])
         if failures:
             logger.warning(
                 "%s: %d of %d replies could not be had; the first reason: %s",
@@ -288,6 +326,8 @@ class Judge:
         ):
             if isinstance(reply, str):
                 failures.append(reply)
+            elif reply.choices[0].problem:
+                failures.append(reply.choices[0].problem)
             elif reply.choices[0].is_spent:
                 failures.append(self._spent())
                 empty += 1
@@ -299,8 +339,20 @@ class Judge:
                     f"{self.name}: of the first {empty} replies each is empty: {self._spent()}"
                 )
 
-    def _keep(self, key: str, verdict: str, reply: Reply, store: AnswerStore | None) -> None:
-        self._known[key] = verdict
+    def _keep(
+        self,
+        key: str,
+        verdict: str,
+        reply: Reply,
+        store: AnswerStore | None,
+        before: tuple[int, int] = (0, 0),
+    ) -> None:
+        row: Row = {"id": key, "verdict": verdict}
+        if "temperature" in reply.left_out:
+            row["temperature"] = None
+        tokens = [reply.prompt_tokens + before[0], reply.answer_tokens + before[1]]
+        if any(tokens):
+            row["tokens"] = tokens  # of prompts and of replies
+        self._known[key] = row
         if store is not None:
-            sampled = {"temperature": None} if "temperature" in reply.left_out else {}
-            store.append([{"id": key, "verdict": verdict, **sampled}])
+            store.append([row])

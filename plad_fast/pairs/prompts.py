@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast._template_options import refuse_template_options
 from plad_fast.chat import Content, Messages, require_unicode
 from plad_fast.errors import UsageError
+from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.tables import Row, Table, read_table
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Prompt:
     """A reference answer, for evaluation; no model sees it. A blank one is none."""
 
     def __post_init__(self) -> None:
+        # They become names, keys and report text; of the content itself nothing is changed.
+        for name in ("id", "reference"):
+            object.__setattr__(self, name, mend(getattr(self, name)))
         if isinstance(self.reference, str) and not self.reference.strip():
             object.__setattr__(self, "reference", None)
 
@@ -147,7 +151,7 @@ def _given_ids(table: Table) -> list[str] | None:
     if "id" not in table.columns:
         return None
     values = table.column("id")
-    ids = [str(value) for value in values]
+    ids = [mend(str(value)) for value in values]
     if all(isinstance(value, (str, int)) for value in values) and len(set(ids)) == len(ids):
         return ids
     logger.warning(
@@ -238,7 +242,8 @@ def _as_chat(value: list[Any], where: str) -> Messages:
                 f"{where} holds a list that is not chat messages; each one needs a text 'role' and "
                 f"a text 'content', but one is {ascii(message)[:80]}"
             )
-        require_unicode(message["content"], where)
+        for text in (text for item in message.items() for text in item if isinstance(text, str)):
+            require_unicode(text, where)
     if value[-1]["role"] == "assistant":
         raise UsageError(
             f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"

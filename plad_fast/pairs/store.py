@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast._files import disk_advice
 from plad_fast.errors import UsageError
+from plad_fast.pairs._unicode import mend
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,7 +101,7 @@ class AnswerStore:
             UsageError: the disk is full or the file cannot be written.
         """
         new: dict[str, Row] = {}
-        for row in rows:
+        for row in map(mend, rows):
             if row["id"] not in self._rows:
                 new.setdefault(row["id"], row)
         self._write(b"".join(map(_line, new.values())))
@@ -184,14 +185,15 @@ class AnswerStore:
     def _parse(self, line: bytes, number: int, keys: Sequence[str]) -> Row:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not row.keys() >= set(keys):
             raise UsageError(
                 f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite to "
                 "start anew"
             )
-        return row
+        # Written before such text was mended where it comes in.
+        return mend(row) if b"\\ud" in line.lower() else row
 
     def _write(self, data: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)

@@ -1,0 +1,90 @@
+"""Which parameter of a request a server refuses, and whether for its name or for its value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+from typing import Any, Literal, NamedTuple
+
+LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
+
+# How servers that speak to another API behind them call the limit.
+_LIMIT = re.compile(
+    r"\bmax_(?:completion_|output_|new_)?tokens\b|\bmax(?:Output|New|Completion)?Tokens\b"
+    r"|\bmax(?:imum)?[ -](?:number of )?(?:completion |output |new )?tokens\b",
+    re.IGNORECASE,
+)
+_OF_NAME = re.compile(
+    r"unsupported|not (?:currently )?support|n.t support|unknown|unrecogni[sz]ed|unexpected"
+    r"|\bextra[ _](?:input|field|argument|param|forbidden)|not permitted|not allowed|no such"
+    r"|not available|unavailable|deprecated|not accept|invalid (?:parameter|argument)s? name"
+    r"|not a valid (?:parameter|argument|field)|additional propert|not compatible"
+    r"|cannot (?:both )?be (?:used|specified|set)",
+    re.IGNORECASE,
+)
+_OF_VALUE = re.compile(
+    r"\brange\b|\bm(?:ax|in)imum\b|\bat (?:most|least)\b|\btoo (?:large|big|high|long|small|low)\b"
+    r"|\b(?:less|greater|larger|smaller|lower|higher|more|fewer) than\b|\bexceed|\bbetween\b"
+    r"|\bup to\b|[<>≤≥]|\bunsupported value\b|\b(?:below|above)\b",
+    re.IGNORECASE,
+)
+_INSTEAD = re.compile(r"\b(?:use|replaced|renamed|instead|in favou?r of)\b", re.IGNORECASE)
+# In what a server says of a prompt and of an answer that are too long together.
+_OF_PROMPT = re.compile(
+    r"\binputs\b|\binput[ _](?:tokens|length)|\bprompt\b|\bin the messages\b|\brequested\b"
+    r"|\byour request\b|\bcontext length\b",
+    re.IGNORECASE,
+)
+# A name of one letter is only believed where it stands as a name.
+_ONE_LETTER = r"""['"`]{0}['"`]|(?:^|\s){0}\s*(?:[=<>:]|must\b|should\b)"""
+_ONE_LETTER += r"|\b(?:parameter|of|invalid) {0}\b"
+
+
+class Refusal(NamedTuple):
+    """What is refused; `parameter` is empty where that is not to be found out."""
+
+    parameter: str = ""
+    of: Literal["name", "value"] = "value"
+
+
+def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
+    """What a server that answers by status 400 or 422 does not take.
+
+    Args:
+        named: the parameter that its error names, if it does.
+        said: all that its error says.
+        sent: the request's body.
+    """
+    limit = next((name for name in sent if name in LIMITS), "")
+    if limit and (named in LIMITS or _LIMIT.search(said)):
+        return Refusal(limit, _of_limit(limit, said))
+    for name in ("seed", "n", "temperature", "top_p"):
+        pattern = _ONE_LETTER.format(name) if len(name) == 1 else rf"\b{name}\b"
+        if name in sent and (named == name or re.search(pattern, said)):
+            of_name = _OF_NAME.search(said) and not _OF_VALUE.search(said)
+            return Refusal(name, "name" if of_name else "value")
+    return Refusal()
+
+
+def droppable(refusal: Refusal, sent: Mapping[str, Any], optional: Set[str]) -> bool:
+    """Whether the request says the same without the parameter, or by another name of it."""
+    name = refusal.parameter
+    if name in LIMITS:
+        return refusal.of == "name"
+    # Left out, the server's own temperature would be used, which is 1 as a rule.
+    if name == "temperature":
+        return name in optional or (refusal.of == "name" and sent[name] == 1)
+    return name in ("seed", "n")
+
+
+def is_of_prompt(said: str) -> bool:
+    """Whether a refusal of the length limit speaks of the prompt too."""
+    return _OF_PROMPT.search(said) is not None
+
+
+def _of_limit(limit: str, said: str) -> Literal["name", "value"]:
+    other = next(iter(LIMITS - {limit}))
+    if _OF_VALUE.search(said):
+        return "value"
+    replaced = re.search(rf"\b{other}\b", said) and _INSTEAD.search(said)
+    return "name" if replaced or _OF_NAME.search(said) else "value"

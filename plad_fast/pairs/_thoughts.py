@@ -1,0 +1,39 @@
+"""What a model thought, where its server leaves that in the text of the answer."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = r"(?:[\w-]+:)?(?:think|thinking|thoughts?|reasoning)"
+
+# Tags of DeepSeek, Qwen and their like, then Mistral, Kimi, OpenThinker, Cohere, Gemma and gpt-oss,
+# whose marks may have lost their special tokens. Only what begins a line opens a thought: a tag in
+# the middle of a sentence is spoken of.
+_OPEN = re.compile(
+    rf"^[ \t]*(?:<{_NAME}(?:\s[^<>]*)?>|\[think\]|◁think▷"
+    r"|<\|(?:begin_of_)?(?:thought|thinking|think)\|>|<\|start_thinking\|>"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought)|<unused94>\s*thought"
+    r"|(?-i:\Aanalysis(?=[A-Z])))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_CLOSE = re.compile(
+    rf"(?<!`)(?:</{_NAME}\s*>|\[/think\]|◁/think▷"
+    r"|<\|/(?:thought|thinking|think)\|>|<\|end_of_(?:thought|thinking|think)\|>"
+    r"|<\|end_thinking\|>|<\|channel\|>\s*final(?:\s*<\|message\|>)?|<channel\|>|<unused95>"
+    r"|(?-i:assistantfinal))",
+    re.IGNORECASE,
+)
+
+
+def holds_thought(text: str) -> bool:
+    """Whether a thought, or part of one, stands in the text."""
+    return _OPEN.search(text) is not None or _CLOSE.search(text) is not None
+
+
+def after_thought(text: str) -> str:
+    """The answer proper; empty where the text ends inside its thought, or with it."""
+    closed = 0
+    for mark in _CLOSE.finditer(text):
+        closed = mark.end()
+    rest = text[closed:]
+    return "" if _OPEN.search(rest) else rest.strip()
