@@ -272,7 +272,7 @@ class PLaDTrainer(Trainer):
     @property
     def _may_have_none(self) -> bool:
         """Whether there are groups without a gradient, and a backward may be left out for them."""
-        always = self.args.sft_weight or self.args.fine_tunes or self._has_router_loss
+        always = self._objective.sft_weight or self.args.fine_tunes or self._has_router_loss
         return not always and self._is_plain
 
     @property
@@ -330,8 +330,8 @@ class PLaDTrainer(Trainer):
                 group_size=self._objective.group_size,
                 scores=inputs.get("scores"),
                 reference_logps=inputs.get("reference_logps"),
-                sft_weight=self.args.sft_weight,
-                length_normalization=self.args.length_normalization,
+                sft_weight=self._objective.sft_weight,
+                length_normalization=self._objective.length_normalization,
                 temperature=self.args.temperature,
                 num_groups=groups,
                 num_tokens=tokens,

@@ -33,10 +33,12 @@ class PLaDConfig(TrainingArguments):
     loss_args: dict[str, Any] | str | None = None
     """Further options of the loss by name, such as {"label_smoothing": 0.1} of dpo or
     {"gamma": 0.5} of simpo; JSON on a command line."""
-    sft_weight: float = 0.0
-    """Weight of the mean negative log-likelihood of the best responses, added to the loss."""
-    length_normalization: float = 0.0
-    """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means."""
+    sft_weight: float | None = None
+    """Weight of the mean negative log-likelihood of the best responses, added to the loss; None
+    takes the loss's own, which is its paper's: 1 for PLaD's losses, SLiC, CPO and ORPO, else 0."""
+    length_normalization: float | None = None
+    """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means. None takes
+    the loss's own: 1 for PLaD's losses and those on means over tokens, else 0."""
     temperature: float = 1.0
     """Divides the logits before the softmax; 1 scores with the model as it is."""
     disable_dropout: bool = True
@@ -140,7 +142,7 @@ class PLaDConfig(TrainingArguments):
         """Finite numbers, and whole ones for counts: a file of settings may hold anything."""
         for name in ("beta", "sft_weight", "length_normalization", "temperature"):
             value = getattr(self, name)
-            if value is None and name == "beta":
+            if value is None and name != "temperature":
                 continue
             check_number(name, value)
             if not math.isfinite(value):

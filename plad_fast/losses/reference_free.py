@@ -33,7 +33,7 @@ _NEAREST_TO_ONE = 2.0**-23
 """float32's epsilon, for every dtype: they agree on a response that is certain or empty."""
 
 
-@register_loss("cpo")
+@register_loss("cpo", sft_weight=1.0)
 def cpo(
     logps: Tensor,  # (B, K)
     *,
@@ -51,7 +51,7 @@ def cpo(
     return log_loss(odds, label_smoothing).mean(dim=1)
 
 
-@register_loss("cpo_ipo", length_normalized=False)
+@register_loss("cpo_ipo", length_normalized=False, length_normalization=1.0)
 def cpo_ipo(
     logps: Tensor,  # (B, K)
     *,
@@ -69,7 +69,7 @@ def cpo_ipo(
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
 
 
-@register_loss("simpo", length_normalized=False)
+@register_loss("simpo", length_normalized=False, length_normalization=1.0)
 def simpo(
     logps: Tensor,  # (B, K)
     *,
@@ -89,7 +89,7 @@ def simpo(
     return log_loss(odds, label_smoothing).mean(dim=1)
 
 
-@register_loss("orpo", length_normalized=False)
+@register_loss("orpo", length_normalized=False, sft_weight=1.0, length_normalization=1.0)
 def orpo(
     logps: Tensor,  # (B, K)
     *,
