@@ -161,7 +161,7 @@ class PLaDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.layout = self._prepare_model()
         self._collate = PreferenceCollator(
-            pad_token_id(processing_class),
+            pad_token_id(processing_class, model),
             self._objective.group_size,
             layout=self.layout,
             decoder_start_token_id=decoder_start_token(self.model),

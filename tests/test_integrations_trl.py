@@ -487,6 +487,20 @@ def without_last_prompt(data):
     )
 
 
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
+def test_tokens_that_the_model_lacks_are_refused_before_training(build, tiny_model, kind):
+    """With the row where the rows lie ready, else with the batch."""
+    small = copy.deepcopy(tiny_model)
+    small.resize_token_embeddings(250)  # the tokenizer's last bytes are beyond them
+    rows = [*PAIRS, {"prompt": "p", "chosen": "\u00ad", "rejected": "x"}]
+    with pytest.raises(UsageError, match=r"train_dataset, row 7: the chosen has the token id 261"):
+        use_plad_fast(build(kind, model=small, reference=small, rows=rows))
+    trainer = build(kind, model=small, reference=small, rows=rows, per_device_train_batch_size=7)
+    trainer.train_dataset = trainer.train_dataset.with_transform(lambda batch: batch)
+    with pytest.raises(UsageError, match=r"a batch has the token id 261"):
+        use_plad_fast(trainer).train()
+
+
 def test_what_a_collator_brings_is_refused_with_its_batch(build):
     """The integration does not call a collator that is not TRL's: it may count, or draw."""
     refusals = {}

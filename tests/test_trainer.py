@@ -29,6 +29,7 @@ from transformers import (
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import tokenize_dataset
 from plad_fast.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.training_data import pad_token_id
 from tests.trainings import (
     PAIRS,
     RANKED,
@@ -434,6 +435,31 @@ def test_fine_tuning_keeps_dropout(make, tiny_model):
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
     make(model=model)
     assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "reference"])
+def test_token_ids_that_the_model_lacks_are_refused_before_a_step(make, tiny_model, where):
+    """Of a tokenizer whose ids have gaps, or of rows that another one made; 262 are known."""
+    good = {"prompt_ids": [5], "response_ids": [[7], [8]]}
+    bad = {"prompt_ids": [5], "response_ids": [[7], [8, 262]]}
+    options = {}
+    if where == "reference":  # with fewer embeddings than the model
+        options["reference_model"] = copy.deepcopy(tiny_model)
+        options["reference_model"].resize_token_embeddings(100)
+        options["loss"], bad = "dpo", {"prompt_ids": [5], "response_ids": [[7], [100]]}
+        where = "train_dataset"
+    train, held_out = ([good, bad], [good]) if where == "train_dataset" else ([good], [good, bad])
+    with pytest.raises(UsageError, match=rf"{where}, row 2: the response has the token id"):
+        make(train, eval_rows=held_out, **options)
+
+
+def test_a_pad_token_that_the_model_lacks_pads_nothing(make, tiny_model, tiny_tokenizer):
+    """It is masked: another token of the vocabulary does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer._pad_token = None
+    tokenizer.add_special_tokens({"pad_token": "<another>"})
+    assert tokenizer.pad_token_id == len(tiny_tokenizer)
+    assert pad_token_id(tokenizer, tiny_model) == tiny_tokenizer.eos_token_id
 
 
 def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):

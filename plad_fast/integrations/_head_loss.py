@@ -47,6 +47,7 @@ class HeadLoss:
         layout: of the batches, see `plad_fast.packing`.
         metrics: "fast", or "all" at the price of another pass, see `use_plad_fast`.
         impl, scratch_bytes: of the op.
+        vocabulary: of `pair_batch`.
     """
 
     loss: Loss
@@ -56,6 +57,7 @@ class HeadLoss:
     metrics: str = "fast"
     impl: str = "auto"
     scratch_bytes: int | None = None
+    vocabulary: int | None = None
 
     def measure(
         self,

@@ -76,6 +76,7 @@ class FastDPO(WithHeadLoss):
             inputs["attention_mask"],
             completion,
             layout=self._head_loss.layout,
+            vocabulary=self._head_loss.vocabulary,
         )
         reference = self._reference_logps(inputs, batch)  # (2 B,)
         out = self._head_loss.measure(self.accelerator, model, batch, reference_logps=reference)
@@ -187,6 +188,7 @@ class _FastConcatenated(WithHeadLoss):
             both["concatenated_attention_mask"],
             both["concatenated_labels"] != -100,
             layout=self._head_loss.layout,
+            vocabulary=self._head_loss.vocabulary,
             with_prompts=with_prompts,
         )
 
