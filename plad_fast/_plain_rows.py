@@ -56,6 +56,12 @@ def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
     return [_plain_row(row) for row in rows]
 
 
+def is_of_arrow(dataset: Any) -> bool:
+    """Whether every struct of a column has the keys that one of them has, null in the others."""
+    package = type(dataset).__module__.partition(".")[0]
+    return package in ("datasets", "pandas", "polars", "pyarrow")
+
+
 def _of_a_table(dataset: Any) -> list[Any] | None:
     """The rows of a DataFrame or of Arrow's table; None for anything else."""
     package = type(dataset).__module__.partition(".")[0]

@@ -131,8 +131,6 @@ def _same_turns(messages: Messages, prompt: Content) -> bool:
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
-    from jinja2 import TemplateError  # a dependency of torch, and slow to import
-
     name = tokenizer.name_or_path or "this tokenizer"
     if not tokenizer.chat_template:
         raise UsageError(
@@ -141,10 +139,14 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, **op
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        kind = type(error).__name__
+        said = str(error) if kind == "TemplateError" else f"{kind}: {error}"
         raise UsageError(
-            f"the chat template of {name} refuses messages of the roles {roles} ({error}); change "
+            f"the chat template of {name} refuses messages of the roles {roles} ({said}); change "
             "the messages, such as a system message into the start of the first user message"
         ) from error
 

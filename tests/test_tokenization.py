@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -26,8 +27,6 @@ CHAT = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def eos_tokenizer(tiny_tokenizer):
     """Like T5's or some Qwen forks': it also appends EOS to whatever it encodes."""
-    import copy
-
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -100,8 +99,6 @@ def test_response_is_never_cut(tiny_tokenizer):
 
 def test_empty_prompt_without_bos_is_refused(tiny_tokenizer):
     """Nothing would predict the first response token."""
-    import copy
-
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -401,6 +398,32 @@ def test_token_ids_are_taken_from_tensors(tiny_tokenizer):
     assert found == {"prompt_ids": [1, 5], "response_ids": [[2], [3, 4]], "length": 4}
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[0].missing.key }}", "UndefinedError"),
+        ("{{ messages[7].content.upper() }}", "UndefinedError"),
+        ("{{ messages | nofilter }}", "TemplateAssertionError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ '%d' % messages[0].content }}", "TypeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ {} | first | tojson }}", "is not JSON serializable"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_what_a_chat_template_raises_is_a_refusal_with_the_row(tiny_tokenizer, template, said):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.name_or_path = "some/model"
+    tokenizer.chat_template = template
+    rows = [{"prompt": "p", "chosen": "a"}, {"prompt": CHAT, "chosen": "a"}]
+    with pytest.raises(UsageError, match=r"data, row 2: .* some/model .* roles user") as caught:
+        tokenize_dataset(rows, tokenizer, max_length=64, name="data")
+    assert said in str(caught.value)
+
+
 NO_ROWS = [
     (lambda data: datasets.DatasetDict(train=data, test=data), "the splits 'train', 'test'"),
     (lambda data: data.to_iterable_dataset(), "IterableDataset, a stream"),
@@ -490,8 +513,6 @@ def test_responses_of_messages_answer_a_prompt_in_chat(tiny_tokenizer, prompt, r
 
 
 def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -502,8 +523,6 @@ def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
 
 def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
     """Gemma's template raises for a system message."""
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -518,8 +537,6 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 @pytest.fixture(scope="module")
 def tool_tokenizer(tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% if think %}hm{% endif %}"
