@@ -19,6 +19,11 @@ from plad_fast.tokenization import check_cut
 from plad_fast.validation import check_number, is_whole
 
 _IN_BACKWARD = ("layerwise", "lomo")
+NO_PREDICTIONS = (
+    "the trainer makes no predictions that it could be given: logits do not exist here as a whole. "
+    "Leave it out; an evaluation has the metrics that PLaDTrainer lists, and "
+    "plad_fast.evaluation.score_pairs gives log-probabilities row by row"
+)
 
 
 @dataclass
@@ -127,6 +132,15 @@ class PLaDConfig(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UsageError("label smoothing is not part of this loss; set it to 0")
+        if self.length_column_name not in (None, "length"):
+            raise UsageError(
+                f"length_column_name is {self.length_column_name!r}, and the lengths of the rows "
+                "are counted here, in the column 'length'; leave it out"
+            )
+        of_metrics = ("include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics")
+        for name in of_metrics:  # transformers 5 has no include_inputs_for_metrics
+            if value := getattr(self, name, None):
+                raise UsageError(f"{name}={value!r} is for compute_metrics, and {NO_PREDICTIONS}")
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise UsageError(
                 "accelerator_config asks for dispatch_batches=True, which sends tensors from the "

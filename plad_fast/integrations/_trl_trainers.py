@@ -21,6 +21,13 @@ from plad_fast.integrations._head_loss import HeadLoss, Loss, Measured
 from plad_fast.integrations._live_options import LiveLoss
 from plad_fast.integrations._pair_rows import pair_batch
 from plad_fast.losses import get_loss
+from plad_fast.losses.terms import (
+    MAX_EXPONENT,
+    MAX_SQUARED_EXPONENT,
+    NEAREST_TO_ONE,
+    means,
+    power_rewards,
+)
 from plad_fast.packing import PreferenceBatch
 
 if TYPE_CHECKING:
@@ -217,7 +224,8 @@ class FastCPO(_FastConcatenated):
     """In front of `trl.experimental.cpo.CPOTrainer`."""
 
     replaces = ("get_batch_loss_metrics", "concatenated_forward", "cpo_loss", "get_batch_logps")
-    cpo_loss: Any
+    alpha: float
+    beta: float
     cpo_alpha: float
     loss_type: str
 
@@ -229,10 +237,17 @@ class FastCPO(_FastConcatenated):
         pairs = self._pairs(both, with_prompts=False)
         out = self._head_loss.measure(self.accelerator, model, pairs, logits=False)
         logps, counts = out.logps.detach().view(-1, 2), out.counts.view(-1, 2)
-        nll = -logps[:, 0].sum() / counts[:, 0].sum() if self.cpo_alpha else logps.new_zeros(())
+        nll = logps.new_zeros(())
+        if self.cpo_alpha:
+            nll = -logps[:, 0].sum() / counts[:, 0].sum().clamp(min=1)
+        # A response of no tokens has the mean 0, as in the loss, where TRL's is NaN; nor do
+        # AlphaPO's rewards end in infinity.
         if self.loss_type in ("ipo", "simpo"):
-            logps = logps / counts
-        _, chosen_rewards, rejected_rewards = self.cpo_loss(logps[:, 0], logps[:, 1])
+            logps = means(logps, counts)
+        limit = MAX_SQUARED_EXPONENT if self.loss_type == "ipo" else MAX_EXPONENT
+        chosen_rewards, rejected_rewards = (
+            self.beta * power_rewards(logps, self.alpha, limit)
+        ).unbind(1)
         return out.loss, self._means(
             train_eval,
             _rewards(chosen_rewards, rejected_rewards, logps)
@@ -261,7 +276,7 @@ class FastORPO(_FastConcatenated):
         groups = self._pairs(both, with_prompts=True)
         lengths = groups["cu_seqlens"].diff().view(-1, 3)
         # TRL's regulariser is the likelihood of the chosen sequence with its prompt.
-        share = len(lengths) / lengths[:, ::2].sum()
+        share = len(lengths) / lengths[:, ::2].sum().clamp(min=1)
         head_loss = self._head_loss
         loss = functools.partial(
             _with_prompt_nll,
@@ -273,9 +288,10 @@ class FastORPO(_FastConcatenated):
             self.accelerator, model, groups, loss=loss, group_size=3, logits=False
         )
         logps, counts = out.logps.detach().view(-1, 3), out.counts.view(-1, 3)
-        nll = -logps[:, ::2].sum() / counts[:, ::2].sum()
-        logps = logps[:, :2] / counts[:, :2]
-        odds = self.odds_ratio_loss(logps[:, 0], logps[:, 1])
+        nll = -logps[:, ::2].sum() / counts[:, ::2].sum().clamp(min=1)
+        # Of a response without tokens, or one that is certain, TRL's odds are infinite or NaN.
+        logps = means(logps[:, :2], counts[:, :2])
+        odds = self.odds_ratio_loss(*logps.clamp(max=-NEAREST_TO_ONE).unbind(1))
         return out.loss, self._means(
             train_eval,
             _rewards(odds[1], odds[2], logps)

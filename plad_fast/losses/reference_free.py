@@ -20,6 +20,7 @@ from torch import Tensor
 from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
     MAX_SQUARED_EXPONENT,
+    NEAREST_TO_ONE,
     check_margin,
     check_slope,
     check_weight,
@@ -28,9 +29,6 @@ from plad_fast.losses.terms import (
     means,
     power_rewards,
 )
-
-_NEAREST_TO_ONE = 2.0**-23
-"""float32's epsilon, for every dtype: they agree on a response that is certain or empty."""
 
 
 @register_loss("cpo", sft_weight=1.0)
@@ -104,7 +102,7 @@ def orpo(
     normalisation. Within float32's rounding of p = 1 the odds end, and their gradient with them.
     """
     check_weight("beta", beta)
-    average = means(logps, counts).clamp(max=-_NEAREST_TO_ONE)
+    average = means(logps, counts).clamp(max=-NEAREST_TO_ONE)
     log_odds = average - torch.log(-torch.expm1(average))
     return beta * log_loss(first_against_each(log_odds)).mean(dim=1)
 
