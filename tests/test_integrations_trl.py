@@ -466,6 +466,23 @@ def test_common_beginnings_run_through_the_model_once(build):
     assert batch["targets"].numel() == inputs["completion_mask"].sum()
 
 
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
+@pytest.mark.parametrize("layout", ["auto", "packed", "padded"])
+def test_the_first_batch_says_once_what_is_saved(build, kind, layout, capfd):
+    trainer = use_plad_fast(build(kind, max_steps=3, with_eval=True), layout=layout)
+    trainer.train()
+    trainer.evaluate()
+    [line] = [text for text in capfd.readouterr().out.splitlines() if "plad_fast in" in text]
+    assert f"plad_fast in {kind.upper()}Trainer: loss {kind}, " in line
+    assert {"auto": "shared"}.get(layout, layout) + " rows" in line
+    places, tokens, share, scored = map(
+        int, re.findall(r"(\d+)(?: tokens| run|% saved| reach)", line)
+    )
+    assert share == round(100 * (1 - tokens / places))
+    assert (share == 0) == (layout == "padded")
+    assert 0 < scored < places
+
+
 def test_left_padding_is_refused():
     ids, mask = torch.ones(2, 3).long(), torch.tensor([[0, 1, 1], [1, 1, 1]])
     with pytest.raises(UsageError, match="padding on the right"):

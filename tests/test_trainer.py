@@ -24,6 +24,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
+    TrainerCallback,
 )
 
 from plad_fast.errors import UsageError
@@ -357,6 +358,10 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"torch_compile": True}, "model.base_model.compile"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=.'inputs'.* predictions"),
+        ({"include_for_metrics": ["loss"]}, r"include_for_metrics=.'loss'.* predictions"),
+        ({"batch_eval_metrics": True}, r"batch_eval_metrics=True .* predictions"),
+        ({"length_column_name": "len"}, "length_column_name is 'len'"),
     ],
 )
 def test_bad_settings_are_refused(options, message, tmp_path):
@@ -435,6 +440,51 @@ def test_fine_tuning_keeps_dropout(make, tiny_model):
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
     make(model=model)
     assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "several", "known"),
+    [
+        ("eval_margin", False, True),
+        ("nll", False, True),
+        ("loss", False, True),
+        ("rewards/accuracies", False, False),
+        ("b_margin", True, True),
+        ("loss", True, False),
+        (None, True, False),  # with load_best_model_at_end it is the loss
+    ],
+)
+def test_a_best_metric_that_no_evaluation_has_is_refused_at_once(make, wanted, several, known):
+    rows = {"a": PAIRS, "b": PAIRS[:2]} if several else PAIRS
+    options = {**BEST, "metric_for_best_model": wanted, "load_best_model_at_end": True}
+    if not known:
+        with pytest.raises(UsageError, match=r"metric_for_best_model is .*: .*margin"):
+            make(eval_rows=rows, **options)
+        return
+    trainer = make(eval_rows=rows, max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_callbacks_may_bring_the_best_metric(make):
+    class Own(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_own"] = state.global_step
+
+    options = {**BEST, "metric_for_best_model": "own", "load_best_model_at_end": True}
+    trainer = make(eval_rows=PAIRS, callbacks=[Own()], max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_metric == 2
+
+
+def test_metrics_of_predictions_are_refused(make):
+    trainer = make(eval_rows=PAIRS)
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(UsageError, match="compute_metrics is set"):
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "reference"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
+_LAYOUTS = {
+    "shared": "what a pair begins with runs once, and no padding",
+    "packed": "no padding",
+    "padded": "as TRL's own",
+}
 _DPO_INPUTS = {"input_ids", "attention_mask", "completion_mask"}
 _DPO_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 DIVIDING_BY_LENGTH = {"ipo", "sigmoid_norm"}
@@ -51,9 +57,26 @@ class WithHeadLoss(Trainer):
     args: Any
     accelerator: Any
 
+    _said = False
+
     @property
     def _head_loss(self) -> HeadLoss:
         return self._live_loss.of(self)
+
+    def _say_once(self, padded: Tensor, batch: PreferenceBatch) -> None:
+        """Prints what is done to the first batch, of which TRL would run the `padded` rows."""
+        if self._said or not self.is_world_process_zero():
+            return
+        self._said = True
+        head_loss = self._head_loss
+        places, tokens, scored = padded.numel(), batch["input_ids"].numel(), len(batch["targets"])
+        # Not through a logger: at INFO nobody sees it, and a warning it is not.
+        tqdm.write(
+            f"plad_fast in {type(self).__bases__[1].__name__}: loss {head_loss.loss}, "
+            f"{head_loss.layout} rows ({_LAYOUTS[head_loss.layout]}). Of the first batch's "
+            f"{places} tokens {tokens} run through the model ({1 - tokens / places:.0%} saved) and "
+            f"{scored} reach the head."
+        )
 
 
 class FastDPO(WithHeadLoss):
@@ -85,6 +108,7 @@ class FastDPO(WithHeadLoss):
             layout=self._head_loss.layout,
             vocabulary=self._head_loss.vocabulary,
         )
+        self._say_once(inputs["input_ids"], batch)
         reference = self._reference_logps(inputs, batch)  # (2 B,)
         out = self._head_loss.measure(self.accelerator, model, batch, reference_logps=reference)
         self._note(out, reference, inputs["attention_mask"])
@@ -190,7 +214,7 @@ class _FastConcatenated(WithHeadLoss):
         )
 
     def _pairs(self, both: dict[str, Tensor], *, with_prompts: bool) -> PreferenceBatch:
-        return pair_batch(
+        batch = pair_batch(
             both["concatenated_input_ids"],
             both["concatenated_attention_mask"],
             both["concatenated_labels"] != -100,
@@ -198,6 +222,8 @@ class _FastConcatenated(WithHeadLoss):
             vocabulary=self._head_loss.vocabulary,
             with_prompts=with_prompts,
         )
+        self._say_once(both["concatenated_input_ids"], batch)
+        return batch
 
     def _logits(
         self, model: nn.Module, both: dict[str, Tensor], places: slice

@@ -121,6 +121,8 @@ def use_plad_fast(
     """Lets a TRL trainer compute its loss with this library; call it before `train`.
 
     Options of the loss count as they are at each step, the trainer's own before its arguments'.
+    With the first batch one line is printed: the layout of the rows, and the share of the batch's
+    tokens that need not run.
 
     Args:
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
@@ -179,7 +181,6 @@ def use_plad_fast(
             vocabulary=limits.inputs,
         ),
     )
-    logger.info("%s: loss %s, %s rows", cls.__name__, loss, found)
     return trainer
 
 
