@@ -97,7 +97,14 @@ def one_pass(batch: PairBatch) -> Step:
     return _step(
         lambda: (
             fused_linear_preference_loss(
-                hidden, weight, targets, cu_seqlens, loss="plad_ranking", beta=BETA
+                hidden,
+                weight,
+                targets,
+                cu_seqlens,
+                loss="plad_ranking",
+                beta=BETA,
+                sft_weight=0.0,
+                length_normalization=0.0,
             ).loss
         ),
         hidden,

@@ -85,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         for batch in batches:
             out = fused_linear_preference_loss(
-                **head_arguments(model, batch), beta=1e9, num_groups=len(pairs)
+                **head_arguments(model, batch),
+                beta=1e9,
+                sft_weight=0.0,
+                length_normalization=0.0,
+                num_groups=len(pairs),
             )
             out.loss.backward()
         optimizer.step()

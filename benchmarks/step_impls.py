@@ -179,6 +179,8 @@ def plad_fast(
         **_arguments(job),
         loss="plad_ranking",
         beta=job.beta,
+        sft_weight=0.0,
+        length_normalization=0.0,
         layout=layout,
         max_tokens_per_batch=max_tokens,
     )

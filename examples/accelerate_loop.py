@@ -18,7 +18,7 @@ from plad_fast.head import call_inside, through_head, unwrap
 from plad_fast.packing import to_device
 from plad_fast.students import load_model
 
-LOSS = {"loss": "plad_ranking", "sft_weight": 0.1}
+LOSS = {"loss": "plad_ranking"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,9 +31,7 @@ class Student(lightning.LightningModule):
         self.learning_rate = learning_rate
 
     def training_step(self, batch: PreferenceBatch) -> torch.Tensor:
-        out = fused_linear_preference_loss(
-            **head_arguments(self.model, batch), loss="plad_ranking", sft_weight=0.1
-        )
+        out = fused_linear_preference_loss(**head_arguments(self.model, batch), loss="plad_ranking")
         self.log("active_pairs", out.active.float().mean(), batch_size=len(out.active))
         return out.loss
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for batch in pair_batches(args, model):
         out = fused_linear_preference_loss(
-            **head_arguments(model, to_device(batch, device)), loss="plad_ranking", sft_weight=0.1
+            **head_arguments(model, to_device(batch, device)), loss="plad_ranking"
         )
         out.loss.backward()
         optimizer.step()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from plad_fast._load_errors import reason_of
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,12 +41,20 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
                 f"in the base model, or {advice}"
             )
         merged = adapted.merge_and_unload()
+        if untied := _no_longer_tied(merged):
+            raise UsageError(
+                f"the adapters of {os.fspath(source)!r} make {untied[0]!r} differ from the weight "
+                "that it is tied to, and a saved model would be loaded with one of the two; untie "
+                "them in the base model, or train both alike (ensure_weight_tying of peft)"
+            )
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever PEFT makes of a foreign or a damaged file
         raise UsageError(
             f"cannot merge the adapters of {os.fspath(source)!r} into their base model; {advice} "
-            f"(peft says: {error})"
+            f"(peft says: {reason_of(error)})"
         ) from error
     merged.requires_grad_(True)  # PEFT froze them
     return merged.eval()
@@ -52,4 +64,23 @@ def _on_one_end_of_tied_weights(model: PreTrainedModel) -> bool:
     ends = [model.get_output_embeddings(), model.get_input_embeddings()]
     bases = [getattr(end, "base_layer", end) for end in ends]
     weights = [getattr(base, "weight", None) for base in bases]
-    return weights[0] is weights[1] is not None and ends != bases
+    # Rows of tokens that are trained at one end and followed at the other are those of both.
+    follow = getattr(ends[0], "tied_adapter", None) is ends[1] is not None
+    return weights[0] is weights[1] is not None and ends != bases and not follow
+
+
+def _no_longer_tied(model: PreTrainedModel) -> list[str]:
+    """Weights that loading would tie to another one, from which they differ."""
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    head = model.get_output_embeddings()
+    untied = not model.config.tie_word_embeddings
+    free = {f"{name}.weight" for name, part in model.named_modules() if untied and part is head}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, source in (tied.items() if isinstance(tied, Mapping) else ())
+        if name in weights
+        and source in weights
+        and name not in free
+        and not torch.equal(weights[name], weights[source])
+    ]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from plad_fast._plain_rows import is_of_arrow, plain_rows
 from plad_fast._rows import read_row
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
@@ -34,7 +35,7 @@ def score_pairs(
 
     Args:
         pairs: rows of the standard preference format (`prompt`, `chosen`, `rejected`; text or chat
-            messages).
+            messages), in any of the forms that `tokenize_dataset` takes.
         model, tokenizer, length_normalization, batch_size, max_length, progress: see
             `score_responses`.
 
@@ -90,10 +91,11 @@ def _read_pairs(
     pairs: Sequence[Mapping[str, Any]],
 ) -> tuple[list[str], list[tuple[Content, list[Content]]], list[Mapping[str, Any]]]:
     """Names of the pairs for messages, what is in them, and what chat templates get of each."""
+    from_arrow = is_of_arrow(pairs)
+    pairs = list(plain_rows(pairs, "pairs"))
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
-    from_arrow = hasattr(pairs, "column_names")  # a datasets.Dataset, slow to import
     rows, templates = [], []
     for name, pair in zip(names, pairs, strict=True):
         try:
@@ -148,6 +150,7 @@ def score_responses(
     from plad_fast.head import causal_lm_logprobs, evaluating
     from plad_fast.packing import PreferenceCollator, to_device
     from plad_fast.sharing import prepare
+    from plad_fast.training_data import pad_token_id
 
     if not rows:
         raise UsageError(f"there are no {unit}s to score; pass at least one")
@@ -164,8 +167,8 @@ def score_responses(
         names=names,
         templates=templates,
     )
-    pad_token_id = tokenizer.pad_token_id  # padding is masked, so any id would do
-    pad, layout = 0 if pad_token_id is None else pad_token_id, prepare(model)
+    _require_room(features, model, encoder_decoder=start is not None, unit=unit, names=names)
+    pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device
     logps: dict[int, FloatArray] = {}
     with (
@@ -228,6 +231,33 @@ def _encode(
         f"the {unit}s to score", [f["moved"] for f in features], [f["split"] for f in features]
     )
     return features
+
+
+def _require_room(
+    features: Sequence[EncodedGroup],
+    model: PreTrainedModel,
+    *,
+    encoder_decoder: bool,
+    unit: str,
+    names: Sequence[str],
+) -> None:
+    """Raises UsageError for token ids or a length that the model has no weights for."""
+    from plad_fast._row_sets import longest, require_ids
+    from plad_fast.adapted_layers import token_limits
+
+    limits = token_limits(model)
+    for name, feature in zip(names, features, strict=True):
+        prompt, responses = feature["prompt_ids"], feature["response_ids"]
+        try:
+            require_ids(prompt, responses, limits)
+        except UsageError as error:
+            raise UsageError(f"{unit} {name}: {error}") from None
+        length = longest(prompt, responses, encoder_decoder)
+        if limits.positions is not None and length > limits.positions:
+            raise UsageError(
+                f"{unit} {name} has {length} tokens, and the model has {limits.positions} "
+                f"positions; set max_length={limits.positions} or less"
+            )
 
 
 def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tuple[int, list[int]]]:

@@ -32,11 +32,12 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def model_digest(source: str | os.PathLike[str]) -> str:
+def model_digest(source: str | os.PathLike[str], seen: frozenset[Path] = frozenset()) -> str:
     """Identifies a saved model by its weights, config and tokenizer, wherever it lies.
 
     Args:
         source: a folder or a file; a hub id stands for itself.
+        seen: folders of adapters that are on this one.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -51,8 +52,9 @@ def model_digest(source: str | os.PathLike[str]) -> str:
         state = file.stat()
         parts.append((file.name, _file_digest(file, state.st_size, state.st_mtime_ns)))
     base = _base_of_adapters(path)
-    if base and Path(base).expanduser().resolve() != path.resolve():
-        parts.append(("base", model_digest(base)))
+    seen = seen | {path.resolve()}
+    if base and Path(base).expanduser().resolve() not in seen:
+        parts.append(("base", model_digest(base, seen)))
     return digest(parts)
 
 

@@ -100,7 +100,7 @@ def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
     if (
         not isinstance(scores, (list, tuple))
         or len(scores) < group_size
-        or not all(isinstance(s, Real) and not math.isnan(s) for s in scores)
+        or not all(_is_number(s) and not math.isnan(s) for s in scores)
     ):
         raise UsageError(f"the scores are {scores} for {group_size} responses; give a number each")
     return list(scores[:group_size])
@@ -116,13 +116,17 @@ def read_reference_logps(row: Mapping[str, Any], count: int) -> list[float]:
     if (
         not isinstance(logps, (list, tuple))
         or len(logps) != count
-        or not all(isinstance(value, Real) and math.isfinite(value) for value in logps)
+        or not all(_is_number(value) and math.isfinite(value) for value in logps)
     ):
         raise UsageError(
             f"reference_logps are {logps} for {count} responses; give a finite number each, or "
             "leave the column out"
         )
     return list(logps)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:

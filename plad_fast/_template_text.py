@@ -78,8 +78,6 @@ def _render(
     options: Mapping[str, Any] | None,
     generation_prompt: bool,
 ) -> str:
-    from jinja2 import TemplateError  # a dependency of torch, and slow to import
-
     name = template_name(tokenizer)
     if not tokenizer.chat_template:
         raise UsageError(
@@ -94,10 +92,14 @@ def _render(
             add_generation_prompt=generation_prompt,
             **(options or {}),
         )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        kind = type(error).__name__
+        said = str(error) if kind == "TemplateError" else f"{kind}: {error}"
         raise UsageError(
-            f"the chat template of {name} refuses messages of the roles {roles} ({error}); change "
+            f"the chat template of {name} refuses messages of the roles {roles} ({said}); change "
             "the messages, such as a system message into the start of the first user message"
         ) from error
 

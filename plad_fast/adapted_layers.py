@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,17 @@ class Layer:
     adapters: tuple[LowRank, ...] = ()
 
 
+class TokenLimits(NamedTuple):
+    """What token ids a model has weights for."""
+
+    inputs: int
+    """Ids of a prompt are below it: the embeddings."""
+    outputs: int
+    """Ids of a response are below it: the embeddings and the rows of the head."""
+    positions: int | None
+    """Tokens of a sequence, where the configuration names a number."""
+
+
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model of a PEFT model, with its adapters in place; else the model.
 
@@ -65,15 +76,30 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many tokens a model's input embeddings have, also under adapters or sharded."""
-    embeddings: Any = base_model(model).get_input_embeddings()
-    while not hasattr(embeddings, "num_embeddings"):
-        inner = getattr(embeddings, "base_layer", None)
+    return _rows_of(base_model(model).get_input_embeddings(), "num_embeddings")
+
+
+def token_limits(model: nn.Module) -> TokenLimits:
+    """Which token ids a model can take, and how many of them in a row."""
+    base: Any = base_model(model)
+    embeddings, head = vocabulary_size(base), base.get_output_embeddings()
+    outputs = embeddings if head is None else _rows_of(head, "out_features")
+    # The decoder of an encoder-decoder model may have embeddings of its own.
+    shared = not getattr(base.config, "is_encoder_decoder", False)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return TokenLimits(embeddings, min(embeddings, outputs) if shared else outputs, positions)
+
+
+def _rows_of(layer: Any, name: str) -> int:
+    """The size of an embedding or a head, by the attribute that says so where it is not adapted."""
+    while not hasattr(layer, name):
+        inner = getattr(layer, "base_layer", None)
         if inner is None:
-            inner = getattr(embeddings, "original_module", None)
+            inner = getattr(layer, "original_module", None)
         if inner is None:
-            return len(embeddings.weight)
-        embeddings = inner
-    return int(embeddings.num_embeddings)
+            return len(layer.weight)
+        layer = inner
+    return int(getattr(layer, name))
 
 
 @contextlib.contextmanager

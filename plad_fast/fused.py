@@ -48,12 +48,12 @@ def fused_linear_preference_loss(
     group_size: int = 2,
     scores: Tensor | None = None,  # (S,)
     reference_logps: Tensor | None = None,  # (S,), plain sums
-    sft_weight: float = 0.0,
+    sft_weight: float | None = None,
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    length_normalization: float = 0.0,
+    length_normalization: float | None = None,
     ignore_index: int = -100,
     num_groups: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
@@ -83,8 +83,11 @@ def fused_linear_preference_loss(
         scores: (S,) quality of each sequence, higher is better, for losses that ask for it.
         reference_logps: (S,) log-probability of each sequence under a reference model, in nats,
             for losses that ask for it. Plain sums: length normalisation is applied to them too.
-        sft_weight: lambda of the regulariser, the NLL per token of each group's first sequence.
-        length_normalization: alpha; the loss sees sum / count ** alpha.
+        sft_weight: lambda of the regulariser, the NLL per token of each group's first sequence;
+            None for the loss's own, which is its paper's: 1 for PLaD's losses, SLiC, CPO and ORPO,
+            0 for others and for functions.
+        length_normalization: alpha; the loss sees sum / count ** alpha. None for the loss's own: 1
+            for PLaD's losses and those on means over tokens, 0 for others and for functions.
         num_groups, num_tokens: denominators, by default those of this call. Under gradient
             accumulation pass the totals of the whole window.
         **loss_options: of the loss, `beta` for example.

@@ -125,14 +125,28 @@ def check_head(model: nn.Module) -> None:
             f"the logits of {type(base_model(model)).__name__} are not finite: its weights are "
             f"broken, or too large for {head.weight.dtype}; load it again, in bf16 or float32"
         )
-    # A wrong scale or a left-out layer is off by far more than 16-bit rounding.
-    if expected.shape != found.shape or not torch.allclose(
-        found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
-    ):
+    if not _agree(found, expected):
+        arguments = head.arguments(hidden)
+        if arguments["bias"] is not None and _agree(
+            reference_logits(**{**arguments, "bias": None}).float(), expected
+        ):
+            raise UsageError(
+                f"{type(base_model(model)).__name__} has a bias in its head, and its logits go "
+                "without, as PEFT's trainable tokens leave it out: the loss would be of another "
+                "model than the one you began with; leave lm_head out of trainable_token_indices, "
+                "or untie the head from the embeddings"
+            )
         raise UsageError(
             f"{type(base_model(model)).__name__} does more to its logits than the fused loss "
             "knows (a scale, a further layer, a cut vocabulary); this model is not supported"
         )
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    # A wrong scale or a left-out layer is off by far more than 16-bit rounding.
+    return expected.shape == found.shape and torch.allclose(
+        found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
+    )
 
 
 def _hidden_and_logits(

@@ -47,8 +47,8 @@ class Objective:
         loss: str | Callable[..., Tensor],
         *,
         group_size: int,
-        sft_weight: float = 0.0,
-        length_normalization: float = 0.0,
+        sft_weight: float | None = None,
+        length_normalization: float | None = None,
         has_scores: bool,
         has_reference: bool = False,
         device: torch.device | str = "cpu",
@@ -56,6 +56,9 @@ class Objective:
     ) -> Objective:
         """Check names, options and, unless a graph is being traced, shapes: by calls on two groups
         of random numbers, once for a function with its options.
+
+        Args:
+            sft_weight, length_normalization: None for the loss's own, see `LossSpec`.
 
         Raises:
             UsageError: unknown loss or option, missing scores or reference, negative weights, or
@@ -87,6 +90,7 @@ class Objective:
                 "under the reference model (plad_fast.reference_logps computes them)"
             )
         check.check_group_size(group_size)
+        sft_weight, length_normalization = spec.terms(sft_weight, length_normalization)
         check.check_weight("sft_weight", sft_weight)
         check.check_length_normalization(length_normalization)
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
@@ -200,14 +204,16 @@ def preference_loss(
     group_size: int = 2,
     scores: Tensor | None = None,  # same shape
     reference_logps: Tensor | None = None,  # same shape, plain sums
-    sft_weight: float = 0.0,
-    length_normalization: float = 0.0,
+    sft_weight: float | None = None,
+    length_normalization: float | None = None,
     num_groups: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:  # ()
     """A preference loss on sequence log-probabilities that exist already.
 
+    `sft_weight` and `length_normalization` are the loss's own where they are None, as in
+    `fused_linear_preference_loss`, `PLaDConfig` and the command line.
     Give it `sums` and `counts` of `linear_sequence_logprobs` (with its `length_normalization`
     left at 0: the loss applies it, to `reference_logps` too).
     It equals `fused_linear_preference_loss` in value and gradients, at the price of one more

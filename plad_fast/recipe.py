@@ -14,7 +14,7 @@ from typing import Any
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
 from plad_fast.pair_settings import OFFLINE_TEACHER, PairSettings, flag, setting
-from plad_fast.training_checks import check_training, recipe_terms
+from plad_fast.training_checks import check_training
 
 __all__ = ["BUILTIN_PROMPTS", "OFFLINE_TEACHER", "DistillConfig", "coerce", "flag", "load_settings"]
 
@@ -188,16 +188,19 @@ class DistillConfig(PairSettings):
     @property
     def alpha(self) -> float:
         """`length_normalization`, or what the loss has it at."""
-        return recipe_terms(self.loss, self.sft_weight, self.length_normalization)[1]
+        return self._terms[1]
+
+    @property
+    def _terms(self) -> tuple[float, float]:
+        return get_loss(self.loss).terms(self.sft_weight, self.length_normalization)
 
     def results_settings(self) -> dict[str, Any]:
         """The settings on which results depend, as plain values, the loss's own among them."""
-        terms = recipe_terms(self.loss, self.sft_weight, self.length_normalization)
         return {
             f.name: _plain(getattr(self, f.name))
             for f in dataclasses.fields(self)
             if f.metadata["affects_results"]
-        } | {"sft_weight": terms[0], "length_normalization": terms[1]}
+        } | dict(zip(("sft_weight", "length_normalization"), self._terms, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""

@@ -23,7 +23,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from plad_fast._plain_rows import plain_rows
 from plad_fast._records import digest
+from plad_fast._row_sets import longest, require_dataset_ids, require_rows
+from plad_fast.adapted_layers import token_limits
 from plad_fast.bins import pack
 from plad_fast.errors import UsageError
 from plad_fast.head import causal_lm_logprobs, evaluating
@@ -83,16 +86,20 @@ def add_reference_logps(
         autocast: makes the context of a forward pass.
 
     Raises:
-        UsageError: a log-probability that is not finite, a file that cannot be written, is
+        UsageError: rows without token ids, or with ids that the reference does not know, a
+            log-probability that is not finite, a file that cannot be written, is
             damaged or is being written by another process, or what
             `plad_fast.head.causal_lm_logprobs` refuses.
     """
     if max_tokens_per_batch < 1:
         raise UsageError(f"max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
+    dataset = _token_rows(dataset, name)
     if "reference_logps" in dataset.column_names:
-        for index, row in enumerate(dataset.with_format(None)):
+        for index, row in enumerate(dataset):
             _check(row["reference_logps"], len(row["response_ids"]), name, index)
         return dataset
+    limits = token_limits(model)
+    require_dataset_ids(dataset, limits, name)
     rows = dataset.select_columns(_TOKENS).with_format(None)
     options = {"temperature": temperature, "impl": impl, "scratch_bytes": scratch_bytes}
     scorer = _Scorer(rows, model, collate, options, autocast or contextlib.nullcontext, name)
@@ -100,7 +107,10 @@ def add_reference_logps(
     def read() -> Iterable[Mapping[str, Any]]:
         return tqdm(rows, desc=f"reading {name}", unit="row", leave=False, disable=not progress)
 
-    batches = _batches(read(), getattr(collate, "layout", "padded"), max_tokens_per_batch)
+    layout = getattr(collate, "layout", "padded")
+    if limits.positions is not None:
+        _require_positions(rows, limits.positions, layout == "encoder_decoder", name)
+    batches = _batches(read(), layout, max_tokens_per_batch)
     known: Logps | None
     if cache is None:
         known = {}
@@ -115,6 +125,31 @@ def add_reference_logps(
                 scorer.run(batches, done, lambda new: store.append(_to_rows(new)), progress)
                 known = _from_rows(store.rows.values())
     return dataset.add_column("reference_logps", [known[index] for index in range(len(rows))])
+
+
+def _token_rows(dataset: Any, name: str) -> Dataset:
+    from datasets import Dataset
+
+    rows = plain_rows(dataset, name)
+    missing = sorted(set(_TOKENS) - set(require_rows(rows, name)))
+    if missing:
+        raise UsageError(
+            f"{name} has no {' and no '.join(missing)}; make token ids of its texts with "
+            "plad_fast.tokenization.tokenize_dataset"
+        )
+    return rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+
+
+def _require_positions(
+    rows: Iterable[Mapping[str, Any]], positions: int, encoder_decoder: bool, name: str
+) -> None:
+    for index, row in enumerate(rows):
+        length = longest(row["prompt_ids"], row["response_ids"], encoder_decoder)
+        if length > positions:
+            raise UsageError(
+                f"{name}, row {index + 1} has {length} tokens, and the reference model has "
+                f"{positions} positions; cut the prompts to fit, or take another reference"
+            )
 
 
 def fingerprint(

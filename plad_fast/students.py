@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast._adapters import merged_adapters
+from plad_fast._load_errors import reason_of
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,15 +57,21 @@ def load_model(
     try:
         base = _base_of_adapters(location) if merge_adapters else None
         if base is not None:
+            if _expanded(base).resolve() == _expanded(source).resolve():
+                raise UsageError(
+                    f"folder {os.fspath(source)!r} holds adapters and the model that they are on; "
+                    "move the adapters to a folder of their own, and name this one there as "
+                    "base_model_name_or_path"
+                )
             model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
             return merged_adapters(location["pretrained_model_name_or_path"], model)
         loader = _class_of(location)
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
-    except UsageError:
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a library makes of a foreign or a damaged file
         raise _unloadable(loader, source, error) from error
-    _require_all_weights(loaded, source)
+    _require_all_weights(model, loaded, source)
     _forget_quantization(model)
     return model if device is None else model.to(device)
 
@@ -89,10 +95,15 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             return load_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
-    except (OSError, ValueError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        advice = "save one beside the model with tokenizer.save_pretrained"
+        if "gguf_file" in location:
+            advice = "if the file is cut short, download it again"
         raise UsageError(
-            f"cannot load a tokenizer from {os.fspath(source)!r}; save one beside the model with "
-            f"tokenizer.save_pretrained (transformers says: {error})"
+            f"cannot load a tokenizer from {os.fspath(source)!r}; {advice} "
+            f"(transformers says: {reason_of(error)})"
         ) from error
     if "gguf_file" in location and tokenizer.eos_token == tokenizer.bos_token:
         _set_gguf_eos(tokenizer, Path(*location.values()))
@@ -137,9 +148,9 @@ def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
     location = _locate(source)
     try:
         return _class_of(location) is AutoModelForSeq2SeqLM
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
         raise _unloadable(AutoModelForCausalLM, source, error) from error
 
 
@@ -163,10 +174,12 @@ def offline_teacher_path() -> Path:
 
 
 def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -> UsageError:
+    advice = "pass a hub id, a folder written by save_pretrained, or a .gguf file"
+    if "gguf_file" in _locate(source):
+        advice = "if the file is cut short, download it again"
     return UsageError(
-        f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
-        "id, a folder written by save_pretrained, or a .gguf file "
-        f"(transformers says: {error})"
+        f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; {advice} "
+        f"(transformers says: {reason_of(error)})"
     )
 
 
@@ -232,14 +245,41 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
-    base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _named_base(adapter)
     if not base:
         raise UsageError(
             f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "
             "base_model_name_or_path; write a hub id or a folder there, or load the base model "
             "yourself and pass it to peft.PeftModel.from_pretrained"
         )
+    _require_an_end(Path(source), str(base))
     return str(base)
+
+
+def _named_base(config_file: str | os.PathLike[str]) -> str | None:
+    """What an adapter_config.json says that its adapters are for."""
+    try:
+        base = json.loads(Path(config_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return base if isinstance(base, str) else None
+
+
+def _require_an_end(source: Path, base: str) -> None:
+    """Raises UsageError for adapters on adapters that come back to the first ones."""
+    seen, folder = {source.resolve()}, _expanded(base)
+    while (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        if folder.resolve() in seen:
+            raise UsageError(
+                f"the adapters in {str(source)!r} are on those in {str(folder)!r}, which are on "
+                "each other in a circle; write the model they were trained on into "
+                "base_model_name_or_path of their adapter_config.json"
+            )
+        seen.add(folder.resolve())
+        following = _named_base(folder / ADAPTER_CONFIG)
+        if following is None:
+            return
+        folder = _expanded(following)
 
 
 def _require_gguf() -> None:
@@ -265,17 +305,29 @@ def _keep_dense(location: dict[str, Any]) -> None:
     location["quantization_config"] = GgufConfig(dequantize=True)
 
 
-def _require_all_weights(loaded: Mapping[str, Any], source: str | os.PathLike[str]) -> None:
+def _require_all_weights(
+    model: PreTrainedModel, loaded: Mapping[str, Any], source: str | os.PathLike[str]
+) -> None:
     """Refuses a model of which transformers had to make up some weights at random."""
-    missing = sorted(loaded["missing_keys"])
+    names = set(loaded["missing_keys"])
+    # One weight may have several names, of which a checkpoint holds one: an adapter of embeddings
+    # that are the head's too, for example.
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in names}
+    missing = sorted(name for name in names if id(weights.get(name)) not in there)
     # Each of these is a name with two shapes.
     mismatched = sorted(key[0] for key in loaded["mismatched_keys"])
+    advice = "download or save it again, whole and with the head of a causal language model"
+    if (_expanded(source) / ADAPTER_CONFIG).is_file():
+        advice = (
+            "or transformers cannot place them, as with DoRA: merge the adapters, with "
+            "peft's merge_and_unload, and pass the folder that save_pretrained writes"
+        )
     for names, problem in ((missing, "lacks"), (mismatched, "has in another shape")):
         if names:
             raise UsageError(
                 f"the checkpoint {os.fspath(source)!r} {problem} {len(names)} of the model's "
-                f"weights, among them {names[0]!r}; download or save it again, whole and with the "
-                "head of a causal language model"
+                f"weights, among them {names[0]!r}; {advice}"
             )
 
 

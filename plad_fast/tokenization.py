@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import Dataset
 
-from plad_fast._row_sets import checked_tokens, holds_any, longest, require_one_size, require_rows
+from plad_fast._plain_rows import is_of_arrow, plain_rows
+from plad_fast._row_sets import (
+    checked_tokens,
+    holds_any,
+    longest,
+    require_ids,
+    require_one_size,
+    require_rows,
+)
 from plad_fast._rows import (
     read_content,
     read_contents,
@@ -25,6 +33,8 @@ from plad_fast.validation import is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from plad_fast.adapted_layers import TokenLimits
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +212,7 @@ def tokenize_dataset(
     with_reference: bool = True,
     encoder_decoder: bool = False,
     split_special_tokens: bool = True,
+    limits: TokenLimits | None = None,
     name: str = "dataset",
 ) -> Dataset:
     """Preference rows as token ids.
@@ -219,14 +230,18 @@ def tokenize_dataset(
     go to the chat template, which plain text does not pass through.
 
     Args:
-        dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
-            long rows too.
+        dataset: rows as above, as a `datasets.Dataset` of any format, a DataFrame or a list; values
+            of numpy, torch, pandas and Arrow count as the plain ones they stand for, and NaN in
+            place of a text as none. One that holds `prompt_ids` and `response_ids` is taken as it
+            is, long rows too.
         tokenizer, max_length, truncation_side, encoder_decoder, split_special_tokens: see
             `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
         with_scores: read the scores, which must then be there; None reads them if a row has some.
         with_reference: keep `reference_logps`, one per response, where a row has some. They are of
             whole prompts: a row whose prompt would be cut is refused.
+        limits: `plad_fast.adapted_layers.token_limits` of the model, which refuse the token ids
+            that it does not know; None takes all.
         name: what to call the dataset in messages.
 
     Returns:
@@ -236,14 +251,20 @@ def tokenize_dataset(
 
     Raises:
         UsageError: no rows, missing columns, a row that is not as above, groups of different
-            sizes, or every row dropped.
+            sizes, a token id beyond the limits, or every row dropped.
     """
     check_cut(max_length, truncation_side)
+    from_arrow = is_of_arrow(dataset)
+    dataset = plain_rows(dataset, name)
     columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
-        tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+        tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
         return checked_tokens(
-            tokenized, first_only=first_only, encoder_decoder=encoder_decoder, name=name
+            tokenized,
+            first_only=first_only,
+            encoder_decoder=encoder_decoder,
+            limits=limits,
+            name=name,
         )
     require_columns(columns, with_scores=bool(with_scores), name=name)
     if with_scores is None:
@@ -251,7 +272,6 @@ def tokenize_dataset(
     encoder = TextIds(
         tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
     )
-    from_arrow = isinstance(dataset, Dataset)
     with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -276,6 +296,8 @@ def tokenize_dataset(
                     f"reference_logps are of the whole prompt, which max_length={max_length} cuts; "
                     "raise max_length, or leave the column out to have them computed"
                 )
+            if limits is not None:
+                require_ids(group["prompt_ids"], group["response_ids"], limits)
         except UsageError as error:
             raise UsageError(f"{name}, row {index + 1}: {error}") from None
         length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from plad_fast.adapted_layers import without_adapters
 from plad_fast.attention import enable
@@ -35,7 +35,7 @@ from plad_fast.packing import (
 )
 from plad_fast.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.sharing import prepare
-from plad_fast.training_config import PLaDConfig
+from plad_fast.training_config import NO_PREDICTIONS, PLaDConfig
 from plad_fast.training_data import (
     Features,
     Groups,
@@ -145,6 +145,7 @@ class PLaDTrainer(Trainer):
         self._train_meter, self._eval_meter = (
             PreferenceMeter(self._objective, router_loss=self._has_router_loss) for _ in range(2)
         )
+        self._require_best_metric(args, evaluation, callbacks or [])
         self._begin()
         super().__init__(
             model=model,
@@ -161,7 +162,7 @@ class PLaDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.layout = self._prepare_model()
         self._collate = PreferenceCollator(
-            pad_token_id(processing_class),
+            pad_token_id(processing_class, model),
             self._objective.group_size,
             layout=self.layout,
             decoder_start_token_id=decoder_start_token(self.model),
@@ -177,6 +178,26 @@ class PLaDTrainer(Trainer):
         self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
         self._may_skip = False  # in the micro-batch at hand
         self._skipped = False  # in the accumulation window
+
+    def _require_best_metric(
+        self, args: PLaDConfig, evaluation: Any, callbacks: Sequence[TrainerCallback]
+    ) -> None:
+        """Raises UsageError for a metric to choose by that no evaluation has."""
+        wanted = args.metric_for_best_model
+        # A method or a callback of the caller's may add metrics of its own.
+        known = type(self).evaluate is Trainer.evaluate
+        known &= type(self).evaluation_loop is PLaDTrainer.evaluation_loop
+        known &= all(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+        if wanted is None or evaluation is None or not known:
+            return
+        names = self._eval_meter.names | {"runtime", "samples_per_second", "steps_per_second"}
+        if isinstance(evaluation, dict):
+            names = {f"{key}_{name}" for key in evaluation for name in names}
+        if wanted.removeprefix("eval_") not in names:
+            raise UsageError(
+                f"metric_for_best_model is {wanted!r}, and the evaluation has: "
+                f"{', '.join(sorted(names))}"
+            )
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""
@@ -272,7 +293,7 @@ class PLaDTrainer(Trainer):
     @property
     def _may_have_none(self) -> bool:
         """Whether there are groups without a gradient, and a backward may be left out for them."""
-        always = self.args.sft_weight or self.args.fine_tunes or self._has_router_loss
+        always = self._objective.sft_weight or self.args.fine_tunes or self._has_router_loss
         return not always and self._is_plain
 
     @property
@@ -330,8 +351,8 @@ class PLaDTrainer(Trainer):
                 group_size=self._objective.group_size,
                 scores=inputs.get("scores"),
                 reference_logps=inputs.get("reference_logps"),
-                sft_weight=self.args.sft_weight,
-                length_normalization=self.args.length_normalization,
+                sft_weight=self._objective.sft_weight,
+                length_normalization=self._objective.length_normalization,
                 temperature=self.args.temperature,
                 num_groups=groups,
                 num_tokens=tokens,
@@ -377,6 +398,8 @@ class PLaDTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Replaces the mean of batch losses by means over groups and tokens."""
+        if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
+            raise UsageError(f"compute_metrics is set, and {NO_PREDICTIONS}")
         paused = time.perf_counter()
         self._eval_meter.reset()
         self._eval_meter.start()

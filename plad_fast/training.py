@@ -22,9 +22,9 @@ from plad_fast._manifest import require_whole, write_manifest
 from plad_fast._records import digest, model_digest, require_equal
 from plad_fast._signals import deferred_signals
 from plad_fast.errors import UsageError
+from plad_fast.losses import get_loss
 from plad_fast.run_folder import lock_folder
 from plad_fast.students import check_loadable, load_model, load_tokenizer
-from plad_fast.training_checks import recipe_terms
 
 if TYPE_CHECKING:
     from plad_fast.trainer import PLaDTrainer
@@ -73,9 +73,7 @@ def train_model(
             are merged into their base model first, and all of its weights are trained.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
-        loss, beta, loss_args: see `PLaDConfig`.
-        sft_weight, length_normalization: see `PLaDConfig`; None for what the loss's paper has: 1
-            and 1 with PLaD's losses, 0 and 0 with "dpo", for example.
+        loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
         batch_size: rows in an optimizer step.
         micro_batch_size: rows in memory at once; it divides the batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
@@ -93,7 +91,7 @@ def train_model(
             training lie beside it, or another process trains there; and from loading or from the
             trainer.
     """
-    sft_weight, length_normalization = recipe_terms(loss, sft_weight, length_normalization)
+    sft_weight, length_normalization = get_loss(loss).terms(sft_weight, length_normalization)
     micro = micro_batch_size or batch_size
     if batch_size % micro:
         raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")

@@ -16,32 +16,6 @@ _COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch", "saves_per_
 _POSITIVE = ("epochs", "learning_rate")
 _NOT_NEGATIVE = ("sft_weight", "length_normalization")
 _OF_PREFERENCES = ("sft_weight", "length_normalization")
-# Losses to which their papers add the likelihood of the chosen response, and those that rank by
-# nats per token.
-_WITH_LIKELIHOOD = ("plad_ranking", "plad_margin", "plad_listwise", "slic", "cpo", "orpo")
-_PER_TOKEN = ("plad_ranking", "plad_margin", "plad_listwise")
-
-
-def recipe_terms(
-    loss: str, sft_weight: float | None, length_normalization: float | None
-) -> tuple[float, float]:
-    """(sft_weight, length_normalization), with those of the recipe where there is None.
-
-    The weight is 1 for PLaD's losses and for SLiC, CPO and ORPO, which have the likelihood as a
-    term, else 0. Alpha is 1 for PLaD's losses, and where a loss takes means over tokens whatever
-    alpha is, so that its metrics count what it ranks by; else 0: "dpo" is DPO.
-    """
-    spec = get_loss(loss)
-    if sft_weight is None:
-        sft_weight = float(loss in _WITH_LIKELIHOOD)
-    if length_normalization is None:
-        own_means = (
-            not spec.length_normalized
-            and "length_normalization" not in spec.takes  # which hands it on to its parts
-            and spec.mean_over != "tokens"
-        )
-        length_normalization = float(loss in _PER_TOKEN or own_means)
-    return sft_weight, length_normalization
 
 
 def check_training(settings: Mapping[str, Any]) -> None:

@@ -19,6 +19,11 @@ from plad_fast.tokenization import check_cut
 from plad_fast.validation import check_number, is_whole
 
 _IN_BACKWARD = ("layerwise", "lomo")
+NO_PREDICTIONS = (
+    "the trainer makes no predictions that it could be given: logits do not exist here as a whole. "
+    "Leave it out; an evaluation has the metrics that PLaDTrainer lists, and "
+    "plad_fast.evaluation.score_pairs gives log-probabilities row by row"
+)
 
 
 @dataclass
@@ -33,10 +38,12 @@ class PLaDConfig(TrainingArguments):
     loss_args: dict[str, Any] | str | None = None
     """Further options of the loss by name, such as {"label_smoothing": 0.1} of dpo or
     {"gamma": 0.5} of simpo; JSON on a command line."""
-    sft_weight: float = 0.0
-    """Weight of the mean negative log-likelihood of the best responses, added to the loss."""
-    length_normalization: float = 0.0
-    """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means."""
+    sft_weight: float | None = None
+    """Weight of the mean negative log-likelihood of the best responses, added to the loss; None
+    takes the loss's own, which is its paper's: 1 for PLaD's losses, SLiC, CPO and ORPO, else 0."""
+    length_normalization: float | None = None
+    """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means. None takes
+    the loss's own: 1 for PLaD's losses and those on means over tokens, else 0."""
     temperature: float = 1.0
     """Divides the logits before the softmax; 1 scores with the model as it is."""
     disable_dropout: bool = True
@@ -129,6 +136,15 @@ class PLaDConfig(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UsageError("label smoothing is not part of this loss; set it to 0")
+        if self.length_column_name not in (None, "length"):
+            raise UsageError(
+                f"length_column_name is {self.length_column_name!r}, and the lengths of the rows "
+                "are counted here, in the column 'length'; leave it out"
+            )
+        of_metrics = ("include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics")
+        for name in of_metrics:  # transformers 5 has no include_inputs_for_metrics
+            if value := getattr(self, name, None):
+                raise UsageError(f"{name}={value!r} is for compute_metrics, and {NO_PREDICTIONS}")
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise UsageError(
                 "accelerator_config asks for dispatch_batches=True, which sends tensors from the "
@@ -144,7 +160,7 @@ class PLaDConfig(TrainingArguments):
         """Finite numbers, and whole ones for counts: a file of settings may hold anything."""
         for name in ("beta", "sft_weight", "length_normalization", "temperature"):
             value = getattr(self, name)
-            if value is None and name == "beta":
+            if value is None and name != "temperature":
                 continue
             check_number(name, value)
             if not math.isfinite(value):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from plad_fast.adapted_layers import require_whole_loss, vocabulary_size
+from plad_fast.adapted_layers import require_whole_loss, token_limits, vocabulary_size
 from plad_fast.encoder_decoder import decoder_start_token
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
@@ -92,6 +92,7 @@ def tokenize(
     spec = get_loss(args.loss)
     # One that can go without takes them where there are some.
     with_scores = None if "scores" in spec.takes and not spec.needs_scores else spec.needs_scores
+    limits = token_limits(model)
     dataset = tokenize_dataset(
         rows,
         tokenizer,
@@ -102,9 +103,10 @@ def tokenize(
         with_reference="reference_logps" in spec.takes,
         encoder_decoder=decoder_start_token(model) is not None,
         split_special_tokens=args.split_special_tokens,
+        limits=limits,
         name=name,
     )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = limits.positions
     longest = max(dataset["length"])
     if positions is not None and longest > positions:
         raise UsageError(
@@ -133,7 +135,7 @@ def bind_objective(args: PLaDConfig, train: Dataset | None, evaluation: Any) -> 
     return args.objective(group_size=group_size)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Some token of the vocabulary: it is masked wherever it stands."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """Some token that the model has an embedding for: it is masked wherever it stands."""
+    ids, known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0), vocabulary_size(model)
+    return next(token for token in ids if token is not None and 0 <= token < known)

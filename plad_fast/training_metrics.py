@@ -45,6 +45,12 @@ class PreferenceMeter:
         self._columns += ("router_loss",) * router_loss
         self.reset()
 
+    @property
+    def names(self) -> set[str]:
+        """What `summary` returns."""
+        inner = {"groups", "nll_tokens", "tokens"}
+        return {*self._columns, "tokens_per_second"} - inner
+
     def reset(self) -> None:
         """Forgets the batches and stops the clock."""
         self.total: Tensor | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
+from plad_fast.adapted_layers import vocabulary_size
 from plad_fast.errors import UsageError
 from plad_fast.packing import PreferenceCollator, count_tokens
 from plad_fast.reference_logps import add_reference_logps
@@ -54,7 +55,7 @@ class Reference:
                     "the model's kind, or add reference_logps to the rows"
                 )
             collate = PreferenceCollator(
-                self.collate.pad_token_id,
+                min(self.collate.pad_token_id, vocabulary_size(model) - 1),
                 self.collate.group_size,
                 layout=layout,
                 decoder_start_token_id=self.collate.decoder_start_token_id,

@@ -216,6 +216,7 @@ def _checked(loss: str, options: dict[str, Any], sft_weight: float) -> Translate
             loss,
             group_size=2,
             sft_weight=sft_weight,
+            length_normalization=0.0,
             has_scores=True,
             has_reference=True,
             **options,

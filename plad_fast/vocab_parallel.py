@@ -146,12 +146,12 @@ def vocab_parallel_preference_loss(
     group_size: int = 2,
     scores: Tensor | None = None,  # (S,)
     reference_logps: Tensor | None = None,  # (S,), plain sums
-    sft_weight: float = 0.0,
+    sft_weight: float | None = None,
     bias: Tensor | None = None,  # (V,), this rank's rows
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    length_normalization: float = 0.0,
+    length_normalization: float | None = None,
     ignore_index: int = -100,
     num_groups: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,

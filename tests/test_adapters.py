@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 from plad_fast._records import model_digest
 from plad_fast.cli import main
 from plad_fast.errors import UsageError
+from plad_fast.evaluation import score_pairs
 from plad_fast.recipe_texts import RecipeTexts
 from plad_fast.students import load_model, load_tokenizer
+from plad_fast.tokenization import tokenize_dataset
 from tests.recipe_runs import arguments, write_pairs
 
 peft = pytest.importorskip("peft")
@@ -67,6 +71,109 @@ def test_merged_adapters_are_ordinary_weights(base, adapters, tmp_path):
     same = load_model(base, merge_adapters=True)
     assert torch.equal(logits(same), logits(load_model(base)))
     assert load_tokenizer(adapters).get_vocab() == load_tokenizer(base).get_vocab()
+
+
+TRAINED_TOKENS = {
+    "lora and tokens": lambda: peft.LoraConfig(
+        r=3, target_modules=BODY, trainable_token_indices=[5, 200, 201]
+    ),
+    "tokens by name": lambda: peft.LoraConfig(
+        r=3, target_modules=BODY, trainable_token_indices={"embed_tokens": [5, 200]}
+    ),
+    "tokens alone": lambda: peft.TrainableTokensConfig(
+        token_indices=[5, 200], target_modules=["embed_tokens"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED_TOKENS)
+def test_trained_tokens_of_tied_embeddings_are_those_of_peft(kind, base, tiny_tokenizer, tmp_path):
+    """Loaded, merged, merged and saved, and scored, against PEFT's own model (float64 sums)."""
+    tie(base)
+    folder = save_adapters(base, tmp_path / "tokens", TRAINED_TOKENS[kind]())
+    theirs = peft.PeftModel.from_pretrained(load_model(base), folder).eval()
+    tokens = torch.arange(190, 210)[None]  # the trained ones go in and come out
+    with torch.no_grad():
+        want = theirs(tokens).logits
+    assert not torch.allclose(want, load_model(base)(tokens).logits, atol=0.1)
+    merged = load_model(folder, merge_adapters=True)
+    merged.save_pretrained(tmp_path / "merged")
+    pair = {"prompt": "p", "chosen": "\u0080 yes", "rejected": "n"}
+    rows = tokenize_dataset([pair], tiny_tokenizer, max_length=64)[0]
+    log_probs = [
+        score_naively(theirs, rows["prompt_ids"], response) for response in rows["response_ids"]
+    ]
+    for model in (load_model(folder), merged, load_model(tmp_path / "merged")):
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4)
+        scores = score_pairs(model, tiny_tokenizer, [pair], progress=False)
+        assert [scores["chosen"][0], scores["rejected"][0]] == pytest.approx(log_probs, rel=1e-5)
+
+
+def tie(base):
+    model = load_model(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+
+
+def score_naively(model, prompt, response):
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+    rows = logits[len(prompt) - 1 : -1]
+    return rows.gather(1, torch.tensor(response)[:, None]).sum().item()
+
+
+def test_a_weight_that_is_missing_under_all_its_names_is_missed(base, tmp_path):
+    """Of tied ones a checkpoint holds one name; the adapter itself must be there."""
+    tie(base)
+    config = TRAINED_TOKENS["lora and tokens"]()
+    folder = save_adapters(base, tmp_path / "tokens", config)
+    state = load_file(folder / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in state.items() if "token_adapter" not in name}
+    assert len(kept) < len(state)
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match=r"lacks 2 .*trainable_tokens_delta"):
+        load_model(folder)
+
+
+def test_merged_weights_that_loading_would_tie_are_refused(tmp_path):
+    """T5's encoder and decoder have embeddings that are tied whatever the head is."""
+    size = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    config = transformers.T5Config(vocab_size=50, decoder_start_token_id=0, **size)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    shared = peft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["shared"])
+    folder = save_adapters(tmp_path / "base", tmp_path / "adapters", shared)
+    with pytest.raises(UsageError, match=r"embed_tokens.weight' differ .* tied"):
+        load_model(folder, merge_adapters=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("a", "a")])
+def test_adapters_in_a_circle_are_refused(first, second, adapters, tmp_path, pairs, capsys):
+    settings = json.loads((adapters / "adapter_config.json").read_text())
+    for name, other in ((first, second), (second, first), ("outer", first)):
+        shutil.copytree(adapters, tmp_path / name, dirs_exist_ok=True)
+        changed = {**settings, "base_model_name_or_path": str(tmp_path / other)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(changed))
+    for name in (first, "outer"):
+        assert model_digest(tmp_path / name)
+        for load in (
+            load_model,
+            load_tokenizer,
+            functools.partial(load_model, merge_adapters=True),
+        ):
+            with pytest.raises(UsageError, match="in a circle"):
+                load(tmp_path / name)
+    command = ["train", "--pairs", str(pairs), "--output-dir", str(tmp_path / "out"), "--model"]
+    assert main([*command, str(tmp_path / "outer")]) == 2
+    assert "in a circle" in capsys.readouterr().err
+
+
+def test_adapters_beside_their_model_are_not_merged_for_ever(base, adapters):
+    for file in adapters.glob("adapter_*"):
+        shutil.copy(file, base)
+    with pytest.raises(UsageError, match="a folder of their own"):
+        load_model(base, merge_adapters=True)
 
 
 def test_training_starts_from_the_merged_model(adapters, pairs, tmp_path):

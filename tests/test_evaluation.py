@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from plad_fast.chat import render_response
 from plad_fast.errors import UsageError
@@ -84,6 +85,21 @@ def test_score_pairs_agrees_with_full_logits(tiny_model, tiny_tokenizer, alpha, 
         ]
         assert scores[side].dtype == np.float64
         np.testing.assert_allclose(scores[side], expected, rtol=1e-4)
+
+
+def test_score_pairs_refuses_what_the_model_has_no_weights_for(tiny_tokenizer):
+    """Token ids beyond the embeddings, and more tokens than learned positions."""
+    config = transformers.GPT2Config(
+        vocab_size=262, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=1
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UsageError, match=r"pair number 1 has 22 tokens, .* 16 positions"):
+        score_pairs(model, tiny_tokenizer, [good, {**good, "chosen": "a" * 19}], progress=False)
+    assert score_pairs(model, tiny_tokenizer, [good], progress=False)["chosen"][0] < 0
+    model.resize_token_embeddings(250)
+    with pytest.raises(UsageError, match=r"pair number 0: .* token id 261, .* 0 to 249"):
+        score_pairs(model, tiny_tokenizer, [{**good, "chosen": "\u00ad"}], progress=False)
 
 
 def test_score_pairs_hands_tools_to_the_chat_template(tiny_model, tiny_tokenizer):

@@ -20,6 +20,8 @@ from plad_fast.workspace import compacting_order
 from tests.loss_options import REQUIRED
 from tests.problems import assert_within_budget, make_problem, oracle, problems
 
+SUMS = {"length_normalization": 0.0, "sft_weight": 0.0}
+
 
 def unfused(problem, **options):
     """The same loss from the naive computation's sums."""
@@ -78,7 +80,7 @@ def test_the_reference_of_every_group_reaches_every_backend(impl, loss):
 def test_equals_losses_on_the_op_bit_for_bit_in_the_groups_that_fit():
     """Sums do not depend on whether they were taken for the op or on the way to the loss."""
     problem = make_problem([4, 5, 3, 3], dtype=torch.float32, width=16, vocab=91)
-    fused = fused_linear_preference_loss(*problem.inputs, **problem.options)
+    fused = fused_linear_preference_loss(*problem.inputs, **SUMS, **problem.options)
     op = linear_sequence_logprobs(*problem.inputs, **problem.options)
     assert torch.equal(fused.sums, op.sums)
     assert torch.equal(fused.counts, op.counts)
@@ -146,7 +148,7 @@ def test_only_active_rows_are_multiplied(monkeypatch):
 
     monkeypatch.setattr(products.Products, "grad_hidden", record)
     problem = hinge_problem([2.0, -1.0, 2.0, -1.0])
-    fused_linear_preference_loss(*problem.inputs, **problem.options)
+    fused_linear_preference_loss(*problem.inputs, sft_weight=0.0, **problem.options)
     assert sum(seen) == 4
     seen.clear()
     # The regulariser keeps the chosen sequences of the satisfied pairs alive, and only those.
@@ -187,7 +189,7 @@ def test_error_budget(dtype, scratch_rows):
 def test_float16_gradients_survive_until_the_loss_scale_arrives():
     """Gradients of 1e-8 vanish in float16 unless the scale of a GradScaler comes first."""
     problem = make_problem([6, 6], dtype=torch.float16, scale=0.3)
-    options = {"num_groups": 1e7, "beta": 50.0}
+    options = {"num_groups": 1e7, "beta": 50.0, **SUMS}
     scale = 2.0**20
     ours = fused_linear_preference_loss(*problem.inputs, **options, **problem.options)
     got = torch.autograd.grad(ours.loss * scale, problem.hidden)[0].double()
@@ -277,7 +279,7 @@ def test_sums_are_normalised_and_active_leaves_out_the_regulariser():
     halved = fused_linear_preference_loss(
         *problem.inputs, length_normalization=0.5, **problem.options
     )
-    plain = fused_linear_preference_loss(*problem.inputs, **problem.options)
+    plain = fused_linear_preference_loss(*problem.inputs, **SUMS, **problem.options)
     torch.testing.assert_close(halved.sums, plain.sums / torch.tensor([2.0, 3.0]).double())
 
 

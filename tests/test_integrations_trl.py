@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -376,6 +377,54 @@ def test_orpo_steps_are_those_of_trl(build, layout, metrics):
     compare("orpo", build, layout=layout, metrics=metrics, with_eval=True)
 
 
+EMPTY = {"prompt": "p" * 80, "chosen": "ok", "rejected": "no way"}  # the prompt fills max_length
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("cpo", {"loss_type": "simpo"}),
+        ("cpo", {"loss_type": "simpo", "alpha": 0.25, "cpo_alpha": 0.0}),
+        ("cpo", {"loss_type": "ipo"}),
+        ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.5}),
+        ("orpo", {}),
+    ],
+)
+def test_an_empty_response_is_worth_nothing_in_the_metrics(build, kind, options):
+    """Its log-probability is 0, a sum and a mean; the other pair's numbers are TRL's."""
+    common = {**options, "max_length": 40, "max_steps": 1, "learning_rate": 0.0}
+    alone = build(kind, rows=PAIRS[:1], **common)
+    both = use_plad_fast(build(kind, rows=[EMPTY, PAIRS[0]], **common))
+    for trainer in (alone, both):
+        trainer.train()
+    expected, found = first_log(alone), first_log(both)
+    halves = OF_PAIRS | ({"log_odds_chosen"} if kind == "orpo" else set())
+    for name in halves - {"rewards/accuracies"}:
+        assert found[name] == pytest.approx(expected[name] / 2, 1e-5, 1e-6), name
+    if kind == "orpo":
+        ratio = (expected["log_odds_ratio"] - math.log(2)) / 2
+        assert found["log_odds_ratio"] == pytest.approx(ratio, 1e-5)
+    else:
+        assert found["nll_loss"] == pytest.approx(expected["nll_loss"], 1e-5)
+    assert all(math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize(("kind", "loss_type"), [("cpo", "simpo"), ("cpo", "ipo"), ("orpo", None)])
+def test_a_batch_of_empty_responses_has_finite_metrics(build, kind, loss_type):
+    options = {} if loss_type is None else {"loss_type": loss_type}
+    trainer = use_plad_fast(build(kind, rows=[EMPTY] * 2, max_length=40, max_steps=1, **options))
+    trainer.train()
+    assert all(math.isfinite(value) for value in first_log(trainer).values())
+
+
+def test_rewards_of_long_answers_are_finite_under_alphapo(build):
+    """TRL's p ** -alpha of a sum of hundreds of nats is infinite, and margins are NaN."""
+    rows = [{"prompt": "p", "chosen": "a" * 90, "rejected": "b" * 99}]
+    trainer = use_plad_fast(build("cpo", rows=rows, alpha=0.5, max_steps=1))
+    trainer.train()
+    assert all(math.isfinite(value) for value in first_log(trainer).values())
+
+
 @pytest.mark.filterwarnings("ignore:.*return_outputs")
 @pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
 def test_predictions_are_those_of_trl(build, kind):
@@ -415,6 +464,23 @@ def test_common_beginnings_run_through_the_model_once(build):
     )
     assert batch["input_ids"].numel() * 2 < inputs["input_ids"].numel()
     assert batch["targets"].numel() == inputs["completion_mask"].sum()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
+@pytest.mark.parametrize("layout", ["auto", "packed", "padded"])
+def test_the_first_batch_says_once_what_is_saved(build, kind, layout, capfd):
+    trainer = use_plad_fast(build(kind, max_steps=3, with_eval=True), layout=layout)
+    trainer.train()
+    trainer.evaluate()
+    [line] = [text for text in capfd.readouterr().out.splitlines() if "plad_fast in" in text]
+    assert f"plad_fast in {kind.upper()}Trainer: loss {kind}, " in line
+    assert {"auto": "shared"}.get(layout, layout) + " rows" in line
+    places, tokens, share, scored = map(
+        int, re.findall(r"(\d+)(?: tokens| run|% saved| reach)", line)
+    )
+    assert share == round(100 * (1 - tokens / places))
+    assert (share == 0) == (layout == "padded")
+    assert 0 < scored < places
 
 
 def test_left_padding_is_refused():
@@ -485,6 +551,20 @@ def without_last_prompt(data):
     return data.map(
         lambda row, i: {"prompt_ids": row["prompt_ids"] if i < last else []}, with_indices=True
     )
+
+
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
+def test_tokens_that_the_model_lacks_are_refused_before_training(build, tiny_model, kind):
+    """With the row where the rows lie ready, else with the batch."""
+    small = copy.deepcopy(tiny_model)
+    small.resize_token_embeddings(250)  # the tokenizer's last bytes are beyond them
+    rows = [*PAIRS, {"prompt": "p", "chosen": "\u00ad", "rejected": "x"}]
+    with pytest.raises(UsageError, match=r"train_dataset, row 7: the chosen has the token id 261"):
+        use_plad_fast(build(kind, model=small, reference=small, rows=rows))
+    trainer = build(kind, model=small, reference=small, rows=rows, per_device_train_batch_size=7)
+    trainer.train_dataset = trainer.train_dataset.with_transform(lambda batch: batch)
+    with pytest.raises(UsageError, match=r"a batch has the token id 261"):
+        use_plad_fast(trainer).train()
 
 
 def test_what_a_collator_brings_is_refused_with_its_batch(build):

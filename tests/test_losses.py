@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 
 import pytest
@@ -11,8 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plad_fast import UsageError, losses, preference_loss, register_loss
+from plad_fast import (
+    PLaDConfig,
+    UsageError,
+    fused_linear_preference_loss,
+    linear_sequence_logprobs,
+    losses,
+    preference_loss,
+    register_loss,
+)
+from plad_fast.recipe import DistillConfig
 from tests.loss_options import REQUIRED
+from tests.problems import make_problem
 
 REFERENCE = {"reference_logps": torch.zeros(4)}
 LOGPS = torch.tensor([[-1.0, -1.5, -4.0], [-2.0, -1.0, -2.0]], dtype=torch.float64)
@@ -146,7 +157,7 @@ def test_the_family_holds_together():
 @pytest.mark.parametrize("name", ["dpo", "ipo", "cpo", "simpo"])
 def test_a_mixture_of_one_loss_is_that_loss_under_any_length_normalisation(name, alpha):
     sums, counts = torch.tensor([-6.0, -8.0, -3.0, -2.0]), torch.tensor([4, 9, 1, 5])
-    options = {"length_normalization": alpha}
+    options = {"length_normalization": alpha, "sft_weight": 0.0}
     if losses.get_loss(name).needs_reference:
         options["reference_logps"] = torch.tensor([-7.0, -5.0, -3.5, -1.0])
     alone = preference_loss(sums, counts, loss=name, **options)
@@ -277,12 +288,13 @@ def test_every_loss_has_right_gradients(name, data):
 def test_regulariser_and_denominators():
     """loss = sum of losses / num_groups + sft_weight * NLL(y+) / num_tokens."""
     sums, counts = LOGPS[:, :2].reshape(-1), torch.tensor([2, 3, 4, 5])
-    plain = preference_loss(sums, counts, beta=1.0)
+    of_sums = {"beta": 1.0, "length_normalization": 0.0}
+    plain = preference_loss(sums, counts, **of_sums, sft_weight=0.0)
     assert plain.item() == pytest.approx((0.5 + 2.0) / 2)
-    regular = preference_loss(sums, counts, beta=1.0, sft_weight=0.3)
+    regular = preference_loss(sums, counts, **of_sums, sft_weight=0.3)
     assert regular.item() == pytest.approx(1.25 + 0.3 * (1.0 + 2.0) / 6)
     window = preference_loss(
-        sums, counts, beta=1.0, sft_weight=0.3, num_groups=5, num_tokens=torch.tensor(10)
+        sums, counts, **of_sums, sft_weight=0.3, num_groups=5, num_tokens=torch.tensor(10)
     )
     assert window.item() == pytest.approx(2.5 / 5 + 0.3 * 3.0 / 10)
 
@@ -326,8 +338,53 @@ def test_sft_is_the_mean_over_tokens_whatever_the_normalisation():
 
 def test_length_normalisation_divides_by_count_to_the_alpha():
     sums, counts = torch.tensor([-6.0, -6.0]), torch.tensor([4, 9])
-    got = preference_loss(sums, counts, beta=1.0, length_normalization=0.5)
+    got = preference_loss(sums, counts, beta=1.0, length_normalization=0.5, sft_weight=0.0)
     assert got.item() == pytest.approx(1.0 + 6 / 2 - 6 / 3)
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_a_loss_has_its_own_terms_wherever_it_is_named(name):
+    """The op, the loss on sums, the trainer's settings, the recipe's: a name is one objective."""
+    spec, options = losses.get_loss(name), REQUIRED.get(name, {})
+    problem = make_problem([4, 5, 3, 3])
+    own = {"sft_weight": spec.sft_weight, "length_normalization": spec.length_normalization}
+    for constants in {"scores", "reference_logps"} & set(spec.takes):
+        options = {**options, constants: torch.tensor([-0.5, -2.0, 0.5, -1.0]).double()}
+    fused, named = (
+        fused_linear_preference_loss(
+            *problem.inputs, loss=name, **terms, **options, **problem.options
+        )
+        for terms in ({}, own)
+    )
+    assert torch.equal(fused.loss, named.loss)
+    assert torch.equal(fused.sums, named.sums)
+    op = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    got = preference_loss(op.sums, op.counts, loss=name, **options)
+    torch.testing.assert_close(got, fused.loss)
+    loss_args = {key: options[key] for key in spec.options if key in options}
+    config = PLaDConfig("unused", loss=name, loss_args=loss_args, use_cpu=True)
+    objective = config.objective(group_size=2)
+    scorer = "rouge" if spec.needs_scores else None
+    for key, value in own.items():
+        assert getattr(objective, key) == value
+    if name != "sft":  # which is no calibration
+        recipe = DistillConfig(loss=name, loss_args=json.dumps(loss_args), scorer=scorer)
+        assert own.items() <= recipe.results_settings().items()
+
+
+def test_a_new_loss_has_the_terms_it_is_registered_with():
+    sums, counts = torch.tensor([-6.0, -8.0]), torch.tensor([4, 8])
+    try:
+        register_loss("test_only_terms", sft_weight=0.5, length_normalization=1.0)(
+            lambda logps: -logps.sum(1)
+        )
+        got = preference_loss(sums, counts, loss="test_only_terms")
+        assert got.item() == pytest.approx((6 / 4 + 8 / 8) + 0.5 * 6 / 4)
+        assert preference_loss(sums, counts, loss=lambda logps: -logps.sum(1)).item() == 14
+        with pytest.raises(UsageError, match=r"sft_weight must not be negative.*-1"):
+            register_loss("test_only_wrong", sft_weight=-1.0)
+    finally:
+        del losses.registry._REGISTRY["test_only_terms"]
 
 
 def test_a_new_loss_is_one_function():

@@ -53,6 +53,28 @@ class Forwards:
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt_ids": [262], "response_ids": [[7], [8]]}, r"data, row 8: the prompt has .* 262"),
+        (
+            {"prompt_ids": [5], "response_ids": [[7], [-100]]},
+            r"data, row 8: the response .*-100",
+        ),
+        (
+            {"prompt_ids": [5] * 250, "response_ids": [[7], [8] * 9]},
+            r"row 8 has 259 tokens, .* 256",
+        ),
+        ({"prompt": "p"}, "data has no prompt_ids and no response_ids"),
+    ],
+)
+def test_rows_that_the_reference_cannot_read_are_refused(dataset, model, row, message):
+    rows = [row] if "prompt" in row else [*dataset.to_list(), {**row, "length": 0}]
+    for data in (rows, Dataset.from_list(rows).with_format("torch")):
+        with pytest.raises(UsageError, match=message):
+            add(data, model, name="data")
+
+
 def add(dataset, model, cache=None, **options):
     options = {"max_tokens_per_batch": 60, "progress": False, "cache": cache} | options
     options.setdefault("collate", PreferenceCollator(0, 2))

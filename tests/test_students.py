@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import pickle
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from plad_fast._load_errors import reason_of
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.students import (
@@ -266,6 +269,60 @@ def test_a_half_written_checkpoint_is_refused(tiny_model, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UsageError, match="cannot load a causal language model"):
         load_model(tmp_path)
+
+
+class Runs:
+    """What a pickle may hold beside tensors: a call of anything."""
+
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+PICKLED = {
+    "a call": lambda: _pickled({"lm_head.weight": Runs()}),
+    "a plain pickle": lambda: pickle.dumps({"lm_head.weight": Runs()}),
+    "a page": lambda: b"<html>not found</html>",
+    "nothing": lambda: b"",
+    "half": lambda: _pickled({"lm_head.weight": torch.zeros(61, 16)})[:300],
+}
+
+
+def _pickled(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_pickled_weights_are_refused_without_advice_to_trust_them(kind, tmp_path, capsys):
+    random_model(LlamaConfig(**LLAMA_LIKE)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(PICKLED[kind]())
+    with pytest.raises(UsageError, match="cannot load a causal") as caught:
+        load_model(tmp_path)
+    message = str(caught.value)
+    assert "weights_only" not in message
+    assert "likely succeed" not in message
+    assert ("safetensors" in message) == (kind not in ("nothing", "half"))
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_code_of_the_models_own_is_not_advertised():
+    error = ValueError("contains custom code; pass `trust_remote_code=True` to load it")
+    assert "trust_remote_code" not in reason_of(error)
+    assert "code of its own" in reason_of(error)
+    assert reason_of(ValueError("no such file")) == "no such file"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.3, 0.7, 0.99])
+def test_a_gguf_file_that_is_cut_short_is_refused(share, tiny_gguf):
+    content = tiny_gguf.read_bytes()
+    tiny_gguf.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UsageError, match="cut short, download it again"):
+        load_model(tiny_gguf)
+    if share < 0.3:  # behind which lie tensors alone
+        with pytest.raises(UsageError, match="cut short, download it again"):
+            load_tokenizer(tiny_gguf)
 
 
 @pytest.fixture

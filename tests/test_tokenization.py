@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 
+import datasets
+import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset
 
+from plad_fast.adapted_layers import TokenLimits
 from plad_fast.chat import is_blank
 from plad_fast.errors import UsageError
+from plad_fast.evaluation import score_pairs
 from plad_fast.packing import PreferenceCollator
 from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
 
@@ -21,8 +28,6 @@ CHAT = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def eos_tokenizer(tiny_tokenizer):
     """Like T5's or some Qwen forks': it also appends EOS to whatever it encodes."""
-    import copy
-
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -95,8 +100,6 @@ def test_response_is_never_cut(tiny_tokenizer):
 
 def test_empty_prompt_without_bos_is_refused(tiny_tokenizer):
     """Nothing would predict the first response token."""
-    import copy
-
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -243,7 +246,7 @@ def test_tokenised_rows_are_taken_as_they_are(tiny_tokenizer):
     ("rows", "options", "message"),
     [
         ([], {}, "no rows"),
-        ({"prompt": "p"}, {}, "pass a datasets.Dataset or a list"),
+        ({"prompt": "p"}, {}, "pass a datasets.Dataset, a DataFrame or a list"),
         ([{"question": "q", "chosen": "a"}], {}, "has the columns chosen, question"),
         ([{"prompt": "p", "answer": "a"}], {}, "has the columns answer, prompt"),
         ([{"prompt": "p", "chosen": "a" * 9}], {"max_length": 8}, "raise max_length"),
@@ -294,6 +297,187 @@ def test_usage_errors(tiny_tokenizer, rows, options, message):
         tokenize_dataset(rows, tiny_tokenizer, **{"max_length": 16, **options})
 
 
+DRESSED = [
+    {
+        "prompt": [{"role": "user", "content": "What is 2?"}],
+        "chosen": [{"role": "assistant", "content": "two"}],
+        "rejected": [{"role": "assistant", "content": "three"}],
+        "chosen_score": 0.75,
+        "rejected_score": 0.25,
+        "reference_logps": [-1.0, -2.5],
+    },
+    {
+        "prompt": CHAT,
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+        "chosen_score": 0.5,
+        "rejected_score": -0.5,
+        "reference_logps": [-3.0, -2.0],
+    },
+]
+
+
+def frame():
+    return Dataset.from_list(DRESSED).to_pandas()
+
+
+class Indexed:
+    """As a map-style dataset of torch: no sequence, no iterator."""
+
+    def __len__(self):
+        return len(DRESSED)
+
+    def __getitem__(self, index):
+        return DRESSED[index]
+
+
+DRESSES = {
+    **{
+        name: lambda name=name: Dataset.from_list(DRESSED).with_format(name)
+        for name in ("torch", "numpy", "pandas", "arrow")
+    },
+    "one column shown": lambda: Dataset.from_list(DRESSED).with_format("numpy", ["chosen_score"]),
+    "transform": lambda: Dataset.from_list(DRESSED).with_transform(
+        lambda batch: {**batch, "chosen_score": np.array(batch["chosen_score"])}
+    ),
+    "frame": frame,
+    "rows of a frame": lambda: frame().to_dict("records"),
+    "table": lambda: pyarrow.Table.from_pylist(DRESSED),
+    "scalars of arrow": lambda: [
+        {key: pyarrow.scalar(value) for key, value in row.items()} for row in DRESSED
+    ],
+    "scalars of numpy": lambda: [
+        {**row, "chosen_score": np.float32(row["chosen_score"])} for row in DRESSED
+    ],
+    "tensors": lambda: [
+        {
+            **row,
+            "rejected_score": torch.tensor(row["rejected_score"]),
+            "reference_logps": torch.tensor(row["reference_logps"]),
+        }
+        for row in DRESSED
+    ],
+    "tuples": lambda: tuple({**row, "prompt": tuple(row["prompt"])} for row in DRESSED),
+    "map style": Indexed,
+    "values of a dict": lambda: dict(enumerate(DRESSED)).values(),
+}
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_rows_are_what_they_are_in_any_dress(tiny_model, tiny_tokenizer, dress):
+    want = tokenize_dataset(DRESSED, tiny_tokenizer, max_length=64, with_scores=True)
+    found = tokenize_dataset(DRESSES[dress](), tiny_tokenizer, max_length=64, with_scores=True)
+    assert found.to_list() == want.to_list()
+    scores = (
+        score_pairs(tiny_model, tiny_tokenizer, rows, progress=False)["chosen"].tolist()
+        for rows in (DRESSES[dress](), DRESSED)
+    )
+    assert next(scores) == next(scores)
+
+
+@pytest.mark.parametrize("of_frame", [True, False])
+def test_what_pandas_has_for_nothing_is_nothing(tiny_tokenizer, of_frame):
+    """A column that one row lacks is NaN in the others; a score that is NaN is no score."""
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "tools": None},
+        {"prompt": None, "chosen": "p a", "rejected": "p b"},
+    ]
+    data = pandas.DataFrame([*rows, {"prompt": np.nan, "chosen": "p c", "rejected": "p d"}])
+    data["chosen_score"] = np.nan
+    if not of_frame:
+        data = data.drop(columns="chosen_score").to_dict("records")
+    found = tokenize_dataset(data, tiny_tokenizer, max_length=64, with_scores=None)
+    want = tokenize_dataset(
+        [*rows, {"chosen": "p c", "rejected": "p d"}], tiny_tokenizer, max_length=64
+    )
+    assert found.to_list() == want.to_list()
+
+
+def test_token_ids_are_taken_from_tensors(tiny_tokenizer):
+    row = {"prompt_ids": torch.tensor([1, 5]), "response_ids": [np.array([2]), np.array([3, 4])]}
+    [found] = tokenize_dataset([row], tiny_tokenizer, max_length=9).to_list()
+    assert found == {"prompt_ids": [1, 5], "response_ids": [[2], [3, 4]], "length": 4}
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[0].missing.key }}", "UndefinedError"),
+        ("{{ messages[7].content.upper() }}", "UndefinedError"),
+        ("{{ messages | nofilter }}", "TemplateAssertionError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ '%d' % messages[0].content }}", "TypeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ {} | first | tojson }}", "is not JSON serializable"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_what_a_chat_template_raises_is_a_refusal_with_the_row(tiny_tokenizer, template, said):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.name_or_path = "some/model"
+    tokenizer.chat_template = template
+    rows = [{"prompt": "p", "chosen": "a"}, {"prompt": CHAT, "chosen": "a"}]
+    with pytest.raises(UsageError, match=r"data, row 2: .* some/model .* roles user") as caught:
+        tokenize_dataset(rows, tokenizer, max_length=64, name="data")
+    assert said in str(caught.value)
+
+
+NO_ROWS = [
+    (lambda data: datasets.DatasetDict(train=data, test=data), "the splits 'train', 'test'"),
+    (lambda data: data.to_iterable_dataset(), "IterableDataset, a stream"),
+    (lambda data: (row for row in data), "a generator, which can be read once"),
+    (lambda data: data.to_dict(), "data is a dict; pass a datasets.Dataset"),
+    (lambda data: len(data), "data is a int; pass"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), NO_ROWS, ids=[m for _, m in NO_ROWS])
+def test_what_is_no_collection_of_rows_is_refused_by_name(tiny_tokenizer, make, message):
+    with pytest.raises(UsageError, match=message):
+        tokenize_dataset(
+            make(Dataset.from_list(DRESSED)), tiny_tokenizer, max_length=64, name="data"
+        )
+
+
+@pytest.mark.parametrize("score", [True, "0.5", np.bool_(True), math.nan, None])
+def test_a_score_that_is_no_number_is_refused(tiny_tokenizer, score):
+    rows = [DRESSED[0], {**DRESSED[1], "chosen_score": score}]
+    with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
+        tokenize_dataset(rows, tiny_tokenizer, max_length=64, with_scores=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt_ids": [9, 12], "response_ids": [[1], [2]]}, "prompt has the token id 12"),
+        ({"prompt_ids": [9, 11], "response_ids": [[1], [2, 10]]}, "response has the token id 10"),
+        ({"prompt_ids": [9], "response_ids": [[-100, 1], [2]]}, "response has the token id -100"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "the token id"),
+    ],
+)
+def test_token_ids_beyond_the_model_are_refused_with_their_row(tiny_tokenizer, row, message):
+    """12 embeddings and 10 rows of the head."""
+    limits = TokenLimits(12, 10, None)
+    good = {"prompt_ids": [9, 11], "response_ids": [[1, 9], []]}
+    if "prompt" in row:
+        first = tokenize_dataset([row], tiny_tokenizer, max_length=64)[0]
+        limits = TokenLimits(max(first["prompt_ids"]) + 1, max(first["response_ids"][0]) + 1, None)
+        good = {**row, "rejected": "a"}
+    rows = [good, good, row]
+    for data in (rows, Dataset.from_list(rows), Dataset.from_list(rows).with_format("numpy")):
+        with pytest.raises(UsageError, match=f"data, row 3: the {message}|row 3: .*{message}"):
+            tokenize_dataset(data, tiny_tokenizer, max_length=64, limits=limits, name="data")
+        assert tokenize_dataset(
+            data[:2] if data is rows else data.select([0, 1]),
+            tiny_tokenizer,
+            max_length=64,
+            limits=limits,
+        )
+
+
 def test_arrow_datasets_are_checked_as_lists_are(tiny_tokenizer):
     rows = Dataset.from_list(
         [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}, {"prompt": "p"}]
@@ -330,8 +514,6 @@ def test_responses_of_messages_answer_a_prompt_in_chat(tiny_tokenizer, prompt, r
 
 
 def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -342,8 +524,6 @@ def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
 
 def test_messages_that_the_template_refuses_are_named(tiny_tokenizer):
     """Gemma's template raises for a system message."""
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -358,8 +538,6 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 @pytest.fixture(scope="module")
 def tool_tokenizer(tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% if think %}hm{% endif %}"

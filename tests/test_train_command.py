@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from plad_fast import PLaDConfig, PLaDTrainer, losses
 from plad_fast.cli import main
 from plad_fast.recipe import DistillConfig, flag
+from plad_fast.students import load_model, load_tokenizer
 from plad_fast.training import train_model
+from tests.loss_options import REQUIRED
 from tests.recipe_runs import write_pairs
+from tests.trainings import PAIRS
 
 # Of what the weights depend on; --epochs and --learning-rate are the command's own.
 RECORDED = ("batch_size", "max_length", "precision", "seed")
@@ -53,6 +57,40 @@ def test_the_defaults_of_the_help_are_those_of_the_training(
 def test_fine_tuning_has_no_weights_of_preferences(tiny_teacher, pairs, tmp_path):
     record = recorded(tiny_teacher, pairs, tmp_path / "out", "--loss", "sft")
     assert (record["sft_weight"], record["length_normalization"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("loss", losses.available())
+def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_path):
+    """The loss of the first step on the same pairs, with nothing set but the loss's name."""
+    rows = [{**row, "chosen_score": 0.5, "rejected_score": 0.25} for row in PAIRS[:4]]
+    loss_args = json.dumps(REQUIRED.get(loss, {}))
+    common = {"loss": loss, "learning_rate": 1e-3}
+    log = train_model(
+        *(tiny_teacher, rows, tmp_path / "out"),
+        **common,
+        loss_args=loss_args,
+        epochs=1.0,
+        precision="float32",
+    )
+    trainer = PLaDTrainer(
+        load_model(tiny_teacher, dtype=torch.float32),
+        PLaDConfig(
+            str(tmp_path / "run"),
+            **common,
+            loss_args=loss_args,
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        processing_class=load_tokenizer(tiny_teacher),
+    )
+    trainer.train()
+    ours, theirs = trainer.state.log_history[0], log[0]
+    for name in ("loss", "nll", "logps/chosen"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 def test_the_function_has_the_defaults_of_the_settings():

@@ -24,11 +24,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
+    TrainerCallback,
 )
 
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import tokenize_dataset
 from plad_fast.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.training_data import pad_token_id
 from tests.trainings import (
     PAIRS,
     RANKED,
@@ -356,6 +358,10 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"torch_compile": True}, "model.base_model.compile"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=.'inputs'.* predictions"),
+        ({"include_for_metrics": ["loss"]}, r"include_for_metrics=.'loss'.* predictions"),
+        ({"batch_eval_metrics": True}, r"batch_eval_metrics=True .* predictions"),
+        ({"length_column_name": "len"}, "length_column_name is 'len'"),
     ],
 )
 def test_bad_settings_are_refused(options, message, tmp_path):
@@ -434,6 +440,76 @@ def test_fine_tuning_keeps_dropout(make, tiny_model):
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
     make(model=model)
     assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "several", "known"),
+    [
+        ("eval_margin", False, True),
+        ("nll", False, True),
+        ("loss", False, True),
+        ("rewards/accuracies", False, False),
+        ("b_margin", True, True),
+        ("loss", True, False),
+        (None, True, False),  # with load_best_model_at_end it is the loss
+    ],
+)
+def test_a_best_metric_that_no_evaluation_has_is_refused_at_once(make, wanted, several, known):
+    rows = {"a": PAIRS, "b": PAIRS[:2]} if several else PAIRS
+    options = {**BEST, "metric_for_best_model": wanted, "load_best_model_at_end": True}
+    if not known:
+        with pytest.raises(UsageError, match=r"metric_for_best_model is .*: .*margin"):
+            make(eval_rows=rows, **options)
+        return
+    trainer = make(eval_rows=rows, max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_callbacks_may_bring_the_best_metric(make):
+    class Own(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_own"] = state.global_step
+
+    options = {**BEST, "metric_for_best_model": "own", "load_best_model_at_end": True}
+    trainer = make(eval_rows=PAIRS, callbacks=[Own()], max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_metric == 2
+
+
+def test_metrics_of_predictions_are_refused(make):
+    trainer = make(eval_rows=PAIRS)
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(UsageError, match="compute_metrics is set"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "reference"])
+def test_token_ids_that_the_model_lacks_are_refused_before_a_step(make, tiny_model, where):
+    """Of a tokenizer whose ids have gaps, or of rows that another one made; 262 are known."""
+    good = {"prompt_ids": [5], "response_ids": [[7], [8]]}
+    bad = {"prompt_ids": [5], "response_ids": [[7], [8, 262]]}
+    options = {}
+    if where == "reference":  # with fewer embeddings than the model
+        options["reference_model"] = copy.deepcopy(tiny_model)
+        options["reference_model"].resize_token_embeddings(100)
+        options["loss"], bad = "dpo", {"prompt_ids": [5], "response_ids": [[7], [100]]}
+        where = "train_dataset"
+    train, held_out = ([good, bad], [good]) if where == "train_dataset" else ([good], [good, bad])
+    with pytest.raises(UsageError, match=rf"{where}, row 2: the response has the token id"):
+        make(train, eval_rows=held_out, **options)
+
+
+def test_a_pad_token_that_the_model_lacks_pads_nothing(make, tiny_model, tiny_tokenizer):
+    """It is masked: another token of the vocabulary does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer._pad_token = None
+    tokenizer.add_special_tokens({"pad_token": "<another>"})
+    assert tokenizer.pad_token_id == len(tiny_tokenizer)
+    assert pad_token_id(tokenizer, tiny_model) == tiny_tokenizer.eos_token_id
 
 
 def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):

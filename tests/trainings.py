@@ -52,6 +52,9 @@ def build(
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
+        # Sums without a regulariser, under which most pairs of a hinge have a gradient or none.
+        "sft_weight": 0.0,
+        "length_normalization": 0.0,
     }
     return trainer(
         model=copy.deepcopy(tiny_model) if model is None else model,

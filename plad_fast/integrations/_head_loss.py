@@ -47,6 +47,7 @@ class HeadLoss:
         layout: of the batches, see `plad_fast.packing`.
         metrics: "fast", or "all" at the price of another pass, see `use_plad_fast`.
         impl, scratch_bytes: of the op.
+        vocabulary: of `pair_batch`.
     """
 
     loss: Loss
@@ -56,6 +57,7 @@ class HeadLoss:
     metrics: str = "fast"
     impl: str = "auto"
     scratch_bytes: int | None = None
+    vocabulary: int | None = None
 
     def measure(
         self,
@@ -84,6 +86,7 @@ class HeadLoss:
                 group_size=group_size,
                 reference_logps=reference_logps,
                 sft_weight=self.sft_weight if loss is None else 0.0,
+                length_normalization=0.0,
                 impl=self.impl,
                 scratch_bytes=self.scratch_bytes,
                 **(self.options if loss is None else {}),

@@ -34,6 +34,7 @@ def pair_batch(
     *,
     layout: str,
     with_prompts: bool = False,
+    vocabulary: int | None = None,
 ) -> PreferenceBatch:
     """The batch in the order y+, y-, y+, y-, ... and in a layout of `plad_fast.packing`.
 
@@ -43,12 +44,13 @@ def pair_batch(
 
     Args:
         with_prompts: a third sequence in every group, the chosen sequence's other tokens.
+        vocabulary: how many tokens the model has embeddings for; None leaves it to the model.
 
     Returns:
         A batch on the device of `input_ids`.
 
     Raises:
-        UsageError: padding that is not on the right.
+        UsageError: padding that is not on the right, or a token beyond the vocabulary.
     """
     device, width = input_ids.device, input_ids.shape[1]
     ids, real, counted = input_ids.cpu(), attention_mask.cpu().bool(), completion_mask.cpu().bool()
@@ -58,6 +60,14 @@ def pair_batch(
             "a batch is padded on the left or in the middle; collate it with padding on the right, "
             "as TRL's own collators do"
         )
+    if vocabulary is not None and ids.numel():
+        low, high = ids.aminmax()
+        if low < 0 or high >= vocabulary:
+            wrong = int(low if low < 0 else high)
+            raise UsageError(
+                f"a batch has the token id {wrong}, and the model knows the ids 0 to "
+                f"{vocabulary - 1}; take the model's own tokenizer, also for its pad token"
+            )
     chosen, rejected = lengths.chunk(2)
     shared = torch.zeros_like(chosen)
     if layout == "padded":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -21,6 +22,13 @@ from plad_fast.integrations._head_loss import HeadLoss, Loss, Measured
 from plad_fast.integrations._live_options import LiveLoss
 from plad_fast.integrations._pair_rows import pair_batch
 from plad_fast.losses import get_loss
+from plad_fast.losses.terms import (
+    MAX_EXPONENT,
+    MAX_SQUARED_EXPONENT,
+    NEAREST_TO_ONE,
+    means,
+    power_rewards,
+)
 from plad_fast.packing import PreferenceBatch
 
 if TYPE_CHECKING:
@@ -28,6 +36,11 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
+_LAYOUTS = {
+    "shared": "what a pair begins with runs once, and no padding",
+    "packed": "no padding",
+    "padded": "as TRL's own",
+}
 _DPO_INPUTS = {"input_ids", "attention_mask", "completion_mask"}
 _DPO_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 DIVIDING_BY_LENGTH = {"ipo", "sigmoid_norm"}
@@ -44,9 +57,26 @@ class WithHeadLoss(Trainer):
     args: Any
     accelerator: Any
 
+    _said = False
+
     @property
     def _head_loss(self) -> HeadLoss:
         return self._live_loss.of(self)
+
+    def _say_once(self, padded: Tensor, batch: PreferenceBatch) -> None:
+        """Prints what is done to the first batch, of which TRL would run the `padded` rows."""
+        if self._said or not self.is_world_process_zero():
+            return
+        self._said = True
+        head_loss = self._head_loss
+        places, tokens, scored = padded.numel(), batch["input_ids"].numel(), len(batch["targets"])
+        # Not through a logger: at INFO nobody sees it, and a warning it is not.
+        tqdm.write(
+            f"plad_fast in {type(self).__bases__[1].__name__}: loss {head_loss.loss}, "
+            f"{head_loss.layout} rows ({_LAYOUTS[head_loss.layout]}). Of the first batch's "
+            f"{places} tokens {tokens} run through the model ({1 - tokens / places:.0%} saved) and "
+            f"{scored} reach the head."
+        )
 
 
 class FastDPO(WithHeadLoss):
@@ -76,7 +106,9 @@ class FastDPO(WithHeadLoss):
             inputs["attention_mask"],
             completion,
             layout=self._head_loss.layout,
+            vocabulary=self._head_loss.vocabulary,
         )
+        self._say_once(inputs["input_ids"], batch)
         reference = self._reference_logps(inputs, batch)  # (2 B,)
         out = self._head_loss.measure(self.accelerator, model, batch, reference_logps=reference)
         self._note(out, reference, inputs["attention_mask"])
@@ -182,13 +214,16 @@ class _FastConcatenated(WithHeadLoss):
         )
 
     def _pairs(self, both: dict[str, Tensor], *, with_prompts: bool) -> PreferenceBatch:
-        return pair_batch(
+        batch = pair_batch(
             both["concatenated_input_ids"],
             both["concatenated_attention_mask"],
             both["concatenated_labels"] != -100,
             layout=self._head_loss.layout,
+            vocabulary=self._head_loss.vocabulary,
             with_prompts=with_prompts,
         )
+        self._say_once(both["concatenated_input_ids"], batch)
+        return batch
 
     def _logits(
         self, model: nn.Module, both: dict[str, Tensor], places: slice
@@ -215,7 +250,8 @@ class FastCPO(_FastConcatenated):
     """In front of `trl.experimental.cpo.CPOTrainer`."""
 
     replaces = ("get_batch_loss_metrics", "concatenated_forward", "cpo_loss", "get_batch_logps")
-    cpo_loss: Any
+    alpha: float
+    beta: float
     cpo_alpha: float
     loss_type: str
 
@@ -227,10 +263,17 @@ class FastCPO(_FastConcatenated):
         pairs = self._pairs(both, with_prompts=False)
         out = self._head_loss.measure(self.accelerator, model, pairs, logits=False)
         logps, counts = out.logps.detach().view(-1, 2), out.counts.view(-1, 2)
-        nll = -logps[:, 0].sum() / counts[:, 0].sum() if self.cpo_alpha else logps.new_zeros(())
+        nll = logps.new_zeros(())
+        if self.cpo_alpha:
+            nll = -logps[:, 0].sum() / counts[:, 0].sum().clamp(min=1)
+        # A response of no tokens has the mean 0, as in the loss, where TRL's is NaN; nor do
+        # AlphaPO's rewards end in infinity.
         if self.loss_type in ("ipo", "simpo"):
-            logps = logps / counts
-        _, chosen_rewards, rejected_rewards = self.cpo_loss(logps[:, 0], logps[:, 1])
+            logps = means(logps, counts)
+        limit = MAX_SQUARED_EXPONENT if self.loss_type == "ipo" else MAX_EXPONENT
+        chosen_rewards, rejected_rewards = (
+            self.beta * power_rewards(logps, self.alpha, limit)
+        ).unbind(1)
         return out.loss, self._means(
             train_eval,
             _rewards(chosen_rewards, rejected_rewards, logps)
@@ -259,7 +302,7 @@ class FastORPO(_FastConcatenated):
         groups = self._pairs(both, with_prompts=True)
         lengths = groups["cu_seqlens"].diff().view(-1, 3)
         # TRL's regulariser is the likelihood of the chosen sequence with its prompt.
-        share = len(lengths) / lengths[:, ::2].sum()
+        share = len(lengths) / lengths[:, ::2].sum().clamp(min=1)
         head_loss = self._head_loss
         loss = functools.partial(
             _with_prompt_nll,
@@ -271,9 +314,10 @@ class FastORPO(_FastConcatenated):
             self.accelerator, model, groups, loss=loss, group_size=3, logits=False
         )
         logps, counts = out.logps.detach().view(-1, 3), out.counts.view(-1, 3)
-        nll = -logps[:, ::2].sum() / counts[:, ::2].sum()
-        logps = logps[:, :2] / counts[:, :2]
-        odds = self.odds_ratio_loss(logps[:, 0], logps[:, 1])
+        nll = -logps[:, ::2].sum() / counts[:, ::2].sum().clamp(min=1)
+        # Of a response without tokens, or one that is certain, TRL's odds are infinite or NaN.
+        logps = means(logps[:, :2], counts[:, :2])
+        odds = self.odds_ratio_loss(*logps.clamp(max=-NEAREST_TO_ONE).unbind(1))
         return out.loss, self._means(
             train_eval,
             _rewards(odds[1], odds[2], logps)

@@ -22,6 +22,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from plad_fast._row_sets import require_column_ids
+from plad_fast.adapted_layers import TokenLimits, token_limits
 from plad_fast.dispatch import get_backend
 from plad_fast.errors import UsageError
 from plad_fast.head import check_head, find_head
@@ -119,6 +121,8 @@ def use_plad_fast(
     """Lets a TRL trainer compute its loss with this library; call it before `train`.
 
     Options of the loss count as they are at each step, the trainer's own before its arguments'.
+    With the first batch one line is printed: the layout of the rows, and the share of the batch's
+    tokens that need not run.
 
     Args:
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
@@ -155,6 +159,8 @@ def use_plad_fast(
     loss, options, sft_weight = kind.translate(present_options(trainer, kind.loss_options))
     _check_prompts(trainer)
     model: Any = trainer.model
+    limits = token_limits(model)
+    _check_tokens(trainer, limits)
     check_head(model)
     get_backend(impl, find_head(model).weight)
     with trainer.accelerator.autocast():
@@ -170,9 +176,11 @@ def use_plad_fast(
     trainer._live_loss = LiveLoss(
         kind.translate,
         kind.loss_options,
-        HeadLoss(loss, options, sft_weight, found, metrics, impl, scratch_bytes),
+        HeadLoss(
+            *(loss, options, sft_weight, found, metrics, impl, scratch_bytes),
+            vocabulary=limits.inputs,
+        ),
     )
-    logger.info("%s: loss %s, %s rows", cls.__name__, loss, found)
     return trainer
 
 
@@ -292,7 +300,7 @@ def _check_prompts(trainer: Any) -> None:
     # What another collator makes of the rows, only its batches show.
     if not by_length or not type(trainer.data_collator).__module__.startswith("trl."):
         return
-    for data in _datasets(trainer):
+    for data in _datasets(trainer).values():
         if "prompt_ids" not in data.column_names or data.format["type"] == "custom":
             continue
         for table in data.select_columns("prompt_ids").with_format("arrow").iter(10_000):
@@ -301,8 +309,22 @@ def _check_prompts(trainer: Any) -> None:
                 raise UsageError(fast.NO_PROMPT.format(by_length[0]))
 
 
-def _datasets(trainer: Any) -> list[Dataset]:
+def _check_tokens(trainer: Any, limits: TokenLimits) -> None:
+    """Raises UsageError for a row with a token that the model does not know."""
+    for name, data in _datasets(trainer).items():
+        if data.format["type"] == "custom":
+            continue
+        for column in data.column_names:
+            part = column.removesuffix("_ids").removesuffix("_input")
+            if column.endswith("_ids") and part in ("prompt", "chosen", "rejected"):
+                require_column_ids(data, column, limits, name)
+
+
+def _datasets(trainer: Any) -> dict[str, Dataset]:
     held_out = trainer.eval_dataset
-    found = [trainer.train_dataset]
-    found += held_out.values() if isinstance(held_out, Mapping) else [held_out]
-    return [data for data in found if isinstance(data, Dataset)]
+    found = {"train_dataset": trainer.train_dataset}
+    if isinstance(held_out, Mapping):
+        found |= {f"eval_dataset[{key!r}]": data for key, data in held_out.items()}
+    else:
+        found["eval_dataset"] = held_out
+    return {name: data for name, data in found.items() if isinstance(data, Dataset)}

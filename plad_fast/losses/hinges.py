@@ -19,7 +19,7 @@ from plad_fast.losses.terms import (
 )
 
 
-@register_loss("plad_ranking")
+@register_loss("plad_ranking", sft_weight=1.0, length_normalization=1.0)
 def plad_ranking(
     logps: Tensor,  # (B, K)
     *,
@@ -35,7 +35,7 @@ def plad_ranking(
     return torch.relu(beta - logps[:, :1] + logps[:, 1:]).mean(dim=1)
 
 
-@register_loss("plad_margin")
+@register_loss("plad_margin", sft_weight=1.0, length_normalization=1.0)
 def plad_margin(
     logps: Tensor,  # (B, K)
     *,
@@ -52,7 +52,7 @@ def plad_margin(
     return torch.relu(gaps - logps[:, :1] + logps[:, 1:]).mean(dim=1)
 
 
-@register_loss("plad_listwise")
+@register_loss("plad_listwise", sft_weight=1.0, length_normalization=1.0)
 def plad_listwise(
     logps: Tensor,  # (B, K)
     *,
@@ -71,7 +71,7 @@ def plad_listwise(
     return torch.relu(margins - logps[:, better] + logps[:, worse]).sum(dim=1)
 
 
-@register_loss("slic")
+@register_loss("slic", sft_weight=1.0)
 def slic(
     logps: Tensor,  # (B, K)
     *,

@@ -93,7 +93,7 @@ def dpo_hinge(
     return torch.relu(1 - gaps).mean(dim=1)
 
 
-@register_loss("ipo", length_normalized=False)
+@register_loss("ipo", length_normalized=False, length_normalization=1.0)
 def ipo(
     logps: Tensor,  # (B, K)
     *,
@@ -116,7 +116,7 @@ def ipo(
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
 
 
-@register_loss("dpo_norm", length_normalized=False)
+@register_loss("dpo_norm", length_normalized=False, length_normalization=1.0)
 def dpo_norm(
     logps: Tensor,  # (B, K)
     *,

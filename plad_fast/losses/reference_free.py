@@ -20,6 +20,7 @@ from torch import Tensor
 from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
     MAX_SQUARED_EXPONENT,
+    NEAREST_TO_ONE,
     check_margin,
     check_slope,
     check_weight,
@@ -29,11 +30,8 @@ from plad_fast.losses.terms import (
     power_rewards,
 )
 
-_NEAREST_TO_ONE = 2.0**-23
-"""float32's epsilon, for every dtype: they agree on a response that is certain or empty."""
 
-
-@register_loss("cpo")
+@register_loss("cpo", sft_weight=1.0)
 def cpo(
     logps: Tensor,  # (B, K)
     *,
@@ -51,7 +49,7 @@ def cpo(
     return log_loss(odds, label_smoothing).mean(dim=1)
 
 
-@register_loss("cpo_ipo", length_normalized=False)
+@register_loss("cpo_ipo", length_normalized=False, length_normalization=1.0)
 def cpo_ipo(
     logps: Tensor,  # (B, K)
     *,
@@ -69,7 +67,7 @@ def cpo_ipo(
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
 
 
-@register_loss("simpo", length_normalized=False)
+@register_loss("simpo", length_normalized=False, length_normalization=1.0)
 def simpo(
     logps: Tensor,  # (B, K)
     *,
@@ -89,7 +87,7 @@ def simpo(
     return log_loss(odds, label_smoothing).mean(dim=1)
 
 
-@register_loss("orpo", length_normalized=False)
+@register_loss("orpo", length_normalized=False, sft_weight=1.0, length_normalization=1.0)
 def orpo(
     logps: Tensor,  # (B, K)
     *,
@@ -104,7 +102,7 @@ def orpo(
     normalisation. Within float32's rounding of p = 1 the odds end, and their gradient with them.
     """
     check_weight("beta", beta)
-    average = means(logps, counts).clamp(max=-_NEAREST_TO_ONE)
+    average = means(logps, counts).clamp(max=-NEAREST_TO_ONE)
     log_odds = average - torch.log(-torch.expm1(average))
     return beta * log_loss(first_against_each(log_odds)).mean(dim=1)
 

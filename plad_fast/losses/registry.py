@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from plad_fast.errors import UsageError
+from plad_fast.validation import check_length_normalization, check_weight
 
 _FROM_THE_CALL = ("scores", "counts", "reference_logps", "length_normalization")
 # Other arguments of the ops: an option of this name would never reach the loss.
@@ -47,6 +48,20 @@ class LossSpec:
     """`groups`, or `tokens` of the groups' first sequences: what the sum is divided by."""
     length_normalized: bool = True
     """False: the function always gets plain sums, whatever the caller's length normalisation."""
+    sft_weight: float = 0.0
+    """What its paper adds of the best responses' likelihood, where the caller says nothing."""
+    length_normalization: float = 0.0
+    """alpha of its paper, where the caller says nothing. 1 also where the function takes means by
+    itself: metrics count what it ranks by."""
+
+    def terms(
+        self, sft_weight: float | None, length_normalization: float | None
+    ) -> tuple[float, float]:
+        """(sft_weight, length_normalization) as given, the loss's own where there is None."""
+        return (
+            self.sft_weight if sft_weight is None else sft_weight,
+            self.length_normalization if length_normalization is None else length_normalization,
+        )
 
     def needs_reference_for(self, options: Mapping[str, Any]) -> bool:
         """`needs_reference`, or what these options ask for."""
@@ -64,16 +79,25 @@ def register_loss(
     mean_over: str = "groups",
     length_normalized: bool = True,
     reference_if: Callable[[Mapping[str, Any]], bool] | None = None,
+    sft_weight: float = 0.0,
+    length_normalization: float = 0.0,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Make a loss function known under `name`; see the module's docstring for its form, and
     `LossSpec` for the arguments."""
     assert mean_over in ("groups", "tokens")
+    check_weight("sft_weight", sft_weight)
+    check_length_normalization(length_normalization)
 
     def register(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _REGISTRY:
             raise ValueError(f"a loss named {name!r} is registered already")
         spec = _spec_of(name, fn, mean_over, length_normalized)
-        _REGISTRY[name] = replace(spec, reference_if=reference_if)
+        _REGISTRY[name] = replace(
+            spec,
+            reference_if=reference_if,
+            sft_weight=sft_weight,
+            length_normalization=length_normalization,
+        )
         return fn
 
     return register

@@ -17,6 +17,8 @@ MAX_EXPONENT = 80.0
 """Where what grows exponentially ends: e ** 80 is still a float32."""
 MAX_SQUARED_EXPONENT = 40.0
 """And so is the square of e ** 40."""
+NEAREST_TO_ONE = 2.0**-23
+"""float32's epsilon, for every dtype: they agree on a response that is certain or empty."""
 
 _SMALLEST_ALPHA = 1e-20
 """Below this the power is the logarithm to the last bit, and could be 0 in float32."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from plad_fast._load_errors import reason_of
 from plad_fast._records import model_digest
 from plad_fast._special_text import SpecialText
 from plad_fast.chat import render_conversation
@@ -222,10 +223,12 @@ class RewardModel(_ModelScorer):
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source, dtype=self._dtype, output_loading_info=True
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a library makes of a foreign or a damaged file
             raise UsageError(
                 f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
-                f"sequence-classification model (transformers says: {error})"
+                f"sequence-classification model (transformers says: {reason_of(error)})"
             ) from error
         if loading["missing_keys"]:
             raise UsageError(
