@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_files", "_signals", "_page", "_headline", "_adapters"},
+    {"_packages", "_files", "_signals", "_page", "_headline", "_load_errors", "_plain_rows"},
+    {"_adapters"},
     {"_records", "_manifest"},
     {"bins", "dropout", "_template_options", "_template_text"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
