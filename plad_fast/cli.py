@@ -281,10 +281,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--student {text} must be NAME=PATH, with a name of its own, such as SFT=runs/sft"
             )
-        students[name] = Path(os.path.expanduser(path))
-        # A Path forgets "./", which tells a folder from a hub id.
-        if path.startswith(".") and not students[name].exists():
-            raise UsageError(f"--student {text}: there is nothing at {path!r}; check the path")
+        students[name] = os.path.expanduser(path)
     evaluate_on_pairs(
         students,
         arguments.pairs,

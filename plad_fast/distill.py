@@ -39,7 +39,7 @@ from plad_fast.recipe_scoring import held_out_scoring
 from plad_fast.recipe_texts import RecipeTexts
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder
-from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import find_model, load_model, load_tokenizer, offline_teacher_path
 from plad_fast.training import train_model
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class _Distillation:
             )
         # Made now, so that what is wrong with it is found out before any work.
         folder = Path(config.output_dir)
+        if config.student is not None and not (folder / "student").exists():
+            find_model(config.student, "--student")
         judges: dict[str, ChatEndpoint] = {}
         self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
@@ -133,9 +135,12 @@ class _Distillation:
         config = self.config
 
         def fill(folder: Path) -> None:
-            load = partial(load_model, merge_adapters=True)
-            model = self._load_teacher() if config.student is None else load(config.student)
-            tokenizer = load_tokenizer(config.student or self.teacher_source)
+            if config.student is None:
+                source, model = self.teacher_source, self._load_teacher()
+            else:
+                source = find_model(config.student, "--student")
+                model = load_model(source, merge_adapters=True)
+            tokenizer = load_tokenizer(source)
             layers = config.student_layers
             if layers is None and config.student is None:
                 layers = max(1, round(_LAYERS_KEPT * depth(model)))

@@ -27,10 +27,10 @@ from plad_fast.pairs import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.trials import try_endpoints
-from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
+from plad_fast.recipe import DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.stage_folder import claim_folder
-from plad_fast.students import check_loadable, load_tokenizer, offline_teacher_path
+from plad_fast.students import check_loadable, find_model, load_tokenizer
 from plad_fast.training import is_trained, train_model
 from plad_fast.training_checks import check_training
 
@@ -67,7 +67,7 @@ def pair_models(
     scorer = config.open_scorer(verdicts=verdicts)
     if scorer is not None:
         scorer.check(prompts)
-    source = _resolve(student)
+    source = find_model(student, "--student")
     check_loadable(source)
     tokenizer = load_tokenizer(source)
     # Made now, so that what is wrong with an endpoint's settings is found out before any work.
@@ -196,11 +196,12 @@ def train_on_pairs(
     require_one_gpu()
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate}
     check_training({**given, **options})
+    source = find_model(model, "--model")
     rows = read_pairs(pairs)
     folder = Path(expanded(output_dir))
     done_before = is_trained(folder)
     log = train_model(
-        _resolve(model),
+        source,
         rows,
         folder,
         loss=loss,
@@ -216,7 +217,3 @@ def train_on_pairs(
     metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
     print(f"{metrics}\nmodel: {folder}", flush=True)
     return folder
-
-
-def _resolve(source: str) -> str:
-    return str(offline_teacher_path()) if source == OFFLINE_TEACHER else source

@@ -50,7 +50,7 @@ EVALUATE = ["evaluate", "--output-dir", "{out}", "--pairs", "{data}/good.jsonl"]
 BAD_INPUTS = {
     "missing prompts file": (
         [*DISTILL, "--prompts", "{data}/god.jsonl"],
-        "there is no file .*god.jsonl",
+        "there is no file .*god.jsonl'; did you mean '.*/good.jsonl'",
     ),
     "a hub dataset that cannot be reached": (
         [*DISTILL, "--prompts", "nobody/nothing"],
@@ -153,7 +153,7 @@ BAD_INPUTS = {
     ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],
-        "there is nothing at '.*/none'; check the path",
+        "--student A=.*/none: there is nothing at '.*/none'; did you mean '.*/notes'",
     ),
     "a student that is not there either": (
         [*EVALUATE, "--student", "A=./none"],

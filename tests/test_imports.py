@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_records", "_page", "_headline", "_adapters"},
+    {"_packages", "_places", "_records", "_page", "_headline", "_adapters"},
     {"bins", "dropout", "_template_options"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
