@@ -13,6 +13,7 @@ OFFLINE = "offline"
 """The name of the model that needs no hub."""
 
 _LONGEST = 80  # characters of a value in a message
+_FOLDERS = ("runs", "checkpoints", "output", "outputs")  # of nobody on the hub
 _LONGEST_HUB_ID = 200
 _NESTED = (list, tuple, set, dict)
 
@@ -43,8 +44,8 @@ def is_there(path: Path) -> bool:
 def names_path(source: str | os.PathLike[str]) -> bool:
     """Whether a text can be nothing but a path, though nothing need be there.
 
-    A hub id has one slash at most and begins with a letter, a digit or a line. `runs/sft` beside a
-    folder `runs` is a path too: it is what is mistyped most.
+    A hub id has one slash at most and begins with a letter, a digit or a line. `mine/sft` beside a
+    folder `mine` is a path too, and so is `runs/sft` anywhere: they are what is mistyped most.
     """
     text = os.fspath(source)
     if text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
@@ -52,7 +53,7 @@ def names_path(source: str | os.PathLike[str]) -> bool:
     if len(text) > _LONGEST_HUB_ID:
         return True
     first, slash, second = text.partition("/")
-    return bool(slash) and (not second or is_there(Path(first)))
+    return bool(slash) and (not second or first in _FOLDERS or is_there(Path(first)))
 
 
 def require_there(source: str, option: str) -> None:
@@ -72,8 +73,8 @@ def require_there(source: str, option: str) -> None:
     if is_there(path) or not (is_gguf or names_path(source)):
         return
     other = ""
-    if source.count("/") == 1 and not source.startswith(("/", ".", "~")) and path.name:
-        other = f"; for a hub id of that name, run where there is no folder {path.parts[0]!r}"
+    if source.count("/") == 1 and is_there(path.parent) and not source.startswith(("/", ".", "~")):
+        other = f"; a hub id is not looked for where there is a folder {path.parts[0]!r}"
     raise UsageError(f"{option}: {nothing_at(source, is_file=is_gguf)}{other}")
 
 

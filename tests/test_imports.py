@@ -13,7 +13,16 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_places", "_records", "_page", "_headline", "_adapters"},
+    {
+        "_packages",
+        "_places",
+        "_arguments",
+        "_settings_file",
+        "_records",
+        "_page",
+        "_headline",
+        "_adapters",
+    },
     {"bins", "dropout", "_template_options"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
