@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._packages import require_packages, versions
+from plad_fast._pair_data import data_of_run, show_findings
 from plad_fast._recipe_data import load_recipe_prompts, prompts_digest, split_prompts
+from plad_fast.data_checks import check_answers, require_learnable
 from plad_fast.depth import depth, drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import (
@@ -165,6 +167,9 @@ class _Distillation:
                 f"the teacher finished none of its {len(self.prompts)} answers within "
                 f"--max-new-tokens {self.config.max_new_tokens}; raise it, or ask for short answers"
             )
+        findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
+        show_findings(findings)
+        require_learnable(findings, "take another teacher, or ask other prompts")
         return (
             f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
             + f"; {failed} could not be had" * bool(failed)
@@ -247,12 +252,15 @@ class _Distillation:
             length_normalization=config.alpha,
         )
         held_out = self._held_out_data()
+        data = self._data(outputs)
+        show_findings(data["findings"])
         write_report(
             self.folder / "report.html",
             title=f"Distillation of {Path(self.teacher_source).stem}",
             config=config.as_dict() | config.results_settings(),
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             metrics=results,
+            data=data,
             plots=drawn,
             examples=example_answers(held_out, outputs),
             margin_unit=margin_unit(config.alpha),
@@ -260,6 +268,18 @@ class _Distillation:
             versions=versions(),
         )
         return results
+
+    def _data(self, outputs: Sequence[StudentOutputs]) -> dict[str, Any]:
+        """What became of the prompts, and what to look at in the texts."""
+        numbers = range(1, self.config.rounds + 1)
+        files = {_numbered("training pairs", n, ", round "): _numbered("train", n) for n in numbers}
+        files["held-out pairs"] = "held-out"
+        return data_of_run(
+            {name: self.texts.pairs_file(file) for name, file in files.items()},
+            unit="pairs" if self.config.select == "all" else "prompts",
+            teacher=[answer.text for answer in self.texts.best_teacher_answers().values()],
+            students=outputs,
+        )
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(

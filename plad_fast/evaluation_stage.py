@@ -9,9 +9,11 @@ from typing import Any
 
 from plad_fast._held_out_rows import read_held_out
 from plad_fast._packages import require_packages, versions
+from plad_fast._pair_data import check_students, show_findings
 from plad_fast._pair_scores import check_pairs
 from plad_fast._recipe_data import read_pairs
 from plad_fast._records import digest, model_digest
+from plad_fast.data_checks import check_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
 from plad_fast.held_out import (
@@ -70,7 +72,10 @@ def evaluate_on_pairs(
     }
     config.require_room()
     folder = Path(config.output_dir)
-    held_out = read_held_out(read_pairs(pairs), pairs)
+    rows = read_pairs(pairs)
+    held_out = read_held_out(rows, pairs)
+    findings = check_rows(rows, "held-out pairs")
+    show_findings(findings)
     _check_students(models, held_out, config.max_length)
     scoring = held_out_scoring(config, folder)
     try_endpoints(judge=scoring["judge"], overwrite=overwrite)
@@ -120,12 +125,15 @@ def evaluate_on_pairs(
         folder / "plots",
         length_normalization=config.alpha,
     )
+    of_students = check_students(outputs)
+    show_findings(of_students)
     write_report(
         folder / "report.html",
         title=f"Evaluation of {', '.join(students)}",
         config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
         stages=[],
         metrics=results,
+        data={"findings": [*map(str, findings), *map(str, of_students)]},
         plots=drawn,
         examples=example_answers(held_out, outputs),
         margin_unit=margin_unit(config.alpha),

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import require_one_gpu
+from plad_fast._pair_data import dropped_file, show_findings, show_pairs
 from plad_fast._recipe_data import (
     answer_columns,
     load_recipe_prompts,
     prompts_digest,
     read_pairs,
-    write_jsonl,
 )
 from plad_fast._records import model_digest
+from plad_fast.data_checks import check_rows, require_learnable
 from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
     Sampling,
@@ -118,7 +119,7 @@ def pair_models(
             folder,
             "pairs",
             settings,
-            results=[path.name],
+            results=[path.name, dropped_file(path).name],
             overwrite=overwrite,
             discard=discard,
             extends=has_fewer_prompts,
@@ -158,8 +159,9 @@ def pair_models(
             student_answers,
             tokenizer=tokenizer,
             scores_path=scores,
+            path=path,
         )
-        write_jsonl(path, rows)
+        show_pairs(rows, report, path)
         return str(report)
 
     with joined() as ranks:
@@ -198,6 +200,9 @@ def train_on_pairs(
     check_training({**given, **options})
     source = find_model(model, "--model")
     rows = read_pairs(pairs)
+    findings = check_rows(rows)
+    show_findings(findings)
+    require_learnable(findings, "give other --pairs")
     folder = Path(expanded(output_dir))
     done_before = is_trained(folder)
     log = train_model(

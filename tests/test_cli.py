@@ -127,7 +127,15 @@ BAD_INPUTS = {
             "--sft-learning-rate",
             "1e-9",
         ],
-        r"train prompts: no pair is left: kept 0 of (\d) prompts: \1 identical; give the student",
+        r"nothing can be learned from this data: 8 of 8 teacher's answers are the same: 'C'; take",
+    ),
+    "a student that answers as its teacher": (
+        [
+            *("pairs", "--teacher", "{silent}", "--student", "{silent}", "--output-dir", "{out}"),
+            *("--prompts", "{data}/good.jsonl", "--max-new-tokens", "9"),
+        ],
+        r"no pair is left: kept 0 of 8 prompts: 8 identical; give the student another seed.*; "
+        r".*/dropped.jsonl has every one with its reason",
     ),
     "NaN weights": ([*GOOD, "--teacher", "{nan}"], "produced NaN or infinite logits"),
     "training on NaN weights": (
