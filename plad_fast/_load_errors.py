@@ -5,9 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 
+_LONGEST = 400  # characters of a library's words
+
 
 def reason_of(error: BaseException) -> str:
-    """The library's words, but for advice to unpickle or run what somebody else wrote."""
+    """The library's words in a line, with the name of what is no message of its own.
+
+    They do without advice to unpickle or to run what somebody else wrote.
+    """
     text = str(error).strip() or type(error).__name__
     pickled = any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error))
     if pickled or "weights_only" in text or "torch.load" in text:
@@ -21,7 +26,10 @@ def reason_of(error: BaseException) -> str:
             "it comes with code of its own, which is never run here; take a model that "
             "transformers itself knows"
         )
-    return text
+    line = " ".join(text.split())
+    if not isinstance(error, (OSError, ValueError, ImportError)) or not str(error).strip():
+        line = f"{type(error).__name__}: {line}".removesuffix(f": {type(error).__name__}")
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

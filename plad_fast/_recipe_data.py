@@ -20,6 +20,7 @@ from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
 
 _FEWEST = 2
+_LONGEST_LIST = 300  # characters of a list in a message
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
@@ -117,9 +118,10 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     if not columns >= {"chosen", "rejected"} and not (
         "prompt" in columns and columns & {"chosen", "completion", "responses"}
     ):
+        listed = ", ".join(map(str, table.columns))[:_LONGEST_LIST]
         raise UsageError(
-            f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
-            "rejected, and lists have prompt and responses"
+            f"{path} has the columns {listed}: pairs have prompt, chosen and rejected, and lists "
+            "have prompt and responses"
         )
     if isinstance(table.rows, list):
         return [dict(row) for row in table.rows]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plad_fast._held_out_rows import read_held_out
 from plad_fast._packages import require_packages, versions
+from plad_fast._pair_data import check_students, show_findings
 from plad_fast._pair_scores import check_pairs
 from plad_fast._recipe_data import read_pairs
 from plad_fast._records import digest, model_digest
+from plad_fast.data_checks import check_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
 from plad_fast.held_out import (
@@ -30,7 +33,7 @@ from plad_fast.recipe import DistillConfig
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.report import write_report
 from plad_fast.stage_folder import claim_folder
-from plad_fast.students import holds_model, is_encoder_decoder, load_tokenizer
+from plad_fast.students import find_model, holds_model, is_encoder_decoder, load_tokenizer
 
 _SETTINGS = (
     *("length_normalization", "max_new_tokens", "student_temperature", "top_p", "seed"),
@@ -39,7 +42,7 @@ _SETTINGS = (
 
 
 def evaluate_on_pairs(
-    students: Mapping[str, Path],
+    students: Mapping[str, str | Path],
     pairs: str,
     config: DistillConfig,
     *,
@@ -51,7 +54,7 @@ def evaluate_on_pairs(
     Writes `metrics.json`, plots and `report.html` into the output folder.
 
     Args:
-        students: name -> folder, the baseline first.
+        students: name -> hub id, folder, .gguf file or `offline`, the baseline first.
         pairs: file in the standard preference format.
         config: sampling, length normalisation and output folder.
         overwrite: discard the answers and scores stored there.
@@ -64,10 +67,17 @@ def evaluate_on_pairs(
     """
     require_packages("rouge_score", "matplotlib")
     _check_names(list(students))
+    models = {
+        name: Path(find_model(os.fspath(path), f"--student {name}={path}"))
+        for name, path in students.items()
+    }
     config.require_room()
     folder = Path(config.output_dir)
-    held_out = read_held_out(read_pairs(pairs), pairs)
-    _check_students(students, held_out, config.max_length)
+    rows = read_pairs(pairs)
+    held_out = read_held_out(rows, pairs)
+    findings = check_rows(rows, "held-out pairs")
+    show_findings(findings)
+    _check_students(models, held_out, config.max_length)
     scoring = held_out_scoring(config, folder)
     try_endpoints(judge=scoring["judge"], overwrite=overwrite)
 
@@ -85,7 +95,7 @@ def evaluate_on_pairs(
         {
             **{name: of_results[name] for name in _SETTINGS},
             "students": list(students),
-            **{f"{name}'s weights": model_digest(path) for name, path in students.items()},
+            **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
             "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
         },
         results=["metrics.json", "report.html"],
@@ -93,7 +103,7 @@ def evaluate_on_pairs(
         discard=discard,
     )
     results, outputs = evaluate_models(
-        students,
+        models,
         held_out,
         folder,
         sampling=Sampling(
@@ -112,16 +122,19 @@ def evaluate_on_pairs(
     drawn = draw_plots(
         results,
         outputs,
-        students,
+        models,
         folder / "plots",
         length_normalization=config.alpha,
     )
+    of_students = check_students(outputs)
+    show_findings(of_students)
     write_report(
         folder / "report.html",
         title=f"Evaluation of {', '.join(students)}",
-        config={"students": {k: str(v) for k, v in students.items()}, "pairs": pairs},
+        config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
         stages=[],
         metrics=results,
+        data={"findings": [*map(str, findings), *map(str, of_students)]},
         plots=drawn,
         examples=example_answers(held_out, outputs),
         margin_unit=margin_unit(config.alpha),

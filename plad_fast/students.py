@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast._adapters import merged_adapters
 from plad_fast._load_errors import reason_of
+from plad_fast._places import OFFLINE, expanded, is_there, names_path, nothing_at, require_there
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def load_model(
     try:
         base = _base_of_adapters(location) if merge_adapters else None
         if base is not None:
-            if _expanded(base).resolve() == _expanded(source).resolve():
+            if expanded(base).resolve() == expanded(source).resolve():
                 raise UsageError(
                     f"folder {os.fspath(source)!r} holds adapters and the model that they are on; "
                     "move the adapters to a folder of their own, and name this one there as "
@@ -88,7 +89,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
-    folder = _expanded(source)
+    folder = expanded(source)
     if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("tokenizer*")):
         base = _base_of_adapters(location)  # PEFT saves adapters alone
         if base is not None and Path(base).resolve() != folder.resolve():
@@ -117,6 +118,24 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def find_model(source: str, option: str) -> str:
+    """Where a model lies that a user named, before anything is loaded; no hub is asked.
+
+    Args:
+        source: hub id, which stands for itself, folder, .gguf file, or `offline`, which is
+            `offline_teacher_path()`.
+        option: under which it was given, for the message.
+
+    Raises:
+        UsageError: a path at which there is nothing.
+    """
+    if source == OFFLINE:
+        return str(offline_teacher_path())
+    require_there(source, option)
+    path = expanded(source)
+    return str(path) if is_there(path) else source
+
+
 def check_loadable(source: str | os.PathLike[str]) -> None:
     """That there is a configuration, and in a folder weights, before long work; nothing is loaded.
 
@@ -124,7 +143,7 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
         UsageError: something is missing; says what.
     """
     is_encoder_decoder(source)
-    folder = _expanded(source)
+    folder = expanded(source)
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf")
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
         raise UsageError(
@@ -185,13 +204,13 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
-    path = _expanded(source)
+    path = expanded(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"there is no file {str(path)!r}; check the path")
+            raise UsageError(nothing_at(source, is_file=True))
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if _is_path(source) and not path.exists():
-        raise UsageError(f"there is nothing at {str(path)!r}; check the path")
+    if not is_there(path) and names_path(source):
+        raise UsageError(nothing_at(source))
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -200,22 +219,8 @@ def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
             )
         if files:
             return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
-    place = path if path.exists() else source
+    place = path if is_there(path) else source
     return {"pretrained_model_name_or_path": os.fspath(place)}
-
-
-def _expanded(source: str | os.PathLike[str]) -> Path:
-    """With `~` spelt out, which a shell leaves to us in `--model=~/student`."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"{os.fspath(source)}: {error}; write the folder out") from None
-
-
-def _is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether it can be nothing but a path: a hub id has one slash at most, and begins a name."""
-    text = os.fspath(source)
-    return text.startswith(("/", ".", "~")) or text.count("/") > 1
 
 
 def _class_of(location: Mapping[str, Any]) -> Any:
@@ -260,14 +265,14 @@ def _named_base(config_file: str | os.PathLike[str]) -> str | None:
     """What an adapter_config.json says that its adapters are for."""
     try:
         base = json.loads(Path(config_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return base if isinstance(base, str) else None
 
 
 def _require_an_end(source: Path, base: str) -> None:
     """Raises UsageError for adapters on adapters that come back to the first ones."""
-    seen, folder = {source.resolve()}, _expanded(base)
+    seen, folder = {source.resolve()}, expanded(base)
     while (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         if folder.resolve() in seen:
             raise UsageError(
@@ -279,7 +284,7 @@ def _require_an_end(source: Path, base: str) -> None:
         following = _named_base(folder / ADAPTER_CONFIG)
         if following is None:
             return
-        folder = _expanded(following)
+        folder = expanded(following)
 
 
 def _require_gguf() -> None:
@@ -318,7 +323,7 @@ def _require_all_weights(
     # Each of these is a name with two shapes.
     mismatched = sorted(key[0] for key in loaded["mismatched_keys"])
     advice = "download or save it again, whole and with the head of a causal language model"
-    if (_expanded(source) / ADAPTER_CONFIG).is_file():
+    if (expanded(source) / ADAPTER_CONFIG).is_file():
         advice = (
             "or transformers cannot place them, as with DoRA: merge the adapters, with "
             "peft's merge_and_unload, and pass the folder that save_pretrained writes"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plad_fast._places import shown
 from plad_fast._template_options import refuse_template_options
 from plad_fast.chat import Content, Messages, require_unicode
 from plad_fast.errors import UsageError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_LISTED = 20  # columns in a message
 # From a row and "file, row n" for messages.
 _ContentOf = Callable[[Row, str], Content]
 
@@ -170,7 +172,11 @@ def _require_column(table: Table, column: str, option: str) -> None:
 
 
 def _listed(table: Table) -> str:
-    return ", ".join(repr(name) for name in table.columns)
+    return ", ".join(map(shown, table.columns[:_MOST_LISTED])) + (
+        f" and {len(table.columns) - _MOST_LISTED} more"
+        if len(table.columns) > _MOST_LISTED
+        else ""
+    )
 
 
 def _column_reader(table: Table, column: str | None) -> _ContentOf:
