@@ -67,7 +67,7 @@ def _base_of_adapters(folder: Path) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Of the whole content; size and time are there to notice that a cached digest is old."""
+    """Of a file's content; size and time are there to notice that a cached digest is old."""
     hashed = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -83,10 +83,14 @@ def require_equal(
     Raises:
         UsageError: some differ; it names them, and ends in the advice.
     """
-    changed = [
+    if changed := changed_settings(found, now):
+        raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}; {advice}")
+
+
+def changed_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, setting by setting."""
+    return [
         f"{name} was {found.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
         for name in sorted(found.keys() | now.keys())
         if found.get(name, ...) != now.get(name, ...)
     ]
-    if changed:
-        raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}; {advice}")
