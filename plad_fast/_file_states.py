@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plad_fast._records import _file_digest
+from plad_fast._files import file_digest
 
 State = dict[str, Any]
 """JSON values. Of a folder: {"files": {name: state}}, names with slashes. Of JSON lines: {"rows":
@@ -109,12 +109,17 @@ def _of_file(path: Path) -> State:
     state = path.stat()
     if path.suffix == ".jsonl":
         return dict(_of_rows(path, state.st_size, state.st_mtime_ns))
-    return {"digest": _file_digest(path, state.st_size, state.st_mtime_ns)}
+    return {"digest": _digest(path, state.st_size, state.st_mtime_ns)}
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Of the content; size and time are there to notice that a cached digest is old."""
+    return file_digest(path)
 
 
 @functools.lru_cache(maxsize=64)
 def _of_rows(path: Path, size: int, mtime_ns: int) -> State:
-    """Of the content; size and time are there to notice that a cached state is old."""
     digests: list[str] = []
     state: State = {"rows": 0, "digests": ""}
     with path.open("rb") as file:

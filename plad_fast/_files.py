@@ -7,11 +7,21 @@ of its content. So the content is synced before the rename, and the folder of th
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
 # Of file systems that know no sync of a folder: some of networks and of user space.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR}
+_MAKE_ROOM = "make room"
+_ADVICE = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): _MAKE_ROOM,
+    (errno.EROFS,): "that disk is read-only: choose a folder on another, or make it writable",
+    (errno.EACCES, errno.EPERM): "choose a folder that you may write to, or change its permissions",
+}
+# What torch.save says when a write came out short.
+_OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected pos ")
+_BLOCK = 2**20  # bytes read at once
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
@@ -95,3 +105,30 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def disk_advice(error: BaseException | None) -> str | None:
+    """What helps against a disk that is full or refuses to be written; None for other errors.
+
+    Libraries wrap the system's errors, or replace them by texts of their own.
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        text = str(error).lower()
+        for numbers, advice in _ADVICE.items():
+            named = any(os.strerror(known).lower() in text for known in numbers)
+            if number in numbers or (number is None and named):
+                return advice
+        if number is None and any(own in text for own in _OF_TORCH):
+            return _MAKE_ROOM
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """Of the whole content of a file, in hexadecimal digits."""
+    hashed = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()

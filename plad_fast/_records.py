@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plad_fast._files import file_digest
 from plad_fast.errors import UsageError
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -23,7 +24,6 @@ _BESIDE = (
     "*.model",
     "*.jinja",
 )
-_BLOCK = 2**20  # bytes read at once
 
 
 def digest(value: Any) -> str:
@@ -67,12 +67,8 @@ def _base_of_adapters(folder: Path) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Of a file's content; size and time are there to notice that a cached digest is old."""
-    hashed = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            hashed.update(block)
-    return hashed.hexdigest()
+    """Of the whole content; size and time are there to notice that a cached digest is old."""
+    return file_digest(path)
 
 
 def require_equal(

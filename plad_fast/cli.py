@@ -1,17 +1,18 @@
 """`plad-fast`: the recipe and its stages on the command line.
 
-Exit status: 0 done, 1 unexpected failure, 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 unexpected failure, 2 bad input or a full disk, 75 ended by SIGTERM or
+SIGHUP, 130 ended by Ctrl-C. After the last two the same command goes on from where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,16 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast import __version__
+from plad_fast._files import disk_advice
 from plad_fast._packages import require_packages
+from plad_fast._signals import Terminated, raised_signals
 from plad_fast.errors import UsageError
 from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
 
 _OVERWRITE = "--overwrite"
 _FAILURE_LOG = "plad-fast-error.log"
 _NEEDED = ("transformers", "datasets", "accelerate")
-# The system's errors that its owner can mend, and their texts, in which libraries wrap them.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
-_DISK_TEXTS = tuple(os.strerror(number).lower() for number in _DISK_ERRORS)
+_INTERRUPTED = 130
+_TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+_EPILOG = (
+    "Exit status: 0 done, 1 unexpected failure, 2 bad input or a full disk, 75 ended by SIGTERM or "
+    "SIGHUP, 130 ended by Ctrl-C. After 75 and 130 the same command goes on from where it was. A "
+    "training saves a checkpoint at the end of its step first; a second signal ends it at once."
+)
 
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
@@ -90,18 +97,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("plad_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
     try:
-        arguments.run(arguments)
-        sys.stdout.flush()  # a reader that has gone is noticed here rather than at exit
+        with raised_signals(lambda number: _ended_by(number, arguments)):
+            arguments.run(arguments)
+            sys.stdout.flush()  # a reader that has gone is noticed here rather than at exit
     except UsageError as error:
         return _fail(2, str(error))
+    except Terminated as ended:
+        return _ended_by(ended.number, arguments)
     except KeyboardInterrupt:
-        return _fail(130, f"interrupted; {_again(arguments)} to go on")
+        return _ended_by(signal.SIGINT, arguments)
     except BrokenPipeError:
         return _broken_pipe()
     except Exception as error:
-        if _is_of_the_disk(error):
+        advice = disk_advice(error)
+        if advice is not None:
             return _fail(
-                2, f"{error}; what was finished is kept: make room and {_again(arguments)}"
+                2, f"{error}; what was finished is kept: {advice}, and {_again(arguments)}"
             )
         if isinstance(error, OSError):
             return _fail(2, str(error))
@@ -114,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="plad-fast",
         allow_abbrev=False,
         description="Distil a language model from text alone, by pseudo-preference pairs.",
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -324,6 +336,15 @@ def _again(arguments: argparse.Namespace) -> str:
     return f"run the same command again{without}"
 
 
+def _ended_by(number: int, arguments: argparse.Namespace) -> int:
+    by_hand = number == signal.SIGINT
+    what = "interrupted" if by_hand else f"ended by {signal.Signals(number).name}"
+    return _fail(
+        _INTERRUPTED if by_hand else _TERMINATED,
+        f"{what}; what was finished is kept: {_again(arguments)} to go on",
+    )
+
+
 def _fail(status: int, message: str) -> int:
     print(f"plad-fast: error: {message}", file=sys.stderr)
     return status
@@ -334,13 +355,6 @@ def _broken_pipe() -> int:
     # Python would write what is still buffered when it exits, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether files could not be written for want of room or permission."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _DISK_ERRORS
-    return any(text in str(error).lower() for text in _DISK_TEXTS)
 
 
 def _unexpected(error: Exception, output_dir: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import ProgressCallback
 
+from plad_fast._checkpoints import Checkpoints, newest_checkpoint, remove_checkpoints
 from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._files import publish_folder, write_atomically
+from plad_fast._manifest import require_whole, write_manifest
 from plad_fast._records import digest, model_digest, require_equal
+from plad_fast._signals import deferred_signals
 from plad_fast.errors import UsageError
 from plad_fast.run_folder import lock_folder
 from plad_fast.students import check_loadable, load_model, load_tokenizer
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 _WARMUP_SHARE = 0.1
 _RECORD = "training.json"
+_REFERENCE = "reference"  # see `PLaDConfig.reference_cache`
+_NOTICE = "{}: saving a checkpoint after this step, then ending; once more ends at once"
 
 
 def train_model(
@@ -54,9 +60,13 @@ def train_model(
 
     The defaults are those of `DistillConfig`, that is, of the command line.
 
-    Checkpoints lie in `<output>.checkpoints` until the model is saved; the newest complete one is
-    resumed from. Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients
-    clipped at norm 1; parameters in float32.
+    Checkpoints lie in `<output>.checkpoints` until the model is saved: the newest two, each three
+    times the size of the weights, and for a moment a third. The newest that is as it was written is
+    resumed from. One more is made every ten minutes, and at the end of the step at which Ctrl-C,
+    SIGTERM or SIGHUP comes, whose usual effect comes after that.
+
+    Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1;
+    parameters in float32.
 
     Args:
         source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
@@ -79,8 +89,9 @@ def train_model(
         The trainer's log history.
 
     Raises:
-        UsageError: the folder holds something else, or checkpoints of another training lie beside
-            it, or another process trains there; and from loading or from the trainer.
+        UsageError: the folder holds something else, or a damaged model, or checkpoints of another
+            training lie beside it, or another process trains there; and from loading or from the
+            trainer.
     """
     sft_weight, length_normalization = recipe_terms(loss, sft_weight, length_normalization)
     micro = micro_batch_size or batch_size
@@ -105,7 +116,8 @@ def train_model(
     checkpoints = output.with_name(f"{output.name}.checkpoints")
     if is_trained(output):  # a run may be killed between this and its own record of it
         _require_record(output, record)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        require_whole(output)
+        _discard(checkpoints)
         return log_history(output)
     check_loadable(source)
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -115,6 +127,8 @@ def train_model(
         names = {entry.name for entry in checkpoints.iterdir()} - {_RECORD}
         if any(not name.startswith(".") for name in names):
             _require_record(checkpoints, record)
+        training = digest(record)
+        found = newest_checkpoint(checkpoints, training)
         write_atomically(checkpoints / _RECORD, json.dumps(record, indent=1))
         steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
         trainer = _trainer(
@@ -140,21 +154,36 @@ def train_model(
             save_steps=max(1, math.ceil(steps / saves)),
             logging_steps=max(1, steps // 20),
         )
-        trainer.train(resume_from_checkpoint=latest_checkpoint(checkpoints))
+        with deferred_signals(_NOTICE) as asked:
+            trainer.add_callback(Checkpoints(checkpoints, training, asked))
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
         log = list(trainer.state.log_history)
         partial = output.with_name(f".{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         trainer.save_model(str(partial))
         (partial / "log_history.json").write_text(json.dumps(log, indent=1))
         shutil.copy(checkpoints / _RECORD, partial / _RECORD)
+        write_manifest(partial)
         publish_folder(partial, output)  # in place of an empty one, as was found above
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        _discard(checkpoints)
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
     finally:
         if lock is not None:
             os.close(lock)
     return log
+
+
+def _discard(checkpoints: Path) -> None:
+    """Removes what a training left beside its model, and nothing that others put there."""
+    if not checkpoints.is_dir():
+        return
+    with contextlib.suppress(OSError):  # the next call removes the rest
+        remove_checkpoints(checkpoints)
+        shutil.rmtree(checkpoints / _REFERENCE, ignore_errors=True)
+        for path in [*checkpoints.glob(f".{_RECORD}.*"), checkpoints / _RECORD]:
+            path.unlink(missing_ok=True)
+        checkpoints.rmdir()
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
@@ -166,7 +195,7 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
         dataloader_pin_memory=False,
         disable_tqdm=False,
         save_strategy="steps",
-        save_total_limit=1,
+        save_total_limit=None,  # `Checkpoints` sees to it
         **options,
     )
     trainer = PLaDTrainer(
@@ -210,21 +239,6 @@ def log_history(model_folder: Path) -> list[dict[str, Any]]:
     """The log of the training that made a folder of `train_model`; empty if there is none."""
     path = model_folder / "log_history.json"
     return json.loads(path.read_text()) if path.is_file() else []
-
-
-def latest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end, or None.
-
-    The trainer's state is the last file of a checkpoint; a killed run may leave none, or half.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
 
 
 class _Progress(ProgressCallback):

@@ -7,11 +7,9 @@ import shutil
 import sys
 
 import pytest
-import torch
 
 from plad_fast.cli import main
 from plad_fast.pairs import builtin_prompts
-from plad_fast.training import latest_checkpoint
 from tests.recipe_runs import arguments, kill_at
 
 STAGES = [
@@ -110,37 +108,6 @@ def test_kill_and_go_on(module, name, at, stage, finished, tiny_teacher, tmp_pat
         assert checkpoints  # there was something to go on from
     for file in ("metrics.json", "pairs/train.jsonl"):
         assert (folder / file).read_text() == (finished / file).read_text(), file
-
-
-def test_training_goes_on_from_its_checkpoint(tiny_teacher, tmp_path, capfd):
-    """`train` killed after a checkpoint takes up the step count and ends with the same weights."""
-    from safetensors.torch import load_file
-
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": p.content, "chosen": f" yes {i}", "rejected": f" no {i}"}
-            for i, p in enumerate(builtin_prompts()[:12])]  # fmt: skip
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def command(output):
-        return [
-            "train", "--model", str(tiny_teacher), "--pairs", str(pairs), "--batch-size", "2",
-            "--learning-rate", "1e-3", "--precision", "float32", "--saves-per-stage", "3",
-            "--output-dir", str(output),
-        ]  # fmt: skip
-
-    kill_at("trainer", "fused_linear_preference_loss", 4, command(tmp_path / "killed"))
-    checkpoint = latest_checkpoint(tmp_path / "killed.checkpoints")
-    assert checkpoint is not None
-    assert checkpoint.endswith("checkpoint-2")
-    # A half-written newer checkpoint, as a kill during saving leaves it, is passed over.
-    (tmp_path / "killed.checkpoints" / "checkpoint-4").mkdir()
-    (tmp_path / "killed.checkpoints" / "checkpoint-4" / "trainer_state.json").write_text('{"a')
-    assert latest_checkpoint(tmp_path / "killed.checkpoints") == checkpoint
-    assert main(command(tmp_path / "killed")) == 0
-    assert main(command(tmp_path / "straight")) == 0
-    for name, tensor in load_file(tmp_path / "straight" / "model.safetensors").items():
-        other = load_file(tmp_path / "killed" / "model.safetensors")[name]
-        torch.testing.assert_close(other, tensor)
 
 
 def test_the_stages_alone(finished, tiny_teacher, tmp_path, capsys):

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_records", "_files", "_page", "_headline", "_adapters"},
+    {"_packages", "_files", "_signals", "_page", "_headline", "_adapters"},
+    {"_records", "_manifest"},
     {"bins", "dropout", "_template_options"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
@@ -31,7 +32,7 @@ LAYERS = [
     {"_rows", "_row_sets", "_devices"},
     {"row_layout", "tokenization"},
     {"packing", "_flash"},
-    {"attention", "depth", "students", "training_metrics", "micro_batches"},
+    {"attention", "depth", "students", "training_metrics", "micro_batches", "_checkpoints"},
     {"adapted_layers", "_tensor_parallel"},
     {"encoder_decoder"},
     {"lm_head"},

@@ -1,0 +1,175 @@
+"""Signals that ask a process to end: in good order first, at once when they come again.
+
+SIGTERM is what schedulers send some seconds before they kill, SIGHUP what a closed terminal leaves
+behind. Handlers are set in the main thread only, over the system's and Python's own, and put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+_GRACE = 3.0  # seconds that a second signal leaves the main thread to end by itself
+_SAME = 1.0  # seconds: `timeout` and other wrappers send a signal twice
+_ENDING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)
+]
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by another signal than Ctrl-C's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Asked:
+    """Whether a signal has asked the process to end."""
+
+    def __init__(self) -> None:
+        self.by: int | None = None
+        self.at = 0.0
+
+    def __bool__(self) -> bool:
+        return self.by is not None
+
+
+@contextlib.contextmanager
+def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Terminated`, as SIGINT raises KeyboardInterrupt.
+
+    After a second signal the process has a moment to end, then it is ended: code that never comes
+    back to Python holds up the handlers of signals, and traps nobody.
+
+    Args:
+        leave: given the number of the signal, says what there is to say and returns the exit
+            status of a process that is ended so. Runs in a thread.
+    """
+    if not _is_main_thread() or os.name == "nt":  # which has neither of them
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        first = None
+        while arrived := os.read(reading, 64):
+            number = next((number for number in arrived if number in _ENDING), None)
+            if number is None:
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first >= _SAME and not ended.wait(_GRACE):
+                os._exit(leave(number))
+
+    before = _defaults()
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="plad-fast-signals", daemon=True)
+    watcher.start()
+    try:
+        for number in before:
+            if number != signal.SIGINT:
+                signal.signal(number, _raise)
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(wakeup)
+        _restore(before)
+        os.close(writing)  # which ends the thread
+        watcher.join()
+        os.close(reading)
+
+
+@contextlib.contextmanager
+def deferred_signals(notice: str) -> Iterator[Asked]:
+    """Holds a signal back until the end of the block, which is to look whether it was asked to end.
+
+    What the signal would have done is done then. A second one does it at once. In another thread
+    than the main one, and where others have set handlers, nothing changes.
+
+    Args:
+        notice: printed when a signal has come; `{}` stands for its name.
+    """
+    asked = Asked()
+    if not _is_main_thread():
+        yield asked
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if asked.by is not None:
+            if now - asked.at >= _SAME:
+                _restore(before)
+                _deliver(number, before)
+            return
+        asked.by, asked.at = number, now
+        _hang_up(number)
+        # It may have come in the middle of another print, which Python refuses to enter again.
+        with contextlib.suppress(RuntimeError, OSError, ValueError):
+            print(f"\n{notice.format(_name(number))}", file=sys.stderr, flush=True)
+
+    before = _defaults()
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield asked
+    finally:
+        _restore(before)
+    if asked.by is not None:
+        _deliver(asked.by, before)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _defaults() -> dict[Any, Any]:
+    """The handlers of the signals that would end the process; those of others are left out."""
+    own = (signal.SIG_DFL, signal.default_int_handler, _raise)
+    found = {number: signal.getsignal(number) for number in _ENDING}
+    return {number: handler for number, handler in found.items() if handler in own}
+
+
+def _restore(before: dict[Any, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _deliver(number: int, before: dict[Any, Any]) -> None:
+    """Does what the signal would have done."""
+    handler = before[number]
+    if callable(handler):
+        handler(number, None)  # raises
+    else:
+        signal.raise_signal(number)
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    _hang_up(number)
+    raise Terminated(number)
+
+
+def _hang_up(number: int) -> None:
+    """After SIGHUP the terminal is gone, and to write to it is an error: nobody reads it."""
+    if number != getattr(signal, "SIGHUP", None):
+        return
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
