@@ -31,8 +31,8 @@ class Change(NamedTuple):
 
     name: str
     kind: str
-    """missing; cut (some of the recorded rows and nothing else); edited (other rows), or for a store
-    other; unread (rows, and a line that cannot be read); damaged (no rows, and other bytes)."""
+    """missing; cut (some of the recorded rows and nothing else); edited, or of a store other (other
+    rows); unread (rows, and a line that cannot be read); damaged (no rows, and other bytes)."""
     text: str
     """In words."""
 
@@ -72,9 +72,7 @@ def changes(name: str, path: Path, recorded: Mapping[str, Any], *, grown: bool) 
     return [change for change in found if change is not None]
 
 
-def _compare(
-    name: str, now: State | None, then: Mapping[str, Any], grown: bool
-) -> Change | None:
+def _compare(name: str, now: State | None, then: Mapping[str, Any], grown: bool) -> Change | None:
     if now == then:
         return None
     if now is None:

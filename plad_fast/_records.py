@@ -15,6 +15,7 @@ from plad_fast.errors import UsageError
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_TRAINER_SETTINGS = "training_args.bin"  # paths and times among them
 # What else answers depend on: architecture, tokenizer, chat template, end tokens.
 _BESIDE = (
     "config.json",
@@ -42,8 +43,12 @@ def model_digest(source: str | os.PathLike[str]) -> str:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
-        files += [file for pattern in _BESIDE for file in sorted(path.glob(pattern))]
+        files = [
+            file
+            for pattern in (*_WEIGHTS, *_BESIDE)
+            for file in sorted(path.glob(pattern))
+            if file.name != _TRAINER_SETTINGS
+        ]
     else:
         return os.fspath(source)
     parts = []

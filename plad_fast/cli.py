@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         help="JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected",
     )
     train.add_argument("--output-dir", required=True, help="folder to make for the trained model")
+    _add_overwrite(train, "remove a model that was trained into the folder first")
     train.add_argument("--epochs", default="1", help="passes over the pairs (default: 1)")
     train.add_argument("--learning-rate", default="2e-5", help="peak (default: 2e-5)")
     train.add_argument(
@@ -279,7 +280,9 @@ def _train(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from plad_fast.stages import train_on_pairs
 
-    train_on_pairs(arguments.model, arguments.pairs, **_given(arguments))
+    train_on_pairs(
+        arguments.model, arguments.pairs, overwrite=arguments.overwrite, **_given(arguments)
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

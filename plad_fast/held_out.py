@@ -156,9 +156,7 @@ def evaluate_models(
         held_out.teacher_answers,
         references or None,
         scorers={
-            name: StoredScorer(
-                scorer, scorer_file(scorer.name, folder), others_aside=others_aside
-            )
+            name: StoredScorer(scorer, scorer_file(scorer.name, folder), others_aside=others_aside)
             for name, scorer in (scorers or {}).items()
         },
         judge=judge,

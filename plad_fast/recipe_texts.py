@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 Answers = Mapping[str, Sequence[Answer]]
 
+TEACHER_FILE = "teacher.jsonl"
+"""In the folder of the answers."""
+
 
 class RecipeTexts:
     """Everything here is stored as it comes, and taken from the store the next time.
@@ -193,7 +196,10 @@ class RecipeTexts:
         """What the teacher's answers depend on beside the prompts and their number."""
         config = self.config
         return {
-            **{f"teacher's {name}": value for name, value in self._teacher_fingerprint().items()},
+            **{
+                name if name in ("teacher", "base_url") else f"teacher's {name}": value
+                for name, value in self._teacher_fingerprint().items()
+            },
             "teacher_temperature": config.teacher_temperature,
             "max_new_tokens": config.max_new_tokens,
             "seed": config.seed,
@@ -206,7 +212,7 @@ class RecipeTexts:
 
     @property
     def _teacher_file(self) -> Path:
-        return self.folder / "answers" / "teacher.jsonl"
+        return self.folder / "answers" / TEACHER_FILE
 
     @property
     def _teacher_sampling(self) -> Sampling:

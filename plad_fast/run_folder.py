@@ -112,7 +112,9 @@ class RunFolder:
                 # It was not reached: what follows has no record either, or one that will tell.
                 continue
             reasons, edits = self._differences(stage, inputs=False)
-            because = dict.fromkeys(reason for name in stage.reads for reason in causes.get(name, ()))
+            because = dict.fromkeys(
+                reason for name in stage.reads for reason in causes.get(name, ())
+            )
             self._require_no_edits(stage, [*reasons, *because], edits)
             for reason in because or reasons:
                 anew.setdefault(reason, []).append(stage.name)
@@ -122,9 +124,7 @@ class RunFolder:
                 causes.setdefault(name, []).extend(certain)
             for change in edits:
                 anew.setdefault(f"{change.text}, and is kept as edited", [])
-                causes.setdefault(change.name, []).append(
-                    f"{change.text}, and is kept as edited"
-                )
+                causes.setdefault(change.name, []).append(f"{change.text}, and is kept as edited")
         for reason, names in anew.items():
             print(f"{reason}: {_listed(names)} anew" if names else reason, flush=True)
 
@@ -238,9 +238,7 @@ class RunFolder:
         states = {name: state_of(self.path / name) for name in names}
         return {name: state for name, state in states.items() if state is not None}
 
-    def _open(
-        self, settings: dict[str, Any], overwrite: bool, check: Callable[[], None]
-    ) -> None:
+    def _open(self, settings: dict[str, Any], overwrite: bool, check: Callable[[], None]) -> None:
         found = self._read(overwrite)
         self._record = found or {**_FORMAT, "settings": settings, "stages": {}}
         # A run killed while it emptied the folder left "emptying": what is there is a remainder.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import require_one_gpu
+from plad_fast._folder_locks import HeldFolder
 from plad_fast._recipe_data import (
     answer_columns,
     load_recipe_prompts,
@@ -17,6 +18,7 @@ from plad_fast._recipe_data import (
     write_jsonl,
 )
 from plad_fast._records import model_digest
+from plad_fast.errors import UsageError
 from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
     Sampling,
@@ -31,7 +33,7 @@ from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.stage_folder import claim_folder
 from plad_fast.students import check_loadable, load_tokenizer, offline_teacher_path
-from plad_fast.training import is_trained, train_model
+from plad_fast.training import discard_training, is_trained, train_model
 from plad_fast.training_checks import check_training
 
 # The endpoint's address is among what the teacher is known by.
@@ -179,6 +181,7 @@ def train_on_pairs(
     loss: str = "plad_ranking",
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
+    overwrite: bool = False,
     **options: Any,
 ) -> Path:
     """Train a model on a file of pairs; make `output_dir`. Resumable.
@@ -186,6 +189,8 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
+        overwrite: remove a model that an earlier training made there, and its checkpoints, first. A
+            folder with anything else in it is refused.
         options: of `train_model`, whose defaults they have, and `saves_per_stage`.
 
     Raises:
@@ -198,17 +203,25 @@ def train_on_pairs(
     check_training({**given, **options})
     rows = read_pairs(pairs)
     folder = Path(expanded(output_dir))
-    done_before = is_trained(folder)
-    log = train_model(
-        _resolve(model),
-        rows,
-        folder,
-        loss=loss,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        saves=options.pop("saves_per_stage", DistillConfig.saves_per_stage),
-        **options,
-    )
+    with HeldFolder(folder):
+        if overwrite:
+            if Path(model).expanduser().resolve() == folder.resolve():
+                raise UsageError(
+                    f"--model and --output-dir are both {folder}, and --overwrite would remove the "
+                    "model before it is read; choose another --output-dir"
+                )
+            discard_training(folder)
+        done_before = is_trained(folder)
+        log = train_model(
+            _resolve(model),
+            rows,
+            folder,
+            loss=loss,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            saves=options.pop("saves_per_stage", DistillConfig.saves_per_stage),
+            **options,
+        )
     if done_before:
         print("done before, with the same settings and pairs", flush=True)
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
     {"_packages", "_files", "_signals", "_page", "_headline", "_adapters"},
-    {"_records", "_manifest"},
+    {"_records", "_manifest", "_file_states", "_folder_locks"},
+    {"_trained_folders"},
     {"bins", "dropout", "_template_options"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
@@ -56,6 +57,7 @@ LAYERS = [
         "_held_out_rows",
         "_report_parts",
         "_recipe_data",
+        "_recipe_stages",
         "recipe_texts",
         "recipe_scoring",
     },

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from plad_fast import UsageError
-from plad_fast.run_folder import RunFolder
+from plad_fast.run_folder import RunFolder, Stage
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
@@ -75,7 +75,7 @@ def test_overwriting_removes_links_and_not_what_they_lead_to(tmp_path):
 def test_a_kill_during_overwriting_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
     """With or without --overwrite, the next run finishes the emptying and starts at the start."""
     folder = RunFolder(tmp_path / "run", {"a": 1})
-    folder.stage("student", lambda: "made")
+    folder.stage(Stage("student", lambda: "made"))
     folder.close()
     for name in ("student", "sft"):
         (tmp_path / "run" / name).mkdir()

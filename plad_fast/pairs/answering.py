@@ -139,7 +139,9 @@ def renew_answers(
         row_id(prompt.id, k): content_digest(prompt.content)
         for prompt, k in all_wanted(prompts, sampling)
     }
-    set_rows_aside(path, settings, lambda row: digests.get(row["id"], row["prompt"]) == row["prompt"])
+    set_rows_aside(
+        path, settings, lambda row: digests.get(row["id"], row["prompt"]) == row["prompt"]
+    )
 
 
 class _Run:
