@@ -116,7 +116,8 @@ def disk_advice(error: BaseException | None) -> str | None:
         number = error.errno if isinstance(error, OSError) else None
         text = str(error).lower()
         for numbers, advice in _ADVICE.items():
-            named = any(os.strerror(known).lower() in text for known in numbers)
+            # "Operation not permitted" is said by others than disks, too.
+            named = any(os.strerror(n).lower() in text for n in numbers if n != errno.EPERM)
             if number in numbers or (number is None and named):
                 return advice
         if number is None and any(own in text for own in _OF_TORCH):

@@ -111,9 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         advice = disk_advice(error)
         if advice is not None:
-            return _fail(
-                2, f"{error}; what was finished is kept: {advice}, and {_again(arguments)}"
-            )
+            # What libraries say of it need not sound like a file, nor be one line.
+            first = next(iter(str(error).splitlines()), "")
+            what = first if isinstance(error, OSError) else f"cannot write a file: {first}"
+            again = _again(arguments)
+            return _fail(2, f"{what}; what was finished is kept: {advice} and {again}")
         if isinstance(error, OSError):
             return _fail(2, str(error))
         return _unexpected(error, getattr(arguments, "output_dir", None))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from plad_fast.cli import main
 
@@ -115,22 +116,55 @@ def test_an_unexpected_error_that_cannot_be_written_down(monkeypatch, capsys, tm
     assert "could not be written" in error
 
 
+WRAPPED = SafetensorError(
+    "Error while serializing: I/O error: No space left on device (os error 28)"
+)
+OF_TORCH = "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0"
+OF_TORCH_AT_ITS_END = "[enforce fail at inline_container.cc] . unexpected pos 576 vs 470\nframe #0"
+
+
 @pytest.mark.parametrize(
-    ("error", "make_room"),
+    ("error", "advice"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), True),
-        (RuntimeError("I/O error: File too large (os error 27)"), True),
-        (PermissionError(errno.EACCES, "Permission denied"), True),
-        (OSError(errno.ECONNRESET, "Connection reset by peer"), False),
-        (OSError("Can't load the model"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "file"), "make room"),
+        (RuntimeError("I/O error: File too large (os error 27)"), "make room"),
+        (WRAPPED, "make room"),
+        (RuntimeError(OF_TORCH), "make room"),
+        (RuntimeError(OF_TORCH_AT_ITS_END), "make room"),
+        (PermissionError(errno.EACCES, "Permission denied"), "may write to"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), "may write to"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+        (RuntimeError("open file failed with strerror: Read-only file system"), "read-only"),
+        (Exception("Read-only file system (os error 30)"), "read-only"),
+        (OSError(errno.ECONNRESET, "Connection reset by peer"), None),
+        (OSError("Can't load the model"), None),
     ],
 )
-def test_only_what_the_disk_did_is_answered_with_make_room(error, make_room, monkeypatch, capsys):
+def test_only_what_the_disk_did_is_answered_with_what_helps_against_it(
+    error, advice, monkeypatch, capsys
+):
+    """A full one wants room, and one that may not be written to has plenty of it."""
     monkeypatch.setattr("plad_fast.distill.distill", failing(error))
     assert main(["quickstart"]) == 2
     printed = capsys.readouterr().err
-    assert str(error) in printed
-    assert ("make room" in printed) == make_room
+    assert printed.count("\n") == 1
+    assert str(error).splitlines()[0] in printed
+    assert ("what was finished is kept" in printed) == (advice is not None)
+    for word in ("make room", "read-only:", "may write to"):
+        assert (word in printed) == (advice is not None and advice in word)
+
+
+def test_a_full_disk_behind_another_error_is_still_a_full_disk(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("while closing the archive")  # noqa: B904
+
+    monkeypatch.setattr("plad_fast.distill.distill", fail)
+    assert main(["quickstart"]) == 2
+    assert "make room" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly():

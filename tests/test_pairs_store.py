@@ -196,5 +196,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("pathlib.Path.open", refused)
-    with pytest.raises(UsageError, match=r"cannot write .*: Read-only file system"):
+    with pytest.raises(
+        UsageError, match=r"cannot write .*: Read-only file system.* read-only: choose"
+    ):
         AnswerStore.open(tmp_path / "answers.jsonl", SETTINGS)

@@ -14,6 +14,7 @@ from collections.abc import KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast._files import disk_advice
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -254,7 +255,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:
+    advice = disk_advice(error) or "choose another output folder"
     return UsageError(
-        f"cannot write {path}: {error.strerror or error}; what was stored before is safe: free "
-        "some space or choose another output folder, and run again"
+        f"cannot write {path}: {error.strerror or error}; what was stored before is safe: "
+        f"{advice} and run again"
     )
