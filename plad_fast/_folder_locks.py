@@ -42,7 +42,15 @@ class HeldFolder:
         try:
             make_folders(self.path)
             self._lock = lock_folder(self.path)
+            # A training holds these until there is a model to put into the folder.
+            checkpoints = self.path.with_name(f"{self.path.name}.checkpoints")
+            if checkpoints.is_dir() and (lock := lock_folder(checkpoints)) is not None:
+                os.close(lock)
+        except UsageError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise UsageError(
                 f"cannot write to {self.path}: {error.strerror or error}; choose another "
                 "--output-dir"

@@ -12,7 +12,6 @@ from plad_fast.chat import as_conversation
 from plad_fast.errors import UsageError
 from plad_fast.held_out import HeldOut
 from plad_fast.pairs import Prompt
-from plad_fast.pairs.asking import row_id as pair_id
 from plad_fast.pairs.prompts import read_reference
 
 
@@ -64,7 +63,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
         for place, rejected in enumerate(responses[1:]):
             pair = {**row, "prompt": prompt, "chosen": responses[0], "rejected": rejected}
             pair.pop("responses", None)
-            pairs.append({**pair, "id": pair_id(row_id, place)})
+            pairs.append({**pair, "id": f"{row_id}\t{place}" if place else row_id})
             prompts_of_pairs.append(prompt_id)
     prompts = [Prompt(key, content, references[key]) for key, content in contents.items()]
     return HeldOut(prompts, answers, pairs, prompts_of_pairs)

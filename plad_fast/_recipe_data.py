@@ -16,6 +16,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
 from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
+from plad_fast.stage_folder import require_whole
 
 _FEWEST = 2
 
@@ -107,8 +108,10 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
 
     Raises:
-        UsageError: no such file, damaged, empty, or without the columns that rows need.
+        UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
+            or without the columns that rows need.
     """
+    require_whole(Path(path).expanduser())
     table = read_table(path, "train")
     columns = set(table.columns)
     # Of messages and texts that begin with their prompt, both responses tell what it is.

@@ -18,7 +18,7 @@ from plad_fast.recipe import DistillConfig
 _OF_TRAINING = ("seed", "precision", "max_length")
 _OF_SAMPLES = ("max_new_tokens", "student_temperature", "top_p", "seed", "precision")
 _OF_TEACHER = ("teacher", "base_url", "teacher_temperature", "teacher_samples")
-_STAGES: dict[str, tuple[str, ...]] = {
+STAGES: dict[str, tuple[str, ...]] = {
     "student": ("student", "student_layers"),
     # What else its answers depend on, the folder is bound to: see `RecipeTexts.teacher_settings`.
     "teacher's answers": ("teacher_samples",),
@@ -57,15 +57,15 @@ def stage_settings(
 
     Args:
         config: of the run.
-        stage: a key of `_STAGES`.
+        stage: a key of `STAGES`.
         prompts: what the stage is about.
         references: it also depends on the prompts' references.
         more: what else it depends on, as JSON values.
     """
     of_results = config.results_settings()
-    listed = {name for names in _STAGES.values() for name in names}
+    listed = {name for names in STAGES.values() for name in names}
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
-    settings = {name: of_results[name] for name in (*_STAGES[stage], *others)}
+    settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
     if prompts:
         given = prompts if references else [Prompt(p.id, p.content) for p in prompts]
         settings["prompts"] = prompts_digest(given)

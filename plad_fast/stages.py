@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from plad_fast._recipe_data import (
     read_pairs,
     write_jsonl,
 )
+from plad_fast._recipe_stages import STAGES
 from plad_fast._records import model_digest
 from plad_fast.errors import UsageError
 from plad_fast.pair_settings import PairSettings
@@ -28,10 +30,11 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
+from plad_fast.pairs._set_aside import set_aside
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
-from plad_fast.stage_folder import claim_folder
+from plad_fast.stage_folder import claim_folder, held_by_first, record_rows
 from plad_fast.students import check_loadable, load_tokenizer, offline_teacher_path
 from plad_fast.training import discard_training, is_trained, train_model
 from plad_fast.training_checks import check_training
@@ -58,10 +61,15 @@ def pair_models(
         overwrite: discard the answers and scores stored there.
 
     Raises:
-        UsageError: from loading, generation, scoring or storing; when no pair is left; and where
-            other prompts, models or settings, or another command, have made the folder.
+        UsageError: from loading, generation, scoring or storing; when no pair is left; where other
+            prompts, models or settings, or another command, have made the folder, and while another
+            process is at work in it.
     """
-    config = replace(config, teacher=teacher)
+    with held_by_first(Path(config.output_dir)):
+        return _pair_models(replace(config, teacher=teacher), teacher, student, overwrite)
+
+
+def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: bool) -> Path:
     folder = Path(config.output_dir)
     prompts = load_recipe_prompts(config)
     columns = answer_columns(config)
@@ -107,8 +115,7 @@ def pair_models(
     }
 
     def discard(_: Mapping[str, Any]) -> None:
-        for file in (*stores, scores, verdicts):
-            discard_answers(file)
+        discard_answers(*stores, scores, verdicts)
 
     def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
         first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
@@ -124,7 +131,12 @@ def pair_models(
             overwrite=overwrite,
             discard=discard,
             extends=has_fewer_prompts,
+            of_results=STAGES["pairs"],
         )
+        if scorer is not None:
+            for store in (scores, getattr(scorer, "store", None)):
+                if store is not None:
+                    set_aside(store, scorer.settings())
 
     with joined() as ranks:
         ranks.from_first(claim)
@@ -162,6 +174,7 @@ def pair_models(
             scores_path=scores,
         )
         write_jsonl(path, rows)
+        record_rows(folder, path.name)
         return str(report)
 
     with joined() as ranks:
@@ -203,7 +216,8 @@ def train_on_pairs(
     check_training({**given, **options})
     rows = read_pairs(pairs)
     folder = Path(expanded(output_dir))
-    with HeldFolder(folder):
+    # One that is not there is made at the end; its checkpoints are locked until then.
+    with HeldFolder(folder) if folder.exists() else nullcontext():
         if overwrite:
             if Path(model).expanduser().resolve() == folder.resolve():
                 raise UsageError(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from plad_fast._recipe_stages import _STAGES, stage_settings
+from plad_fast._recipe_stages import stage_settings
 from plad_fast.cli import main
 from plad_fast.errors import UsageError
 from plad_fast.pairs import LocalModel, builtin_prompts
@@ -266,5 +266,5 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
 def test_every_setting_is_one_of_a_stage(tiny_teacher, tmp_path):
     """A new one would make all stages anew until it is listed with its own."""
     config = DistillConfig()
-    everywhere = set.intersection(*(set(stage_settings(config, stage)) for stage in _STAGES))
+    everywhere = set.intersection(*(set(stage_settings(config, stage)) for stage in STAGES))
     assert not everywhere
