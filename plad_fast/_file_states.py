@@ -31,8 +31,9 @@ class Change(NamedTuple):
 
     name: str
     kind: str
-    """missing; cut (some of the recorded rows and nothing else); edited, or of a store other (other
-    rows); unread (rows, and a line that cannot be read); damaged (no rows, and other bytes)."""
+    """missing; cut (some of the recorded rows and nothing else); edited (other rows, some as they
+    were); foreign (none as it was); of a store, other (other rows); unread (rows, and a line that
+    cannot be read); damaged (no rows, and other bytes)."""
     text: str
     """In words."""
 
@@ -92,11 +93,13 @@ def _compare(name: str, now: State | None, then: Mapping[str, Any], grown: bool)
         return Change(name, "unread", f"{name}, line {now['unread']} is no JSON object")
     if "torn" in now:
         return Change(name, "unread", f"the last line of {name} is no JSON object")
-    return Change(
-        name,
-        "other" if then.get("store") else "edited",
-        f"{name} has other rows ({len(before)} before, {len(rows)} now)",
-    )
+    text = f"{name} has other rows ({len(before)} before, {len(rows)} now)"
+    if then.get("store"):
+        return Change(name, "other", text)
+    if not set(rows) & set(before):
+        text = f"{name} has none of the {len(before)} rows it was made with"
+        return Change(name, "foreign", text)
+    return Change(name, "edited", text)
 
 
 def _split(digests: str) -> list[str]:

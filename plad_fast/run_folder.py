@@ -20,7 +20,7 @@ from typing import Any
 from plad_fast._file_states import Change, changes, state_of
 from plad_fast._files import publish_folder, write_atomically
 from plad_fast._folder_locks import HeldFolder, lock_folder
-from plad_fast._records import changed_settings, require_equal
+from plad_fast._records import changed_settings, digest, require_equal
 from plad_fast.errors import UsageError
 
 __all__ = ["RunFolder", "Stage", "lock_folder"]
@@ -96,7 +96,8 @@ class RunFolder:
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
         """What finished so far, in order: name -> "seconds", "summary", the "settings", and the
-        states (`_file_states`) of what it "read" and "made"; "edited" names what was since."""
+        states (`_file_states`) of what it "read" and "made"; "edited" names what was since, and
+        "earlier" has digests of states that it made before these."""
         return self._record["stages"]
 
     def announce(self, stages: Sequence[Stage]) -> None:
@@ -141,6 +142,7 @@ class RunFolder:
         """
         done = self.stages.get(stage.name)
         reasons: list[str] = []
+        earlier: list[str] = []
         if done is not None:
             reasons, edits = self._differences(stage)
             self._require_no_edits(stage, reasons, edits)
@@ -151,6 +153,7 @@ class RunFolder:
             if not reasons:
                 print(f"== {stage.name}: done before ({done['summary']})", flush=True)
                 return
+            earlier = [*done.get("earlier", ()), *map(digest, done["made"].values())]
             # Killed in the middle, it must not pass for what it was.
             del self.stages[stage.name]
             self._write()
@@ -165,6 +168,7 @@ class RunFolder:
             "settings": json.loads(json.dumps(stage.settings)),
             "read": read,
             "made": self._states(stage.makes),
+            "earlier": sorted(set(earlier)),
         }
         self._write()
         print(f"   {summary} ({seconds:.0f} s)", flush=True)
@@ -206,7 +210,16 @@ class RunFolder:
                 # What is cut off can be made again, unless it was edited; a store is filled up.
                 was_edited = change.name in done.get("edited", ())
                 if change.kind == "edited":
-                    edits.append(change)
+                    if digest(state_of(self.path / change.name)) in done.get("earlier", ()):
+                        reasons.append(f"{change.name} is an earlier one")
+                    else:
+                        edits.append(change)
+                elif change.kind == "foreign":
+                    raise UsageError(
+                        f"{self.path}: {change.text}, and may be of another run; delete it, which "
+                        f"{stage.name!r} made, to have it made again, or train on these rows with "
+                        "`plad-fast train`"
+                    )
                 elif change.kind in ("missing", "other") or (
                     change.kind == "cut" and not was_edited
                 ):
