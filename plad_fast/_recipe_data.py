@@ -18,6 +18,7 @@ from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompt
 from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.tables import read_table
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
+from plad_fast.stage_folder import require_whole
 
 _FEWEST = 2
 _LONGEST_LIST = 300  # characters of a list in a message
@@ -110,8 +111,10 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
 
     Raises:
-        UsageError: no such file, damaged, empty, or without the columns that rows need.
+        UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
+            or without the columns that rows need.
     """
+    require_whole(Path(path).expanduser())
     table = read_table(path, "train")
     columns = set(table.columns)
     # Of messages and texts that begin with their prompt, both responses tell what it is.

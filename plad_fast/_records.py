@@ -15,6 +15,7 @@ from plad_fast.errors import UsageError
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_TRAINER_SETTINGS = "training_args.bin"  # paths and times among them
 # What else answers depend on: architecture, tokenizer, chat template, end tokens.
 _BESIDE = (
     "config.json",
@@ -43,8 +44,12 @@ def model_digest(source: str | os.PathLike[str], seen: frozenset[Path] = frozens
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
-        files += [file for pattern in _BESIDE for file in sorted(path.glob(pattern))]
+        files = [
+            file
+            for pattern in (*_WEIGHTS, *_BESIDE)
+            for file in sorted(path.glob(pattern))
+            if file.name != _TRAINER_SETTINGS
+        ]
     else:
         return os.fspath(source)
     parts = []
@@ -81,10 +86,14 @@ def require_equal(
     Raises:
         UsageError: some differ; it names them, and ends in the advice.
     """
-    changed = [
+    if changed := changed_settings(found, now):
+        raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}; {advice}")
+
+
+def changed_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, setting by setting."""
+    return [
         f"{name} was {found.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
         for name in sorted(found.keys() | now.keys())
         if found.get(name, ...) != now.get(name, ...)
     ]
-    if changed:
-        raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}; {advice}")

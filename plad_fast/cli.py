@@ -215,6 +215,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _add_own(train, "pairs", "JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected")
     _add_own(train, "output_dir", "folder to make for the trained model")
+    _add_overwrite(train, "remove a model that was trained into the folder first")
     _add_own(train, "epochs", "passes over the pairs (default: 1)")
     _add_own(train, "learning_rate", "peak (default: 2e-5)")
     _add_own(
@@ -344,7 +345,7 @@ def _train(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from plad_fast.stages import train_on_pairs
 
-    train_on_pairs(given.pop("model"), given.pop("pairs"), **given)
+    train_on_pairs(given.pop("model"), given.pop("pairs"), overwrite=arguments.overwrite, **given)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,8 @@ from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._files import write_atomically
 from plad_fast._packages import require_packages, versions
 from plad_fast._pair_data import data_of_run, show_findings
-from plad_fast._recipe_data import load_recipe_prompts, prompts_digest, split_prompts
+from plad_fast._recipe_data import load_recipe_prompts, split_prompts
+from plad_fast._recipe_stages import scorer_settings, stage_settings, student_settings
 from plad_fast.data_checks import check_answers, require_learnable
 from plad_fast.depth import depth, drop_layers
 from plad_fast.errors import UsageError
@@ -31,12 +32,13 @@ from plad_fast.held_out import (
     margin_unit,
 )
 from plad_fast.pairs import Answer, LocalModel
+from plad_fast.pairs.asking import row_id
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
 from plad_fast.recipe_scoring import held_out_scoring
-from plad_fast.recipe_texts import RecipeTexts
+from plad_fast.recipe_texts import TEACHER_FILE, RecipeTexts
 from plad_fast.report import write_report
-from plad_fast.run_folder import RunFolder
+from plad_fast.run_folder import RunFolder, Stage
 from plad_fast.students import find_model, load_model, load_tokenizer, offline_teacher_path
 from plad_fast.training import train_model
 
@@ -53,7 +55,8 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     """Run the recipe, or what is left of it, and return the metrics.
 
     Args:
-        config: the settings. A folder made with others is refused.
+        config: the settings. In a folder made with others, the stages that depend on what has
+            changed run anew; one with answers of another teacher is refused.
         overwrite: start anew in a folder of an earlier run.
         command: what the report says to run again.
 
@@ -90,21 +93,26 @@ class _Distillation:
             )
         # Made now, so that what is wrong with it is found out before any work.
         folder = Path(config.output_dir)
-        if config.student is not None and not (folder / "student").exists():
+        if config.student is not None and (overwrite or not (folder / "student").exists()):
             find_model(config.student, "--student")
         judges: dict[str, ChatEndpoint] = {}
         self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
             scorer.check(self.held_out)
-        settings = {
-            **config.results_settings(),
-            "prompts_digest": prompts_digest(self.prompts),
-        }
         self.texts = RecipeTexts(config, folder, self.prompts, self._teacher_as_text, judges)
-        # Before the folder keeps settings that an endpoint refuses.
-        self.texts.try_teacher(overwrite=overwrite)
-        try_endpoints(judge=self.scoring["judge"], overwrite=overwrite)
-        self.folder = RunFolder(config.output_dir, settings, overwrite=overwrite)
+
+        def try_them() -> None:
+            self.texts.try_teacher(overwrite=overwrite)
+            try_endpoints(judge=self.scoring["judge"], overwrite=overwrite)
+
+        self.folder = RunFolder(
+            config.output_dir,
+            self.texts.teacher_settings(),
+            overwrite=overwrite,
+            is_bound=self.texts.has_teacher_answers,
+            # Before the folder keeps settings that an endpoint refuses.
+            check=try_them,
+        )
         write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
 
     def run(self) -> dict[str, Any]:
@@ -114,19 +122,83 @@ class _Distillation:
             f"run folder {self.folder.path}",
             flush=True,
         )
-        self.folder.stage("student", self._make_student)
-        self.folder.stage("teacher's answers", self._answer)
-        self.folder.stage("fine-tuning", self._fine_tune)
-        for number in range(1, self.config.rounds + 1):
-            suffix = "" if number == 1 else f", round {number}"
-            self.folder.stage(f"student's samples{suffix}", partial(self._sample, number))
-            self.folder.stage(f"pairs{suffix}", partial(self._pair, number))
-            self.folder.stage(f"calibration{suffix}", partial(self._calibrate, number))
-        self.folder.stage(f"evaluation{suffix}", self._evaluate)
+        stages = self._stages()
+        self.folder.announce(stages)
+        for stage in stages:
+            self.folder.stage(stage)
         # Cheap, and made of what the stages left: done again by every run.
         results = self._report()
         print(f"\n{comparison_table(results)}\n\nreport: {self.folder / 'report.html'}", flush=True)
         return results
+
+    def _stages(self) -> list[Stage]:
+        of = partial(stage_settings, self.config)
+        teacher = f"answers/{TEACHER_FILE}"
+        stages = [
+            Stage(
+                "student",
+                self._make_student,
+                student_settings(self.config, self.teacher_source),
+                makes=["student"],
+            ),
+            Stage(
+                "teacher's answers",
+                self._answer,
+                of("teacher's answers", prompts=self.prompts),
+                makes=[teacher],
+            ),
+            Stage(
+                "fine-tuning",
+                self._fine_tune,
+                of("fine-tuning", prompts=self.sft_prompts),
+                reads=["student", teacher],
+                makes=["sft"],
+            ),
+        ]
+        for number in range(1, self.config.rounds + 1):
+            suffix = "" if number == 1 else f", round {number}"
+            # The samples of the first round are also those of the held-out pairs.
+            asked = [*self.pair_prompts, *(self.held_out if number == 1 else ())]
+            samples = f"answers/{_numbered('student', number)}.jsonl"
+            pairs = f"pairs/{_numbered('train', number)}.jsonl"
+            stages += [
+                Stage(
+                    f"student's samples{suffix}",
+                    partial(self._sample, number),
+                    of("samples", prompts=asked),
+                    reads=[_start(number)],
+                    makes=[samples],
+                ),
+                Stage(
+                    f"pairs{suffix}",
+                    partial(self._pair, number),
+                    of("pairs", prompts=asked, references=True, **self.texts.scorer_settings()),
+                    reads=[_start(number), teacher, samples],
+                    makes=[pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())],
+                ),
+                Stage(
+                    f"calibration{suffix}",
+                    partial(self._calibrate, number),
+                    of("calibration"),
+                    reads=[_start(number), pairs],
+                    makes=[_numbered("plad", number)],
+                ),
+            ]
+        stages.append(
+            Stage(
+                f"evaluation{suffix}",
+                self._evaluate,
+                of(
+                    "evaluation",
+                    prompts=self.held_out,
+                    references=True,
+                    **scorer_settings(self.scoring["scorers"], self.scoring["judge"]),
+                ),
+                reads=[*self._students(), teacher, "pairs/held-out.jsonl"],
+                makes=["evaluation"],
+            )
+        )
+        return stages
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
@@ -287,6 +359,7 @@ class _Distillation:
             length_normalization=self.config.alpha,
             max_length=self.config.max_length,
             precision=self.config.precision,
+            others_aside=True,
             **self.scoring,
         )
 
@@ -305,6 +378,7 @@ class _Distillation:
             precision=config.precision,
             max_length=config.max_length,
             gradient_checkpointing=config.gradient_checkpointing,
+            replace=True,
             **options,
         )
 
@@ -344,7 +418,16 @@ class _Distillation:
         answers = self.texts.best_teacher_answers()
         prompts = [p for p in self.held_out if p.id in answers]
         texts = {p.id: answers[p.id].text for p in prompts}
-        return HeldOut(prompts, texts, self.texts.pairs("held-out"))
+        pairs = self.texts.pairs("held-out")
+        by_row = {row_id(p.id, 0): p.id for p in prompts}
+        for number, pair in enumerate(pairs, start=1):
+            if pair.get("id") not in by_row:
+                raise UsageError(
+                    f"{self.texts.pairs_file('held-out')}, row {number}: its id, "
+                    f"{pair.get('id')!r}, is not that of a held-out prompt that the teacher "
+                    "answered; put it right, or delete the file to have it made again"
+                )
+        return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
 
 
 def _numbered(name: str, number: int, joint: str = "-") -> str:

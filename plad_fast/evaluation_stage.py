@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.report import write_report
-from plad_fast.stage_folder import claim_folder
+from plad_fast.stage_folder import claim_folder, held_by_first
 from plad_fast.students import find_model, holds_model, is_encoder_decoder, load_tokenizer
+
+_LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
 _SETTINGS = (
     *("length_normalization", "max_new_tokens", "student_temperature", "top_p", "seed"),
@@ -62,8 +65,8 @@ def evaluate_on_pairs(
 
     Raises:
         UsageError: from reading the pairs, loading, or generation; names that cannot be told apart
-            as files; and a folder that other models, pairs or settings, or another command, have
-            made.
+            as files; a folder that other models, pairs or settings, or another command, have made;
+            and while another process is at work in it.
     """
     require_packages("rouge_score", "matplotlib")
     _check_names(list(students))
@@ -72,6 +75,17 @@ def evaluate_on_pairs(
         for name, path in students.items()
     }
     config.require_room()
+    with held_by_first(Path(config.output_dir)):
+        return _evaluate_on_pairs(models, pairs, config, overwrite, command)
+
+
+def _evaluate_on_pairs(
+    models: Mapping[str, Path],
+    pairs: str,
+    config: DistillConfig,
+    overwrite: bool,
+    command: str,
+) -> dict[str, Any]:
     folder = Path(config.output_dir)
     rows = read_pairs(pairs)
     held_out = read_held_out(rows, pairs)
@@ -82,11 +96,13 @@ def evaluate_on_pairs(
     try_endpoints(judge=scoring["judge"], overwrite=overwrite)
 
     def discard(found: Mapping[str, Any]) -> None:
-        for name in dict.fromkeys([*students, *found.get("students", ())]):
-            _discard_student(name, folder)
-        for scorer in scoring["scorers"].values():
-            discard_answers(scorer_file(scorer.name, folder))
-        discard_answers(folder / JUDGE_STORE)
+        names = dict.fromkeys([*models, *found.get("students", ())])
+        files = [student_files(name, folder) for name in names]
+        rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
+        answers = [file for answer_files, _ in files for file in answer_files]
+        discard_answers(*answers, *rated, folder / JUDGE_STORE)
+        for file in (*(f for _, f in files), *(calibration_file(n, folder) for n in names)):
+            file.unlink(missing_ok=True)
 
     of_results = config.results_settings()
     claim_folder(
@@ -94,7 +110,7 @@ def evaluate_on_pairs(
         "evaluate",
         {
             **{name: of_results[name] for name in _SETTINGS},
-            "students": list(students),
+            "students": list(models),
             **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
             "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
         },
@@ -130,7 +146,7 @@ def evaluate_on_pairs(
     show_findings(of_students)
     write_report(
         folder / "report.html",
-        title=f"Evaluation of {', '.join(students)}",
+        title=f"Evaluation of {', '.join(models)}",
         config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
         stages=[],
         metrics=results,
@@ -148,21 +164,34 @@ def evaluate_on_pairs(
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Names become names of files, on some systems without regard to case."""
+    """Names become names of files, on some systems without regard to case or to how an accent is
+    written."""
     seen: dict[str, str] = {}
     for name in names:
-        if any(character in name for character in "/\\:\0") or name.startswith("."):
+        odd = any(c in "/\\:" or unicodedata.category(c)[0] == "C" for c in name)
+        if odd or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
             raise UsageError(
-                f"--student {name}=...: a name must not contain / \\ or : nor start with a dot, "
-                "for files are named after it; choose another"
+                f"--student {_shown(name)}=...: a name must not contain / \\ : or control "
+                f"characters, start with a dot or have more than {_LONGEST_NAME} bytes, for files "
+                "are named after it; choose another"
             )
-        plain = name.lower().replace(" ", "-")
+        plain = unicodedata.normalize("NFKC", name).casefold().replace(" ", "-")
         if plain in seen:
             raise UsageError(
                 f"--student {seen[plain]} and --student {name} would share their files; give them "
                 "names that differ in more than case and spaces"
             )
         seen[plain] = name
+        if plain == "teacher":
+            raise UsageError(
+                f"--student {name}: the tables have a row of that name, of the answers in the "
+                "pairs; choose another"
+            )
+
+
+def _shown(name: str) -> str:
+    """Without what a terminal would obey, and of bounded length."""
+    return "".join(c if c.isprintable() else "?" for c in name[:_LONGEST_NAME])
 
 
 def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length: int) -> None:
@@ -179,11 +208,3 @@ def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length:
             max_length=max_length,
             encoder_decoder=is_encoder_decoder(path),
         )
-
-
-def _discard_student(name: str, folder: Path) -> None:
-    answer_files, scores_file = student_files(name, folder)
-    for file in answer_files:
-        discard_answers(file)
-    scores_file.unlink(missing_ok=True)
-    calibration_file(name, folder).unlink(missing_ok=True)

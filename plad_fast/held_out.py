@@ -45,6 +45,7 @@ from plad_fast.pairs import (
     as_response,
     stored_answers,
 )
+from plad_fast.pairs._set_aside import set_aside
 from plad_fast.pairs.judge import Judge as EndpointJudge
 from plad_fast.students import load_model, load_tokenizer
 
@@ -95,6 +96,7 @@ def evaluate_models(
     judge: Judge | None = None,
     calibration_samples: int = 0,
     calibration_scorer: Scorer | None = None,
+    others_aside: bool = False,
 ) -> tuple[dict[str, Any], list[StudentOutputs]]:
     """Measure students on held-out data.
 
@@ -112,6 +114,8 @@ def evaluate_models(
             calibration of its likelihood is measured; 0 leaves that out.
         calibration_scorer: rates these samples; what it says is stored. Default: ROUGE-L to the
             reference where there is one, else to the teacher's answer.
+        others_aside: what the folder has of other models or settings is no error: answers and
+            scores of scorers are kept in files beside the new ones, log-probabilities replaced.
 
     Returns:
         The metrics of `evaluate_students`, to which `calibration` is added (see
@@ -127,7 +131,13 @@ def evaluate_models(
         scorer.check(held_out.prompts)
     quality: StoredScorer | RougeL = RougeL(held_out.prompts, held_out.teacher_answers)
     if calibration_scorer is not None:
-        quality = StoredScorer(calibration_scorer, scorer_file(calibration_scorer.name, folder))
+        quality = StoredScorer(
+            calibration_scorer,
+            scorer_file(calibration_scorer.name, folder),
+            others_aside=others_aside,
+        )
+    if others_aside and isinstance(judge, EndpointJudge) and judge.store is not None:
+        set_aside(judge.store, judge.settings())
     runner = _Runner(
         held_out,
         folder,
@@ -137,6 +147,7 @@ def evaluate_models(
         precision,
         calibration_samples,
         quality,
+        others_aside,
     )
     ran = [runner.run(name, path) for name, path in students.items()]
     outputs = [output for output, _ in ran]
@@ -148,7 +159,7 @@ def evaluate_models(
         held_out.teacher_answers,
         references or None,
         scorers={
-            name: StoredScorer(scorer, scorer_file(scorer.name, folder))
+            name: StoredScorer(scorer, scorer_file(scorer.name, folder), others_aside=others_aside)
             for name, scorer in (scorers or {}).items()
         },
         judge=judge,
@@ -163,7 +174,7 @@ def evaluate_models(
 
 def calibration_file(name: str, folder: Path) -> Path:
     """Where the log-probabilities of a student's samples are stored."""
-    return folder / f"{_slug(name)}-samples-logps.json"
+    return folder / f"{_slug(name)}-calibration.json"
 
 
 def scorer_file(name: str, folder: Path) -> Path:
@@ -193,6 +204,7 @@ class _Runner:
     precision: str
     calibration_samples: int
     quality: StoredScorer | RougeL
+    others_aside: bool
 
     def run(self, name: str, path: Path) -> tuple[StudentOutputs, HeldOutSamples | None]:
         held_out, sampling = self.held_out, self.sampling
@@ -212,7 +224,17 @@ class _Runner:
                 model = load_model(path, dtype=dtype, device=best_device())
                 return LocalModel(model, tokenizer, kind, chat=chat)
 
-            answered.append(stored_answers(load, held_out.prompts, file, how, fingerprint=made_by))
+            answered.append(
+                stored_answers(
+                    load,
+                    held_out.prompts,
+                    file,
+                    how,
+                    fingerprint=made_by,
+                    others_aside=self.others_aside,
+                )
+            )
+        own = [answered[1].first[prompt_id] for prompt_id in held_out.prompts_of_pairs()]
         scoring = _Scoring(path, tokenizer, self.max_length)
         fingerprint = {**made_by, "max_length": self.max_length, **sampling.settings()}
         pair_scores = stored_scores(
@@ -220,13 +242,15 @@ class _Runner:
             {
                 **fingerprint,
                 "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+                "samples": digest([[answer.text, answer.finish_reason] for answer in own]),
                 "length_normalization": self.length_normalization,
             },
             lambda: _score(
                 partial(scoring.pairs, length_normalization=self.length_normalization),
                 held_out.pairs,
-                [answered[1].first[prompt_id] for prompt_id in held_out.prompts_of_pairs()],
+                own,
             ),
+            replace=self.others_aside,
         )
         samples = None
         if self.calibration_samples:
@@ -240,6 +264,7 @@ class _Runner:
                 content_of=lambda p: as_messages(tokenizer, p.content) if chat else p.content,
                 score_responses=scoring.responses,
                 quality=self.quality,
+                replace=self.others_aside,
             )
         outputs = StudentOutputs(
             name,

@@ -18,6 +18,7 @@ from plad_fast.errors import UsageError
 from plad_fast.evaluation import Scorer
 from plad_fast.metrics import FloatArray, rouge
 from plad_fast.pairs import Answer, Prompt, Sampling, as_response, scoring
+from plad_fast.pairs._set_aside import set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,12 @@ class RougeL:
 class StoredScorer:
     """A scorer that keeps what it said in a file, line by line."""
 
-    def __init__(self, scorer: scoring.Scorer, file: Path) -> None:
+    def __init__(self, scorer: scoring.Scorer, file: Path, *, others_aside: bool = False) -> None:
         self.name = scorer.name
         self._scorer = scorer
         self._file = file
+        if others_aside:
+            set_aside(file, scorer.settings())
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
         return scoring.stored_scores(self._scorer, items, self._file)
@@ -93,6 +96,7 @@ def score_samples(
     content_of: Callable[[Prompt], Content],
     score_responses: ScoreResponses,
     quality: Scorer,
+    replace: bool = False,
 ) -> HeldOutSamples:
     """Rate the samples of one student; log-probabilities are stored in `file`.
 
@@ -106,6 +110,7 @@ def score_samples(
         content_of: a prompt as the student was given it.
         score_responses: prompts and their answers -> log-probabilities of these, per token.
         quality: rates the samples; it is asked anew each time, for all prompts at once.
+        replace: see `stored_scores`.
 
     Raises:
         UsageError: from scoring, and as `stored_scores`.
@@ -125,6 +130,7 @@ def score_samples(
         file,
         {**fingerprint, "texts": f"{sum(map(len, texts))} answers, {digest([contents, texts])}"},
         lambda: {"logps": _score_texts(score_responses, contents, texts)},
+        replace=replace,
     )
     by_text = [dict(zip(t, v, strict=True)) for t, v in zip(texts, stored["logps"], strict=True)]
     rated = _rate(quality, prompts, finished)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast._pair_data import dropped_file, show_pairs, write_pairs
 from plad_fast._recipe_data import answer_columns, read_jsonl
+from plad_fast._records import model_digest
 from plad_fast.errors import UsageError
 from plad_fast.pairs import (
     Answer,
@@ -24,9 +25,12 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
+from plad_fast.pairs._set_aside import set_aside
+from plad_fast.pairs.answering import renew_answers
 from plad_fast.pairs.asking import collect
 from plad_fast.pairs.build import NoPairsError
 from plad_fast.pairs.judge import Judge
+from plad_fast.pairs.store import has_rows
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig
 from plad_fast.students import load_tokenizer
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
     from plad_fast.pairs.judge import ChatEndpoint
 
 Answers = Mapping[str, Sequence[Answer]]
+
+TEACHER_FILE = "teacher.jsonl"
+"""In the folder of the answers."""
 
 
 class RecipeTexts:
@@ -96,6 +103,12 @@ class RecipeTexts:
         def load() -> TextModel:
             return self._load_teacher() if teacher is None else teacher
 
+        renew_answers(
+            self._teacher_file,
+            self.prompts,
+            self._teacher_sampling,
+            {**self._teacher_fingerprint(), **self._teacher_sampling.settings()},
+        )
         answered = stored_answers(
             load,
             self.prompts,
@@ -161,12 +174,14 @@ class RecipeTexts:
         Every round has seeds of its own, for the student may have changed little.
         """
         suffix = "" if round_number == 1 else f"-{round_number}"
+        made_by = {"student": name, "weights": model_digest(model)}
         return stored_answers(
             lambda: open_local_model(model, name, precision=self.config.precision),
             prompts,
             self.folder / "answers" / f"student{suffix}.jsonl",
             self.student_sampling(round_number, n),
-            fingerprint={"student": name},
+            fingerprint={**made_by, "precision": self.config.precision},
+            others_aside=True,
         ).answers
 
     def student_sampling(self, round_number: int = 1, n: int = 1) -> Sampling:
@@ -180,9 +195,31 @@ class RecipeTexts:
             batch_size=config.generation_batch_size,
         )
 
+    def has_teacher_answers(self) -> bool:
+        """Whether some are stored, whatever teacher gave them."""
+        return has_rows(self._teacher_file)
+
+    def teacher_settings(self) -> dict[str, Any]:
+        """What the teacher's answers depend on beside the prompts and their number."""
+        config = self.config
+        return {
+            **{
+                name if name in ("teacher", "base_url") else f"teacher's {name}": value
+                for name, value in self._teacher_fingerprint().items()
+            },
+            "teacher_temperature": config.teacher_temperature,
+            "max_new_tokens": config.max_new_tokens,
+            "seed": config.seed,
+            **({"precision": config.precision} if config.has_local_teacher else {}),
+        }
+
+    def scorer_settings(self) -> dict[str, Any]:
+        """What the scores of the pairs depend on; empty without a scorer."""
+        return {} if self._scorer is None else self._scorer.settings()
+
     @property
     def _teacher_file(self) -> Path:
-        return self.folder / "answers" / "teacher.jsonl"
+        return self.folder / "answers" / TEACHER_FILE
 
     @property
     def _teacher_sampling(self) -> Sampling:
@@ -207,6 +244,11 @@ class RecipeTexts:
         Raises:
             UsageError: none is left, or nothing can be learned from them.
         """
+        scores = self.folder / "pairs" / "scores.jsonl"
+        if self._scorer is not None:
+            for store in (scores, getattr(self._scorer, "store", None)):
+                if store is not None:
+                    set_aside(store, self._scorer.settings())
         rows, report = select_pairs(
             self.config,
             self._scorer,
@@ -214,7 +256,7 @@ class RecipeTexts:
             self.teacher_answers(),
             samples,
             tokenizer=load_tokenizer(tokenizer),
-            scores_path=self.folder / "pairs" / "scores.jsonl",
+            scores_path=scores,
             path=self.pairs_file(file),
         )
         show_pairs(rows, report, self.pairs_file(file), "training pairs")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import require_one_gpu
+from plad_fast._folder_locks import HeldFolder
 from plad_fast._pair_data import dropped_file, show_findings, show_pairs
 from plad_fast._recipe_data import (
     answer_columns,
@@ -16,8 +18,10 @@ from plad_fast._recipe_data import (
     prompts_digest,
     read_pairs,
 )
+from plad_fast._recipe_stages import STAGES
 from plad_fast._records import model_digest
 from plad_fast.data_checks import check_rows, require_learnable
+from plad_fast.errors import UsageError
 from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
     Sampling,
@@ -27,13 +31,14 @@ from plad_fast.pairs import (
     stored_answers,
     teacher_fingerprint,
 )
+from plad_fast.pairs._set_aside import set_aside
 from plad_fast.pairs.judge import Judge
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
-from plad_fast.stage_folder import claim_folder
+from plad_fast.stage_folder import claim_folder, held_by_first, record_rows
 from plad_fast.students import check_loadable, find_model, load_tokenizer
-from plad_fast.training import is_trained, train_model
+from plad_fast.training import discard_training, is_trained, train_model
 from plad_fast.training_checks import check_training
 
 # The endpoint's address is among what the teacher is known by.
@@ -58,10 +63,15 @@ def pair_models(
         overwrite: discard the answers and scores stored there.
 
     Raises:
-        UsageError: from loading, generation, scoring or storing; when no pair is left; and where
-            other prompts, models or settings, or another command, have made the folder.
+        UsageError: from loading, generation, scoring or storing; when no pair is left; where other
+            prompts, models or settings, or another command, have made the folder, and while another
+            process is at work in it.
     """
-    config = replace(config, teacher=teacher)
+    with held_by_first(Path(config.output_dir)):
+        return _pair_models(replace(config, teacher=teacher), teacher, student, overwrite)
+
+
+def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: bool) -> Path:
     folder = Path(config.output_dir)
     prompts = load_recipe_prompts(config)
     columns = answer_columns(config)
@@ -107,8 +117,7 @@ def pair_models(
     }
 
     def discard(_: Mapping[str, Any]) -> None:
-        for file in (*stores, scores, verdicts):
-            discard_answers(file)
+        discard_answers(*stores, scores, verdicts)
 
     def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
         first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
@@ -124,7 +133,12 @@ def pair_models(
             overwrite=overwrite,
             discard=discard,
             extends=has_fewer_prompts,
+            of_results=STAGES["pairs"],
         )
+        if scorer is not None:
+            for store in (scores, getattr(scorer, "store", None)):
+                if store is not None:
+                    set_aside(store, scorer.settings())
 
     with joined() as ranks:
         ranks.from_first(claim)
@@ -163,6 +177,7 @@ def pair_models(
             path=path,
         )
         show_pairs(rows, report, path)
+        record_rows(folder, path.name)
         return str(report)
 
     with joined() as ranks:
@@ -184,6 +199,7 @@ def train_on_pairs(
     loss: str = "plad_ranking",
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
+    overwrite: bool = False,
     **options: Any,
 ) -> Path:
     """Train a model on a file of pairs; make `output_dir`. Resumable.
@@ -191,6 +207,8 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
+        overwrite: remove a model that an earlier training made there, and its checkpoints, first. A
+            folder with anything else in it is refused.
         options: of `train_model`, whose defaults they have, and `saves_per_stage`.
 
     Raises:
@@ -207,17 +225,26 @@ def train_on_pairs(
     show_findings(findings)
     require_learnable(findings, "give other --pairs")
     folder = Path(expanded(output_dir))
-    done_before = is_trained(folder)
-    log = train_model(
-        source,
-        rows,
-        folder,
-        loss=loss,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        saves=options.pop("saves_per_stage", DistillConfig.saves_per_stage),
-        **options,
-    )
+    # One that is not there is made at the end; its checkpoints are locked until then.
+    with HeldFolder(folder) if folder.exists() else nullcontext():
+        if overwrite:
+            if Path(source).expanduser().resolve() == folder.resolve():
+                raise UsageError(
+                    f"--model and --output-dir are both {folder}, and --overwrite would remove the "
+                    "model before it is read; choose another --output-dir"
+                )
+            discard_training(folder)
+        done_before = is_trained(folder)
+        log = train_model(
+            source,
+            rows,
+            folder,
+            loss=loss,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            saves=options.pop("saves_per_stage", DistillConfig.saves_per_stage),
+            **options,
+        )
     if done_before:
         print("done before, with the same settings and pairs", flush=True)
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})

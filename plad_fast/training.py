@@ -21,6 +21,7 @@ from plad_fast._files import publish_folder, write_atomically
 from plad_fast._manifest import require_whole, write_manifest
 from plad_fast._records import digest, model_digest, require_equal
 from plad_fast._signals import deferred_signals
+from plad_fast._trained_folders import LOG, RECORD, remove_model, require_ours
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
 from plad_fast.run_folder import lock_folder
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from plad_fast.trainer import PLaDTrainer
 
 _WARMUP_SHARE = 0.1
-_RECORD = "training.json"
 _REFERENCE = "reference"  # see `PLaDConfig.reference_cache`
 _NOTICE = "{}: saving a checkpoint after this step, then ending; once more ends at once"
 
@@ -55,6 +55,7 @@ def train_model(
     loss_args: str | None = None,
     sft_weight: float | None = None,
     length_normalization: float | None = None,
+    replace: bool = False,
 ) -> list[dict[str, Any]]:
     """Train the model in `source` on preference rows and save it in `output`.
 
@@ -82,6 +83,8 @@ def train_model(
         precision: "float32", "bfloat16" autocast, or "auto".
         max_length: tokens of prompt and response.
         gradient_checkpointing: compute activations again in the backward rather than keep them.
+        replace: a model that another training made, and checkpoints of one, are no error. The model
+            stays until the new one is trained.
 
     Returns:
         The trainer's log history.
@@ -113,21 +116,26 @@ def train_model(
     }
     checkpoints = output.with_name(f"{output.name}.checkpoints")
     if is_trained(output):  # a run may be killed between this and its own record of it
-        _require_record(output, record)
-        require_whole(output)
-        _discard(checkpoints)
-        return log_history(output)
+        if not replace or _found_record(output) == record:
+            _require_record(output, record)
+            require_whole(output)
+            discard_checkpoints(output)
+            return log_history(output)
+        require_ours(output)
     check_loadable(source)
     checkpoints.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(checkpoints)
     try:
         # A training that was refused leaves its record alone, which keeps nobody from another.
-        names = {entry.name for entry in checkpoints.iterdir()} - {_RECORD}
+        names = {entry.name for entry in checkpoints.iterdir()} - {RECORD}
         if any(not name.startswith(".") for name in names):
-            _require_record(checkpoints, record)
+            if replace and _found_record(checkpoints) not in (None, record):
+                _remove_training(checkpoints)
+            else:
+                _require_record(checkpoints, record)
         training = digest(record)
         found = newest_checkpoint(checkpoints, training)
-        write_atomically(checkpoints / _RECORD, json.dumps(record, indent=1))
+        write_atomically(checkpoints / RECORD, json.dumps(record, indent=1))
         steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
         trainer = _trainer(
             source,
@@ -159,11 +167,13 @@ def train_model(
         partial = output.with_name(f".{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         trainer.save_model(str(partial))
-        (partial / "log_history.json").write_text(json.dumps(log, indent=1))
-        shutil.copy(checkpoints / _RECORD, partial / _RECORD)
+        (partial / LOG).write_text(json.dumps(log, indent=1))
+        shutil.copy(checkpoints / RECORD, partial / RECORD)
         write_manifest(partial)
-        publish_folder(partial, output)  # in place of an empty one, as was found above
-        _discard(checkpoints)
+        if is_trained(output):  # to be replaced, as was found above
+            remove_model(output)
+        publish_folder(partial, output)
+        discard_checkpoints(output)
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
     finally:
@@ -172,16 +182,41 @@ def train_model(
     return log
 
 
-def _discard(checkpoints: Path) -> None:
+def discard_training(output: Path) -> None:
+    """Removes a model that a training made, and the checkpoints of one beside it.
+
+    Raises:
+        UsageError: the folder holds something else, or another process trains there; nothing is
+            removed.
+    """
+    checkpoints = output.with_name(f"{output.name}.checkpoints")
+    if is_trained(output):
+        require_ours(output)
+    lock = lock_folder(checkpoints) if checkpoints.is_dir() else None
+    try:
+        if is_trained(output):
+            remove_model(output)
+        discard_checkpoints(output)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def discard_checkpoints(output: Path) -> None:
     """Removes what a training left beside its model, and nothing that others put there."""
+    checkpoints = output.with_name(f"{output.name}.checkpoints")
     if not checkpoints.is_dir():
         return
     with contextlib.suppress(OSError):  # the next call removes the rest
-        remove_checkpoints(checkpoints)
-        shutil.rmtree(checkpoints / _REFERENCE, ignore_errors=True)
-        for path in [*checkpoints.glob(f".{_RECORD}.*"), checkpoints / _RECORD]:
+        _remove_training(checkpoints)
+        for path in [*checkpoints.glob(f".{RECORD}.*"), checkpoints / RECORD]:
             path.unlink(missing_ok=True)
         checkpoints.rmdir()
+
+
+def _remove_training(checkpoints: Path) -> None:
+    remove_checkpoints(checkpoints)
+    shutil.rmtree(checkpoints / _REFERENCE, ignore_errors=True)
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
@@ -223,19 +258,28 @@ def is_trained(output: Path) -> bool:
 
 def _require_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises UsageError unless the training of this record made the folder."""
-    advice = f"choose another --output-dir, or delete {folder}"
-    try:
-        found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{folder} is there already and has no record of a training ({_RECORD}); {advice}"
-        ) from None
+    found = _found_record(folder)
+    if found is None:
+        is_there = (folder / RECORD).exists()
+        what = f"a damaged {RECORD}" if is_there else f"no record of a training ({RECORD})"
+        advice = "choose another --output-dir" + ", or pass --overwrite to replace it" * is_there
+        raise UsageError(f"{folder} is there already and has {what}; {advice}")
+    advice = "choose another --output-dir, or pass --overwrite to replace it"
     require_equal(found, json.loads(json.dumps(record)), folder, advice)
+
+
+def _found_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the training that made a folder; None where there is none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def log_history(model_folder: Path) -> list[dict[str, Any]]:
     """The log of the training that made a folder of `train_model`; empty if there is none."""
-    path = model_folder / "log_history.json"
+    path = model_folder / LOG
     return json.loads(path.read_text()) if path.is_file() else []
 
 

@@ -8,8 +8,11 @@ import sys
 
 import pytest
 
+from plad_fast._recipe_stages import stage_settings
 from plad_fast.cli import main
-from plad_fast.pairs import builtin_prompts
+from plad_fast.errors import UsageError
+from plad_fast.pairs import LocalModel, builtin_prompts
+from plad_fast.recipe import DistillConfig
 from tests.recipe_runs import arguments, kill_at
 
 STAGES = [
@@ -93,12 +96,20 @@ def test_two_runs_give_the_same_numbers(finished, tiny_teacher, tmp_path):
         assert (tmp_path / "again" / name).read_text() == (finished / name).read_text(), name
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished, tiny_teacher, capsys):
-    assert main(arguments(tiny_teacher, finished, "--beta", "9")) == 2
+def copy_of(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, tmp_path, capsys):
+    """Its answers may have been paid for; everything else would be made anew all the same."""
+    folder = copy_of(finished, tmp_path)
+    before = contents(folder)
+    assert main(arguments(tiny_teacher, folder, "--max-new-tokens", "50")) == 2
     error = capsys.readouterr().err
-    assert "beta was 0.5 and is 9.0" in error or "and is 9.0" in error
+    assert "max_new_tokens was 60 and is 50" in error
     assert "--overwrite" in error
-    assert (finished / "report.html").is_file()
+    assert contents(folder) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signal")
@@ -169,17 +180,117 @@ def test_a_finished_run_may_be_moved(finished, tiny_teacher, tmp_path, capsys, m
     assert capsys.readouterr().out.count("done before") == len(STAGES)
 
 
-def test_a_changed_prompts_file_is_refused_at_once(tiny_teacher, tmp_path, capsys, monkeypatch):
-    """Under the same path there is one more prompt: the answers there are not to these."""
+def test_answers_to_prompts_that_are_still_there_are_kept(
+    tiny_teacher, tmp_path, capsys, monkeypatch
+):
+    """Under the same path one prompt is new and one has changed under its id."""
     file = tmp_path / "prompts.jsonl"
-    rows = [json.dumps({"prompt": p.content}) + "\n" for p in builtin_prompts()[:12]]
-    file.write_text("".join(rows[:11]))
-    monkeypatch.setattr("plad_fast.distill._Distillation.run", lambda run: {})
+    rows = [{"prompt": p.content, "id": i} for i, p in enumerate(builtin_prompts()[:12])]
+    write_rows(file, rows[:11])
     command = [*arguments(tiny_teacher, tmp_path / "run"), "--prompts", str(file)]
     command[command.index("--held-out") + 1] = "4"
-    assert main(command) == 0
-    file.write_text("".join(rows))
+    monkeypatch.setattr("plad_fast.distill._Distillation._fine_tune", stop)
     assert main(command) == 2
+    store = tmp_path / "run" / "answers" / "teacher.jsonl"
+    before = store.read_text().splitlines()
+    rows[3]["prompt"] = "Say something else."
+    write_rows(file, rows)
+    asked = []
+    real = LocalModel.generate_samples
+    monkeypatch.setattr(
+        LocalModel,
+        "generate_samples",
+        lambda model, wanted, sampling: (asked.extend(wanted), real(model, wanted, sampling))[1],
+    )
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "prompts was '11 prompts, " in capsys.readouterr().out
+    assert [prompt.id for prompt, _ in asked] == ["3", "11"]
+    after = store.read_text().splitlines()
+    [changed] = [line for line in before if line.startswith('{"id": "3"')]
+    assert after[:-2] == [line for line in before if line != changed]
+    assert store.with_name("teacher.old.jsonl").read_text().splitlines()[1:] == [changed]
+
+
+def stop(*_):
+    raise UsageError("far enough")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_changed_setting_makes_anew_what_depends_on_it(finished, tiny_teacher, tmp_path, capsys):
+    """Evaluation settings the evaluation alone, the margin the calibration and what follows; the
+    numbers are those of a run that never had another setting."""
+    folder = copy_of(finished, tmp_path)
+    before = (finished / "metrics.json").read_text()
+    assert main(arguments(tiny_teacher, folder, "--calibration-samples", "2")) == 0
+    out = capsys.readouterr().out
+    assert "calibration_samples was 0 and is 2: evaluation runs anew" in out
+    assert out.count("done before") == len(STAGES) - 1
+    assert json.loads((folder / "metrics.json").read_text())["calibration"] is not None
+
+    assert main(arguments(tiny_teacher, folder, "--beta", "9", "--epochs", "1")) == 0
+    out = capsys.readouterr().out
+    assert "beta was None and is 9.0: calibration and evaluation run anew" in out
+    assert out.count("done before") == len(STAGES) - 2
+    assert json.loads((folder / "plad" / "training.json").read_text())["beta"] == 9.0
+    assert (folder / "metrics.json").read_text() != before
+
+    assert main(arguments(tiny_teacher, folder)) == 0
+    assert (folder / "metrics.json").read_text() == before
+    capsys.readouterr()
+    assert main(arguments(tiny_teacher, folder)) == 0
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+
+
+def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
+    folder = copy_of(finished, tmp_path)
+    file = folder / "pairs" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    # The same rows in another spelling are no edit.
+    write_rows(file, [dict(reversed(row.items())) for row in rows])
+    assert main(arguments(tiny_teacher, folder)) == 0
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+
+    rows[1]["chosen"][0]["content"] = "better"
+    write_rows(file, rows[1:])
+    edited = file.read_text()
+    assert main(arguments(tiny_teacher, folder)) == 0
+    out = capsys.readouterr().out
+    count = f"({len(rows)} before, {len(rows) - 1} now)"
+    assert f"pairs/train.jsonl has other rows {count}, and is kept as edited: calibration" in out
+    assert out.count("done before") == len(STAGES) - 2
+    assert file.read_text() == edited
+    record = json.loads((folder / "plad" / "training.json").read_text())
+    assert record["rows"].startswith(f"{len(rows) - 1} rows, ")
+    assert main(arguments(tiny_teacher, folder)) == 0
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+
+    # What would make the file anew is refused before anything is done.
+    before = contents(folder)
+    assert main(arguments(tiny_teacher, folder, "--sft-epochs", "1")) == 2
     error = capsys.readouterr().err
-    assert "prompts_digest was '11 prompts, " in error
-    assert "and is '12 prompts, " in error
+    assert "train.jsonl was edited" in error
+    assert "sft_epochs was 2.0 and is 1.0" in error
+    # Cut off, there is nothing that the edit could be made again from.
+    file.write_text("".join(edited.splitlines(keepends=True)[:2]))
+    assert main(arguments(tiny_teacher, folder)) == 2
+    assert f"has 2 of its {len(rows) - 1} rows" in capsys.readouterr().err
+    file.write_text(edited)
+    assert contents(folder) == before
+    file.unlink()
+    assert main(arguments(tiny_teacher, folder)) == 0
+    assert (folder / "metrics.json").read_text() == (finished / "metrics.json").read_text()
+
+
+def test_every_setting_is_one_of_a_stage(tiny_teacher, tmp_path):
+    """A new one would make all stages anew until it is listed with its own."""
+    config = DistillConfig()
+    everywhere = set.intersection(*(set(stage_settings(config, stage)) for stage in STAGES))
+    assert not everywhere

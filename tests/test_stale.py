@@ -49,8 +49,10 @@ def test_a_finished_training_is_recognised_and_another_refused(
         assert main(command) == 2
         error = capsys.readouterr().err
         assert re.search(message, error)
-        assert f"choose another --output-dir, or delete {output}" in error
+        assert "choose another --output-dir, or pass --overwrite" in error
     assert (output / "model.safetensors").read_bytes() == weights
+    assert main([*train(tiny_teacher, pairs, output, "--beta", "3"), "--overwrite"]) == 0
+    assert json.loads((output / "training.json").read_text())["beta"] == 3.0
 
 
 def changed_copy(model_folder, copy):
@@ -227,7 +229,7 @@ def test_pairs_of_other_prompts_or_settings_are_not_replaced(
     fewer.write_text("".join(more.read_text().splitlines(keepends=True)[:0:-1]))
     others = {
         "prompts was '6 prompts, .* and is '6 prompts, ": [*command, "--prompts", str(fewer)],
-        "select was 'teacher' and is 'all'": [*command, "--select", "all"],
+        "student_temperature was 1.0 and is 0.5": [*command, "--student-temperature", "0.5"],
     }
     with monkeypatch.context() as patch:
         patch.setattr("plad_fast.pairs.sources.open_local_model", None)
@@ -243,7 +245,99 @@ def test_pairs_of_other_prompts_or_settings_are_not_replaced(
     answers = (output / "teacher.jsonl").read_bytes()
     assert answers.startswith(before[output / "teacher.jsonl"])
     assert len(answers) > len(before[output / "teacher.jsonl"])
-    assert main([*others["select was 'teacher' and is 'all'"], "--overwrite"]) == 0
+    assert main([*others["student_temperature was 1.0 and is 0.5"], "--overwrite"]) == 0
+
+
+def test_other_pairs_are_made_of_the_answers_that_are_there(
+    tiny_teacher, pairs, tmp_path, capsys, monkeypatch
+):
+    """How pairs are chosen has no part in the answers, which may have been paid for."""
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    assert main(command) == 0
+    first = (output / "pairs.jsonl").read_bytes()
+    monkeypatch.setattr("plad_fast.pairs.sources.open_local_model", None)
+    for scorer in ("length", "brevity", "length"):
+        by_score = [*command, "--scorer", scorer, "--select", "best-worst-pooled"]
+        assert main(by_score) == 0
+    out = capsys.readouterr().out
+    assert "select was 'teacher' and is 'best-worst-pooled': pairs.jsonl is made anew" in out
+    assert (output / "pairs.jsonl").read_bytes() != first
+    assert main(command) == 0
+    assert (output / "pairs.jsonl").read_bytes() == first
+    # Scores of the other scorer are kept, and taken back with it.
+    assert len(list(output.glob("scores.*.jsonl"))) == 1
+
+
+def test_pairs_that_were_edited_or_cut_off(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    assert main(command) == 0
+    file = output / "pairs.jsonl"
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[1:]))
+    assert main(command) == 2
+    assert "pairs.jsonl was edited" in capsys.readouterr().err
+    assert file.read_bytes() == b"".join(lines[1:])
+    # What reads as whole rows is no whole file: nobody trains on half.
+    for half in (b"".join(lines[:2]), whole[: len(whole) // 2], b""):
+        file.write_bytes(half)
+        for trained in (
+            train(tiny_teacher, file, tmp_path / "t"),
+            evaluate(tiny_teacher, file, tmp_path / "e"),
+        ):
+            assert main(trained) == 2
+        if half.endswith(b"\n"):
+            assert f"pairs.jsonl has 2 of its {len(lines)} rows" in capsys.readouterr().err
+        assert main(command) == 0
+        assert file.read_bytes() == whole
+    assert not (tmp_path / "t").exists()
+    assert not (tmp_path / "e").exists()
+    # Elsewhere it is a file like any other.
+    (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:2]))
+    assert main(train(tiny_teacher, tmp_path / "part.jsonl", tmp_path / "t")) == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"form', b"\0" * 40, b"[1]", b"no JSON"])
+def test_a_damaged_record_is_replaced_where_that_is_asked_for(
+    damage, tiny_teacher, pairs, tmp_path, capsys
+):
+    made, model = tmp_path / "p", tmp_path / "m"
+    commands = [
+        (made / "stage.json", pair(tiny_teacher, tiny_teacher, pairs, made)),
+        (model / "training.json", train(tiny_teacher, pairs, model)),
+    ]
+    for record, command in commands:
+        assert main(command) == 0
+        results = content(record.parent)
+        record.write_bytes(damage)
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert record.name in error
+        assert "damaged" in error
+        assert "--overwrite" in error
+        assert content(record.parent) == {**results, record: damage}
+        assert main([*command, "--overwrite"]) == 0
+        assert main(command) == 0
+
+
+def test_only_a_model_that_was_trained_here_is_overwritten(tiny_teacher, pairs, tmp_path, capsys):
+    """Nobody is advised to delete what is not ours, and nothing of it is removed."""
+    foreign, mixed = tmp_path / "foreign", tmp_path / "mixed"
+    shutil.copytree(tiny_teacher, foreign)
+    assert main(train(tiny_teacher, pairs, mixed)) == 0
+    (mixed / "notes.txt").write_text("of somebody")
+    before = content(tmp_path)
+    for folder, what in ((foreign, "training.json"), (mixed, "notes.txt")):
+        for extra in (["--epochs", "2"], ["--epochs", "2", "--overwrite"]):
+            assert main(train(tiny_teacher, pairs, folder, *extra)) == 2
+            assert "delete" not in (error := capsys.readouterr().err)
+        assert what in error
+    command = train(foreign, pairs, foreign, "--overwrite")
+    assert main(command) == 2
+    assert "--model and --output-dir are both" in capsys.readouterr().err
+    assert content(tmp_path) == before
 
 
 def test_an_interrupted_overwriting_goes_on_without_the_flag(

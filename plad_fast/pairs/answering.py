@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from plad_fast.pairs._set_aside import set_aside, set_rows_aside
 from plad_fast.pairs.asking import (
     Answered,
     all_wanted,
@@ -19,10 +20,10 @@ from plad_fast.pairs.asking import (
     report_failures,
     row_id,
 )
-from plad_fast.pairs.prompts import Prompt
+from plad_fast.pairs.prompts import Prompt, content_digest
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.sharding import Ranks, joined, merge_shards, shard_path, shard_paths, share
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.pairs.store import AnswerStore, locked_store
 from plad_fast.pairs.teachers import Failure, TextModel
 
 
@@ -68,6 +69,7 @@ def stored_answers(
     *,
     fingerprint: Mapping[str, Any],
     overwrite: bool = False,
+    others_aside: bool = False,
     progress: bool = True,
     to_the_end: bool = False,
 ) -> Answered:
@@ -84,6 +86,8 @@ def stored_answers(
             those that a killed run left are taken in first.
         fingerprint: what else the answers depend on, such as the model's name.
         overwrite: discard what is stored.
+        others_aside: keep answers of another fingerprint, and those to what these prompts were
+            before, in files beside the store, rather than raise an error; see `_set_aside`.
         to_the_end: answers that are cut off are of no use. Once sixteen prompts are answered, and
             before more are paid for, it is an error if no answer to them ended, and a warning if
             most did not. Models that several processes share are not watched.
@@ -94,25 +98,50 @@ def stored_answers(
     settings = {**fingerprint, **sampling.settings()}
     with joined() as ranks, ExitStack() as stack:
         run = _Run(ranks, prompts, sampling, Path(path).expanduser(), settings)
-        missing = ranks.from_first(lambda: run.open(stack, overwrite))
+        missing = ranks.from_first(lambda: run.open(stack, overwrite, others_aside))
         if missing:
             sharded = ranks.from_first(lambda: run.load(load))
             run.ask(load, frozenset(missing), sharded, progress, to_the_end)
         return ranks.from_first(run.close)
 
 
-def discard_answers(path: str | os.PathLike[str]) -> None:
-    """Removes a store, and the shares and the list of failures beside it, where there are any.
+def discard_answers(*paths: str | os.PathLike[str]) -> None:
+    """Removes stores, and the shares and the lists of failures beside them, where there are any.
 
     Raises:
-        UsageError: a file is no store; it is left alone.
+        UsageError: a file is no store, or is open in another process; all are left alone.
     """
-    path = Path(path).expanduser()
-    for file in (path, *shard_paths(path)):
-        if file.exists():
-            AnswerStore.open(file, {}, overwrite=True).close()
+    stores = [Path(path).expanduser() for path in paths]
+    with ExitStack() as held:
+        files = [f for store in stores for f in (store, *shard_paths(store)) if f.exists()]
+        for file in files:
+            held.enter_context(locked_store(file))
+        for file in files:
             file.unlink()
-    failure_list(path).unlink(missing_ok=True)
+        for store in stores:
+            failure_list(store).unlink(missing_ok=True)
+
+
+def renew_answers(
+    path: str | os.PathLike[str],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    settings: Mapping[str, Any],
+) -> None:
+    """Moves answers to what prompts were before out of a store; see `_set_aside`.
+
+    Args:
+        path: of the store, which nobody has open.
+        prompts, sampling: see `generate_answers`.
+        settings: the store's whole fingerprint.
+    """
+    digests = {
+        row_id(prompt.id, k): content_digest(prompt.content)
+        for prompt, k in all_wanted(prompts, sampling)
+    }
+    set_rows_aside(
+        path, settings, lambda row: digests.get(row["id"], row["prompt"]) == row["prompt"]
+    )
 
 
 class _Run:
@@ -137,10 +166,13 @@ class _Run:
         self._model: TextModel | None = None
         self._failures: dict[str, Failure] = {}
 
-    def open(self, stack: ExitStack, overwrite: bool) -> list[str]:
+    def open(self, stack: ExitStack, overwrite: bool, others_aside: bool) -> list[str]:
         """Ids of the rows that the store lacks."""
         if overwrite:
             discard_answers(self._path)
+        if others_aside:
+            set_aside(self._path, self._settings)
+            renew_answers(self._path, self._prompts, self._sampling, self._settings)
         store = stack.enter_context(AnswerStore.open(self._path, self._settings))
         merge_shards(store, self._settings, self._order)
         check_prompts(self._prompts, store, self._sampling)

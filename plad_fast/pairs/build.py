@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.pairs._pair_report import NoPairsError, PairReport
+from plad_fast.pairs.asking import row_id
 from plad_fast.pairs.filters import KEEP_ALL, PairFilters
 from plad_fast.pairs.prompts import Prompt, as_messages, require_unique_ids
 from plad_fast.pairs.select import (
@@ -56,8 +57,8 @@ def build_pairs(
     the tokenizer has a chat template; else they are text, and the responses start with a space
     where the prompt does not end in white space, so that their sum reads as a model would write it.
 
-    The id is the prompt's; with a tab and the student's sample number behind it where that is not 0
-    and `select` is "all".
+    The id is the prompt's, with its tabs doubled; with a tab and the student's sample number behind
+    it where that is not 0 and `select` is "all".
 
     Args:
         prompts: with ids of their own.
@@ -171,7 +172,7 @@ def _row(
         if None not in scores:
             row |= dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
     sample = found[-1].answer.sample if select == "all" else 0
-    row |= {"id": f"{prompt.id}\t{sample}" if sample else prompt.id, "source": source}
+    row |= {"id": row_id(prompt.id, sample), "source": source}
     if prompt.reference is not None:
         row["reference"] = prompt.reference
     return row

@@ -28,7 +28,7 @@ except ImportError:  # not a POSIX system; two writers are then not told apart
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "plad-fast answers"
+FORMAT = "plad-fast answers"
 _VERSION = 1
 
 Row = dict[str, Any]
@@ -64,9 +64,18 @@ class AnswerStore:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
                 process, or holds rows that were made with another fingerprint.
         """
-        path = Path(path).expanduser()
         # A round trip makes of the settings what comes back from a file: lists of tuples, say.
         settings = json.loads(json.dumps(dict(fingerprint)))
+        store = cls._locked(Path(path).expanduser())
+        try:
+            store._load(settings, overwrite)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def _locked(cls, path: Path) -> AnswerStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: after a failed write nothing is left behind to be written later.
@@ -76,7 +85,6 @@ class AnswerStore:
         store = cls(path, file)
         try:
             store._lock()
-            store._load(settings, overwrite)
         except BaseException:
             store.close()
             raise
@@ -132,7 +140,7 @@ class AnswerStore:
             logger.warning("%s: this file system has no locks (%s)", self.path, error)
 
     def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
-        header = {"format": _FORMAT, "version": _VERSION, "fingerprint": settings}
+        header = {"format": FORMAT, "version": _VERSION, "fingerprint": settings}
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -158,7 +166,7 @@ class AnswerStore:
 
     def _require_store(self, content: bytes) -> None:
         """Nothing of a file that is not ours is ever cut off or overwritten."""
-        start = _line({"format": _FORMAT})[: -len(b"}\n")]
+        start = _line({"format": FORMAT})[: -len(b"}\n")]
         if content and not content.startswith(start) and not start.startswith(content):
             raise UsageError(f"{self.path} is not a store of answers; choose another output folder")
 
@@ -207,6 +215,22 @@ class AnswerStore:
             if isinstance(error, OSError):
                 raise _unwritable(self.path, error) from error
             raise
+
+
+def locked_store(path: Path) -> AnswerStore:
+    """A store of any fingerprint that no other process can open, and of which nothing is read.
+
+    Raises:
+        UsageError: the file is no store, or is open in another process.
+    """
+    store = AnswerStore._locked(path)
+    try:
+        store._file.seek(0)
+        store._require_store(store._file.read())
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def has_rows(path: str | os.PathLike[str]) -> bool:
