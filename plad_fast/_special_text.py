@@ -34,7 +34,7 @@ class SpecialText:
     def hide(self, value: Any) -> Any:
         """A text, or a structure of lists and mappings, with stand-ins for special tokens in it."""
         if isinstance(value, str):
-            return self._pattern.sub(lambda found: f"{_MARK}{self._tokens[found[0]]:07}", value)
+            return self._replaced(value, _MARK)
         if isinstance(value, Mapping):
             return {self.hide(key): self.hide(inner) for key, inner in value.items()}
         return [self.hide(inner) for inner in value] if isinstance(value, (list, tuple)) else value
@@ -63,10 +63,7 @@ class SpecialText:
                 "which only a fast tokenizer can encode as text; remove it from the message, load "
                 "the fast tokenizer, or set split_special_tokens=False to make a token of it"
             )
-        renamed = [
-            self.shown(self._pattern.sub(lambda found: _renamed(self._tokens[found[0]]), text))
-            for text in texts
-        ]
+        renamed = [self.shown(self._replaced(text, _RENAMED)) for text in texts]
         encodings = self._renamed.encode_batch(renamed, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -86,10 +83,30 @@ class SpecialText:
     def _texts(self) -> dict[int, str]:
         return {index: text for text, index in self._tokens.items()}
 
+    def _replaced(self, text: str, mark: str) -> str:
+        """A text whose special tokens are a mark and their number each, the longest ones first.
+
+        Not by one regular expression: a Gemma has thousands of them.
+        """
+        parts, done = [], 0
+        for found in self._starts.finditer(text):
+            at = found.start()
+            pieces = (text[at : at + length] for length in self._lengths)
+            token = next((piece for piece in pieces if piece in self._tokens), None)
+            if token is not None and at >= done:
+                parts += [text[done:at], f"{mark}{self._tokens[token]:07}"]
+                done = at + len(token)
+        return "".join([*parts, text[done:]])
+
     @functools.cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    def _starts(self) -> re.Pattern[str]:
+        return re.compile(
+            "|".join(re.escape(c) for c in {token[0] for token in self._tokens}) or "(?!)"
+        )
+
+    @functools.cached_property
+    def _lengths(self) -> list[int]:
+        return sorted({len(token) for token in self._tokens}, reverse=True)
 
     @functools.cached_property
     def _renamed(self) -> Tokenizer:
@@ -98,7 +115,7 @@ class SpecialText:
 
         backend: Any = self.tokenizer
         state = json.loads(backend.backend_tokenizer.to_str())
-        new = {text: _renamed(index) for text, index in self._tokens.items()}
+        new = {text: f"{_RENAMED}{index:07}" for text, index in self._tokens.items()}
         for token in state["added_tokens"]:
             token["content"] = new.get(token["content"], token["content"])
         model = state["model"]
@@ -122,7 +139,3 @@ class SpecialText:
                 "messages, or set split_special_tokens=False to make tokens of them"
             )
         return renamed
-
-
-def _renamed(index: int) -> str:
-    return f"{_RENAMED}{index:07}"

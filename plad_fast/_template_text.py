@@ -129,7 +129,7 @@ def whole_conversation(
     full = apply_template(tokenizer, [*prompt, answer], options)
     content = answer.get("content") or ""
     extra = [key for key in answer if key not in ("role", "content") and not _is_empty(answer[key])]
-    for key in extra:
+    for key in [*extra, "content"] if extra and content.strip() else extra:
         _require_shown(tokenizer, prompt, answer, key, full, options)
     thinks = bool(_OPENS.match(content) or _CLOSES.search(content))
     common = common_length(head, full)
@@ -208,6 +208,7 @@ def _require_shown(
     if key in _REASONING:
         same = {name for name in _REASONING if answer.get(name) == answer[key]}
     without = {name: value for name, value in answer.items() if name not in same}
+    without.setdefault("content", "")
     try:
         ignored = apply_template(tokenizer, [*prompt, without], options) == full
     except UsageError:
@@ -215,8 +216,8 @@ def _require_shown(
     if ignored:
         raise UsageError(
             f"a message of the response has the key {key!r}, which the chat template of "
-            f"{template_name(tokenizer)} does not show: it would be lost; leave the key out, put "
-            "its text into the content, or set a tokenizer.chat_template that shows it"
+            f"{template_name(tokenizer)} does not show there: it would be lost; leave the key out, "
+            "put what it says into another one, or set a tokenizer.chat_template that shows it"
         )
 
 

@@ -82,6 +82,10 @@ class TextIds:
         front = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
         return Specials(full[:front], len(full) - front - len(plain))
 
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        return self.tokenizer.added_tokens_decoder
+
     def prompt(self, prompt: Content, template: Mapping[str, Any] | None = None) -> list[int]:
         """See `plad_fast.tokenization.encode_prompt`."""
         if isinstance(prompt, str):
@@ -116,7 +120,8 @@ class TextIds:
         head_ids, *ids = self._text.ids(texts)
         end = self.tokenizer.eos_token_id
         for whole, tokens in zip(wholes, ids, strict=True):
-            if end is not None and not (tokens and ends_turn(self.tokenizer, whole, tokens[-1])):
+            ended = tokens and ends_turn(whole, tokens[-1], end, self._added)
+            if end is not None and not ended:
                 tokens.append(end)
         return self._split(_required(head_ids), ids)._replace(split=split)
 

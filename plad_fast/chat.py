@@ -146,7 +146,9 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> 
     """What follows the common start of a rendered prompt and a conversation, with its end."""
     tail = whole.text[common_length(head, whole.text) :]
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    ended = bool(ids) and ends_turn(tokenizer, whole, ids[-1])
+    ended = bool(ids) and ends_turn(
+        whole, ids[-1], tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+    )
     return tail if ended else tail + (tokenizer.eos_token or "")
 
 
@@ -156,12 +158,16 @@ def with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text if text.endswith(end) else text + end
 
 
-def ends_turn(tokenizer: PreTrainedTokenizerBase, whole: Whole, last: int) -> bool:
-    """Whether a conversation whose last token is this one ends in a mark of the end."""
-    if last == tokenizer.eos_token_id:
-        return True
-    token = tokenizer.added_tokens_decoder.get(last) if whole.marked else None
-    return token is not None and not is_tag(str(token))
+def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]) -> bool:
+    """Whether a conversation ends in a mark of the end.
+
+    Args:
+        whole: the conversation.
+        last: its last token.
+        end: the EOS token.
+        added: the tokenizer's `added_tokens_decoder`, slow to get where there are thousands.
+    """
+    return last == end or (whole.marked and last in added and not is_tag(added[last].content))
 
 
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

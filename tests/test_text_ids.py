@@ -231,6 +231,17 @@ def test_a_key_that_the_template_does_not_show_is_refused_by_name(qwen, key):
     tokenize_dataset([row], qwen, max_length=500)
 
 
+def test_a_content_that_the_template_leaves_out_beside_a_call_is_refused():
+    """Llama 3.1's writes either the one or the other."""
+    template = TEMPLATES["qwen"].replace(
+        "{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
+    )
+    tokenizer = load(byte_level(), template, eos="<|im_end|>")
+    with pytest.raises(UsageError, match="the key 'content', which the chat template"):
+        encode_group(tokenizer, USER, [says("I look it up.", tool_calls=[CALL])], max_length=500)
+    assert "Rome" in trained(tokenizer, USER, says("", tool_calls=[CALL]))[1]
+
+
 def test_two_names_of_one_thought_are_one():
     template = TEMPLATES["qwen"].replace(
         "{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}"
