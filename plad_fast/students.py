@@ -309,12 +309,12 @@ def _require_all_weights(
     model: PreTrainedModel, loaded: Mapping[str, Any], source: str | os.PathLike[str]
 ) -> None:
     """Refuses a model of which transformers had to make up some weights at random."""
-    names = set(loaded["missing_keys"])
+    absent = set(loaded["missing_keys"])
     # One weight may have several names, of which a checkpoint holds one: an adapter of embeddings
     # that are the head's too, for example.
     weights = dict(model.named_parameters(remove_duplicate=False))
-    there = {id(weight) for name, weight in weights.items() if name not in names}
-    missing = sorted(name for name in names if id(weights.get(name)) not in there)
+    there = {id(weight) for name, weight in weights.items() if name not in absent}
+    missing = sorted(name for name in absent if id(weights.get(name)) not in there)
     # Each of these is a name with two shapes.
     mismatched = sorted(key[0] for key in loaded["mismatched_keys"])
     advice = "download or save it again, whole and with the head of a causal language model"
