@@ -5,10 +5,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 
+_LONGEST = 400
+
 
 def reason_of(error: BaseException) -> str:
-    """The library's words, but for advice to unpickle or run what somebody else wrote."""
-    text = str(error).strip() or type(error).__name__
+    """The library's words in a line, but for advice to unpickle or run what somebody else wrote.
+
+    What is no message of its own has the name of its kind.
+    """
+    text = " ".join(str(error).split())
     pickled = any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error))
     if pickled or "weights_only" in text or "torch.load" in text:
         return (
@@ -21,7 +26,9 @@ def reason_of(error: BaseException) -> str:
             "it comes with code of its own, which is never run here; take a model that "
             "transformers itself knows"
         )
-    return text
+    if not isinstance(error, (OSError, ValueError, ImportError)) or not text:
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -245,7 +245,12 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
-    base = _named_base(adapter)
+    try:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{adapter} is damaged ({reason_of(error)}); save the adapters again"
+        ) from error
     if not base:
         raise UsageError(
             f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "
@@ -260,7 +265,7 @@ def _named_base(config_file: str | os.PathLike[str]) -> str | None:
     """What an adapter_config.json says that its adapters are for."""
     try:
         base = json.loads(Path(config_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return base if isinstance(base, str) else None
 
