@@ -5,15 +5,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 
-_LONGEST = 400  # characters of a library's words
+_LONGEST = 400
 
 
 def reason_of(error: BaseException) -> str:
-    """The library's words in a line, with the name of what is no message of its own.
+    """The library's words in a line, but for advice to unpickle or run what somebody else wrote.
 
-    They do without advice to unpickle or to run what somebody else wrote.
+    What is no message of its own has the name of its kind.
     """
-    text = str(error).strip() or type(error).__name__
+    text = " ".join(str(error).split())
     pickled = any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error))
     if pickled or "weights_only" in text or "torch.load" in text:
         return (
@@ -26,10 +26,9 @@ def reason_of(error: BaseException) -> str:
             "it comes with code of its own, which is never run here; take a model that "
             "transformers itself knows"
         )
-    line = " ".join(text.split())
-    if not isinstance(error, (OSError, ValueError, ImportError)) or not str(error).strip():
-        line = f"{type(error).__name__}: {line}".removesuffix(f": {type(error).__name__}")
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    if not isinstance(error, (OSError, ValueError, ImportError)) or not text:
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

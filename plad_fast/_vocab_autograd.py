@@ -18,7 +18,7 @@ from plad_fast._vocab_rows import whole_statistics
 from plad_fast._vocab_workspace import ShardStatistics, ShardWorkspace
 from plad_fast.autograd import alone_on
 from plad_fast.backend import Denominators, LinearProblem
-from plad_fast.first_order import first_order_only
+from plad_fast.first_order import first_order_only, refuse_batched
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.objective import Objective
 from plad_fast.products import accumulation_dtype
@@ -81,6 +81,7 @@ class ShardedTokens(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        refuse_batched(grad, grad_lse)
         hidden, weight, bias, targets, row_max, sum_exp, miss = ctx.saved_tensors
         head: ShardedHead = ctx.head
         grad = torch.zeros_like(miss) if grad is None else grad
@@ -169,6 +170,7 @@ class ShardedPreference(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batched(grad_loss)
         scaled = (
             None if grad is None else scaled_gradient(grad, grad_loss, dtype)
             for grad, dtype in zip(ctx.saved_tensors[:3], ctx.dtypes, strict=True)

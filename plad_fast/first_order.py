@@ -73,6 +73,25 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
             )
 
 
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether a gradient stands for several, as under `torch.autograd.grad(is_grads_batched=True)`.
+
+    By torch's own answer, which is no part of its public interface; no where it gives none.
+    """
+    names = ("is_batchedtensor", "is_legacy_batchedtensor")  # autograd.grad's are the latter
+    asked = (getattr(torch._C._functorch, name, None) for name in names)
+    return tensor is not None and any(ask is not None and ask(tensor) for ask in asked)
+
+
+def refuse_batched(*upstream: Tensor | None) -> None:
+    """Raise a UsageError for upstream gradients that stand for several."""
+    if not torch.compiler.is_compiling() and any(map(is_batched, upstream)):
+        raise UsageError(
+            "the vocabulary-parallel op does not work under is_grads_batched=True (nor under a "
+            "vectorised jacobian); call torch.autograd.grad once for each gradient"
+        )
+
+
 def _transforms_are_active() -> bool:
     """torch's own answer, which is no part of its public interface; no where it gives none."""
     ask = getattr(torch._C, "_are_functorch_transforms_active", None)

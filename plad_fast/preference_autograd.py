@@ -8,7 +8,7 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -19,7 +19,7 @@ from plad_fast.autograd import WAITING, alone_on
 from plad_fast.backend import LinearProblem
 from plad_fast.dispatch import default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
-from plad_fast.first_order import first_order_only, stub
+from plad_fast.first_order import first_order_only, is_batched, stub
 from plad_fast.logit_spec import LogitSpec
 from plad_fast.losses import available, get_loss
 from plad_fast.objective import Objective
@@ -274,6 +274,8 @@ def _differentiate_preference(
     # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
     # A tracer's tensors, of classes of their own, cannot be read.
     plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    if plain and is_batched(grad_loss):
+        return *_scaled_by_several(ctx, grad_loss), *[None] * 21
     eager = plain and grad_loss.device.type == "cpu"
     factor = None if eager and grad_loss.item() == 1 else grad_loss
     scaled = (
@@ -283,6 +285,15 @@ def _differentiate_preference(
         )
     )
     return *scaled, *[None] * 21
+
+
+def _scaled_by_several(ctx: Any, grad_loss: Tensor) -> Iterator[Tensor | None]:
+    """The gradients for each one of several upstream ones: vmap knows no blocks to write to."""
+    for grad, dtype, need in zip(
+        ctx.saved_tensors[:3], ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+    ):
+        wide = grad.to(accumulation_dtype(grad.dtype))
+        yield (wide * grad_loss).to(dtype) if need else None
 
 
 _linear_preference_loss.register_autograd(_differentiate_preference, setup_context=_save_preference)

@@ -250,7 +250,12 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
-    base = _named_base(adapter)
+    try:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{adapter} is damaged ({reason_of(error)}); save the adapters again"
+        ) from error
     if not base:
         raise UsageError(
             f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "
@@ -314,12 +319,12 @@ def _require_all_weights(
     model: PreTrainedModel, loaded: Mapping[str, Any], source: str | os.PathLike[str]
 ) -> None:
     """Refuses a model of which transformers had to make up some weights at random."""
-    unset = set(loaded["missing_keys"])
+    absent = set(loaded["missing_keys"])
     # One weight may have several names, of which a checkpoint holds one: an adapter of embeddings
     # that are the head's too, for example.
     weights = dict(model.named_parameters(remove_duplicate=False))
-    there = {id(weight) for name, weight in weights.items() if name not in unset}
-    missing = sorted(name for name in unset if id(weights.get(name)) not in there)
+    there = {id(weight) for name, weight in weights.items() if name not in absent}
+    missing = sorted(name for name in absent if id(weights.get(name)) not in there)
     # Each of these is a name with two shapes.
     mismatched = sorted(key[0] for key in loaded["mismatched_keys"])
     advice = "download or save it again, whole and with the head of a causal language model"

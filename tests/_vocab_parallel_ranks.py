@@ -450,6 +450,21 @@ def second_derivatives_are_refused(group):
         refused("no second derivative", (grad**2).sum().backward)
 
 
+@case
+def several_gradients_at_a_time_are_refused(group):
+    split = SPLITS[dist.get_world_size(group)][1]
+    mine = sharded(make_problem([3, 2]), split, group)
+    op = vocab_parallel_sequence_logprobs(*mine.inputs, **mine.options, group=group)
+    loss = vocab_parallel_preference_loss(*mine.inputs, **mine.options, group=group).loss
+    for value, upstream in ((op.sums, torch.eye(2).double()), (loss, torch.ones(3).double())):
+        refused(
+            "is_grads_batched",
+            torch.autograd.grad,
+            *(value, mine.hidden, upstream),
+            is_grads_batched=True,
+        )
+
+
 @contextmanager
 def counted() -> Iterator[list[tuple[str, int]]]:
     """Collectives and the numbers that a rank gives to each of them."""

@@ -15,6 +15,7 @@ from plad_fast import (
     linear_sequence_logprobs,
     losses,
     preference_loss,
+    sequence_logprobs,
 )
 from plad_fast.workspace import compacting_order
 from tests.loss_options import REQUIRED
@@ -281,6 +282,29 @@ def test_sums_are_normalised_and_active_leaves_out_the_regulariser():
     )
     plain = fused_linear_preference_loss(*problem.inputs, **SUMS, **problem.options)
     torch.testing.assert_close(halved.sums, plain.sums / torch.tensor([2.0, 3.0]).double())
+
+
+def test_gradients_come_several_at_a_time():
+    """torch.autograd.grad(is_grads_batched=True), and jacobians that are made so: bit for bit."""
+    problem = make_problem([4, 5, 3, 3], width=16, vocab=91, dtype=torch.float32)
+    several = torch.tensor([0.0, 1.0, -2.5])
+    fused = fused_linear_preference_loss(*problem.inputs, beta=9.0, **problem.options).loss
+    op = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    logits = (problem.hidden @ problem.weight.T).detach().requires_grad_()
+    given = sequence_logprobs(logits, problem.targets, problem.cu_seqlens)
+    draw = torch.Generator().manual_seed(0)
+    for output, leaves, upstream in (
+        (fused, problem.leaves, several),
+        (op.sums, problem.leaves, torch.randn(3, 4, generator=draw)),
+        (op.token_logprobs, problem.leaves, torch.randn(2, 15, generator=draw)),
+        (given.sums, [logits], torch.randn(3, 4, generator=draw)),
+    ):
+        found = torch.autograd.grad(
+            output, leaves, upstream, is_grads_batched=True, retain_graph=True
+        )
+        each = [torch.autograd.grad(output, leaves, one, retain_graph=True) for one in upstream]
+        for got, want in zip(found, zip(*each, strict=True), strict=True):
+            assert torch.equal(got, torch.stack(want))
 
 
 def test_inference_mode_tells_which_groups_are_active():
