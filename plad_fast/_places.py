@@ -12,7 +12,7 @@ from plad_fast.errors import UsageError
 OFFLINE = "offline"
 """The name of the model that needs no hub."""
 
-_LONGEST = 80  # characters of a value in a message
+_LONGEST = 200  # characters of a value in a message
 _FOLDERS = ("runs", "checkpoints", "output", "outputs")  # of nobody on the hub
 _LONGEST_HUB_ID = 200
 _NESTED = (list, tuple, set, dict)

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from plad_fast._plain_rows import is_of_arrow, plain_rows
 from plad_fast._row_sets import (
+    TokenLimits,
     checked_tokens,
     holds_any,
     longest,
@@ -34,7 +35,6 @@ from plad_fast.validation import is_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from plad_fast.adapted_layers import TokenLimits
 
 logger = logging.getLogger(__name__)
 
