@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.compute
 from datasets import Dataset
 
+from plad_fast._rows import TokenLimits
 from plad_fast.errors import UsageError
 
 _AT_ONCE = 10_000  # rows
-
-
-class TokenLimits(NamedTuple):
-    """What token ids a model has weights for."""
-
-    inputs: int
-    """Ids of a prompt are below it: the embeddings."""
-    outputs: int
-    """Ids of a response are below it: the embeddings and the rows of the head."""
-    positions: int | None
-    """Tokens of a sequence, where the configuration names a number."""
 
 
 def require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:

@@ -23,6 +23,17 @@ class PreferenceRow(NamedTuple):
     """What the chat template gets beside messages."""
 
 
+class TokenLimits(NamedTuple):
+    """What token ids a model has weights for."""
+
+    inputs: int
+    """Ids of a prompt are below it: the embeddings."""
+    outputs: int
+    """Ids of a response are below it: the embeddings and the rows of the head."""
+    positions: int | None
+    """Tokens of a sequence, where the configuration names a number."""
+
+
 def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -> None:
     """Raises UsageError if no row of these columns can be read; see `tokenize_dataset`."""
     there = set(columns)

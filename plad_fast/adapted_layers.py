@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from plad_fast._row_sets import TokenLimits
+from plad_fast._rows import TokenLimits
 from plad_fast.errors import UsageError
 from plad_fast.wrappers import own_class
 

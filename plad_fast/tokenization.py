@@ -10,7 +10,6 @@ from datasets import Dataset
 
 from plad_fast._plain_rows import is_of_arrow, plain_rows
 from plad_fast._row_sets import (
-    TokenLimits,
     checked_tokens,
     holds_any,
     longest,
@@ -19,6 +18,7 @@ from plad_fast._row_sets import (
     require_rows,
 )
 from plad_fast._rows import (
+    TokenLimits,
     read_content,
     read_contents,
     read_reference_logps,

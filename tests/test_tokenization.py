@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from plad_fast._row_sets import TokenLimits
+from plad_fast._rows import TokenLimits
 from plad_fast.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import score_pairs

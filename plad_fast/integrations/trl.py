@@ -22,7 +22,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from plad_fast._row_sets import TokenLimits, require_column_ids
+from plad_fast._row_sets import require_column_ids
+from plad_fast._rows import TokenLimits
 from plad_fast.adapted_layers import token_limits
 from plad_fast.dispatch import get_backend
 from plad_fast.errors import UsageError
