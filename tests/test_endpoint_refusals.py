@@ -19,6 +19,7 @@ from plad_fast.pairs.endpoint import ChatRequest, Endpoint
 from plad_fast.pairs.endpoint_model import EndpointModel
 from plad_fast.recipe import DistillConfig
 from tests.fault_server import FaultServer, Step, answer_to, said
+from tests.reply_fuzz import install
 
 CHAT = [{"role": "user", "content": "chat"}]
 
@@ -311,6 +312,24 @@ def test_an_endpoint_that_is_not_there_says_so_at_once(host, monkeypatch):
     assert len(waits) == 1
     list(teacher.endpoint.complete([ChatRequest(CHAT, 5)]))
     assert len(waits) == 1 + 6
+
+
+def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypatch):
+    """A firewall that drops what is sent; a whole request may take a minute."""
+    asked = []
+
+    def dropped(httpx, request):
+        asked.append(request.extensions["timeout"]["connect"])
+        raise httpx.ConnectTimeout("", request=request)
+
+    install(monkeypatch, dropped)
+    teacher = EndpointModel(Endpoint("m", base_url="http://127.0.0.1:1/v1", first_pause=0.001))
+    with pytest.raises(UsageError, match="no connection in time"):
+        teacher.try_out(Sampling())
+    assert len(asked) == 1
+    assert asked[0] < 5
+    list(teacher.endpoint.complete([ChatRequest(CHAT, 5)]))
+    assert asked[1:] == [60.0] * 7
 
 
 def test_what_a_terminal_would_obey_is_replaced():

@@ -195,6 +195,11 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.jsonl", '{"prompt": "a\\ud83d"}\n', "row 1, column 'prompt' holds '\\ud83d', half"),
         (
             "p.jsonl",
+            '{"prompt": [{"role": "user\\ud83d", "content": "a"}]}\n',
+            "row 1, column 'prompt' holds '\\ud83d', half",
+        ),
+        (
+            "p.jsonl",
             '{"prompt": [{"role": "user", "content": "\\ude00"}]}\n',
             "half of a surrogate pair",
         ),
@@ -273,3 +278,11 @@ def test_repeated_ids_are_refused():
 def test_reading_files_needs_no_hub_library(jsonl, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(load_prompts(jsonl)) == 3
+
+
+def test_halves_of_characters_in_ids_and_references_are_mended(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a\\ud83d", "prompt": "x", "ref": "Nice \\ud83d"}\n')
+    assert load_prompts(path, reference_column="ref") == [Prompt("a\ufffd", "x", "Nice \ufffd")]
+    path.write_text('{"id": "a\\ud83d", "prompt": "x"}\n{"id": "a\\ud83e", "prompt": "y"}\n')
+    assert len({prompt.id for prompt in load_prompts(path)}) == 2
