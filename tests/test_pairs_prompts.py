@@ -184,6 +184,8 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.csv", "id,prompt\n1,a\n2,b, c\n", "line 3 has more fields than the header"),
         ("p.csv", 'id,prompt\n1,"a" b\n', "line 2 is not valid CSV"),
         ("p.parquet", "id,prompt\n", "not a readable Parquet file"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ' + "[" * 10**5, "line 2 holds a number too long"),
+        ("p.jsonl", '{"prompt": "a"}\n{"n": ' + "1" * 5000 + "}", "line 2 holds a number too long"),
         ("p.txt", "a\n", "cannot tell the format"),
         ("p.jsonl", "", "has no rows"),
         ("p.json", "[]", "has no rows"),
