@@ -167,8 +167,12 @@ class Served:
     read: list[int] = field(default_factory=list)  # bytes of each
 
 
-def install(monkeypatch: Any, make: Callable[[], Fuzzed]) -> Served:
-    """Puts a transport in the place of HTTP that answers each request by one of these replies."""
+def install(monkeypatch: Any, make: Callable[[Any, Any], Fuzzed]) -> Served:
+    """Puts a transport in the place of HTTP that answers each request by one of these replies.
+
+    Args:
+        make: from the client's httpx, of whichever name, and the request.
+    """
     import openai
 
     base = next(c for c in openai.DefaultAsyncHttpxClient.__mro__ if c.__name__ == "AsyncClient")
@@ -189,7 +193,7 @@ def install(monkeypatch: Any, make: Callable[[], Fuzzed]) -> Served:
     class Transport(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: Any) -> Any:
             served.replies += 1
-            reply = make()
+            reply = make(httpx, request)
             return httpx.Response(
                 reply.status, headers=reply.headers, stream=Stream(reply.pieces())
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -155,6 +156,24 @@ def test_an_evaluation_tells_what_its_judge_said_and_cost(tiny_teacher, tmp_path
             assert json.loads((folder / "metrics.json").read_text())["judge"]["cost"] == 16
         assert "0 tokens in 0 requests" in told
     assert sum(running.asked.values()) == 3  # one of them to try it out
+
+
+def test_pairs_that_a_judge_chose_tell_what_it_said_and_cost(tiny_teacher, tmp_path, capsys):
+    rows = write_rows(tmp_path / "prompts.jsonl", 8)
+    with FaultServer(lambda *_: Step(choices=[said("Verdict: A")])) as running:
+        command = [
+            *("pairs", "--teacher", "column:answer", "--student", str(tiny_teacher), "--prompts"),
+            *(rows, "--output-dir", str(tmp_path / "out"), "--scorer", "judge:openai:m"),
+            *("--base-url", running.url, "--max-new-tokens", "60"),
+            *("--price-in", "1e6", "--price-out", "1e6"),
+        ]
+        assert main(command) == 0
+    told = capsys.readouterr().out
+    ((count, cost),) = re.findall(r"judge: (\d+) comparisons, \1 ties .*, cost ([\d.]+)", told)
+    # Both orders of each, and one to try it out: 8 tokens a request.
+    requests = sum(running.asked.values())
+    assert requests == 2 * int(count) + 1 > 1
+    assert float(cost) == 8 * requests
 
 
 def test_a_key_for_a_name_gets_into_no_file(tiny_teacher, tmp_path, capsys):

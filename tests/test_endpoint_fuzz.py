@@ -32,7 +32,7 @@ def make_endpoint(**options):
 @pytest.mark.parametrize("seed", range(4))
 def test_no_reply_ends_a_run_otherwise_than_by_a_message(seed, monkeypatch):
     chance = random.Random(seed)
-    served = install(monkeypatch, lambda: any_reply(chance))
+    served = install(monkeypatch, lambda *_: any_reply(chance))
     messages: list[str] = []
     counts = {"answers": 0, "failures": 0}
     while served.replies < 500:
@@ -67,7 +67,7 @@ def test_a_small_body_does_not_grow_without_bound(status, monkeypatch):
     data = bomb(400 * 2**20)
     assert len(data) < 2**20
 
-    def make():
+    def make(*_):
         headers = [(b"content-encoding", b"gzip")]
         pieces = (data[i : i + 2**14] for i in range(0, len(data), 2**14))
         return Fuzzed(status, headers, lambda: pieces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import logging
 import socket
 
@@ -19,6 +20,7 @@ from plad_fast.pairs.endpoint import ChatRequest, Endpoint
 from plad_fast.pairs.endpoint_model import EndpointModel
 from plad_fast.recipe import DistillConfig
 from tests.fault_server import FaultServer, Step, answer_to, said
+from tests.reply_fuzz import Fuzzed, install
 
 CHAT = [{"role": "user", "content": "chat"}]
 
@@ -115,6 +117,7 @@ def test_a_limit_that_is_too_long_for_one_prompt_fails_that_one():
         ("Please use max_completion_tokens; max_tokens has no effect", "name"),
         ("Unrecognized request argument supplied: max_tokens", "name"),
         ("[{'type': 'extra_forbidden', 'loc': ['body', 'max_tokens']}]", "name"),
+        ("<400> InternalError: Unsupported parameter max_tokens", "name"),
         *((message, "value") for message in LIMIT_MESSAGES),
     ],
 )  # fmt: skip
@@ -309,8 +312,45 @@ def test_an_endpoint_that_is_not_there_says_so_at_once(host, monkeypatch):
     with pytest.raises(UsageError, match=f"{host}:{port}.*no connection"):
         teacher.try_out(Sampling())
     assert len(waits) == 1
+    ((_, reason),) = teacher.endpoint.complete([ChatRequest(CHAT, 5)])
+    assert "given up after 2 tries" in reason
+
+
+def test_a_server_that_was_there_is_waited_for(monkeypatch):
+    waits = []
+    monkeypatch.setattr("plad_fast.pairs.endpoint.pause", lambda *_, **__: waits.append(1) or 0.0)
+    body = json.dumps({"choices": [said("4")]}).encode()
+
+    def gone_after_one(httpx, request):
+        if served.replies > 1:
+            raise httpx.ConnectError("refused", request=request)
+        return Fuzzed(200, [], lambda: [body])
+
+    served = install(monkeypatch, gone_after_one)
+    found = generate(
+        EndpointModel(Endpoint("m", base_url="http://127.0.0.1:1/v1", concurrency=1)), "ab"
+    )
+    assert [type(item) for item in found] == [Answer, Failure]
+    assert len(waits) == 6
+
+
+def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypatch):
+    """A firewall that drops what is sent; a whole request may take a minute."""
+    asked = []
+
+    def dropped(httpx, request):
+        asked.append(request.extensions["timeout"]["connect"])
+        raise httpx.ConnectTimeout("", request=request)
+
+    install(monkeypatch, dropped)
+    teacher = EndpointModel(Endpoint("m", base_url="http://127.0.0.1:1/v1", first_pause=0.001))
+    with pytest.raises(UsageError, match="no connection in time"):
+        teacher.try_out(Sampling())
+    assert len(asked) == 1
+    assert asked[0] < 5
+    teacher.endpoint._is_reached = True
     list(teacher.endpoint.complete([ChatRequest(CHAT, 5)]))
-    assert len(waits) == 1 + 6
+    assert asked[1:] == [60.0] * 7
 
 
 def test_what_a_terminal_would_obey_is_replaced():
@@ -354,3 +394,11 @@ def test_a_remote_address_in_clear_is_warned_of_once(caplog):
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "http://clear.example.org/v1 is not encrypted" in warning
     warn_of_clear_text.cache_clear()
+
+
+def test_a_parameter_that_the_error_names_is_the_one():
+    sent = {"max_tokens": 5, "temperature": 1.0, "seed": 3}
+    said_of_all = "temperature and seed are not supported; max_tokens is at most 9"
+    assert find_refusal("seed", said_of_all, sent) == ("seed", "value")
+    assert find_refusal("", said_of_all, sent) == ("max_tokens", "value")
+    assert find_refusal("nothing", "no", sent).parameter == ""

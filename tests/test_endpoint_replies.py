@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("openai")
 
+from plad_fast.errors import UsageError
 from plad_fast.pairs import Answer, AnswerStore, Failure, Prompt, Sampling, stored_answers
 from plad_fast.pairs._finish import known_end
 from plad_fast.pairs._thoughts import after_thought, holds_thought
@@ -89,6 +90,14 @@ def test_what_another_reply_would_not_mend_is_asked_for_once(choice, says):
     assert isinstance(failure, Failure)
     assert requests == 1
     assert says in failure.reason
+
+
+@pytest.mark.parametrize(
+    "choice", [said(None, reasoning_content="4"), said(HALF, "tool_calls"), said("<think>hm")]
+)
+def test_a_model_that_never_answers_is_found_out_early(choice):
+    with pytest.raises(UsageError, match="teacher: of the first 8 replies each is empty: the "):
+        ask(choice, [f"q{i}" for i in range(100)])
 
 
 def test_empty_lists_and_nulls_beside_an_answer_are_nothing():

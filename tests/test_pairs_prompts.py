@@ -184,6 +184,8 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.csv", "id,prompt\n1,a\n2,b, c\n", "line 3 has more fields than the header"),
         ("p.csv", 'id,prompt\n1,"a" b\n', "line 2 is not valid CSV"),
         ("p.parquet", "id,prompt\n", "not a readable Parquet file"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ' + "[" * 10**5, "line 2 holds a number too long"),
+        ("p.jsonl", '{"prompt": "a"}\n{"n": ' + "1" * 5000 + "}", "line 2 holds a number too long"),
         ("p.txt", "a\n", "cannot tell the format"),
         ("p.jsonl", "", "has no rows"),
         ("p.json", "[]", "has no rows"),
@@ -193,6 +195,11 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
         ("p.jsonl", '{"prompt": ["a"]}\n', "a list that is not chat messages"),
         ("p.jsonl", '{"prompt": "a\\ud83d"}\n', "row 1, column 'prompt' holds '\\ud83d', half"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "user\\ud83d", "content": "a"}]}\n',
+            "row 1, column 'prompt' holds '\\ud83d', half",
+        ),
         (
             "p.jsonl",
             '{"prompt": [{"role": "user", "content": "\\ude00"}]}\n',
@@ -355,3 +362,11 @@ def test_repeated_ids_are_refused():
 def test_reading_files_needs_no_hub_library(jsonl, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(load_prompts(jsonl)) == 3
+
+
+def test_halves_of_characters_in_ids_and_references_are_mended(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a\\ud83d", "prompt": "x", "ref": "Nice \\ud83d"}\n')
+    assert load_prompts(path, reference_column="ref") == [Prompt("a\ufffd", "x", "Nice \ufffd")]
+    path.write_text('{"id": "a\\ud83d", "prompt": "x"}\n{"id": "a\\ud83e", "prompt": "y"}\n')
+    assert len({prompt.id for prompt in load_prompts(path)}) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.pairs._retries import BadReplyError
@@ -80,14 +81,16 @@ async def _read(response: Any, most: int) -> bytes:
     # One alone, and of those that are decompressed piece by piece.
     if coding not in _CODINGS:
         raise BadReplyError(f"the reply is compressed by {coding!r}, which was not asked for")
-    parts: list[bytes] = []
-    size = 0
-    async for part in response.aiter_bytes():
-        size += len(part)
-        if size > most:
-            raise BadReplyError(f"the reply is longer than {most:,} bytes")
-        parts.append(part)
-    return b"".join(parts)
+    body = bytearray()
+    async with contextlib.aclosing(response.aiter_bytes()) as parts:
+        async for part in parts:
+            if len(body) + len(part) > most:
+                # The traceback keeps this frame for longer than the text is of use.
+                del part
+                body.clear()
+                raise BadReplyError(f"the reply is longer than {most:,} bytes")
+            body += part
+    return bytes(body)
 
 
 def _origin(request: Any) -> tuple[str, str, int | None]:

@@ -25,7 +25,7 @@ _OF_NAME = re.compile(
 _OF_VALUE = re.compile(
     r"\brange\b|\bm(?:ax|in)imum\b|\bat (?:most|least)\b|\btoo (?:large|big|high|long|small|low)\b"
     r"|\b(?:less|greater|larger|smaller|lower|higher|more|fewer) than\b|\bexceed|\bbetween\b"
-    r"|\bup to\b|[<>≤≥]|\bunsupported value\b|\b(?:below|above)\b",
+    r"|\bup to\b|\s[<>]=?\s|[<>]=|[≤≥]|\bunsupported value\b|\b(?:below|above)\b",
     re.IGNORECASE,
 )
 _INSTEAD = re.compile(r"\b(?:use|replaced|renamed|instead|in favou?r of)\b", re.IGNORECASE)
@@ -56,11 +56,14 @@ def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
         sent: the request's body.
     """
     limit = next((name for name in sent if name in LIMITS), "")
-    if limit and (named in LIMITS or _LIMIT.search(said)):
+    others = [n for n in ("seed", "n", "temperature", "top_p") if n in sent]
+    if named in others:
+        others = [str(named)]
+    elif limit and (named in LIMITS or _LIMIT.search(said)):
         return Refusal(limit, _of_limit(limit, said))
-    for name in ("seed", "n", "temperature", "top_p"):
+    for name in others:
         pattern = _ONE_LETTER.format(name) if len(name) == 1 else rf"\b{name}\b"
-        if name in sent and (named == name or re.search(pattern, said)):
+        if named == name or re.search(pattern, said):
             of_name = _OF_NAME.search(said) and not _OF_VALUE.search(said)
             return Refusal(name, "name" if of_name else "value")
     return Refusal()

@@ -224,7 +224,10 @@ def _message(error: Any) -> str:
 
 
 _STREAM = re.compile(r"\bstream(?:ing)?\b", re.IGNORECASE)
-_LOWER = "lower --max-new-tokens, or --reasoning-tokens, whose sum is the limit that is sent"
+_LOWER = (
+    "lower --max-new-tokens, or --reasoning-tokens: the limit that is sent is their sum (for a "
+    "judge, of 512 and the latter)"
+)
 _OF_PARAMETERS = {
     **dict.fromkeys(LIMITS, _LOWER),
     "temperature": (

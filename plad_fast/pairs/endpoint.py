@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _UNCLEAR = 3  # refusals nobody can explain before any reply, after which all will be refused
 _LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, credit, quota
-_FIRST_CONNECTION = 4.0  # seconds in which a server that is to be tried out takes a connection
+_FIRST_CONNECTION = 4.0  # seconds for a server to take its first connection
 
 
 class Endpoint:
@@ -100,6 +100,7 @@ class Endpoint:
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._tells_ends = False  # whether any reply had a finish_reason
         self._is_trial = False
+        self._is_reached = False  # whether there ever was a server
         self._unclear = 0
         self._trials = 0  # replies to `try_out`
         self._given_up_in_a_row = 0
@@ -169,7 +170,7 @@ class Endpoint:
             key=key,
             base_url=self.base_url,
             timeout=self.timeout,
-            connect=min(self.timeout, _FIRST_CONNECTION) if self._is_trial else self.timeout,
+            connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
             # A proxy named in the environment is not meant for this machine itself.
             proxies=not self._is_local,
             tokens=max(limits, default=0),
@@ -236,6 +237,7 @@ class Endpoint:
                 found = read_choices(reply, key, n=missing, told=self._tells_ends)
             except Exception as error:
                 trouble = judge(error, body, self._refused, key, request.optional)
+                self._is_reached |= not trouble.unreachable
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
                     self._count(estimated_tokens(body), spent)
@@ -250,6 +252,7 @@ class Endpoint:
                     tries += 1
                     continue
                 return _so_far(choices, self._give_up(trouble, tries), spent)
+            self._is_reached = True
             self._given_up_in_a_row = 0
             self.usage.replies += 1
             self.usage.uncounted += not any(counted)
@@ -270,8 +273,9 @@ class Endpoint:
             return self.max_retries if passes else min(1, self.max_retries)
         if trouble.then != "again":
             return 0
-        if self._is_trial and trouble.unreachable:
-            return 0 if trouble.reason.endswith("in time") else 1  # nobody waits for an error
+        if trouble.unreachable and not self._is_reached:
+            # Nobody is there: that is told at once, rather than after all the pauses.
+            return min(self.max_retries, 0 if trouble.reason.endswith("in time") else 1)
         return self.max_retries
 
     async def _rest(self, tries: int, trouble: Trouble, halted: asyncio.Event) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from plad_fast.chat import Content, Messages
 from plad_fast.errors import UsageError
-from plad_fast.pairs._replies import spent_reason
+from plad_fast.pairs._replies import Choice, spent_reason
 from plad_fast.pairs._thoughts import holds_thought
 from plad_fast.pairs.endpoint import ChatRequest, Endpoint, Reply
 from plad_fast.pairs.prompts import Prompt
@@ -66,8 +66,8 @@ class EndpointModel:
 
         Raises:
             UsageError: from this call: the sampling wants what the API does not have. From the
-                iterator: as `Endpoint.complete`, or the first replies all spend their tokens before
-                any answer.
+                iterator: as `Endpoint.complete`, or the first replies hold no answer at all: their
+                tokens are spent before, or they are a thought or a tool call alone.
         """
         return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
 
@@ -104,12 +104,13 @@ class EndpointModel:
                 yield batch
                 thoughts.see(batch)
                 if isinstance(reply, Reply):
-                    is_empty = all(choice.is_spent for choice in reply.choices)
+                    is_empty = all(map(_is_empty, reply.choices))
                     self.has_answered |= not is_empty
                     empty += is_empty
                     if empty == _FIRST_SPENT and not self.has_answered:
+                        why = reply.choices[0].problem or spent
                         raise UsageError(
-                            f"{self.name}: of the first {empty} replies each is empty: {spent}"
+                            f"{self.name}: of the first {empty} replies each is empty: {why}"
                         )
         finally:
             thoughts.tell()
@@ -169,6 +170,11 @@ def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
         else:
             runs.append((prompt, range(sample, sample + 1)))
     return runs
+
+
+def _is_empty(choice: Choice) -> bool:
+    """Whether it is of no use for a reason that other prompts may have too."""
+    return choice.is_spent or bool(choice.problem and choice.finish_reason != "content_filter")
 
 
 def _read(prompt_id: str, samples: range, reply: Reply | str, spent: str) -> list[Answer | Failure]:

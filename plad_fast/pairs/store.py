@@ -200,8 +200,7 @@ class AnswerStore:
                 f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite to "
                 "start anew"
             )
-        # Written before such text was mended where it comes in.
-        return mend(row) if b"\\ud" in line.lower() else row
+        return mend(row)  # it may be older than the mending where texts come in
 
     def _write(self, data: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)
