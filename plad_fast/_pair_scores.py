@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from plad_fast._rows import read_row
+from plad_fast._template_options import made_by_arrow
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
@@ -93,7 +94,7 @@ def _read_pairs(
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
-    from_arrow = hasattr(pairs, "column_names")  # a datasets.Dataset, slow to import
+    from_arrow = made_by_arrow(pairs)
     rows, templates = [], []
     for name, pair in zip(names, pairs, strict=True):
         try:

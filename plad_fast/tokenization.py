@@ -18,6 +18,7 @@ from plad_fast._rows import (
     require_columns,
     score_columns,
 )
+from plad_fast._template_options import made_by_arrow
 from plad_fast._text_ids import GroupIds, Specials, TextIds
 from plad_fast.chat import Content, as_conversation
 from plad_fast.errors import UsageError
@@ -251,7 +252,7 @@ def tokenize_dataset(
     encoder = TextIds(
         tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
     )
-    from_arrow = isinstance(dataset, Dataset)
+    from_arrow = made_by_arrow(dataset)
     with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 
@@ -297,11 +298,16 @@ def test_nulls_of_other_rows_are_left_out_and_those_of_lists_stay(qwen):
 
     rows = [row(x={"a": 0}), row(x={"b": 1}, text="hi")]
     listed = tokenize_dataset(rows, qwen, max_length=2000)
-    arrow = tokenize_dataset(Dataset.from_list(rows), qwen, max_length=2000)
-    assert listed.to_list() == arrow.to_list()
+    table = Dataset.from_list(rows)
+    # Also where a list or a file was made of one.
+    for given in (table, table.to_list(), json.loads(json.dumps(table.to_list()))):
+        found = tokenize_dataset(given, qwen, max_length=2000)
+        assert found.to_list() == listed.to_list()
     [meant] = tokenize_dataset([row(x=None)], qwen, max_length=2000)
     assert '{"x": null}' in qwen.decode(meant["prompt_ids"])
     assert '{"x": null}' in qwen.decode(meant["response_ids"][0])
+    _, meant = tokenize_dataset([row(x=1, y=2), row(x=None, y=3)], qwen, max_length=2000)
+    assert '{"x": null, "y": 3}' in qwen.decode(meant["response_ids"][0])
 
 
 def test_json_text_of_arguments_goes_through_as_it_is():
