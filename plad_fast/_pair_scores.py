@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from plad_fast.tokenization import EncodedGroup
 
+_TOLD: set[tuple[str, str]] = set()
+"""Tokenizers of whose texts one was warned already."""
+
 
 def score_pairs(
     model: PreTrainedModel,
@@ -225,9 +228,11 @@ def _encode(
             f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
             f"raise max_length, or leave those {unit}s out"
         )
-    report_texts(
-        f"the {unit}s to score", [f["moved"] for f in features], [f["split"] for f in features]
-    )
+    moved, split = ([feature[key] for feature in features] for key in ("moved", "split"))
+    told = (unit, tokenizer.name_or_path)
+    if told not in _TOLD and any([*moved, *split]):
+        _TOLD.add(told)  # a scorer asks batch by batch
+        report_texts(f"the {unit}s to score", moved, split)
     return features
 
 
