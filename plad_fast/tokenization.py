@@ -219,6 +219,10 @@ def tokenize_dataset(
     messages, or with the same words. `tools` (a list, or its JSON text) and `chat_template_kwargs`
     go to the chat template, which plain text does not pass through.
 
+    A message's content is text, a list of text parts, or null beside a tool call; its other keys go
+    to the chat template too. Keys without a value are left out where Arrow made them, which gives
+    all structs of a column the keys of each: in a `Dataset`, and in rows that were made of one.
+
     Args:
         dataset: rows as above; one that holds `prompt_ids` and `response_ids` is taken as it is,
             long rows too.
