@@ -7,7 +7,7 @@ from typing import Any
 
 from plad_fast._records import digest
 from plad_fast._rows import read_row
-from plad_fast._template_options import refuse_template_options
+from plad_fast._template_options import made_by_arrow, refuse_template_options
 from plad_fast.chat import as_conversation, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.held_out import HeldOut
@@ -37,9 +37,10 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
     first_rows: dict[str, int] = {}
     pairs: list[dict[str, Any]] = []
     prompts_of_pairs: list[str] = []
+    from_arrow = made_by_arrow(rows)
     for number, row in enumerate(rows):
         try:
-            prompt, responses, template = read_row(row)
+            prompt, responses, template = read_row(row, from_arrow=from_arrow)
             reference = read_reference(row.get("reference"), "reference")
             if len(responses) < 2:
                 raise UsageError("there is no rejected response, and evaluation ranks pairs")

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from plad_fast._plain_rows import is_of_arrow, plain_rows
 from plad_fast._rows import read_row
+from plad_fast._template_options import made_by_arrow
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.metrics import FloatArray
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from plad_fast.tokenization import EncodedGroup
+
+_TOLD: set[tuple[str, str]] = set()
+"""Tokenizers of whose texts one was warned already."""
 
 
 def score_pairs(
@@ -93,6 +97,7 @@ def _read_pairs(
     """Names of the pairs for messages, what is in them, and what chat templates get of each."""
     from_arrow = is_of_arrow(pairs)
     pairs = list(plain_rows(pairs, "pairs"))
+    from_arrow = from_arrow or made_by_arrow(pairs)
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
@@ -227,9 +232,11 @@ def _encode(
             f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
             f"raise max_length, or leave those {unit}s out"
         )
-    report_texts(
-        f"the {unit}s to score", [f["moved"] for f in features], [f["split"] for f in features]
-    )
+    moved, split = ([feature[key] for feature in features] for key in ("moved", "split"))
+    told = (unit, tokenizer.name_or_path)
+    if told not in _TOLD and any([*moved, *split]):
+        _TOLD.add(told)  # a scorer asks batch by batch
+        report_texts(f"the {unit}s to score", moved, split)
     return features
 
 

@@ -57,20 +57,9 @@ def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
 
 
 def is_of_arrow(dataset: Any) -> bool:
-    """Whether every struct of a column has the keys that one of them has, null in the others.
-
-    So have the rows that pandas makes of such a table, whose lists are arrays of numpy.
-    """
+    """Whether every struct of a column has the keys that one of them has, null in the others."""
     package = type(dataset).__module__.partition(".")[0]
-    if package in ("datasets", "pandas", "polars", "pyarrow"):
-        return True
-    rows = dataset if isinstance(dataset, (list, tuple)) else ()
-    return any(
-        str(getattr(value, "dtype", "")) == "object"
-        for row in rows
-        if isinstance(row, Mapping)
-        for value in row.values()
-    )
+    return package in ("datasets", "pandas", "polars", "pyarrow")
 
 
 def _of_a_table(dataset: Any) -> list[Any] | None:

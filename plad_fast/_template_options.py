@@ -68,6 +68,31 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+def made_by_arrow(rows: Any) -> bool:
+    """Whether nulls in the structs of these rows are Arrow's rather than somebody's.
+
+    They are in a `datasets.Dataset`, and so are they in a list or file that was made of one: all
+    structs at one place have the same keys, of which some have a value in one and none in another.
+    """
+    if hasattr(rows, "column_names"):  # without importing datasets
+        return True
+    keys: dict[tuple[str, ...], Any] = {}
+    nulls: set[tuple[str, ...]] = set()
+    values: set[tuple[str, ...]] = set()
+
+    def uniform(value: Any, place: tuple[str, ...]) -> bool:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                (nulls if inner is None else values).add((*place, key))
+            return keys.setdefault(place, value.keys()) == value.keys() and all(
+                uniform(inner, (*place, key)) for key, inner in value.items()
+            )
+        return not isinstance(value, (list, tuple)) or all(uniform(item, place) for item in value)
+
+    columns = (column for row in rows if isinstance(row, Mapping) for column in row.items())
+    return all(uniform(value, (name,)) for name, value in columns) and not nulls.isdisjoint(values)
+
+
 @functools.cache
 def _reserved() -> frozenset[str]:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 # Tokens that are part of an answer, not marks around it.
-_TAG = re.compile(r"think|thought|reason|tool|function|action|python_tag", re.IGNORECASE)
+_TAG = re.compile(r"think|thought|reason|tool|function|(?<![a-z])action|python_tag", re.IGNORECASE)
 # (?:seed:)? is Seed-OSS's, [THINK] Magistral's, <|START_THINKING|> Cohere's.
 _OPENED = r"(?:<(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|START_THINKING\|>)"
 _CLOSED = r"(?:</(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>)"

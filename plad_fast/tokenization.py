@@ -27,6 +27,7 @@ from plad_fast._rows import (
     require_columns,
     score_columns,
 )
+from plad_fast._template_options import made_by_arrow
 from plad_fast._text_ids import GroupIds, Specials, TextIds
 from plad_fast.chat import Content, as_conversation
 from plad_fast.errors import UsageError
@@ -229,6 +230,10 @@ def tokenize_dataset(
     messages, or with the same words. `tools` (a list, or its JSON text) and `chat_template_kwargs`
     go to the chat template, which plain text does not pass through.
 
+    A message's content is text, a list of text parts, or null beside a tool call; its other keys go
+    to the chat template too. Keys without a value are left out where Arrow made them, which gives
+    all structs of a column the keys of each: in a `Dataset`, and in rows that were made of one.
+
     Args:
         dataset: rows as above, as a `datasets.Dataset` of any format, a DataFrame or a list; values
             of numpy, torch, pandas and Arrow count as the plain ones they stand for, and NaN in
@@ -256,6 +261,7 @@ def tokenize_dataset(
     check_cut(max_length, truncation_side)
     from_arrow = is_of_arrow(dataset)
     dataset = plain_rows(dataset, name)
+    from_arrow = from_arrow or made_by_arrow(dataset)
     columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
         tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
