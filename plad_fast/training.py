@@ -192,7 +192,7 @@ def _publish(checkpoint: Path, output: Path) -> None:
 
 def _discard(checkpoints: Path) -> None:
     """Removes what a training left beside its model, and nothing that others put there."""
-    if not checkpoints.is_dir():
+    if not (checkpoints / _RECORD).is_file():  # which goes last
         return
     with contextlib.suppress(OSError):  # the next call removes the rest
         remove_checkpoints(checkpoints)
