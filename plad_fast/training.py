@@ -220,7 +220,7 @@ def discard_training(output: Path) -> None:
 def discard_checkpoints(output: Path) -> None:
     """Removes what a training left beside its model, and nothing that others put there."""
     checkpoints = output.with_name(f"{output.name}.checkpoints")
-    if not checkpoints.is_dir():
+    if not (checkpoints / RECORD).is_file():  # which goes last
         return
     with contextlib.suppress(OSError):  # the next call removes the rest
         _remove_training(checkpoints)

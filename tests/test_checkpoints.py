@@ -182,6 +182,20 @@ def test_what_is_no_checkpoint_is_left_alone(killed, finished, tiny_teacher, tmp
     assert {path.name for path in folder.iterdir()} == {*strange, "checkpoint-99"}
 
 
+def test_what_a_kill_left_beside_a_finished_model_is_removed(
+    killed, finished, tiny_teacher, tmp_path
+):
+    output = shutil.copytree(finished, tmp_path / "out")
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    train(tiny_teacher, output)
+    assert not folder.exists()
+    # Without a record it may be anybody's.
+    shutil.copytree(killed, folder)
+    (folder / "training.json").unlink()
+    train(tiny_teacher, output)
+    assert (folder / "checkpoint-6").is_dir()
+
+
 def test_clocks_that_are_wrong_do_not_make_new_checkpoints_go(killed, tmp_path):
     """A checkpoint of tomorrow is older than the step after it."""
     folder = shutil.copytree(killed, tmp_path / "out.checkpoints")

@@ -43,6 +43,15 @@ def test_after_an_interrupted_overwriting_the_flag_is_to_be_left_out(monkeypatch
     assert commands == ["plad-fast distill --beta 1"]
 
 
+def test_the_help_says_what_an_exit_status_means(capsys):
+    """A scheduler has to be told which one asks to be run again."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "75 ended by SIGTERM or SIGHUP" in text
+    assert "the same command goes on" in text
+
+
 PAIRS = ["pairs", "--teacher", "t", "--student", "s", "--output-dir", "o"]
 
 
