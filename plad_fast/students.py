@@ -116,7 +116,7 @@ def find_model(source: str, option: str) -> str:
         option: under which it was given, for the message.
 
     Raises:
-        UsageError: a path at which there is nothing.
+        UsageError: a path at which there is no model.
     """
     if source == OFFLINE:
         return str(offline_teacher_path())
@@ -139,12 +139,6 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
             f"folder {str(folder)!r} holds no weights ({', '.join(patterns)}); save the model "
             "there with model.save_pretrained"
         )
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether there is something in a folder that `load_model` may be able to load."""
-    names = ("config.json", ADAPTER_CONFIG)
-    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
 
 
 def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
@@ -192,6 +186,8 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
 def _reason(error: Exception) -> str:
     """What a library says, in a line, with the name of what is no message of its own."""
     line = " ".join(str(error).split())
+    if "weights_only" in line:  # torch goes on to advise what would run foreign code
+        return "the weights are a pickle that holds more than tensors, or is damaged"
     if not isinstance(error, (OSError, ValueError, ImportError)) or not line:
         line = f"{type(error).__name__}: {line}".rstrip(": ")
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"

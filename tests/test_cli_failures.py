@@ -133,6 +133,7 @@ def test_every_command_takes_its_settings_from_a_file(command, monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     for name in "tsz":  # the teacher is looked for at once
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "c.yaml").write_text(text)
     extra = {} if command != "pairs" else {"student": "z", "teacher": "t"}
     assert main([command, "--config", "c.yaml", *flags]) == 0

@@ -127,6 +127,12 @@ def test_a_folder_of_data_files_is_read(tmp_path, jsonl, monkeypatch):
     assert [p.id for p in load_prompts(folder)] == ["a", "b", "c"]
 
 
+def test_a_folder_without_data_is_called_a_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    message = message_of(tmp_path / "data")
+    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+
+
 def test_ids_do_not_depend_on_the_limit(tmp_path):
     rows = [{"prompt": text} for text in ("same", "other", "same", "same")]
     path = write_jsonl(tmp_path / "p.jsonl", rows)

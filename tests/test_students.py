@@ -19,11 +19,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from plad_fast._places import holds_model
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.students import (
     check_loadable,
-    holds_model,
     is_encoder_decoder,
     load_model,
     load_tokenizer,

@@ -243,6 +243,11 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         reason = _one_line(error)
+        if found:
+            raise UsageError(
+                f"cannot read the folder {source!r} as a data set: {reason}; give a file that ends "
+                f"in {', '.join(_READERS)}, or a folder of such files alone"
+            ) from error
         raise UsageError(
             f"cannot load split {split!r} of the hub data set {source!r}: {reason}; name a split "
             "it has, and a config as in 'owner/name:config' where it has several"
