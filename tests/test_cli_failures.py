@@ -178,7 +178,8 @@ def test_the_home_folder_is_spelt_out_for_every_command(stage, command, monkeypa
     """No shell does it in `--output-dir=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    row = '{"prompt": "a", "chosen": "%s", "rejected": "c"}\n'
+    (tmp_path / "pairs.jsonl").write_text(row % "b" + row % "d")
     seen = []
 
     def run(*arguments, **options):
