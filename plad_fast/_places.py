@@ -56,8 +56,14 @@ def names_path(source: str | os.PathLike[str]) -> bool:
     return bool(slash) and (not second or first in _FOLDERS or is_there(Path(first)))
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether there is something in a folder that `load_model` may be able to load."""
+    names = ("config.json", "adapter_config.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
+
+
 def require_there(source: str, option: str) -> None:
-    """Raises UsageError for a model's path at which there is nothing; no hub is asked.
+    """Raises UsageError for a model's path at which there is none; no hub is asked.
 
     Args:
         source: hub id, folder, or .gguf file.
@@ -70,7 +76,18 @@ def require_there(source: str, option: str) -> None:
     if not source.strip():
         raise UsageError(f"{option}: no model is named; give a hub id, a folder or a .gguf file")
     is_gguf = path.suffix.lower() == ".gguf"
-    if is_there(path) or not (is_gguf or names_path(source)):
+    if is_there(path):
+        if path.is_dir() and not holds_model(path):
+            raise UsageError(
+                f"{option}: {shown(source)} is no folder of a model, which has a config.json, an "
+                "adapter_config.json or a .gguf file; check the path"
+            )
+        if path.is_file() and not is_gguf:
+            raise UsageError(
+                f"{option}: {shown(source)} is a file and no .gguf; give the folder of the model"
+            )
+        return
+    if not (is_gguf or names_path(source)):
         return
     other = ""
     if source.count("/") == 1 and is_there(path.parent) and not source.startswith(("/", ".", "~")):

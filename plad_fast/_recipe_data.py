@@ -16,7 +16,7 @@ from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
 from plad_fast.pairs._unicode import mend
-from plad_fast.pairs.tables import read_table
+from plad_fast.pairs.tables import read_table, refuse_written_lists
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
 from plad_fast.stage_folder import require_whole
 
@@ -108,7 +108,7 @@ def split_prompts(
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused.
 
     Raises:
         UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
@@ -126,10 +126,13 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
             f"{path} has the columns {listed}: pairs have prompt, chosen and rejected, and lists "
             "have prompt and responses"
         )
-    if isinstance(table.rows, list):
-        return [dict(row) for row in table.rows]
-    # Of the hub, by way of Arrow.
-    return [{name: without_nulls(value) for name, value in row.items()} for row in table.rows]
+    rows = [dict(row) for row in table.rows]
+    if not isinstance(table.rows, list):  # of the hub, by way of Arrow
+        rows = [without_nulls(row) for row in rows]
+    for number, row in enumerate(rows, start=1):
+        for name in ("prompt", "chosen", "rejected"):
+            refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

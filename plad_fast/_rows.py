@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from plad_fast._places import shown
 from plad_fast._template_options import read_template_options, without_nulls
 from plad_fast.chat import Content, Message, is_blank, require_unicode
 from plad_fast.errors import UsageError
@@ -113,7 +114,9 @@ def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
         or len(scores) < group_size
         or not all(_is_number(s) and not math.isnan(s) for s in scores)
     ):
-        raise UsageError(f"the scores are {scores} for {group_size} responses; give a number each")
+        raise UsageError(
+            f"the scores are {shown(scores)} for {group_size} responses; give a number each"
+        )
     return list(scores[:group_size])
 
 
@@ -130,8 +133,8 @@ def read_reference_logps(row: Mapping[str, Any], count: int) -> list[float]:
         or not all(_is_number(value) and math.isfinite(value) for value in logps)
     ):
         raise UsageError(
-            f"reference_logps are {logps} for {count} responses; give a finite number each, or "
-            "leave the column out"
+            f"reference_logps are {shown(logps)} for {count} responses; give a finite number each, "
+            "or leave the column out"
         )
     return list(logps)
 

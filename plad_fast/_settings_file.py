@@ -42,15 +42,18 @@ def read_settings_file(file: str | Path) -> dict[str, Any]:
         node: Any = yaml.compose(text, yaml.SafeLoader)
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split())[:_LONGEST]
-        raise UsageError(f"{where} is not YAML: {said}") from error
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        line = f", line {mark.line + 1}," if mark is not None else ""
+        said = " ".join(str(problem or error).split())[:_LONGEST]
+        raise UsageError(f"{where}{line} is not YAML: {said}") from error
     except RecursionError:
         raise UsageError(f"{where} is nested too deeply; write `name: value` lines") from None
     except (ValueError, ArithmeticError, TypeError, AttributeError) as error:  # numbers and dates
         said = " ".join(str(error).split())[:_LONGEST]
         raise UsageError(f"{where} holds a value that YAML cannot read: {said}") from error
     if not isinstance(loaded, dict):
-        raise UsageError(f"{where} must hold `name: value` lines, not {shown(loaded)}")
+        found = "it is empty" if loaded is None else f"not {shown(loaded)}"
+        raise UsageError(f"{where} must hold `name: value` lines; {found}")
     for key in loaded:
         if not isinstance(key, str):
             raise UsageError(f"{where}: {shown(key)} is no name of a setting")

@@ -34,7 +34,7 @@ from plad_fast.recipe import DistillConfig
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.report import write_report
 from plad_fast.stage_folder import claim_folder, held_by_first
-from plad_fast.students import find_model, holds_model, is_encoder_decoder, load_tokenizer
+from plad_fast.students import find_model, is_encoder_decoder, load_tokenizer
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -195,13 +195,8 @@ def _shown(name: str) -> str:
 
 
 def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length: int) -> None:
-    """A wrong path, and a pair that cannot be scored, are found before any student is run."""
-    for name, path in students.items():
-        if path.is_dir() and not holds_model(path):
-            raise UsageError(
-                f"--student {name}={path} is no folder of a model, which has a config.json, an "
-                "adapter_config.json or a .gguf file; check the path"
-            )
+    """A pair that cannot be scored is found before any student is run."""
+    for path in students.values():
         check_pairs(
             load_tokenizer(path),
             held_out.pairs,

@@ -127,7 +127,7 @@ def find_model(source: str, option: str) -> str:
         option: under which it was given, for the message.
 
     Raises:
-        UsageError: a path at which there is nothing.
+        UsageError: a path at which there is no model.
     """
     if source == OFFLINE:
         return str(offline_teacher_path())
@@ -150,12 +150,6 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
             f"folder {str(folder)!r} holds no weights ({', '.join(patterns)}); save the model "
             "there with model.save_pretrained"
         )
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether there is something in a folder that `load_model` may be able to load."""
-    names = ("config.json", ADAPTER_CONFIG)
-    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
 
 
 def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:

@@ -77,11 +77,11 @@ BAD_INPUTS = {
     ),
     "no such teacher": (
         [*GOOD, "--teacher", "{data}/no-model"],
-        "cannot load a causal language model from",
+        "--teacher: '.*/no-model' is no folder of a model",
     ),
     "no such student": (
         [*GOOD, "--student", "{data}/no-model"],
-        "cannot load a causal language model from",
+        "--student: '.*/no-model' is no folder of a model",
     ),
     "more layers than the teacher has": (
         [*GOOD, "--student-layers", "9"],
@@ -191,6 +191,10 @@ BAD_INPUTS = {
         [*GOOD, "--scorer", "reward:./none#good"],
         "scorer 'reward:./none#good': there is nothing at './none'",
     ),
+    "a file in place of a model": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--model", "{data}/good.jsonl"],
+        "--model: '.*/good.jsonl' is a file and no .gguf; give the folder",
+    ),
     "pairs that are not there": (
         [*TRAIN, "--pairs", "{data}/none/pairs"],
         "there is no file '.*/none/pairs'",
@@ -209,7 +213,7 @@ BAD_INPUTS = {
     ),
     "a student that is no model": (
         [*EVALUATE, "--student", "A={data}/no-model"],
-        "--student A=.*/no-model is no folder of a model",
+        "--student A=.*/no-model: '.*/no-model' is no folder of a model",
     ),
     "pairs with a student without weights": (
         # The teacher would be asked first.

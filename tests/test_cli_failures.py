@@ -143,6 +143,7 @@ def test_every_command_takes_its_settings_from_a_file(command, monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     for name in "tsz":  # the teacher is looked for at once
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "c.yaml").write_text(text)
     extra = {} if command != "pairs" else {"student": "z", "teacher": "t"}
     assert main([command, "--config", "c.yaml", *flags]) == 0
@@ -187,7 +188,8 @@ def test_the_home_folder_is_spelt_out_for_every_command(stage, command, monkeypa
     """No shell does it in `--output-dir=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    row = '{"prompt": "a", "chosen": "%s", "rejected": "c"}\n'
+    (tmp_path / "pairs.jsonl").write_text(row % "b" + row % "d")
     seen = []
 
     def run(*arguments, **options):

@@ -162,3 +162,65 @@ def test_a_recipe_ends_before_fine_tuning_where_the_teacher_repeats_itself(
     assert "40 of 40 teacher's answers are the same: 'I cannot help with that.'" in printed.out
     assert "nothing can be learned from this data" in printed.err
     assert not (out / "sft").exists()
+
+
+def any_value(draw, depth=0):
+    """Whatever JSON can hold, and what a careless program writes into it."""
+    kind = draw.randrange(8 if depth < 3 else 5)
+    if kind < 3:
+        numbers = [None, True, 0, -1, 2**63, -(2**70), 10**299, 1.5, float("nan"), float("inf")]
+        return draw.choice(numbers)
+    if kind < 5:
+        return draw.choice(["", " ", "a", "\u200b", "\x00", "\u2028", "x" * 3000, "<|end|>", "1e5"])
+    if kind < 6:
+        return [any_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    names = ["role", "content", "a", "tools", ""]
+    if kind < 7:
+        return {draw.choice(names): any_value(draw, depth + 1) for _ in range(draw.randrange(4))}
+    contents = ["q", "", None, 3, ["x"], [{"type": "text", "text": "q"}]]
+    roles = ["user", "assistant", "system", 3, None]
+    count = draw.randrange(1, 3)
+    return [{"role": draw.choice(roles), "content": draw.choice(contents)} for _ in range(count)]
+
+
+def test_rows_of_any_json_are_read_or_refused_in_a_line(tiny_tokenizer, tmp_path):
+    """As prompts, for training and for evaluation; nothing but a UsageError may come of them."""
+    import random
+
+    from plad_fast._held_out_rows import read_held_out
+    from plad_fast._recipe_data import read_pairs
+    from plad_fast.pairs import load_prompts
+    from plad_fast.tokenization import tokenize_dataset
+
+    draw = random.Random(0)
+    columns = ["prompt", "chosen", "rejected", "id", "reference", "responses", "scores",
+               "chosen_score", "rejected_score", "tools", "chat_template_kwargs",
+               "reference_logps", "completion", "source"]  # fmt: skip
+    file = tmp_path / "p.jsonl"
+    read = dict.fromkeys(("prompts", "held out", "training"), 0)
+    messages = []
+    for turn in range(80):
+        data = [
+            {**row, **{draw.choice(columns): any_value(draw) for _ in range(draw.randrange(1, 3))}}
+            for row in rows(draw.randrange(1, 4))
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in data))
+        for name, use in (
+            ("prompts", lambda: load_prompts(file)),
+            ("held out", lambda: read_held_out(read_pairs(str(file)), "p")),
+            (
+                "training",
+                lambda turn=turn: tokenize_dataset(
+                    read_pairs(str(file)), tiny_tokenizer, max_length=64, with_scores=turn % 2 == 0
+                ),
+            ),
+        ):
+            try:
+                use()
+                read[name] += 1
+            except UsageError as error:
+                messages.append(str(error))
+        check_rows(data)
+    assert min(read.values()) > 10
+    assert len(messages) > 50
+    assert max(map(len, messages)) < 700

@@ -127,6 +127,35 @@ def test_a_folder_of_data_files_is_read(tmp_path, jsonl, monkeypatch):
     assert [p.id for p in load_prompts(folder)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': 'q'}]",
+        ' [ {"content": "q",\n "role": "user"}, {"role": "assistant", "content": "a"} ]\n',
+        "[{'role': 'user', 'content': 'q'}\n {'role': 'user', 'content': 'q'}]",  # numpy's
+    ],
+)
+def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
+    from plad_fast._recipe_data import read_pairs
+
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2
+    write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], "prompt": text}])
+    assert "row 2, column 'prompt' holds a list of chat messages" in message_of(tmp_path / "p.csv")
+    for column in rows[0]:
+        write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], column: text}])
+        with pytest.raises(UsageError, match=f"row 2, column '{column}' holds a list of chat"):
+            read_pairs(str(tmp_path / "p.csv"))
+    told = f"Write this as YAML: {text}"
+    write_csv(tmp_path / "p.csv", [{**rows[0], "prompt": told}])
+    assert load_prompts(tmp_path / "p.csv")[0].content == told.replace("\r\n", "\n")
+
+
+def test_a_folder_without_data_is_called_a_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    message = message_of(tmp_path / "data")
+    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+
+
 def test_ids_do_not_depend_on_the_limit(tmp_path):
     rows = [{"prompt": text} for text in ("same", "other", "same", "same")]
     path = write_jsonl(tmp_path / "p.jsonl", rows)

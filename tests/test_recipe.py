@@ -177,12 +177,13 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
         ("? [a, b]\n: 2", "is not YAML"),
         ("beta: 1\n---\nbeta: 2", "is not YAML"),
         ("beta: 1\x00", "is not YAML"),
-        ("just words", "must hold `name: value` lines, not 'just words'"),
-        ("", "must hold `name: value` lines, not None"),
+        ("just words", "must hold `name: value` lines; not 'just words'"),
+        ("# beta: 1", "must hold `name: value` lines; it is empty"),
+        ("beta: 1\nseed: [1", "line 2, is not YAML"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
         ("# " + "x" * 2_000_000, "settings are a few lines"),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from plad_fast._load_errors import reason_of
+from plad_fast._places import holds_model
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.students import (
     check_loadable,
-    holds_model,
     is_encoder_decoder,
     load_model,
     load_tokenizer,

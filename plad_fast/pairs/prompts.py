@@ -19,7 +19,7 @@ from plad_fast._template_options import refuse_template_options
 from plad_fast.chat import Content, Messages, require_unicode
 from plad_fast.errors import UsageError
 from plad_fast.pairs._unicode import mend
-from plad_fast.pairs.tables import Row, Table, read_table
+from plad_fast.pairs.tables import Row, Table, read_table, refuse_written_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,6 +234,7 @@ def _as_content(value: Any, where: str) -> Content:
     if not value.strip():
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     require_unicode(value, where)
+    refuse_written_lists(value, where)
     return value
 
 

@@ -26,6 +26,9 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Endings of files that are no data of ours, and that no data set on the hub is called by.
 _FOREIGN = re.compile(r"\.(txt|tsv|md|ya?ml|xlsx?|arrow|gz|bz2|xz|zst|zip|tar)$", re.IGNORECASE)
 _MOST_DIGITS = 300  # of a number: a float holds no more, and Python reads no more than 4,300
+_WRITTEN_MESSAGES = re.compile(
+    r"\s*\[\s*\{\s*(['\"])(?:role|content|from)\1\s*:.*\}\s*\]\s*", re.DOTALL
+)
 _DEEPEST = 200  # lists and objects in one another
 _PACKED = {
     b"\x1f\x8b": "a gzip archive",
@@ -251,11 +254,28 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         reason = _one_line(error)
+        if found:
+            raise UsageError(
+                f"cannot read the folder {source!r} as a data set: {reason}; give a file that ends "
+                f"in {', '.join(_READERS)}, or a folder of such files alone"
+            ) from error
         raise UsageError(
             f"cannot load split {split!r} of the hub data set {source!r}: {reason}; name a split "
             "it has, and a config as in 'owner/name:config' where it has several"
         ) from error
     return Table(source, data.column_names, data)
+
+
+def refuse_written_lists(value: Any, where: str) -> None:
+    """Raises UsageError for a text that is chat messages written out, as CSV files have them.
+
+    A model would be asked brackets and quotes.
+    """
+    if isinstance(value, str) and _WRITTEN_MESSAGES.fullmatch(value):
+        raise UsageError(
+            f"{where} holds a list of chat messages written out as text, for CSV has no lists: "
+            "give the data as JSONL or Parquet"
+        )
 
 
 def _one_line(error: Exception) -> str:
