@@ -271,7 +271,14 @@ class RunFolder:
             )
         check()
         if found is not None and anew:
-            self._empty()
+            # Other programs may have its stores open, or train beside its models.
+            parts = [*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")]
+            locks = [lock_folder(part) for part in parts]
+            try:
+                self._empty()
+            finally:
+                for lock in filter(None, locks):
+                    os.close(lock)
         if anew:
             self._record["stages"] = {}
         self._record = {**_FORMAT, "settings": settings, "stages": self._record["stages"]}
