@@ -44,7 +44,7 @@ def test_nothing_is_emptied_while_a_store_is_open(tmp_path):
             store.append([{"id": "a"}])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     store = AnswerStore.open(tmp_path / "run" / "answers" / "teacher.jsonl", {})
-    with store, pytest.raises(UsageError, match="teacher.jsonl is being filled by another"):
+    with store, pytest.raises(UsageError, match=r"teacher\.jsonl is being filled by another"):
         RunFolder(tmp_path / "run", {}, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
