@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast._files import sync_folder, sync_tree
-from plad_fast._manifest import damage, write_manifest
+from plad_fast._manifest import NAME, damage, write_manifest
 from plad_fast._signals import Asked
 
 logger = logging.getLogger("plad_fast")
 
+OF_TRAINING = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, NAME)
+"""Patterns of what a checkpoint has beside a model's files."""
 _KEPT = 2  # the one before is there for the case that the newest is damaged
 _SECONDS = 600.0  # between checkpoints at most
 _SHARE = 0.05  # of the time, at most, goes into those that are made by the clock
@@ -52,6 +56,12 @@ def newest_checkpoint(folder: Path, training: str) -> Path | None:
             "its start" if found is None else found.name,
         )
     return found
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of its training's last step."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
 
 
 class Checkpoints(TrainerCallback):

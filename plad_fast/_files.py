@@ -16,8 +16,11 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR}
 _MAKE_ROOM = "make room"
 _ADVICE = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): _MAKE_ROOM,
-    (errno.EROFS,): "that disk is read-only: choose a folder on another, or make it writable",
-    (errno.EACCES, errno.EPERM): "choose a folder that you may write to, or change its permissions",
+    (errno.EROFS,): "choose a folder on another disk, or make this one writable,",
+    (
+        errno.EACCES,
+        errno.EPERM,
+    ): "choose a folder that you may write to, or change permissions,",
 }
 # What torch.save says when a write came out short.
 _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected pos ")

@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
-from plad_fast._checkpoints import Checkpoints, newest_checkpoint, remove_checkpoints
+from plad_fast._checkpoints import (
+    OF_TRAINING,
+    Checkpoints,
+    has_ended,
+    newest_checkpoint,
+    remove_checkpoints,
+)
 from plad_fast._devices import autocast_dtype, best_device
 from plad_fast._files import publish_folder, write_atomically
 from plad_fast._manifest import require_whole, write_manifest
@@ -136,52 +143,60 @@ def train_model(
             else:
                 _require_record(checkpoints, record)
         training = digest(record)
-        found = newest_checkpoint(checkpoints, training)
+        last = newest_checkpoint(checkpoints, training)
         write_atomically(checkpoints / RECORD, json.dumps(record, indent=1))
-        steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
-        trainer = _trainer(
-            source,
-            rows,
-            output_dir=str(checkpoints),
-            loss=loss,
-            beta=beta,
-            loss_args=loss_args,
-            sft_weight=sft_weight,
-            length_normalization=length_normalization,
-            max_length=max_length,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=round(_WARMUP_SHARE * steps),
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=batch_size // micro,
-            max_tokens_per_batch=max_tokens_per_batch,
-            **_checkpointing(gradient_checkpointing),
-            bf16=autocast_dtype(precision) == torch.bfloat16,
-            seed=seed,
-            save_steps=max(1, math.ceil(steps / saves)),
-            logging_steps=max(1, steps // 20),
-        )
-        with deferred_signals(_NOTICE) as asked:
-            trainer.add_callback(Checkpoints(checkpoints, training, asked))
-            trainer.train(resume_from_checkpoint=None if found is None else str(found))
-        log = list(trainer.state.log_history)
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        (partial / LOG).write_text(json.dumps(log, indent=1))
-        shutil.copy(checkpoints / RECORD, partial / RECORD)
-        write_manifest(partial)
-        if is_trained(output):  # to be replaced, as was found above
-            remove_model(output)
-        publish_folder(partial, output)
+        # The Trainer would take a step too many from a checkpoint of the last one.
+        if last is None or not has_ended(last):
+            steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
+            trainer = _trainer(
+                source,
+                rows,
+                output_dir=str(checkpoints),
+                loss=loss,
+                beta=beta,
+                loss_args=loss_args,
+                sft_weight=sft_weight,
+                length_normalization=length_normalization,
+                max_length=max_length,
+                num_train_epochs=epochs,
+                learning_rate=learning_rate,
+                lr_scheduler_type="linear",
+                warmup_steps=round(_WARMUP_SHARE * steps),
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=batch_size // micro,
+                max_tokens_per_batch=max_tokens_per_batch,
+                **_checkpointing(gradient_checkpointing),
+                bf16=autocast_dtype(precision) == torch.bfloat16,
+                seed=seed,
+                save_steps=max(1, math.ceil(steps / saves)),
+                logging_steps=max(1, steps // 20),
+            )
+            with deferred_signals(_NOTICE) as asked:
+                trainer.add_callback(Checkpoints(checkpoints, training, asked))
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            last = checkpoints / f"checkpoint-{trainer.state.global_step}"  # saved at the end
+            del trainer
+            gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
+        _publish(last, output)
         discard_checkpoints(output)
-        del trainer
-        gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
     finally:
         if lock is not None:
             os.close(lock)
-    return log
+    return log_history(output)
+
+
+def _publish(checkpoint: Path, output: Path) -> None:
+    """Makes the model's folder of the training's last checkpoint."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*OF_TRAINING))
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    (partial / LOG).write_text(json.dumps(state["log_history"], indent=1), encoding="utf-8")
+    shutil.copy(checkpoint.with_name(RECORD), partial / RECORD)
+    write_manifest(partial)
+    if is_trained(output):  # to be replaced, as was found before
+        remove_model(output)
+    publish_folder(partial, output)
 
 
 def discard_training(output: Path) -> None:
@@ -282,7 +297,7 @@ def _found_record(folder: Path) -> dict[str, Any] | None:
 def log_history(model_folder: Path) -> list[dict[str, Any]]:
     """The log of the training that made a folder of `train_model`; empty if there is none."""
     path = model_folder / LOG
-    return json.loads(path.read_text()) if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 class _Progress(ProgressCallback):

@@ -141,6 +141,26 @@ def test_without_a_whole_checkpoint_a_training_starts_anew(
         assert words in steps_of(caplog)
 
 
+def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_path, monkeypatch):
+    """In the middle of an epoch the Trainer would; what is logged last is printed."""
+    train(tiny_teacher, tmp_path / "straight", epochs=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "publish_folder", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_teacher, tmp_path / "out", epochs=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_model", stop)
+        weights = train(tiny_teacher, tmp_path / "out", epochs=1.5)
+    assert weights == (tmp_path / "straight" / "model.safetensors").read_bytes()
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    logs = [training.log_history(tmp_path / name) for name in ("out", "straight")]
+    for log in logs:
+        assert log[-1]["step"] == 9
+        for entry in log:
+            del entry["tokens_per_second"]
+    assert logs[0] == logs[1]
+
+
 def test_a_checkpoint_of_another_training_or_step_is_not_gone_on_from(killed, tmp_path, caplog):
     record = json.loads((killed / "checkpoint-6" / "files.json").read_text())["training"]
     folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
@@ -274,7 +294,7 @@ def test_a_sharded_model_without_a_list_has_all_of_its_shards(tmp_path, tiny_mod
 def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, capsys):
     pairs = write_pairs(tmp_path / "pairs.jsonl", 4)
     command = ["train", "--model", str(tiny_teacher), "--pairs", str(pairs)]
-    command += ["--output-dir", str(tmp_path / "out")]
+    command += ["--output-dir", str(tmp_path / "out"), "--precision", "float32"]
     assert main(command) == 0
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
     capsys.readouterr()

@@ -134,9 +134,12 @@ OF_TORCH_AT_ITS_END = "[enforce fail at inline_container.cc] . unexpected pos 57
         (RuntimeError(OF_TORCH_AT_ITS_END), "make room"),
         (PermissionError(errno.EACCES, "Permission denied"), "may write to"),
         (PermissionError(errno.EPERM, "Operation not permitted"), "may write to"),
-        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
-        (RuntimeError("open file failed with strerror: Read-only file system"), "read-only"),
-        (Exception("Read-only file system (os error 30)"), "read-only"),
+        (OSError(errno.EROFS, "Read-only file system"), "on another disk"),
+        (
+            RuntimeError("open file failed with strerror: Read-only file system"),
+            "on another disk",
+        ),
+        (Exception("Read-only file system (os error 30)"), "on another disk"),
         (OSError(errno.ECONNRESET, "Connection reset by peer"), None),
         (OSError("Can't load the model"), None),
     ],
@@ -151,8 +154,8 @@ def test_only_what_the_disk_did_is_answered_with_what_helps_against_it(
     assert printed.count("\n") == 1
     assert str(error).splitlines()[0] in printed
     assert ("what was finished is kept" in printed) == (advice is not None)
-    for word in ("make room", "read-only:", "may write to"):
-        assert (word in printed) == (advice is not None and advice in word)
+    for word in ("make room", "on another disk", "may write to"):
+        assert (word in printed) == (word == advice)
 
 
 def test_a_full_disk_behind_another_error_is_still_a_full_disk(monkeypatch, capsys):
