@@ -182,10 +182,10 @@ def _check_names(names: Sequence[str]) -> None:
                 "names that differ in more than case and spaces"
             )
         seen[plain] = name
-        if plain == "teacher":
+        if plain == "teacher" or plain.partition("-")[0] == "scores":
             raise UsageError(
-                f"--student {name}: the tables have a row of that name, of the answers in the "
-                "pairs; choose another"
+                f"--student {name}: the answers in the pairs are those of the teacher in tables, "
+                "and scores begin the names of scorers' files; choose another name"
             )
 
 

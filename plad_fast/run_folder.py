@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,12 @@ class RunFolder:
             )
         check()
         if found is not None and anew:
-            self._empty()
+            with ExitStack() as held:
+                # Other programs may have its stores open, or train beside its models.
+                for part in (*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")):
+                    if (lock := lock_folder(part)) is not None:
+                        held.callback(os.close, lock)
+                self._empty()
         if anew:
             self._record["stages"] = {}
         self._record = {**_FORMAT, "settings": settings, "stages": self._record["stages"]}

@@ -294,3 +294,34 @@ def test_every_setting_is_one_of_a_stage(tiny_teacher, tmp_path):
     config = DistillConfig()
     everywhere = set.intersection(*(set(stage_settings(config, stage)) for stage in STAGES))
     assert not everywhere
+
+
+def test_prompts_of_any_name(tiny_teacher, tmp_path):
+    """Tabs, which stand before the number of a sample, line breaks, slashes, and their like."""
+    ids = [
+        "t",
+        "t\t1",
+        "t\t\t1",
+        "n\n",
+        "../s",
+        "a/b",
+        "\u00fc",
+        " t",
+        "t ",
+        "C:",
+        "0",
+        "1",
+        "\u2028",
+    ]
+    prompts = [p.content for p in builtin_prompts()]
+    file = tmp_path / "prompts.jsonl"
+    write_rows(file, [{"prompt": p, "id": i} for p, i in zip(prompts, ids, strict=False)])
+    command = [
+        *arguments(tiny_teacher, tmp_path / "run", "--student-samples", "2", "--select", "all"),
+        *("--prompts", str(file), "--held-out", "4", "--teacher-temperature", "0"),
+    ]
+    assert main(command) == 0
+    pairs = (tmp_path / "run" / "pairs" / "train.jsonl").read_text().split("\n")[:-1]
+    names = [json.loads(line)["id"] for line in pairs]
+    assert len(set(names)) == len(names) > 3
+    assert main(command) == 0

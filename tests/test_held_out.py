@@ -11,7 +11,14 @@ import pytest
 from plad_fast import held_out as module
 from plad_fast._pair_scores import score_responses
 from plad_fast.errors import UsageError
-from plad_fast.held_out import HeldOut, calibration_file, draw_plots, evaluate_models, scorer_file
+from plad_fast.held_out import (
+    HeldOut,
+    calibration_file,
+    draw_plots,
+    evaluate_models,
+    scorer_file,
+    student_files,
+)
 from plad_fast.pairs import Prompt, Sampling, as_messages
 from plad_fast.pairs.scoring import FunctionScorer
 from plad_fast.students import load_model, load_tokenizer
@@ -176,3 +183,13 @@ def test_bad_input_is_refused_before_any_model_runs(tmp_path, options, message, 
     monkeypatch.setattr(module, "load_tokenizer", None)
     with pytest.raises(UsageError, match=message):
         evaluate(tmp_path, tmp_path, **options)
+
+
+def test_no_two_names_share_a_file(tmp_path):
+    """Files are named after students and scorers, and end in what is in them."""
+    students = ["a", "a-samples", "a-greedy", "a-calibration", "a-logps", "a-sampled", "b.failed"]
+    files = [file for name in students for file in student_files(name, tmp_path)[0]]
+    files += [student_files(name, tmp_path)[1] for name in students]
+    files += [calibration_file(name, tmp_path) for name in students]
+    files += [scorer_file(name, tmp_path) for name in ("greedy", "a", "length-sampled")]
+    assert len({file.name for file in files}) == len(files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from dataclasses import replace
@@ -222,6 +223,17 @@ def test_what_is_dropped_of_several_samples():
     first, second = caught.value.report.drops
     assert (first["teacher"], first["student"]) == (["good", "fine"], "bad")
     assert (first["reason"], second["reason"]) == ("contradicted", "truncated")
+
+
+def test_pairs_of_prompts_with_tabs_in_their_ids_have_ids_of_their_own():
+    """Behind the prompt's id stands, after a tab, the number of the sample."""
+    prompts = [Prompt(key, f"{key}?") for key in ("a", "a\t1", "a\t\t1", "a\t")]
+    teacher = {p.id: answer(p.id, "good") for p in prompts}
+    student = {p.id: [answer(p.id, text) for text in ("x", "y", "z")] for p in prompts}
+    for answers in student.values():
+        answers[:] = [dataclasses.replace(a, sample=k) for k, a in enumerate(answers)]
+    pairs, _ = build_pairs(prompts, teacher, student, select="all")
+    assert len({pair["id"] for pair in pairs}) == len(pairs) == 12
 
 
 def test_a_chat_template_makes_messages_of_text(tiny_tokenizer):

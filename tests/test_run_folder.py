@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from plad_fast import UsageError
+from plad_fast.pairs import AnswerStore
 from plad_fast.recipe import DistillConfig
 from plad_fast.run_folder import RunFolder, Stage
 
@@ -33,6 +34,19 @@ def test_two_processes_cannot_share_a_run_folder(tmp_path):
         RunFolder(tmp_path / "run", {})
     first.close()
     RunFolder(tmp_path / "run", {}).close()
+
+
+def test_nothing_is_emptied_while_a_store_is_open(tmp_path):
+    pytest.importorskip("fcntl")
+    RunFolder(tmp_path / "run", {}).close()
+    for name in ("student", "teacher"):
+        with AnswerStore.open(tmp_path / "run" / "answers" / f"{name}.jsonl", {}) as store:
+            store.append([{"id": "a"}])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    store = AnswerStore.open(tmp_path / "run" / "answers" / "teacher.jsonl", {})
+    with store, pytest.raises(UsageError, match=r"teacher\.jsonl is being filled by another"):
+        RunFolder(tmp_path / "run", {}, overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -384,3 +384,42 @@ def test_overwriting_that_is_refused_leaves_the_results(tiny_teacher, pairs, tmp
     assert main([*command, "--overwrite"]) == 2
     assert "is not a store of answers" in capsys.readouterr().err
     assert (output / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["A", "a"], "A and --student a would share"),
+        (["e\u0301", "\u00e9"], "would share"),
+        (["a b", "A-b"], "would share"),
+        (["a\nb"], "control"),
+        (["a\x1b[2J"], "control"),
+        (["a/b"], "must not contain /"),
+        (["x" * 120], "100 bytes"),
+        (["Teacher"], "--student Teacher"),
+        (["scores"], "--student scores"),
+    ],
+)
+def test_students_that_could_not_be_told_apart(
+    names, message, tiny_teacher, pairs, tmp_path, capsys
+):
+    command = evaluate(tiny_teacher, pairs, tmp_path / "out")
+    students = [part for name in names for part in ("--student", f"{name}={tiny_teacher}")]
+    assert main([command[0], *students, *command[3:]]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "\x1b" not in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_were_the_same_file(tiny_teacher, pairs, tmp_path):
+    """The samples of `a` and the log-probabilities of `a-samples`."""
+    other = changed_copy(tiny_teacher, tmp_path / "other")
+    command = evaluate(tiny_teacher, pairs, tmp_path / "out", "--calibration-samples", "2")
+    command[1:3] = ["--student", f"a={tiny_teacher}", "--student", f"a-samples={other}"]
+    for _ in range(2):
+        assert main(command) == 0
+        rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["students"]
+        assert [row["name"] for row in rows] == ["a", "a-samples"]
+        assert rows[0]["margin"] != rows[1]["margin"]
