@@ -143,12 +143,6 @@ def _parse(text: str, path: Path, *, first_line: int) -> Any:
             f"{path}, line {line}, column {error.colno} is not valid JSON: {error.msg}; write one "
             "object a line, or a list of objects"
         ) from None
-    except (ValueError, RecursionError) as error:  # too many digits, or brackets
-        place = f"line {first_line}" if first_line > 1 else "line 1 or after"
-        raise UsageError(
-            f"{path}, {place} holds a number too long or lists too deep to be read ({error}); "
-            "drop that row"
-        ) from None
 
 
 def _is_deep(value: Any) -> bool:
