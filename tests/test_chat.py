@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from plad_fast.chat import written_out
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
 from tests.tokenizer_families import (
@@ -345,3 +346,11 @@ def test_templates_as_models_ship_them(name):
         assert "hm" in after
         assert "".join(text.split()).count("<think>hm</think>blue") == 1
         assert text.count("<think>") == text.count("</think>")
+
+
+def test_readers_see_all_of_a_message():
+    """A judge, and whoever reads a report."""
+    messages = [*USER, *says(None, tool_calls=[CALL], name=None), {"role": "tool", "content": "18"}]
+    assert written_out(messages) == (
+        f"user: What is the sky?\n\nassistant: tool_calls: {json.dumps([CALL])}\n\ntool: 18"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from plad_fast.chat import Content, Messages
+from plad_fast.chat import Content, Messages, written_out
 
 CRITERIA = (
     "The better answer does what the request asks for, is correct, and is clear. Length as such is "
@@ -80,4 +80,4 @@ def read_verdict(reply: str) -> str | None:
 
 
 def _transcript(messages: Messages) -> str:
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return written_out(messages)
