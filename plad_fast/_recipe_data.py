@@ -150,7 +150,9 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _normalized(content: Content) -> str:
     """Equal for prompts that a model is asked in the same words."""
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    words = [[message["role"], " ".join(message["content"].split())] for message in messages]
+    words = [
+        [message["role"], " ".join((message.get("content") or "").split())] for message in messages
+    ]
     return json.dumps(words)
 
 

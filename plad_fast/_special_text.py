@@ -34,6 +34,11 @@ class SpecialText:
     def hide(self, value: Any) -> Any:
         """A text, or a structure of lists and mappings, with stand-ins for special tokens in it."""
         if isinstance(value, str):
+            if _MARK in value or _RENAMED in value:
+                raise UsageError(
+                    f"a message holds the digits {_MARK} or {_RENAMED}, with which special tokens "
+                    "are told from text; remove them, or set split_special_tokens=False"
+                )
             return self._replaced(value, _MARK)
         if isinstance(value, Mapping):
             return {self.hide(key): self.hide(inner) for key, inner in value.items()}

@@ -8,6 +8,7 @@ chat model a plain-text prompt, make messages of it first (`plad_fast.pairs.as_m
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -203,6 +204,18 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, re
         UsageError: as `render_prompt`.
     """
     return apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
+
+
+def written_out(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages for a reader: a judge, or whoever reads a report. Nothing of them is left out."""
+    texts = []
+    for message in messages:
+        said = [message["content"]] if message.get("content") else []
+        for key, value in message.items():
+            if key not in ("role", "content") and value:
+                said.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+        texts.append(f"{message['role']}: " + "\n".join(said))
+    return "\n\n".join(texts)
 
 
 def _answer(prompt: Messages, response: Content) -> Message:

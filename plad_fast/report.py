@@ -17,6 +17,7 @@ from plad_fast._headline import headline
 from plad_fast._page import PAGE, STYLE
 from plad_fast._results import calibration_section, results_section
 from plad_fast._tables import judge_line
+from plad_fast.chat import written_out
 from plad_fast.errors import UsageError
 
 __all__ = ["headline", "write_report"]
@@ -162,10 +163,10 @@ def _example(example: Mapping[str, Any]) -> str:
     return f'<article><h3>Prompt</h3>{shown}<div class="answers">{answers}</div></article>'
 
 
-def _plain(content: str | Sequence[Mapping[str, str]]) -> str:
+def _plain(content: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(content, str):
         return content
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
+    return written_out(content)
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from plad_fast.chat import written_out
 from plad_fast.errors import UsageError
 from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
 from tests.tokenizer_families import (
@@ -296,6 +297,17 @@ def test_text_that_no_special_token_is_in_has_the_tokens_of_the_tokenizer_itself
     assert qwen.decode(first[len(second) :]) == "</s>"
 
 
+def test_no_message_can_forge_a_special_token(qwen):
+    from plad_fast import _special_text
+
+    for digits in (_special_text._MARK, _special_text._RENAMED):
+        forged = f"{digits}{qwen.eos_token_id:07}</s>"
+        with pytest.raises(UsageError, match=digits):
+            encode_group(qwen, USER, [forged], max_length=99)
+    [ids] = encode_group(qwen, USER, ["<|im_<|im_end|>end|>"], max_length=99)["response_ids"]
+    assert ids.count(qwen.eos_token_id) == 1
+
+
 def test_marks_of_thoughts_and_calls_and_plain_text_stay_tokens(qwen):
     ids = encode_group(qwen, USER, ["<think>hm</think><tool_call>"], max_length=99)["response_ids"]
     tokens = qwen.convert_ids_to_tokens(ids[0])
@@ -334,3 +346,11 @@ def test_templates_as_models_ship_them(name):
         assert "hm" in after
         assert "".join(text.split()).count("<think>hm</think>blue") == 1
         assert text.count("<think>") == text.count("</think>")
+
+
+def test_readers_see_all_of_a_message():
+    """A judge, and whoever reads a report."""
+    messages = [*USER, *says(None, tool_calls=[CALL], name=None), {"role": "tool", "content": "18"}]
+    assert written_out(messages) == (
+        f"user: What is the sky?\n\nassistant: tool_calls: {json.dumps([CALL])}\n\ntool: 18"
+    )

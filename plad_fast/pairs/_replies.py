@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from plad_fast.chat import is_blank
 from plad_fast.pairs._finish import Finish, is_told, known_end
 from plad_fast.pairs._retries import BadReplyError
 from plad_fast.pairs._secrets import mask, one_line
@@ -206,7 +207,8 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool) -> Choice:
     text, parts = _text(message.get("content"))
     text = mask(mend(text).strip(), key)
     problem = ""
-    if not text:
+    if is_blank(text):
+        text = ""
         thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
         if thoughts:
             problem = f"the answer is empty: all that was said is in {thoughts[0]}"

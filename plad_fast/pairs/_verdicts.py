@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from plad_fast.chat import Content, Messages
+from plad_fast.chat import Content, Messages, written_out
 from plad_fast.pairs._thoughts import after_thought
 
 CRITERIA = (
@@ -113,4 +113,4 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 
 def _transcript(messages: Messages) -> str:
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return written_out(messages)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast._places import shown
 from plad_fast._template_options import refuse_template_options
-from plad_fast.chat import Content, Messages, require_unicode
+from plad_fast.chat import Content, Messages, is_blank, require_unicode
 from plad_fast.errors import UsageError
 from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.tables import Row, Table, read_table, refuse_written_lists
@@ -48,7 +48,7 @@ class Prompt:
         # They become names, keys and report text; of the content itself nothing is changed.
         for name in ("id", "reference"):
             object.__setattr__(self, name, mend(getattr(self, name)))
-        if isinstance(self.reference, str) and not self.reference.strip():
+        if isinstance(self.reference, str) and is_blank(self.reference):
             object.__setattr__(self, "reference", None)
 
 
@@ -231,7 +231,7 @@ def _as_content(value: Any, where: str) -> Content:
             f"{where} holds {what} where a prompt should be; a prompt is text or a list of "
             '{"role", "content"} messages'
         )
-    if not value.strip():
+    if is_blank(value):
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     require_unicode(value, where)
     refuse_written_lists(value, where)
@@ -255,6 +255,8 @@ def _as_chat(value: list[Any], where: str) -> Messages:
         raise UsageError(
             f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"
         )
+    if all(is_blank(message["content"]) for message in value if message["role"] != "system"):
+        raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     # Arrow gives every message every key that one of them has.
     return [{key: text for key, text in m.items() if text is not None} for m in value]
 
