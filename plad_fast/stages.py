@@ -161,7 +161,7 @@ def pair_models(
             scores_path=scores,
             path=path,
         )
-        show_pairs(rows, report, path)
+        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
         return str(report)
 
     with joined() as ranks:
