@@ -43,24 +43,29 @@ def funnel_line(report: PairReport) -> str:
     return " > ".join(steps)
 
 
-def check_pairs(
-    rows: Sequence[Mapping[str, Any]], report: PairReport, what: str = "pairs"
-) -> list[Finding]:
-    """Findings on pairs that were made, and on those that were not."""
-    return check_rows(rows, what) + check_drops(report.drops, report.total, report.unit)
-
-
 def show_pairs(
-    rows: Sequence[Mapping[str, Any]], report: PairReport, file: Path, what: str = "pairs"
+    rows: Sequence[Mapping[str, Any]],
+    report: PairReport,
+    file: Path,
+    what: str = "pairs",
+    *,
+    for_training: bool = True,
 ) -> None:
     """Prints the funnel, where to see what was dropped, and what to look at.
+
+    Args:
+        rows, report: of `build_pairs`.
+        file: that the rows are in.
+        what: they are called.
+        for_training: see `check_rows`.
 
     Raises:
         UsageError: nothing can be learned from the rows.
     """
     where = f"; {dropped_file(file)} has what was dropped" if report.drops else ""
     print(f"   {what}: {funnel_line(report)}{where}", flush=True)
-    findings = check_pairs(rows, report, what)
+    findings = check_rows(rows, what, for_training=for_training)
+    findings += check_drops(report.drops, report.total, report.unit)
     show_findings(findings)
     require_learnable(findings, "give more or other prompts, or another teacher")
 

@@ -38,13 +38,16 @@ class Finding:
         return self.text
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], what: str = "pairs") -> list[Finding]:
+def check_rows(
+    rows: Sequence[Mapping[str, Any]], what: str = "pairs", *, for_training: bool = True
+) -> list[Finding]:
     """Findings on rows of the preference format, with or without rejected responses.
 
     Args:
         rows: in any of the forms that `tokenize_dataset` lists; one that cannot be read is left to
             those who will refuse it with its number.
         what: the rows are called.
+        for_training: as they are. A single row is hopeless then; else others may be added to it.
     """
     readable = []
     for row in rows:
@@ -57,7 +60,9 @@ def check_rows(rows: Sequence[Mapping[str, Any]], what: str = "pairs") -> list[F
     if not readable:
         return []
     chosen = [texts[0] for _, texts in readable]
-    findings = _few(readable, what) + check_answers(chosen, f"chosen answers of the {what}")
+    findings = _few(len(readable), what, for_training) + check_answers(
+        chosen, f"chosen answers of the {what}"
+    )
     pairs = [(texts[0], rejected) for _, texts in readable for rejected in texts[1:]]
     return findings + _copies(readable, what) + _sides(pairs, what)
 
@@ -112,13 +117,11 @@ def data_block(findings: Sequence[Finding | str]) -> str:
     return "\n".join(["   check your data:", *lines]) if lines else ""
 
 
-def _few(rows: Sequence[Any], what: str) -> list[Finding]:
-    if len(rows) >= FEW_PAIRS:
+def _few(count: int, what: str, for_training: bool) -> list[Finding]:
+    if count >= FEW_PAIRS:
         return []
-    text = (
-        f"the number of {what} is {len(rows)}: below {FEW_PAIRS} a result is noise, take hundreds"
-    )
-    return [Finding(text, len(rows) == 1)]
+    text = f"the number of {what} is {count}: below {FEW_PAIRS} a result is noise"
+    return [Finding(text, for_training and count == 1)]
 
 
 def _copies(rows: Sequence[tuple[str, list[str]]], what: str) -> list[Finding]:

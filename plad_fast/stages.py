@@ -176,7 +176,7 @@ def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: b
             scores_path=scores,
             path=path,
         )
-        show_pairs(rows, report, path)
+        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
         record_rows(folder, path.name)
         return str(report)
 

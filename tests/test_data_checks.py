@@ -96,6 +96,29 @@ def test_rows(data, expected, hopeless):
         require_learnable(findings, "do x")
 
 
+def test_a_single_pair_may_be_joined_to_others():
+    assert [finding.hopeless for finding in check_rows(rows(1))] == [True]
+    assert [finding.hopeless for finding in check_rows(rows(1), for_training=False)] == [False]
+    same = rows(40, chosen="Yes, always so.")
+    assert any(finding.hopeless for finding in check_rows(same, for_training=False))
+
+
+@pytest.mark.parametrize(("answer", "status"), [("I cannot help with that.", 2), ("Word {}.", 0)])
+def test_pairs_of_a_teacher_that_repeats_itself(answer, status, tiny_teacher, tmp_path, capsys):
+    data = [{"prompt": f"p{i}", "answer": answer.format(i)} for i in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    command = ["pairs", "--teacher", "column:answer", "--student", str(tiny_teacher)]
+    command += ["--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "60"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == status
+    printed = capsys.readouterr()
+    funnel = next(line for line in printed.out.splitlines() if "12 prompts > " in line)
+    dropped = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
+    kept = (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()
+    assert len(dropped) + len(kept) == 12
+    assert f"> {len(kept)} kept" in funnel
+    assert ("chosen answers of the pairs are the same" in printed.err) == (status == 2)
+
+
 def test_answers_of_one_author():
     assert check_answers([], "answers") == []
     assert check_answers(["yes", "no"] * 20, "answers") == []

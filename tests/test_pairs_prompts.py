@@ -219,6 +219,7 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.jsonl", "", "has no rows"),
         ("p.json", "[]", "has no rows"),
         ("p.csv", "prompt\n", "has no rows"),
+        ("p.csv", "prompt;id\nq;1\n", "it has 'prompt;id': if ';' stands between its fields"),
         ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' holds a int where a prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' holds nothing where a"),
         ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),

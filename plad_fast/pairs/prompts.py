@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -165,9 +166,11 @@ def _given_ids(table: Table) -> list[str] | None:
 
 def _require_column(table: Table, column: str, option: str) -> None:
     if column not in table.columns:
+        advice = f"choose one with {option}"
+        if len(table.columns) == 1 and (mark := re.search("[;\t|]", table.columns[0])):
+            advice = f"if {mark[0]!r} stands between its fields, write commas there"
         raise UsageError(
-            f"{table.source} has no column {column!r}; it has {_listed(table)}: choose one with "
-            f"{option}"
+            f"{table.source} has no column {column!r}; it has {_listed(table)}: {advice}"
         )
 
 
