@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,14 +70,18 @@ def _on_one_end_of_tied_weights(model: PreTrainedModel) -> bool:
 
 def _no_longer_tied(model: PreTrainedModel) -> list[str]:
     """Weights that loading would tie to another one, from which they differ."""
-    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    tied: Any = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:  # transformers 4 lists the names alone
+        first: Any = model.get_input_embeddings()
+        sources = [name for name, weight in weights.items() if weight is first.weight][:1]
+        tied = {name: sources[0] for name in model._tied_weights_keys or () if sources}
     head = model.get_output_embeddings()
     untied = not model.config.tie_word_embeddings
     free = {f"{name}.weight" for name, part in model.named_modules() if untied and part is head}
-    weights = dict(model.named_parameters(remove_duplicate=False))
     return [
         name
-        for name, source in (tied.items() if isinstance(tied, Mapping) else ())
+        for name, source in tied.items()
         if name in weights
         and source in weights
         and name not in free

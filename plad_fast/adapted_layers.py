@@ -73,7 +73,9 @@ def token_limits(model: nn.Module) -> TokenLimits:
     """Which token ids a model can take, and how many of them in a row."""
     base: Any = base_model(model)
     embeddings, head = vocabulary_size(base), base.get_output_embeddings()
-    outputs = embeddings if head is None else _rows_of(head, "out_features")
+    outputs = embeddings  # of a head that `find_head` will not know
+    if hasattr(head, "out_features") or hasattr(head, "weight"):
+        outputs = _rows_of(head, "out_features")
     # The decoder of an encoder-decoder model may have embeddings of its own.
     shared = not getattr(base.config, "is_encoder_decoder", False)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)

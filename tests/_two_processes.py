@@ -54,6 +54,8 @@ def run(folder: Path) -> None:
                 "save_strategy": "no",
                 "use_cpu": True,
                 "disable_tqdm": True,
+                "sft_weight": 0.0,  # as `tests.trainings.build` has them
+                "length_normalization": 0.0,
                 **json.loads(os.environ["PLAD_TEST_OPTIONS"]),
             }
         ),

@@ -97,6 +97,8 @@ def train(folder: Path, name: str, *, fsdp=False, zero=None, tied=False, resume=
                 "save_strategy": "no",
                 "use_cpu": True,
                 "disable_tqdm": True,
+                "sft_weight": 0.0,  # as `tests.trainings.build` has them
+                "length_normalization": 0.0,
                 **options,
             }
         )

@@ -350,8 +350,8 @@ def configuring(draw: Draw) -> Case:
     faults: dict[str, list[Any]] = {
         "loss": [None, "plad", 5, ["dpo"]],
         "beta": [math.nan, math.inf, -1.0, "x"],
-        "sft_weight": [math.nan, math.inf, -0.1, "x", None],
-        "length_normalization": [math.nan, -1.0, "x", None],
+        "sft_weight": [math.nan, math.inf, -0.1, "x"],
+        "length_normalization": [math.nan, -1.0, "x"],
         "temperature": [0.0, -1.0, math.nan, "x", None],
         "max_length": [0, 1, -5, "x", None],
         "truncation_side": [None, "middle", 5],

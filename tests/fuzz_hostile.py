@@ -143,10 +143,10 @@ _NO_COUNT = [
 _PREFERENCE = {
     "loss": _LOSSES,
     "group_size": [*_NO_NUMBER, None, 0, -2, 2.0, 10**6 + 1],
-    "sft_weight": [*_NO_NUMBER, None, -0.1, math.inf],
+    "sft_weight": [*_NO_NUMBER, -0.1, math.inf],
     "num_groups": _NO_COUNT,
     "num_tokens": _NO_COUNT,
-    "length_normalization": _OPTIONS["length_normalization"],
+    "length_normalization": _OPTIONS["length_normalization"][:-1],  # None is the loss's own,
     "beta": ["1", [1.0], 1j, math.nan, -1, None, math.inf],
     "gama": [1.0],
 }  # fmt: skip

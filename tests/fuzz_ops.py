@@ -250,9 +250,9 @@ def stored_loss(draw: Draw) -> Case:
     def check(ours: Any) -> None:
         leaf = sums.detach().double().requires_grad_()
         truth = Truth.__new__(Truth)
-        truth.alpha, truth.counts, truth.tokens = (
-            arguments.get("length_normalization", 0.0), counts.reshape(-1), leaf
-        )  # fmt: skip
+        own = get_loss(arguments["loss"]).length_normalization
+        truth.alpha = arguments.get("length_normalization", own)
+        truth.counts, truth.tokens = counts.reshape(-1), leaf
         truth.sums_of = lambda values, alpha: values  # type: ignore[method-assign]
         value, _ = truth.objective(arguments)
         torch.testing.assert_close(ours.double(), value, rtol=1e-5, atol=1e-5)
@@ -291,6 +291,8 @@ def poisoned(draw: Draw) -> Case:
     arguments = draw_head(draw, group_size=2 if fuse else 1, hostile=True)
     arguments["targets"] = torch.zeros_like(arguments["targets"])
     arguments["ignore_index"] = -100
+    if fuse:
+        arguments |= {"sft_weight": 0.0, "length_normalization": 0.0}
     value = draw.choice([math.nan, math.inf, -math.inf, 1e30])
     clean = dict(arguments)
     bounds = clean["cu_seqlens"].tolist()

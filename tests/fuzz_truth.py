@@ -46,7 +46,8 @@ class Truth:
         self.logits = logits
         self.tokens = reference_token_logprobs(logits, self.targets, self.ignore_index)
         self.bounds = a["cu_seqlens"].long()
-        self.alpha = a.get("length_normalization", 0.0)
+        own = get_loss(a["loss"]).length_normalization if "loss" in a else 0.0
+        self.alpha = a.get("length_normalization", own)
         self.sums = self.sums_of(self.tokens, self.alpha)
         self.counts = self.sums_of((self.targets != self.ignore_index).double(), 0.0).long()
 
@@ -76,7 +77,7 @@ class Truth:
         groups = a.get("num_groups")
         groups = float(len(counts) if groups is None else groups) or 1.0
         value = losses.sum() / (tokens if spec.mean_over == "tokens" else groups)
-        return value - a.get("sft_weight", 0.0) * plain[:, 0].sum() / tokens, losses
+        return value - a.get("sft_weight", spec.sft_weight) * plain[:, 0].sum() / tokens, losses
 
 
 def budget(ours: Tensor, same: Tensor, truth: Tensor, what: str, size: float = 0.0) -> None:

@@ -90,7 +90,10 @@ def step(model: torch.nn.Module, batch: PreferenceBatch, active: int, **options)
     pairs = (len(batch["cu_seqlens"]) - 1) // 2
     scores = torch.tensor([[1e6 if i < active else -1e6, 0.0] for i in range(pairs)]).flatten()
     out = fused_linear_preference_loss(
-        **head_arguments(model, batch), loss="plad_margin", scores=scores, **options
+        **head_arguments(model, batch),
+        loss="plad_margin",
+        scores=scores,
+        **{"sft_weight": 0.0, "length_normalization": 0.0, **options},
     )
     assert out.active.sum() == active
     out.loss.backward()
