@@ -7,7 +7,7 @@ import os
 import torch
 
 from plad_fast.errors import UsageError
-from plad_fast.products import cpu_multiplies_bfloat16
+from plad_fast.products import cpu_bfloat16_units, cpu_multiplies_bfloat16
 
 
 def autocast_dtype(precision: str) -> torch.dtype:
@@ -17,8 +17,19 @@ def autocast_dtype(precision: str) -> torch.dtype:
     if precision == "bfloat16":
         return torch.bfloat16
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+
+
+def why_autocast() -> str:
+    """What `autocast_dtype("auto")` goes by on this machine, for the user."""
+    if torch.cuda.is_available():
+        capable = autocast_dtype("auto") == torch.bfloat16
+        return f"the GPU has {'' if capable else 'no '}units for bfloat16"
+    if units := cpu_bfloat16_units():
+        return f"this CPU multiplies bfloat16 by {' and '.join(units)}"
+    return "this CPU has no units for bfloat16 (AVX512-BF16 or AMX), and emulating it is slower"
 
 
 def best_device() -> str:

@@ -14,11 +14,12 @@ from plad_fast._records import digest
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
 from plad_fast.pairs import Prompt, builtin_prompts, column_answers, load_prompts
-from plad_fast.pairs.tables import read_table
+from plad_fast.pairs.tables import read_table, refuse_written_lists
 from plad_fast.recipe import BUILTIN_PROMPTS, DistillConfig, flag
 from plad_fast.stage_folder import require_whole
 
 _FEWEST = 2
+_LONGEST_LIST = 300  # characters of a list in a message
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
@@ -105,7 +106,7 @@ def split_prompts(
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked.
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused.
 
     Raises:
         UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
@@ -118,11 +119,16 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     if not columns >= {"chosen", "rejected"} and not (
         "prompt" in columns and columns & {"chosen", "completion", "responses"}
     ):
+        listed = ", ".join(map(str, table.columns))[:_LONGEST_LIST]
         raise UsageError(
-            f"{path} has the columns {', '.join(table.columns)}: pairs have prompt, chosen and "
-            "rejected, and lists have prompt and responses"
+            f"{path} has the columns {listed}: pairs have prompt, chosen and rejected, and lists "
+            "have prompt and responses"
         )
-    return [dict(row) for row in table.rows]
+    rows = [dict(row) for row in table.rows]
+    for number, row in enumerate(rows, start=1):
+        for name in ("prompt", "chosen", "rejected"):
+            refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

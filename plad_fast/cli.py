@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast import __version__
+from plad_fast._arguments import listed, parse_command
 from plad_fast._files import disk_advice
 from plad_fast._packages import require_packages
+from plad_fast._places import shown
 from plad_fast._signals import Terminated, raised_signals
 from plad_fast.errors import UsageError
 from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
@@ -88,12 +90,14 @@ _HELP = {
         "length_normalization": "alpha of s(y) / |y|**alpha: 1 ranks by nat per token (default: 1)",
     },
 }
+_SHOWN_AS = {"output_dir": "DIR", "pairs": "FILE", "student": "STUDENT"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status; no exception leaves this function."""
-    arguments = _parser().parse_args(argv)
+    parser, commands = _parser()
+    arguments = parse_command(parser, commands, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("plad_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
     try:
@@ -122,87 +126,136 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands by their names."""
     parser = argparse.ArgumentParser(
         prog="plad-fast",
         allow_abbrev=False,
+        usage="plad-fast COMMAND [settings]",
         description="Distil a language model from text alone, by pseudo-preference pairs.",
-        epilog=_EPILOG,
+        epilog="plad-fast COMMAND --help lists a command's settings. Try plad-fast quickstart. "
+        + _EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(
+        name: str,
+        run: Callable[[argparse.Namespace], None],
+        text: str,
+        *,
+        needs: Sequence[str] = (),
+        settings: Sequence[str] = (),
+    ) -> argparse.ArgumentParser:
+        """A command with settings, of which those that it needs have no default."""
+        usage = [f"{flag(need)} {_SHOWN_AS.get(need, need.upper())}" for need in needs]
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            prog=f"plad-fast {name}",
+            usage=" ".join(["plad-fast", name, *usage, "[settings]"]),
+        )
         command.add_argument("--verbose", action="store_true", help="also say what is decided")
-        command.set_defaults(run=run)
+        if settings or needs:
+            command.add_argument(
+                "--config", help="YAML file with these settings; flags win over it"
+            )
+        command.set_defaults(
+            run=run, name=name, needs=needs, settings=(*needs, *settings), parser=command
+        )
         return command
 
-    distill = add("distill", _distill, "The whole recipe: fine-tune, pair, calibrate, evaluate.")
-    distill.add_argument("--config", help="YAML file with these settings; flags win over it")
+    distill = add(
+        "distill",
+        _distill,
+        "The whole recipe: fine-tune, pair, calibrate, evaluate.",
+        settings=[field.name for field in dataclasses.fields(DistillConfig)],
+    )
     _add_overwrite(distill)
     _add_settings(distill)
 
-    quickstart = add("quickstart", _quickstart, "`distill` offline, with short answers.")
-    quickstart.add_argument("--output-dir", default="runs/quickstart", help="run folder")
+    quickstart = add(
+        "quickstart", _quickstart, "`distill` offline, with short answers.", settings=["output_dir"]
+    )
+    _add_own(quickstart, "output_dir", "run folder (default: runs/quickstart)")
     _add_overwrite(quickstart)
 
-    pairs = add("pairs", _pairs, "Answer prompts with two models and write preference pairs.")
-    pairs.add_argument(
-        "--teacher",
-        required=True,
-        help="hub id, folder or .gguf file, offline, openai:MODEL, vllm:MODEL, column:NAME, or "
+    pairs = add(
+        "pairs",
+        _pairs,
+        "Answer prompts with two models and write preference pairs.",
+        needs=["teacher", "student", "output_dir"],
+        settings=_PAIR_SETTINGS,
+    )
+    _add_own(
+        pairs,
+        "teacher",
+        "hub id, folder or .gguf file, offline, openai:MODEL, vllm:MODEL, column:NAME, or "
         "python:MODULE.FUNCTION",
     )
-    pairs.add_argument("--student", required=True, help="hub id, folder or .gguf file")
-    pairs.add_argument("--output-dir", required=True, help="folder for pairs.jsonl and the answers")
+    _add_own(pairs, "student", "hub id, folder or .gguf file, or offline")
+    _add_own(pairs, "output_dir", "folder for pairs.jsonl, dropped.jsonl and the answers")
     _add_overwrite(pairs, "discard the answers stored in the folder first")
     _add_settings(pairs, "pairs", _PAIR_SETTINGS)
 
-    train = add("train", _train, "Train a model on preference pairs, or fine-tune on their chosen.")
-    train.add_argument(
-        "--model",
-        required=True,
-        help="hub id, folder or .gguf file; adapters of PEFT are merged into their base first",
+    train = add(
+        "train",
+        _train,
+        "Train a model on preference pairs, or fine-tune on their chosen.",
+        needs=["model", "pairs", "output_dir"],
+        settings=("epochs", "learning_rate", "loss", *_TRAIN_SETTINGS),
     )
-    train.add_argument(
-        "--pairs",
-        required=True,
-        help="JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected",
+    _add_own(
+        train,
+        "model",
+        "hub id, folder or .gguf file, or offline; adapters of PEFT are merged into their base "
+        "first",
     )
-    train.add_argument("--output-dir", required=True, help="folder to make for the trained model")
+    _add_own(train, "pairs", "JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected")
+    _add_own(train, "output_dir", "folder to make for the trained model")
     _add_overwrite(train, "remove a model that was trained into the folder first")
-    train.add_argument("--epochs", default="1", help="passes over the pairs (default: 1)")
-    train.add_argument("--learning-rate", default="2e-5", help="peak (default: 2e-5)")
-    train.add_argument(
-        "--loss",
-        default="plad_ranking",
-        help="sft fine-tunes on the chosen responses alone; `plad-fast doctor` lists the others "
+    _add_own(train, "epochs", "passes over the pairs (default: 1)")
+    _add_own(train, "learning_rate", "peak (default: 2e-5)")
+    _add_own(
+        train,
+        "loss",
+        "sft fine-tunes on the chosen responses alone; `plad-fast doctor` lists the others "
         "(default: plad_ranking)",
     )
     _add_settings(train, "train", _TRAIN_SETTINGS)
 
-    evaluate = add("evaluate", _evaluate, "Compare students on held-out pairs; write a report.")
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "Compare students on held-out pairs; write a report.",
+        needs=["student", "pairs", "output_dir"],
+        settings=_EVALUATE_SETTINGS,
+    )
     evaluate.add_argument(
         "--student",
-        dest="students",
         action="append",
-        required=True,
+        default=argparse.SUPPRESS,
         metavar="NAME=PATH",
         help="a student and its folder; repeat: the first is the baseline, the last the one that "
-        "the report is about",
+        "the report is about; in a --config file `student: {NAME: PATH}`",
     )
-    evaluate.add_argument(
-        "--pairs", required=True, help="held-out pairs of prompt, chosen, rejected, as of train"
-    )
-    evaluate.add_argument(
-        "--output-dir", required=True, help="folder for metrics.json, report.html"
-    )
+    _add_own(evaluate, "pairs", "held-out pairs of prompt, chosen, rejected, as of train")
+    _add_own(evaluate, "output_dir", "folder for metrics.json, report.html")
     _add_overwrite(evaluate, "discard the answers and scores stored in the folder first")
     _add_settings(evaluate, "evaluate", _EVALUATE_SETTINGS)
 
     add("doctor", _doctor, "Versions, devices, and which backend would be used and why.")
-    return parser
+    return parser, commands.choices
+
+
+def _add_own(command: argparse.ArgumentParser, name: str, text: str) -> None:
+    """A flag that means more or less than the setting of this name in `distill`."""
+    metavar = {"epochs": "X", "learning_rate": "X"}.get(name, _SHOWN_AS.get(name, name.upper()))
+    command.add_argument(
+        flag(name), dest=name, default=argparse.SUPPRESS, metavar=metavar, help=text
+    )
 
 
 def _add_overwrite(
@@ -234,13 +287,24 @@ def _add_settings(
             )
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags, in their types."""
-    names = {field.name for field in dataclasses.fields(DistillConfig)}
-    texts = {name: value for name, value in vars(arguments).items() if name in names}
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given by flags or else in the file of --config, in the types of the settings."""
+    raw = ["student"] if arguments.name == "evaluate" else []
+    settings = {}
+    if arguments.config:
+        settings = load_settings(
+            arguments.config, arguments.settings, command=arguments.name, raw=raw
+        )
+    texts = {name: value for name, value in vars(arguments).items() if name in arguments.settings}
     if "prompt_template" in texts:
         texts["prompt_template"] = _unescape(texts["prompt_template"])
-    return {name: coerce(name, text, flag(name)) for name, text in texts.items()}
+    for name, text in texts.items():
+        settings[name] = text if name in raw else coerce(name, text, flag(name))
+    if missing := [flag(name) for name in arguments.needs if name not in settings]:
+        arguments.parser.error(
+            f"{arguments.name} needs {listed(missing)}, as flags or in the file of --config"
+        )
+    return settings
 
 
 def _unescape(text: str) -> str:
@@ -249,15 +313,13 @@ def _unescape(text: str) -> str:
 
 
 def _distill(arguments: argparse.Namespace) -> None:
-    settings = load_settings(arguments.config) if arguments.config else {}
-    config = DistillConfig(**{**settings, **_given(arguments)})
-    _run_distill(config, arguments.overwrite)
+    _run_distill(DistillConfig(**_settings(arguments)), arguments.overwrite)
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
+    settings = {"output_dir": "runs/quickstart", **_settings(arguments)}
     # The built-in prompts ask for a sentence or two.
-    config = DistillConfig(output_dir=arguments.output_dir, max_new_tokens=48)
-    _run_distill(config, arguments.overwrite)
+    _run_distill(DistillConfig(**settings, max_new_tokens=48), arguments.overwrite)
 
 
 def _run_distill(config: DistillConfig, overwrite: bool) -> None:
@@ -268,10 +330,10 @@ def _run_distill(config: DistillConfig, overwrite: bool) -> None:
 
 
 def _pairs(arguments: argparse.Namespace) -> None:
+    given = _settings(arguments)
     _quiet_libraries()
     from plad_fast.stages import pair_models
 
-    given = _given(arguments)
     teacher, student = given.pop("teacher"), given.pop("student")
     pair_models(
         DistillConfig(**given), teacher=teacher, student=student, overwrite=arguments.overwrite
@@ -279,36 +341,43 @@ def _pairs(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    given = _settings(arguments)
     _quiet_libraries()
     from plad_fast.stages import train_on_pairs
 
-    train_on_pairs(
-        arguments.model, arguments.pairs, overwrite=arguments.overwrite, **_given(arguments)
-    )
+    overwrite = arguments.overwrite
+    train_on_pairs(given.pop("model"), given.pop("pairs"), overwrite=overwrite, **given)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    given = _settings(arguments)
+    students = _students(given.pop("student"))
     _quiet_libraries()
     from plad_fast.evaluation_stage import evaluate_on_pairs
 
-    students = {}
-    for text in arguments.students:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path) or name in students:
-            raise UsageError(
-                f"--student {text} must be NAME=PATH, with a name of its own, such as SFT=runs/sft"
-            )
-        students[name] = Path(os.path.expanduser(path))
-        # A Path forgets "./", which tells a folder from a hub id.
-        if path.startswith(".") and not students[name].exists():
-            raise UsageError(f"--student {text}: there is nothing at {path!r}; check the path")
     evaluate_on_pairs(
         students,
-        arguments.pairs,
-        DistillConfig(**_given(arguments)),
+        given.pop("pairs"),
+        DistillConfig(**given),
         overwrite=arguments.overwrite,
         command=_command(),
     )
+
+
+def _students(given: Any) -> dict[str, str]:
+    """Names and places of students: NAME=PATH, from a file also a list of them or a mapping."""
+    if isinstance(given, dict):
+        given = [f"{n}={path if isinstance(path, str) else ''}" for n, path in given.items()]
+    students: dict[str, str] = {}
+    for text in given if isinstance(given, list) else [given]:
+        name, equals, path = text.partition("=") if isinstance(text, str) else ("", "", "")
+        if not (name and equals and path) or name in students:
+            raise UsageError(
+                f"--student {text if isinstance(text, str) else shown(text)} must be NAME=PATH, "
+                "with a name of its own, such as SFT=runs/sft"
+            )
+        students[name] = os.path.expanduser(path)
+    return students
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._files import write_atomically
 from plad_fast._packages import require_packages, versions
+from plad_fast._pair_data import data_of_run, dropped_file, show_findings
 from plad_fast._recipe_data import load_recipe_prompts, split_prompts
 from plad_fast._recipe_stages import scorer_settings, stage_settings, student_settings
+from plad_fast.data_checks import check_answers, require_learnable
 from plad_fast.depth import depth, drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import StudentOutputs, comparison_table, write_metrics
@@ -37,7 +39,7 @@ from plad_fast.recipe_scoring import held_out_scoring
 from plad_fast.recipe_texts import TEACHER_FILE, RecipeTexts
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder, Stage
-from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import find_model, load_model, load_tokenizer, offline_teacher_path
 from plad_fast.training import train_model
 
 if TYPE_CHECKING:
@@ -91,6 +93,8 @@ class _Distillation:
             )
         # Made now, so that what is wrong with it is found out before any work.
         folder = Path(config.output_dir)
+        if config.student is not None and not (folder / "student").exists():
+            find_model(config.student, "--student")
         judges: dict[str, ChatEndpoint] = {}
         self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
@@ -157,6 +161,8 @@ class _Distillation:
             asked = [*self.pair_prompts, *(self.held_out if number == 1 else ())]
             samples = f"answers/{_numbered('student', number)}.jsonl"
             pairs = f"pairs/{_numbered('train', number)}.jsonl"
+            made = [pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())]
+            dropped = [str(PurePosixPath("pairs", dropped_file(Path(f)).name)) for f in made]
             stages += [
                 Stage(
                     f"student's samples{suffix}",
@@ -170,7 +176,7 @@ class _Distillation:
                     partial(self._pair, number),
                     of("pairs", prompts=asked, references=True, **self.texts.scorer_settings()),
                     reads=[_start(number), teacher, samples],
-                    makes=[pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())],
+                    makes=[*made, *dropped],
                 ),
                 Stage(
                     f"calibration{suffix}",
@@ -201,9 +207,12 @@ class _Distillation:
         config = self.config
 
         def fill(folder: Path) -> None:
-            load = partial(load_model, merge_adapters=True)
-            model = self._load_teacher() if config.student is None else load(config.student)
-            tokenizer = load_tokenizer(config.student or self.teacher_source)
+            if config.student is None:
+                source, model = self.teacher_source, self._load_teacher()
+            else:
+                source = find_model(config.student, "--student")
+                model = load_model(source, merge_adapters=True)
+            tokenizer = load_tokenizer(source)
             layers = config.student_layers
             if layers is None and config.student is None:
                 layers = max(1, round(_LAYERS_KEPT * depth(model)))
@@ -228,6 +237,9 @@ class _Distillation:
                 f"the teacher finished none of its {len(self.prompts)} answers within "
                 f"--max-new-tokens {self.config.max_new_tokens}; raise it, or ask for short answers"
             )
+        findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
+        show_findings(findings)
+        require_learnable(findings, "take another teacher, or ask other prompts")
         return (
             f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
             + f"; {failed} could not be had" * bool(failed)
@@ -310,12 +322,15 @@ class _Distillation:
             length_normalization=config.alpha,
         )
         held_out = self._held_out_data()
+        data = self._data(outputs)
+        show_findings(data["findings"])
         write_report(
             self.folder / "report.html",
             title=f"Distillation of {Path(self.teacher_source).stem}",
             config=config.as_dict() | config.results_settings(),
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             metrics=results,
+            data=data,
             plots=drawn,
             examples=example_answers(held_out, outputs),
             margin_unit=margin_unit(config.alpha),
@@ -323,6 +338,18 @@ class _Distillation:
             versions=versions(),
         )
         return results
+
+    def _data(self, outputs: Sequence[StudentOutputs]) -> dict[str, Any]:
+        """What became of the prompts, and what to look at in the texts."""
+        numbers = range(1, self.config.rounds + 1)
+        files = {_numbered("training pairs", n, ", round "): _numbered("train", n) for n in numbers}
+        files["held-out pairs"] = "held-out"
+        return data_of_run(
+            {name: self.texts.pairs_file(file) for name, file in files.items()},
+            unit="pairs" if self.config.select == "all" else "prompts",
+            teacher=[answer.text for answer in self.texts.best_teacher_answers().values()],
+            students=outputs,
+        )
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from plad_fast import __version__
-from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._devices import autocast_dtype, best_device, why_autocast
 from plad_fast._flash import load_flash
 from plad_fast.dispatch import BACKENDS, default_scratch_bytes, get_backend
 from plad_fast.errors import UsageError
@@ -74,12 +74,11 @@ def _choices() -> list[str]:
     half = torch.empty(1, 1, device=device, dtype=torch.bfloat16)
     strategy = (type(products_for(half, 1)).__doc__ or "").splitlines()[0].rstrip(".")
     precision = str(autocast_dtype("auto")).removeprefix("torch.")
-    fast = "multiplies" if precision == "bfloat16" else "does not multiply"
     return [
         f"device     {device.type}",
         f"backend    {taken}: " + _reason(taken, sample),
         f"scratch    {default_scratch_bytes(device) >> 20} MiB for logits",
-        f"training   {precision}: the device {fast} bfloat16 fast",
+        f"precision  auto is {precision}: {why_autocast()}",
         f"bfloat16   head products: {strategy}",
         f"attention  {_attention(device)}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 from plad_fast._held_out_rows import read_held_out
 from plad_fast._packages import require_packages, versions
+from plad_fast._pair_data import check_students, show_findings
 from plad_fast._pair_scores import check_pairs
 from plad_fast._recipe_data import read_pairs
 from plad_fast._records import digest, model_digest
+from plad_fast.data_checks import check_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import comparison_table, write_metrics
 from plad_fast.held_out import (
@@ -30,7 +33,7 @@ from plad_fast.recipe import DistillConfig
 from plad_fast.recipe_scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.report import write_report
 from plad_fast.stage_folder import claim_folder, held_by_first
-from plad_fast.students import holds_model, is_encoder_decoder, load_tokenizer
+from plad_fast.students import find_model, is_encoder_decoder, load_tokenizer
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -41,7 +44,7 @@ _SETTINGS = (
 
 
 def evaluate_on_pairs(
-    students: Mapping[str, Path],
+    students: Mapping[str, str | Path],
     pairs: str,
     config: DistillConfig,
     *,
@@ -53,7 +56,7 @@ def evaluate_on_pairs(
     Writes `metrics.json`, plots and `report.html` into the output folder.
 
     Args:
-        students: name -> folder, the baseline first.
+        students: name -> hub id, folder, .gguf file or `offline`, the baseline first.
         pairs: file in the standard preference format.
         config: sampling, length normalisation and output folder.
         overwrite: discard the answers and scores stored there.
@@ -66,26 +69,33 @@ def evaluate_on_pairs(
     """
     require_packages("rouge_score", "matplotlib")
     _check_names(list(students))
+    models = {
+        name: Path(find_model(os.fspath(path), f"--student {name}={path}"))
+        for name, path in students.items()
+    }
     config.require_room()
     with held_by_first(Path(config.output_dir)):
-        return _evaluate_on_pairs(students, pairs, config, overwrite, command)
+        return _evaluate_on_pairs(models, pairs, config, overwrite, command)
 
 
 def _evaluate_on_pairs(
-    students: Mapping[str, Path],
+    models: Mapping[str, Path],
     pairs: str,
     config: DistillConfig,
     overwrite: bool,
     command: str,
 ) -> dict[str, Any]:
     folder = Path(config.output_dir)
-    held_out = read_held_out(read_pairs(pairs), pairs)
-    _check_students(students, held_out, config.max_length)
+    rows = read_pairs(pairs)
+    held_out = read_held_out(rows, pairs)
+    findings = check_rows(rows, "held-out pairs")
+    show_findings(findings)
+    _check_students(models, held_out, config.max_length)
     scoring = held_out_scoring(config, folder)
     try_endpoints(judge=scoring["judge"], overwrite=overwrite)
 
     def discard(found: Mapping[str, Any]) -> None:
-        names = dict.fromkeys([*students, *found.get("students", ())])
+        names = dict.fromkeys([*models, *found.get("students", ())])
         files = [student_files(name, folder) for name in names]
         rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
         answers = [file for answer_files, _ in files for file in answer_files]
@@ -99,8 +109,8 @@ def _evaluate_on_pairs(
         "evaluate",
         {
             **{name: of_results[name] for name in _SETTINGS},
-            "students": list(students),
-            **{f"{name}'s weights": model_digest(path) for name, path in students.items()},
+            "students": list(models),
+            **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
             "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
         },
         results=["metrics.json", "report.html"],
@@ -108,7 +118,7 @@ def _evaluate_on_pairs(
         discard=discard,
     )
     results, outputs = evaluate_models(
-        students,
+        models,
         held_out,
         folder,
         sampling=Sampling(
@@ -127,16 +137,19 @@ def _evaluate_on_pairs(
     drawn = draw_plots(
         results,
         outputs,
-        students,
+        models,
         folder / "plots",
         length_normalization=config.alpha,
     )
+    of_students = check_students(outputs)
+    show_findings(of_students)
     write_report(
         folder / "report.html",
-        title=f"Evaluation of {', '.join(students)}",
-        config={"students": {k: str(v) for k, v in students.items()}, "pairs": pairs},
+        title=f"Evaluation of {', '.join(models)}",
+        config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
         stages=[],
         metrics=results,
+        data={"findings": [*map(str, findings), *map(str, of_students)]},
         plots=drawn,
         examples=example_answers(held_out, outputs),
         margin_unit=margin_unit(config.alpha),
@@ -179,13 +192,8 @@ def _shown(name: str) -> str:
 
 
 def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length: int) -> None:
-    """A wrong path, and a pair that cannot be scored, are found before any student is run."""
-    for name, path in students.items():
-        if path.is_dir() and not holds_model(path):
-            raise UsageError(
-                f"--student {name}={path} is no folder of a model, which has a config.json, an "
-                "adapter_config.json or a .gguf file; check the path"
-            )
+    """A pair that cannot be scored is found before any student is run."""
+    for path in students.values():
         check_pairs(
             load_tokenizer(path),
             held_out.pairs,

@@ -57,8 +57,8 @@ def linear_sequence_logprobs(
 
     Differentiable in hidden, weight and bias, for any upstream gradient of the sums and of the
     token log-probabilities. Tokens whose upstream gradient is zero cost nothing in the backward.
-    Same inputs give the same bits. Softmax statistics, sums and gradients accumulate in float32
-    (float64 for float64 inputs).
+    Same inputs give the same bits, on the CPU for one number of threads. Softmax statistics, sums
+    and gradients accumulate in float32 (float64 for float64 inputs).
 
     Args:
         hidden: last hidden states of the tokens that predict the targets, (N, D); float64, float32,

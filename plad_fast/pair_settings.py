@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from plad_fast._places import OFFLINE
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from plad_fast.pairs import PairFilters, Scorer, TextModel
     from plad_fast.pairs.judge import ChatEndpoint, Judge
 
-OFFLINE_TEACHER = "offline"  # as `pairs.sources.OFFLINE`, which is slow to import
+OFFLINE_TEACHER = OFFLINE
 
 
 def setting(default: Any, help_text: str, *, affects_results: bool = True) -> Any:
@@ -106,10 +107,10 @@ class PairSettings:
 
     def __post_init__(self) -> None:
         from plad_fast.pairs.build import require_selection
-        from plad_fast.pairs.sources import split_spec
+        from plad_fast.pairs.sources import require_teacher
 
         if self.teacher != OFFLINE_TEACHER:
-            split_spec(self.teacher)
+            require_teacher(self.teacher, "--teacher")
         for name in ("teacher_samples", "student_samples", "concurrency"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")

@@ -11,6 +11,8 @@ that in the cheapest way its device has. Temporary blocks stay within `block_byt
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +22,12 @@ from torch import Tensor
 _FLOAT16_TOP = 2.0**14
 # Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
 _ADDS_TO_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+_X86 = ("x86_64", "amd64", "x86", "i386", "i686")
+_X86_UNITS = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+# Values of oneDNN's environment variable that keep it from these units.
+_ISA_WITHOUT_BFLOAT16 = (
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -208,6 +216,24 @@ class CudaHalfProducts(Products):
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products."""
+    """Whether this CPU has units for bfloat16 products, which are slower than float32 ones else."""
+    return bool(cpu_bfloat16_units())
+
+
+def cpu_bfloat16_units() -> tuple[str, ...]:
+    """Names of what multiplies bfloat16 on this CPU; none where it would be emulated.
+
+    On x86 oneDNN says that it supports bfloat16 wherever it can emulate it, at a quarter of
+    float32's speed: what counts there is the instructions, and that oneDNN may use them.
+    """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is not None and bool(supported())
+    if supported is None or not supported():
+        return ()
+    if platform.machine().lower() not in _X86:
+        return ("bfloat16 instructions",)
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
+    if allowed.upper() in _ISA_WITHOUT_BFLOAT16:
+        return ()
+    # Private names, which later versions may drop: a unit that cannot be asked for is not there.
+    tests = {name: getattr(torch.cpu, test, None) for name, test in _X86_UNITS.items()}
+    return tuple(name for name, test in tests.items() if test is not None and test())

@@ -6,11 +6,14 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plad_fast._places import expanded as expanded_path
+from plad_fast._places import shown
+from plad_fast._settings_file import read_settings_file
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss
 from plad_fast.pair_settings import OFFLINE_TEACHER, PairSettings, flag, setting
@@ -183,7 +186,7 @@ class DistillConfig(PairSettings):
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise UsageError(f"{flag(name)} {rule}, got {getattr(self, name)}")
+            raise UsageError(f"{flag(name)} {rule}, got {shown(getattr(self, name))}")
 
     @property
     def alpha(self) -> float:
@@ -208,43 +211,44 @@ def expanded(output_dir: str) -> str:
     """The folder with `~` spelt out, which a shell leaves to us in `--output-dir=~/runs`.
 
     Raises:
-        UsageError: nobody has that home folder.
+        UsageError: nobody has that home folder, or it is no name of a folder.
     """
+    if not output_dir.strip():
+        raise UsageError("--output-dir is empty; give a folder to write into")
     try:
-        return str(Path(output_dir).expanduser())
-    except RuntimeError as error:
-        raise UsageError(f"--output-dir {output_dir}: {error}; write the folder out") from None
+        return str(expanded_path(output_dir))
+    except UsageError as error:
+        raise UsageError(f"--output-dir {error}") from None
 
 
-def load_settings(path: str | Path) -> dict[str, Any]:
+def load_settings(
+    path: str | Path,
+    names: Collection[str] | None = None,
+    *,
+    command: str = "distill",
+    raw: Collection[str] = (),
+) -> dict[str, Any]:
     """Settings of a YAML file under the names of `DistillConfig`, with dashes or underscores.
+
+    Args:
+        path: of the file.
+        names: those of the command; all by default. One that is none of `DistillConfig` is text.
+        command: whose settings they are, for messages.
+        raw: names whose values are returned as they stand in the file.
 
     Raises:
         UsageError: no such file, not a mapping, or a name that is no setting.
     """
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--config {path} is not UTF-8 text ({error}); convert it first"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise UsageError(f"--config {path} must hold `name: value` lines")
-    known = {f.name: f for f in dataclasses.fields(DistillConfig)}
+    fields = [f.name for f in dataclasses.fields(DistillConfig)]
+    known = fields if names is None else list(names)
     settings = {}
-    for key, value in loaded.items():
-        name = str(key).replace("-", "_")
+    for key, value in read_settings_file(path).items():
+        name = key.replace("-", "_")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-            raise UsageError(f"--config {path}: unknown setting {key!r}{hint}")
-        settings[name] = coerce(name, value, f"--config {path}: {name}")
+            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(sorted(known))}"
+            raise UsageError(f"--config {path}: unknown setting {shown(key)} of {command}; {hint}")
+        settings[name] = value if name in raw else coerce(name, value, f"--config {path}: {name}")
     return settings
 
 
@@ -254,7 +258,8 @@ def coerce(name: str, value: Any, where: str) -> Any:
     Raises:
         UsageError: it does not read as one.
     """
-    kind = next(str(f.type) for f in dataclasses.fields(DistillConfig) if f.name == name)
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(DistillConfig)}
+    kind = kinds.get(name, "str")
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         if "None" not in kind:
             raise UsageError(f"{where} needs a value")
@@ -271,10 +276,10 @@ def coerce(name: str, value: Any, where: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         whats = {"int": "a whole number", "bool": "true or false"}
         what = next((w for k, w in whats.items() if kind.startswith(k)), "a finite number")
-        raise UsageError(f"{where} must be {what}, got {value!r}") from None
-    if isinstance(value, (Mapping, list, tuple)):
-        raise UsageError(f"{where} must be text, got {value!r}")
-    return str(value)
+        raise UsageError(f"{where} must be {what}, got {shown(value)}") from None
+    if not isinstance(value, str):  # of 007, "no" or a date YAML keeps no spelling
+        raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
+    return value
 
 
 def _whole(value: Any) -> int:
@@ -325,7 +330,7 @@ def _require_type(setting: dataclasses.Field[Any], value: Any) -> None:
         fits = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
         what = "a whole number" + (" or a tuple of them" if "tuple" in kind else "")
     if not fits:
-        raise UsageError(f"{flag(setting.name)} must be {what}, got {value!r}")
+        raise UsageError(f"{flag(setting.name)} must be {what}, got {shown(value)}")
 
 
 def _plain(value: Any) -> Any:

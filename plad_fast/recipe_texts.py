@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plad_fast._recipe_data import answer_columns, read_jsonl, write_jsonl
+from plad_fast._pair_data import dropped_file, show_pairs, write_pairs
+from plad_fast._recipe_data import answer_columns, read_jsonl
 from plad_fast._records import model_digest
 from plad_fast.errors import UsageError
 from plad_fast.pairs import (
@@ -27,6 +28,7 @@ from plad_fast.pairs import (
 from plad_fast.pairs._set_aside import set_aside
 from plad_fast.pairs.answering import renew_answers
 from plad_fast.pairs.asking import collect
+from plad_fast.pairs.build import NoPairsError
 from plad_fast.pairs.store import has_rows
 from plad_fast.pairs.trials import try_endpoints
 from plad_fast.recipe import DistillConfig
@@ -232,7 +234,11 @@ class RecipeTexts:
     def make_pairs(
         self, prompts: Sequence[Prompt], samples: Answers, tokenizer: Path, file: str
     ) -> PairReport:
-        """Training pairs as the settings want them, in `pairs/<file>.jsonl`."""
+        """Training pairs as the settings want them, in `pairs/<file>.jsonl`.
+
+        Raises:
+            UsageError: none is left, or nothing can be learned from them.
+        """
         scores = self.folder / "pairs" / "scores.jsonl"
         if self._scorer is not None:
             for store in (scores, getattr(self._scorer, "store", None)):
@@ -246,8 +252,9 @@ class RecipeTexts:
             samples,
             tokenizer=load_tokenizer(tokenizer),
             scores_path=scores,
+            path=self.pairs_file(file),
         )
-        write_jsonl(self.pairs_file(file), rows)
+        show_pairs(rows, report, self.pairs_file(file), "training pairs")
         return report
 
     def make_held_out_pairs(
@@ -257,7 +264,7 @@ class RecipeTexts:
         rows, report = build_pairs(
             prompts, self.teacher_answers(), samples, tokenizer=load_tokenizer(tokenizer)
         )
-        write_jsonl(self.pairs_file("held-out"), rows)
+        write_pairs(self.pairs_file("held-out"), rows, report)
         return report
 
     def pairs(self, file: str) -> list[dict[str, Any]]:
@@ -277,8 +284,11 @@ def select_pairs(
     *,
     tokenizer: PreTrainedTokenizerBase,
     scores_path: Path,
+    path: Path,
 ) -> tuple[list[dict[str, Any]], PairReport]:
-    """Rows of the preference format, by scores where the settings name a scorer.
+    """Rows of the preference format, by scores where the settings name a scorer, as a file.
+
+    What was dropped is written beside them, also where no row is left.
 
     Raises:
         UsageError: from the scorer, and when no row is left.
@@ -286,13 +296,19 @@ def select_pairs(
     scores = None
     if scorer is not None:
         scores = score_answers(scorer, prompts, [teacher, student], scores_path)
-    return build_pairs(
-        prompts,
-        teacher,
-        student,
-        select=config.select,
-        scores=scores,
-        filters=config.pair_filters(),
-        list_size=config.list_size,
-        tokenizer=tokenizer,
-    )
+    try:
+        rows, report = build_pairs(
+            prompts,
+            teacher,
+            student,
+            select=config.select,
+            scores=scores,
+            filters=config.pair_filters(),
+            list_size=config.list_size,
+            tokenizer=tokenizer,
+        )
+    except NoPairsError as error:
+        write_pairs(path, [], error.report)
+        raise UsageError(f"{error}; {dropped_file(path)} has every one with its reason") from None
+    write_pairs(path, rows, report)
+    return rows, report

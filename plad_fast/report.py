@@ -37,6 +37,7 @@ def write_report(
     config: Mapping[str, Any],
     stages: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
     plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     examples: Sequence[Mapping[str, Any]] = (),
     margin_unit: str = "nat",
@@ -53,6 +54,8 @@ def write_report(
         title: heading of the page.
         config: settings of the run; nested mappings are flattened to dotted names.
         stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
+        data: `findings`, lines on what to look at in the data, and `funnels`: name -> the steps of
+            `PairReport.funnel`.
         metrics: from `evaluation.evaluate_students`, or `held_out.evaluate_models`.
         plots: (caption, PNG file), embedded.
         examples: `{"prompt", "teacher", "students"}` and optionally "reference": texts, or chat
@@ -68,10 +71,12 @@ def write_report(
         UsageError: a plot that is missing or not a PNG file.
     """
     sections = [
+        ("Check your data", _findings(data or {})),
         ("Results", results_section(metrics, margin_unit)),
         ("Likelihood and quality", calibration_section(metrics.get("calibration"))),
         ("Plots", "".join(_figure(caption, file) for caption, file in plots)),
         ("Example answers", "".join(map(_example, examples))),
+        ("What became of the prompts", _funnels(data or {})),
         ("How long it took", _stages(stages)),
         ("Run it again", _reproduce(command, versions or {})),
         ("Settings", _settings(config)),
@@ -85,6 +90,27 @@ def write_report(
         title=escape(title), style=STYLE, headline=escape(headline(metrics)), body=body
     )
     return write_atomically(path, page)
+
+
+def _findings(data: Mapping[str, Any]) -> str:
+    lines = "".join(f"<li>{escape(str(text))}</li>" for text in data.get("findings", ()))
+    return f"<ul>{lines}</ul>" if lines else ""
+
+
+def _funnels(data: Mapping[str, Any]) -> str:
+    tables = ""
+    for name, steps in data.get("funnels", {}).items():
+        lines = "".join(
+            f"<tr><th scope=row>{escape(step)}</th><td>{left}</td>"
+            f"<td>{escape(', '.join(f'{n} {reason}' for reason, n in lost.items()))}</td></tr>"
+            for step, left, lost in steps
+        )
+        tables += (
+            f'<table class="stages"><caption>{escape(name)}</caption><thead><tr><th></th>'
+            f"<th>left</th><th>dropped</th></tr></thead><tbody>{lines}</tbody></table>"
+        )
+    note = '<p class="note">dropped.jsonl beside the pairs holds every one with its reason.</p>'
+    return tables + note if tables else ""
 
 
 def _figure(caption: str, file: str | os.PathLike[str]) -> str:

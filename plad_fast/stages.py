@@ -11,15 +11,16 @@ from typing import Any
 
 from plad_fast._devices import require_one_gpu
 from plad_fast._folder_locks import HeldFolder
+from plad_fast._pair_data import dropped_file, show_findings, show_pairs
 from plad_fast._recipe_data import (
     answer_columns,
     load_recipe_prompts,
     prompts_digest,
     read_pairs,
-    write_jsonl,
 )
 from plad_fast._recipe_stages import STAGES
 from plad_fast._records import model_digest
+from plad_fast.data_checks import check_rows, require_learnable
 from plad_fast.errors import UsageError
 from plad_fast.pair_settings import PairSettings
 from plad_fast.pairs import (
@@ -32,10 +33,10 @@ from plad_fast.pairs import (
 )
 from plad_fast.pairs._set_aside import set_aside
 from plad_fast.pairs.trials import try_endpoints
-from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, expanded
+from plad_fast.recipe import DistillConfig, expanded
 from plad_fast.recipe_texts import select_pairs
 from plad_fast.stage_folder import claim_folder, held_by_first, record_rows
-from plad_fast.students import check_loadable, load_tokenizer, offline_teacher_path
+from plad_fast.students import check_loadable, find_model, load_tokenizer
 from plad_fast.training import discard_training, is_trained, train_model
 from plad_fast.training_checks import check_training
 
@@ -77,7 +78,7 @@ def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: b
     scorer = config.open_scorer(verdicts=verdicts)
     if scorer is not None:
         scorer.check(prompts)
-    source = _resolve(student)
+    source = find_model(student, "--student")
     check_loadable(source)
     tokenizer = load_tokenizer(source)
     # Made now, so that what is wrong with an endpoint's settings is found out before any work.
@@ -127,7 +128,7 @@ def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: b
             folder,
             "pairs",
             settings,
-            results=[path.name],
+            results=[path.name, dropped_file(path).name],
             overwrite=overwrite,
             discard=discard,
             extends=has_fewer_prompts,
@@ -172,9 +173,10 @@ def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: b
             student_answers,
             tokenizer=tokenizer,
             scores_path=scores,
+            path=path,
         )
-        write_jsonl(path, rows)
         record_rows(folder, path.name)
+        show_pairs(rows, report, path)
         return str(report)
 
     with joined() as ranks:
@@ -214,12 +216,16 @@ def train_on_pairs(
     require_one_gpu()
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate}
     check_training({**given, **options})
+    source = find_model(model, "--model")
     rows = read_pairs(pairs)
+    findings = check_rows(rows)
+    show_findings(findings)
+    require_learnable(findings, "give other --pairs")
     folder = Path(expanded(output_dir))
     # One that is not there is made at the end; its checkpoints are locked until then.
     with HeldFolder(folder) if folder.exists() else nullcontext():
         if overwrite:
-            if Path(model).expanduser().resolve() == folder.resolve():
+            if Path(source).expanduser().resolve() == folder.resolve():
                 raise UsageError(
                     f"--model and --output-dir are both {folder}, and --overwrite would remove the "
                     "model before it is read; choose another --output-dir"
@@ -227,7 +233,7 @@ def train_on_pairs(
             discard_training(folder)
         done_before = is_trained(folder)
         log = train_model(
-            _resolve(model),
+            source,
             rows,
             folder,
             loss=loss,
@@ -243,7 +249,3 @@ def train_on_pairs(
     metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
     print(f"{metrics}\nmodel: {folder}", flush=True)
     return folder
-
-
-def _resolve(source: str) -> str:
-    return str(offline_teacher_path()) if source == OFFLINE_TEACHER else source

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast._adapters import merged_adapters
+from plad_fast._places import OFFLINE, expanded, is_there, names_path, nothing_at, require_there
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+_LONGEST_REASON = 400
 _KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
 
 
@@ -63,7 +64,7 @@ def load_model(
         model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
     except UsageError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file fails in as many ways as it can be damaged
         raise _unloadable(loader, source, error) from error
     _require_all_weights(loaded, source)
     _forget_quantization(model)
@@ -82,17 +83,17 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
-    folder = _expanded(source)
+    folder = expanded(source)
     if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("tokenizer*")):
         base = _base_of_adapters(location)  # PEFT saves adapters alone
         if base is not None and Path(base).resolve() != folder.resolve():
             return load_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raise nothing narrower for a damaged file
         raise UsageError(
             f"cannot load a tokenizer from {os.fspath(source)!r}; save one beside the model with "
-            f"tokenizer.save_pretrained (transformers says: {error})"
+            f"tokenizer.save_pretrained (transformers says: {_reason(error)})"
         ) from error
     if "gguf_file" in location and tokenizer.eos_token == tokenizer.bos_token:
         _set_gguf_eos(tokenizer, Path(*location.values()))
@@ -106,6 +107,24 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def find_model(source: str, option: str) -> str:
+    """Where a model lies that a user named, before anything is loaded; no hub is asked.
+
+    Args:
+        source: hub id, which stands for itself, folder, .gguf file, or `offline`, which is
+            `offline_teacher_path()`.
+        option: under which it was given, for the message.
+
+    Raises:
+        UsageError: a path at which there is no model.
+    """
+    if source == OFFLINE:
+        return str(offline_teacher_path())
+    require_there(source, option)
+    path = expanded(source)
+    return str(path) if is_there(path) else source
+
+
 def check_loadable(source: str | os.PathLike[str]) -> None:
     """That there is a configuration, and in a folder weights, before long work; nothing is loaded.
 
@@ -113,19 +132,13 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
         UsageError: something is missing; says what.
     """
     is_encoder_decoder(source)
-    folder = _expanded(source)
+    folder = expanded(source)
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf")
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
         raise UsageError(
             f"folder {str(folder)!r} holds no weights ({', '.join(patterns)}); save the model "
             "there with model.save_pretrained"
         )
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether there is something in a folder that `load_model` may be able to load."""
-    names = ("config.json", ADAPTER_CONFIG)
-    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
 
 
 def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
@@ -137,9 +150,9 @@ def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
     location = _locate(source)
     try:
         return _class_of(location) is AutoModelForSeq2SeqLM
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as it can be damaged
         raise _unloadable(AutoModelForCausalLM, source, error) from error
 
 
@@ -166,19 +179,29 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
     return UsageError(
         f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; pass a hub "
         "id, a folder written by save_pretrained, or a .gguf file "
-        f"(transformers says: {error})"
+        f"(transformers says: {_reason(error)})"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, in a line, with the name of what is no message of its own."""
+    line = " ".join(str(error).split())
+    if "weights_only" in line:  # torch goes on to advise what would run foreign code
+        return "the weights are a pickle that holds more than tensors, or is damaged"
+    if not isinstance(error, (OSError, ValueError, ImportError)) or not line:
+        line = f"{type(error).__name__}: {line}".rstrip(": ")
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
 
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
-    path = _expanded(source)
+    path = expanded(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"there is no file {str(path)!r}; check the path")
+            raise UsageError(nothing_at(source, is_file=True))
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if _is_path(source) and not path.exists():
-        raise UsageError(f"there is nothing at {str(path)!r}; check the path")
+    if not is_there(path) and names_path(source):
+        raise UsageError(nothing_at(source))
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -187,22 +210,8 @@ def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
             )
         if files:
             return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
-    place = path if path.exists() else source
+    place = path if is_there(path) else source
     return {"pretrained_model_name_or_path": os.fspath(place)}
-
-
-def _expanded(source: str | os.PathLike[str]) -> Path:
-    """With `~` spelt out, which a shell leaves to us in `--model=~/student`."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"{os.fspath(source)}: {error}; write the folder out") from None
-
-
-def _is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether it can be nothing but a path: a hub id has one slash at most, and begins a name."""
-    text = os.fspath(source)
-    return text.startswith(("/", ".", "~")) or text.count("/") > 1
 
 
 def _class_of(location: Mapping[str, Any]) -> Any:
@@ -232,7 +241,12 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
-    base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{adapter} is damaged ({_reason(error)}); save the adapters again"
+        ) from error
     if not base:
         raise UsageError(
             f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "

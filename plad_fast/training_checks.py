@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from plad_fast._places import shown
 from plad_fast.errors import UsageError
 from plad_fast.losses import get_loss, read_loss_args
 from plad_fast.objective import Objective
@@ -58,7 +59,7 @@ def check_training(settings: Mapping[str, Any]) -> None:
 
     def require(name: str, rule: str, holds: bool) -> None:
         if not holds:
-            raise UsageError(f"{flag(name)} {rule}, got {given[name]}")
+            raise UsageError(f"{flag(name)} {rule}, got {shown(given[name])}")
 
     loss, beta = given["loss"], given.get("beta")
     spec = get_loss(loss)

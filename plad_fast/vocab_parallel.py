@@ -67,9 +67,9 @@ def vocab_parallel_sequence_logprobs(
 
     Values and gradients equal those of the whole head on one device, for any upstream gradient
     that is the same on every rank. The gradients of weight and bias are those of this rank's
-    rows. Same inputs on the same number of ranks give the same bits, and all ranks the same
-    results. It works with the torch backend's products on every device, and is left out of
-    compiled graphs (a graph break).
+    rows. Same inputs on the same number of ranks (and of threads, on the CPU) give the same bits,
+    and all ranks the same results. It works with the torch backend's products on every device, and
+    is left out of compiled graphs (a graph break).
 
     Args:
         hidden, targets, cu_seqlens: as in `linear_sequence_logprobs`; targets index the whole

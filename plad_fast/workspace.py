@@ -158,7 +158,7 @@ class HeadGradients:
     """Accumulators for the gradients of an LM head; None where a gradient is not wanted.
 
     Sums over tokens are kept in float32 (float64), each chunk added in turn: no atomics, so the
-    same inputs give the same bits.
+    same inputs give the same bits, on the CPU for one number of threads.
     """
 
     def __init__(

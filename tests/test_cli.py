@@ -50,7 +50,7 @@ EVALUATE = ["evaluate", "--output-dir", "{out}", "--pairs", "{data}/good.jsonl"]
 BAD_INPUTS = {
     "missing prompts file": (
         [*DISTILL, "--prompts", "{data}/god.jsonl"],
-        "there is no file .*god.jsonl",
+        "there is no file .*god.jsonl'; did you mean '.*/good.jsonl'",
     ),
     "a hub dataset that cannot be reached": (
         [*DISTILL, "--prompts", "nobody/nothing"],
@@ -77,11 +77,11 @@ BAD_INPUTS = {
     ),
     "no such teacher": (
         [*GOOD, "--teacher", "{data}/no-model"],
-        "cannot load a causal language model from",
+        "--teacher: '.*/no-model' is no folder of a model",
     ),
     "no such student": (
         [*GOOD, "--student", "{data}/no-model"],
-        "cannot load a causal language model from",
+        "--student: '.*/no-model' is no folder of a model",
     ),
     "more layers than the teacher has": (
         [*GOOD, "--student-layers", "9"],
@@ -101,7 +101,7 @@ BAD_INPUTS = {
     ),
     "a misspelt setting in YAML": (
         [*GOOD, "--config", "{data}/recipe.yaml"],
-        "unknown setting 'learning-rat'; did you mean learning_rate",
+        "unknown setting 'learning-rat' of distill; did you mean learning_rate",
     ),
     "YAML that is no mapping": ([*GOOD, "--config", "{data}/list.yaml"], "`name: value` lines"),
     "output folder that is a file": ([*GOOD, "--output-dir", "{data}/file"], "is a file"),
@@ -127,7 +127,15 @@ BAD_INPUTS = {
             "--sft-learning-rate",
             "1e-9",
         ],
-        r"train prompts: no pair is left: kept 0 of (\d) prompts: \1 identical; give the student",
+        r"nothing can be learned from this data: 8 of 8 teacher's answers are the same: 'C'; take",
+    ),
+    "a student that answers as its teacher": (
+        [
+            *("pairs", "--teacher", "{silent}", "--student", "{silent}", "--output-dir", "{out}"),
+            *("--prompts", "{data}/good.jsonl", "--max-new-tokens", "9"),
+        ],
+        r"no pair is left: kept 0 of 8 prompts: 8 identical; give the student another seed.*; "
+        r".*/dropped.jsonl has every one with its reason",
     ),
     "NaN weights": ([*GOOD, "--teacher", "{nan}"], "produced NaN or infinite logits"),
     "training on NaN weights": (
@@ -153,15 +161,59 @@ BAD_INPUTS = {
     ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],
-        "there is nothing at '.*/none'; check the path",
+        "--student A=.*/none: there is nothing at '.*/none'; did you mean '.*/notes'",
     ),
     "a student that is not there either": (
         [*EVALUATE, "--student", "A=./none"],
         r"--student A=\./none: there is nothing at '\./none'; check the path",
     ),
+    "a student whose folder is missing": (
+        [*EVALUATE, "--student", "SFT=runs/nope"],
+        "--student SFT=runs/nope: there is nothing at 'runs/nope'",
+    ),
+    "a student of the recipe that is not there": (
+        [*GOOD, "--student", "{data}/nope"],
+        "--student: there is nothing at '.*/nope'",
+    ),
+    "a teacher that is not there": (
+        [*GOOD, "--teacher", "{data}/none"],
+        "--teacher: there is nothing at '.*/none'; did you mean '.*/notes'",
+    ),
+    "a model that is not there": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--model", "runs/nope"],
+        "--model: there is nothing at 'runs/nope'",
+    ),
+    "a model of likelihoods that is not there": (
+        [*GOOD, "--scorer", "likelihood:{data}/none"],
+        "scorer 'likelihood:.*/none': there is nothing at",
+    ),
+    "a reward model that is not there": (
+        [*GOOD, "--scorer", "reward:./none#good"],
+        "scorer 'reward:./none#good': there is nothing at './none'",
+    ),
+    "a file in place of a model": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--model", "{data}/good.jsonl"],
+        "--model: '.*/good.jsonl' is a file and no .gguf; give the folder",
+    ),
+    "pairs that are not there": (
+        [*TRAIN, "--pairs", "{data}/none/pairs"],
+        "there is no file '.*/none/pairs'",
+    ),
+    "a folder in place of a file of settings": (
+        [*GOOD, "--config", "{data}/notes"],
+        "--config .*/notes is no file; give a YAML file",
+    ),
+    "a damaged config of a model": (
+        [*TRAIN, "--pairs", "{data}/good.jsonl", "--model", "{damaged}"],
+        "cannot load a causal language model from '.*/damaged'",
+    ),
+    "a damaged config of a student": (
+        [*EVALUATE, "--student", "A={damaged}"],
+        "cannot load a tokenizer from '.*/damaged'",
+    ),
     "a student that is no model": (
         [*EVALUATE, "--student", "A={data}/no-model"],
-        "--student A=.*/no-model is no folder of a model",
+        "--student A=.*/no-model: '.*/no-model' is no folder of a model",
     ),
     "pairs with a student without weights": (
         # The teacher would be asked first.
@@ -196,7 +248,7 @@ BAD_INPUTS = {
     ),
     "a precision that there is not": (
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--precision", "float16"],
-        "--precision must be one of .*'bfloat16'.*, got float16",
+        "--precision must be one of .*'bfloat16'.*, got 'float16'",
     ),
     "no checkpoints": (
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--saves-per-stage", "0"],
@@ -224,7 +276,7 @@ BAD_INPUTS = {
     ),
     "an output folder of nobody": (
         [*GOOD, "--output-dir=~no-such-user/run"],
-        "--output-dir ~no-such-user/run: .*; write the folder out",
+        "--output-dir '~no-such-user/run': .*; write the folder out",
     ),
     "a seed below 0": ([*GOOD, "--seed", "-1"], "--seed must be from 0"),
     "a setting that is NaN": ([*GOOD, "--beta", "nan"], "--beta must be a finite number"),
@@ -260,6 +312,10 @@ def broken_models(tiny_teacher, tmp_path_factory):
     folders["weightless"] = tmp_path_factory.mktemp("models") / "weightless"
     shutil.copytree(tiny_teacher, folders["weightless"])
     (folders["weightless"] / "model.safetensors").unlink()
+    folders["damaged"] = tmp_path_factory.mktemp("models") / "damaged"
+    shutil.copytree(tiny_teacher, folders["damaged"])
+    (folders["damaged"] / "config.json").write_text("[" * 100_000)
+    (folders["damaged"] / "tokenizer.json").write_text('{"version": ')
     return folders
 
 

@@ -56,10 +56,113 @@ def test_pairs_take_answers_of_any_length(monkeypatch):
 
 @pytest.mark.parametrize("short", ["--max-length=9", "--limi=3", "--overwr"])
 def test_flags_have_to_be_spelt_out(short, capsys):
-    """`--max-length` is no flag of `pairs`, and was taken for --max-length-ratio."""
+    """`--max-length` is no flag of `pairs`, and must not be taken for --max-length-ratio."""
     with pytest.raises(SystemExit):
         main([*PAIRS, short])
     assert f"unrecognized arguments: {short}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "usage", "message"),
+    [
+        ("", "plad-fast COMMAND", "a command is missing; there are distill, quickstart"),
+        ("distil", "plad-fast COMMAND", "unknown command 'distil'; did you mean distill?"),
+        ("Train", "plad-fast COMMAND", "did you mean train?"),
+        ("fit", "plad-fast COMMAND", "unknown command 'fit'; there are distill"),
+        ("--beta 1 train", "plad-fast COMMAND", "--beta stands where the command belongs: plad-f"),
+        ("distill --bta 1", "plad-fast distill", "--bta 1; did you mean --beta?"),
+        ("train --batch_size 4", "plad-fast train --model", "did you mean --batch-size?"),
+        ("train -model x", "plad-fast train --model", "did you mean --model?"),
+        ("pairs --rounds=2", "plad-fast pairs --teacher", "a flag of distill, not of pairs"),
+        ("doctor --qqq", "plad-fast doctor", "plad-fast doctor --help lists the flags"),
+        ("train my model", "plad-fast train", "a value with spaces needs quotes"),
+        ("distill --beta", "plad-fast distill", "argument --beta: expected one argument"),
+        ("train --model m", "plad-fast train", "train needs --pairs and --output-dir"),
+        ("evaluate", "plad-fast evaluate", "needs --student, --pairs and --output-dir"),
+    ],
+)
+def test_what_is_mistyped_is_told_with_the_usage_of_the_command(typed, usage, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(typed.split())
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"usage: {usage}")
+    assert message in printed
+    assert len(printed.splitlines()) == 2
+
+
+CONFIGS = {
+    "distill": ("teacher: t\nbeta: 2", ["--beta=3"], {"teacher": "t", "beta": 3.0}),
+    "quickstart": ("output_dir: q", [], {"output_dir": "q", "max_new_tokens": 48}),
+    "pairs": (
+        "teacher: t\nstudent: s\noutput-dir: o\nselect: all",
+        ["--student=z"],
+        {"teacher": "t", "student": "z", "output_dir": "o", "select": "all"},
+    ),
+    "train": (
+        "model: m\npairs: p\nloss: dpo\nepochs: 2",
+        ["--output-dir=o"],
+        {"model": "m", "pairs": "p", "loss": "dpo", "epochs": 2.0, "output_dir": "o"},
+    ),
+    "evaluate": (
+        "student: {A: a, B: b}\npairs: p\noutput_dir: o\nseed: 3",
+        [],
+        {"A": "a", "B": "b", "pairs": "p", "seed": 3, "output_dir": "o"},
+    ),
+}
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_every_command_takes_its_settings_from_a_file(command, monkeypatch, tmp_path, capsys):
+    text, flags, expected = CONFIGS[command]
+    names = {
+        "distill": "distill.distill",
+        "quickstart": "distill.distill",
+        "pairs": "stages.pair_models",
+        "train": "stages.train_on_pairs",
+        "evaluate": "evaluation_stage.evaluate_on_pairs",
+    }
+    seen = {}
+
+    def run(*arguments, **options):
+        seen.update(zip(("model", "pairs"), arguments, strict=False) if command == "train" else ())
+        seen.update({"pairs": arguments[1]} if command == "evaluate" else {})
+        for given in (*arguments, options):
+            seen.update(given if isinstance(given, dict) else getattr(given, "__dict__", {}))
+
+    monkeypatch.setattr(f"plad_fast.{names[command]}", run)
+    monkeypatch.chdir(tmp_path)
+    for name in "tsz":  # the teacher is looked for at once
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "c.yaml").write_text(text)
+    extra = {} if command != "pairs" else {"student": "z", "teacher": "t"}
+    assert main([command, "--config", "c.yaml", *flags]) == 0
+    assert {**seen, **extra}.items() >= expected.items()
+    (tmp_path / "c.yaml").write_text("learning-rat: 1")
+    assert main([command, "--config", "c.yaml", *flags]) == 2
+    assert f"unknown setting 'learning-rat' of {command}" in capsys.readouterr().err
+
+
+def test_students_of_a_file_are_a_mapping_or_a_list(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(
+        "plad_fast.evaluation_stage.evaluate_on_pairs",
+        lambda students, *_, **__: seen.append(students),
+    )
+    file = tmp_path / "c.yaml"
+    command = ["evaluate", "--pairs=p", "--output-dir=o", "--config", str(file)]
+    for text in ("{A: a, B: b}", "[A=a, B=b]"):
+        file.write_text(f"student: {text}")
+        assert main(command) == 0
+    file.write_text("student: A=c")
+    assert main(command) == 0
+    assert main([*command, "--student=Z=z"]) == 0
+    assert seen == [{"A": "a", "B": "b"}] * 2 + [{"A": "c"}, {"Z": "z"}]
+    for text in ("[A]", "3", "[[A=a]]", "{A: }", "[A=a, A=b]"):
+        file.write_text(f"student: {text}")
+        assert main(command) == 2
+        assert "must be NAME=PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -76,7 +179,8 @@ def test_the_home_folder_is_spelt_out_for_every_command(stage, command, monkeypa
     """No shell does it in `--output-dir=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    row = '{"prompt": "a", "chosen": "%s", "rejected": "c"}\n'
+    (tmp_path / "pairs.jsonl").write_text(row % "b" + row % "d")
     seen = []
 
     def run(*arguments, **options):

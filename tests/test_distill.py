@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from plad_fast._recipe_stages import STAGES as SETTINGS_OF
 from plad_fast._recipe_stages import stage_settings
 from plad_fast.cli import main
 from plad_fast.errors import UsageError
@@ -50,6 +51,32 @@ def test_the_run_folder_holds_what_was_promised(finished):
     assert "<html" in (finished / "report.html").read_text()
     assert not list(finished.glob("*.checkpoints"))
     assert not list(finished.glob(".*"))
+
+
+def test_what_became_of_every_prompt_is_told(finished):
+    """In a file beside the pairs, and as a funnel in the report."""
+    from plad_fast._recipe_data import read_jsonl
+    from plad_fast.pairs import PairReport
+
+    report = (finished / "report.html").read_text()
+    for name, dropped, pairs in (
+        ("training pairs", "dropped", "train"),
+        ("held-out pairs", "dropped-held-out", "held-out"),
+    ):
+        drops = read_jsonl(finished / "pairs" / f"{dropped}.jsonl")
+        kept = read_jsonl(finished / "pairs" / f"{pairs}.jsonl")
+        assert all(
+            {"id", "prompt", "teacher", "student", "reason"} <= drop.keys() for drop in drops
+        )
+        total = 8
+        assert len(drops) + len(kept) == total
+        assert len({row["id"] for row in [*drops, *kept]}) == total
+        summary = json.loads((finished / "run.json").read_text())["stages"]["pairs"]["summary"]
+        assert str(PairReport.of_rows(len(kept), drops)) in summary
+        table = report.split(f"<caption>{name}</caption>")[1].split("</table>")[0]
+        assert f"<tr><th scope=row>prompts</th><td>{total}</td>" in table
+        assert f"<tr><th scope=row>kept</th><td>{len(kept)}</td>" in table
+    assert "the number of training pairs is" in report
 
 
 def test_a_finished_run_is_not_done_again(finished, tiny_teacher, capsys, monkeypatch):
@@ -263,10 +290,10 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
     assert (folder / "metrics.json").read_text() == (finished / "metrics.json").read_text()
 
 
-def test_every_setting_is_one_of_a_stage(tiny_teacher, tmp_path):
+def test_every_setting_is_one_of_a_stage():
     """A new one would make all stages anew until it is listed with its own."""
     config = DistillConfig()
-    everywhere = set.intersection(*(set(stage_settings(config, stage)) for stage in STAGES))
+    everywhere = set.intersection(*(set(stage_settings(config, name)) for name in SETTINGS_OF))
     assert not everywhere
 
 

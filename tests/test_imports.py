@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_files", "_signals", "_page", "_headline", "_adapters"},
+    {
+        *("_packages", "_files", "_signals", "_places", "_arguments", "_settings_file"),
+        *("_page", "_headline", "_adapters"),
+    },
     {"_records", "_manifest", "_file_states", "_folder_locks"},
     {"_trained_folders"},
     {"bins", "dropout", "_template_options"},
@@ -43,6 +46,7 @@ LAYERS = [
     {"training_data", "training_processes"},
     {"metrics", "_pooled_ranks"},
     {"pairs", "evaluation", "_student_metrics", "_pair_scores", "calibration"},
+    {"data_checks"},
     {"plots", "calibration_plots", "report", "_results", "_score_files"},
     {"reference_logps"},
     {"training_reference"},
@@ -55,6 +59,7 @@ LAYERS = [
         "held_out",
         "held_out_samples",
         "_held_out_rows",
+        "_pair_data",
         "_report_parts",
         "_recipe_data",
         "_recipe_stages",

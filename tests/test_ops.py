@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -18,6 +19,8 @@ from plad_fast import (
     segments,
     sequence_logprobs,
 )
+from plad_fast._devices import autocast_dtype
+from plad_fast.doctor import diagnose
 from plad_fast.reference import reference_logits
 from tests.problems import (
     assert_within_budget,
@@ -156,6 +159,52 @@ def test_the_strategy_of_each_dtype():
     assert kind(torch.bfloat16) is wanted
     # Another device need not add in float32 what its CPU does.
     assert kind(torch.bfloat16, "meta") is products.UpcastProducts
+
+
+@pytest.mark.parametrize(
+    ("machine", "units", "isa", "fast"),
+    [
+        ("x86_64", {"_is_avx512_bf16_supported"}, None, True),
+        ("AMD64", {"_is_amx_tile_supported"}, None, True),
+        ("x86_64", set(), None, False),  # emulated, though oneDNN supports it
+        ("x86_64", None, None, False),  # a torch that cannot be asked
+        ("x86_64", {"_is_avx512_bf16_supported"}, "avx512_core", False),
+        ("x86_64", {"_is_avx512_bf16_supported"}, "AVX512_CORE_BF16", True),
+        ("aarch64", None, None, True),  # torch's own test is right there
+    ],
+)
+def test_one_test_of_the_cpu_decides_on_bfloat16_everywhere(machine, units, isa, fast, monkeypatch):
+    """Precision auto, the products of the op, and what doctor says of both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    supported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", supported)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+        if units is not None:
+            monkeypatch.setattr(torch.cpu, name, lambda name=name: name in units, raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if isa is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    taken = torch.bfloat16 if fast else torch.float32
+    strategy = products.CpuBfloat16Products if fast else products.UpcastProducts
+    assert autocast_dtype("auto") == taken
+    assert type(products.products_for(torch.zeros(2, 2, dtype=torch.bfloat16), 64)) is strategy
+    page = diagnose()
+    assert f"auto is {str(taken).removeprefix('torch.')}" in page
+    assert str(strategy.__doc__).splitlines()[0].rstrip(".") in page
+    for name, test in products._X86_UNITS.items():
+        assert (name in page) == (not fast or test in (units or ()))
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert autocast_dtype("auto") == torch.float32
+    assert autocast_dtype("bfloat16") == torch.bfloat16
 
 
 STRATEGIES = [products.UpcastProducts, products.CpuBfloat16Products, products.CudaHalfProducts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ from plad_fast.pairs import (
     generate_answers,
     stored_answers,
 )
-from plad_fast.pairs.filters import drop_reason
+from plad_fast.pairs.filters import PairFilters, drop_reason
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -176,6 +177,51 @@ def test_pairs_and_report():
     assert report == PairReport(7, identical=1, truncated=2, missing=1)
     assert str(report) == "kept 3 of 7 prompts: 1 identical, 2 truncated, 1 missing"
     assert str(PairReport(5)) == "kept 5 of 5 prompts"
+    assert list(report.drops) == [
+        {"id": "same", "prompt": "Q", "teacher": "good ", "student": "good", "reason": "identical"},
+        {"id": "cut", "prompt": "Q", "teacher": "good", "student": "bad", "reason": "truncated",
+         "of": ["teacher"]},
+        {"id": "cut2", "prompt": "Q", "teacher": "good ", "student": "bad", "reason": "truncated",
+         "of": ["student"]},
+        {"id": "unanswered", "prompt": "Q", "teacher": "good ", "student": None,
+         "reason": "missing", "of": ["student"]},
+    ]  # fmt: skip
+    assert report.funnel() == [
+        ("prompts", 7, {}),
+        ("answered", 6, {"missing": 1}),
+        ("finished", 4, {"truncated": 2}),
+        ("paired", 3, {"identical": 1}),
+        ("kept", 3, {}),
+    ]
+    assert PairReport.of_rows(3, report.drops) == report
+    later = {"id": "x", "reason": "of a later version"}
+    assert PairReport.of_rows(3, [*report.drops, later]) == report
+
+
+def test_what_is_dropped_of_several_samples():
+    """A record a pair where every sample gives one, else a record a prompt with all answers."""
+    teacher = {"p": [answer("p", "good"), answer("p", "fine")], "q": [answer("q", "good")]}
+    student = {
+        "p": [answer("p", "bad"), replace(answer("p", "good"), sample=1)],
+        "q": [answer("q", "bad", "length"), replace(answer("q", ""), sample=1)],
+    }
+    prompts = [Prompt("p", "P"), Prompt("q", "Q")]
+    pairs, report = build_pairs(prompts, teacher, student, select="all")
+    assert [pair["id"] for pair in pairs] == ["p"]
+    assert [(d["id"], d["student"], d["reason"]) for d in report.drops] == [
+        ("p\t1", "good", "identical"),
+        ("q", "bad", "truncated"),
+        ("q\t1", "", "empty"),
+    ]
+    assert report.funnel()[0] == ("pairs", 4, {})
+    scores = {("p", "good"): 1.0, ("p", "fine"): 0.0, ("p", "bad"): 2.0, ("q", "good"): 1.0}
+    filters = PairFilters(contradicted=True)
+    with pytest.raises(UsageError, match="no pair is left") as caught:
+        build_pairs(prompts, teacher, {**student, "p": student["p"][:1]}, select="best-worst",
+                    scores=scores, filters=filters)  # fmt: skip
+    first, second = caught.value.report.drops
+    assert (first["teacher"], first["student"]) == (["good", "fine"], "bad")
+    assert (first["reason"], second["reason"]) == ("contradicted", "truncated")
 
 
 def test_pairs_of_prompts_with_tabs_in_their_ids_have_ids_of_their_own():

@@ -127,6 +127,35 @@ def test_a_folder_of_data_files_is_read(tmp_path, jsonl, monkeypatch):
     assert [p.id for p in load_prompts(folder)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': 'q'}]",
+        ' [ {"content": "q",\n "role": "user"}, {"role": "assistant", "content": "a"} ]\n',
+        "[{'role': 'user', 'content': 'q'}\n {'role': 'user', 'content': 'q'}]",  # numpy's
+    ],
+)
+def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
+    from plad_fast._recipe_data import read_pairs
+
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2
+    write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], "prompt": text}])
+    assert "row 2, column 'prompt' holds a list of chat messages" in message_of(tmp_path / "p.csv")
+    for column in rows[0]:
+        write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], column: text}])
+        with pytest.raises(UsageError, match=f"row 2, column '{column}' holds a list of chat"):
+            read_pairs(str(tmp_path / "p.csv"))
+    told = f"Write this as YAML: {text}"
+    write_csv(tmp_path / "p.csv", [{**rows[0], "prompt": told}])
+    assert load_prompts(tmp_path / "p.csv")[0].content == told.replace("\r\n", "\n")
+
+
+def test_a_folder_without_data_is_called_a_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    message = message_of(tmp_path / "data")
+    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+
+
 def test_ids_do_not_depend_on_the_limit(tmp_path):
     rows = [{"prompt": text} for text in ("same", "other", "same", "same")]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
@@ -170,7 +199,7 @@ def message_of(*args, **options) -> str:
 def test_missing_file_names_its_neighbour(jsonl):
     message = message_of(jsonl.with_name("promts.jsonl"))
     assert "no file" in message
-    assert f"did you mean {jsonl}?" in message
+    assert f"did you mean '{jsonl}'?" in message
     assert "no file" in message_of("nowhere/at/all/prompts.csv")
     assert "no file" in message_of("./nowhere/prompts")
 
@@ -208,6 +237,88 @@ def test_missing_file_names_its_neighbour(jsonl):
 def test_bad_files(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text, "utf-8")
     assert expected in message_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 2"),
+        ("p.jsonl", b'{"prompt": "a", "x": ' + b"[" * 300 + b"]" * 300 + b"}", "line 1 is nested"),
+        ("p.json", b"[" * 200_000, "nested more than"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "n": ' + b"7" * 5000 + b"}", "line 2 holds"),
+        ("p.json", b'[{"prompt": "a"},\n{"n": -' + b"7" * 5000 + b"}]", "line 2 holds a number of"),
+        ("p.csv", b"prompt,id,prompt\na,1,b\n", "several are named 'prompt'"),
+        ("p.csv", "prompt\na\n".encode("utf-16-le"), "NUL bytes, as UTF-16 does"),
+        ("p.jsonl", b"\x1f\x8b\x08\x00\x00", "a gzip archive"),
+        ("p.csv", b"PK\x03\x04\x14\x00", "a zip archive, as an Excel file is"),
+        ("p.json", b"PAR1\x15\x04", "a Parquet file"),
+        ("p.parquet", b"PAR1 and nothing of it PAR1", "not a readable Parquet file"),
+        ("p.parquet", b"", "not a readable Parquet file"),
+    ],
+)
+def test_files_that_hold_what_nothing_can_read(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    message = message_of(tmp_path / name)
+    assert expected in message
+    assert len(message) < 400
+
+
+def test_a_date_that_python_does_not_know_is_no_crash(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "when": dates}), tmp_path / "p.parquet"
+    )
+    assert "not a readable Parquet file" in message_of(tmp_path / "p.parquet")
+    twice = pyarrow.Table.from_arrays([dates, dates], ["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "p.parquet")
+    assert "Multiple matches" in message_of(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./x", "../x", "/none/x", "~/none-of-these", "a/b/c", "here/x", "x.tsv", "x.jsonl.gz", "a\0b",
+     "~nobody-at-all/x", "", "x" * 5000],
+)  # fmt: skip
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert len(message_of(source)) < 400
+
+
+def test_files_of_random_damage_are_read_or_refused(tmp_path):
+    """Two hundred files whose bytes were changed, cut or repeated: prompts, or a UsageError."""
+    import random
+
+    draw = random.Random(0)
+    write_jsonl(tmp_path / "p.jsonl", [*ROWS, {"prompt": CHAT, "id": 4, "n": [1.5, None, {}]}])
+    write_json(tmp_path / "p.json", ROWS)
+    write_csv(tmp_path / "p.csv", ROWS)
+    write_parquet(tmp_path / "p.parquet", ROWS)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("p.jsonl", "p.json", "p.csv")}
+    whole["p.parquet"] = (tmp_path / "p.parquet").read_bytes()
+    read, messages = 0, []
+    for turn in range(200):
+        name = sorted(whole)[turn % 4]
+        data = bytearray(whole[name])
+        for _ in range(draw.randint(1, 4)):
+            start = draw.randrange(len(data))
+            end = start + draw.randint(0, 20)
+            data[start:end] = draw.choice(
+                [b"", b"\x00", bytes([draw.randrange(256)]), data[start:end] * 3, b"[" * 500,
+                 b"9" * 5000, b'"', b"NaN", b"1e999", b"\n", b"\\ud800"]
+            )  # fmt: skip
+        (tmp_path / name).write_bytes(bytes(data))
+        try:
+            read += bool(load_prompts(tmp_path / name, reference_column="answer"))
+        except UsageError as error:
+            messages.append(str(error))
+    assert read > 10
+    assert len(messages) > 10
+    assert max(map(len, messages)) < 1000
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -149,6 +149,84 @@ def test_yaml_that_is_not_utf8(tmp_path):
         load_settings(path)
 
 
+BOMB = "a: &a [x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n"
+    for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "is an alias"),
+        ("a: &a {x: 1}\nb: {<<: *a}", "is an alias"),
+        ("beta: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("beta: [" + "[" * 50 + "]" * 50 + "]", "beta must be a finite number, got a list of 1"),
+        ("seed: " + "7" * 5000, "a value that YAML cannot read"),
+        ("seed: 0x" + "f" * 5000, "whole number, got a number of more than 80 digits"),
+        ("beta: .nan", "beta must be a finite number, got nan"),
+        ("beta: 2024-02-30", "a value that YAML cannot read"),
+        ("beta: 2024-02-03", "beta must be a finite number, got a date"),
+        ("output_dir: 2024-02-03", "output_dir must be text, got a date; put it in quotes"),
+        ("prompt_column: on", "prompt_column must be text, got True; put it in quotes"),
+        ("split: 007", "split must be text, got 7; put it in quotes"),
+        ("prompts: !!set {a, b}", "prompts must be text, got a set of 2"),
+        ("prompts: !!binary aGVsbG8=", "prompts must be text, got a bytes"),
+        ("prompts: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("beta: 1\nbeta: 2", "sets 'beta' twice"),
+        ("batch-size: 1\nbatch_size: 2", "sets 'batch_size' twice"),
+        ("1: 2", "1 is no name of a setting"),
+        ("? [a, b]\n: 2", "is not YAML"),
+        ("beta: 1\n---\nbeta: 2", "is not YAML"),
+        ("beta: 1\x00", "is not YAML"),
+        ("just words", "must hold `name: value` lines; not 'just words'"),
+        ("# beta: 1", "must hold `name: value` lines; it is empty"),
+        ("beta: 1\nseed: [1", "line 2, is not YAML"),
+        ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
+        ("# " + "x" * 2_000_000, "settings are a few lines"),
+    ],
+    ids=range(26),
+)
+def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        load_settings(tmp_path / "c.yaml")
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+def test_a_settings_file_that_is_none(tmp_path):
+    (tmp_path / "c.yaml").mkdir()
+    with pytest.raises(UsageError, match="is no file; give a YAML file"):
+        load_settings(tmp_path / "c.yaml")
+    with pytest.raises(UsageError, match=r"no file .*d\.yaml'; did you mean '.*c\.yaml'"):
+        load_settings(tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"loss_args": '{"gamma": ' + "[" * 200_000 + "]" * 200_000 + "}"},
+            "must be a JSON object",
+        ),
+        ({"loss_args": '{"gamma": ' + "7" * 5000 + "}"}, "must be a JSON object"),
+        ({"loss_args": '{"gamma": ' + "[" * 200 + "]" * 200 + "}"}, "must be a number, got a list"),
+        ({"output_dir": "a\0b"}, "--output-dir 'a\\\\x00b' holds a NUL"),
+        ({"output_dir": " "}, "--output-dir is empty"),
+        ({"teacher": "./nope"}, "--teacher: there is nothing at './nope'"),
+        ({"teacher": "runs/nope"}, "--teacher: there is nothing at 'runs/nope'"),
+        ({"teacher": "nope.gguf"}, "--teacher: there is no file 'nope.gguf'"),
+        ({"teacher": "vllm:/nope/x"}, "--teacher: there is nothing at '/nope/x'"),
+    ],
+)
+def test_settings_that_nothing_can_come_of_are_told_in_a_line(options, message):
+    loss = {"loss": "simpo"} if "loss_args" in options else {}
+    with pytest.raises(UsageError, match=message) as caught:
+        DistillConfig(**loss, **options)
+    assert len(str(caught.value)) < 500
+
+
 def test_a_backslash_from_yaml_stays_one(tmp_path):
     r"""Only a flag has to spell a line break as \n; TeX in a file is left alone."""
     (tmp_path / "rows.jsonl").write_text('{"x": "f"}\n')

@@ -339,3 +339,19 @@ def test_headline_tells_whose_merit_it_was():
     assert text.endswith(
         "Against SFT it wins 50% (95% interval 50% to 50%): no measurable difference."
     )
+
+
+def test_what_to_look_at_in_the_data_stands_first_and_is_escaped(tmp_path):
+    data = {
+        "findings": [f"3 of 4 answers are {ATTACK}"],
+        "funnels": {ATTACK: [("prompts", 4, {}), ("kept", 1, {"empty": 2, "close": 1})]},
+    }
+    metrics = evaluate(student("A", lead=1, kept=5))
+    options = {"title": "t", "config": {}, "stages": [], "metrics": metrics}
+    page = write_report(tmp_path / "r.html", data=data, **options).read_text()
+    assert "<script" not in page
+    assert page.index("<h2>Check your data</h2>") < page.index("<h2>Results</h2>")
+    assert "<td>2 empty, 1 close</td>" in page
+    page = write_report(tmp_path / "r.html", data={"findings": []}, **options).read_text()
+    assert "Check your data" not in page
+    assert "dropped.jsonl" not in page

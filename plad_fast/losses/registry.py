@@ -18,6 +18,7 @@ from torch import Tensor
 from plad_fast.errors import UsageError
 
 _FROM_THE_CALL = ("scores", "counts", "reference_logps", "length_normalization")
+_LONGEST = 80  # characters of a value in a message
 # Other arguments of the ops: an option of this name would never reach the loss.
 _RESERVED = {
     *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
@@ -114,15 +115,15 @@ def check_option_kinds(spec: LossSpec, options: Mapping[str, Any]) -> None:
         default, what = spec.options[name], f"{name} of loss {spec.name!r}"
         if isinstance(default, bool):
             if not isinstance(value, bool):
-                raise UsageError(f"{what} must be True or False, got {value!r}")
+                raise UsageError(f"{what} must be True or False, got {_shown(value)}")
         elif isinstance(default, str):
             if not isinstance(value, str):
-                raise UsageError(f"{what} is a name, got {value!r}")
+                raise UsageError(f"{what} is a name, got {_shown(value)}")
         elif isinstance(default, (int, float)):
             if isinstance(value, Tensor):
                 _check_scalar(what, value)
             elif isinstance(value, bool) or not isinstance(value, Real):
-                raise UsageError(f"{what} must be a number, got {value!r}")
+                raise UsageError(f"{what} must be a number, got {_shown(value)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{what} must be a finite number, got {value}")
 
@@ -143,14 +144,14 @@ def read_loss_args(
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(
-                f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {given!r}'
+                f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {_shown(given)}'
             ) from None
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise UsageError(f"loss_args must map names of options to values, got {given!r}")
+        raise UsageError(f"loss_args must map names of options to values, got {_shown(given)}")
     if "beta" in given and beta is not None:
         raise UsageError("beta is set both by itself and in loss_args; set it once")
     options = get_loss(loss).options
@@ -159,6 +160,14 @@ def read_loss_args(
             known = ", ".join(options) or "none"
             raise UsageError(f"loss {loss!r} has no option {name!r}; it has: {known}")
     return dict(given)
+
+
+def _shown(value: Any) -> str:
+    """For a message: of a long text its beginning, and of what may be nested deeply its type."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _LONGEST else value[:_LONGEST] + "…")
+    is_plain = value is None or isinstance(value, (bool, int, float, Tensor))
+    return repr(value) if is_plain else f"a {type(value).__name__}"
 
 
 def _check_scalar(what: str, value: Tensor) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.chat import Content
 from plad_fast.errors import UsageError
+from plad_fast.pairs._pair_report import NoPairsError, PairReport
 from plad_fast.pairs.asking import row_id
 from plad_fast.pairs.filters import KEEP_ALL, PairFilters
 from plad_fast.pairs.prompts import Prompt, as_messages, require_unique_ids
@@ -29,19 +28,6 @@ if TYPE_CHECKING:
 
 Answers = Mapping[str, Answer] | Mapping[str, Sequence[Answer]]
 
-_ADVICE = {
-    "missing": "let both models answer the same prompts",
-    "empty": "check that the prompts fit the models' chat template",
-    "truncated": "raise max_new_tokens",
-    "identical": "give the student another seed or a higher temperature, or take a smaller student",
-    "unscored": "score all answers that are neither blank nor cut off",
-    "contradicted": "take a better teacher or another scorer, or keep such pairs",
-    "close": "lower min_gap, or take more samples and the best and worst of them",
-    "uneven": "raise max_length_ratio",
-    "repetitive": "raise max_repetition, or sample the teacher at another temperature",
-    "similar": "raise max_overlap, or sample the student at a higher temperature",
-    "few": "lower list_size, or take more samples",
-}
 _SOURCES = {
     "teacher": "teacher > student",
     "all": "teacher > student",
@@ -49,48 +35,6 @@ _SOURCES = {
     "best-worst-pooled": "best > worst",
     "ranked": "ranked",
 }
-
-
-@dataclass(frozen=True)
-class PairReport:
-    """How many prompts gave a row, and why the others did not. `str()` gives one line.
-
-    Where a prompt may give several pairs, each of them counts.
-    """
-
-    total: int
-    identical: int = 0
-    empty: int = 0
-    truncated: int = 0
-    missing: int = 0
-    unscored: int = 0
-    contradicted: int = 0
-    close: int = 0
-    uneven: int = 0
-    repetitive: int = 0
-    similar: int = 0
-    few: int = 0
-    unit: str = "prompts"
-
-    @property
-    def kept(self) -> int:
-        """Prompts with a row, or pairs."""
-        return self.total - sum(self.dropped.values())
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Prompts without a row, or pairs that are none, by reason.
-
-        The reasons are those of `filters.drop_reason` and `PairFilters.reason`, and `unscored` (an
-        answer has no score) and `few` (too few different answers for a list).
-        """
-        counts = dict(vars(self))
-        del counts["total"], counts["unit"]
-        return counts
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items() if n)
-        return f"kept {self.kept} of {self.total} {self.unit}" + (f": {reasons}" if reasons else "")
 
 
 def build_pairs(
@@ -131,7 +75,8 @@ def build_pairs(
 
     Raises:
         UsageError: two prompts have the same id, scores are needed and not given, `list_size` or
-            `select` is out of range, or no row is left.
+            `select` is out of range.
+        NoPairsError: no row is left.
     """
     require_unique_ids(prompts)
     require_selection(select, has_scores=scores is not None, filters=filters, list_size=list_size)
@@ -146,18 +91,17 @@ def build_pairs(
     else:
         selected = [select_pairs(*answers, scores, select, filters) for answers in given]
     source = _SOURCES[select] if source is None else source
-    rows = []
-    dropped: Counter[str] = Counter()
-    for prompt, found in zip(prompts, selected, strict=True):
-        for item in found:
+    rows, drops = [], []
+    for prompt, answers, found in zip(prompts, given, selected, strict=True):
+        for number, item in enumerate(found):
             if isinstance(item, str):
-                dropped[item] += 1
+                drops.append(_drop(prompt, item, *answers, number if select == "all" else None))
             else:
                 rows.append(_row(prompt, item, select, source, tokenizer))
     unit = "pairs" if select == "all" else "prompts"
-    report = PairReport(len(rows) + dropped.total(), **dropped, unit=unit)
+    report = PairReport.of_rows(len(rows), drops, unit=unit)
     if not rows:
-        raise UsageError(f"no pair is left: {report}; {_advice(report)}")
+        raise NoPairsError(report)
     return rows, report
 
 
@@ -234,15 +178,41 @@ def _row(
     return row
 
 
+def _drop(
+    prompt: Prompt,
+    reason: str,
+    teacher: Sequence[Answer],
+    student: Sequence[Answer],
+    number: int | None,
+) -> dict[str, Any]:
+    """What gave no row, for `PairReport.drops`; `number` is that of the sample, for one pair."""
+    if number is not None:
+        teacher, student = teacher[:1], student[number : number + 1]
+    record: dict[str, Any] = {
+        "id": f"{prompt.id}\t{student[0].sample}" if number and student else prompt.id,
+        "prompt": prompt.content,
+        "teacher": _texts(teacher),
+        "student": _texts(student),
+        "reason": reason,
+    }
+    faults: dict[str, Callable[[Answer], bool]] = {
+        "missing": lambda answer: False,
+        "empty": lambda answer: not answer.text.strip(),
+        "truncated": lambda answer: answer.finish_reason == "length",
+    }
+    if reason in faults:
+        sides = {"teacher": teacher, "student": student}
+        record["of"] = [name for name, given in sides.items() if all(map(faults[reason], given))]
+    return record
+
+
+def _texts(answers: Sequence[Answer]) -> str | list[str] | None:
+    texts = [answer.text for answer in answers]
+    return texts if len(texts) > 1 else next(iter(texts), None)
+
+
 def _as_lists(answers: Answers) -> dict[str, Sequence[Answer]]:
     return {
         prompt_id: [given] if isinstance(given, Answer) else given
         for prompt_id, given in answers.items()
     }
-
-
-def _advice(report: PairReport) -> str:
-    if not report.total:
-        return "give at least one prompt"
-    reason, _ = max(report.dropped.items(), key=lambda item: item[1])
-    return _ADVICE[reason]

@@ -14,16 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plad_fast._places import shown
 from plad_fast._template_options import refuse_template_options
 from plad_fast.chat import Content, Messages, require_unicode
 from plad_fast.errors import UsageError
-from plad_fast.pairs.tables import Row, Table, read_table
+from plad_fast.pairs.tables import Row, Table, read_table, refuse_written_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+_MOST_LISTED = 20  # columns in a message
 # From a row and "file, row n" for messages.
 _ContentOf = Callable[[Row, str], Content]
 
@@ -166,7 +168,11 @@ def _require_column(table: Table, column: str, option: str) -> None:
 
 
 def _listed(table: Table) -> str:
-    return ", ".join(repr(name) for name in table.columns)
+    return ", ".join(map(shown, table.columns[:_MOST_LISTED])) + (
+        f" and {len(table.columns) - _MOST_LISTED} more"
+        if len(table.columns) > _MOST_LISTED
+        else ""
+    )
 
 
 def _column_reader(table: Table, column: str | None) -> _ContentOf:
@@ -224,6 +230,7 @@ def _as_content(value: Any, where: str) -> Content:
     if not value.strip():
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     require_unicode(value, where)
+    refuse_written_lists(value, where)
     return value
 
 

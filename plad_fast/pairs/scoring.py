@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from plad_fast import metrics
+from plad_fast._places import require_there, shown
 from plad_fast.errors import UsageError
 from plad_fast.pairs._functions import import_function, source_digest
 from plad_fast.pairs.filters import is_usable
@@ -173,6 +174,7 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
     if kind == "python" and rest:
         return FunctionScorer(import_function(rest), spec)
     if kind == "likelihood" and rest:
+        require_there(rest, f"scorer {shown(spec)}")
         from plad_fast.pairs.model_scorers import Likelihood
 
         return Likelihood(rest, **options)
@@ -181,6 +183,7 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
         from plad_fast.pairs.model_scorers import RewardModel
 
         model, label = split_label(rest)
+        require_there(model, f"scorer {shown(spec)}")
         return RewardModel(model, **({"label": label} if label is not None else {}), **options)
     if kind == "judge":
         service, _, model = rest.partition(":")

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from plad_fast._devices import autocast_dtype, best_device
+from plad_fast._places import OFFLINE, expanded, is_there, names_path, require_there, shown
 from plad_fast._records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.pairs._access import find_url
@@ -29,9 +29,6 @@ from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.teachers import Answer, TextModel
 from plad_fast.pairs.vllm_model import VllmModel
-
-OFFLINE = "offline"
-"""The name of the teacher that needs no hub."""
 
 KINDS = ("openai", "vllm", "column", "python")
 
@@ -60,6 +57,7 @@ def open_teacher(
     Raises:
         UsageError: there is no such thing, or options for another kind of teacher.
     """
+    require_teacher(spec)
     kind, rest = split_spec(spec)
     name = spec if name is None else name
     if kind == "openai":
@@ -118,14 +116,26 @@ def split_spec(spec: str) -> tuple[str, str]:
             raise UsageError(f"the teacher {spec!r} ends with its colon; name what it is to use")
         return kind, rest
     # A colon is in no hub id; it may be in a path, and is in some of Windows'.
-    if colon and len(kind) > 1 and not Path(spec).expanduser().exists():
+    if colon and len(kind) > 1 and not names_path(spec) and not is_there(expanded(spec)):
         raise UsageError(
-            f"unknown kind of teacher in {spec!r}; write a hub id, a folder, a .gguf file, "
+            f"unknown kind of teacher in {shown(spec)}; write a hub id, a folder, a .gguf file, "
             f"{OFFLINE}, or one of {', '.join(f'{k}:...' for k in KINDS)}"
         )
     if not spec:
         raise UsageError("no teacher is named; give a hub id, a folder, or openai:MODEL")
     return "local", spec
+
+
+def require_teacher(spec: str, option: str = "the teacher") -> None:
+    """Raises UsageError for a wrong specification, or a model's path at which there is nothing.
+
+    Args:
+        spec: see this module.
+        option: under which it was given, for the message.
+    """
+    kind, rest = split_spec(spec)
+    if kind in ("local", "vllm"):
+        require_there(rest, option)
 
 
 class LazyLocalModel:

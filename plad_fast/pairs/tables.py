@@ -7,20 +7,35 @@ JSON and CSV are read with the standard library: it names the bad line, and leav
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plad_fast._places import expanded, is_there, names_path, nothing_at, shown
 from plad_fast.errors import UsageError
 
 Row = Mapping[str, Any]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+# Endings of files that are no data of ours, and that no data set on the hub is called by.
+_FOREIGN = re.compile(r"\.(txt|tsv|md|ya?ml|xlsx?|arrow|gz|bz2|xz|zst|zip|tar)$", re.IGNORECASE)
+_MOST_DIGITS = 300  # of a number: a float holds no more, and Python reads no more than 4,300
+_WRITTEN_MESSAGES = re.compile(
+    r"\s*\[\s*\{\s*(['\"])(?:role|content|from)\1\s*:.*\}\s*\]\s*", re.DOTALL
+)
+_DEEPEST = 200  # lists and objects in one another
+_PACKED = {
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive, as an Excel file is,",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"PAR1": "a Parquet file",
+}
 _LONGEST_CSV_FIELD = 2**31 - 1  # the default, 128 KiB, is shorter than many a document
 
 
@@ -50,7 +65,9 @@ def read_table(source: str, split: str) -> Table:
     Raises:
         UsageError: there is no such file or data set, or it cannot be read, or it has no rows.
     """
-    path = Path(source).expanduser()
+    if not source:
+        raise UsageError("the name of a file or data set is empty; give one")
+    path = expanded(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         table = _read_hub(source, path, split)
@@ -65,23 +82,18 @@ def read_table(source: str, split: str) -> Table:
 def _read_file(path: Path, reader: Any) -> list[Row]:
     try:
         return reader(path)
-    except FileNotFoundError:
-        raise UsageError(_missing(path)) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error}); convert it first") from None
     except OSError as error:
+        if not is_there(path):
+            raise UsageError(nothing_at(path, is_file=True)) from None
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _missing(path: Path) -> str:
-    neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, neighbours, n=1)
-    hint = f"did you mean {path.with_name(close[0])}?" if close else "check the path"
-    return f"there is no file {path}; {hint}"
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply to be read; flatten it") from None
 
 
 def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path)
     if text.lstrip().startswith("["):
         rows = _parse(text, path, first_line=1)
     else:
@@ -97,9 +109,33 @@ def _read_json(path: Path) -> list[Row]:
     return rows
 
 
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    for start, kind in _PACKED.items():
+        if data.startswith(start):
+            raise UsageError(f"{path} is {kind}, whatever its name says; unpack or rename it first")
+    if b"\0" in data:
+        raise UsageError(f"{path} holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first")
+    # Line breaks are those of the system that wrote it.
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+
+
 def _parse(text: str, path: Path, *, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_int=_integer)
+        if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
+            raise RecursionError
+        return value
+    except RecursionError:
+        raise UsageError(
+            f"{path}, line {first_line} is nested more than {_DEEPEST} deep; flatten it"
+        ) from None
+    except _LongNumberError as error:
+        line = first_line + text.count("\n", 0, text.index(str(error)))
+        raise UsageError(
+            f"{path}, line {line} holds a number of {len(str(error))} digits; write it as text, or "
+            "leave it out"
+        ) from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UsageError(
@@ -108,12 +144,39 @@ def _parse(text: str, path: Path, *, first_line: int) -> Any:
         ) from None
 
 
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in one another so deeply that working on them may fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+class _LongNumberError(ValueError):
+    """A number that nothing can compute with; the message is its digits."""
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _LongNumberError(digits)
+    return int(digits)
+
+
 def _read_csv(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path)
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+            raise UsageError(
+                f"{path} has {len(names)} columns of which several are named {shown(twice[0])}; "
+                "give every column a name of its own"
+            )
         for row in reader:
             if None in row:
                 raise UsageError(
@@ -137,8 +200,13 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UsageError(f"{path} is not a readable Parquet file: {error}; write it anew") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    # Of what a file may hold, dates beyond Python's years for example raise errors of their own.
+    except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path} is not a readable Parquet file: {_one_line(error)}; write it anew"
+        ) from None
 
 
 _READERS = {
@@ -150,17 +218,20 @@ _READERS = {
 
 
 def _read_hub(source: str, path: Path, split: str) -> Table:
-    if path.is_file():
+    found = is_there(path)
+    if found and path.is_file():
         raise UsageError(
             f"cannot tell the format of {source}; prompts come from files that end in "
             f"{', '.join(_READERS)}, or from a hub data set"
         )
-    if not path.is_dir() and not _HUB_ID.fullmatch(source):
-        raise UsageError(_missing(path))
+    if not found and (
+        names_path(source) or _FOREIGN.search(source) or not _HUB_ID.fullmatch(source)
+    ):
+        raise UsageError(nothing_at(source, is_file=True))
 
     import datasets
 
-    name, _, config = (str(path), "", "") if path.is_dir() else source.partition(":")
+    name, _, config = (str(path), "", "") if found else source.partition(":")
     try:
         data = datasets.load_dataset(name, config or None, split=split)
     except ConnectionError:
@@ -174,9 +245,30 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
             "spelling, and log in with `hf auth login` if it is gated or private"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = _one_line(error)
+        if found:
+            raise UsageError(
+                f"cannot read the folder {source!r} as a data set: {reason}; give a file that ends "
+                f"in {', '.join(_READERS)}, or a folder of such files alone"
+            ) from error
         raise UsageError(
             f"cannot load split {split!r} of the hub data set {source!r}: {reason}; name a split "
             "it has, and a config as in 'owner/name:config' where it has several"
         ) from error
     return Table(source, data.column_names, data)
+
+
+def refuse_written_lists(value: Any, where: str) -> None:
+    """Raises UsageError for a text that is chat messages written out, as CSV files have them.
+
+    A model would be asked brackets and quotes.
+    """
+    if isinstance(value, str) and _WRITTEN_MESSAGES.fullmatch(value):
+        raise UsageError(
+            f"{where} holds a list of chat messages written out as text, for CSV has no lists: "
+            "give the data as JSONL or Parquet"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

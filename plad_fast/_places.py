@@ -1,0 +1,141 @@
+"""Texts of users that name a path, or else something on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from plad_fast.errors import UsageError
+
+OFFLINE = "offline"
+"""The name of the model that needs no hub."""
+
+_LONGEST = 80  # characters of a value in a message
+_FOLDERS = ("runs", "checkpoints", "output", "outputs")  # of nobody on the hub
+_LONGEST_HUB_ID = 200
+_NESTED = (list, tuple, set, dict)
+
+
+def expanded(source: str | os.PathLike[str]) -> Path:
+    """With `~` spelt out, which a shell leaves to us in `--model=~/student`.
+
+    Raises:
+        UsageError: nobody has that home folder, or no file system takes such a name.
+    """
+    text = os.fspath(source)
+    if "\0" in text:
+        raise UsageError(f"{shown(text)} holds a NUL character, which no path may; remove it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{shown(text)}: {error}; write the folder out") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder; also for names that are too long to be one's."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def names_path(source: str | os.PathLike[str]) -> bool:
+    """Whether a text can be nothing but a path, though nothing need be there.
+
+    A hub id has one slash at most and begins with a letter, a digit or a line. `mine/sft` beside a
+    folder `mine` is a path too, and so is `runs/sft` anywhere: they are what is mistyped most.
+    """
+    text = os.fspath(source)
+    if text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
+        return True
+    if len(text) > _LONGEST_HUB_ID:
+        return True
+    first, slash, second = text.partition("/")
+    return bool(slash) and (not second or first in _FOLDERS or is_there(Path(first)))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is something in a folder that `load_model` may be able to load."""
+    names = ("config.json", "adapter_config.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
+
+
+def require_there(source: str, option: str) -> None:
+    """Raises UsageError for a model's path at which there is none; no hub is asked.
+
+    Args:
+        source: hub id, folder, or .gguf file.
+        option: under which it was given, for the message.
+    """
+    try:
+        path = expanded(source)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
+    if not source.strip():
+        raise UsageError(f"{option}: no model is named; give a hub id, a folder or a .gguf file")
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_there(path):
+        if path.is_dir() and not holds_model(path):
+            raise UsageError(
+                f"{option}: {shown(source)} is no folder of a model, which has a config.json, an "
+                "adapter_config.json or a .gguf file; check the path"
+            )
+        if path.is_file() and not is_gguf:
+            raise UsageError(
+                f"{option}: {shown(source)} is a file and no .gguf; give the folder of the model"
+            )
+        return
+    if not (is_gguf or names_path(source)):
+        return
+    other = ""
+    if source.count("/") == 1 and is_there(path.parent) and not source.startswith(("/", ".", "~")):
+        other = f"; a hub id is not looked for where there is a folder {path.parts[0]!r}"
+    raise UsageError(f"{option}: {nothing_at(source, is_file=is_gguf)}{other}")
+
+
+def nothing_at(source: str | os.PathLike[str], *, is_file: bool = False) -> str:
+    """That there is nothing at a path, with a close name beside it, or what its folder lacks."""
+    path = expanded(source)
+    missing, parent = path, path.parent
+    while not is_there(parent) and parent != parent.parent:
+        missing, parent = parent, parent.parent
+    text = f"there is {'no file' if is_file else 'nothing at'} {shown(os.fspath(source))}"
+    names = _names(parent)
+    if close := difflib.get_close_matches(missing.name, names, n=1):
+        rest = path.relative_to(missing)
+        near = missing.with_name(close[0]) / rest
+        return f"{text}; did you mean {shown(str(near if is_there(near) else near.parent))}?"
+    if str(parent) in (".", "/"):
+        return f"{text}; check the path"
+    return f"{text}: the folder {str(parent)!r} holds {_listed(names)}; check the path"
+
+
+def shown(value: Any) -> str:
+    """A value for a message: in its own spelling where that is short, else what it is."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 1] + "…")
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
+        return f"a number of more than {_LONGEST} digits"  # repr() refuses those of thousands
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    kind = "mapping" if isinstance(value, dict) else type(value).__name__
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, _NESTED) for v in value[:9]):
+        text = ", ".join(map(shown, value[:9]))
+        if len(value) <= 9 and len(text) <= _LONGEST:
+            return f"[{text}]"
+    return f"a {kind} of {len(value)}" if isinstance(value, _NESTED) else f"a {kind}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
+
+
+def _listed(names: list[str]) -> str:
+    visible = [name for name in names if not name.startswith(".")]
+    more = f" and {len(visible) - 5} more" if len(visible) > 5 else ""
+    return ", ".join(visible[:5]) + more if visible else "nothing"

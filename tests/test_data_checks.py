@@ -1,0 +1,164 @@
+"""What is said of data from which little can be learned, and when it is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plad_fast.cli import main
+from plad_fast.data_checks import (
+    check_answers,
+    check_drops,
+    check_rows,
+    data_block,
+    require_learnable,
+)
+from plad_fast.errors import UsageError
+
+
+def rows(count, chosen="answer number {}", rejected="sample {} of it"):
+    return [
+        {"prompt": f"p{i}", "chosen": chosen.format(i), "rejected": rejected.format(i)}
+        for i in range(count)
+    ]
+
+
+def changed(data, count, **values):
+    return [{**row, **values} if i < count else row for i, row in enumerate(data)]
+
+
+MESSAGES = [
+    {
+        "prompt": [{"role": "user", "content": f"p{i}"}],
+        "chosen": [{"role": "assistant", "content": f"a b {i}"}],
+        "rejected": [{"role": "assistant", "content": f"c d {i}"}],
+    }
+    for i in range(40)
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "hopeless"),
+    [
+        (rows(40), [], False),
+        (MESSAGES, [], False),
+        ([{"prompt": f"p{i}", "chosen": f"a {i}"} for i in range(40)], [], False),
+        (rows(19), ["the number of pairs is 19: below 20"], False),
+        (rows(2), ["the number of pairs is 2"], False),
+        (rows(1), ["the number of pairs is 1"], True),
+        (rows(40, chosen="Yes it is."), ["40 of 40 chosen answers of the pairs are the"], True),
+        (changed(rows(40), 30, chosen="No no no."), ["30 of 40 chosen", "'No no no.'"], False),
+        (
+            [{**row, "chosen": MESSAGES[0]["chosen"]} for row in MESSAGES],
+            ["40 of 40 chosen answers", "'a b 0'"],
+            True,
+        ),
+        (rows(40, "{} is", " {}  is "), ["40 of 40 pairs have the same answer as chosen"], True),
+        (changed(rows(40), 3, chosen="b", rejected="b "), ["3 of 40 pairs have the same"], False),
+        (changed(rows(40), 3, chosen="..."), ["3 of 40 chosen answers of the pairs hold"], False),
+        (changed(rows(40), 4, rejected=""), ["4 of 40 rejected answers of the pairs hold"], False),
+        ([*rows(40), *rows(2)], ["2 of 42 pairs are copies of others, such as 'p0'"], False),
+        (
+            changed(rows(40), 30, prompt="Q?"),
+            ["40 pairs have 11 different prompts", "'Q?' stands there 30 times"],
+            False,
+        ),
+        (
+            rows(40, "a b c d {}", "a b {}"),
+            ["in 100% of 40 pairs the chosen answer is the longer one (5 words to 3 on average)"],
+            False,
+        ),
+        (rows(40, rejected="a b c d e f {}"), ["chosen answer is the shorter one"], False),
+        (
+            [{"prompt": f"p{i}", "responses": [f"a {i}", "b", f"a {i}"]} for i in range(40)],
+            ["40 of 80 pairs have the same answer as chosen"],
+            False,
+        ),
+        ([{"prompt": 3}, {"chosen": None}], [], False),  # refused elsewhere, with their numbers
+        ([{**row, "chosen": row["chosen"] + "\x1b[31m" + "x" * 500} for row in rows(1)],
+         ["the number of pairs is 1"], True),
+    ],
+)  # fmt: skip
+def test_rows(data, expected, hopeless):
+    findings = check_rows(data)
+    block = data_block(findings)
+    for text in expected:
+        assert text in block
+    assert len(findings) == bool(expected), block
+    assert any(finding.hopeless for finding in findings) == hopeless
+    assert "\x1b" not in block
+    assert all(len(line) < 250 for line in block.splitlines())
+    if hopeless:
+        with pytest.raises(UsageError, match=r"nothing can be learned from this data: .*; do x"):
+            require_learnable(findings, "do x")
+    else:
+        require_learnable(findings, "do x")
+
+
+def test_answers_of_one_author():
+    assert check_answers([], "answers") == []
+    assert check_answers(["yes", "no"] * 20, "answers") == []
+    [finding] = check_answers(["", " ", ""], "answers of A")
+    assert finding.text == "3 of 3 answers of A are the same: ''"
+    assert finding.hopeless
+    [finding] = check_answers(["", "a b", "c d", "e"], "answers of A")
+    assert finding.text == "1 of 4 answers of A hold no word, such as ''"
+
+
+def test_one_reason_that_most_was_dropped_for():
+    drops = [{"id": f"i{n}", "reason": "truncated", "of": ["teacher"]} for n in range(6)]
+    drops += [{"id": "z", "reason": "identical"}]
+    [finding] = check_drops(drops, 10, "prompts")
+    assert finding.text == (
+        "6 of 10 prompts dropped as truncated (answers of the teacher), such as 'i0'"
+    )
+    assert check_drops(drops, 20, "prompts") == []
+
+
+@pytest.mark.parametrize(
+    ("data", "status"), [(rows(40, chosen="Yes."), 2), (rows(40, "{}", "{} "), 2), (rows(2), 0)]
+)
+@pytest.mark.parametrize("loss", ["sft", "plad_ranking"])
+def test_training_says_it_before_a_model_is_loaded(
+    data, status, loss, tiny_teacher, tmp_path, capsys, monkeypatch
+):
+    if loss == "sft":
+        data = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in data]
+        status = 2 if len({row["chosen"] for row in data}) == 1 else 0
+    loaded = []
+    monkeypatch.setattr("plad_fast.stages.train_model", lambda *_, **__: loaded.append(1) or [])
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    command = ["train", "--model", str(tiny_teacher), "--pairs", str(tmp_path / "p.jsonl")]
+    assert main([*command, "--loss", loss, "--output-dir", str(tmp_path / "out")]) == status
+    printed = capsys.readouterr()
+    assert loaded == [1] * (status == 0)
+    if loss != "sft" or status:
+        assert "check your data:" in printed.out
+    assert ("nothing can be learned from this data" in printed.err) == (status == 2)
+
+
+def test_an_evaluation_shows_it_in_terminal_and_report(tiny_teacher, tmp_path, capsys):
+    data = rows(20, "{}", "{} ")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    command = ["evaluate", "--student", f"A={tiny_teacher}", "--pairs", str(tmp_path / "p.jsonl")]
+    out = tmp_path / "out"
+    assert main([*command, "--max-new-tokens", "4", "--output-dir", str(out)]) == 0
+    said = "20 of 20 held-out pairs have the same answer as chosen and as rejected"
+    assert said in capsys.readouterr().out
+    assert said in (out / "report.html").read_text()
+
+
+def test_a_recipe_ends_before_fine_tuning_where_the_teacher_repeats_itself(
+    tiny_teacher, tmp_path, capsys
+):
+    data = [{"prompt": f"p{i}", "answer": "I cannot help with that."} for i in range(40)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    out = tmp_path / "out"
+    command = ["distill", "--teacher", "column:answer", "--student", str(tiny_teacher)]
+    command += ["--prompts", str(tmp_path / "p.jsonl"), "--output-dir", str(out)]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert "40 of 40 teacher's answers are the same: 'I cannot help with that.'" in printed.out
+    assert "nothing can be learned from this data" in printed.err
+    assert not (out / "sft").exists()
