@@ -345,7 +345,8 @@ def _train(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from plad_fast.stages import train_on_pairs
 
-    train_on_pairs(given.pop("model"), given.pop("pairs"), overwrite=arguments.overwrite, **given)
+    overwrite = arguments.overwrite
+    train_on_pairs(given.pop("model"), given.pop("pairs"), overwrite=overwrite, **given)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

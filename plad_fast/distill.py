@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._files import write_atomically
 from plad_fast._packages import require_packages, versions
-from plad_fast._pair_data import data_of_run, show_findings
+from plad_fast._pair_data import data_of_run, dropped_file, show_findings
 from plad_fast._recipe_data import load_recipe_prompts, split_prompts
 from plad_fast._recipe_stages import scorer_settings, stage_settings, student_settings
 from plad_fast.data_checks import check_answers, require_learnable
@@ -161,6 +161,8 @@ class _Distillation:
             asked = [*self.pair_prompts, *(self.held_out if number == 1 else ())]
             samples = f"answers/{_numbered('student', number)}.jsonl"
             pairs = f"pairs/{_numbered('train', number)}.jsonl"
+            made = [pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())]
+            dropped = [str(PurePosixPath("pairs", dropped_file(Path(f)).name)) for f in made]
             stages += [
                 Stage(
                     f"student's samples{suffix}",
@@ -174,7 +176,7 @@ class _Distillation:
                     partial(self._pair, number),
                     of("pairs", prompts=asked, references=True, **self.texts.scorer_settings()),
                     reads=[_start(number), teacher, samples],
-                    makes=[pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())],
+                    makes=[*made, *dropped],
                 ),
                 Stage(
                     f"calibration{suffix}",

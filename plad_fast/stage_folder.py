@@ -62,7 +62,7 @@ def claim_folder(
         folder: of the command's results.
         command: that fills it.
         settings: what the results depend on, as JSON values.
-        results: files that the command will replace.
+        results: files that the command will replace, the one that is made last first.
         overwrite: remove these and what `discard` removes, whatever made them. The folder of
             another command is refused all the same.
         discard: removes what else is stored there; gets the settings that made it, if known.
@@ -88,9 +88,10 @@ def claim_folder(
                 f"{folder} holds {there[0]} but no {_RECORD}, which would say what it was made "
                 "from; choose another --output-dir, or pass --overwrite to replace it"
             )
-        elif there and record is not None and found is not None:
+        # The first is made last: without it the others are of a try that came to nothing.
+        elif record is not None and found is not None and (folder / results[0]).exists():
             if not extends(found):
-                _require_settings(folder, found, settings, there[0], of_results)
+                _require_settings(folder, found, settings, results[0], of_results)
             _require_no_edits(folder, record.get("made", {}))
         record = {**_FORMAT, "command": command, "settings": settings}
         write_atomically(folder / _RECORD, json.dumps(record, indent=2))

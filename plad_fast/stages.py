@@ -176,8 +176,8 @@ def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: b
             scores_path=scores,
             path=path,
         )
-        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
         record_rows(folder, path.name)
+        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
         return str(report)
 
     with joined() as ranks:

@@ -16,7 +16,7 @@ from tests.recipe_runs import KILLABLE, arguments, write_pairs
 # Before anything is written, in the middle of the work, and while the results are written.
 MOMENTS = {
     "distill": ("run_folder.shutil.disk_usage", "held_out.load_model", "distill.write_metrics"),
-    "pairs": ("stages.load_recipe_prompts", "pairs.answering.ask", "stages.write_jsonl"),
+    "pairs": ("stages.load_recipe_prompts", "pairs.answering.ask", "_pair_data.write_jsonl"),
     "train": (
         "training.newest_checkpoint",
         "trainer.fused_linear_preference_loss",
@@ -97,7 +97,7 @@ def resolved(path):
 def test_paid_answers_are_safe_from_another_process(commands, tmp_path, capsys):
     """Its --overwrite discards nothing, its settings are not recorded, and the first goes on."""
     plain, _ = commands
-    code = KILLABLE.format(module="stages", name="write_jsonl", at=1, arguments=plain["pairs"])
+    code = KILLABLE.format(module="_pair_data", name="write_jsonl", at=1, arguments=plain["pairs"])
     code = code.replace("time.sleep(60)", "sys.stdin.readline()")
     with subprocess.Popen(
         [sys.executable, "-c", code],
