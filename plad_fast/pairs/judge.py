@@ -8,11 +8,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from plad_fast.chat import Content, Messages
 from plad_fast.errors import UsageError
+from plad_fast.pairs._judge_report import JudgeReport
 from plad_fast.pairs._replies import cost_of, spent_reason
 from plad_fast.pairs._verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 from plad_fast.pairs.filters import normalize_whitespace
@@ -41,34 +42,6 @@ class ChatEndpoint(Protocol):
     def try_out(self, request: ChatRequest) -> Reply: ...
 
     def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]: ...
-
-
-@dataclass
-class JudgeReport:
-    """What became of the comparisons so far. `str()` gives one line."""
-
-    comparisons: int = 0
-    ties: int = 0
-    """Comparisons without a winner, for whatever reason."""
-    order_dependent: int = 0
-    """Those whose verdict changed with the order of the answers; they count as ties."""
-    unparsable: int = 0
-    """Those with a reply that held no verdict, also when asked again; they count as ties."""
-    failed: int = 0
-    """Those with a reply that could not be had, was cut off or was withheld."""
-
-    def __str__(self) -> str:
-        notes = [
-            f"{count} {what}"
-            for count, what in (
-                (self.order_dependent, "changed with the order"),
-                (self.unparsable, "without a verdict"),
-                (self.failed, "failed"),
-            )
-            if count
-        ]
-        line = f"{self.comparisons} comparisons, {self.ties} ties"
-        return f"{line} ({', '.join(notes)})" if notes else line
 
 
 class Judge:
