@@ -63,7 +63,8 @@ def show_pairs(
         UsageError: nothing can be learned from the rows.
     """
     where = f"; {dropped_file(file)} has what was dropped" if report.drops else ""
-    print(f"   {what}: {funnel_line(report)}{where}", flush=True)
+    name = "" if what == "pairs" else f"{what}: "
+    print(f"   {name}{funnel_line(report)}{where}", flush=True)
     findings = check_rows(rows, what, for_training=for_training)
     findings += check_drops(report.drops, report.total, report.unit)
     show_findings(findings)

@@ -184,6 +184,7 @@ def test_a_label_is_chosen_by_the_name_of_the_scorer(classifier, tiny_tokenizer,
         assert scorer.score(ITEMS) == pytest.approx(good)
     assert open_scorer(f"reward:{folder}#bad").name == "reward model#bad"
     (tmp_path / "odd#name").mkdir()
+    (tmp_path / "odd#name" / "config.json").write_text("{}")  # else it is no model's folder
     assert open_scorer(f"reward:{tmp_path}/odd#name").settings()["label"] is None
     for spec in (f"reward:{folder}#", "reward:#good"):
         with pytest.raises(UsageError, match="write reward:MODEL#LABEL"):
