@@ -11,7 +11,7 @@ from datasets import Dataset
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from plad_fast.adapted_layers import TokenLimits
+    from plad_fast._token_limits import TokenLimits
 
 _AT_ONCE = 10_000  # rows
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from plad_fast._token_limits import TokenLimits
 from plad_fast.errors import UsageError
 from plad_fast.wrappers import own_class
 
@@ -45,17 +46,6 @@ class Layer:
     weight: Tensor
     bias: Tensor | None
     adapters: tuple[LowRank, ...] = ()
-
-
-class TokenLimits(NamedTuple):
-    """What token ids a model has weights for."""
-
-    inputs: int
-    """Ids of a prompt are below it: the embeddings."""
-    outputs: int
-    """Ids of a response are below it: the embeddings and the rows of the head."""
-    positions: int | None
-    """Tokens of a sequence, where the configuration names a number."""
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from plad_fast.validation import is_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from plad_fast.adapted_layers import TokenLimits
+    from plad_fast._token_limits import TokenLimits
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "logit_spec", "reference", "kernels", "wrappers"},
-    {"_packages", "_records", "_page", "_headline", "_adapters"},
+    {"_packages", "_records", "_page", "_headline", "_load_errors", "_adapters", "_token_limits"},
     {"bins", "dropout", "_template_options"},
     {"products", "losses", "segments", "softmax_rows", "validation", "chat", "_tables"},
     {"objective", "trl_options", "intervals", "first_order"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"_vocab_autograd"},
     {"_vocab_call"},
     {"vocab_parallel"},
-    {"_rows", "_row_sets", "_devices"},
+    {"_rows", "_row_sets", "_plain_rows", "_devices"},
     {"row_layout", "tokenization"},
     {"packing", "_flash"},
     {"attention", "depth", "students", "training_metrics", "micro_batches"},

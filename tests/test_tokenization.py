@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from plad_fast.adapted_layers import TokenLimits
+from plad_fast._token_limits import TokenLimits
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import score_pairs
 from plad_fast.packing import PreferenceCollator

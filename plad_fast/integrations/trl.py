@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from plad_fast._row_sets import require_column_ids
-from plad_fast.adapted_layers import TokenLimits, token_limits
+from plad_fast._token_limits import TokenLimits
+from plad_fast.adapted_layers import token_limits
 from plad_fast.dispatch import get_backend
 from plad_fast.errors import UsageError
 from plad_fast.head import check_head, find_head
