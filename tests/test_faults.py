@@ -119,6 +119,7 @@ EVERY_DAY = {
     "pairs/train.jsonl": ("half", "rows", "empty", "stale"),
     "pairs/held-out.jsonl": ("rows", "missing"),
     "pairs/scores.jsonl": ("half",),
+    "pairs/dropped.jsonl": ("half",),
     "sft/model.safetensors": ("half",),
     "plad/log_history.json": ("empty",),
     "student/config.json": ("stale", "missing"),
