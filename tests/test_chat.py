@@ -56,6 +56,18 @@ def trained(tokenizer, prompt, response, **options):
         ("doubles", "blue", ("<think>\n", "\n</think>\n\nblue")),
         ("doubles", THOUGHT, ("<think>\n", "hm\n</think>\n\nblue")),
         ("doubles", "<think>\nhm", ("<think>\n", "hm")),
+        # Tags of another kind are text; of two thoughts the template would lose what is between.
+        (
+            "deepseek-r1",
+            "[THINK]hm[/THINK]blue",
+            ("<｜Assistant｜>", "[THINK]hm[/THINK]blue"),  # noqa: RUF001
+        ),
+        ("nemotron", "<thinking>hm</thinking>", ("<think>", "</think><thinking>hm</thinking>")),
+        (
+            "no thinking",
+            "<think>hm</think>green<think>no</think>blue",
+            ("<think>", "hm</think>green<think>no</think>blue"),
+        ),
     ],
 )
 @pytest.mark.parametrize("turns", [1, 2])
