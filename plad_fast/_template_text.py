@@ -133,7 +133,8 @@ def whole_conversation(
         _require_shown(tokenizer, prompt, answer, key, full, options)
     thinks = _thinks(content, head)
     common = common_length(head, full)
-    if not thinks or _keeps_thought(content, head, full):
+    twice = thinks and any(key in _REASONING for key in extra)
+    if not thinks or (not twice and _keeps_thought(content, head, full)):
         if common == len(head):
             return _whole(head + full[common:].rstrip(), content)
         if not (thinks and _LEFT_OPEN.search(head)) and full.startswith(
@@ -143,9 +144,9 @@ def whole_conversation(
     if extra:
         raise UsageError(
             f"the response has {', '.join(extra)}, and the chat template of "
-            f"{template_name(tokenizer)} does not render it behind its prompt (it drops or doubles "
-            "the thought in the content, or writes earlier turns differently then); leave the row "
-            "out, or set another tokenizer.chat_template"
+            f"{template_name(tokenizer)} does not render it behind its prompt (the content has "
+            "a thought too, which it drops or doubles, or it writes earlier turns differently "
+            "then); leave the row out, or set another tokenizer.chat_template"
         )
     end = _turn_end(tokenizer, prompt, options)
     return _whole(_continued(head, content, thinks) + end, content)

@@ -166,6 +166,15 @@ def test_a_content_that_the_template_leaves_out_beside_a_call_is_refused():
     assert "Rome" in trained(tokenizer, USER, says("", tool_calls=[CALL]))[1]
 
 
+def test_a_thought_in_the_content_and_beside_it_is_refused():
+    template = TEMPLATES["qwen"].replace(
+        "{{ m.content }}", "<think>{{ m.reasoning_content }}</think>{{ m.content }}"
+    )
+    tokenizer = load(byte_level(), template, eos="<|im_end|>")
+    with pytest.raises(UsageError, match="reasoning_content"):
+        trained(tokenizer, USER, says("<think>hm</think>blue", reasoning_content="hm"))
+
+
 def test_two_names_of_one_thought_are_one():
     template = TEMPLATES["qwen"].replace(
         "{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}"

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from plad_fast.errors import UsageError
+from plad_fast.pairs._set_aside import set_rows_aside
 from plad_fast.pairs.store import AnswerStore
 
 SETTINGS = {"model": "m", "sampling": {"temperature": 1.0, "stop": ("a", "b")}}
@@ -198,3 +199,13 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", refused)
     with pytest.raises(UsageError, match=r"Read-only file system.* make this one writable"):
         AnswerStore.open(tmp_path / "answers.jsonl", SETTINGS)
+
+
+def test_answers_to_all_that_a_prompt_ever_was_are_kept(path):
+    for prompt in "abca":
+        set_rows_aside(path, SETTINGS, lambda row, now=prompt: row["prompt"] == now)
+        with AnswerStore.open(path, SETTINGS) as store:
+            store.append([{"id": "0", "prompt": prompt}])
+            assert [row["prompt"] for row in store.rows.values()] == [prompt]
+    with AnswerStore.open(path.with_name("answers.old.jsonl"), SETTINGS) as old:
+        assert sorted(row["prompt"] for row in old.rows.values()) == ["a", "b", "c"]
