@@ -37,3 +37,16 @@ def after_thought(text: str) -> str:
         closed = mark.end()
     rest = text[closed:]
     return "" if _OPEN.search(rest) else rest.strip()
+
+
+def is_all_thought(text: str) -> bool:
+    """Whether the text ends inside its thought, or is nothing but a thought."""
+    if after_thought(text):
+        return False
+    opened = _OPEN.search(text)
+    before = text[: opened.start()] if opened else ""
+    if not before.strip() or _CLOSE.search(before):
+        return True
+    # An answer stands before it, which may be asked to end in its reasons; they are closed then.
+    *_, closed = [0, *(mark.end() for mark in _CLOSE.finditer(text))]
+    return _OPEN.search(text, closed) is not None
