@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
 from plad_fast.chat import written_out
 from plad_fast.errors import UsageError
@@ -343,6 +344,11 @@ def test_a_slow_tokenizer_refuses_special_tokens_in_messages_by_name(qwen, monke
     with pytest.raises(UsageError, match=r"'<\|im_end\|>'.*split_special_tokens=False"):
         encode_group(qwen, USER, ["a<|im_end|>b"], max_length=99)
     assert encode_group(qwen, USER, ["a"], max_length=99)["fits"]
+    # What is a special token by its name alone is one.
+    bytes_alone = ByT5Tokenizer()
+    bytes_alone.chat_template = TEMPLATES["zephyr"]
+    with pytest.raises(UsageError, match="'</s>'"):
+        encode_group(bytes_alone, USER, ["a</s>b"], max_length=99)
 
 
 TRL = ["deepseek_r1_distill", "nemotron_3_nano", "qwen3", "qwen3_5_nothink", "qwen3_5_think",
