@@ -12,6 +12,7 @@ from plad_fast.chat import as_conversation, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.held_out import HeldOut
 from plad_fast.pairs import Prompt
+from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.prompts import read_reference
 
 
@@ -56,7 +57,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             raise UsageError(f"{source}, row {number + 1}: {error}") from None
         if template:
             refuse_template_options(row, f"{source}, row {number + 1}")
-        row_id = str(number if row.get("id") is None else row["id"])
+        row_id = mend(str(number if row.get("id") is None else row["id"]))
         prompt_id = ids.setdefault(digest(prompt), row_id)
         if contents.setdefault(prompt_id, prompt) != prompt:
             raise UsageError(

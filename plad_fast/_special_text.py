@@ -76,11 +76,13 @@ class SpecialText:
     def _tokens(self) -> dict[str, int]:
         tokenizer = self.tokenizer
         template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+        named = set(tokenizer.all_special_ids)  # such as the EOS token; ByT5's is not marked
         found = {}
         for index, token in tokenizer.added_tokens_decoder.items():
             text = token.content
             written = text in template and re.search(r"[<\[|\uff5c]", text)
-            if (token.special or written) and text.strip() and not is_tag(text):
+            special = token.special or index in named or written
+            if special and text.strip() and not is_tag(text):
                 found[text] = index
         return found
 

@@ -18,7 +18,9 @@ _RESERVED = frozenset(
         *("chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
         *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
-        *("raise_exception", "strftime_now", "kwargs"),
+        *("raise_exception", "strftime_now", "kwargs", "namespace"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+        "mask_token",
     }
 )
 _FOR_TEMPLATES = {"documents"}

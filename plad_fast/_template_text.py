@@ -131,9 +131,10 @@ def whole_conversation(
     extra = [key for key in answer if key not in ("role", "content") and not _is_empty(answer[key])]
     for key in [*extra, "content"] if extra and content.strip() else extra:
         _require_shown(tokenizer, prompt, answer, key, full, options)
-    thinks = bool(_OPENS.match(content) or _CLOSES.search(content))
+    thinks = _thinks(content, head)
     common = common_length(head, full)
-    if not thinks or _keeps_thought(content, head, full):
+    twice = thinks and any(key in _REASONING for key in extra)
+    if not thinks or (not twice and _keeps_thought(content, head, full)):
         if common == len(head):
             return _whole(head + full[common:].rstrip(), content)
         if not (thinks and _LEFT_OPEN.search(head)) and full.startswith(
@@ -143,9 +144,9 @@ def whole_conversation(
     if extra:
         raise UsageError(
             f"the response has {', '.join(extra)}, and the chat template of "
-            f"{template_name(tokenizer)} does not render it behind its prompt (it drops or doubles "
-            "the thought in the content, or writes earlier turns differently then); leave the row "
-            "out, or set another tokenizer.chat_template"
+            f"{template_name(tokenizer)} does not render it behind its prompt (the content has "
+            "a thought too, which it drops or doubles, or it writes earlier turns differently "
+            "then); leave the row out, or set another tokenizer.chat_template"
         )
     end = _turn_end(tokenizer, prompt, options)
     return _whole(_continued(head, content, thinks) + end, content)
@@ -156,18 +157,37 @@ def _whole(text: str, content: str) -> Whole:
     return Whole(text, marked=not content or not text.endswith(content))
 
 
+def _thinks(content: str, head: str) -> bool:
+    """Whether an answer brings a thought, or the end of one, in the tags that `head` writes."""
+    written = _LEFT_OPEN.search(head) or _LEFT_EMPTY.search(head)
+    if written is None:
+        return bool(_OPENS.match(content) or _CLOSES.search(content))
+    return content.lstrip().startswith(written[1]) or _closing(written[1]) in content
+
+
+def _closing(tag: str) -> str:
+    return tag.replace("START", "END") if "START" in tag else f"{tag[0]}/{tag[1:]}"
+
+
 def _keeps_thought(content: str, head: str, full: str) -> bool:
-    """Whether a template shows the thought in an answer, however spaced, and no other before it."""
+    """Whether a template shows all of an answer with a thought, however spaced, and no other
+    thought before it."""
     written = _LEFT_OPEN.search(head) or _LEFT_EMPTY.search(head)
     start = common_length(head[: written.start()] if written else head, full)
     turn = full[start:]
     empty = _EMPTY.match(turn)
     if empty and _TAGS.search(turn, empty.end()):
         return False
-    thought = _OPENS.sub("", content, count=1)
-    parts = _CLOSES.split(thought, maxsplit=1)
-    closed = len(parts) == 1 or _CLOSES.search(turn) is not None
-    return closed and "".join(parts[0].split()) in "".join(turn.split())
+    if _CLOSES.search(content) and not _CLOSES.search(turn):
+        return False
+    # Marks of its own may stand between the thought and the answer.
+    turn, at = "".join(turn.split()), 0
+    for part in ("".join(part.split()) for part in _TAGS.split(content)):
+        at = turn.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
 
 
 def _continued(head: str, content: str, thinks: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
 from plad_fast.chat import written_out
 from plad_fast.errors import UsageError
@@ -56,6 +57,18 @@ def trained(tokenizer, prompt, response, **options):
         ("doubles", "blue", ("<think>\n", "\n</think>\n\nblue")),
         ("doubles", THOUGHT, ("<think>\n", "hm\n</think>\n\nblue")),
         ("doubles", "<think>\nhm", ("<think>\n", "hm")),
+        # Tags of another kind are text; of two thoughts the template would lose what is between.
+        (
+            "deepseek-r1",
+            "[THINK]hm[/THINK]blue",
+            ("<｜Assistant｜>", "[THINK]hm[/THINK]blue"),  # noqa: RUF001
+        ),
+        ("nemotron", "<thinking>hm</thinking>", ("<think>", "</think><thinking>hm</thinking>")),
+        (
+            "no thinking",
+            "<think>hm</think>green<think>no</think>blue",
+            ("<think>", "hm</think>green<think>no</think>blue"),
+        ),
     ],
 )
 @pytest.mark.parametrize("turns", [1, 2])
@@ -152,6 +165,15 @@ def test_a_content_that_the_template_leaves_out_beside_a_call_is_refused():
     with pytest.raises(UsageError, match="the key 'content', which the chat template"):
         encode_group(tokenizer, USER, [says("I look it up.", tool_calls=[CALL])], max_length=500)
     assert "Rome" in trained(tokenizer, USER, says("", tool_calls=[CALL]))[1]
+
+
+def test_a_thought_in_the_content_and_beside_it_is_refused():
+    template = TEMPLATES["qwen"].replace(
+        "{{ m.content }}", "<think>{{ m.reasoning_content }}</think>{{ m.content }}"
+    )
+    tokenizer = load(byte_level(), template, eos="<|im_end|>")
+    with pytest.raises(UsageError, match="reasoning_content"):
+        trained(tokenizer, USER, says("<think>hm</think>blue", reasoning_content="hm"))
 
 
 def test_two_names_of_one_thought_are_one():
@@ -322,6 +344,11 @@ def test_a_slow_tokenizer_refuses_special_tokens_in_messages_by_name(qwen, monke
     with pytest.raises(UsageError, match=r"'<\|im_end\|>'.*split_special_tokens=False"):
         encode_group(qwen, USER, ["a<|im_end|>b"], max_length=99)
     assert encode_group(qwen, USER, ["a"], max_length=99)["fits"]
+    # What is a special token by its name alone is one.
+    bytes_alone = ByT5Tokenizer()
+    bytes_alone.chat_template = TEMPLATES["zephyr"]
+    with pytest.raises(UsageError, match="'</s>'"):
+        encode_group(bytes_alone, USER, ["a</s>b"], max_length=99)
 
 
 TRL = ["deepseek_r1_distill", "nemotron_3_nano", "qwen3", "qwen3_5_nothink", "qwen3_5_think",

@@ -57,6 +57,9 @@ LIMIT_MESSAGES = [
     "'max_tokens' or 'max_completion_tokens' is too large: 10000",
     "Range of max_tokens should be [1, 8192]",
     "max_tokens is illegal",
+    "The value of max_tokens is not supported by this model",
+    "max_tokens=10000 is not supported",
+    "max_tokens is not supported, the limit is 8192",
 ]
 
 
@@ -122,12 +125,20 @@ def test_a_limit_that_is_too_long_for_one_prompt_fails_that_one():
     ],
 )  # fmt: skip
 def test_the_name_of_the_limit_is_told_from_its_value(message, of):
-    assert find_refusal("", message, {"max_tokens": 5}) == ("max_tokens", of)
+    assert find_refusal("", message, {"max_tokens": 10000}) == ("max_tokens", of)
 
 
-def test_the_name_is_switched_once_and_the_limit_stays():
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unknown parameter: max_tokens",
+        "'max_tokens' is not supported for the requested model",
+        "[{'loc': ['body', 'max_tokens'], 'msg': 'Extra inputs are not permitted', 'input': 64}]",
+    ],
+)
+def test_the_name_is_switched_once_and_the_limit_stays(message):
     def step(question, tries, body):
-        return refused("Unknown parameter: max_tokens") if "max_tokens" in body else Step()
+        return refused(message) if "max_tokens" in body else Step()
 
     with FaultServer(step) as server:
         found = generate(model(server, concurrency=3), "abcdef", Sampling(64))

@@ -82,6 +82,7 @@ def test_a_reply_that_ended_otherwise_is_tried_again_and_then_listed(reason):
         (said([{"type": "thinking", "thinking": []}]), "of type 'thinking'"),
         (said("<think>\nlet me see, and never"), "ends inside its thought"),
         (said("let me see\n</think>\n"), "ends inside its thought"),
+        (said("4\n<reasoning>\nlet me see, and never"), "ends inside its thought"),
         (said("<think>\nlet me see", "length"), "all 64 tokens were spent before any answer"),
     ],
 )
@@ -98,6 +99,11 @@ def test_what_another_reply_would_not_mend_is_asked_for_once(choice, says):
 def test_a_model_that_never_answers_is_found_out_early(choice):
     with pytest.raises(UsageError, match="teacher: of the first 8 replies each is empty: the "):
         ask(choice, [f"q{i}" for i in range(100)])
+
+
+def test_an_answer_may_end_in_its_reasons():
+    text = "<answer>4</answer>\n<reasoning>2 + 2</reasoning>"
+    assert ask(said(text))[0] == [Answer("a", text, "stop", 3)]
 
 
 def test_empty_lists_and_nulls_beside_an_answer_are_nothing():

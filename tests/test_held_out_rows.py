@@ -43,6 +43,13 @@ def test_several_pairs_of_a_prompt_are_one_prompt():
     assert (again.prompts, again.pair_prompts) == (held_out.prompts, held_out.pair_prompts)
 
 
+def test_half_a_character_in_an_id_is_mended_everywhere():
+    held_out = read_held_out([{**PAIR, "id": "\ud83d"}], "file")
+    assert held_out.prompts == [Prompt("\ufffd", "Say 1.")]
+    assert held_out.teacher_answers == {"\ufffd": "one"}
+    assert [held_out.pairs[0]["id"], *held_out.prompts_of_pairs()] == ["\ufffd"] * 2
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -359,3 +359,17 @@ def test_what_verdicts_cost_is_kept_with_them(tmp_path):
         "3 comparisons, 2 ties (1 changed with the order); 32 tokens in 4 requests, cost 44.0000"
     )
     assert Judge(Fake(longer)).summary()["cost"] is None
+
+
+@pytest.mark.parametrize(
+    "damage", [{}, {"verdict": "C"}, {"verdict": ["A"]}, {"verdict": "A", "tokens": 5}]
+)
+def test_a_stored_line_that_is_no_verdict_is_refused(damage, tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    items = [(PROMPT, "four", "4")]
+    assert Judge(Fake(longer), store=path).compare(items) == [1.0]
+    header, line, _ = path.read_text().splitlines()
+    damaged = json.dumps({"id": json.loads(line)["id"], **damage})
+    path.write_text(f"{header}\n{damaged}\n")
+    with pytest.raises(UsageError, match="damaged; delete that line"):
+        Judge(Fake(longer), store=path).compare(items)

@@ -214,6 +214,11 @@ def test_what_is_dropped_of_several_samples():
         ("q", "bad", "truncated"),
         ("q\t1", "", "empty"),
     ]
+    invisible = {"q\t1": [answer("q\t1", "\u200b"), answer("q\t1", "\u2060")]}
+    with pytest.raises(UsageError, match="2 empty") as caught:
+        build_pairs([Prompt("q\t1", "Q")], {"q\t1": [answer("q\t1", "good")]}, invisible,
+                    select="all")  # fmt: skip
+    assert [(d["id"], d["of"]) for d in caught.value.report.drops] == [("q\t\t1", ["student"])] * 2
     assert report.funnel()[0] == ("pairs", 4, {})
     scores = {("p", "good"): 1.0, ("p", "fine"): 0.0, ("p", "bad"): 2.0, ("q", "good"): 1.0}
     filters = PairFilters(contradicted=True)

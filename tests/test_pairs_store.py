@@ -13,6 +13,10 @@ import time
 import pytest
 
 from plad_fast.errors import UsageError
+from plad_fast.pairs import Prompt, Sampling
+from plad_fast.pairs._set_aside import set_rows_aside
+from plad_fast.pairs.answering import stored_answers
+from plad_fast.pairs.given import CallableModel
 from plad_fast.pairs.store import AnswerStore
 
 SETTINGS = {"model": "m", "sampling": {"temperature": 1.0, "stop": ("a", "b")}}
@@ -198,3 +202,52 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", refused)
     with pytest.raises(UsageError, match=r"Read-only file system.* make this one writable"):
         AnswerStore.open(tmp_path / "answers.jsonl", SETTINGS)
+
+
+def test_answers_to_all_that_a_prompt_ever_was_are_kept(path):
+    for prompt in "abca":
+        set_rows_aside(path, SETTINGS, lambda row, now=prompt: row["prompt"] == now)
+        with AnswerStore.open(path, SETTINGS) as store:
+            store.append([{"id": "0", "prompt": prompt}])
+            assert [row["prompt"] for row in store.rows.values()] == [prompt]
+    with AnswerStore.open(path.with_name("answers.old.jsonl"), SETTINGS) as old:
+        assert sorted(row["prompt"] for row in old.rows.values()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"prompt": None},
+        {"text": 5},
+        {"finish_reason": "zz"},
+        {"n_tokens": "many"},
+        {"sample": "a"},
+        {"id": 0},
+        {"id": ["0"]},
+    ],
+)
+def test_a_line_that_is_no_answer_is_refused(path, damage):
+    prompts, sampling = [Prompt("0", "q")], Sampling(8)
+
+    def run():
+        model = CallableModel(lambda prompt: "said", "m")
+        return stored_answers(
+            lambda: model,
+            prompts,
+            path,
+            sampling,
+            fingerprint={},
+            others_aside=True,
+            progress=False,
+        )
+
+    run()
+    header, line = path.read_text().splitlines()
+    row = {**json.loads(line), **damage}
+    if row["prompt"] is None:
+        del row["prompt"]
+    path.write_text(f"{header}\n{json.dumps(row)}\n")
+    with pytest.raises(UsageError, match="damaged; delete that line"):
+        run()
+    path.write_text(f"{header}\n")
+    assert run().answers["0"][0].text == "said"

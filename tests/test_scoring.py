@@ -294,6 +294,17 @@ def many(n=4):
     return [(Prompt(f"{i}", f"prompt {i}"), f"{i} " * k) for k in (1, 2) for i in range(n)]
 
 
+@pytest.mark.parametrize("damage", [{}, {"score": None}, {"score": "1.0"}, {"score": True}])
+def test_a_stored_line_that_is_no_score_is_refused(damage, tmp_path):
+    path = tmp_path / "scores.jsonl"
+    stored_scores(Scripted(), many(), path, progress=False)
+    header, line, *_ = path.read_text().splitlines()
+    damaged = json.dumps({"id": json.loads(line)["id"], **damage})
+    path.write_text(f"{header}\n{damaged}\n")
+    with pytest.raises(UsageError, match="damaged; delete that line"):
+        stored_scores(Scripted(), many(), path, progress=False)
+
+
 def test_a_killed_run_goes_on_in_the_same_batches(tmp_path):
     """Not even the rounding of a batch then tells where it was killed."""
     path = tmp_path / "scores.jsonl"

@@ -216,3 +216,13 @@ def test_fingerprints_tell_what_answers_depend_on(tiny_teacher, tmp_path, monkey
     assert len({json.dumps(p) for p in prints}) == len(prints)
     assert prints[1] == {"teacher": "openai:m", "base_url": "http://127.0.0.1:1/v1"}
     assert prints[-1]["weights"] == prints[-2]["weights"]  # of the same files
+
+
+@pytest.mark.parametrize("kind", ["column", "function"])
+def test_thoughts_in_given_answers_are_told_once(kind, caplog):
+    text = "<think>hm</think>4"
+    answers = {prompt.id: text for prompt in PROMPTS}
+    model = ColumnModel(answers, "t") if kind == "column" else CallableModel(lambda _: text, "t")
+    assert {item.text for item in items(model).values()} == {text}
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith("t: 3 of 3 answers")

@@ -645,7 +645,7 @@ def test_reserved_names_are_those_of_the_function_itself(tool_tokenizer):
 
     parameters = inspect.signature(tool_tokenizer.apply_chat_template).parameters
     row = {"prompt": CHAT, "chosen": "a", "rejected": "b"}
-    for name in parameters.keys() - {"documents"}:
+    for name in (parameters.keys() - {"documents"}) | {"bos_token", "eos_token"}:
         given = {**row, "chat_template_kwargs": {name: True}}
         with pytest.raises(UsageError, match=f"chat_template_kwargs has {name}"):
             tokenize_dataset([given], tool_tokenizer, max_length=200)

@@ -73,7 +73,7 @@ def vllm(monkeypatch):
             if text == "long":
                 raise ValueError("The decoder prompt (length 9000) is longer than the maximum")
             said = "" if text == "mute" else f" {text} {params.seed} "
-            reason = "length" if text == "cut" else "stop"
+            reason = {"cut": "length", "abort": "abort"}.get(text, "stop")
             completion = types.SimpleNamespace(
                 index=0, text=said, token_ids=[1, 2, 3], finish_reason=reason
             )
@@ -106,6 +106,7 @@ def test_one_request_a_sample_with_a_seed_of_its_own(vllm):
     assert items["cut", 0].finish_reason == "length"
     assert items["mute", 1] == Failure("mute", "the answer is empty", 1)
 
+    assert "'abort'" in answers(model, ["abort"], Sampling())["abort", 0].reason
     again = answers(model, ["cut", "a"], Sampling(temperature=0.5, seed=4))
     assert again["a", 0].text == items["a", 0].text  # whatever else is asked beside it
     assert len(vllm.engines) == 1

@@ -25,9 +25,12 @@ _OF_NAME = re.compile(
 _OF_VALUE = re.compile(
     r"\brange\b|\bm(?:ax|in)imum\b|\bat (?:most|least)\b|\btoo (?:large|big|high|long|small|low)\b"
     r"|\b(?:less|greater|larger|smaller|lower|higher|more|fewer) than\b|\bexceed|\bbetween\b"
-    r"|\bup to\b|\s[<>]=?\s|[<>]=|[≤≥]|\bunsupported value\b|\b(?:below|above)\b",
+    r"|\bup to\b|\s[<>]=?\s|[<>]=|[≤≥]|\bunsupported value\b|\b(?:below|above)\b"
+    r"|\bvalues? (?:of|for|is|was)\b|\blimit\b[^.;]*\d",
     re.IGNORECASE,
 )
+# A list of errors quotes the value as well, whatever is wrong.
+_EXTRA = re.compile(r"\bextra[ _](?:input|field|argument|param|forbidden)", re.IGNORECASE)
 _INSTEAD = re.compile(r"\b(?:use|replaced|renamed|instead|in favou?r of)\b", re.IGNORECASE)
 # In what a server says of a prompt and of an answer that are too long together.
 _OF_PROMPT = re.compile(
@@ -60,7 +63,7 @@ def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
     if named in others:
         others = [str(named)]
     elif limit and (named in LIMITS or _LIMIT.search(said)):
-        return Refusal(limit, _of_limit(limit, said))
+        return Refusal(limit, _of_limit(limit, said, sent[limit]))
     for name in others:
         pattern = _ONE_LETTER.format(name) if len(name) == 1 else rf"\b{name}\b"
         if named == name or re.search(pattern, said):
@@ -81,13 +84,14 @@ def droppable(refusal: Refusal, sent: Mapping[str, Any], optional: Set[str]) -> 
 
 
 def is_of_prompt(said: str) -> bool:
-    """Whether a refusal of the length limit speaks of the prompt too."""
+    """Whether what a server says of the length limit's value is about the prompt too."""
     return _OF_PROMPT.search(said) is not None
 
 
-def _of_limit(limit: str, said: str) -> Literal["name", "value"]:
+def _of_limit(limit: str, said: str, value: object) -> Literal["name", "value"]:
     other = next(iter(LIMITS - {limit}))
-    if _OF_VALUE.search(said):
+    quoted = re.search(rf"(?<![\d<]){value}(?!\d)", said) and not _EXTRA.search(said)
+    if _OF_VALUE.search(said) or quoted:
         return "value"
     replaced = re.search(rf"\b{other}\b", said) and _INSTEAD.search(said)
     return "name" if replaced or _OF_NAME.search(said) else "value"

@@ -14,7 +14,7 @@ from plad_fast.chat import is_blank
 from plad_fast.pairs._finish import Finish, is_told, known_end
 from plad_fast.pairs._retries import BadReplyError
 from plad_fast.pairs._secrets import mask, one_line
-from plad_fast.pairs._thoughts import after_thought
+from plad_fast.pairs._thoughts import after_thought, is_all_thought
 from plad_fast.pairs._unicode import mend
 
 _MOST_TOKENS = 10**9  # of one reply; what says more counts nothing
@@ -212,7 +212,7 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool) -> Choice:
         thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
         if thoughts:
             problem = f"the answer is empty: all that was said is in {thoughts[0]}"
-    elif not after_thought(text):
+    elif is_all_thought(text):
         problem = "the answer ends inside its thought"
     # A limit that was reached says more, and has a remedy.
     return Choice(text, end, n_tokens, problem if end == "stop" else "")

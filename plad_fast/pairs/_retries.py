@@ -178,7 +178,8 @@ def _judge_status(
     if status in (400, 422):
         refusal = find_refusal(named, said or code, sent)
     parameter = refusal.parameter
-    if parameter in LIMITS and not of_prompt and not is_of_prompt(said):
+    with_prompt = of_prompt or (refusal.of == "value" and is_of_prompt(said))
+    if parameter in LIMITS and not with_prompt:
         # Where the other name was refused before, this one is not: the request keeps a limit.
         if droppable(refusal, sent, optional) and not refused & (LIMITS - {parameter}):
             return Trouble("adapt", reason, status, parameter=parameter)

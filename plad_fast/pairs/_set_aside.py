@@ -67,7 +67,14 @@ def set_rows_aside(
     old = path.with_name(f"{path.stem}.old{path.suffix}")
     set_aside(old, fingerprint)
     with AnswerStore.open(old, fingerprint) as store:
-        store.append(moved)
+        # Of one id there may be several, each to another prompt.
+        taken = {row["id"] for row in moved if store.rows.get(row["id"], row) != row}
+        store.append(
+            [
+                {**row, "id": f"{row['id']}\t{row['prompt']}"} if row["id"] in taken else row
+                for row in moved
+            ]
+        )
     whole = path.with_name(f".{path.name}.tmp")
     whole.unlink(missing_ok=True)
     with AnswerStore.open(whole, fingerprint) as store:

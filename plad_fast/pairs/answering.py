@@ -23,7 +23,7 @@ from plad_fast.pairs.asking import (
 from plad_fast.pairs.prompts import Prompt, content_digest
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.sharding import Ranks, joined, merge_shards, shard_path, shard_paths, share
-from plad_fast.pairs.store import AnswerStore, locked_store
+from plad_fast.pairs.store import AnswerStore, Row, locked_store
 from plad_fast.pairs.teachers import Failure, TextModel
 
 
@@ -139,9 +139,12 @@ def renew_answers(
         row_id(prompt.id, k): content_digest(prompt.content)
         for prompt, k in all_wanted(prompts, sampling)
     }
-    set_rows_aside(
-        path, settings, lambda row: digests.get(row["id"], row["prompt"]) == row["prompt"]
-    )
+
+    def is_current(row: Row) -> bool:
+        prompt = row.get("prompt")  # of a damaged row there is none, which is said later
+        return prompt in (None, digests.get(row["id"], prompt))
+
+    set_rows_aside(path, settings, is_current)
 
 
 class _Run:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from plad_fast.errors import UsageError
 from plad_fast.pairs.prompts import Prompt, content_digest, require_unique_ids
 from plad_fast.pairs.sampling import Sampling
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.pairs.store import AnswerStore, require_rows
 from plad_fast.pairs.teachers import Answer, Failure, TextModel
 
 logger = logging.getLogger(__name__)
@@ -194,8 +194,10 @@ def failure_list(store_path: Path) -> Path:
 
 
 def check_prompts(prompts: Sequence[Prompt], store: AnswerStore, sampling: Sampling) -> None:
-    """Raises UsageError for repeated ids, and where the store has an answer to another prompt."""
+    """Raises UsageError for repeated ids, for a stored row that is no answer, and where the store
+    has an answer to another prompt."""
     require_unique_ids(prompts)
+    require_rows(store, _is_answer)
     digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
     for prompt, sample in all_wanted(prompts, sampling):
         row = store.rows.get(row_id(prompt.id, sample))
@@ -213,6 +215,18 @@ def row_id(prompt_id: str, sample: int) -> str:
     """
     prompt_id = prompt_id.replace("\t", "\t\t")
     return f"{prompt_id}\t{sample}" if sample else prompt_id
+
+
+def _is_answer(row: Mapping[str, Any]) -> bool:
+    texts, numbers = (
+        (row.get("prompt"), row.get("text")),
+        (row.get("n_tokens"), row.get("sample", 0)),
+    )
+    return (
+        all(isinstance(value, str) for value in texts)
+        and all(isinstance(value, int) for value in numbers)
+        and row.get("finish_reason") in ("stop", "length")
+    )
 
 
 def _to_row(answer: Answer, prompt_digest: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.chat import Content
+from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._pair_report import NoPairsError, PairReport
 from plad_fast.pairs.asking import row_id
@@ -189,7 +189,7 @@ def _drop(
     if number is not None:
         teacher, student = teacher[:1], student[number : number + 1]
     record: dict[str, Any] = {
-        "id": f"{prompt.id}\t{student[0].sample}" if number and student else prompt.id,
+        "id": row_id(prompt.id, student[0].sample if number and student else 0),
         "prompt": prompt.content,
         "teacher": _texts(teacher),
         "student": _texts(student),
@@ -197,7 +197,7 @@ def _drop(
     }
     faults: dict[str, Callable[[Answer], bool]] = {
         "missing": lambda answer: False,
-        "empty": lambda answer: not answer.text.strip(),
+        "empty": lambda answer: is_blank(answer.text),
         "truncated": lambda answer: answer.finish_reason == "length",
     }
     if reason in faults:

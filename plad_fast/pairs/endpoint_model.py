@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from plad_fast.chat import Content, Messages
 from plad_fast.errors import UsageError
 from plad_fast.pairs._replies import Choice, spent_reason
-from plad_fast.pairs._thoughts import holds_thought
+from plad_fast.pairs._thoughts import Thoughts
 from plad_fast.pairs.endpoint import ChatRequest, Endpoint, Reply
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
 from plad_fast.pairs.teachers import Answer, Failure
 
-logger = logging.getLogger(__name__)
-
 # Replies from the first on that end before any answer, after which no more is paid.
 _FIRST_SPENT = 8
-_ENOUGH = 16  # answers, to say that some hold thoughts while it is not too late
+_ADVICE = (
+    "start the server with a reasoning parser (vLLM: --reasoning-parser), or switch the model's "
+    "thinking off"
+)
 
 
 class EndpointModel:
@@ -97,7 +97,7 @@ class EndpointModel:
         self, asked: Sequence[tuple[Prompt, range]], requests: Sequence[ChatRequest], spent: str
     ) -> Iterator[list[Answer | Failure]]:
         empty = 0
-        thoughts = _Thoughts(self.name)
+        thoughts = Thoughts(self.name, _ADVICE)
         try:
             for i, reply in self.endpoint.complete(requests):
                 batch = _read(asked[i][0].id, asked[i][1], reply, spent)
@@ -118,36 +118,6 @@ class EndpointModel:
     def _spent(self, sampling: Sampling) -> str:
         limit = sampling.max_new_tokens + self.endpoint.reasoning_tokens
         return spent_reason(limit, "answer", "--reasoning-tokens, or --max-new-tokens")
-
-
-class _Thoughts:
-    """Counts the answers that hold a thought, and says so once."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._answers = 0
-        self._found = 0
-        self._told = False
-
-    def see(self, batch: Sequence[Answer | Failure]) -> None:
-        texts = [item.text for item in batch if isinstance(item, Answer)]
-        self._answers += len(texts)
-        self._found += sum(map(holds_thought, texts))
-        if self._answers >= _ENOUGH:
-            self.tell()
-
-    def tell(self) -> None:
-        if not self._found or self._told:
-            return
-        self._told = True
-        logger.warning(
-            "%s: %d of %d answers so far hold the model's thought beside the answer (<think>, say),"
-            " which a student would be trained on; start the server with a reasoning parser (vLLM: "
-            "--reasoning-parser), or switch the model's thinking off",
-            self._name,
-            self._found,
-            self._answers,
-        )
 
 
 def as_chat(content: Content) -> Messages:

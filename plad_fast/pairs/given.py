@@ -8,6 +8,7 @@ from typing import Any
 from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs._secrets import one_line
+from plad_fast.pairs._thoughts import watched
 from plad_fast.pairs._unicode import mend
 from plad_fast.pairs.prompts import Prompt, load_prompts
 from plad_fast.pairs.sampling import Sampling
@@ -73,7 +74,7 @@ class ColumnModel:
                 f"{self.name} holds one answer to a prompt, and {sampling.n} are wanted; ask for "
                 "one, or choose another teacher"
             )
-        return iter([[self._answer(prompt.id) for prompt in prompts]])
+        return watched(self.name, [[self._answer(prompt.id) for prompt in prompts]])
 
     def _answer(self, prompt_id: str) -> Answer | Failure:
         text = mend(self.answers.get(prompt_id) or "").strip()
@@ -117,7 +118,8 @@ class CallableModel:
     ) -> Iterator[list[Answer | Failure]]:
         """As `generate`, of each prompt the samples of these numbers alone."""
         size = self.batch_size or 1
-        return (self._call(wanted[i : i + size]) for i in range(0, len(wanted), size))
+        starts = range(0, len(wanted), size)
+        return watched(self.name, (self._call(wanted[i : i + size]) for i in starts))
 
     def _call(self, asked: Sequence[tuple[Prompt, int]]) -> list[Answer | Failure]:
         contents: list[Content] = [prompt.content for prompt, _ in asked]

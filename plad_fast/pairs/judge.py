@@ -19,7 +19,7 @@ from plad_fast.pairs._verdicts import CRITERIA, REMINDER, TEMPLATE, as_question,
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.scoring import Item, by_prompt, digest
-from plad_fast.pairs.store import AnswerStore, Row, has_rows
+from plad_fast.pairs.store import AnswerStore, Row, has_rows, require_rows
 
 if TYPE_CHECKING:
     from plad_fast.pairs.endpoint import ChatRequest, Reply
@@ -246,6 +246,7 @@ class Judge:
             yield None
             return
         with AnswerStore.open(self.store, self.settings()) as store:
+            require_rows(store, _is_verdict)
             self._known |= store.rows
             yield store
 
@@ -329,3 +330,13 @@ class Judge:
         self._known[key] = row
         if store is not None:
             store.append([row])
+
+
+def _is_verdict(row: Row) -> bool:
+    tokens = row.get("tokens", [0, 0])
+    return (
+        isinstance(row.get("verdict"), str)
+        and row["verdict"] in _WORTH
+        and isinstance(tokens, list)
+        and [type(count) for count in tokens] == [int, int]
+    )

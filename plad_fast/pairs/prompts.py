@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plad_fast._places import shown
-from plad_fast._template_options import refuse_template_options
+from plad_fast._template_options import (
+    made_by_arrow,
+    refuse_template_options,
+    without_nulls,
+)
 from plad_fast.chat import Content, Messages, is_blank, require_unicode
 from plad_fast.errors import UsageError
 from plad_fast.pairs._unicode import mend
@@ -100,7 +104,9 @@ def load_prompts(
     ids = _given_ids(table)
     repeats: Counter[str] = Counter()
     prompts = []
+    from_arrow = made_by_arrow(table.rows)
     for index, row in enumerate(itertools.islice(table.rows, limit)):
+        row = without_nulls(row) if from_arrow else row
         where = f"{table.source}, row {index + 1}"
         content = content_of(row, where)
         if not isinstance(content, str):
@@ -258,7 +264,8 @@ def _as_chat(value: list[Any], where: str) -> Messages:
         raise UsageError(
             f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"
         )
-    if all(is_blank(message["content"]) for message in value if message["role"] != "system"):
+    asked = [message for message in value if message["role"] != "system"] or value
+    if all(is_blank(message["content"]) for message in asked):
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     # Arrow gives every message every key that one of them has.
     return [{key: text for key, text in m.items() if text is not None} for m in value]

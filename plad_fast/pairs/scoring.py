@@ -19,7 +19,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs._functions import import_function, source_digest
 from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.prompts import Prompt, require_unique_ids
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.pairs.store import AnswerStore, require_rows
 from plad_fast.pairs.teachers import Answer
 
 if TYPE_CHECKING:
@@ -272,6 +272,7 @@ def stored_scores(
         AnswerStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
         tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
     ):
+        require_rows(store, lambda row: type(row.get("score")) in (int, float))
         for batch in _batches(items, batch_size):
             if any(keys[index] not in store.done for index in batch):
                 unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]

@@ -21,13 +21,14 @@ from plad_fast._records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.pairs._access import find_url
 from plad_fast.pairs._functions import import_function, source_digest
+from plad_fast.pairs._thoughts import watched
 from plad_fast.pairs.endpoint import Endpoint
 from plad_fast.pairs.endpoint_model import EndpointModel
 from plad_fast.pairs.given import CallableModel, ColumnModel
 from plad_fast.pairs.local_model import LocalModel
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
-from plad_fast.pairs.teachers import Answer, TextModel
+from plad_fast.pairs.teachers import Answer, Failure, TextModel
 from plad_fast.pairs.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -153,15 +154,17 @@ class LazyLocalModel:
         self._load = load
         self._model: LocalModel | None = None
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[list[Answer | Failure]]:
         """As the model itself, and raises what its loading raises."""
-        return self.model.generate(prompts, sampling)
+        return watched(self.name, self.model.generate(prompts, sampling))
 
     def generate_samples(
         self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
-    ) -> Iterator[list[Answer]]:
+    ) -> Iterator[list[Answer | Failure]]:
         """As the model itself, and raises what its loading raises."""
-        return self.model.generate_samples(wanted, sampling)
+        return watched(self.name, self.model.generate_samples(wanted, sampling))
 
     @property
     def model(self) -> LocalModel:

@@ -10,11 +10,12 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import KeysView, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast._files import disk_advice
+from plad_fast._places import shown
 from plad_fast.errors import UsageError
 from plad_fast.pairs._unicode import mend
 
@@ -195,7 +196,11 @@ class AnswerStore:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not row.keys() >= set(keys):
+        if (
+            not isinstance(row, dict)
+            or not row.keys() >= set(keys)
+            or not isinstance(row.get("id", ""), str)
+        ):
             raise UsageError(
                 f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite to "
                 "start anew"
@@ -214,6 +219,21 @@ class AnswerStore:
             if isinstance(error, OSError):
                 raise _unwritable(self.path, error) from error
             raise
+
+
+def require_rows(store: AnswerStore, fits: Callable[[Row], bool]) -> None:
+    """Raises UsageError for a row that is no row of such a store.
+
+    Args:
+        store: whose rows have passed no check but that they have an id.
+        fits: whether a row has all that rows of this kind have.
+    """
+    for row in store.rows.values():
+        if not fits(row):
+            raise UsageError(
+                f"{store.path}: the line with the id {shown(row['id'])} is damaged; delete that "
+                "line, or pass --overwrite to start anew"
+            )
 
 
 def locked_store(path: Path) -> AnswerStore:

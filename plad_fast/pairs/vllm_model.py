@@ -9,7 +9,9 @@ from typing import Any
 
 from plad_fast.chat import Content, is_blank
 from plad_fast.errors import UsageError
+from plad_fast.pairs._finish import known_end
 from plad_fast.pairs._secrets import one_line
+from plad_fast.pairs._thoughts import watched
 from plad_fast.pairs.endpoint_model import as_chat, request_seed
 from plad_fast.pairs.prompts import Prompt
 from plad_fast.pairs.sampling import Sampling
@@ -63,9 +65,9 @@ class VllmModel:
     ) -> Iterator[list[Answer | Failure]]:
         """As `generate`, of each prompt the samples of these numbers alone."""
         self._load()
-        return (
-            self._answer(wanted[start : start + _AT_ONCE], sampling)
-            for start in range(0, len(wanted), _AT_ONCE)
+        starts = range(0, len(wanted), _AT_ONCE)
+        return watched(
+            self.name, (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
         )
 
     def _load(self) -> None:
@@ -162,7 +164,8 @@ def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:
     text = completion.text.strip()
     if is_blank(text):
         return Failure(prompt_id, "the answer is empty", sample)
-    count = len(completion.token_ids)
-    if completion.finish_reason == "length":
-        return Answer(prompt_id, text, "length", count, sample)
-    return Answer(prompt_id, text, "stop", count, sample)
+    end = known_end(completion.finish_reason)
+    if end not in ("stop", "length"):
+        reason = f"the answer ended by {completion.finish_reason!r}, which is no end of a whole one"
+        return Failure(prompt_id, reason, sample)
+    return Answer(prompt_id, text, end, len(completion.token_ids), sample)
