@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plad_fast._files import make_folders
+from plad_fast._files import disk_advice, make_folders
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ class HeldFolder:
             raise
         except OSError as error:
             self.close()
-            raise UsageError(
-                f"cannot write to {self.path}: {error.strerror or error}; choose another "
-                "--output-dir"
-            ) from error
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -70,6 +67,15 @@ class HeldFolder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def cannot_write(folder: Path, error: OSError) -> UsageError:
+    """What to raise where an output folder refuses to be written."""
+    advice = disk_advice(error) or "choose another --output-dir"
+    return UsageError(
+        f"cannot write to {folder}: {error.strerror or error}; {advice} and run the same command "
+        "again"
+    )
 
 
 def lock_folder(path: Path) -> int | None:

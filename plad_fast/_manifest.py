@@ -73,10 +73,14 @@ def damage(folder: Path, **about: Any) -> str | None:
     return None
 
 
-def require_whole(folder: Path) -> None:
+def require_whole(folder: Path, advice: str) -> None:
     """That a model's folder is as it was written.
 
     One without a list, which earlier versions wrote, has to hold weights that can be opened.
+
+    Args:
+        folder: of the model.
+        advice: what else to do than to put the file back.
 
     Raises:
         UsageError: it is not; names the file.
@@ -84,9 +88,7 @@ def require_whole(folder: Path) -> None:
     """
     reason = damage(folder) if (folder / NAME).exists() else _unreadable(folder)
     if reason is not None:
-        raise UsageError(
-            f"{folder} is damaged: {reason}; put that file back, or delete {folder} to make it anew"
-        )
+        raise UsageError(f"{folder} is damaged: {reason}; put that file back, or {advice}")
 
 
 def _unreadable(folder: Path) -> str | None:

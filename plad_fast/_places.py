@@ -56,6 +56,12 @@ def names_path(source: str | os.PathLike[str]) -> bool:
     return bool(slash) and (not second or first in _FOLDERS or is_there(Path(first)))
 
 
+def lies_in(source: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether a text names something that is there, and is the folder or is in it."""
+    path = expanded(source)
+    return is_there(path) and path.resolve().is_relative_to(folder.resolve())
+
+
 def holds_model(folder: Path) -> bool:
     """Whether there is something in a folder that `load_model` may be able to load."""
     names = ("config.json", "adapter_config.json")

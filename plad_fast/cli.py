@@ -33,12 +33,20 @@ _FAILURE_LOG = "plad-fast-error.log"
 _NEEDED = ("transformers", "datasets", "accelerate")
 _INTERRUPTED = 130
 _TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: run it again
-_EPILOG = (
-    "plad-fast COMMAND --help lists a command's settings; plad-fast quickstart shows it all. "
-    "Exit status: 0 done, 1 unexpected failure, 2 bad input or a full disk, 75 ended by SIGTERM or "
-    "SIGHUP, 130 ended by Ctrl-C. After 75 and 130 the same command goes on from where it was. A "
-    "training saves a checkpoint at the end of its step first; a second signal ends it at once."
-)
+_EPILOG = """\
+`plad-fast COMMAND --help` lists a command's settings. To begin with, run
+`plad-fast quickstart`: the whole recipe, on built-in prompts.
+
+exit status:
+  0    done
+  1    unexpected failure
+  2    bad input, or a disk that is full or refuses to be written
+  75   ended by SIGTERM or SIGHUP
+  130  ended by Ctrl-C
+
+After 75 and 130 the same command goes on from where it was: a training saves a
+checkpoint at the end of its step. A second signal ends it at once.
+"""
 
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "seed", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
@@ -133,11 +141,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         prog="plad-fast",
         allow_abbrev=False,
         usage="plad-fast COMMAND [settings]",
-        description="Distil a language model from text alone, by pseudo-preference pairs.",
+        description="Distil a large language model into a small one from its text alone.",
         epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND [settings]")
 
     def add(
         name: str,
@@ -203,7 +212,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     train = add(
         "train",
         _train,
-        "Train a model on preference pairs, or fine-tune on their chosen.",
+        "Train a model on preference pairs, or fine-tune on their chosen responses.",
         needs=["model", "pairs", "output_dir"],
         settings=("epochs", "learning_rate", "loss", *_TRAIN_SETTINGS),
     )

@@ -9,6 +9,7 @@ PLaD, Zhang et al. 2024, arXiv 2406.02886, section 3.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from plad_fast._devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast._files import write_atomically
 from plad_fast._packages import require_packages, versions
 from plad_fast._pair_data import data_of_run, dropped_file, show_findings
+from plad_fast._places import lies_in
 from plad_fast._recipe_data import load_recipe_prompts, split_prompts
 from plad_fast._recipe_stages import scorer_settings, stage_settings, student_settings
 from plad_fast.data_checks import check_answers, require_learnable
@@ -34,12 +36,18 @@ from plad_fast.held_out import (
 from plad_fast.pairs import Answer, LocalModel
 from plad_fast.pairs.asking import row_id
 from plad_fast.pairs.trials import try_endpoints
-from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig
+from plad_fast.recipe import OFFLINE_TEACHER, DistillConfig, flag
 from plad_fast.recipe_scoring import held_out_scoring
 from plad_fast.recipe_texts import TEACHER_FILE, RecipeTexts
 from plad_fast.report import write_report
 from plad_fast.run_folder import RunFolder, Stage
-from plad_fast.students import find_model, load_model, load_tokenizer, offline_teacher_path
+from plad_fast.students import (
+    check_loadable,
+    find_model,
+    load_model,
+    load_tokenizer,
+    offline_teacher_path,
+)
 from plad_fast.training import train_model
 
 if TYPE_CHECKING:
@@ -49,6 +57,11 @@ if TYPE_CHECKING:
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
+# In the folder of a run, with what a kill leaves; what else lies there is the user's.
+_MADE = (
+    r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
+    r"|student|(sft|plad)(-\d+)?(\.checkpoints)?|\..+\.(partial|tmp)"
+)
 
 
 def distill(config: DistillConfig, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
@@ -93,8 +106,13 @@ class _Distillation:
             )
         # Made now, so that what is wrong with it is found out before any work.
         folder = Path(config.output_dir)
-        if config.student is not None and (overwrite or not (folder / "student").exists()):
-            find_model(config.student, "--student")
+        if overwrite:
+            _require_outside(folder, config)
+        if overwrite or not (folder / "student").exists():
+            if config.student is not None:
+                check_loadable(find_model(config.student, "--student"))
+            if config.has_local_teacher:
+                check_loadable(self.teacher_source)
         judges: dict[str, ChatEndpoint] = {}
         self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
@@ -110,6 +128,7 @@ class _Distillation:
             self.texts.teacher_settings(),
             overwrite=overwrite,
             is_bound=self.texts.has_teacher_answers,
+            is_own=lambda name: re.fullmatch(_MADE, name) is not None,
             # Before the folder keeps settings that an endpoint refuses.
             check=try_them,
         )
@@ -430,6 +449,18 @@ class _Distillation:
                     "answered; put it right, or delete the file to have it made again"
                 )
         return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
+
+
+def _require_outside(folder: Path, config: DistillConfig) -> None:
+    """Raises UsageError where emptying the folder would remove what the run is to read."""
+    for name in ("teacher", "student", "prompts", "scorer", "eval_scorer"):
+        text = getattr(config, name) or ""
+        place = re.sub("^(likelihood|reward):", "", text)
+        if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
+            raise UsageError(
+                f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
+                "before it is read; choose another --output-dir"
+            )
 
 
 def _numbered(name: str, number: int, joint: str = "-") -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from plad_fast._file_states import Change, changes, state_of
 from plad_fast._files import publish_folder, write_atomically
-from plad_fast._folder_locks import HeldFolder, lock_folder
+from plad_fast._folder_locks import HeldFolder, cannot_write, lock_folder
 from plad_fast._records import changed_settings, digest, require_equal
 from plad_fast.errors import UsageError
 
@@ -55,6 +55,8 @@ class RunFolder:
         overwrite: empty a folder of an earlier run first. A folder that is not a run is refused.
         is_bound: whether anything was made yet with the settings that the folder has; until then
             it takes others. Default: whether a stage is done.
+        is_own: whether a name in the folder is that of something that runs make; where there is
+            another, `overwrite` is refused. Default: all are.
         check: called once the folder is held, before anything in it is written or deleted; may
             raise.
 
@@ -70,21 +72,20 @@ class RunFolder:
         *,
         overwrite: bool = False,
         is_bound: Callable[[], bool] | None = None,
+        is_own: Callable[[str], bool] = lambda name: True,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = Path(path).expanduser()
         self._held = HeldFolder(self.path)
         self._is_bound = is_bound or (lambda: bool(self._record["stages"]))
+        self._is_own = is_own
         self._record: dict[str, Any] = {}
         try:
             self._open(json.loads(json.dumps(settings)), overwrite, check)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UsageError(
-                    f"cannot write to {self.path}: {error.strerror or error}; choose another "
-                    "--output-dir"
-                ) from error
+                raise cannot_write(self.path, error) from error
             raise
 
     def close(self) -> None:
@@ -269,6 +270,12 @@ class RunFolder:
             raise UsageError(
                 f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
                 "--output-dir"
+            )
+        others = [e.name for e in self.path.iterdir() if e.name != _RECORD]
+        if anew and (others := sorted(name for name in others if not self._is_own(name))):
+            raise UsageError(
+                f"{self.path} also holds {others[0]}, which no run made, so it is not emptied; "
+                "move that elsewhere, or choose another --output-dir"
             )
         check()
         if found is not None and anew:

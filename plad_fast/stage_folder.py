@@ -14,14 +14,15 @@ from typing import Any
 
 from plad_fast._file_states import changes, state_of
 from plad_fast._files import write_atomically
-from plad_fast._folder_locks import HeldFolder
+from plad_fast._folder_locks import HeldFolder, cannot_write
 from plad_fast._records import changed_settings, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.pairs.sharding import joined
 
 _RECORD = "stage.json"
 _FORMAT = {"format": "plad-fast stage", "version": 1}
-_OF_OTHERS = {"run.json": "a run of `plad-fast distill`", "training.json": "a trained model"}
+_RUN = "run.json"
+_OF_OTHERS = {_RUN: "a run of `plad-fast distill`", "training.json": "a trained model"}
 
 
 @contextmanager
@@ -96,9 +97,7 @@ def claim_folder(
         record = {**_FORMAT, "command": command, "settings": settings}
         write_atomically(folder / _RECORD, json.dumps(record, indent=2))
     except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir"
-        ) from error
+        raise cannot_write(folder, error) from error
 
 
 def record_rows(folder: Path, name: str) -> None:
@@ -112,13 +111,20 @@ def require_whole(rows: Path) -> None:
     """That a file of pairs, where `plad-fast pairs` or a run made it, was not cut off since.
 
     Raises:
-        UsageError: it has the first of its rows and no more.
+        UsageError: it has the first of its rows and no more, or is the folder that holds the file.
     """
+    if any(record.is_file() for record in (rows / _RECORD, rows / _RUN, rows.parent / _RUN)):
+        for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
+            if (rows / name).is_file():
+                raise UsageError(
+                    f"{rows} is a folder of plad-fast, which holds more than pairs; give the file "
+                    f"{rows / name}"
+                )
     made: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
         made |= json.loads((rows.parent / _RECORD).read_text(encoding="utf-8"))["made"]
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        stages = json.loads((rows.parent.parent / "run.json").read_text(encoding="utf-8"))["stages"]
+        stages = json.loads((rows.parent.parent / _RUN).read_text(encoding="utf-8"))["stages"]
         for stage in stages.values():
             made |= {name.partition("/")[2]: state for name, state in stage["made"].items()}
     if rows.name not in made or not rows.is_file():

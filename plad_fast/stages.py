@@ -233,6 +233,7 @@ def train_on_pairs(
                     f"--model and --output-dir are both {folder}, and --overwrite would remove the "
                     "model before it is read; choose another --output-dir"
                 )
+            check_loadable(source)  # a mistyped --model costs nobody the model that is there
             discard_training(folder)
         done_before = is_trained(folder)
         log = train_model(

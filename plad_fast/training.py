@@ -125,7 +125,9 @@ def train_model(
     if is_trained(output):  # a run may be killed between this and its own record of it
         if not replace or _found_record(output) == record:
             _require_record(output, record)
-            require_whole(output)
+            # Of a run --overwrite would remove all.
+            anew = f"delete {output}" if replace else "pass --overwrite"
+            require_whole(output, f"{anew} to have it trained again")
             discard_checkpoints(output)
             return log_history(output)
         require_ours(output)

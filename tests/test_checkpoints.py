@@ -299,10 +299,10 @@ def test_a_sharded_model_without_a_list_has_all_of_its_shards(tmp_path, tiny_mod
     tiny_model.save_pretrained(tmp_path / "m", max_shard_size="50KB")
     shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
     assert len(shards) > 1
-    require_whole(tmp_path / "m")
+    require_whole(tmp_path / "m", "train")
     shards[1].unlink()
     with pytest.raises(UsageError, match=f"{shards[1].name} is missing"):
-        require_whole(tmp_path / "m")
+        require_whole(tmp_path / "m", "train")
 
 
 def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, capsys):
@@ -316,6 +316,8 @@ def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, ca
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "model.safetensors has 0 bytes in place of" in error
+    assert "--overwrite" in error
+    assert main([*command, "--overwrite"]) == 0
 
 
 def test_a_list_is_of_all_files_at_any_depth(tmp_path):

@@ -14,6 +14,7 @@ from plad_fast.cli import main
 from plad_fast.errors import UsageError
 from plad_fast.pairs import LocalModel, builtin_prompts
 from plad_fast.recipe import DistillConfig
+from plad_fast.run_folder import RunFolder
 from tests.recipe_runs import arguments, kill_at
 
 STAGES = [
@@ -326,3 +327,27 @@ def test_prompts_of_any_name(tiny_teacher, tmp_path):
     names = [json.loads(line)["id"] for line in pairs]
     assert len(set(names)) == len(names) > 3
     assert main(command) == 0
+
+
+@pytest.mark.parametrize("option", ["--student", "--scorer", "--teacher"])
+def test_nothing_is_emptied_that_the_run_is_to_read(option, tiny_teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    RunFolder(run, {}).close()
+    shutil.copytree(tiny_teacher, run / "sft")
+    place = f"reward:{run / 'sft'}#good" if option == "--scorer" else str(run / "sft")
+    assert main([*arguments(tiny_teacher, run), option, place, "--overwrite"]) == 2
+    assert f"{option} {place} lies in --output-dir" in capsys.readouterr().err
+    assert (run / "sft" / "config.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--student", "--teacher"])
+def test_nothing_is_emptied_for_a_model_that_is_not_there(option, tiny_teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    RunFolder(run, {}).close()
+    (run / "sft").mkdir()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "config.json").write_text("{}")
+    place = str(tmp_path / "nothing")
+    assert main([*arguments(tiny_teacher, run), option, place, "--overwrite"]) == 2
+    assert place in capsys.readouterr().err
+    assert (run / "sft").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -85,6 +86,33 @@ def test_overwriting_removes_links_and_not_what_they_lead_to(tmp_path):
     RunFolder(tmp_path / "run", {"a": 2}, overwrite=True).close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
     assert (tmp_path / "elsewhere" / "model").exists()
+
+
+def test_overwriting_is_refused_where_something_lies_that_no_run_made(tmp_path):
+    run = tmp_path / "run"
+    RunFolder(run, {"a": 1}).close()
+    (run / "sft").mkdir()
+    (run / "prompts.jsonl").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"also holds prompts\.jsonl"):
+            RunFolder(run, {"a": 2}, overwrite=True, is_own=lambda name: name == "sft")
+    assert (run / "sft").exists()
+    assert (run / "prompts.jsonl").exists()
+    (run / "prompts.jsonl").unlink()
+    RunFolder(run, {"a": 2}, overwrite=True, is_own=lambda name: name == "sft").close()
+    assert [path.name for path in run.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("name", ["make_folders", "lock_folder", "write_atomically"])
+def test_a_disk_that_is_full_when_a_folder_is_opened(name, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    where = "run_folder" if name == "write_atomically" else "_folder_locks"
+    monkeypatch.setattr(f"plad_fast.{where}.{name}", full)
+    with pytest.raises(UsageError, match="make room") as caught:
+        RunFolder(tmp_path / "run", {})
+    assert "--output-dir" not in str(caught.value)
 
 
 def test_a_kill_during_overwriting_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):

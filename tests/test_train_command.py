@@ -125,3 +125,27 @@ def test_gradient_checkpointing_is_a_matter_of_memory(tiny_teacher, pairs, tmp_p
     plain, ours = (load_file(tmp_path / x / "model.safetensors") for x in ("plain", "out"))
     for name, weight in plain.items():
         torch.testing.assert_close(ours[name], weight)
+
+
+def test_a_mistyped_model_costs_nobody_the_model_that_is_there(
+    tiny_teacher, pairs, tmp_path, capsys
+):
+    recorded(tiny_teacher, pairs, tmp_path / "out")
+    command = ["train", "--model", "nobody/nothing", "--pairs", str(pairs), "--overwrite"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "nobody/nothing" in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_folder_of_ours_is_no_file_of_pairs(tiny_teacher, tmp_path, capsys):
+    """It also holds answers, and what was dropped."""
+    for folder, record, name in (
+        (tmp_path / "pairs", "stage.json", "pairs.jsonl"),
+        (tmp_path / "run" / "pairs", "../run.json", "train.jsonl"),
+    ):
+        folder.mkdir(parents=True)
+        (folder / record).write_text("{}")
+        write_pairs(folder / name, 4)
+        command = ["train", "--model", str(tiny_teacher), "--pairs", str(folder)]
+        assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+        assert f"give the file {folder / name}" in capsys.readouterr().err
