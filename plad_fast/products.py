@@ -228,10 +228,10 @@ def cpu_bfloat16_units() -> tuple[str, ...]:
     """Names of what multiplies bfloat16 on this CPU; none where it would be emulated.
 
     On x86 oneDNN says that it supports bfloat16 wherever it can emulate it, at a quarter of
-    float32's speed: what counts there is the instructions, and that oneDNN may use them.
+    float32's speed: what counts there is the instructions, and that oneDNN is on and may use them.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if supported is None or not supported():
+    if supported is None or not supported() or not torch.backends.mkldnn.enabled:
         return ()
     if platform.machine().lower() not in _X86:
         return ("bfloat16 instructions",)

@@ -211,6 +211,8 @@ def test_the_units_named_are_those_that_onednn_may_use(monkeypatch):
     assert products.cpu_bfloat16_units() == ("AVX512-BF16",)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
     assert products.cpu_bfloat16_units() == ("AVX512-BF16", "AMX")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products.cpu_bfloat16_units()
 
 
 def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
