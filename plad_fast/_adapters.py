@@ -22,8 +22,8 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
         model: their base, which is changed.
 
     Raises:
-        UsageError: they are of a kind that cannot be merged, do not fit the model, or are on a head
-            or on embeddings whose weights are the other's too.
+        UsageError: they are of a kind that cannot be merged, do not fit the model, or are on a
+            layer whose weights are another one's too.
     """
     from peft import PeftModel
 
@@ -33,11 +33,11 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
     )
     try:
         adapted = PeftModel.from_pretrained(model, os.fspath(source))
-        if _on_one_end_of_tied_weights(adapted.get_base_model()):
+        if _on_some_of_tied_weights(adapted.get_base_model()):
             raise UsageError(
                 f"the adapters of {os.fspath(source)!r} are on an LM head or on embeddings whose "
-                "weights are those of the other, which merging would change as well; untie the two "
-                f"in the base model, or {advice}"
+                "weights are those of another layer, which merging would change as well; untie "
+                f"them in the base model, or {advice}"
             )
         merged = adapted.merge_and_unload()
         if untied := _no_longer_tied(merged):
@@ -59,13 +59,21 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
     return merged.eval()
 
 
-def _on_one_end_of_tied_weights(model: PreTrainedModel) -> bool:
-    ends = [model.get_output_embeddings(), model.get_input_embeddings()]
-    bases = [getattr(end, "base_layer", end) for end in ends]
-    weights = [getattr(base, "weight", None) for base in bases]
-    # Rows of tokens that are trained at one end and followed at the other are those of both.
-    follow = getattr(ends[0], "tied_adapter", None) is ends[1] is not None
-    return weights[0] is weights[1] is not None and ends != bases and not follow
+def _on_some_of_tied_weights(model: PreTrainedModel) -> bool:
+    """Whether merging would change a weight that a layer without these adapters has, too."""
+    modules: list[Any] = list(model.modules())
+    replaced = {id(part.original_module) for part in modules if hasattr(part, "modules_to_save")}
+    adapters = {id(part.base_layer): part for part in modules if hasattr(part, "base_layer")}
+    changes: dict[int, set[int | None]] = {}  # of each weight, by the adapters of its layers
+    for part in modules:
+        weight = part._parameters.get("weight")
+        if weight is None or id(part) in replaced:
+            continue
+        adapter = adapters.get(id(part))
+        # Rows of tokens that are trained at one place and followed at another are those of both.
+        adapter = getattr(adapter, "tied_adapter", None) or adapter
+        changes.setdefault(id(weight), set()).add(adapter and id(adapter))
+    return any(len(different) > 1 for different in changes.values())
 
 
 def _no_longer_tied(model: PreTrainedModel) -> list[str]:

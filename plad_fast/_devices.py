@@ -29,7 +29,7 @@ def why_autocast() -> str:
         return f"the GPU has {'' if capable else 'no '}units for bfloat16"
     if units := cpu_bfloat16_units():
         return f"this CPU multiplies bfloat16 by {' and '.join(units)}"
-    return "this CPU has no units for bfloat16 (AVX512-BF16 or AMX), and emulating it is slower"
+    return "torch finds no units for bfloat16 here (AVX512-BF16 or AMX), and emulating it is slower"
 
 
 def best_device() -> str:

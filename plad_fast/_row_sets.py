@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pyarrow
 import pyarrow.compute
 from datasets import Dataset
 
@@ -12,6 +13,7 @@ from plad_fast._rows import TokenLimits
 from plad_fast.errors import UsageError
 
 _AT_ONCE = 10_000  # rows
+_DEPTHS = {"prompt_ids": 1, "response_ids": 2}  # lists around a token id
 
 
 def require_rows(dataset: Dataset | Sequence[Mapping[str, Any]], name: str) -> list[str]:
@@ -31,6 +33,32 @@ def holds_any(dataset: Dataset | Sequence[Mapping[str, Any]], columns: Sequence[
     return any(row.get(column) is not None for row in dataset for column in columns)
 
 
+def token_dataset(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dataset:
+    """Rows of token ids that somebody else made; which ids they are is not looked at.
+
+    Raises:
+        UsageError: `prompt_ids` are not lists of whole numbers, or `response_ids` not lists of
+            those.
+    """
+    try:
+        dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
+    except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{name}: the rows of token ids do not make a table ({error}); give every column "
+            "values of one kind, and ids of at most 64 bits"
+        ) from error
+    for column, depth in _DEPTHS.items():
+        found = kind = dataset.data.schema.field(column).type
+        levels = 0
+        while not pyarrow.types.is_struct(kind) and pyarrow.types.is_nested(kind):
+            kind, levels = kind.value_type, levels + 1
+        empty = pyarrow.types.is_null(kind) and levels <= depth
+        if not empty and (levels != depth or not pyarrow.types.is_integer(kind)):
+            wanted = f"{'lists of ' * depth}whole numbers"
+            raise UsageError(f"{name}: {column} should be {wanted}, and is of the type {found}")
+    return dataset
+
+
 def checked_tokens(
     dataset: Dataset,
     *,
@@ -45,8 +73,8 @@ def checked_tokens(
     lengths, sizes = [], set()
     for index, row in enumerate(dataset.select_columns(["prompt_ids", "response_ids"])):
         prompt, responses = row["prompt_ids"], row["response_ids"]
-        if len(prompt) == 0 or len(responses) == 0:
-            missing = "prompt_ids are" if len(prompt) == 0 else "response_ids are"
+        if not prompt or not responses or None in responses:
+            missing = "response_ids are" if prompt else "prompt_ids are"
             raise UsageError(
                 f"{name}, row {index + 1}: the {missing} empty; every row needs a token of a "
                 "prompt, which predicts the first one of a response, and a response"
@@ -76,16 +104,18 @@ def require_ids(
 
 
 def _require_below(limit: int, part: str, ids: Sequence[int]) -> None:
-    if not len(ids) or (min(ids) >= 0 and max(ids) < limit):
+    wrong = [token for token in ids if token is None or not 0 <= token < limit]
+    if not wrong:
         return
-    wrong = next(token for token in ids if not 0 <= token < limit)
+    if wrong[0] is None:
+        raise UsageError(f"the {part} has null among its token ids; leave it out")
     advice = (
         "ids are those of tokens, not labels: leave out what is masked"
-        if wrong < 0
+        if wrong[0] < 0
         else "take the model's own tokenizer, or call model.resize_token_embeddings first"
     )
     raise UsageError(
-        f"the {part} has the token id {wrong}, and the model knows the ids 0 to {limit - 1}; "
+        f"the {part} has the token id {wrong[0]}, and the model knows the ids 0 to {limit - 1}; "
         f"{advice}"
     )
 
@@ -109,11 +139,11 @@ def require_column_ids(dataset: Dataset, column: str, limits: TokenLimits, name:
     limit = limits.inputs if part == "prompt" else limits.outputs
     first = 1
     for table in dataset.select_columns(column).with_format("arrow").iter(_AT_ONCE):
-        low, high = _bounds(table[column])
-        if low < 0 or high >= limit:
+        low, high, nulls = _bounds(table[column])
+        if low < 0 or high >= limit or nulls:
             for number, row in enumerate(table[column], start=first):
                 ids = row.as_py() or []
-                flat = [token for one in ids for token in one] if _holds_lists(ids) else ids
+                flat = [token for one in ids for token in one or ()] if _holds_lists(ids) else ids
                 try:
                     _require_below(limit, part, flat)
                 except UsageError as error:
@@ -122,15 +152,16 @@ def require_column_ids(dataset: Dataset, column: str, limits: TokenLimits, name:
 
 
 def _holds_lists(ids: Sequence[Any]) -> bool:
-    return bool(ids) and isinstance(ids[0], list)
+    return any(isinstance(one, list) for one in ids)
 
 
-def _bounds(column: Any) -> tuple[int, int]:
-    """The smallest and the largest number in a column of lists, or of lists of them."""
+def _bounds(column: Any) -> tuple[int, int, int]:
+    """The smallest and the largest number in a column of lists, or of lists of them, and how many
+    are null."""
     while pyarrow.types.is_nested(column.type):
         column = pyarrow.compute.list_flatten(column)
     found = pyarrow.compute.min_max(column).as_py()
-    return (0, 0) if found["min"] is None else (found["min"], found["max"])
+    return found["min"] or 0, found["max"] or 0, column.null_count
 
 
 def require_one_size(sizes: set[int], name: str) -> None:

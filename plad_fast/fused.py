@@ -85,9 +85,9 @@ def fused_linear_preference_loss(
             for losses that ask for it. Plain sums: length normalisation is applied to them too.
         sft_weight: lambda of the regulariser, the NLL per token of each group's first sequence;
             None for the loss's own, which is its paper's: 1 for PLaD's losses, SLiC, CPO and ORPO,
-            0 for others and for functions.
+            0 for others and for functions of your own.
         length_normalization: alpha; the loss sees sum / count ** alpha. None for the loss's own: 1
-            for PLaD's losses and those on means over tokens, 0 for others and for functions.
+            for PLaD's losses and those on means over tokens, 0 for others and your own functions.
         num_groups, num_tokens: denominators, by default those of this call. Under gradient
             accumulation pass the totals of the whole window.
         **loss_options: of the loss, `beta` for example.

@@ -23,11 +23,15 @@ _FLOAT16_TOP = 2.0**14
 # Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
 _ADDS_TO_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
-_X86_UNITS = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
-# Values of oneDNN's environment variable that keep it from these units.
-_ISA_WITHOUT_BFLOAT16 = (
+# Values of oneDNN's environment variable that keep it from a unit.
+_WITHOUT_AVX512_BF16 = (
     *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
 )
+_WITHOUT_AMX = (*_WITHOUT_AVX512_BF16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
+_X86_UNITS = {
+    "AVX512-BF16": ("_is_avx512_bf16_supported", _WITHOUT_AVX512_BF16),
+    "AMX": ("_is_amx_tile_supported", _WITHOUT_AMX),
+}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -224,16 +228,18 @@ def cpu_bfloat16_units() -> tuple[str, ...]:
     """Names of what multiplies bfloat16 on this CPU; none where it would be emulated.
 
     On x86 oneDNN says that it supports bfloat16 wherever it can emulate it, at a quarter of
-    float32's speed: what counts there is the instructions, and that oneDNN may use them.
+    float32's speed: what counts there is the instructions, and that oneDNN is on and may use them.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if supported is None or not supported():
+    if supported is None or not supported() or not torch.backends.mkldnn.enabled:
         return ()
     if platform.machine().lower() not in _X86:
         return ("bfloat16 instructions",)
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    if allowed.upper() in _ISA_WITHOUT_BFLOAT16:
-        return ()
+    given = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     # Private names, which later versions may drop: a unit that cannot be asked for is not there.
-    tests = {name: getattr(torch.cpu, test, None) for name, test in _X86_UNITS.items()}
-    return tuple(name for name, test in tests.items() if test is not None and test())
+    tests = {name: getattr(torch.cpu, test, None) for name, (test, _) in _X86_UNITS.items()}
+    return tuple(
+        name
+        for name, test in tests.items()
+        if test is not None and test() and given.upper() not in _X86_UNITS[name][1]
+    )

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from plad_fast._plain_rows import plain_rows
 from plad_fast._records import digest
-from plad_fast._row_sets import longest, require_dataset_ids, require_rows
+from plad_fast._row_sets import longest, require_dataset_ids, require_rows, token_dataset
 from plad_fast.adapted_layers import token_limits
 from plad_fast.bins import pack
 from plad_fast.errors import UsageError
@@ -93,13 +93,16 @@ def add_reference_logps(
     """
     if max_tokens_per_batch < 1:
         raise UsageError(f"max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
-    dataset = _token_rows(dataset, name)
+    given, dataset = dataset, _token_rows(dataset, name)
     if "reference_logps" in dataset.column_names:
         for index, row in enumerate(dataset):
             _check(row["reference_logps"], len(row["response_ids"]), name, index)
-        return dataset
+        return given if type(given) is type(dataset) else dataset
     limits = token_limits(model)
-    require_dataset_ids(dataset, limits, name)
+    try:
+        require_dataset_ids(dataset, limits, name)
+    except UsageError as error:  # the model that is trained may know them
+        raise UsageError(f"under the reference model, {error}") from None
     rows = dataset.select_columns(_TOKENS).with_format(None)
     options = {"temperature": temperature, "impl": impl, "scratch_bytes": scratch_bytes}
     scorer = _Scorer(rows, model, collate, options, autocast or contextlib.nullcontext, name)
@@ -128,8 +131,6 @@ def add_reference_logps(
 
 
 def _token_rows(dataset: Any, name: str) -> Dataset:
-    from datasets import Dataset
-
     rows = plain_rows(dataset, name)
     missing = sorted(set(_TOKENS) - set(require_rows(rows, name)))
     if missing:
@@ -137,7 +138,7 @@ def _token_rows(dataset: Any, name: str) -> Dataset:
             f"{name} has no {' and no '.join(missing)}; make token ids of its texts with "
             "plad_fast.tokenization.tokenize_dataset"
         )
-    return rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    return token_dataset(rows, name)
 
 
 def _require_positions(

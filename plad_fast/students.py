@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+# Where nothing is said, transformers asks at the terminal whether to run a model's own code.
+_NO_FOREIGN_CODE = {"trust_remote_code": False}
 _KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
 
 
@@ -67,7 +69,9 @@ def load_model(
             model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
             return merged_adapters(location["pretrained_model_name_or_path"], model)
         loader = _class_of(location)
-        model, loaded = loader.from_pretrained(**location, dtype=dtype, output_loading_info=True)
+        model, loaded = loader.from_pretrained(
+            **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
+        )
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a library makes of a foreign or a damaged file
@@ -90,12 +94,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if "gguf_file" in location:
         _require_gguf()
     folder = expanded(source)
-    if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("tokenizer*")):
+    if is_there(folder / ADAPTER_CONFIG) and not any(folder.glob("tokenizer*")):
         base = _base_of_adapters(location)  # PEFT saves adapters alone
         if base is not None and Path(base).resolve() != folder.resolve():
             return load_tokenizer(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**location)
+        tokenizer = AutoTokenizer.from_pretrained(**location, **_NO_FOREIGN_CODE)
     except MemoryError:
         raise
     except Exception as error:
@@ -199,8 +203,8 @@ def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
     path = expanded(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
+    if path.suffix.lower() == ".gguf":
+        if not (is_there(path) and path.is_file()):
             raise UsageError(nothing_at(source, is_file=True))
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if not is_there(path) and names_path(source):
@@ -221,7 +225,7 @@ def _class_of(location: Mapping[str, Any]) -> Any:
     """The class that loads a model, by whether its configuration names an encoder."""
     if "gguf_file" in location:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(_config_source(**location))
+    config = AutoConfig.from_pretrained(_config_source(**location), **_NO_FOREIGN_CODE)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -272,12 +276,12 @@ def _named_base(config_file: str | os.PathLike[str]) -> str | None:
 def _require_an_end(source: Path, base: str) -> None:
     """Raises UsageError for adapters on adapters that come back to the first ones."""
     seen, folder = {source.resolve()}, expanded(base)
-    while (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    while is_there(folder / ADAPTER_CONFIG) and not is_there(folder / "config.json"):
         if folder.resolve() in seen:
             raise UsageError(
-                f"the adapters in {str(source)!r} are on those in {str(folder)!r}, which are on "
-                "each other in a circle; write the model they were trained on into "
-                "base_model_name_or_path of their adapter_config.json"
+                f"the adapters in {str(source)!r} go in a circle: the base models named by "
+                f"base_model_name_or_path lead back to {str(folder)!r}; write the model that these "
+                "were trained on into its adapter_config.json"
             )
         seen.add(folder.resolve())
         following = _named_base(folder / ADAPTER_CONFIG)

@@ -16,6 +16,7 @@ from plad_fast._row_sets import (
     require_ids,
     require_one_size,
     require_rows,
+    token_dataset,
 )
 from plad_fast._rows import (
     TokenLimits,
@@ -264,9 +265,8 @@ def tokenize_dataset(
     from_arrow = from_arrow or made_by_arrow(dataset)
     columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
-        tokenized = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
         return checked_tokens(
-            tokenized,
+            token_dataset(dataset, name),
             first_only=first_only,
             encoder_decoder=encoder_decoder,
             limits=limits,

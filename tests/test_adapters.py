@@ -146,6 +146,21 @@ def test_merged_weights_that_loading_would_tie_are_refused(tmp_path):
     folder = save_adapters(tmp_path / "base", tmp_path / "adapters", shared)
     with pytest.raises(UsageError, match=r"embed_tokens.weight' differ .* tied"):
         load_model(folder, merge_adapters=True)
+    both = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
+    folder = save_adapters(tmp_path / "base", tmp_path / "both", both)
+    with pytest.raises(UsageError, match="which merging would change as well"):
+        load_model(folder, merge_adapters=True)
+
+
+@pytest.mark.parametrize("others", [{}, {"embed_tokens": [201]}])
+def test_tokens_trained_at_a_tied_head_are_not_merged_into_the_embeddings(others, base, tmp_path):
+    tie(base)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [200], **others}
+    )
+    folder = save_adapters(base, tmp_path / "tokens", config)
+    with pytest.raises(UsageError, match="which merging would change as well"):
+        load_model(folder, merge_adapters=True)
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b"), ("a", "a")])

@@ -344,7 +344,8 @@ def test_length_normalisation_divides_by_count_to_the_alpha():
 
 @pytest.mark.parametrize("name", losses.available())
 def test_a_loss_has_its_own_terms_wherever_it_is_named(name):
-    """The op, the loss on sums, the trainer's settings, the recipe's: a name is one objective."""
+    """The op, the loss on sums, the trainer's settings, the recipe's: a name is one objective,
+    and so is its function."""
     spec, options = losses.get_loss(name), REQUIRED.get(name, {})
     problem = make_problem([4, 5, 3, 3])
     own = {"sft_weight": spec.sft_weight, "length_normalization": spec.length_normalization}
@@ -361,6 +362,7 @@ def test_a_loss_has_its_own_terms_wherever_it_is_named(name):
     op = linear_sequence_logprobs(*problem.inputs, **problem.options)
     got = preference_loss(op.sums, op.counts, loss=name, **options)
     torch.testing.assert_close(got, fused.loss)
+    assert torch.equal(preference_loss(op.sums, op.counts, loss=spec.fn, **options), got)
     loss_args = {key: options[key] for key in spec.options if key in options}
     config = PLaDConfig("unused", loss=name, loss_args=loss_args, use_cpu=True)
     objective = config.objective(group_size=2)

@@ -170,6 +170,8 @@ def test_the_strategy_of_each_dtype():
         ("x86_64", None, None, False),  # a torch that cannot be asked
         ("x86_64", {"_is_avx512_bf16_supported"}, "avx512_core", False),
         ("x86_64", {"_is_avx512_bf16_supported"}, "AVX512_CORE_BF16", True),
+        ("x86_64", {"_is_amx_tile_supported"}, "AVX512_CORE_BF16", False),
+        ("x86_64", {"_is_amx_tile_supported"}, "AVX512_CORE_AMX", True),
         ("aarch64", None, None, True),  # torch's own test is right there
     ],
 )
@@ -194,8 +196,23 @@ def test_one_test_of_the_cpu_decides_on_bfloat16_everywhere(machine, units, isa,
     page = diagnose()
     assert f"auto is {str(taken).removeprefix('torch.')}" in page
     assert str(strategy.__doc__).splitlines()[0].rstrip(".") in page
-    for name, test in products._X86_UNITS.items():
+    for name, (test, _) in products._X86_UNITS.items():
         assert (name in page) == (not fast or test in (units or ()))
+
+
+def test_the_units_named_are_those_that_onednn_may_use(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    supported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", supported)
+    for test, _ in products._X86_UNITS.values():
+        monkeypatch.setattr(torch.cpu, test, lambda: True, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # as if it were not set, which the older name is
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX512_CORE_FP16")
+    assert products.cpu_bfloat16_units() == ("AVX512-BF16",)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
+    assert products.cpu_bfloat16_units() == ("AVX512-BF16", "AMX")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products.cpu_bfloat16_units()
 
 
 def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):

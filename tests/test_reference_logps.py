@@ -56,7 +56,10 @@ class Forwards:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt_ids": [262], "response_ids": [[7], [8]]}, r"data, row 8: the prompt has .* 262"),
+        (
+            {"prompt_ids": [262], "response_ids": [[7], [8]]},
+            r"under the reference model, data, row 8: the prompt has .* 262",
+        ),
         (
             {"prompt_ids": [5], "response_ids": [[7], [-100]]},
             r"data, row 8: the response .*-100",
@@ -64,6 +67,10 @@ class Forwards:
         (
             {"prompt_ids": [5] * 250, "response_ids": [[7], [8] * 9]},
             r"row 8 has 259 tokens, .* 256",
+        ),
+        (
+            {"prompt_ids": [5], "response_ids": [[7.5], [8]]},
+            "response_ids should be lists",
         ),
         ({"prompt": "p"}, "data has no prompt_ids and no response_ids"),
     ],

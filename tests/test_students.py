@@ -25,6 +25,7 @@ from plad_fast._load_errors import reason_of
 from plad_fast._places import holds_model
 from plad_fast.depth import drop_layers
 from plad_fast.errors import UsageError
+from plad_fast.pairs._reward_config import read_reward_config
 from plad_fast.students import (
     check_loadable,
     is_encoder_decoder,
@@ -306,6 +307,22 @@ def test_pickled_weights_are_refused_without_advice_to_trust_them(kind, tmp_path
     assert "likely succeed" not in message
     assert ("safetensors" in message) == (kind not in ("nothing", "half"))
     assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("load", [load_model, check_loadable, load_tokenizer, read_reward_config])
+def test_code_of_the_models_own_is_never_run(load, tmp_path, monkeypatch):
+    """Nor does transformers ask at the terminal whether to."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    names["AutoModelForSequenceClassification"] = "own.Model"
+    config = {"model_type": "nobodys", "auto_map": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    of_tokenizer = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(of_tokenizer))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()")
+    with pytest.raises(UsageError, match="code of its own"):
+        load(str(tmp_path))
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_code_of_the_models_own_is_not_advertised():

@@ -455,6 +455,7 @@ def test_a_score_that_is_no_number_is_refused(tiny_tokenizer, score):
         ({"prompt_ids": [9, 12], "response_ids": [[1], [2]]}, "prompt has the token id 12"),
         ({"prompt_ids": [9, 11], "response_ids": [[1], [2, 10]]}, "response has the token id 10"),
         ({"prompt_ids": [9], "response_ids": [[-100, 1], [2]]}, "response has the token id -100"),
+        ({"prompt_ids": [9], "response_ids": [[1, None], [2]]}, "response has null among"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "the token id"),
     ],
 )
@@ -634,9 +635,21 @@ def test_token_ids_of_somebody_else_are_checked(tiny_tokenizer):
         ({**TOKENS, "prompt_ids": []}, "row 2: the prompt_ids are empty"),
         ({**TOKENS, "response_ids": []}, "row 2: the response_ids are empty"),
         ({**TOKENS, "response_ids": [[5], [6], [7]]}, "have 2 or 3 responses"),
+        ({**TOKENS, "prompt_ids": None}, "row 2: the prompt_ids are empty"),
+        ({**TOKENS, "response_ids": [[5], None]}, "row 2: the response_ids are empty"),
+        ({**TOKENS, "prompt_ids": [3, 4.5]}, "prompt_ids should be lists of whole numbers"),
+        ({**TOKENS, "prompt_ids": [2**70]}, "do not make a table"),
+        ({**TOKENS, "prompt_ids": "3 4"}, "do not make a table"),
     ):
         with pytest.raises(UsageError, match=message):
             tokenize_dataset([TOKENS, wrong], tiny_tokenizer, max_length=64)
+    for wrong, message in (
+        ({**TOKENS, "prompt_ids": 3}, "prompt_ids should be lists of whole numbers, .* int64"),
+        ({**TOKENS, "response_ids": [5, 6]}, "response_ids should be lists of lists of whole"),
+        ({**TOKENS, "prompt_ids": ["3"]}, "prompt_ids should be lists of whole numbers, .*string"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            tokenize_dataset([wrong], tiny_tokenizer, max_length=64)
 
 
 def test_reserved_names_are_those_of_the_function_itself(tool_tokenizer):

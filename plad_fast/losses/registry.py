@@ -110,12 +110,15 @@ def available() -> list[str]:
 
 
 def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
-    """The registered loss of that name, or a description of the caller's own function.
+    """The registered loss of that name or function, or a description of the caller's own function.
 
     Raises:
         UsageError: unknown name, the message lists the known ones; neither a name nor a function.
     """
     if callable(loss):
+        for spec in _REGISTRY.values():
+            if spec.fn is loss:
+                return spec
         return _spec_of(getattr(loss, "__name__", "custom"), loss, "groups", True)
     if not isinstance(loss, str):
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plad_fast._load_errors import reason_of
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ def read_reward_config(source: str) -> PretrainedConfig | None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a library makes of a foreign or a damaged file
         raise UsageError(
             f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
-            f"sequence-classification model (transformers says: {error})"
+            f"sequence-classification model (transformers says: {reason_of(error)})"
         ) from error
     names = list(config.architectures or ())
     # A name that transformers does not know may be somebody's own for a model that it can load.

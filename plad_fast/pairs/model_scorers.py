@@ -221,7 +221,7 @@ class RewardModel(_ModelScorer):
 
         try:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, dtype=self._dtype, output_loading_info=True
+                source, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise
