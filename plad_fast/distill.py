@@ -108,16 +108,16 @@ class _Distillation:
         folder = Path(config.output_dir)
         if overwrite:
             _require_outside(folder, config)
-        if overwrite or not (folder / "student").exists():
-            if config.student is not None:
-                check_loadable(find_model(config.student, "--student"))
-            if config.has_local_teacher:
-                check_loadable(self.teacher_source)
         judges: dict[str, ChatEndpoint] = {}
         self.scoring = held_out_scoring(config, folder / "evaluation", judges)
         for scorer in self.scoring["scorers"].values():
             scorer.check(self.held_out)
         self.texts = RecipeTexts(config, folder, self.prompts, self._teacher_as_text, judges)
+        if overwrite or not (folder / "student").exists():
+            if config.student is not None:
+                check_loadable(find_model(config.student, "--student"))
+            if config.has_local_teacher:
+                check_loadable(self.teacher_source)
 
         def try_them() -> None:
             self.texts.try_teacher(overwrite=overwrite)
