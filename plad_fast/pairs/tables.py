@@ -76,7 +76,7 @@ def read_table(source: str, split: str) -> Table:
         rows = _read_file(path, reader)
         table = Table(source, list(dict.fromkeys(name for row in rows for name in row)), rows)
     if not len(table.rows):
-        raise UsageError(f"{source} has no rows; give a file or data set with at least one prompt")
+        raise UsageError(f"{source} has no rows; give a file or data set with at least one row")
     return table
 
 
