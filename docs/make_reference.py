@@ -26,14 +26,14 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "backend": (
         "The loss as a backend",
         {
-            "plad_fast.ops": [
+            "plad_fast.ops.logprobs": [
                 "linear_sequence_logprobs",
                 "sequence_logprobs",
                 "SequenceLogProbs",
             ],
-            "plad_fast.fused": ["fused_linear_preference_loss", "FusedLoss"],
-            "plad_fast.objective": ["preference_loss"],
-            "plad_fast.vocab_parallel": [],
+            "plad_fast.ops.preference_losses": ["fused_linear_preference_loss", "FusedLoss"],
+            "plad_fast.losses.objective": ["preference_loss"],
+            "plad_fast.ops.vocab_parallel.api": [],
             "plad_fast.losses": ["register_loss", "get_loss", "available", "LossSpec"],
             "plad_fast.errors": ["UsageError"],
         },
@@ -41,7 +41,7 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "models": (
         "Models, rows and batches",
         {
-            "plad_fast.head": [
+            "plad_fast.models.head": [
                 "find_head",
                 "LMHead",
                 "check_head",
@@ -50,13 +50,13 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
                 "causal_lm_logprobs",
                 "through_head",
             ],
-            "plad_fast.wrappers": ["call_inside", "unwrap"],
-            "plad_fast.encoder_decoder": ["decoder_hidden", "is_encoder_decoder"],
-            "plad_fast.tokenization": ["tokenize_dataset", "encode_group", "encode_prompt"],
-            "plad_fast.packing": ["PreferenceCollator", "PreferenceBatch", "to_device"],
-            "plad_fast.sharing": ["prepare"],
-            "plad_fast.depth": ["drop_layers", "depth"],
-            "plad_fast.students": [
+            "plad_fast.models.wrappers": ["call_inside", "unwrap"],
+            "plad_fast.models.encoder_decoder": ["decoder_hidden", "is_encoder_decoder"],
+            "plad_fast.data.tokenization": ["tokenize_dataset", "encode_group", "encode_prompt"],
+            "plad_fast.data.packing": ["PreferenceCollator", "PreferenceBatch", "to_device"],
+            "plad_fast.models.sharing": ["prepare"],
+            "plad_fast.models.layer_drop": ["drop_layers", "depth"],
+            "plad_fast.models.loading": [
                 "load_model",
                 "load_tokenizer",
                 "offline_teacher_path",
@@ -66,12 +66,12 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "training": (
         "Training",
         {
-            "plad_fast.trainer": ["PLaDTrainer"],
-            "plad_fast.training_config": ["PLaDConfig"],
-            "plad_fast.training": ["train_model"],
-            "plad_fast.reference_logps": ["add_reference_logps"],
-            "plad_fast.integrations.trl": ["use_plad_fast"],
-            "plad_fast.trl_options": [
+            "plad_fast.training.trainer": ["PLaDTrainer"],
+            "plad_fast.training.config": ["PLaDConfig"],
+            "plad_fast.training.train": ["train_model"],
+            "plad_fast.training.reference_logps": ["add_reference_logps"],
+            "plad_fast.integrations.trl.use": ["use_plad_fast"],
+            "plad_fast.losses.trl_options": [
                 "translate_dpo",
                 "translate_cpo",
                 "translate_orpo",
@@ -82,14 +82,18 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "pairs": (
         "Teachers, scores and pairs",
         {
-            "plad_fast.pairs.prompts": ["Prompt", "load_prompts", "builtin_prompts"],
-            "plad_fast.pairs.sampling": ["Sampling"],
-            "plad_fast.pairs.teachers": ["TextModel", "Answer", "Failure"],
-            "plad_fast.pairs.sources": ["open_teacher", "open_local_model"],
-            "plad_fast.pairs.local_model": ["LocalModel"],
-            "plad_fast.pairs.endpoint_model": ["EndpointModel"],
-            "plad_fast.pairs.answering": ["stored_answers", "generate_answers", "Answered"],
-            "plad_fast.pairs.scoring": ["Scorer", "open_scorer", "score_answers"],
+            "plad_fast.data.prompts": ["Prompt", "load_prompts", "builtin_prompts"],
+            "plad_fast.pairs.generation.sampling": ["Sampling"],
+            "plad_fast.pairs.generation.text_model": ["TextModel", "Answer", "Failure"],
+            "plad_fast.pairs.generation.sources": ["open_teacher", "open_local_model"],
+            "plad_fast.pairs.generation.local_model": ["LocalModel"],
+            "plad_fast.pairs.generation.endpoint.model": ["EndpointModel"],
+            "plad_fast.pairs.generation.answering": [
+                "stored_answers",
+                "generate_answers",
+                "Answered",
+            ],
+            "plad_fast.pairs.scoring.scorers": ["Scorer", "open_scorer", "score_answers"],
             "plad_fast.pairs.filters": ["PairFilters"],
             "plad_fast.pairs.build": ["build_pairs", "build_answers", "PairReport"],
         },
@@ -97,10 +101,10 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "evaluation": (
         "Evaluation and the recipe",
         {
-            "plad_fast.evaluation": ["score_pairs"],
-            "plad_fast.metrics": [],
-            "plad_fast.calibration": ["evaluate_calibration", "ScoredSamples"],
-            "plad_fast.distill": ["distill", "DistillConfig"],
+            "plad_fast.evaluation.compare": ["score_pairs"],
+            "plad_fast.evaluation.metrics": [],
+            "plad_fast.evaluation.calibration": ["evaluate_calibration", "ScoredSamples"],
+            "plad_fast.recipe.distillation": ["distill", "DistillConfig"],
         },
     ),
 }

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from plad_fast.pairs import LocalModel, Sampling, stored_answers
-from plad_fast.students import load_model, load_tokenizer
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
 from tests.test_sharding import PROMPTS
 
 

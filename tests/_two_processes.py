@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import SequentialSampler
 
-from plad_fast.students import load_model, load_tokenizer
-from plad_fast.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
 
 
 class InOrder(PLaDTrainer):

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from plad_fast.fused import fused_linear_preference_loss
-from plad_fast.head import call_inside, causal_lm_logprobs, find_head, head_arguments
-from plad_fast.packing import PreferenceCollator
-from plad_fast.vocab_parallel import vocab_parallel_preference_loss
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.models.head import call_inside, causal_lm_logprobs, find_head, head_arguments
+from plad_fast.ops.preference_losses import fused_linear_preference_loss
+from plad_fast.ops.vocab_parallel.api import vocab_parallel_preference_loss
 from tests._vocab_parallel_ranks import CASES, WORLD, case, close, refused
 from tests.naive import features
 from tests.tiny_models import make_model

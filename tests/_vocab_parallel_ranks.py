@@ -22,8 +22,8 @@ from torch import Tensor
 
 from plad_fast import fused_linear_preference_loss, linear_sequence_logprobs
 from plad_fast.errors import UsageError
-from plad_fast.losses import available, get_loss
-from plad_fast.vocab_parallel import (
+from plad_fast.losses.registry import available, get_loss
+from plad_fast.ops.vocab_parallel.api import (
     vocab_parallel_preference_loss,
     vocab_parallel_sequence_logprobs,
 )

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.fused import fused_linear_preference_loss
-from plad_fast.head import (
+from plad_fast.models.head import (
     base_model,
     call_inside,
     causal_lm_logprobs,
@@ -26,8 +26,8 @@ from plad_fast.head import (
     through_head,
     unwrap,
 )
-from plad_fast.packing import PreferenceCollator
-from plad_fast.sharing import prepare
+from plad_fast.models.sharing import prepare
+from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from tests.tiny_models import make_model
 
 RATE = 0.1

@@ -21,8 +21,8 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plad_fast.errors import UsageError
-from plad_fast.trainer import PLaDConfig
-from plad_fast.wrappers import gathered
+from plad_fast.models.wrappers import gathered
+from plad_fast.training.trainer import PLaDConfig
 from tests._two_processes import InOrder
 
 BATCH = 4

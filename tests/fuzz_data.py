@@ -47,7 +47,7 @@ def tokenizer() -> Any:
 
 
 def encoding(draw: Draw) -> Case:
-    from plad_fast.tokenization import encode_group
+    from plad_fast.data.tokenization import encode_group
 
     prompt, size = draw.choice(TEXTS), draw.randint(1, 4)
     texts = [draw.choice(TEXTS) for _ in range(size)]
@@ -87,7 +87,7 @@ def encoding(draw: Draw) -> Case:
 def collating(draw: Draw) -> Case:
     import torch
 
-    from plad_fast.packing import PreferenceCollator
+    from plad_fast.data.packing import PreferenceCollator
 
     size, layout = draw.randint(1, 4), draw.choice(["padded", "packed", "shared"])
 
@@ -137,11 +137,11 @@ def collating(draw: Draw) -> Case:
 
 
 def pairing(draw: Draw) -> Case:
+    from plad_fast.data.prompts import Prompt
     from plad_fast.pairs.build import build_pairs
     from plad_fast.pairs.filters import PairFilters
-    from plad_fast.pairs.prompts import Prompt
+    from plad_fast.pairs.generation.text_model import Answer
     from plad_fast.pairs.select import NEED_SCORES, SELECTIONS
-    from plad_fast.pairs.teachers import Answer
 
     prompts = [Prompt(str(i), draw.choice(TEXTS)) for i in range(draw.randint(1, 4))]
 
@@ -208,7 +208,8 @@ def pairing(draw: Draw) -> Case:
 
 
 def measuring(draw: Draw) -> Case:
-    from plad_fast import metrics
+    from plad_fast.evaluation import intervals, metrics
+    from plad_fast.pairs import text_metrics
 
     which = draw.choice(["rouge", "distinct_n", "repetition", "bootstrap", "win_rate", "sign_test"])
     count = draw.randint(1, 5)
@@ -230,7 +231,7 @@ def measuring(draw: Draw) -> Case:
             for text, other, value in zip(texts, others, found["rougeL"], strict=True):
                 assert not text or text != other or not value or value == 1.0, "itself"
 
-        return plain("rouge", metrics.rouge, (texts, others), {}, check, names)
+        return plain("rouge", text_metrics.rouge, (texts, others), {}, check, names)
     if which in ("distinct_n", "repetition"):
         n: Any = draw.randint(1, 4)
         names = ()
@@ -242,7 +243,7 @@ def measuring(draw: Draw) -> Case:
 
         def check_share(found: Any) -> None:
             def grams(text: str) -> list[tuple[str, ...]]:
-                words = metrics.words(text)
+                words = text_metrics.words(text)
                 return [tuple(words[i : i + n]) for i in range(max(0, len(words) - n + 1))]
 
             if which == "distinct_n":
@@ -271,7 +272,7 @@ def measuring(draw: Draw) -> Case:
             assert found.wins + found.ties + found.losses == count
             assert 0 < found.p_value <= 1
 
-        return plain(which, metrics.sign_test, (values,), {}, check_sign, names)
+        return plain(which, intervals.sign_test, (values,), {}, check_sign, names)
     options: dict[str, Any] = {"n_resamples": draw.choice([2, 50])}
     second: Any = [draw.random() for _ in range(count)]
     if fault == "other":
@@ -290,7 +291,7 @@ def measuring(draw: Draw) -> Case:
         assert math.isclose(found.mean, want.mean(), abs_tol=1e-12)
         assert found.low <= found.mean <= found.high
 
-    fn = metrics.paired_bootstrap if which == "bootstrap" else metrics.win_rate
+    fn = intervals.paired_bootstrap if which == "bootstrap" else metrics.win_rate
     return plain(which, fn, (values, second), options, check_interval, names)
 
 
@@ -302,7 +303,7 @@ def folder() -> Path:
 
 
 def reading(draw: Draw) -> Case:
-    from plad_fast.pairs.prompts import load_prompts
+    from plad_fast.data.prompts import load_prompts
 
     chat = [{"role": "user", "content": "hi"}]
     good = [draw.choice([*TEXTS, chat]) for _ in range(draw.randint(1, 4))]
@@ -344,8 +345,8 @@ def reading(draw: Draw) -> Case:
 
 
 def configuring(draw: Draw) -> Case:
-    from plad_fast.losses import available
-    from plad_fast.training_config import PLaDConfig
+    from plad_fast.losses.registry import available
+    from plad_fast.training.config import PLaDConfig
 
     faults: dict[str, list[Any]] = {
         "loss": [None, "plad", 5, ["dpo"]],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import plad_fast
-from plad_fast.losses import available, get_loss
+from plad_fast.losses.registry import available, get_loss
 from tests.fuzz_hostile import HOSTILE, NAMES, Spoilt
 from tests.fuzz_truth import LOGITS, Truth, budget, compare_gradients, truths_of
 from tests.fuzzing import Case, Draw, call_text

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plad_fast.losses import get_loss
-from plad_fast.reference import (
+from plad_fast.losses.registry import get_loss
+from plad_fast.ops.reference import (
     reference_logits,
     reference_sequence_sums,
     reference_token_logprobs,

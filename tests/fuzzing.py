@@ -129,8 +129,8 @@ def main(argument: str) -> int:
     import rouge_score.rouge_scorer  # noqa: F401
     import torch
 
-    import plad_fast.packing
-    import plad_fast.training_config  # noqa: F401
+    import plad_fast.data.packing
+    import plad_fast.training.config  # noqa: F401
 
     faulthandler.enable()
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plad_fast.row_layout import RowLayout
+from plad_fast.data.row_layout import RowLayout
 
 Features = Sequence[dict[str, Any]]
 

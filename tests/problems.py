@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plad_fast.reference import (
+from plad_fast.ops.reference import (
     reference_logits,
     reference_sequence_sums,
     reference_token_logprobs,

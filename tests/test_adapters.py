@@ -11,13 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from plad_fast._records import model_digest
 from plad_fast.cli import main
+from plad_fast.data.records import model_digest
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import score_pairs
-from plad_fast.recipe_texts import RecipeTexts
-from plad_fast.students import load_model, load_tokenizer
-from plad_fast.tokenization import tokenize_dataset
+from plad_fast.evaluation.compare import score_pairs
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.recipe.texts import RecipeTexts
 from tests.recipe_runs import arguments, write_pairs
 
 peft = pytest.importorskip("peft")

@@ -8,17 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs import (
-    Answer,
-    AnswerStore,
-    Failure,
-    LocalModel,
-    Prompt,
-    Sampling,
-    generate_answers,
-    stored_answers,
-)
+from plad_fast.pairs.generation.answering import generate_answers, stored_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer, Failure
 
 PROMPTS = [Prompt(str(i), f"prompt {i}") for i in range(4)]
 

@@ -14,9 +14,8 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
-from plad_fast.kernels.launch import LinearConfig
-from plad_fast.kernels.predict import predict_linear
-from plad_fast.kernels.resources import (
+from plad_fast.kernels.aot.predict import predict_linear
+from plad_fast.kernels.aot.resources import (
     GPUS,
     Resources,
     Usage,
@@ -25,7 +24,8 @@ from plad_fast.kernels.resources import (
     parse_ptxas,
     ptxas_log,
 )
-from plad_fast.kernels.sass import Code, analyse, find_loops, parse_sass
+from plad_fast.kernels.aot.sass import Code, analyse, find_loops, parse_sass
+from plad_fast.kernels.launch import LinearConfig
 
 TESTS = Path(__file__).parent
 

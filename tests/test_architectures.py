@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 
-from plad_fast.encoder_decoder import decoder_start_token
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs, check_head, find_head
-from plad_fast.packing import PreferenceCollator
-from plad_fast.sharing import prepare
+from plad_fast.models.encoder_decoder import decoder_start_token
+from plad_fast.models.head import causal_lm_logprobs, check_head, find_head
+from plad_fast.models.sharing import prepare
 from tests.architectures import (
     CAUSAL,
     MORE_THAN_TEXT,

@@ -19,12 +19,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
-from plad_fast.attention import enable, is_enabled, packed_attention
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs
-from plad_fast.packing import PreferenceCollator
-from plad_fast.row_layout import RowLayout
-from plad_fast.sharing import prepare
+from plad_fast.models.attention.packed import enable, is_enabled, packed_attention
+from plad_fast.models.head import causal_lm_logprobs
+from plad_fast.models.sharing import prepare
 
 ROW = RowLayout(((9, 5, 3), (7,), (3, 6, 0, 6), (1, 1, 1)))
 # Of every feature alone and of all that go together; what an implementation lacks it refuses.

@@ -16,7 +16,7 @@ from benchmarks.plad_arms import ARMS, Arm, read_arms
 from benchmarks.plad_study import Setting, Study
 from benchmarks.plad_table import Outcomes, interval, summarise
 from plad_fast.errors import UsageError
-from plad_fast.pairs import PairFilters
+from plad_fast.pairs.filters import PairFilters
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -54,7 +54,7 @@ def test_quick_run(command, monkeypatch, capsys):
     assert float(rows["SFT longer"]["win_likelihood_samples"]) == 0.5
     assert rows["DPO"]["win_rougeL_greedy_seeds"].count(" ") == 1
     monkeypatch.setattr("benchmarks.plad_study.load_model", None)
-    monkeypatch.setattr("plad_fast.training.load_model", None)
+    monkeypatch.setattr("plad_fast.training.train.load_model", None)
     assert plad_vs_sft.main(command) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
 

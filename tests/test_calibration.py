@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from plad_fast._pooled_ranks import PooledRanks, midranks, resampled_prompts
-from plad_fast.calibration import ScoredSamples, evaluate_calibration, reliability
 from plad_fast.errors import UsageError
+from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration, reliability
+from plad_fast.evaluation.pooled_ranks import PooledRanks, midranks, resampled_prompts
 
 
 def samples(logps, quality, name="s", teacher=None):
@@ -90,7 +90,9 @@ def test_auroc_is_the_share_of_pairs_in_order():
 
 def test_a_weight_counts_as_so_many_copies(monkeypatch):
     """The bootstrap never builds its resamples; here they are built, and scipy measures them."""
-    monkeypatch.setattr("plad_fast._pooled_ranks._BLOCK", 100)  # several blocks of comparisons
+    monkeypatch.setattr(
+        "plad_fast.evaluation.pooled_ranks._BLOCK", 100
+    )  # several blocks of comparisons
     one = random_samples(7, signal=0.5)
     weights = resampled_prompts(len(one.logps), 6, seed=3)
     assert (weights.sum(axis=1) == len(one.logps)).all()

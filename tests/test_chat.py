@@ -10,9 +10,9 @@ import pytest
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
-from plad_fast.chat import written_out
+from plad_fast.data.chat import written_out
+from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
 from tests.tokenizer_families import (
     BOS,
     SPECIALS,
@@ -276,7 +276,7 @@ def test_special_tokens_in_messages_are_text(backend, caplog):
     squeezed = "".join(tokenizer.decode(ids).split())
     if backend is not word_piece:  # which writes in lower case, with spaces around signs
         assert said.replace(" ", "") in squeezed
-    with caplog.at_level(logging.WARNING, logger="plad_fast.tokenization"):
+    with caplog.at_level(logging.WARNING, logger="plad_fast.data.tokenization"):
         row = {"prompt": prompt, "chosen": said, "rejected": "blue"}
         tokenize_dataset([row], tokenizer, max_length=500)
     assert any("1 of 1 rows hold special tokens" in r.getMessage() for r in caplog.records)
@@ -307,7 +307,7 @@ def test_special_tokens_in_messages_are_the_bytes_of_their_text():
 
 def test_text_that_no_special_token_is_in_has_the_tokens_of_the_tokenizer_itself(qwen):
     """The renamed tokenizer is the same one: only what is special differs."""
-    from plad_fast._special_text import SpecialText
+    from plad_fast.data.special_tokens import SpecialText
 
     text = SpecialText(qwen)
     rendered = "<|im_start|>user\nWhat is the sky?<|im_end|>\n"
@@ -320,7 +320,7 @@ def test_text_that_no_special_token_is_in_has_the_tokens_of_the_tokenizer_itself
 
 
 def test_no_message_can_forge_a_special_token(qwen):
-    from plad_fast import _special_text
+    from plad_fast.data import special_tokens as _special_text
 
     for digits in (_special_text._MARK, _special_text._RENAMED):
         forged = f"{digits}{qwen.eos_token_id:07}</s>"

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from plad_fast import UsageError, training
-from plad_fast._checkpoints import Checkpoints, newest_checkpoint
-from plad_fast._manifest import damage, write_manifest
-from plad_fast._signals import Asked
+from plad_fast import UsageError
 from plad_fast.cli import main
-from plad_fast.training import train_model
+from plad_fast.data.manifest import damage, write_manifest
+from plad_fast.training import train as training
+from plad_fast.training.checkpoints import Checkpoints, newest_checkpoint
+from plad_fast.training.signals import Asked
+from plad_fast.training.train import train_model
 from tests.recipe_runs import write_pairs
 
 ROWS = [{"prompt": f"Say {i}.", "chosen": f" yes {i}", "rejected": " no"} for i in range(12)]
@@ -226,7 +227,7 @@ def test_a_checkpoint_counts_and_another_goes_only_when_it_is_on_the_disk(
     shutil.copytree(killed / "checkpoint-6", folder / "checkpoint-8")
     (folder / "checkpoint-8" / "files.json").unlink()
     step = {"unlisted": "write_manifest", "unsynced": "sync_tree"}[fault]
-    monkeypatch.setattr(f"plad_fast._checkpoints.{step}", stop)
+    monkeypatch.setattr(f"plad_fast.training.checkpoints.{step}", stop)
     callback = Checkpoints(folder, "training", Asked())
     callback.on_train_begin(None, None, None)
     with pytest.raises(KeyboardInterrupt):
@@ -249,16 +250,16 @@ def test_a_checkpoint_is_made_by_the_clock(finished, tiny_teacher, tmp_path, mon
     assert made == [STEPS]
     made.clear()
     now = itertools.count()
-    monkeypatch.setattr("plad_fast._checkpoints.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("plad_fast.training.checkpoints.time.monotonic", lambda: next(now))
     # One call at the start, one a step, one after saving: three tick by between two checks.
-    monkeypatch.setattr("plad_fast._checkpoints._SECONDS", 2)
-    monkeypatch.setattr("plad_fast._checkpoints._SHARE", 1)
+    monkeypatch.setattr("plad_fast.training.checkpoints._SECONDS", 2)
+    monkeypatch.setattr("plad_fast.training.checkpoints._SHARE", 1)
     weights = train(tiny_teacher, tmp_path / "often", saves=1)
     assert made == [2, 4, 6]
     assert weights == (finished / "model.safetensors").read_bytes()
     made.clear()
     # Saving takes one tick: it has to be worth it.
-    monkeypatch.setattr("plad_fast._checkpoints._SHARE", 1 / 3)
+    monkeypatch.setattr("plad_fast.training.checkpoints._SHARE", 1 / 3)
     train(tiny_teacher, tmp_path / "costly", saves=1)
     assert made == [2, 5, 6]
 
@@ -294,7 +295,7 @@ def test_a_model_without_a_list_has_to_be_readable(fault, name, finished, tiny_t
 
 
 def test_a_sharded_model_without_a_list_has_all_of_its_shards(tmp_path, tiny_model):
-    from plad_fast._manifest import require_whole
+    from plad_fast.data.manifest import require_whole
 
     tiny_model.save_pretrained(tmp_path / "m", max_shard_size="50KB")
     shards = sorted((tmp_path / "m").glob("model-*.safetensors"))

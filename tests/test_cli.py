@@ -286,7 +286,7 @@ BAD_INPUTS = {
 @pytest.fixture(scope="module")
 def broken_models(tiny_teacher, tmp_path_factory):
     """A model of NaN, one that says nothing but one short answer, and one without weights."""
-    from plad_fast.students import load_model
+    from plad_fast.models.loading import load_model
 
     folders = {}
     for name in ("nan", "silent"):

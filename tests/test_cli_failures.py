@@ -22,7 +22,7 @@ def failing(error: BaseException):
 
 
 def test_interruption_by_hand_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("plad_fast.distill.distill", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("plad_fast.recipe.distillation.distill", failing(KeyboardInterrupt()))
     assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 130
     assert "run the same command again" in capsys.readouterr().err
 
@@ -35,7 +35,7 @@ def test_after_an_interrupted_overwriting_the_flag_is_to_be_left_out(monkeypatch
         commands.append(command)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("plad_fast.distill.distill", interrupted)
+    monkeypatch.setattr("plad_fast.recipe.distillation.distill", interrupted)
     typed = ["distill", "--overwrite", "--beta", "1"]
     monkeypatch.setattr("sys.argv", ["plad-fast", *typed])
     assert main(typed) == 130
@@ -58,7 +58,9 @@ PAIRS = ["pairs", "--teacher", "t", "--student", "s", "--output-dir", "o"]
 def test_pairs_take_answers_of_any_length(monkeypatch):
     """They are not scored here, so that no --max-length bounds them."""
     seen = []
-    monkeypatch.setattr("plad_fast.stages.pair_models", lambda config, **_: seen.append(config))
+    monkeypatch.setattr(
+        "plad_fast.recipe.stages.pair_models", lambda config, **_: seen.append(config)
+    )
     assert main([*PAIRS, "--max-new-tokens", "4096"]) == 0
     assert seen[0].max_new_tokens == 4096
 
@@ -156,7 +158,7 @@ def test_every_command_takes_its_settings_from_a_file(command, monkeypatch, tmp_
 def test_students_of_a_file_are_a_mapping_or_a_list(monkeypatch, tmp_path, capsys):
     seen = []
     monkeypatch.setattr(
-        "plad_fast.evaluation_stage.evaluate_on_pairs",
+        "plad_fast.recipe.evaluate.evaluate_on_pairs",
         lambda students, *_, **__: seen.append(students),
     )
     file = tmp_path / "c.yaml"
@@ -207,7 +209,9 @@ def test_the_home_folder_is_spelt_out_for_every_command(stage, command, monkeypa
 def test_an_unexpected_error_leaves_one_line_and_a_file(has_begun, monkeypatch, capsys, tmp_path):
     """The file lies with the run, if that got as far as a folder; it must not make one foreign."""
     (tmp_path / "q").mkdir()
-    monkeypatch.setattr("plad_fast.distill.distill", failing(ZeroDivisionError("three\nlines\nl")))
+    monkeypatch.setattr(
+        "plad_fast.recipe.distillation.distill", failing(ZeroDivisionError("three\nlines\nl"))
+    )
     monkeypatch.chdir(tmp_path)
     if has_begun:
         (tmp_path / "q" / "run.json").touch()
@@ -220,7 +224,7 @@ def test_an_unexpected_error_leaves_one_line_and_a_file(has_begun, monkeypatch, 
 
 
 def test_an_unexpected_error_that_cannot_be_written_down(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("plad_fast.distill.distill", failing(ZeroDivisionError("x")))
+    monkeypatch.setattr("plad_fast.recipe.distillation.distill", failing(ZeroDivisionError("x")))
     (tmp_path / "plad-fast-error.log").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart", "--output-dir", str(tmp_path / "q")]) == 1
@@ -261,7 +265,7 @@ def test_only_what_the_disk_did_is_answered_with_what_helps_against_it(
     error, advice, monkeypatch, capsys
 ):
     """A full one wants room, and one that may not be written to has plenty of it."""
-    monkeypatch.setattr("plad_fast.distill.distill", failing(error))
+    monkeypatch.setattr("plad_fast.recipe.distillation.distill", failing(error))
     assert main(["quickstart"]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
@@ -278,7 +282,7 @@ def test_a_full_disk_behind_another_error_is_still_a_full_disk(monkeypatch, caps
         except OSError:
             raise RuntimeError("while closing the archive")  # noqa: B904
 
-    monkeypatch.setattr("plad_fast.distill.distill", fail)
+    monkeypatch.setattr("plad_fast.recipe.distillation.distill", fail)
     assert main(["quickstart"]) == 2
     assert "make room" in capsys.readouterr().err
 
@@ -304,7 +308,9 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
 )
 def test_a_line_break_in_a_template_flag(text, prompt, monkeypatch):
     seen = []
-    monkeypatch.setattr("plad_fast.distill.distill", lambda config, **_: seen.append(config))
+    monkeypatch.setattr(
+        "plad_fast.recipe.distillation.distill", lambda config, **_: seen.append(config)
+    )
     assert main(["distill", "--prompt-template", text]) == 0
     assert seen[0].prompt_template == prompt
 

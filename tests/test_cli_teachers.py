@@ -8,8 +8,8 @@ import re
 import pytest
 
 from plad_fast.cli import main
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Prompt
 from tests.fault_server import FaultServer, Step, reasoning, said
 from tests.recipe_runs import arguments
 
@@ -64,8 +64,8 @@ def test_pairs_from_an_endpoint(server, tiny_teacher, tmp_path, capfd, monkeypat
     assert files_with("answer to", tmp_path)
     assert not files_with(KEY, tmp_path)
     before = (tmp_path / "out" / "pairs.jsonl").read_bytes()
-    monkeypatch.setattr("plad_fast.pairs.sources.open_local_model", None)
-    monkeypatch.setattr("plad_fast.pairs.endpoint.Endpoint.complete", None)
+    monkeypatch.setattr("plad_fast.pairs.generation.sources.open_local_model", None)
+    monkeypatch.setattr("plad_fast.pairs.generation.endpoint.chat_endpoint.Endpoint.complete", None)
     assert main(run) == 0
     assert (tmp_path / "out" / "pairs.jsonl").read_bytes() == before
 
@@ -94,7 +94,7 @@ def test_a_teacher_that_reasons(tiny_teacher, tmp_path, capsys, monkeypatch):
     """What it refuses is found before any work, and the same folder then takes what the messages
     say to give."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    monkeypatch.setattr("plad_fast.distill._Distillation.run", lambda run: {})
+    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation.run", lambda run: {})
     rows = write_rows(tmp_path / "prompts.jsonl", 12)
     with FaultServer(reasoning(500)) as running:
         extra = ["--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(running)]
@@ -241,7 +241,9 @@ def test_what_the_teacher_failed_at_is_missing_from_all_stages(tiny_teacher, tmp
 def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch):
     """The judge of the pairs and that of the evaluation."""
     runs = []
-    monkeypatch.setattr("plad_fast.distill._Distillation.run", lambda run: runs.append(run))
+    monkeypatch.setattr(
+        "plad_fast.recipe.distillation._Distillation.run", lambda run: runs.append(run)
+    )
     with FaultServer(lambda *_: Step(choices=[said("Verdict: tie")])) as running:
         extra = [
             *("--scorer", "judge:openai:m", "--select", "best-worst", "--rounds", "2"),
@@ -264,7 +266,7 @@ def test_the_recipe_ends_where_the_asking_does(reason, tiny_teacher, tmp_path, m
     def done(run):
         raise UsageError("fine-tuning is reached")
 
-    monkeypatch.setattr("plad_fast.distill._Distillation._fine_tune", done)
+    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation._fine_tune", done)
     gone = Step("status", 503, headers={"retry-after": "0"})
 
     def step(question, tries, body):

@@ -17,7 +17,7 @@ from plad_fast import (
     preference_loss,
     sequence_logprobs,
 )
-from plad_fast.preference_autograd import _flattened, _nested
+from plad_fast.ops.preference_autograd import _flattened, _nested
 from tests.loss_options import REQUIRED
 
 OPTIONS = [
@@ -265,9 +265,9 @@ def train(layout, backend=None, **options):
     from naive import features
     from tiny_models import make_model
 
-    from plad_fast.head import head_arguments
-    from plad_fast.packing import PreferenceCollator
-    from plad_fast.sharing import prepare
+    from plad_fast.data.packing import PreferenceCollator
+    from plad_fast.models.head import head_arguments
+    from plad_fast.models.sharing import prepare
 
     model = make_model("llama")
     prepare(model, layout, check=False)

@@ -7,14 +7,14 @@ import json
 import pytest
 
 from plad_fast.cli import main
-from plad_fast.data_checks import (
+from plad_fast.errors import UsageError
+from plad_fast.recipe.data_checks import (
     check_answers,
     check_drops,
     check_rows,
     data_block,
     require_learnable,
 )
-from plad_fast.errors import UsageError
 
 
 def rows(count, chosen="answer number {}", rejected="sample {} of it"):
@@ -150,7 +150,9 @@ def test_training_says_it_before_a_model_is_loaded(
         data = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in data]
         status = 2 if len({row["chosen"] for row in data}) == 1 else 0
     loaded = []
-    monkeypatch.setattr("plad_fast.stages.train_model", lambda *_, **__: loaded.append(1) or [])
+    monkeypatch.setattr(
+        "plad_fast.recipe.stages.train_model", lambda *_, **__: loaded.append(1) or []
+    )
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     command = ["train", "--model", str(tiny_teacher), "--pairs", str(tmp_path / "p.jsonl")]
     assert main([*command, "--loss", loss, "--output-dir", str(tmp_path / "out")]) == status
@@ -210,10 +212,10 @@ def test_rows_of_any_json_are_read_or_refused_in_a_line(tiny_tokenizer, tmp_path
     """As prompts, for training and for evaluation; nothing but a UsageError may come of them."""
     import random
 
-    from plad_fast._held_out_rows import read_held_out
-    from plad_fast._recipe_data import read_pairs
-    from plad_fast.pairs import load_prompts
-    from plad_fast.tokenization import tokenize_dataset
+    from plad_fast.data.prompts import load_prompts
+    from plad_fast.data.tokenization import tokenize_dataset
+    from plad_fast.evaluation.held_out_rows import read_held_out
+    from plad_fast.recipe.inputs import read_pairs
 
     draw = random.Random(0)
     columns = ["prompt", "chosen", "rejected", "id", "reference", "responses", "scores",

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from plad_fast._recipe_stages import STAGES as SETTINGS_OF
-from plad_fast._recipe_stages import stage_settings
 from plad_fast.cli import main
+from plad_fast.data.prompts import builtin_prompts
 from plad_fast.errors import UsageError
-from plad_fast.pairs import LocalModel, builtin_prompts
-from plad_fast.recipe import DistillConfig
-from plad_fast.run_folder import RunFolder
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.recipe.dependencies import STAGES as SETTINGS_OF
+from plad_fast.recipe.dependencies import stage_settings
+from plad_fast.recipe.run_folder import RunFolder
+from plad_fast.recipe.settings import DistillConfig
 from tests.recipe_runs import arguments, kill_at
 
 STAGES = [
@@ -56,8 +57,8 @@ def test_the_run_folder_holds_what_was_promised(finished):
 
 def test_what_became_of_every_prompt_is_told(finished):
     """In a file beside the pairs, and as a funnel in the report."""
-    from plad_fast._recipe_data import read_jsonl
-    from plad_fast.pairs import PairReport
+    from plad_fast.pairs.build import PairReport
+    from plad_fast.recipe.inputs import read_jsonl
 
     report = (finished / "report.html").read_text()
     for name, dropped, pairs in (
@@ -82,8 +83,8 @@ def test_what_became_of_every_prompt_is_told(finished):
 
 def test_a_finished_run_is_not_done_again(finished, tiny_teacher, capsys, monkeypatch):
     """No model is loaded; tables and report come from the files."""
-    monkeypatch.setattr("plad_fast.distill.load_model", None)
-    monkeypatch.setattr("plad_fast.held_out.load_model", None)
+    monkeypatch.setattr("plad_fast.recipe.distillation.load_model", None)
+    monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
     before = (finished / "metrics.json").read_text()
     assert main(arguments(tiny_teacher, finished)) == 0
     out = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_the_stages_alone(finished, tiny_teacher, tmp_path, capsys):
 def test_a_finished_run_may_be_moved(finished, tiny_teacher, tmp_path, capsys, monkeypatch):
     """A copy has other times and another path; nothing is computed again, nothing refused."""
     shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
-    monkeypatch.setattr("plad_fast.held_out.load_model", None)
+    monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
     assert main(arguments(tiny_teacher, tmp_path / "moved")) == 0
     assert capsys.readouterr().out.count("done before") == len(STAGES)
 
@@ -191,7 +192,7 @@ def test_answers_to_prompts_that_are_still_there_are_kept(
     write_rows(file, rows[:11])
     command = [*arguments(tiny_teacher, tmp_path / "run"), "--prompts", str(file)]
     command[command.index("--held-out") + 1] = "4"
-    monkeypatch.setattr("plad_fast.distill._Distillation._fine_tune", stop)
+    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation._fine_tune", stop)
     assert main(command) == 2
     store = tmp_path / "run" / "answers" / "teacher.jsonl"
     before = store.read_text().splitlines()

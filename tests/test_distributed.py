@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs, head_arguments
-from plad_fast.packing import PreferenceCollator
+from plad_fast.models.head import causal_lm_logprobs, head_arguments
 from tests._process_sets import results, start
 from tests._wrapped_losses import FOUR, GROUPS, LOSSES, ZERO_LOSSES
 from tests._wrapped_trainings import HAS_TRANSFORMERS_5, REFUSED, TRAININGS, ZERO_TRAININGS

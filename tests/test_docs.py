@@ -209,10 +209,10 @@ def test_the_reference_is_up_to_date():
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("plad_fast.ops", "linear_sequence_logprobs"),
-        ("plad_fast.fused", "fused_linear_preference_loss"),
-        ("plad_fast.vocab_parallel", "vocab_parallel_sequence_logprobs"),
-        ("plad_fast.head", "causal_lm_logprobs"),
+        ("plad_fast.ops.logprobs", "linear_sequence_logprobs"),
+        ("plad_fast.ops.preference_losses", "fused_linear_preference_loss"),
+        ("plad_fast.ops.vocab_parallel.api", "vocab_parallel_sequence_logprobs"),
+        ("plad_fast.models.head", "causal_lm_logprobs"),
     ],
 )
 def test_the_reference_has_every_parameter(module, name):

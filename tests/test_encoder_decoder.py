@@ -10,18 +10,20 @@ import torch
 import transformers
 from torch import nn
 
-from plad_fast._pair_scores import score_pairs
-from plad_fast.bins import pack
 from plad_fast.cli import main
-from plad_fast.depth import depth, drop_layers
-from plad_fast.encoder_decoder import decoder_start_token
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.tokenization import encode_group, tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.head import backbone_hidden, base_model, causal_lm_logprobs, check_head
-from plad_fast.packing import PreferenceCollator
-from plad_fast.pairs import LocalModel, Prompt, Sampling
-from plad_fast.sharing import prepare
-from plad_fast.students import load_model
-from plad_fast.tokenization import encode_group, tokenize_dataset
+from plad_fast.models.encoder_decoder import decoder_start_token
+from plad_fast.models.head import backbone_hidden, base_model, causal_lm_logprobs, check_head
+from plad_fast.models.layer_drop import depth, drop_layers
+from plad_fast.models.loading import load_model
+from plad_fast.models.response_scores import score_pairs
+from plad_fast.models.sharing import prepare
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.training.bins import pack
 from tests.conftest import BOS, END
 from tests.recipe_runs import arguments
 from tests.trainings import PAIRS, assert_same_weights, build, last_log, weights

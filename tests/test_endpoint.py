@@ -13,12 +13,14 @@ import pytest
 
 pytest.importorskip("openai")
 
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, Failure, Prompt, Sampling
-from plad_fast.pairs._retries import LONGEST_ASKED, pause, retry_after
-from plad_fast.pairs.endpoint import ChatRequest, Choice, Endpoint, Reply
-from plad_fast.pairs.endpoint_model import EndpointModel, request_seed
-from plad_fast.pairs.trials import try_endpoints
+from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Choice, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint.model import EndpointModel, request_seed
+from plad_fast.pairs.generation.endpoint.retries import LONGEST_ASKED, pause, retry_after
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer, Failure
+from plad_fast.pairs.scoring.trials import try_endpoints
 from tests.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 KEY = "sk-planted-0123456789"

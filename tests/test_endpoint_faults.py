@@ -15,9 +15,12 @@ import pytest
 
 pytest.importorskip("openai")
 
-from plad_fast.pairs import AnswerStore, Prompt, Sampling, generate_answers
-from plad_fast.pairs.endpoint import Endpoint
-from plad_fast.pairs.endpoint_model import EndpointModel
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
+from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.sampling import Sampling
 from tests.fault_server import FAULTS, FaultServer, Step, answer_to, schedule
 
 KEY = "sk-planted-0123456789"

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("openai")
 
 from plad_fast.errors import UsageError
-from plad_fast.pairs import endpoint as module
-from plad_fast.pairs._client import most_bytes
-from plad_fast.pairs.endpoint import ChatRequest, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint import chat_endpoint as module
+from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint.client import most_bytes
 from tests.reply_fuzz import PIECE, Fuzzed, any_reply, bomb, install
 
 REQUEST = ChatRequest([{"role": "user", "content": "2+2?"}], 64, n=2, temperature=0.7, seed=1)

@@ -11,14 +11,16 @@ import pytest
 
 pytest.importorskip("openai")
 
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, Failure, Prompt, Sampling
-from plad_fast.pairs._access import check_variable, warn_of_clear_text
-from plad_fast.pairs._refusals import find_refusal
-from plad_fast.pairs._secrets import one_line
-from plad_fast.pairs.endpoint import ChatRequest, Endpoint
-from plad_fast.pairs.endpoint_model import EndpointModel
-from plad_fast.recipe import DistillConfig
+from plad_fast.pairs.generation.endpoint.access import check_variable, warn_of_clear_text
+from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Endpoint
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.endpoint.refusals import find_refusal
+from plad_fast.pairs.generation.endpoint.secrets import one_line
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer, Failure
+from plad_fast.recipe.settings import DistillConfig
 from tests.fault_server import FaultServer, Step, answer_to, said
 from tests.reply_fuzz import Fuzzed, install
 
@@ -318,7 +320,10 @@ def test_an_endpoint_that_is_not_there_says_so_at_once(host, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     waits = []
-    monkeypatch.setattr("plad_fast.pairs.endpoint.pause", lambda *_, **__: waits.append(1) or 0.0)
+    monkeypatch.setattr(
+        "plad_fast.pairs.generation.endpoint.chat_endpoint.pause",
+        lambda *_, **__: waits.append(1) or 0.0,
+    )
     teacher = EndpointModel(Endpoint("m", base_url=f"http://{host}:{port}/v1"), "teacher")
     with pytest.raises(UsageError, match=f"{host}:{port}.*no connection"):
         teacher.try_out(Sampling())
@@ -329,7 +334,10 @@ def test_an_endpoint_that_is_not_there_says_so_at_once(host, monkeypatch):
 
 def test_a_server_that_was_there_is_waited_for(monkeypatch):
     waits = []
-    monkeypatch.setattr("plad_fast.pairs.endpoint.pause", lambda *_, **__: waits.append(1) or 0.0)
+    monkeypatch.setattr(
+        "plad_fast.pairs.generation.endpoint.chat_endpoint.pause",
+        lambda *_, **__: waits.append(1) or 0.0,
+    )
     body = json.dumps({"choices": [said("4")]}).encode()
 
     def gone_after_one(httpx, request):

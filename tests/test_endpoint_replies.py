@@ -8,12 +8,16 @@ import pytest
 
 pytest.importorskip("openai")
 
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, AnswerStore, Failure, Prompt, Sampling, stored_answers
-from plad_fast.pairs._finish import known_end
-from plad_fast.pairs._thoughts import after_thought, holds_thought
-from plad_fast.pairs.endpoint import Endpoint
-from plad_fast.pairs.endpoint_model import EndpointModel
+from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.finish import known_end
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer, Failure
+from plad_fast.pairs.generation.thoughts import after_thought, holds_thought
 from tests.fault_server import FaultServer, Step, said
 
 HALF = "The three steps are: first, open the"

@@ -11,16 +11,16 @@ import pytest
 import torch
 import transformers
 
-from plad_fast.chat import render_response
+from plad_fast.data.chat import render_response
+from plad_fast.data.tokenization import encode_prompt
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import (
+from plad_fast.evaluation.compare import (
     StudentOutputs,
     comparison_table,
     evaluate_students,
     score_pairs,
     write_metrics,
 )
-from plad_fast.tokenization import encode_prompt
 
 PAIRS = [
     {"id": "a", "prompt": "Say hello: ", "chosen": "hello", "rejected": "hm"},

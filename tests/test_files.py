@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from plad_fast._files import publish_folder, sync_folder, sync_tree, write_atomically
+from plad_fast.data.files import publish_folder, sync_folder, sync_tree, write_atomically
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/fd").is_dir(), reason="tells descriptors apart by /proc"

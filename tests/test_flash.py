@@ -12,15 +12,15 @@ from naive import attention_by_definition, features, naive_logprobs, relative
 from tiny_models import WINDOW, make_model
 from torch import nn
 
-import plad_fast._flash
-import plad_fast.attention
-from plad_fast._flash import load_flash
-from plad_fast.attention import packed_attention
+import plad_fast.models.attention.flash
+import plad_fast.models.attention.packed
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs
-from plad_fast.packing import PreferenceCollator
-from plad_fast.row_layout import RowLayout
-from plad_fast.sharing import prepare
+from plad_fast.models.attention.flash import load_flash
+from plad_fast.models.attention.packed import packed_attention
+from plad_fast.models.head import causal_lm_logprobs
+from plad_fast.models.sharing import prepare
 
 ROW = RowLayout(((9, 5, 3), (7,), (3, 6, 0, 6), (1, 1, 1)))
 GROUPS = features([9, 7, 3], [(5, 3), (1, 4), (6, 6)])
@@ -149,7 +149,7 @@ class Fake:
 def install(monkeypatch):
     def put(*args, **kwargs):
         fake = Fake(*args, **kwargs)
-        for module in (plad_fast._flash, plad_fast.attention):
+        for module in (plad_fast.models.attention.flash, plad_fast.models.attention.packed):
             monkeypatch.setattr(module, "load_flash", lambda **_: fake.function)
         return fake
 
@@ -337,7 +337,7 @@ def test_a_broken_build_is_named(monkeypatch, caplog):
     def fail(name):
         raise RuntimeError("undefined symbol")
 
-    monkeypatch.setattr(plad_fast._flash.importlib, "import_module", fail)
+    monkeypatch.setattr(plad_fast.models.attention.flash.importlib, "import_module", fail)
     with caplog.at_level(logging.WARNING, logger="plad_fast"):
         assert installed(monkeypatch) is None
     assert "flash_attn is installed and does not load: undefined symbol" in caplog.text

@@ -17,7 +17,7 @@ from plad_fast import (
     preference_loss,
     sequence_logprobs,
 )
-from plad_fast.workspace import compacting_order
+from plad_fast.ops.impl.workspace import compacting_order
 from tests.loss_options import REQUIRED
 from tests.problems import assert_within_budget, make_problem, oracle, problems
 
@@ -118,7 +118,7 @@ def test_pairs_at_and_around_the_hinge(loss, scratch_rows):
 @pytest.mark.parametrize("scratch_rows", [3, None])
 def test_all_inactive_multiplies_only_forward(scratch_rows, monkeypatch):
     """A satisfied batch costs one product and has exactly zero gradients."""
-    from plad_fast import products
+    from plad_fast.ops.impl import products
 
     def refuse(*args):
         raise AssertionError("a gradient product ran")
@@ -138,7 +138,7 @@ def test_all_inactive_multiplies_only_forward(scratch_rows, monkeypatch):
 
 def test_only_active_rows_are_multiplied(monkeypatch):
     """Half of the pairs inactive: half of the rows in the gradient products."""
-    from plad_fast import products
+    from plad_fast.ops.impl import products
 
     seen = []
     real = products.Products.grad_hidden
@@ -200,7 +200,7 @@ def test_float16_gradients_survive_until_the_loss_scale_arrives():
 
 
 def test_no_gradient_is_made_without_a_leaf_that_wants_one(monkeypatch):
-    from plad_fast import products
+    from plad_fast.ops.impl import products
 
     monkeypatch.setattr(products.Products, "grad_hidden", None)
     monkeypatch.setattr(products.Products, "add_grad_weight", None)
@@ -325,7 +325,7 @@ def test_gradients_are_freed_with_the_graph():
 
 def test_a_long_group_computes_only_its_first_rows_again(monkeypatch):
     """Of 10 rows in a buffer of 7 the last 7 are still there when the gradient is known."""
-    from plad_fast import products
+    from plad_fast.ops.impl import products
 
     seen = []
     real = products.Products.logits

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from plad_fast import preference_loss
-from plad_fast.trl_options import (
+from plad_fast.losses.trl_options import (
     DPO_LOSSES,
     KTO_LOSSES,
     translate_cpo,

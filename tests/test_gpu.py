@@ -193,9 +193,9 @@ def rounded_attention(tensors, dtype, attend):
 )
 def test_attention_over_a_packed_row(implementation, options):
     """No worse than plain products over the whole row, in the same 16 bits."""
-    from plad_fast._flash import load_flash
-    from plad_fast.attention import packed_attention
-    from plad_fast.row_layout import RowLayout
+    from plad_fast.data.row_layout import RowLayout
+    from plad_fast.models.attention.flash import load_flash
+    from plad_fast.models.attention.packed import packed_attention
 
     if implementation == "flash" and load_flash() is None:
         pytest.skip("flash-attn is not installed")
@@ -229,9 +229,9 @@ def test_attention_over_a_packed_row(implementation, options):
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_shared_prompts_in_mixed_precision(layout):
     """By default flash-attn is taken where it is installed, under autocast too."""
-    from plad_fast.head import causal_lm_logprobs
-    from plad_fast.packing import PreferenceCollator, to_device
-    from plad_fast.sharing import prepare
+    from plad_fast.data.packing import PreferenceCollator, to_device
+    from plad_fast.models.head import causal_lm_logprobs
+    from plad_fast.models.sharing import prepare
 
     groups = features([90, 70, 30], [(50, 30), (10, 40), (60, 60)])
     expected = torch.cat(naive_logprobs(make_model("mistral"), groups))

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.head import (
+from plad_fast.models.head import (
     backbone_hidden,
     call_inside,
     causal_lm_logprobs,
@@ -19,7 +20,6 @@ from plad_fast.head import (
     find_head,
     unwrap,
 )
-from plad_fast.packing import PreferenceCollator
 
 COMMON = {
     "vocab_size": 61,

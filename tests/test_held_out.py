@@ -8,10 +8,10 @@ import logging
 import numpy as np
 import pytest
 
-from plad_fast import held_out as module
-from plad_fast._pair_scores import score_responses
+from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
-from plad_fast.held_out import (
+from plad_fast.evaluation import run_students as module
+from plad_fast.evaluation.run_students import (
     HeldOut,
     calibration_file,
     draw_plots,
@@ -19,9 +19,10 @@ from plad_fast.held_out import (
     scorer_file,
     student_files,
 )
-from plad_fast.pairs import Prompt, Sampling, as_messages
-from plad_fast.pairs.scoring import FunctionScorer
-from plad_fast.students import load_model, load_tokenizer
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.response_scores import score_responses
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.scoring.scorers import FunctionScorer
 
 SAMPLING = Sampling(max_new_tokens=60, temperature=1.0, seed=3)
 PROMPTS = [Prompt(f"p{i}", f"Say {word}") for i, word in enumerate(("hello", "no", "stop"))]

@@ -23,9 +23,9 @@ datasets = pytest.importorskip("datasets")
 if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 15):
     pytest.skip("the integration is for TRL 1.15 and newer", allow_module_level=True)
 
-from plad_fast.integrations import _pair_rows  # noqa: E402
-from plad_fast.integrations.trl import use_plad_fast  # noqa: E402
-from plad_fast.objective import Objective  # noqa: E402
+from plad_fast.integrations.trl import pair_rows as _pair_rows  # noqa: E402
+from plad_fast.integrations.trl.use import use_plad_fast  # noqa: E402
+from plad_fast.losses.objective import Objective  # noqa: E402
 
 # A common beginning longer than the prompt, one response that continues the other, an empty
 # prompt but for BOS, and lengths that differ: no batch is a rectangle.
@@ -654,7 +654,7 @@ def test_nothing_else_needs_trl():
     code = """
 import sys
 sys.modules["trl"] = None
-import torch, plad_fast, plad_fast.integrations, plad_fast.trl_options
+import torch, plad_fast, plad_fast.integrations, plad_fast.losses.trl_options
 problem = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(4).long(), torch.tensor([0, 2, 4])
 assert plad_fast.fused_linear_preference_loss(*problem).loss.isfinite()
 """
@@ -668,9 +668,9 @@ assert plad_fast.fused_linear_preference_loss(*problem).loss.isfinite()
 
 def test_without_trl_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "plad_fast.integrations.trl")
+    monkeypatch.delitem(sys.modules, "plad_fast.integrations.trl.use")
     with pytest.raises(ImportError, match="pip install -U trl"):
-        importlib.import_module("plad_fast.integrations.trl")
+        importlib.import_module("plad_fast.integrations.trl.use")
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Prompt
-from plad_fast.pairs.endpoint import Choice, Endpoint, Reply
-from plad_fast.pairs.judge import Judge, JudgeReport, read_verdict
-from plad_fast.pairs.scoring import score_answers, stored_scores
-from plad_fast.pairs.teachers import Answer
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Choice, Endpoint, Reply
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.judge import Judge, JudgeReport, read_verdict
+from plad_fast.pairs.scoring.scorers import score_answers, stored_scores
 from tests.fault_server import FaultServer, Step, reasoning, said
 
 PROMPT = Prompt("p", "How many legs has a cat?")

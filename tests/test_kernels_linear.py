@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from problems import Problem, assert_within_budget, make_problem
 from torch import Tensor
 
-from plad_fast.reference import (
+from plad_fast.ops.reference import (
     reference_logits,
     reference_sequence_sums,
     reference_token_logprobs,

@@ -19,19 +19,15 @@ from hypothesis import strategies as st
 from problems import assert_within_budget
 from torch import Tensor
 
-from plad_fast.reference import transform_logits
-from plad_fast.workspace import compacting_order
+from plad_fast.ops.impl.workspace import compacting_order
+from plad_fast.ops.reference import transform_logits
 
 pytest.importorskip("triton")
 
 from interpreter import gpu_minimum, poisoned_memory  # noqa: F401
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import RowsConfig, SegmentsConfig
-from plad_fast.kernels.logits_rows import (
-    RowStatistics,
-    logits_rows_backward,
-    logits_rows_forward,
-)
+from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward, logits_rows_forward
 from plad_fast.kernels.segments import segment_sums
 from triton.runtime import interpreter
 

@@ -21,7 +21,7 @@ from plad_fast import (
     preference_loss,
     register_loss,
 )
-from plad_fast.recipe import DistillConfig
+from plad_fast.recipe.settings import DistillConfig
 from tests.loss_options import REQUIRED
 from tests.problems import make_problem
 

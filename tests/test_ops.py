@@ -11,17 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_fast import (
-    UsageError,
-    dispatch,
-    linear_sequence_logprobs,
-    products,
-    segments,
-    sequence_logprobs,
-)
-from plad_fast._devices import autocast_dtype
-from plad_fast.doctor import diagnose
-from plad_fast.reference import reference_logits
+from plad_fast import UsageError, linear_sequence_logprobs, sequence_logprobs
+from plad_fast.losses import segments
+from plad_fast.models.devices import autocast_dtype
+from plad_fast.ops import backend as dispatch
+from plad_fast.ops.impl import products
+from plad_fast.ops.reference import reference_logits
+from plad_fast.recipe.doctor import diagnose
 from tests.problems import (
     assert_within_budget,
     make_problem,

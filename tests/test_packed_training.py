@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from plad_fast import reference_logps
-from plad_fast.bins import pack
 from plad_fast.errors import UsageError
-from plad_fast.micro_batches import split_to
-from plad_fast.trainer import PLaDTrainer
+from plad_fast.training import reference_logps
+from plad_fast.training.bins import pack
+from plad_fast.training.micro_batches import split_to
+from plad_fast.training.trainer import PLaDTrainer
 from tests.trainings import PAIRS, RANKED, assert_same_weights, last_log, weights
 
 ADAM = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 3e-3}

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import places, sequences
 
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.packing import PreferenceCollator
 
 # Those with prompt and response in one row; for the other see test_encoder_decoder.py.
 LAYOUTS = ["padded", "packed", "shared"]

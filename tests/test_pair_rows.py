@@ -9,10 +9,12 @@ import json
 import pytest
 from datasets import Dataset
 
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, Prompt, build_pairs
-from plad_fast.pairs.scoring import open_scorer, score_answers
-from plad_fast.tokenization import tokenize_dataset
+from plad_fast.pairs.build import build_pairs
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.scorers import open_scorer, score_answers
 from tests.trainings import last_log, weights
 
 PROMPTS = [Prompt(str(k), f"What is {k}?", reference=f"{k} is a number") for k in range(4)]

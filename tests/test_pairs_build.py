@@ -9,19 +9,15 @@ from dataclasses import replace
 
 import pytest
 
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs import (
-    Answer,
-    AnswerStore,
-    LocalModel,
-    PairReport,
-    Prompt,
-    Sampling,
-    build_pairs,
-    generate_answers,
-    stored_answers,
-)
+from plad_fast.pairs.build import PairReport, build_pairs
 from plad_fast.pairs.filters import PairFilters, drop_reason
+from plad_fast.pairs.generation.answering import generate_answers, stored_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer
 
 CHAT = [{"role": "user", "content": "Hi"}]
 

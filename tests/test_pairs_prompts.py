@@ -8,14 +8,14 @@ import types
 
 import pytest
 
-from plad_fast.errors import UsageError
-from plad_fast.pairs.prompts import (
+from plad_fast.data.prompts import (
     Prompt,
     as_messages,
     builtin_prompts,
     load_prompts,
     require_unique_ids,
 )
+from plad_fast.errors import UsageError
 
 ROWS = [
     {"id": "a", "prompt": "One?", "topic": "x", "answer": "1"},
@@ -165,7 +165,7 @@ def test_a_folder_of_data_files_is_read(tmp_path, jsonl, monkeypatch):
     ],
 )
 def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
-    from plad_fast._recipe_data import read_pairs
+    from plad_fast.recipe.inputs import read_pairs
 
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2
     write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], "prompt": text}])

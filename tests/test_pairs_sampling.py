@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.tokenization import encode_group
 from plad_fast.errors import UsageError
-from plad_fast.pairs.local_model import LocalModel, end_tokens
-from plad_fast.pairs.prompts import Prompt
-from plad_fast.pairs.refill import Row
-from plad_fast.pairs.sampling import RowSampler, Sampling, invert_cdf, row_uniforms
-from plad_fast.tokenization import encode_group
+from plad_fast.pairs.generation.local_model import LocalModel, end_tokens
+from plad_fast.pairs.generation.refill import Row
+from plad_fast.pairs.generation.sampling import RowSampler, Sampling, invert_cdf, row_uniforms
 from tests.tokenizer_families import load, single_bytes, unigram
 
 # First numbers of prompt "a" under seed 3.

@@ -12,12 +12,13 @@ import time
 
 import pytest
 
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Prompt, Sampling
-from plad_fast.pairs._set_aside import set_rows_aside
-from plad_fast.pairs.answering import stored_answers
-from plad_fast.pairs.given import CallableModel
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.given import CallableModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.set_aside import set_rows_aside
 
 SETTINGS = {"model": "m", "sampling": {"temperature": 1.0, "stop": ("a", "b")}}
 

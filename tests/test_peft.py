@@ -13,9 +13,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from plad_fast import fused_linear_preference_loss, linear_sequence_logprobs
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs, check_head, find_head, head_arguments
-from plad_fast.packing import PreferenceCollator
+from plad_fast.models.head import causal_lm_logprobs, check_head, find_head, head_arguments
 from tests.test_head import FEATURES, build, naive_sums
 
 peft = pytest.importorskip("peft")

@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from plad_fast import reference_logps
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import LocalModel, Prompt, Sampling
-from plad_fast.students import load_model
+from plad_fast.models.loading import load_model
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.training import reference_logps
 from tests.test_peft import quantise
 from tests.test_trainer import naive_logps
 from tests.trainings import PAIRS, assert_same_weights, last_log, weights

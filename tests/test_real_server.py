@@ -19,16 +19,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving")  # not in transformers 4
 
-from plad_fast.pairs import (
-    AnswerStore,
-    LocalModel,
-    Prompt,
-    Sampling,
-    build_pairs,
-    builtin_prompts,
-    generate_answers,
-)
-from plad_fast.pairs.sources import open_teacher
+from plad_fast.data.prompts import Prompt, builtin_prompts
+from plad_fast.data.store import AnswerStore
+from plad_fast.pairs.build import build_pairs
+from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.sources import open_teacher
 
 KEY = "sk-planted-0123456789"
 
@@ -70,7 +67,7 @@ def answers(model, prompts, path, sampling):
 
 def test_pairs_from_a_served_teacher(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):
     """Greedy answers must be those that the same model gives here; sampled ones make pairs."""
-    from plad_fast.students import load_model
+    from plad_fast.models.loading import load_model
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     folder = tmp_path / "teacher"
@@ -104,7 +101,7 @@ def test_pairs_from_a_served_teacher(tiny_teacher, tiny_tokenizer, tmp_path, mon
 def test_pairs_from_smollm2_behind_a_server(tmp_path, capsys):
     """Minutes on two cores. The student is the teacher itself, drawn at a higher temperature:
     one of fewer layers would have to be trained first to come to an end."""
-    from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+    from plad_fast.models.loading import load_model, load_tokenizer, offline_teacher_path
 
     source = offline_teacher_path()
     model, tokenizer = load_model(source), load_tokenizer(source)

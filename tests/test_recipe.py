@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from plad_fast import UsageError, cli
-from plad_fast._recipe_data import load_recipe_prompts, read_jsonl, split_prompts, write_jsonl
 from plad_fast.cli import main
-from plad_fast.pairs import Prompt
-from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
+from plad_fast.data.prompts import Prompt
+from plad_fast.recipe.inputs import load_recipe_prompts, read_jsonl, split_prompts, write_jsonl
+from plad_fast.recipe.settings import DistillConfig, coerce, flag, load_settings
 
 
 def test_split_is_disjoint_complete_and_seeded():

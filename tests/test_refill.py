@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from plad_fast.pairs import LocalModel, Prompt, Sampling
-from plad_fast.pairs.refill import Refill, Row, RowDecoder
-from plad_fast.pairs.refill_check import why_not_refill
+from plad_fast.data.prompts import Prompt
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.refill import Refill, Row, RowDecoder, why_not_refill
+from plad_fast.pairs.generation.sampling import Sampling
 from tests.tiny_models import PADDED, SHARED, VOCAB, make_model
 
 REFILLED = [*SHARED, "gpt_neo", "bloom", "falcon_alibi"]

@@ -9,14 +9,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from plad_fast.calibration import ScoredSamples
-from plad_fast.calibration_plots import plot_reliability
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import StudentOutputs, evaluate_students
-from plad_fast.held_out import margin_unit
-from plad_fast.held_out_samples import HeldOutSamples, measure_calibration
-from plad_fast.plots import plot_comparison, plot_margins, plot_training
-from plad_fast.report import headline, write_report
+from plad_fast.evaluation.calibration import ScoredSamples
+from plad_fast.evaluation.compare import StudentOutputs, evaluate_students
+from plad_fast.evaluation.report.html import headline, write_report
+from plad_fast.evaluation.report.plots import (
+    plot_comparison,
+    plot_margins,
+    plot_reliability,
+    plot_training,
+)
+from plad_fast.evaluation.run_students import margin_unit
+from plad_fast.evaluation.samples import HeldOutSamples, measure_calibration
 
 ATTACK = "<script>alert('x')</script> & \"quotes\""
 WORDS = [f"w{i}" for i in range(13)]

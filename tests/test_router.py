@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
+from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.head import causal_lm_logprobs
-from plad_fast.packing import PreferenceCollator
-from plad_fast.router import asks_for_router_loss, check_router_loss, router_losses
-from plad_fast.sharing import prepare
-from plad_fast.training_metrics import PreferenceMeter
+from plad_fast.models.head import causal_lm_logprobs
+from plad_fast.models.router import asks_for_router_loss, check_router_loss, router_losses
+from plad_fast.models.sharing import prepare
+from plad_fast.training.metrics import PreferenceMeter
 from tests.test_encoder_decoder import make_model as make_encoder_decoder
 from tests.test_head import FEATURES
 from tests.test_trainer import naive_logps

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import seen_by_definition
 
-from plad_fast.row_layout import RowLayout
+from plad_fast.data.row_layout import RowLayout
 
 CPU = torch.device("cpu")
 

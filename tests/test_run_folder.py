@@ -10,9 +10,9 @@ import shutil
 import pytest
 
 from plad_fast import UsageError
-from plad_fast.pairs import AnswerStore
-from plad_fast.recipe import DistillConfig
-from plad_fast.run_folder import RunFolder, Stage
+from plad_fast.data.store import AnswerStore
+from plad_fast.recipe.run_folder import RunFolder, Stage
+from plad_fast.recipe.settings import DistillConfig
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):

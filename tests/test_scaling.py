@@ -35,13 +35,13 @@ from benchmarks.scaling_count import (
 from benchmarks.scaling_plan import SCRATCH_BYTES, STRATEGIES, Plan
 from benchmarks.scaling_rates import GPUS
 from plad_fast import fused_linear_preference_loss
-from plad_fast.dispatch import _MAX_CUDA_SCRATCH_BYTES
-from plad_fast.head import head_arguments
-from plad_fast.logit_spec import LogitSpec
-from plad_fast.packing import PreferenceBatch, PreferenceCollator
-from plad_fast.sharing import prepare
-from plad_fast.training_config import PLaDConfig
-from plad_fast.workspace import Workspace
+from plad_fast.data.packing import PreferenceBatch, PreferenceCollator
+from plad_fast.models.head import head_arguments
+from plad_fast.models.sharing import prepare
+from plad_fast.ops.backend import _MAX_CUDA_SCRATCH_BYTES
+from plad_fast.ops.impl.workspace import Workspace
+from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.training.config import PLaDConfig
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"

@@ -10,12 +10,14 @@ import shutil
 import pytest
 import torch
 
-from plad_fast.chat import render_prompt, render_response
+from plad_fast.data.chat import render_prompt, render_response
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import score_pairs
-from plad_fast.pairs import Answer, Prompt, as_response
-from plad_fast.pairs.model_scorers import Likelihood, RewardModel
-from plad_fast.pairs.scoring import (
+from plad_fast.evaluation.compare import score_pairs
+from plad_fast.pairs.build import as_response
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.models import Likelihood, RewardModel
+from plad_fast.pairs.scoring.scorers import (
     FunctionScorer,
     Length,
     Rouge,

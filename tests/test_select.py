@@ -6,9 +6,11 @@ import math
 
 import pytest
 
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, PairReport, Prompt, build_pairs
+from plad_fast.pairs.build import PairReport, build_pairs
 from plad_fast.pairs.filters import PairFilters
+from plad_fast.pairs.generation.text_model import Answer
 
 PROMPT = Prompt("p", "Q:\n", reference="gold")
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from plad_fast.cli import main
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs import AnswerStore, LocalModel, Prompt, Sampling, stored_answers
-from plad_fast.pairs.answering import discard_answers
-from plad_fast.pairs.sharding import share
-from plad_fast.students import load_model, load_tokenizer
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.pairs.generation.answering import discard_answers, stored_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.ranks import share
+from plad_fast.pairs.generation.sampling import Sampling
 
 PROMPTS = [Prompt(f"p{i}", "word " * (i % 5 + 1) + str(i)) for i in range(11)]
 SETTINGS = {"max_new_tokens": 10, "batch_size": 3, "n": 2}

@@ -21,13 +21,13 @@ from naive import (
 from tiny_models import PADDED, SHARED, make_model
 from torch import nn
 
-import plad_fast.attention
-from plad_fast.attention import is_enabled
+import plad_fast.models.attention.packed
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.head import batch_hidden, causal_lm_logprobs
-from plad_fast.packing import PreferenceCollator
-from plad_fast.row_layout import RowLayout
-from plad_fast.sharing import prepare
+from plad_fast.models.attention.packed import is_enabled
+from plad_fast.models.head import batch_hidden, causal_lm_logprobs
+from plad_fast.models.sharing import prepare
 
 TOLERANCE = 1e-5
 # Gradients of sinks are small sums of large terms: in float32 the naive forward itself is up to
@@ -241,12 +241,12 @@ def test_planted_faults_in_the_batch_are_seen(name, fault):
 )
 def test_planted_faults_in_the_attention_are_seen(name, argument, monkeypatch):
     model = ready(name)
-    whole = plad_fast.attention.packed_attention
+    whole = plad_fast.models.attention.packed.packed_attention
 
     def without(*args, **kwargs):
         return whole(*args, **{**kwargs, argument: None})
 
-    monkeypatch.setattr(plad_fast.attention, "packed_attention", without)
+    monkeypatch.setattr(plad_fast.models.attention.packed, "packed_attention", without)
     found = our_step(model, collate(PAIRS, "shared"), 2)
     assert largest_error(found, naive_step_of(name, "pairs")) > VISIBLE
 
@@ -331,14 +331,14 @@ def test_self_check_allows_for_the_rounding_of_autocast(name, attention):
 
 def test_self_check_sees_a_leak(monkeypatch):
     """A mask that lets responses see each other, in whatever layer."""
-    whole = plad_fast.attention.packed_attention
+    whole = plad_fast.models.attention.packed.packed_attention
 
     def leak(module, query, key, value, row_layout, **kwargs):
         if module.layer_idx == 2 and row_layout.trace is None:
             row_layout = replace(row_layout, groups=tuple((sum(g),) for g in row_layout.groups))
         return whole(module, query, key, value, row_layout, **kwargs)
 
-    monkeypatch.setattr(plad_fast.attention, "packed_attention", leak)
+    monkeypatch.setattr(plad_fast.models.attention.packed, "packed_attention", leak)
     with pytest.raises(UsageError, match="other log-probabilities"):
         prepare(make_model("llama"))
 

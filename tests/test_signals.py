@@ -12,9 +12,9 @@ import threading
 
 import pytest
 
-from plad_fast._signals import Terminated, deferred_signals, raised_signals
 from plad_fast.cli import main
-from plad_fast.training import train_model
+from plad_fast.training.signals import Terminated, deferred_signals, raised_signals
+from plad_fast.training.train import train_model
 from tests.recipe_runs import HELD, signal_at, write_pairs
 
 pty = pytest.importorskip("pty", reason="sends POSIX signals")
@@ -89,7 +89,7 @@ def test_a_terminal_that_is_closed_takes_no_step_with_it(tiny_teacher, pairs, tm
 
 def test_every_step_can_be_gone_on_from(tiny_teacher, pairs, straight, tmp_path, monkeypatch):
     """Ended at each step in turn, a training that never gets further than one ends the same."""
-    from plad_fast._checkpoints import Checkpoints
+    from plad_fast.training.checkpoints import Checkpoints
 
     real = Checkpoints.on_step_end
     steps = []
@@ -117,7 +117,7 @@ def test_a_second_signal_ends_a_training_at_once(tiny_teacher, pairs, tmp_path):
         3,
         command,
         [signal.SIGINT, signal.SIGINT],
-        before="import plad_fast._signals as s; s._SAME = 0",
+        before="import plad_fast.training.signals as s; s._SAME = 0",
     )
     assert done.returncode == 130, done.stderr
     assert not list(tmp_path.glob("*/checkpoint-*"))
@@ -126,8 +126,8 @@ def test_a_second_signal_ends_a_training_at_once(tiny_teacher, pairs, tmp_path):
 
 HANGING = """
 import hashlib, sys
-import plad_fast._signals as s
-import plad_fast.trainer as trainer
+import plad_fast.training.signals as s
+import plad_fast.training.trainer as trainer
 from plad_fast.cli import main
 s._SAME = s._GRACE = 0
 def hang(*args, **kwargs):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from plad_fast.cli import main
-from plad_fast.run_folder import RunFolder, lock_folder
-from plad_fast.students import load_model
+from plad_fast.data.locks import lock_folder
+from plad_fast.models.loading import load_model
+from plad_fast.recipe.run_folder import RunFolder
 from tests.recipe_runs import kill_at, write_pairs
 
 
@@ -232,7 +233,7 @@ def test_pairs_of_other_prompts_or_settings_are_not_replaced(
         "student_temperature was 1.0 and is 0.5": [*command, "--student-temperature", "0.5"],
     }
     with monkeypatch.context() as patch:
-        patch.setattr("plad_fast.pairs.sources.open_local_model", None)
+        patch.setattr("plad_fast.pairs.generation.sources.open_local_model", None)
         for message, other in others.items():
             assert main(other) == 2
             error = capsys.readouterr().err
@@ -256,7 +257,7 @@ def test_other_pairs_are_made_of_the_answers_that_are_there(
     command = pair(tiny_teacher, tiny_teacher, pairs, output)
     assert main(command) == 0
     first = (output / "pairs.jsonl").read_bytes()
-    monkeypatch.setattr("plad_fast.pairs.sources.open_local_model", None)
+    monkeypatch.setattr("plad_fast.pairs.generation.sources.open_local_model", None)
     for scorer in ("length", "brevity", "length"):
         by_score = [*command, "--scorer", scorer, "--select", "best-worst-pooled"]
         assert main(by_score) == 0
@@ -352,7 +353,7 @@ def test_an_interrupted_overwriting_goes_on_without_the_flag(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("plad_fast.stages.stored_answers", interrupted)
+        patch.setattr("plad_fast.recipe.stages.stored_answers", interrupted)
         assert main([*anew, "--overwrite"]) == 130
     assert [path.name for path in output.iterdir()] == ["stage.json"]
     assert main(anew) == 0

@@ -21,18 +21,17 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from plad_fast._load_errors import reason_of
-from plad_fast._places import holds_model
-from plad_fast.depth import drop_layers
-from plad_fast.errors import UsageError
-from plad_fast.pairs._reward_config import read_reward_config
-from plad_fast.students import (
+from plad_fast.data.places import holds_model
+from plad_fast.errors import UsageError, reason_of
+from plad_fast.models.layer_drop import drop_layers
+from plad_fast.models.loading import (
     check_loadable,
     is_encoder_decoder,
     load_model,
     load_tokenizer,
     offline_teacher_path,
 )
+from plad_fast.pairs.scoring.models import read_reward_config
 
 COMMON = {
     "vocab_size": 61,
@@ -436,7 +435,7 @@ def test_offline_is_a_student_wherever_one_can_be_named(tiny_teacher, tmp_path, 
         raise UsageError("enough")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("plad_fast.students.offline_teacher_path", lambda: tiny_teacher)
+    monkeypatch.setattr("plad_fast.models.loading.offline_teacher_path", lambda: tiny_teacher)
     rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(8)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for module, name, command in (

@@ -6,14 +6,22 @@ import json
 
 import pytest
 
-from plad_fast._devices import best_device
+from plad_fast.data.prompts import Prompt, load_prompts
+from plad_fast.data.store import AnswerStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, AnswerStore, Failure, Prompt, Sampling, generate_answers
-from plad_fast.pairs.given import CallableModel, ColumnModel, column_answers
-from plad_fast.pairs.prompts import load_prompts
-from plad_fast.pairs.sources import OFFLINE, open_teacher, split_spec, teacher_fingerprint
-from plad_fast.pairs.vllm_model import VllmModel
-from plad_fast.recipe import DistillConfig
+from plad_fast.models.devices import best_device
+from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.given import CallableModel, ColumnModel, column_answers
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.sources import (
+    OFFLINE,
+    open_teacher,
+    split_spec,
+    teacher_fingerprint,
+)
+from plad_fast.pairs.generation.text_model import Answer, Failure
+from plad_fast.pairs.generation.vllm_model import VllmModel
+from plad_fast.recipe.settings import DistillConfig
 
 SECRET = "sk-planted-0123456789"
 PROMPTS = [Prompt("a", "A"), Prompt("b", "B"), Prompt("c", "C")]
@@ -128,7 +136,7 @@ def test_a_function_that_was_edited_is_another_teacher(tmp_path, monkeypatch):
 
 
 def test_a_local_teacher_is_loaded_when_it_is_asked(tiny_teacher, monkeypatch):
-    from plad_fast import students
+    from plad_fast.models import loading as students
 
     loaded = []
     monkeypatch.setattr(
@@ -200,7 +208,7 @@ def test_fingerprints_tell_what_answers_depend_on(tiny_teacher, tmp_path, monkey
     """Without a key, for nothing is asked; and never with one."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("plad_fast.students.offline_teacher_path", lambda: tiny_teacher)
+    monkeypatch.setattr("plad_fast.models.loading.offline_teacher_path", lambda: tiny_teacher)
     here = {"base_url": "http://127.0.0.1:1/v1/"}
     prints = [
         teacher_fingerprint("openai:m"),

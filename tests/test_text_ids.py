@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 
-from plad_fast._pair_scores import score_responses
+from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
+from plad_fast.models.response_scores import score_responses
 from tests.tokenizer_families import (
     CASES,
     TEMPLATES,
@@ -99,7 +99,7 @@ def test_log_probabilities_are_those_of_the_whole_text(tokenizer, model, row):
 def test_one_warning_tells_of_prompts_whose_end_changes(caplog):
     tokenizer = load(byte_level(), TEMPLATES["nemotron"], eos="<|im_end|>")
     rows = [{"prompt": USER, "chosen": "blue", "rejected": THOUGHT}] * 3
-    with caplog.at_level(logging.WARNING, logger="plad_fast.tokenization"):
+    with caplog.at_level(logging.WARNING, logger="plad_fast.data.tokenization"):
         tokenize_dataset(rows, tokenizer, max_length=256, name="train_dataset")
         tokenize_dataset([{"prompt": "sky?", "chosen": " x"}], tokenizer, max_length=256)
     [record] = caplog.records
@@ -125,8 +125,8 @@ def test_an_end_whose_text_is_no_token_is_added_as_one():
 
 
 def test_a_scorer_warns_once_whatever_its_batches(caplog, monkeypatch, tiny_model, tiny_tokenizer):
-    monkeypatch.setattr("plad_fast._pair_scores._TOLD", set())
-    with caplog.at_level(logging.WARNING, logger="plad_fast.tokenization"):
+    monkeypatch.setattr("plad_fast.models.response_scores._TOLD", set())
+    with caplog.at_level(logging.WARNING, logger="plad_fast.data.tokenization"):
         for _ in range(2):
             rows = [([{"role": "user", "content": "<|end|>"}], ["a"])]
             score_responses(tiny_model, tiny_tokenizer, rows, progress=False)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from plad_fast._rows import TokenLimits
-from plad_fast.chat import is_blank
+from plad_fast.data.chat import is_blank
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.rows import TokenLimits
+from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import score_pairs
-from plad_fast.packing import PreferenceCollator
-from plad_fast.tokenization import encode_group, encode_prompt, tokenize_dataset
+from plad_fast.evaluation.compare import score_pairs
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -228,7 +228,7 @@ def test_cut_prompts_and_dropped_rows_are_counted_once(tiny_tokenizer, caplog):
         {"prompt": "p", "chosen": "a" * 30, "rejected": "b"},
         {"prompt": "p", "chosen": "a", "rejected": "b"},
     ]
-    with caplog.at_level(logging.WARNING, logger="plad_fast.tokenization"):
+    with caplog.at_level(logging.WARNING, logger="plad_fast.data.tokenization"):
         data = tokenize_dataset(rows, tiny_tokenizer, max_length=16, name="train_dataset")
     assert len(data) == 2
     assert max(data["length"]) == 16
@@ -702,7 +702,7 @@ def test_visible_characters_are_not_blank():
 
 
 def test_parquet_adds_no_nulls_to_what_is_nested(tmp_path):
-    from plad_fast._recipe_data import read_pairs
+    from plad_fast.recipe.inputs import read_pairs
 
     def row(**arguments):
         call = {"function": {"name": "f", "arguments": arguments}}
@@ -716,7 +716,7 @@ def test_parquet_adds_no_nulls_to_what_is_nested(tmp_path):
 
 
 def test_a_dataset_of_pairs_is_scored_as_its_rows_are(tiny_model, tool_tokenizer):
-    from plad_fast._pair_scores import score_pairs
+    from plad_fast.models.response_scores import score_pairs
 
     rows = [
         {"prompt": CHAT, "chosen": "a", "rejected": "b", "tools": [{"name": "f", key: 1}]}

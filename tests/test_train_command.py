@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from plad_fast import PLaDConfig, PLaDTrainer, losses
 from plad_fast.cli import main
-from plad_fast.recipe import DistillConfig, flag
-from plad_fast.students import load_model, load_tokenizer
-from plad_fast.training import train_model
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.recipe.settings import DistillConfig, flag
+from plad_fast.training.train import train_model
 from tests.loss_options import REQUIRED
 from tests.recipe_runs import write_pairs
 from tests.trainings import PAIRS

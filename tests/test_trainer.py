@@ -27,10 +27,10 @@ from transformers import (
     TrainerCallback,
 )
 
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.tokenization import tokenize_dataset
-from plad_fast.trainer import PLaDConfig, PLaDTrainer
-from plad_fast.training_data import pad_token_id
+from plad_fast.models.adapters import pad_token_id
+from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
 from tests.trainings import (
     PAIRS,
     RANKED,

@@ -13,10 +13,10 @@ from plad_fast import (
     fused_linear_preference_loss,
     linear_sequence_logprobs,
     sequence_logprobs,
-    triton_backend,
 )
-from plad_fast.backend import LinearProblem, Upstream
-from plad_fast.logit_spec import LogitSpec
+from plad_fast.ops.backend import LinearProblem, Upstream
+from plad_fast.ops.impl import triton_backend
+from plad_fast.ops.logit_spec import LogitSpec
 
 pytest.importorskip("triton")
 
@@ -249,7 +249,7 @@ def test_float16_gradients_too_small_for_a_finite_inverse():
     """The scale that brings them into the range of float16 must not overflow the other way."""
     from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
 
-    from plad_fast.products import CudaHalfProducts
+    from plad_fast.ops.impl.products import CudaHalfProducts
 
     options = {
         "bias": None, "softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": -1

@@ -9,10 +9,10 @@ import re
 import pytest
 
 from plad_fast import UsageError
-from plad_fast.losses import get_loss
+from plad_fast.losses.objective import Objective
+from plad_fast.losses.registry import get_loss
 from plad_fast.losses.terms import F_DIVERGENCES
-from plad_fast.objective import Objective
-from plad_fast.trl_options import (
+from plad_fast.losses.trl_options import (
     CPO_LOSSES,
     DPO_LOSSES,
     KTO_LOSSES,

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from plad_fast.cli import main
-from plad_fast.pairs._set_aside import _fingerprint
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.data.store import AnswerStore
+from plad_fast.pairs.generation.set_aside import _fingerprint
 from tests.recipe_runs import KILLABLE, arguments, write_pairs
 
 # Before anything is written, in the middle of the work, and while the results are written.

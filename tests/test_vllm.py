@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs import Answer, Failure, Prompt, Sampling
-from plad_fast.pairs.vllm_model import VllmModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer, Failure
+from plad_fast.pairs.generation.vllm_model import VllmModel
 
 CHAT = [{"role": "user", "content": "chat"}]
 
@@ -136,7 +138,7 @@ def test_special_tokens_in_a_prompt_reach_the_model_as_text(vllm, tiny_tokenizer
 
 def test_answers_come_by_and_by(vllm, monkeypatch):
     """What is stored between two calls is not lost with a killed run."""
-    monkeypatch.setattr("plad_fast.pairs.vllm_model._AT_ONCE", 3)
+    monkeypatch.setattr("plad_fast.pairs.generation.vllm_model._AT_ONCE", 3)
     prompts = [Prompt(f"{i}", f"{i}") for i in range(4)]
     batches = VllmModel("m").generate(prompts, Sampling(n=2))
     assert len(next(batches)) == 3

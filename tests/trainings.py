@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from plad_fast.trainer import PLaDConfig
+from plad_fast.training.trainer import PLaDConfig
 from tests._two_processes import InOrder
 
 # Lengths differ on purpose: a mean of batch means would not be the mean.
