@@ -1,8 +1,8 @@
 """What one training step computes, stores and sends, counted from the shapes of a Llama.
 
-Every function here is compared with a measurement in tests/test_scaling.py: parameters with
-transformers' own count, products with those that torch's profiler sees in a real step, activations
-with the tensors that autograd saves, collectives with those that FSDP2 and DDP issue.
+Every function here is compared with a measurement in tests/benchmarks/test_scaling.py: parameters
+with transformers' own count, products with those that torch's profiler sees in a real step,
+activations with the tensors that autograd saves, collectives with those that FSDP2 and DDP issue.
 
 T tokens that enter the model, N rows that reach the LM head, D hidden, V vocabulary, S sequences.
 """

@@ -16,10 +16,10 @@ _EXPORTS = {
     "SequenceLogProbs": "plad_fast.ops.logprobs",
     "fused_linear_preference_loss": "plad_fast.ops.preference_losses",
     "FusedLoss": "plad_fast.ops.preference_losses",
-    "preference_loss": "plad_fast.losses.objective",
+    "preference_loss": "plad_fast.ops.preference_losses",
     "register_loss": "plad_fast.losses",
     "UsageError": "plad_fast.errors",
-    "PLaDConfig": "plad_fast.training.trainer",
+    "PLaDConfig": "plad_fast.training.config",
     "PLaDTrainer": "plad_fast.training.trainer",
 }
 
