@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.chat import Content, Messages, is_blank, require_unicode
-from plad_fast.data.places import shown
-from plad_fast.data.rows import made_by_arrow, refuse_template_options, without_nulls
+from plad_fast.checks import shown
+from plad_fast.data.chat import Content, Messages, is_blank
+from plad_fast.data.plain_rows import made_by_arrow, without_nulls
+from plad_fast.data.rows import refuse_template_options
 from plad_fast.data.tables import Row, Table, read_table, refuse_written_lists
-from plad_fast.data.unicode import mend
+from plad_fast.data.unicode import mend, require_unicode
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
