@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.intervals import (
@@ -29,7 +30,7 @@ from plad_fast.evaluation.intervals import (
     percentile_interval,
     require_resamples,
 )
-from plad_fast.evaluation.pooled_ranks import PooledRanks, concordance, midranks, resampled_prompts
+from plad_fast.evaluation.pooled_ranks import PooledRanks, concordance, resampled_prompts
 
 __all__ = ["ScoredSamples", "evaluate_calibration", "reliability"]
 
@@ -201,7 +202,7 @@ def reliability(
     prompt = np.repeat(np.arange(len(chosen)), [len(v) for v in logps])
     if by == "rank":
         edges = np.linspace(0.0, 1.0, min(bins, max(map(len, logps))) + 1)
-        places = np.concatenate([(midranks(v) - 0.5) / len(v) for v in logps])
+        places = np.concatenate([(rankdata(v) - 0.5) / len(v) for v in logps])
     else:
         edges = np.unique(np.quantile(flat, np.linspace(0.0, 1.0, bins + 1)))
         places = flat
@@ -287,7 +288,7 @@ def _within(samples: ScoredSamples) -> dict[str, FloatArray]:
             values["auroc_within"][p] = 0.5 * (1 + agreement / by_quality)
         if by_quality and by_logp:
             values["kendall_within"][p] = agreement / np.sqrt(by_logp * by_quality)
-            ranks = np.corrcoef(midranks(logps), midranks(quality))
+            ranks = np.corrcoef(rankdata(logps), rankdata(quality))
             values["spearman_within"][p] = ranks[0, 1]
     return values
 
