@@ -109,7 +109,8 @@ def _by_group(
         )
     numbers: dict[Hashable, int] = {}
     index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    sums = np.bincount(index, weights=values).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64)
 
 
 def _mean_of_groups(sums: FloatArray, counts: FloatArray, axis: int) -> FloatArray:
