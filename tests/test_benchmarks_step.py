@@ -82,6 +82,19 @@ def test_steps_are_drawn_from_the_csv(quick_run: tuple[str, Path], tmp_path: Pat
         draw_steps(empty, target)
 
 
+def test_rates_are_drawn_where_trl_and_plad_fast_were_measured(
+    quick_run: tuple[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot_step import RESULTS, draw_rates
+
+    target = tmp_path / "rates.png"
+    draw_rates(RESULTS / "step_cpu.csv", target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="trl"):
+        draw_rates(quick_run[1], target)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, Path]]:
     """Pairs, and the naive first step at two active shares."""
