@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md from what the tests expect of every architecture.
+"""Writes docs/supported-models.md from what the tests expect of every architecture.
 
 python docs/make_architectures.py            # or with --check: exit status 1 if it is out of date,
                                              # and the lines that differ
@@ -16,7 +16,7 @@ from pathlib import Path
 import transformers
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "supported-models.md"
 sys.path.insert(0, str(ROOT))
 
 from tests.architectures import CAUSAL, MORE_THAN_TEXT, TWO_HALVES, architectures, result  # noqa: E402
