@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(
@@ -68,20 +68,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        "plad_fast",
-        "plad_fast.integrations",
-        "plad_fast.kernels",
-        "plad_fast.losses",
-        "plad_fast.pairs",
+        *find_packages(include=["plad_fast", "plad_fast.*"]),
+        *(f"plad_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"plad_fast.kernels": "kernels"},
-    package_data={"plad_fast": ["py.typed", "pairs/*.jsonl"]},
+    package_data={"": ["*.pyi"], "plad_fast": ["py.typed", "data/*.jsonl"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=4.57",
         "accelerate>=1.3",
         "datasets>=3.0",
         "numpy>=1.26",
+        "lazy-loader>=0.4",  # the packages load what is asked of them
         "pyyaml>=6.0",
         "tqdm>=4.66.3",  # as datasets 3.0 has it
     ],

@@ -39,7 +39,10 @@ from benchmarks.common import (
     write_csv,
 )
 from benchmarks.loss import say
-from plad_fast.pairs import Answer, LocalModel, Prompt, Sampling, builtin_prompts
+from plad_fast.data.prompts import Prompt, builtin_prompts
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer
 
 Answers = list[Answer]
 BASELINE = "generate"

@@ -90,7 +90,7 @@ def hinge(sums: Tensor) -> Tensor:
 
 
 def one_pass(batch: PairBatch) -> Step:
-    from plad_fast.fused import fused_linear_preference_loss
+    from plad_fast.ops.preference_losses import fused_linear_preference_loss
 
     hidden, weight = _leaves(batch)
     targets, cu_seqlens = batch.targets, batch.cu_seqlens
@@ -113,7 +113,7 @@ def one_pass(batch: PairBatch) -> Step:
 
 
 def op(batch: PairBatch) -> Step:
-    from plad_fast.ops import linear_sequence_logprobs
+    from plad_fast.ops.logprobs import linear_sequence_logprobs
 
     hidden, weight = _leaves(batch)
     targets, cu_seqlens = batch.targets, batch.cu_seqlens

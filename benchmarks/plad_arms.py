@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plad_fast.checks import check_number, is_whole
 from plad_fast.errors import UsageError
-from plad_fast.objective import Objective
-from plad_fast.pairs import PairFilters
-from plad_fast.pairs.filters import KEEP_ALL
-from plad_fast.training_config import PLaDConfig
-from plad_fast.validation import check_number, is_whole
+from plad_fast.losses.objective import Objective
+from plad_fast.pairs.filters import KEEP_ALL, PairFilters
+from plad_fast.training.config import PLaDConfig
 
 TRAINING_OPTIONS = {"beta", "loss_args", "sft_weight", "length_normalization"}
 

@@ -16,29 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plad_arms import Arm, slug
-from plad_fast._devices import autocast_dtype, best_device
-from plad_fast._pair_scores import score_responses
-from plad_fast._records import digest, model_digest
-from plad_fast._score_files import stored_scores as stored_file_scores
-from plad_fast.depth import drop_layers
+from plad_fast.data.prompts import Prompt, as_messages
+from plad_fast.data.records import digest, model_digest
+from plad_fast.data.records import stored_scores as stored_file_scores
 from plad_fast.errors import UsageError
-from plad_fast.pairs import (
-    Answer,
-    LocalModel,
-    Prompt,
-    Sampling,
-    as_messages,
-    as_response,
-    build_answers,
-    build_pairs,
-    is_usable,
-    open_scorer,
-    score_answers,
-    stored_answers,
-    stored_scores,
-)
-from plad_fast.students import load_model, load_tokenizer
-from plad_fast.training import train_model
+from plad_fast.models.devices import autocast_dtype, best_device
+from plad_fast.models.layer_drop import drop_layers
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.response_scores import score_responses
+from plad_fast.pairs.build import as_response, build_answers, build_pairs
+from plad_fast.pairs.filters import is_usable
+from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.scorers import open_scorer, score_answers, stored_scores
+from plad_fast.training.train import train_model
 
 REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short sentence."
 TRAINING_SCORER = "rougeL"

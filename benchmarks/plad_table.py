@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import format_table
-from plad_fast import metrics
-from plad_fast.calibration import ScoredSamples, evaluate_calibration
+from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration
+from plad_fast.pairs import text_metrics
 
 RESAMPLES = 4000
 Values = np.ndarray
@@ -46,7 +46,9 @@ class Outcomes:
         return [values.reshape(len(values), -1).mean(axis=1) for values in of_seed]
 
     def repetition(self, kind: str, measures: Sequence[Mapping[str, Any]]) -> list[Values]:
-        return [_per_prompt(m[kind], lambda t: metrics.repetition_shares(t, 4)) for m in measures]
+        return [
+            _per_prompt(m[kind], lambda t: text_metrics.repetition_shares(t, 4)) for m in measures
+        ]
 
     def spearman(self) -> float | None:
         """Rank correlation of a sample's likelihood and its ROUGE-L, within prompts."""
@@ -80,7 +82,7 @@ def summarise(outcomes: Outcomes) -> Row:
         row[f"repetition_{kind}"] = float(np.mean(ours))
         row[f"repetition_{kind}_more_low"], row[f"repetition_{kind}_more_high"] = interval(more)
     row["words"] = float(
-        np.mean([_per_prompt(m["samples"], metrics.word_counts).mean() for m in outcomes.arm])
+        np.mean([_per_prompt(m["samples"], text_metrics.word_counts).mean() for m in outcomes.arm])
     )
     row["cut"] = float(np.mean([m["cut"] for m in outcomes.arm]))
     row["spearman"] = outcomes.spearman()

@@ -29,10 +29,10 @@ from benchmarks.common import RESULTS, environment, write_csv
 from benchmarks.plad_arms import ARMS, BASELINE, FINE_TUNED, Arm, read_arms
 from benchmarks.plad_study import PARTS, TRAINING_SCORER, Setting, Study
 from benchmarks.plad_table import Outcomes, draw, summarise, table
-from plad_fast._files import write_atomically
-from plad_fast._records import require_equal
+from plad_fast.data.files import write_atomically
+from plad_fast.data.records import require_equal
 from plad_fast.errors import UsageError
-from plad_fast.students import offline_teacher_path
+from plad_fast.models.loading import offline_teacher_path
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

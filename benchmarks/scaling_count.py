@@ -1,8 +1,8 @@
 """What one training step computes, stores and sends, counted from the shapes of a Llama.
 
-Every function here is compared with a measurement in tests/test_scaling.py: parameters with
-transformers' own count, products with those that torch's profiler sees in a real step, activations
-with the tensors that autograd saves, collectives with those that FSDP2 and DDP issue.
+Every function here is compared with a measurement in tests/benchmarks/test_scaling.py: parameters
+with transformers' own count, products with those that torch's profiler sees in a real step,
+activations with the tensors that autograd saves, collectives with those that FSDP2 and DDP issue.
 
 T tokens that enter the model, N rows that reach the LM head, D hidden, V vocabulary, S sequences.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
-_BLOCK_SHARE = 16  # of the scratch budget; see plad_fast.workspace
+_BLOCK_SHARE = 16  # of the scratch budget; see plad_fast.ops.impl.workspace
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Workload:
 
     @property
     def spans(self) -> tuple[tuple[int, int, int], ...]:
-        """(how many, queries, keys) of the attention calls; see plad_fast.row_layout."""
+        """(how many, queries, keys) of the attention calls; see plad_fast.data.row_layout."""
         whole = self.prompt + self.response
         if not self.shared:
             return ((2 * self.pairs, whole, whole),)

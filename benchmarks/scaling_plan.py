@@ -256,9 +256,9 @@ class Plan:
 
     def _head_seconds(self) -> float:
         """Of the head group's own collectives, which nothing runs beside: hidden states gathered in
-        16 bits, and what plad_fast.vocab_parallel sends in float32: three numbers a row from every
-        GPU, gathered chunk by chunk, and the gradient of the hidden states, all-reduced. Before
-        them the ranks agree, and settle on the size of the chunks."""
+        16 bits, and what plad_fast.ops.vocab_parallel sends in float32: three numbers a row from
+        every GPU, gathered chunk by chunk, and the gradient of the hidden states, all-reduced.
+        Before them the ranks agree, and settle on the size of the chunks."""
         group = self.head_group
         if group == 1:
             return 0.0

@@ -96,7 +96,7 @@ def dialogsum_pairs(
     Raises:
         ValueError: the file has no such rows, or too few.
     """
-    from plad_fast.tokenization import encode_group
+    from plad_fast.data.tokenization import encode_group
 
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     if len(rows) < max(count, 2) or not all({"dialogue", "summary"} <= row.keys() for row in rows):

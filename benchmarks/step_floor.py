@@ -24,10 +24,10 @@ from benchmarks.step_data import LENGTHS, PAIRS_PER_STEP, made_pairs
 from benchmarks.step_impls import MAX_TOKENS
 from benchmarks.step_models import load
 from plad_fast import fused_linear_preference_loss
-from plad_fast.bins import pack
-from plad_fast.head import head_arguments
-from plad_fast.packing import PreferenceCollator
-from plad_fast.sharing import prepare
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.models.head import head_arguments
+from plad_fast.models.sharing import prepare
+from plad_fast.training.bins import pack
 
 GROUPS = {
     "matrix products": PRODUCTS.keys(),

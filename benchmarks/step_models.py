@@ -26,7 +26,7 @@ def load(quick: bool, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         tokenizer = tiny_tokenizer()
         model = tiny_llama(tokenizer)
     else:
-        from plad_fast.students import load_model, load_tokenizer, offline_teacher_path
+        from plad_fast.models.loading import load_model, load_tokenizer, offline_teacher_path
 
         source = offline_teacher_path()
         model, tokenizer = load_model(source, dtype=torch.float32), load_tokenizer(source)

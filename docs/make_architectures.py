@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "supported-models.md"
 sys.path.insert(0, str(ROOT))
 
-from tests.architectures import CAUSAL, MORE_THAN_TEXT, TWO_HALVES, architectures, result  # noqa: E402
+from tests.support.architectures import CAUSAL, MORE_THAN_TEXT, TWO_HALVES, architectures, result  # noqa: E402
 
 _TITLES = {
     CAUSAL: "Causal language models",
@@ -44,8 +44,8 @@ differ by 1e-3 nats and a ten-thousandth.
 
 {counts}
 
-The expectations are in tests/architectures.py and are tested by tests/test_architectures.py; this
-page is written by docs/make_architectures.py.
+The expectations are in tests/support/architectures.py and are tested by
+tests/models/test_architectures.py; this page is written by docs/make_architectures.py.
 """
 
 

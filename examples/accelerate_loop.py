@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from data import arguments, pair_batches
 
 from plad_fast import fused_linear_preference_loss
-from plad_fast.head import call_inside, through_head, unwrap
-from plad_fast.packing import to_device
-from plad_fast.students import load_model
+from plad_fast.data.packing import to_device
+from plad_fast.models.head import call_inside, through_head, unwrap
+from plad_fast.models.loading import load_model
 
 LOSS = {"loss": "plad_ranking"}
 

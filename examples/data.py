@@ -10,10 +10,10 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from plad_fast.packing import PreferenceCollator
-from plad_fast.sharing import prepare
-from plad_fast.students import load_tokenizer
-from plad_fast.tokenization import tokenize_dataset
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.tokenization import tokenize_dataset
+from plad_fast.models.loading import load_tokenizer
+from plad_fast.models.sharing import prepare
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,9 +14,9 @@ from data import arguments, pair_batches
 from transformers import PreTrainedModel
 
 from plad_fast import fused_linear_preference_loss
-from plad_fast.head import head_arguments
-from plad_fast.packing import PreferenceBatch, to_device
-from plad_fast.students import load_model
+from plad_fast.data.packing import PreferenceBatch, to_device
+from plad_fast.models.head import head_arguments
+from plad_fast.models.loading import load_model
 
 
 class Student(lightning.LightningModule):

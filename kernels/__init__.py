@@ -1,1 +1,1 @@
-"""GPU kernels, the ground floor of plad_fast: nothing here imports from above it."""
+"""GPU kernels: torch and Triton only."""

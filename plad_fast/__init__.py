@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "linear_sequence_logprobs": "plad_fast.ops",
-    "sequence_logprobs": "plad_fast.ops",
-    "SequenceLogProbs": "plad_fast.ops",
-    "fused_linear_preference_loss": "plad_fast.fused",
-    "FusedLoss": "plad_fast.fused",
-    "preference_loss": "plad_fast.objective",
+    "linear_sequence_logprobs": "plad_fast.ops.logprobs",
+    "sequence_logprobs": "plad_fast.ops.logprobs",
+    "SequenceLogProbs": "plad_fast.ops.logprobs",
+    "fused_linear_preference_loss": "plad_fast.ops.preference_losses",
+    "FusedLoss": "plad_fast.ops.preference_losses",
+    "preference_loss": "plad_fast.ops.preference_losses",
     "register_loss": "plad_fast.losses",
     "UsageError": "plad_fast.errors",
-    "PLaDConfig": "plad_fast.trainer",
-    "PLaDTrainer": "plad_fast.trainer",
+    "PLaDConfig": "plad_fast.training.config",
+    "PLaDTrainer": "plad_fast.training.trainer",
 }
 
 # What a star import brings needs torch alone; the trainer needs transformers.
@@ -37,12 +37,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from plad_fast.errors import UsageError
-    from plad_fast.fused import FusedLoss, fused_linear_preference_loss
-    from plad_fast.losses import register_loss
-    from plad_fast.objective import preference_loss
-    from plad_fast.ops import SequenceLogProbs, linear_sequence_logprobs, sequence_logprobs
-    from plad_fast.trainer import PLaDConfig as PLaDConfig
-    from plad_fast.trainer import PLaDTrainer as PLaDTrainer
+    from plad_fast.losses.registry import register_loss
+    from plad_fast.ops.logprobs import SequenceLogProbs, linear_sequence_logprobs, sequence_logprobs
+    from plad_fast.ops.preference_losses import (
+        FusedLoss,
+        fused_linear_preference_loss,
+        preference_loss,
+    )
+    from plad_fast.training.trainer import PLaDConfig as PLaDConfig
+    from plad_fast.training.trainer import PLaDTrainer as PLaDTrainer
 
 
 def __getattr__(name: str) -> Any:

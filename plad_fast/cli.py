@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast import __version__
-from plad_fast._arguments import listed, parse_command
-from plad_fast._files import disk_advice
-from plad_fast._packages import require_packages
-from plad_fast._places import shown
-from plad_fast._signals import Terminated, raised_signals
+from plad_fast.data.files import disk_advice
+from plad_fast.data.places import shown
 from plad_fast.errors import UsageError
-from plad_fast.recipe import DistillConfig, coerce, flag, load_settings
+from plad_fast.recipe.arguments import listed, parse_command
+from plad_fast.recipe.packages import require_packages
+from plad_fast.recipe.settings import DistillConfig, coerce, flag, load_settings
+from plad_fast.training.signals import Terminated, raised_signals
 
 _OVERWRITE = "--overwrite"
 _FAILURE_LOG = "plad-fast-error.log"
@@ -333,7 +333,7 @@ def _quickstart(arguments: argparse.Namespace) -> None:
 
 def _run_distill(config: DistillConfig, overwrite: bool) -> None:
     _quiet_libraries()
-    from plad_fast.distill import distill
+    from plad_fast.recipe.distillation import distill
 
     distill(config, overwrite=overwrite, command=_command())
 
@@ -341,7 +341,7 @@ def _run_distill(config: DistillConfig, overwrite: bool) -> None:
 def _pairs(arguments: argparse.Namespace) -> None:
     given = _settings(arguments)
     _quiet_libraries()
-    from plad_fast.stages import pair_models
+    from plad_fast.recipe.stages import pair_models
 
     teacher, student = given.pop("teacher"), given.pop("student")
     pair_models(
@@ -352,7 +352,7 @@ def _pairs(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     given = _settings(arguments)
     _quiet_libraries()
-    from plad_fast.stages import train_on_pairs
+    from plad_fast.recipe.stages import train_on_pairs
 
     overwrite = arguments.overwrite
     train_on_pairs(given.pop("model"), given.pop("pairs"), overwrite=overwrite, **given)
@@ -362,7 +362,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     given = _settings(arguments)
     students = _students(given.pop("student"))
     _quiet_libraries()
-    from plad_fast.evaluation_stage import evaluate_on_pairs
+    from plad_fast.recipe.evaluate import evaluate_on_pairs
 
     evaluate_on_pairs(
         students,
@@ -390,7 +390,7 @@ def _students(given: Any) -> dict[str, str]:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from plad_fast.doctor import diagnose
+    from plad_fast.recipe.doctor import diagnose
 
     print(diagnose())
 
@@ -453,7 +453,3 @@ def _unexpected(error: Exception, output_dir: str | None) -> int:
         place = f"the traceback could not be written to {file} ({failure.strerror})"
     first = next(iter(str(error).strip().splitlines()), "")
     return _fail(1, f"unexpected {type(error).__name__}: {first}; {place}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

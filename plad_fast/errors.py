@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+
 
 class UsageError(ValueError):
     """Bad input from a user.
@@ -9,3 +12,35 @@ class UsageError(ValueError):
     The message says what was wrong and what to do about it. The command line prints it without
     a traceback and exits with status 2.
     """
+
+
+_LONGEST = 400
+
+
+def reason_of(error: BaseException) -> str:
+    """The library's words in a line, but for advice to unpickle or run what somebody else wrote.
+
+    What is no message of its own has the name of its kind.
+    """
+    text = " ".join(str(error).split())
+    pickled = any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error))
+    if pickled or "weights_only" in text or "torch.load" in text:
+        return (
+            "its weights are pickled, and torch does not unpickle them: they hold more than "
+            "tensors, or are damaged. Take a checkpoint in safetensors, or have it converted where "
+            "it comes from: save_pretrained writes it"
+        )
+    if "trust_remote_code" in text:
+        return (
+            "it comes with code of its own, which is never run here; take a model that "
+            "transformers itself knows"
+        )
+    if not isinstance(error, (OSError, ValueError, ImportError)) or not text:
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

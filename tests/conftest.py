@@ -19,7 +19,7 @@ import torch
 # Read when a kernel is defined: without a GPU all of them are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    importlib.import_module("tests.triton_34")
+    importlib.import_module("tests.support.triton_34")
 
 # The same cases on every machine, and no time limit: these machines are shared.
 hypothesis.settings.register_profile("plad", deadline=None, derandomize=True, max_examples=60)
@@ -102,8 +102,8 @@ def tiny_teacher(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def make(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    """Makes trainers on copies of the tiny model; see `tests.trainings.build`."""
-    from tests.trainings import build
+    """Makes trainers on copies of the tiny model; see `tests.support.trainings.build`."""
+    from tests.support.trainings import build
 
     # transformers 4 leaves bf16 there for all trainers that follow.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

@@ -1,1 +1,1 @@
-"""plad_fast inside other libraries' trainers; each module needs the library it is named after."""
+"""plad_fast inside other libraries' trainers."""

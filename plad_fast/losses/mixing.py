@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plad_fast.checks import check_number
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import (
     LossSpec,
@@ -17,9 +18,8 @@ from plad_fast.losses.registry import (
     get_loss,
     register_loss,
 )
+from plad_fast.losses.segments import length_normalized
 from plad_fast.losses.terms import check_weight
-from plad_fast.segments import length_normalized
-from plad_fast.validation import check_number
 
 
 def _a_part_needs_it(options: Mapping[str, Any]) -> bool:

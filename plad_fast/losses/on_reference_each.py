@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from plad_fast.checks import check_number
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
@@ -24,7 +25,6 @@ from plad_fast.losses.terms import (
     first_against_each,
     log_loss,
 )
-from plad_fast.validation import check_number
 
 
 @register_loss("bco_pair")

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from plad_fast.checks import check_length_normalization, check_weight
 from plad_fast.errors import UsageError
-from plad_fast.validation import check_length_normalization, check_weight
 
 _FROM_THE_CALL = ("scores", "counts", "reference_logps", "length_normalization")
 _LONGEST = 80  # characters of a value in a message

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.chat import Content, is_blank
+from plad_fast.data.chat import Content, is_blank
+from plad_fast.data.prompts import Prompt, as_messages, require_unique_ids
 from plad_fast.errors import UsageError
-from plad_fast.pairs._pair_report import NoPairsError, PairReport
-from plad_fast.pairs.asking import row_id
 from plad_fast.pairs.filters import KEEP_ALL, PairFilters
-from plad_fast.pairs.prompts import Prompt, as_messages, require_unique_ids
+from plad_fast.pairs.generation.answer_rows import row_id
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.pair_report import NoPairsError, PairReport
 from plad_fast.pairs.select import (
     NEED_SCORES,
     SELECTIONS,
@@ -21,7 +22,6 @@ from plad_fast.pairs.select import (
     rank_answers,
     select_pairs,
 )
-from plad_fast.pairs.teachers import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

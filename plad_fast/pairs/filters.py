@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from plad_fast import metrics
-from plad_fast.chat import is_blank
+from plad_fast.data.chat import is_blank
 from plad_fast.errors import UsageError
-from plad_fast.pairs.teachers import Answer
+from plad_fast.pairs import text_metrics
+from plad_fast.pairs.generation.text_model import Answer
 
 DropReason = Literal["missing", "empty", "truncated", "identical"]
 FilterReason = Literal["contradicted", "close", "uneven", "repetitive", "similar"]
@@ -20,7 +20,8 @@ FilterReason = Literal["contradicted", "close", "uneven", "repetitive", "similar
 class PairFilters:
     """Which pairs to leave out, beyond those that are none; nothing by default.
 
-    Words and n-grams are those of `plad_fast.metrics`. Raises UsageError for values out of range.
+    Words and n-grams are those of `plad_fast.pairs.text_metrics`. Raises UsageError for values
+    out of range.
     """
 
     contradicted: bool = False
@@ -81,14 +82,14 @@ class PairFilters:
                 return "contradicted"
             if self.min_gap is not None and gap < self.min_gap:
                 return "close"
-        words = metrics.words(chosen), metrics.words(rejected)
+        words = text_metrics.words(chosen), text_metrics.words(rejected)
         if self.max_length_ratio is not None:
             shorter, longer = sorted(map(len, words))
             if longer > self.max_length_ratio * shorter:
                 return "uneven"
         if self.max_repetition is not None:
             texts = [chosen] if self.rejected_may_repeat else [chosen, rejected]
-            if any(metrics.repetition([text]) > self.max_repetition for text in texts):
+            if any(text_metrics.repetition([text]) > self.max_repetition for text in texts):
                 return "repetitive"
         if self.max_overlap is not None and _overlap(*words) > self.max_overlap:
             return "similar"

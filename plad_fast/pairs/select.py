@@ -17,7 +17,7 @@ from plad_fast.pairs.filters import (
     is_usable,
     normalize_whitespace,
 )
-from plad_fast.pairs.teachers import Answer
+from plad_fast.pairs.generation.text_model import Answer
 
 SELECTIONS: dict[str, str] = {
     "teacher": "the teacher's first answer > the student's first sample",

@@ -1,0 +1,243 @@
+"""Prompt and response text as a model sees it; sampling, training and scoring share this module.
+
+A prompt is plain text or a list of chat messages (`{"role": ..., "content": ...}`). A response is
+plain text or messages that end in the assistant's. One rule holds everywhere: plain text is
+continued as it stands, also by a chat model, and messages go through the chat template. To ask a
+chat model a plain-text prompt, make messages of it first (`plad_fast.pairs.as_messages`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from plad_fast.data.chat_template import (
+    Whole,
+    apply_template,
+    common_length,
+    is_tag,
+    whole_conversation,
+)
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message: TypeAlias = dict[str, Any]
+Messages: TypeAlias = list[Message]
+Content: TypeAlias = str | Messages
+
+# White space, control characters, and what Unicode has for no glyph: Default_Ignorable_Code_Point,
+# the marks of interlinear annotation, and the blank of Braille.
+_BLANK = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space, zero-width and format characters only."""
+    return _BLANK.fullmatch(text) is not None
+
+
+def as_conversation(
+    prompt: Content, responses: Sequence[Content]
+) -> tuple[Content, list[str] | Messages]:
+    """A prompt and its responses in the prompt's form: texts, or the assistant's message of each.
+
+    Where a response is messages and the prompt is text, the prompt is what the user said. Messages
+    of a response that repeat the prompt are left out.
+
+    Raises:
+        UsageError: messages of a response that neither repeat the prompt nor are one answer to it.
+    """
+    texts = [response for response in responses if isinstance(response, str)]
+    if isinstance(prompt, str):
+        if len(texts) == len(responses):
+            return prompt, texts
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt, [_answer(prompt, response) for response in responses]
+
+
+def require_unicode(text: str, where: str) -> None:
+    """Raises UsageError for a lone surrogate, which JSON can hold but no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where} holds {text[error.start]!r}, half of a surrogate pair and no character; "
+            "remove it, or write both halves"
+        ) from None
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Content, template: Mapping[str, Any] | None = None
+) -> str:
+    """The text after which the model starts to answer.
+
+    Args:
+        tokenizer: its chat template is used for a prompt of messages.
+        prompt: plain text, which is returned as it is, or chat messages.
+        template: what the chat template gets beside the messages, such as `tools`.
+
+    Raises:
+        UsageError: messages for a tokenizer that has no chat template, or that its template
+            refuses, or that end in the assistant's.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if prompt[-1]["role"] == "assistant":
+        raise UsageError(
+            "the prompt ends in an assistant message, which leaves nothing to answer; cut it off, "
+            "and put its text at the start of the responses if they go on from there"
+        )
+    return apply_template(tokenizer, prompt, template, generation_prompt=True)
+
+
+def render_group(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    answers: Messages,
+    template: Mapping[str, Any] | None = None,
+) -> tuple[str, list[Whole]]:
+    """The text of `render_prompt`, and the conversation with each one of the answers.
+
+    A conversation need not begin with the former: see `whole_conversation`.
+
+    Args:
+        tokenizer, prompt, template: as for `render_prompt`.
+        answers: a message of the assistant each; all of its keys go to the template.
+
+    Raises:
+        UsageError: as `render_prompt`, and for a key of an answer that the template does not show.
+    """
+    head = render_prompt(tokenizer, prompt, template)
+    return head, [whole_conversation(tokenizer, prompt, a, head, template) for a in answers]
+
+
+def render_response(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    response: Content,
+    template: Mapping[str, Any] | None = None,
+) -> str:
+    """The text a model would produce after `render_prompt`, up to and with its end-of-turn mark.
+
+    For chat messages this is the part of the rendered conversation that follows the prompt, so a
+    template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
+    marks no end of a turn, the EOS token is added. Where the conversation does not begin with the
+    prompt (its generation prompt opens a thought, and the answer has none), it is the part that
+    follows their common start. For plain text it is the response and the EOS token, which a
+    response may bring along.
+
+    Raises:
+        UsageError: as `as_conversation` and `render_group`.
+    """
+    prompt, [answer] = as_conversation(prompt, [response])
+    if isinstance(prompt, str):
+        return with_eos(tokenizer, cast(str, answer))
+    head, [whole] = render_group(tokenizer, prompt, [cast(Message, answer)], template)
+    return answer_text(tokenizer, head, whole)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
+    """What follows the common start of a rendered prompt and a conversation, with its end."""
+    tail = whole.text[common_length(head, whole.text) :]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    ended = bool(ids) and ends_turn(
+        whole, ids[-1], tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+    )
+    return tail if ended else tail + (tokenizer.eos_token or "")
+
+
+def with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text that ends in the EOS token, once."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
+
+
+def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]) -> bool:
+    """Whether a conversation ends in a mark of the end.
+
+    Args:
+        whole: the conversation.
+        last: its last token.
+        end: the EOS token.
+        added: the tokenizer's `added_tokens_decoder`, slow to get where there are thousands.
+    """
+    return last == end or (whole.marked and last in added and not is_tag(added[last].content))
+
+
+def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that closes an answer in the chat template, if it is one added for its meaning."""
+    head, [whole] = render_group(
+        tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}]
+    )
+    # Without an EOS token, a template that marks no end closes with the answer itself.
+    ids = tokenizer(answer_text(tokenizer, head, whole), add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What a model wrote, letter for letter: without special tokens, but with the marks of thoughts
+    and tool calls, which some tokenizers count among these."""
+    added = tokenizer.added_tokens_decoder
+    if any(i in added and added[i].special and is_tag(added[i].content) for i in ids):
+        special = {i for i, token in added.items() if token.special and not is_tag(token.content)}
+        ids = [i for i in ids if i not in special]
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    else:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:
+    """A prompt with its answer, letter for letter as the chat template writes them.
+
+    This is what a reward model has seen; `render_response` is what a student learns to write.
+
+    Raises:
+        UsageError: as `render_prompt`.
+    """
+    return apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
+
+
+def written_out(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages for a reader: a judge, or whoever reads a report. Nothing of them is left out."""
+    texts = []
+    for message in messages:
+        said = [message["content"]] if message.get("content") else []
+        for key, value in message.items():
+            if key not in ("role", "content") and value:
+                said.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+        texts.append(f"{message['role']}: " + "\n".join(said))
+    return "\n\n".join(texts)
+
+
+def _answer(prompt: Messages, response: Content) -> Message:
+    if isinstance(response, str):
+        return {"role": "assistant", "content": response}
+    *before, last = response
+    if last["role"] != "assistant":
+        raise UsageError(
+            f"a response ends in a message of role {last['role']!r}; the last one must be the "
+            "assistant's answer"
+        )
+    if before and not _same_turns(before, prompt):
+        raise UsageError(
+            f"a response holds {len(response)} messages, and those before the last are not the "
+            "prompt; move the earlier turns into the prompt, which all responses share"
+        )
+    return last
+
+
+def _same_turns(messages: Messages, prompt: Messages) -> bool:
+    first, second = (
+        [{**message, "content": (message.get("content") or "").strip()} for message in side]
+        for side in (messages, prompt)
+    )
+    return first == second

@@ -1,0 +1,148 @@
+"""What a stage read and made, in short: enough to tell an edited file from one that was cut.
+
+Of JSON lines every row has a digest. A file that holds the first of the recorded rows and no more
+was cut; one that reads as a whole and holds other rows was edited by somebody, on purpose.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plad_fast.data.files import file_digest
+
+State = dict[str, Any]
+"""JSON values. Of a folder: {"files": {name: state}}, names with slashes. Of JSON lines: {"rows":
+their number, "digests": eight hexadecimal digits for each}, and "store": True where the first line
+is a header and the order of the rows, which is that in which answers came, says nothing; "torn":
+True where the last line has no end and cannot be read; "unread": the number of another such line,
+after which nothing is counted. Of any other file: {"digest": of its bytes}."""
+
+_DIGITS = 8  # of a row
+
+
+class Change(NamedTuple):
+    """How a file differs from what was recorded of it."""
+
+    name: str
+    kind: str
+    """missing; cut (some of the recorded rows and nothing else); edited (other rows, some as they
+    were); foreign (none as it was); of a store, other (other rows); unread (rows, and a line that
+    cannot be read); damaged (no rows, and other bytes)."""
+    text: str
+    """In words."""
+
+
+def state_of(path: Path) -> State | None:
+    """None where nothing is there. Hidden files of a folder, and links, are left out."""
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file()
+            and not file.is_symlink()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        return {"files": {file.relative_to(path).as_posix(): _of_file(file) for file in files}}
+    return _of_file(path) if path.is_file() else None
+
+
+def changes(name: str, path: Path, recorded: Mapping[str, Any], *, grown: bool) -> list[Change]:
+    """What differs in a file, or in those files of a folder that were recorded.
+
+    Args:
+        name: of the file or folder, for the messages.
+        path: where it lies.
+        recorded: its `state_of` then.
+        grown: a store that has gained rows since is no other one.
+    """
+    if "files" not in recorded:
+        change = _compare(name, state_of(path), recorded, grown)
+        return [] if change is None else [change]
+    if not path.is_dir():
+        return [Change(name, "missing", f"{name} is missing")]
+    found = (
+        _compare(f"{name}/{part}", state_of(path / part), then, grown)
+        for part, then in recorded["files"].items()
+    )
+    return [change for change in found if change is not None]
+
+
+def _compare(name: str, now: State | None, then: Mapping[str, Any], grown: bool) -> Change | None:
+    if now == then:
+        return None
+    if now is None:
+        return Change(name, "missing", f"{name} is missing")
+    if "rows" not in then or "rows" not in now:
+        return Change(name, "damaged", f"{name} is not what it was: cut, damaged or replaced")
+    before, rows = _split(then["digests"]), _split(now["digests"])
+    if then.get("store"):
+        if grown and not Counter(before) - Counter(rows) and "unread" not in now:
+            return None
+        is_cut = not Counter(rows) - Counter(before)
+    else:
+        is_cut = before[: len(rows)] == rows
+    if is_cut and "unread" not in now and (len(rows) < len(before) or "torn" in now):
+        return Change(name, "cut", f"{name} has {len(rows)} of its {len(before)} rows")
+    if "unread" in now:
+        return Change(name, "unread", f"{name}, line {now['unread']} is no JSON object")
+    if "torn" in now:
+        return Change(name, "unread", f"the last line of {name} is no JSON object")
+    text = f"{name} has other rows ({len(before)} before, {len(rows)} now)"
+    if then.get("store"):
+        return Change(name, "other", text)
+    if not set(rows) & set(before):
+        text = f"{name} has none of the {len(before)} rows it was made with"
+        return Change(name, "foreign", text)
+    return Change(name, "edited", text)
+
+
+def _split(digests: str) -> list[str]:
+    return [digests[i : i + _DIGITS] for i in range(0, len(digests), _DIGITS)]
+
+
+def _of_file(path: Path) -> State:
+    state = path.stat()
+    if path.suffix == ".jsonl":
+        return dict(_of_rows(path, state.st_size, state.st_mtime_ns))
+    return {"digest": _digest(path, state.st_size, state.st_mtime_ns)}
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Of the content; size and time are there to notice that a cached digest is old."""
+    return file_digest(path)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_rows(path: Path, size: int, mtime_ns: int) -> State:
+    digests: list[str] = []
+    state: State = {"rows": 0, "digests": ""}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                if line.endswith(b"\n"):
+                    state["unread"] = number
+                else:
+                    state["torn"] = True
+                break
+            if number == 1 and "fingerprint" in row:
+                state["store"] = True
+                continue
+            text = json.dumps(row, sort_keys=True).encode()
+            digests.append(hashlib.blake2b(text, digest_size=_DIGITS // 2).hexdigest())
+    if state.get("store"):
+        digests.sort()
+        state.pop("torn", None)  # which whoever opens it cuts off
+    return {**state, "rows": len(digests), "digests": "".join(digests)}

@@ -1,0 +1,280 @@
+"""Prompts: what teacher and student are both asked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import itertools
+import json
+import logging
+import os
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plad_fast.data.chat import Content, Messages, is_blank, require_unicode
+from plad_fast.data.places import shown
+from plad_fast.data.rows import made_by_arrow, refuse_template_options, without_nulls
+from plad_fast.data.tables import Row, Table, read_table, refuse_written_lists
+from plad_fast.data.unicode import mend
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_MOST_LISTED = 20  # columns in a message
+# From a row and "file, row n" for messages.
+_ContentOf = Callable[[Row, str], Content]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to ask."""
+
+    id: str
+    """Unique among the prompts of a run; answers are stored, and sampling is seeded, under it."""
+
+    content: Content
+    """Plain text or chat messages."""
+
+    reference: str | None = None
+    """A reference answer, for evaluation; no model sees it. A blank one is none."""
+
+    def __post_init__(self) -> None:
+        # They become names, keys and report text; of the content itself nothing is changed.
+        for name in ("id", "reference"):
+            object.__setattr__(self, name, mend(getattr(self, name)))
+        if isinstance(self.reference, str) and is_blank(self.reference):
+            object.__setattr__(self, "reference", None)
+
+
+def load_prompts(
+    source: str | os.PathLike[str],
+    *,
+    prompt_column: str | None = None,
+    prompt_template: str | None = None,
+    reference_column: str | None = None,
+    limit: int | None = None,
+    split: str = "train",
+) -> list[Prompt]:
+    """Reads prompts from a file or a hub data set.
+
+    The id of a prompt is the data's `id` column where that is a text or number unique to the row,
+    else a hash of the prompt's content, with an ordinal from the second occurrence on. It does not
+    depend on `limit`, so a run can be extended.
+
+    Args:
+        source: path of a `.jsonl`, `.json`, `.csv` or `.parquet` file, or id of a hub data set,
+            `owner/name` or `owner/name:config`.
+        prompt_column: column with the prompt, text or a list of `{"role", "content"}` messages;
+            `prompt` if neither this nor a template is given.
+        prompt_template: text with `{column}` fields (`str.format`) to build the prompt from.
+        reference_column: column with a reference answer, null or blank where there is none.
+        limit: take only the first so many rows.
+        split: split of a hub data set.
+
+    Raises:
+        UsageError: the source cannot be read or is empty, a column is missing, a row holds no
+            usable prompt, or the options contradict each other.
+    """
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise UsageError(f"limit must be at least 1, not {limit!r}")
+    if prompt_column is not None and prompt_template is not None:
+        raise UsageError(
+            f"prompt_column {prompt_column!r} and prompt_template are both given; give one: a "
+            "template names its columns itself, as {column}"
+        )
+    table = read_table(os.fspath(source), split)
+    if prompt_template is not None:
+        content_of = _template_reader(table, prompt_template)
+    else:
+        content_of = _column_reader(table, prompt_column)
+    if reference_column is not None:
+        _require_column(table, reference_column, "--reference-column")
+
+    ids = _given_ids(table)
+    repeats: Counter[str] = Counter()
+    prompts = []
+    from_arrow = made_by_arrow(table.rows)
+    for index, row in enumerate(itertools.islice(table.rows, limit)):
+        row = without_nulls(row) if from_arrow else row
+        where = f"{table.source}, row {index + 1}"
+        content = content_of(row, where)
+        if not isinstance(content, str):
+            refuse_template_options(row, where)
+        if ids is not None:
+            prompt_id = ids[index]
+        else:
+            digest = content_digest(content)
+            prompt_id = f"{digest}-{repeats[digest]}" if repeats[digest] else digest
+            repeats[digest] += 1
+        prompts.append(Prompt(prompt_id, content, _reference(row, reference_column, where)))
+    return prompts
+
+
+def builtin_prompts() -> list[Prompt]:
+    """The short instructions that ship with the package."""
+    file = importlib.resources.files("plad_fast.data").joinpath("builtin_prompts.jsonl")
+    with importlib.resources.as_file(file) as path:
+        return load_prompts(path)
+
+
+def as_messages(tokenizer: PreTrainedTokenizerBase, content: Content) -> Content:
+    """The content in the form this tokenizer's model is spoken to.
+
+    Plain text becomes a single user message if the tokenizer has a chat template, and is returned
+    as it is otherwise. Messages are returned as they are.
+    """
+    if isinstance(content, str) and tokenizer.chat_template:
+        return [{"role": "user", "content": content}]
+    return content
+
+
+def content_digest(content: Content) -> str:
+    """Sixteen hexadecimal digits that identify a prompt's content on any machine."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def require_unique_ids(prompts: Sequence[Prompt]) -> None:
+    """Raises UsageError if two prompts have the same id, since answers are matched by it."""
+    counts = Counter(prompt.id for prompt in prompts)
+    repeated = [prompt_id for prompt_id, count in counts.items() if count > 1]
+    if repeated:
+        raise UsageError(
+            f"{len(repeated)} prompt ids are used more than once, among them {repeated[0]!r}; "
+            "give every prompt its own id"
+        )
+
+
+def _given_ids(table: Table) -> list[str] | None:
+    if "id" not in table.columns:
+        return None
+    values = table.column("id")
+    ids = [mend(str(value)) for value in values]
+    if all(isinstance(value, (str, int)) for value in values) and len(set(ids)) == len(ids):
+        return ids
+    logger.warning(
+        "%s: the id column is not unique to each row; prompts are identified by their content",
+        table.source,
+    )
+    return None
+
+
+def _require_column(table: Table, column: str, option: str) -> None:
+    if column not in table.columns:
+        advice = f"choose one with {option}"
+        if len(table.columns) == 1 and (mark := re.search("[;\t|]", table.columns[0])):
+            advice = f"if {mark[0]!r} stands between its fields, write commas there"
+        raise UsageError(
+            f"{table.source} has no column {column!r}; it has {_listed(table)}: {advice}"
+        )
+
+
+def _listed(table: Table) -> str:
+    return ", ".join(map(shown, table.columns[:_MOST_LISTED])) + (
+        f" and {len(table.columns) - _MOST_LISTED} more"
+        if len(table.columns) > _MOST_LISTED
+        else ""
+    )
+
+
+def _column_reader(table: Table, column: str | None) -> _ContentOf:
+    name = "prompt" if column is None else column
+    _require_column(table, name, "--prompt-column, or build the prompt with --prompt-template")
+    return lambda row, where: _as_content(row.get(name), f"{where}, column {name!r}")
+
+
+def _template_reader(table: Table, template: str) -> _ContentOf:
+    fields = _template_fields(table, template)
+
+    def content_of(row: Row, where: str) -> Content:
+        empty = [name for name in fields if row.get(name) is None]
+        if empty:
+            raise UsageError(
+                f"{where} has no {empty[0]!r} for the prompt template; fill it in or drop the row"
+            )
+        try:
+            text = template.format(**row)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"{where} does not fit the prompt template: {error}") from error
+        return _as_content(text, where)
+
+    return content_of
+
+
+def _template_fields(table: Table, template: str) -> set[str]:
+    try:
+        parsed = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UsageError(
+            f"the prompt template is malformed: {error}; write a literal brace twice, {{{{ or }}}}"
+        ) from None
+    # "{turns[0]}" and "{turn.text}" look into the column that stands first.
+    fields = {name.partition("[")[0].partition(".")[0] for name in parsed}
+    unknown = fields.difference(table.columns)
+    if unknown or not fields:
+        problem = f"names {{{min(unknown)}}}, which is no column" if unknown else "names no column"
+        raise UsageError(
+            f"the prompt template {problem}; {table.source} has {_listed(table)}: write them as "
+            "{column}"
+        )
+    return fields
+
+
+def _as_content(value: Any, where: str) -> Content:
+    if isinstance(value, list) and value:
+        return _as_chat(value, where)
+    if not isinstance(value, str):
+        what = "nothing" if value is None or value == [] else f"a {type(value).__name__}"
+        raise UsageError(
+            f"{where} holds {what} where a prompt should be; a prompt is text or a list of "
+            '{"role", "content"} messages'
+        )
+    if is_blank(value):
+        raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
+    require_unicode(value, where)
+    refuse_written_lists(value, where)
+    return value
+
+
+def _as_chat(value: list[Any], where: str) -> Messages:
+    for message in value:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise UsageError(
+                f"{where} holds a list that is not chat messages; each one needs a text 'role' and "
+                f"a text 'content', but one is {ascii(message)[:80]}"
+            )
+        for text in (text for item in message.items() for text in item if isinstance(text, str)):
+            require_unicode(text, where)
+    if value[-1]["role"] == "assistant":
+        raise UsageError(
+            f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"
+        )
+    asked = [message for message in value if message["role"] != "system"] or value
+    if all(is_blank(message["content"]) for message in asked):
+        raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
+    # Arrow gives every message every key that one of them has.
+    return [{key: text for key, text in m.items() if text is not None} for m in value]
+
+
+def _reference(row: Row, column: str | None, where: str) -> str | None:
+    return (
+        None if column is None else read_reference(row.get(column), f"{where}, column {column!r}")
+    )
+
+
+def read_reference(value: Any, where: str) -> str | None:
+    """A reference answer as it is in the data; raises UsageError unless it is text or null."""
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"{where} holds a {type(value).__name__}; a reference is text or null")
+    return value

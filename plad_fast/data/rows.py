@@ -1,0 +1,348 @@
+"""What rows of a preference dataset hand to the chat template beside the messages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+from plad_fast.data.chat import Content, Message, is_blank, require_unicode
+from plad_fast.data.places import shown
+from plad_fast.errors import UsageError
+
+# What `apply_chat_template` takes, or sets itself, and a template does not get from a row: its
+# further parameters, of whatever version of transformers, are added to these.
+_RESERVED = frozenset(
+    {
+        *("conversation", "conversations", "messages", "tokenizer", "self", "tools"),
+        *("chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+        *("raise_exception", "strftime_now", "kwargs", "namespace"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+        "mask_token",
+    }
+)
+_FOR_TEMPLATES = {"documents"}
+
+
+def read_template_options(row: Mapping[str, Any], *, from_arrow: bool = False) -> dict[str, Any]:
+    """Arguments of `apply_chat_template`, from a row's `tools` and `chat_template_kwargs`.
+
+    Args:
+        row: with or without these columns.
+        from_arrow: leave out keys without a value, see `without_nulls`.
+
+    Raises:
+        UsageError: tools that are no list, nor the JSON text of one, or other arguments than a
+            chat template's.
+    """
+    tools, given = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UsageError(f"tools is a text and no JSON ({error}); give a list") from None
+    elif from_arrow:
+        tools = without_nulls(tools)
+    if tools is not None and not isinstance(tools, (list, tuple)):
+        raise UsageError(f"tools is a {type(tools).__name__}; give a list of tools, or its JSON")
+    if given is not None and not isinstance(given, Mapping):
+        raise UsageError(
+            f"chat_template_kwargs is a {type(given).__name__}; it should map names to values, "
+            'such as {"enable_thinking": false}'
+        )
+    options = {key: value for key, value in (given or {}).items() if value is not None}
+    if from_arrow:
+        options = without_nulls(options)
+    if options and (wrong := sorted(_reserved() & options.keys())):
+        raise UsageError(
+            f"chat_template_kwargs has {', '.join(wrong)}, which the tokenisation sets itself; "
+            "leave it out" + ("; tools have a column of their own" if "tools" in wrong else "")
+        )
+    return ({"tools": list(tools)} if tools else {}) | options
+
+
+def without_nulls(value: Any) -> Any:
+    """Less the keys without a value, at every depth: Arrow gives every row those that one has."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def made_by_arrow(rows: Any) -> bool:
+    """Whether nulls in the structs of these rows are Arrow's rather than somebody's.
+
+    They are in a `datasets.Dataset`, and so are they in a list or file that was made of one: all
+    structs at one place have the same keys, of which some have a value in one and none in another.
+    """
+    if hasattr(rows, "column_names"):  # without importing datasets
+        return True
+    keys: dict[tuple[str, ...], Any] = {}
+    nulls: set[tuple[str, ...]] = set()
+    values: set[tuple[str, ...]] = set()
+
+    def uniform(value: Any, place: tuple[str, ...]) -> bool:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                (nulls if inner is None else values).add((*place, key))
+            return keys.setdefault(place, value.keys()) == value.keys() and all(
+                uniform(inner, (*place, key)) for key, inner in value.items()
+            )
+        return not isinstance(value, (list, tuple)) or all(uniform(item, place) for item in value)
+
+    columns = (column for row in rows if isinstance(row, Mapping) for column in row.items())
+    return all(uniform(value, (name,)) for name, value in columns) and not nulls.isdisjoint(values)
+
+
+@functools.cache
+def _reserved() -> frozenset[str]:
+    from transformers import PreTrainedTokenizerBase
+
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return _RESERVED | (taken.keys() - _FOR_TEMPLATES)
+
+
+def refuse_template_options(row: Mapping[str, Any], name: str) -> None:
+    """Raise a UsageError for a row that has some, where its prompt is asked without them."""
+    try:
+        if not read_template_options(row):
+            return
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    raise UsageError(
+        f"{name} has tools or chat_template_kwargs, and models are asked the prompt alone; leave "
+        "such rows out, or these columns"
+    )
+
+
+_RESPONSE = 'text or a list of {"role", "content"} messages'
+
+
+class PreferenceRow(NamedTuple):
+    """A prompt and its K responses, best first."""
+
+    prompt: Content
+    responses: list[Content]
+    template: Mapping[str, Any]
+    """What the chat template gets beside messages."""
+
+
+class TokenLimits(NamedTuple):
+    """What token ids a model has weights for."""
+
+    inputs: int
+    """Ids of a prompt are below it: the embeddings."""
+    outputs: int
+    """Ids of a response are below it: the embeddings and the rows of the head."""
+    positions: int | None
+    """Tokens of a sequence, where the configuration names a number."""
+
+
+def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -> None:
+    """Raises UsageError if no row of these columns can be read; see `tokenize_dataset`."""
+    there = set(columns)
+    found = f"{name} has the columns {', '.join(sorted(there))}"
+    with_prompt = "prompt" in there and there & {"responses", "chosen", "completion"}
+    if not with_prompt and not there >= {"chosen", "rejected"}:
+        raise UsageError(
+            f"{found}; it needs prompt with chosen and rejected, prompt with responses, prompt "
+            "with chosen or completion alone, or chosen and rejected that both begin with the "
+            "prompt"
+        )
+    if with_scores:
+        wanted = score_columns(there)
+        if not there.issuperset(wanted):
+            raise UsageError(
+                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
+            )
+
+
+def score_columns(columns: Collection[str]) -> list[str]:
+    """Where rows of these columns have their scores."""
+    return ["scores"] if "responses" in columns else ["chosen_score", "rejected_score"]
+
+
+def read_row(row: Mapping[str, Any], *, from_arrow: bool = False) -> PreferenceRow:
+    """Prompt and responses of a row in any of the forms that `tokenize_dataset` lists.
+
+    Args:
+        row: column -> value.
+        from_arrow: of a table that gives every struct the keys that one of its column has: keys
+            without a value are left out. Elsewhere a null in a tool's arguments is the user's.
+
+    Raises:
+        UsageError: a value is missing or of another type than it should be. The message does not
+            say which row it is: the caller knows.
+    """
+    prompt, responses = _read_texts(without_nulls(row) if from_arrow else row)
+    # Plain text does not pass through a template: such columns may be anything then.
+    is_text = isinstance(prompt, str) and all(isinstance(item, str) for item in responses)
+    template = {} if is_text else read_template_options(row, from_arrow=from_arrow)
+    return PreferenceRow(prompt, responses, template)
+
+
+def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
+    if row.get("prompt") is None and row.get("chosen") and row.get("rejected"):
+        return _without_prompt(row["chosen"], row["rejected"])
+    prompt = read_content(row.get("prompt"), "prompt")
+    if row.get("responses") is not None:
+        return prompt, read_contents(row["responses"], "responses")
+    best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
+    responses = [read_content(row.get(best), best)]
+    rejected = row.get("rejected")
+    if rejected is not None:
+        several = isinstance(rejected, (list, tuple)) and not _is_messages(rejected)
+        responses += (
+            read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
+        )
+    return prompt, responses
+
+
+def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
+    """The scores of a row's first `group_size` responses.
+
+    Raises:
+        UsageError: there are fewer, or one is not a number.
+    """
+    if row.get("responses") is not None:
+        scores = row.get("scores")
+    else:
+        rejected = row.get("rejected_score")
+        scores = [
+            row.get("chosen_score"),
+            *(rejected if isinstance(rejected, (list, tuple)) else [rejected]),
+        ]
+    if (
+        not isinstance(scores, (list, tuple))
+        or len(scores) < group_size
+        or not all(_is_number(s) and not math.isnan(s) for s in scores)
+    ):
+        raise UsageError(
+            f"the scores are {shown(scores)} for {group_size} responses; give a number each"
+        )
+    return list(scores[:group_size])
+
+
+def read_reference_logps(row: Mapping[str, Any], count: int) -> list[float]:
+    """The log-probabilities of a row's `count` responses under a reference model.
+
+    Raises:
+        UsageError: there are others than one finite number each.
+    """
+    logps = row.get("reference_logps")
+    if (
+        not isinstance(logps, (list, tuple))
+        or len(logps) != count
+        or not all(_is_number(value) and math.isfinite(value) for value in logps)
+    ):
+        raise UsageError(
+            f"reference_logps are {shown(logps)} for {count} responses; give a finite number each, "
+            "or leave the column out"
+        )
+    return list(logps)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:
+    """What both responses begin with is the prompt: whole messages, or text up to white space."""
+    first, second = read_content(chosen, "chosen"), read_content(rejected, "rejected")
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    shared = next(differing, min(len(first), len(second)))
+    if isinstance(first, str):
+        # Inside of a word, the two sides would be other tokens than a model writes.
+        shared = max((i for i in range(shared) if first[i].isspace()), default=0)
+    else:  # the last message is an answer, also where both conversations are equal
+        shared = min(shared, len(first) - 1, len(second) - 1)
+    if not shared or (isinstance(first, str) and is_blank(first[:shared])):
+        raise UsageError(
+            "prompt is null, and chosen and rejected do not begin with the same one (the same "
+            "messages, or the same words up to white space); add it"
+        )
+    return first[:shared], [first[shared:], second[shared:]]
+
+
+def read_contents(value: Any, column: str) -> list[Content]:
+    """Responses, at least one; see `read_content`."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UsageError(
+            f"{column} is {_shown(value)}; it should be a list of responses, best first"
+        )
+    return [read_content(item, f"an entry of {column}") for item in value]
+
+
+def read_content(value: Any, column: str) -> Content:
+    """A text or chat messages, checked.
+
+    Raises:
+        UsageError: it is neither, or holds what no tokenizer takes; names the column.
+    """
+    if isinstance(value, str):
+        require_unicode(value, column)
+        return value
+    if not isinstance(value, (list, tuple)) or not _is_messages(value):
+        raise UsageError(f"{column} is {_shown(value)}; it should be {_RESPONSE}")
+    return [_read_message(message, column) for message in value]
+
+
+def _read_message(message: Mapping[str, Any], column: str) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise UsageError(f"{column} has a message whose role is {_shown(role)}; it should be text")
+    # Keys without a value are as good as none: servers send them, and Arrow makes them.
+    others = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
+    if isinstance(content, (list, tuple)):
+        content = "".join(_part_text(part, column) for part in content)
+    # A message that calls a tool need not say anything.
+    calls = role == "assistant" and content is None and any(others.values())
+    if not isinstance(content, str) and not calls:
+        raise UsageError(
+            f"{column} has a message whose content is {_shown(content)}; it should be text"
+        )
+    found = {"role": role, "content": content, **others}
+    _require_unicode(found, column)
+    return found
+
+
+def _part_text(part: Any, column: str) -> str:
+    """Text of one of the parts of a message's content, as OpenAI's format has them."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    if is_text and kind in ("text", "input_text", "output_text", None):
+        return part["text"]
+    what = f"of type {kind!r}" if kind is not None else f"that is {_shown(part)}"
+    raise UsageError(
+        f"{column} has a message with a part {what}; only parts of type 'text' are read: leave the "
+        "row out, or write what the part says as text"
+    )
+
+
+def _require_unicode(value: Any, column: str) -> None:
+    if isinstance(value, str):
+        require_unicode(value, column)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _require_unicode(key, column)
+            _require_unicode(inner, column)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _require_unicode(inner, column)
+
+
+def _is_messages(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == []:
+        return "null" if value is None else "an empty list"
+    return f"{str(value)[:60]!r}, a {type(value).__name__}"

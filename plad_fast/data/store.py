@@ -1,0 +1,283 @@
+"""An append-only file of answers that outlives a killed run.
+
+The first line is a header with the settings that made the answers; every other line is one row, a
+JSON object with an `id`. A run killed at any moment loses at most the rows it was writing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, KeysView, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plad_fast.data.files import disk_advice
+from plad_fast.data.places import shown
+from plad_fast.data.unicode import mend
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system; two writers are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "plad-fast answers"
+_VERSION = 1
+
+Row = dict[str, Any]
+
+
+class AnswerStore:
+    """Rows by id. Make one with `open`; it is a context manager that closes the file."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path = path
+        self._file = file
+        self._rows: dict[str, Row] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        fingerprint: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> AnswerStore:
+        """Opens a store, or makes one together with its folder.
+
+        A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
+        the same id the first counts. A store without rows takes the fingerprint that it is given.
+
+        Args:
+            path: of the JSONL file.
+            fingerprint: the settings the answers depend on, as JSON values.
+            overwrite: discard what is stored.
+
+        Raises:
+            UsageError: the file cannot be written, is no store or is damaged, is open in another
+                process, or holds rows that were made with another fingerprint.
+        """
+        # A round trip makes of the settings what comes back from a file: lists of tuples, say.
+        settings = json.loads(json.dumps(dict(fingerprint)))
+        store = cls._locked(Path(path).expanduser())
+        try:
+            store._load(settings, overwrite)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def _locked(cls, path: Path) -> AnswerStore:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: after a failed write nothing is left behind to be written later.
+            file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        store = cls(path, file)
+        try:
+            store._lock()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @property
+    def done(self) -> KeysView[str]:
+        """The ids stored so far."""
+        return self._rows.keys()
+
+    @property
+    def rows(self) -> Mapping[str, Row]:
+        """The rows stored so far, by id, in the order they came."""
+        return self._rows
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Writes rows through to the disk; a row whose id is stored already is left out.
+
+        Either all rows are stored or, after an exception, none.
+
+        Raises:
+            UsageError: the disk is full or the file cannot be written.
+        """
+        new: dict[str, Row] = {}
+        for row in map(mend, rows):
+            if row["id"] not in self._rows:
+                new.setdefault(row["id"], row)
+        self._write(b"".join(map(_line, new.values())))
+        self._rows.update(new)
+
+    def close(self) -> None:
+        """Closes the file, and lets other processes have it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            # The system drops it with the process, however that ends: no stale lock.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{self.path} is being written by another process; wait for it to end, or choose "
+                "another output folder"
+            ) from None
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s)", self.path, error)
+
+    def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
+        header = {"format": FORMAT, "version": _VERSION, "fingerprint": settings}
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._require_store(content)
+        if overwrite or not whole:
+            self._file.truncate(0)
+            self._write(_line(header))
+            return
+        first, *lines = whole.split(b"\n")[:-1]
+        found = self._parse(first, 1, ("version", "fingerprint"))
+        self._require_version(found)
+        if not lines and found != header:
+            self._file.truncate(0)
+            self._write(_line(header))
+            return
+        self._require_equal(found, header)
+        for number, line in enumerate(lines, start=2):
+            row = self._parse(line, number, ("id",))
+            self._rows.setdefault(row["id"], row)
+        if len(whole) < len(content):
+            logger.info("%s: cut off an unfinished last line", self.path)
+            self._file.truncate(len(whole))
+
+    def _require_store(self, content: bytes) -> None:
+        """Nothing of a file that is not ours is ever cut off or overwritten."""
+        start = _line({"format": FORMAT})[: -len(b"}\n")]
+        if content and not content.startswith(start) and not start.startswith(content):
+            raise UsageError(f"{self.path} is not a store of answers; choose another output folder")
+
+    def _require_version(self, found: Row) -> None:
+        if found["version"] != _VERSION:
+            raise UsageError(
+                f"{self.path} has format version {found['version']}, this plad_fast writes version "
+                f"{_VERSION}; choose another output folder, or pass --overwrite"
+            )
+
+    def _require_equal(self, found: Row, header: Row) -> None:
+        before, now = _flat(found["fingerprint"]), _flat(header["fingerprint"])
+        changed = [
+            f"{name} was {before.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name, _flat) != now.get(name, _flat)
+        ]
+        if changed:
+            raise UsageError(
+                f"{self.path} was made with other settings: {'; '.join(changed)}; choose another "
+                "output folder, or pass --overwrite to start anew"
+            )
+
+    def _parse(self, line: bytes, number: int, keys: Sequence[str]) -> Row:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if (
+            not isinstance(row, dict)
+            or not row.keys() >= set(keys)
+            or not isinstance(row.get("id", ""), str)
+        ):
+            raise UsageError(
+                f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite to "
+                "start anew"
+            )
+        return mend(row)  # it may be older than the mending where texts come in
+
+    def _write(self, data: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except BaseException as error:
+            self._file.truncate(end)
+            if isinstance(error, OSError):
+                raise _unwritable(self.path, error) from error
+            raise
+
+
+def require_rows(store: AnswerStore, fits: Callable[[Row], bool]) -> None:
+    """Raises UsageError for a row that is no row of such a store.
+
+    Args:
+        store: whose rows have passed no check but that they have an id.
+        fits: whether a row has all that rows of this kind have.
+    """
+    for row in store.rows.values():
+        if not fits(row):
+            raise UsageError(
+                f"{store.path}: the line with the id {shown(row['id'])} is damaged; delete that "
+                "line, or pass --overwrite to start anew"
+            )
+
+
+def locked_store(path: Path) -> AnswerStore:
+    """A store of any fingerprint that no other process can open, and of which nothing is read.
+
+    Raises:
+        UsageError: the file is no store, or is open in another process.
+    """
+    store = AnswerStore._locked(path)
+    try:
+        store._file.seek(0)
+        store._require_store(store._file.read())
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def has_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether a store is there and has anything after its header."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return sum(1 for _ in itertools.islice(file, 2)) == 2
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    # A lone surrogate has no UTF-8 form; the replacement is also its JSON escape.
+    text = json.dumps(row, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        flat.update(inner or {prefix + name: value})
+    return flat
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    advice = disk_advice(error) or "choose another output folder"
+    return UsageError(
+        f"cannot write {path}: {error.strerror or error}; what was stored before is safe: "
+        f"{advice} and run again"
+    )

@@ -1,0 +1,276 @@
+"""Rows of a JSONL, JSON, CSV or Parquet file, or of a data set on the Hugging Face Hub.
+
+JSON and CSV are read with the standard library: it names the bad line, and leaves text such as
+"NA" or "007" alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plad_fast.data.places import expanded, is_there, names_path, nothing_at, shown
+from plad_fast.data.rows import without_nulls
+from plad_fast.errors import UsageError
+
+Row = Mapping[str, Any]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+# Endings of files that are no data of ours, and that no data set on the hub is called by.
+_FOREIGN = re.compile(r"\.(txt|tsv|md|ya?ml|xlsx?|arrow|gz|bz2|xz|zst|zip|tar)$", re.IGNORECASE)
+_MOST_DIGITS = 300  # of a number: a float holds no more, and Python reads no more than 4,300
+_WRITTEN_MESSAGES = re.compile(
+    r"\s*\[\s*\{\s*(['\"])(?:role|content|from)\1\s*:.*\}\s*\]\s*", re.DOTALL
+)
+_DEEPEST = 200  # lists and objects in one another
+_PACKED = {
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive, as an Excel file is,",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"PAR1": "a Parquet file",
+}
+_LONGEST_CSV_FIELD = 2**31 - 1  # the default, 128 KiB, is shorter than many a document
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with named columns; a row may lack a column."""
+
+    source: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column, None where a row has none."""
+        if isinstance(self.rows, list):
+            return [row.get(name) for row in self.rows]
+        return list(self.rows[name])  # type: ignore[call-overload]  # a datasets.Dataset
+
+
+def read_table(source: str, split: str) -> Table:
+    """Reads a file by its ending, and takes anything else for a hub data set.
+
+    Args:
+        source: path of a `.jsonl`, `.json`, `.csv` or `.parquet` file (UTF-8), or `owner/name` of a
+            hub data set, with `:config` appended where it has several, or a folder of data files.
+        split: which split of a hub data set; files have only one.
+
+    Raises:
+        UsageError: there is no such file or data set, or it cannot be read, or it has no rows.
+    """
+    if not source:
+        raise UsageError("the name of a file or data set is empty; give one")
+    path = expanded(source)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        table = _read_hub(source, path, split)
+    else:
+        rows = _read_file(path, reader)
+        table = Table(source, list(dict.fromkeys(name for row in rows for name in row)), rows)
+    if not len(table.rows):
+        raise UsageError(f"{source} has no rows; give a file or data set with at least one row")
+    return table
+
+
+def _read_file(path: Path, reader: Any) -> list[Row]:
+    try:
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error}); convert it first") from None
+    except OSError as error:
+        if not is_there(path):
+            raise UsageError(nothing_at(path, is_file=True)) from None
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply to be read; flatten it") from None
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        rows = _parse(text, path, first_line=1)
+    else:
+        # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_parse(line, path, first_line=n) for n, line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UsageError(
+                f"{path}, row {number} is a {type(row).__name__}; every row must be an object "
+                'such as {"prompt": "..."}'
+            )
+    return rows
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    for start, kind in _PACKED.items():
+        if data.startswith(start):
+            raise UsageError(f"{path} is {kind}, whatever its name says; unpack or rename it first")
+    if b"\0" in data:
+        raise UsageError(f"{path} holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first")
+    # Line breaks are those of the system that wrote it.
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+
+
+def _parse(text: str, path: Path, *, first_line: int) -> Any:
+    try:
+        value = json.loads(text, parse_int=_integer)
+        if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
+            raise RecursionError
+        return value
+    except RecursionError:
+        raise UsageError(
+            f"{path}, line {first_line} is nested more than {_DEEPEST} deep; flatten it"
+        ) from None
+    except _LongNumberError as error:
+        line = first_line + text.count("\n", 0, text.index(str(error)))
+        raise UsageError(
+            f"{path}, line {line} holds a number of {len(str(error))} digits; write it as text, or "
+            "leave it out"
+        ) from None
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UsageError(
+            f"{path}, line {line}, column {error.colno} is not valid JSON: {error.msg}; write one "
+            "object a line, or a list of objects"
+        ) from None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in one another so deeply that working on them may fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+class _LongNumberError(ValueError):
+    """A number that nothing can compute with; the message is its digits."""
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _LongNumberError(digits)
+    return int(digits)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    text = _text(path)
+    before = csv.field_size_limit(_LONGEST_CSV_FIELD)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+            raise UsageError(
+                f"{path} has {len(names)} columns of which several are named {shown(twice[0])}; "
+                "give every column a name of its own"
+            )
+        for row in reader:
+            if None in row:
+                raise UsageError(
+                    f"{path}, line {reader.line_num} has more fields than the header; put fields "
+                    "that contain commas in double quotes"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise UsageError(
+            f"{path}, line {reader.reader.line_num} is not valid CSV: {error}; quote fields "
+            "that contain commas, quotes or line breaks"
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    # Of what a file may hold, dates beyond Python's years for example raise errors of their own.
+    except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path} is not a readable Parquet file: {_one_line(error)}; write it anew"
+        ) from None
+    return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
+
+
+_READERS = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: str, path: Path, split: str) -> Table:
+    found = is_there(path)
+    if found and path.is_file():
+        raise UsageError(
+            f"cannot tell the format of {source}; prompts come from files that end in "
+            f"{', '.join(_READERS)}, or from a hub data set"
+        )
+    if not found and (
+        names_path(source) or _FOREIGN.search(source) or not _HUB_ID.fullmatch(source)
+    ):
+        raise UsageError(nothing_at(source, is_file=True))
+
+    import datasets
+
+    name, _, config = (str(path), "", "") if found else source.partition(":")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split)
+    except ConnectionError:
+        raise UsageError(
+            f"the hub data set {source!r} cannot be reached and is not in the local cache; check "
+            f"the network, or give a file that ends in {', '.join(_READERS)}"
+        ) from None
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UsageError(
+            f"there is neither a file nor an accessible hub data set {source!r}; check the "
+            "spelling, and log in with `hf auth login` if it is gated or private"
+        ) from None
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
+        reason = _one_line(error)
+        if found:
+            raise UsageError(
+                f"cannot read the folder {source!r} as a data set: {reason}; give a file that ends "
+                f"in {', '.join(_READERS)}, or a folder of such files alone"
+            ) from error
+        raise UsageError(
+            f"cannot load split {split!r} of the hub data set {source!r}: {reason}; name a split "
+            "it has, and a config as in 'owner/name:config' where it has several"
+        ) from error
+    return Table(source, data.column_names, data)
+
+
+def refuse_written_lists(value: Any, where: str) -> None:
+    """Raises UsageError for a text that is chat messages written out, as CSV files have them.
+
+    A model would be asked brackets and quotes.
+    """
+    if isinstance(value, str) and _WRITTEN_MESSAGES.fullmatch(value):
+        raise UsageError(
+            f"{where} holds a list of chat messages written out as text, for CSV has no lists: "
+            "give the data as JSONL or Parquet"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

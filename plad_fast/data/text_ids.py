@@ -1,0 +1,180 @@
+"""Token ids of prompts and of responses to them.
+
+A prompt and its response are one text to a model: a tokenizer may write the first token of a
+response differently behind its prompt than alone. The ids of a response are those of the whole
+text that follow the prompt's, or that follow what all responses leave of the prompt's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from plad_fast.data.chat import (
+    Content,
+    Message,
+    answer_text,
+    ends_turn,
+    is_blank,
+    render_group,
+    render_prompt,
+    with_eos,
+)
+from plad_fast.data.chat_template import common_length
+from plad_fast.data.special_tokens import SpecialText
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_PROMPT = (
+    "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first response "
+    "token; drop empty prompts"
+)
+
+
+class GroupIds(NamedTuple):
+    """A prompt and its responses."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    moved: str = ""
+    """The end of the prompt whose tokens are others once a response follows; it is where the
+    responses begin."""
+    split: str = ""
+    """A special token that stood in a message and was encoded as text."""
+
+
+class Specials(NamedTuple):
+    """The special tokens a tokenizer puts in front of a text, and how many behind it."""
+
+    front: list[int]
+    back: int
+
+
+class TextIds:
+    """A tokenizer, with what is found out about it once.
+
+    Args:
+        tokenizer: of the student.
+        encoder_decoder: whether the student is such a model: its responses are texts of their own.
+        split_special_tokens: special tokens in chat messages are text, as the rest of these.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        encoder_decoder: bool = False,
+        split_special_tokens: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
+        self._text = SpecialText(tokenizer)
+        self._splits = split_special_tokens
+
+    @functools.cached_property
+    def specials(self) -> Specials:
+        [plain] = self._text.ids(["a"])
+        full = self.tokenizer("a")["input_ids"]
+        starts = range(len(full) - len(plain) + 1)
+        front = next((i for i in starts if full[i : i + len(plain)] == plain), 0)
+        return Specials(full[:front], len(full) - front - len(plain))
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        return self.tokenizer.added_tokens_decoder
+
+    def prompt(self, prompt: Content, template: Mapping[str, Any] | None = None) -> list[int]:
+        """See `plad_fast.data.tokenization.encode_prompt`."""
+        if isinstance(prompt, str):
+            if self.encoder_decoder:
+                return _required(self.tokenizer(prompt)["input_ids"])
+            return self._started(prompt, self._text.ids([prompt])[0])
+        prompt, template = self._hidden(prompt), self._hidden(template)
+        return _required(self._text.ids([render_prompt(self.tokenizer, prompt, template)])[0])
+
+    def group(
+        self,
+        prompt: Content,
+        answers: Sequence[str] | Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+    ) -> GroupIds:
+        """A prompt with its responses, as `plad_fast.data.chat.as_conversation` gives them."""
+        if isinstance(prompt, str):
+            texts = cast("Sequence[str]", answers)
+            if self.encoder_decoder:
+                return GroupIds(self.prompt(prompt), [self._target(text) for text in texts])
+            return self._split(*self._plain(prompt, texts))
+        messages: list[Message] = self._hidden(list(answers))
+        head, wholes = render_group(
+            self.tokenizer, self._hidden(prompt), messages, self._hidden(template)
+        )
+        texts = [head, *(whole.text for whole in wholes)]
+        split = self._text.first_in(texts)
+        if self.encoder_decoder:
+            texts[1:] = [answer_text(self.tokenizer, head, whole) for whole in wholes]
+            ids = self._text.ids(texts)
+            return GroupIds(_required(ids[0]), ids[1:], split=split)
+        head_ids, *ids = self._text.ids(texts)
+        end = self.tokenizer.eos_token_id
+        for whole, tokens in zip(wholes, ids, strict=True):
+            ended = tokens and ends_turn(whole, tokens[-1], end, self._added)
+            if end is not None and not ended:
+                tokens.append(end)
+        return self._split(_required(head_ids), ids)._replace(split=split)
+
+    def holds_special(self, messages: Content) -> bool:
+        """Whether a message holds a special token as text."""
+        return self._text.hide(messages) != messages
+
+    def _hidden(self, value: Any) -> Any:
+        return self._text.hide(value) if self._splits else value
+
+    def _started(self, prompt: str, ids: list[int]) -> list[int]:
+        """Ids of a plain-text prompt. One that shows nothing is empty."""
+        ids = self._with_front(ids)
+        return _required([] if is_blank(prompt) and not self.specials.front else ids)
+
+    def _with_front(self, ids: list[int]) -> list[int]:
+        front = self.specials.front
+        return ids if ids[: len(front)] == front else front + ids
+
+    def _plain(self, prompt: str, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        wholes = [prompt + with_eos(self.tokenizer, text) for text in texts]
+        prompt_ids, *ids = self._text.ids([prompt, *wholes])
+        end = self.tokenizer.eos_token_id
+        for place, tokens in enumerate(ids):
+            if end is not None and tokens[-1:] != [end]:  # its text is not its token everywhere
+                text = wholes[place].removesuffix(self.tokenizer.eos_token)
+                ids[place] = [*self._text.ids([text])[0], end]
+        return self._started(prompt, prompt_ids), [self._with_front(tokens) for tokens in ids]
+
+    def _split(self, prompt: list[int], wholes: list[list[int]]) -> GroupIds:
+        shared = min(common_length(prompt, whole) for whole in wholes)
+        if shared == 0:
+            raise UsageError(
+                "the first token of the prompt is another one once a response follows, so nothing "
+                "precedes the response; end the prompt in a line break, or drop such short prompts"
+            )
+        moved = ""
+        if end := prompt[shared:]:
+            # A space in front is no text to some tokenizers.
+            moved = self.tokenizer.decode(end) or "".join(self.tokenizer.convert_ids_to_tokens(end))
+        return GroupIds(prompt[:shared], [whole[shared:] for whole in wholes], moved)
+
+    def _target(self, response: str) -> list[int]:
+        tokenizer = self.tokenizer
+        # The tokenizer adds an EOS of its own.
+        ids = tokenizer(text_target=response.removesuffix(tokenizer.eos_token or ""))["input_ids"]
+        end = tokenizer.eos_token_id
+        # Behind it may stand a mark of the language, as mBART's tokenizer writes.
+        marked = ids[-2:-1] == [end] and ids[-1] in tokenizer.all_special_ids
+        return ids if end is None or ids[-1:] == [end] or marked else [*ids, end]
+
+
+def _required(prompt_ids: list[int]) -> list[int]:
+    if not prompt_ids:
+        raise UsageError(_NO_PROMPT)
+    return prompt_ids

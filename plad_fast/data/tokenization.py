@@ -1,0 +1,378 @@
+"""Preference data as token ids: text to ids, rows of a dataset to ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from datasets import Dataset
+
+from plad_fast.checks import is_whole
+from plad_fast.data.chat import Content, as_conversation
+from plad_fast.data.row_sets import (
+    checked_tokens,
+    holds_any,
+    is_of_arrow,
+    longest,
+    plain_rows,
+    require_ids,
+    require_one_size,
+    require_rows,
+    token_dataset,
+)
+from plad_fast.data.rows import (
+    TokenLimits,
+    made_by_arrow,
+    read_content,
+    read_contents,
+    read_reference_logps,
+    read_row,
+    read_scores,
+    require_columns,
+    score_columns,
+)
+from plad_fast.data.text_ids import GroupIds, Specials, TextIds
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+TRUNCATION_SIDES = ("left", "right")
+
+
+class EncodedGroup(TypedDict):
+    """One prompt and its K responses as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    truncated: bool
+    """The prompt was cut."""
+    fits: bool
+    """False: a response is too long, or leaves the prompt no room for a token; drop the group."""
+    moved: str
+    """The end of the prompt with which the responses begin, or nothing; see `encode_group`."""
+    split: str
+    """A special token of a message that was encoded as text, or nothing."""
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    *,
+    encoder_decoder: bool = False,
+    split_special_tokens: bool = True,
+) -> list[int]:
+    """Token ids after which the model starts to answer.
+
+    A chat template writes its special tokens itself. Plain text gets the ones the tokenizer puts
+    in front (BOS), once, and never those it puts behind (EOS): the text goes on. For an encoder,
+    which reads the prompt as a text of its own, plain text gets all of the tokenizer's.
+
+    Args:
+        tokenizer, encoder_decoder, split_special_tokens: see `encode_group`.
+        prompt: plain text or chat messages.
+
+    Raises:
+        UsageError: the prompt has no tokens, so nothing could predict the first response token; or
+            messages that the chat template refuses, or that end in the assistant's.
+    """
+    encoder = TextIds(
+        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
+    )
+    return encoder.prompt(prompt)
+
+
+def encode_group(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    responses: Sequence[Content],
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+    encoder_decoder: bool = False,
+    template: Mapping[str, Any] | None = None,
+    split_special_tokens: bool = True,
+) -> EncodedGroup:
+    """Token ids of one prompt and of its responses, whose tokens are those behind the prompt.
+
+    Prompt and response are one text to the tokenizer. Where the last tokens of a prompt are others
+    once a response follows (a space that goes with the next word, a generation prompt that opens a
+    thought which an answer does without), all responses begin where the prompt and a whole text
+    part; `moved` says what of the prompt that is.
+
+    All responses see the same prompt. It is cut, if it must be, so that the longest response fits
+    into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
+    cut: a text cut short is not what its author preferred.
+
+    For an encoder-decoder model the prompt is the encoder's text and the responses are the
+    decoder's: each has `max_length` tokens to itself, with the special tokens the tokenizer gives
+    a source and a target, which survive a cut; an EOS token ends every response in any case.
+
+    Args:
+        tokenizer: of the student.
+        prompt: plain text or chat messages.
+        responses: K texts or lists of messages, best first; see `data.chat.as_conversation`.
+            All keys of such a message go to the chat template, such as `tool_calls`.
+        max_length: of prompt and response together; of an encoder-decoder model, of each.
+        truncation_side: the side from which a long prompt loses tokens, "left" or "right".
+        encoder_decoder: whether the student is such a model.
+        template: what the chat template gets beside messages, such as `tools`.
+        split_special_tokens: encode special tokens that stand in chat messages as the text they
+            are there; the chat template's own stay tokens, and so do marks of thoughts and tool
+            calls. False makes tokens of them, as in plain text.
+
+    Raises:
+        UsageError: a prompt or a response that is neither text nor messages, no responses, a
+            message of a response with a key that the chat template does not show, or a
+            `max_length` or `truncation_side` that is none.
+    """
+    encoder = TextIds(
+        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
+    )
+    return encode_with(
+        encoder,
+        prompt,
+        responses,
+        max_length=max_length,
+        truncation_side=truncation_side,
+        template=template,
+    )
+
+
+def encode_with(
+    encoder: TextIds,
+    prompt: Content,
+    responses: Sequence[Content],
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+    template: Mapping[str, Any] | None = None,
+) -> EncodedGroup:
+    """`encode_group` with a tokenizer of which much is known already."""
+    check_cut(max_length, truncation_side)
+    prompt, answers = as_conversation(
+        read_content(prompt, "prompt"), read_contents(responses, "responses")
+    )
+    ids = encoder.group(prompt, answers, template)
+    if encoder.encoder_decoder:
+        specials = encoder.specials if isinstance(prompt, str) else Specials([], 0)
+        return _two_texts(ids, specials, max_length, truncation_side)
+    prompt_ids = ids.prompt
+    room = max_length - max(map(len, ids.responses))
+    truncated = len(prompt_ids) > room
+    # A group that does not fit is left whole: the caller reports and drops it.
+    if truncated and room >= 1:
+        prompt_ids = _cut(prompt_ids, room, truncation_side, encoder.tokenizer.bos_token_id)
+    return _encoded(ids, prompt_ids, truncated, fits=room >= 1)
+
+
+def _encoded(ids: GroupIds, prompt_ids: list[int], truncated: bool, fits: bool) -> EncodedGroup:
+    return EncodedGroup(
+        prompt_ids=prompt_ids,
+        response_ids=ids.responses,
+        truncated=truncated,
+        fits=fits,
+        moved=ids.moved,
+        split=ids.split,
+    )
+
+
+def check_cut(max_length: int, truncation_side: str) -> None:
+    """Raise a UsageError unless `max_length` is a whole number and `truncation_side` a side."""
+    if not is_whole(max_length):
+        raise UsageError(f"max_length must be a whole number of tokens, got {max_length!r}")
+    if truncation_side not in TRUNCATION_SIDES:
+        raise UsageError(f"truncation_side must be left or right, got {truncation_side!r}")
+
+
+def _two_texts(
+    ids: GroupIds, specials: Specials, max_length: int, truncation_side: str
+) -> EncodedGroup:
+    """The prompt for an encoder and its responses for a decoder."""
+    prompt_ids = ids.prompt
+    front, back = len(specials.front), specials.back
+    truncated = len(prompt_ids) > max_length
+    fits = max(map(len, ids.responses)) <= max_length and front + back < max_length
+    if truncated and fits:
+        end = len(prompt_ids) - back
+        body = _cut(prompt_ids[front:end], max_length - front - back, truncation_side, None)
+        prompt_ids = [*prompt_ids[:front], *body, *prompt_ids[end:]]
+    return _encoded(ids, prompt_ids, truncated, fits)
+
+
+def tokenize_dataset(
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation_side: str = "left",
+    first_only: bool = False,
+    with_scores: bool | None = False,
+    with_reference: bool = True,
+    encoder_decoder: bool = False,
+    split_special_tokens: bool = True,
+    limits: TokenLimits | None = None,
+    name: str = "dataset",
+) -> Dataset:
+    """Preference rows as token ids.
+
+    Rows hold a `prompt` (text or chat messages) and one of
+
+    * `chosen` and `rejected`: a text or a list of messages each, which may repeat those of the
+      prompt; `rejected` may also be a list of those. Scores: `chosen_score` and
+      `rejected_score` (a number, or one per rejected).
+    * `responses`: a list, best first. Scores: `scores`, one per response.
+    * `chosen` or `completion` alone: one response.
+
+    Rows with `chosen` and `rejected` need no `prompt` if both begin with it: with the same
+    messages, or with the same words. `tools` (a list, or its JSON text) and `chat_template_kwargs`
+    go to the chat template, which plain text does not pass through.
+
+    A message's content is text, a list of text parts, or null beside a tool call; its other keys go
+    to the chat template too. Keys without a value are left out where Arrow made them, which gives
+    all structs of a column the keys of each: in a `Dataset`, and in rows that were made of one.
+
+    Args:
+        dataset: rows as above, as a `datasets.Dataset` of any format, a DataFrame or a list; values
+            of numpy, torch, pandas and Arrow count as the plain ones they stand for, and NaN in
+            place of a text as none. One that holds `prompt_ids` and `response_ids` is taken as it
+            is, long rows too.
+        tokenizer, max_length, truncation_side, encoder_decoder, split_special_tokens: see
+            `encode_group`.
+        first_only: keep the best response only, as fine-tuning on the teacher's answers does.
+        with_scores: read the scores, which must then be there; None reads them if a row has some.
+        with_reference: keep `reference_logps`, one per response, where a row has some. They are of
+            whole prompts: a row whose prompt would be cut is refused.
+        limits: `plad_fast.models.adapters.token_limits` of the model, which refuse the token ids
+            that it does not know; None takes all.
+        name: what to call the dataset in messages.
+
+    Returns:
+        A dataset with the columns `prompt_ids`, `response_ids` (K lists), `length` (tokens of the
+        longest sequence; the prompt of an encoder is one of its own) and, if read, `scores` and
+        `reference_logps` (K each).
+
+    Raises:
+        UsageError: no rows, missing columns, a row that is not as above, groups of different
+            sizes, a token id beyond the limits, or every row dropped.
+    """
+    check_cut(max_length, truncation_side)
+    from_arrow = is_of_arrow(dataset)
+    dataset = plain_rows(dataset, name)
+    from_arrow = from_arrow or made_by_arrow(dataset)
+    columns = require_rows(dataset, name)
+    if {"prompt_ids", "response_ids"} <= set(columns):
+        return checked_tokens(
+            token_dataset(dataset, name),
+            first_only=first_only,
+            encoder_decoder=encoder_decoder,
+            limits=limits,
+            name=name,
+        )
+    require_columns(columns, with_scores=bool(with_scores), name=name)
+    if with_scores is None:
+        with_scores = holds_any(dataset, score_columns(columns))
+    encoder = TextIds(
+        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
+    )
+    with_reference = with_reference and holds_any(dataset, ["reference_logps"])
+
+    def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            prompt, responses, template = read_row(row, from_arrow=from_arrow)
+            numbers: dict[str, list[float]] = {}
+            if with_reference:
+                numbers["reference_logps"] = read_reference_logps(row, len(responses))
+            responses = responses[: 1 if first_only else None]
+            if with_scores:
+                numbers["scores"] = read_scores(row, len(responses))
+            group = encode_with(
+                encoder,
+                prompt,
+                responses,
+                max_length=max_length,
+                truncation_side=truncation_side,
+                template=template,
+            )
+            if with_reference and group["truncated"] and group["fits"]:
+                raise UsageError(
+                    f"reference_logps are of the whole prompt, which max_length={max_length} cuts; "
+                    "raise max_length, or leave the column out to have them computed"
+                )
+            if limits is not None:
+                require_ids(group["prompt_ids"], group["response_ids"], limits)
+        except UsageError as error:
+            raise UsageError(f"{name}, row {index + 1}: {error}") from None
+        length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
+        kept = {key: values[: len(responses)] for key, values in numbers.items()}
+        return {**group, "length": length, **kept}
+
+    if isinstance(dataset, Dataset):
+        encoded = dataset.map(
+            encode, with_indices=True, remove_columns=columns, desc=f"Tokenising {name}"
+        )
+    else:  # Arrow gets the ids only: rows may hold prompts of both forms
+        encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
+    require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
+    fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
+    _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
+    report_texts(name, encoded["moved"], encoded["split"])
+    return encoded.select(fitting).remove_columns(["truncated", "fits", "moved", "split"])
+
+
+def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
+    assert side in TRUNCATION_SIDES, side
+    if side == "right":
+        return ids[:length]
+    if ids[0] == bos and length > 1:
+        return [bos, *ids[len(ids) - length + 1 :]]
+    return ids[len(ids) - length :]
+
+
+def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:
+    dropped = len(truncated) - len(kept)
+    if not kept:
+        raise UsageError(
+            f"no row of {name} has responses that fit into max_length={max_length} tokens with a "
+            "prompt; raise max_length"
+        )
+    cut = sum(truncated[index] for index in kept)
+    if cut or dropped:
+        logger.warning(
+            "%s: %d of %d prompts were cut and %d rows dropped (a response alone is too long) to "
+            "fit max_length=%d",
+            name,
+            cut,
+            len(truncated),
+            dropped,
+            max_length,
+        )
+
+
+def report_texts(name: str, moved: Sequence[str], split: Sequence[str]) -> None:
+    """Warn of groups, by their `EncodedGroup` fields, whose tokens are not what one might think."""
+    ends = [text for text in moved if text]
+    if ends:
+        logger.warning(
+            "%s: in %d of %d rows the prompt's last tokens are others once a response follows, "
+            "such as %r; there the responses begin where prompt and whole text part, and include "
+            "what stands in its place",
+            name,
+            len(ends),
+            len(moved),
+            max(ends, key=ends.count),
+        )
+    tokens = [token for token in split if token]
+    if tokens:
+        logger.warning(
+            "%s: %d of %d rows hold special tokens in their messages, such as %r; they are encoded "
+            "as text. Set split_special_tokens=False to make tokens of them",
+            name,
+            len(tokens),
+            len(split),
+            max(tokens, key=tokens.count),
+        )

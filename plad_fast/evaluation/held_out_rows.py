@@ -1,0 +1,75 @@
+"""Held-out pairs from a file: every row is read before any model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plad_fast.data.chat import as_conversation, is_blank
+from plad_fast.data.prompts import Prompt, read_reference
+from plad_fast.data.records import digest
+from plad_fast.data.rows import made_by_arrow, read_row, refuse_template_options
+from plad_fast.data.unicode import mend
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.run_students import HeldOut
+
+
+def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
+    """Prompts, answers and pairs in the rows of a file in the standard preference format.
+
+    Rows with the same prompt are pairs of one prompt, which has the id of the first of them; so
+    are those that a row with several rejected responses stands for, or a list: its best response
+    against each of the others. The teacher's answer to a prompt is the first chosen response.
+
+    Args:
+        rows: in any of the forms that `tokenize_dataset` lists.
+        source: of the rows, for messages.
+
+    Raises:
+        UsageError: a row that is no pair, or whose reference is no text, or that shares its id with
+            one of another prompt. The message has the number of the row.
+    """
+    answers: dict[str, str] = {}
+    contents: dict[str, Any] = {}
+    references: dict[str, str | None] = {}
+    ids: dict[str, str] = {}  # digest of a prompt -> its id
+    first_rows: dict[str, int] = {}
+    pairs: list[dict[str, Any]] = []
+    prompts_of_pairs: list[str] = []
+    from_arrow = made_by_arrow(rows)
+    for number, row in enumerate(rows):
+        try:
+            prompt, responses, template = read_row(row, from_arrow=from_arrow)
+            reference = read_reference(row.get("reference"), "reference")
+            if len(responses) < 2:
+                raise UsageError("there is no rejected response, and evaluation ranks pairs")
+            # In the form in which its answers are scored: students answer that very one.
+            prompt, answered = as_conversation(prompt, responses)
+            best = answered[0] if isinstance(answered[0], str) else answered[0]["content"] or ""
+            if is_blank(best):
+                raise UsageError(
+                    "the best response has no text, and evaluation compares texts; leave the row "
+                    "out"
+                )
+        except UsageError as error:
+            raise UsageError(f"{source}, row {number + 1}: {error}") from None
+        if template:
+            refuse_template_options(row, f"{source}, row {number + 1}")
+        row_id = mend(str(number if row.get("id") is None else row["id"]))
+        prompt_id = ids.setdefault(digest(prompt), row_id)
+        if contents.setdefault(prompt_id, prompt) != prompt:
+            raise UsageError(
+                f"{source}, rows {first_rows[prompt_id] + 1} and {number + 1} have the id "
+                f"{row_id!r} and different prompts; give every prompt an id of its own, or none"
+            )
+        first_rows.setdefault(prompt_id, number)
+        answers.setdefault(prompt_id, best.strip())
+        if references.get(prompt_id) is None:
+            references[prompt_id] = Prompt(prompt_id, prompt, reference).reference
+        for place, rejected in enumerate(responses[1:]):
+            pair = {**row, "prompt": prompt, "chosen": responses[0], "rejected": rejected}
+            pair.pop("responses", None)
+            pairs.append({**pair, "id": f"{row_id}\t{place}" if place else row_id})
+            prompts_of_pairs.append(prompt_id)
+    prompts = [Prompt(key, content, references[key]) for key, content in contents.items()]
+    return HeldOut(prompts, answers, pairs, prompts_of_pairs)

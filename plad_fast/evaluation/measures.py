@@ -1,0 +1,302 @@
+"""What is computed of one student and of two, example by example; see `evaluate_students`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from plad_fast.data.chat import Content
+from plad_fast.errors import UsageError
+from plad_fast.evaluation import intervals, metrics
+from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.pairs import text_metrics
+
+if TYPE_CHECKING:
+    from plad_fast.data.prompts import Prompt
+    from plad_fast.evaluation.compare import StudentOutputs
+
+ScoreFn = Callable[[Any, str, str], float]
+
+
+class Scorer(Protocol):
+    """What is asked of a `pairs.scoring.Scorer` here."""
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
+        """A number for each text, larger is better; NaN for one that could not be rated.
+
+        All systems' answers come in one call, so a text may also be rated by those it competes
+        with."""
+        ...
+
+
+class Judge(Protocol):
+    """Compares texts two by two, such as `pairs.judge.Judge`."""
+
+    name: str
+
+    def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> Sequence[float]:
+        """1 where the first text is better, 0 where the second is, 0.5 for a tie; NaN where the
+        judge gave no verdict. Whether the order of the texts matters is up to the judge to find
+        out: each couple is asked once."""
+        ...
+
+
+_ROUGE = tuple(
+    f"{name}_{target}" for target in ("teacher", "reference") for name in text_metrics.ROUGE_NAMES
+)
+_ROW_INTERVALS = ("ranking_accuracy", "margin", "own_ranking_accuracy", *_ROUGE, "score")
+_TEXT = ("mean_words", "repetition_4")
+_COMPARED = ("ranking_accuracy", "margin", *_ROUGE, "score", *_TEXT)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One value per example."""
+
+    values: Mapping[str, FloatArray]
+    """Metric -> one value per pair, per prompt, or per prompt with a reference."""
+    scores: Mapping[str, FloatArray]
+    """Scorer -> (prompts,), NaN where it gave none."""
+    texts: Sequence[str]
+    """(prompts,); none of a student without answers."""
+    prompts: Mapping[str, Sequence[str]]
+    """Metric over pairs -> the prompt of each value; of other metrics each value has its own."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all students are measured against, and how. Rows are in the order of the answers."""
+
+    teacher_answers: Mapping[str, str]
+    references: Mapping[str, str]
+    prompts: Mapping[str, Content]
+    score_fn: ScoreFn | None
+    scorers: Mapping[str, Scorer]
+    judge: Judge | None
+    n_resamples: int
+    seed: int
+
+    def measure_all(self, systems: Sequence[StudentOutputs]) -> list[Measured]:
+        """The first of the systems is the teacher."""
+        rated = iter(self._rated([system for system in systems if system.answers]))
+        return [
+            self._measure(system, next(rated) if system.answers else {}, is_teacher=number == 0)
+            for number, system in enumerate(systems)
+        ]
+
+    def _measure(
+        self, student: StudentOutputs, scores: Mapping[str, FloatArray], *, is_teacher: bool
+    ) -> Measured:
+        values: dict[str, FloatArray] = {}
+        prompts: dict[str, Sequence[str]] = {}
+        if len(student.pair_ids):
+            chosen, rejected = student.chosen_logps, student.rejected_logps
+            values["ranking_accuracy"] = intervals.outcomes(chosen, rejected)
+            values["margin"] = metrics.margins(chosen, rejected)
+            prompts = dict.fromkeys(("ranking_accuracy", "margin"), student.pair_prompts)
+            own = student.own_rejected_logps
+            if own is not None and not np.isnan(own).all():
+                scored = ~np.isnan(own)
+                values["own_ranking_accuracy"] = intervals.outcomes(chosen[scored], own[scored])
+                prompts["own_ranking_accuracy"] = [
+                    prompt
+                    for prompt, there in zip(student.pair_prompts, scored, strict=True)
+                    if there
+                ]
+        if not student.answers:
+            return Measured(values, {}, [], prompts)
+        answers = [student.answers[key] for key in self.teacher_answers]
+        values |= self._likeness(student.answers, answers, is_teacher)
+        values["mean_words"] = text_metrics.word_counts(answers)
+        values["repetition_4"] = text_metrics.repetition_shares(answers, 4)
+        if self.score_fn is not None:
+            values["score"] = self._custom_scores(self.score_fn, answers)
+        return Measured(values, scores, answers, prompts)
+
+    def row(
+        self, student: StudentOutputs, own: Measured, teacher: Measured | None = None
+    ) -> dict[str, Any]:
+        texts, values = own.texts, own.values
+        wins = self._outcomes(own, teacher) if teacher else None
+        return {
+            "name": student.name,
+            "n": len(texts),
+            "n_pairs": len(student.pair_ids),
+            "n_own_pairs": len(values.get("own_ranking_accuracy", ())),
+            **{
+                name: self._interval(values.get(name), own.prompts.get(name))
+                for name in _ROW_INTERVALS
+            },
+            "win_rate_teacher": self._interval(wins),
+            "wins_teacher": _counts(wins),
+            **{name: float(values[name].mean()) if texts else None for name in _TEXT},
+            "distinct_1": text_metrics.distinct_n(texts, 1) if texts else None,
+            "distinct_2": text_metrics.distinct_n(texts, 2) if texts else None,
+            "intervals": {name: self._interval(values.get(name)) for name in _TEXT},
+            "scores": {
+                name: {
+                    "score": self._interval(_there(own.scores.get(name))),
+                    "win_rate_teacher": self._interval(won := _won(own, teacher, name)),
+                    "wins_teacher": _counts(won),
+                }
+                for name in self.scorers
+            },
+        }
+
+    def compare(self, candidate: Measured, baseline: Measured) -> dict[str, Any]:
+        a, b = candidate.values, baseline.values
+        wins = self._outcomes(candidate, baseline)
+        return {
+            **{
+                name: self._interval(a[name] - b[name], candidate.prompts.get(name))
+                if name in a and name in b
+                else None
+                for name in _COMPARED
+            },
+            "win_rate": self._interval(wins),
+            "wins": _counts(wins),
+            "scores": {
+                name: {
+                    "difference": self._interval(_difference(candidate, baseline, name)),
+                    "win_rate": self._interval(won := _won(candidate, baseline, name)),
+                    "wins": _counts(won),
+                }
+                for name in self.scorers
+            },
+        }
+
+    def win_label(self) -> str:
+        return self.score_label() if self.judge is None else self.judge.name
+
+    def score_label(self) -> str:
+        if self.score_fn is not None:
+            return getattr(self.score_fn, "__name__", type(self.score_fn).__name__)
+        if not self.references:
+            return "ROUGE-L to the teacher's answer"
+        if len(self.references) == len(self.teacher_answers):
+            return "ROUGE-L to the reference"
+        return "ROUGE-L to the reference, or to the teacher's answer where there is none"
+
+    def _likeness(
+        self, by_id: Mapping[str, str], answers: Sequence[str], is_teacher: bool
+    ) -> dict[str, FloatArray]:
+        """ROUGE, and what of it is the default score."""
+        values: dict[str, FloatArray] = {}
+        rouge_l = np.empty(0)
+        if not is_teacher:
+            by_name = text_metrics.rouge(answers, list(self.teacher_answers.values()))
+            values |= {f"{name}_teacher": array for name, array in by_name.items()}
+            rouge_l = by_name["rougeL"]
+        if self.references:
+            some = [by_id[key] for key in self.references]
+            by_name = text_metrics.rouge(some, list(self.references.values()))
+            values |= {f"{name}_reference": array for name, array in by_name.items()}
+            if len(some) == len(answers):
+                rouge_l = by_name["rougeL"]
+            elif not is_teacher:
+                rouge_l = rouge_l.copy()
+                rouge_l[[key in self.references for key in self.teacher_answers]] = by_name[
+                    "rougeL"
+                ]
+        if len(rouge_l):
+            values["score"] = rouge_l
+        return values
+
+    def _custom_scores(self, score_fn: ScoreFn, answers: Sequence[str]) -> FloatArray:
+        scores = []
+        for (key, teacher_answer), answer in zip(
+            self.teacher_answers.items(), answers, strict=True
+        ):
+            target = self.references.get(key, teacher_answer)
+            scores.append(float(score_fn(self.prompts[key], answer, target)))
+            if not np.isfinite(scores[-1]):
+                raise UsageError(
+                    f"score_fn gave {scores[-1]} for prompt {key}; it must return a finite number"
+                )
+        return np.array(scores)
+
+    def _rated(self, systems: Sequence[StudentOutputs]) -> list[dict[str, FloatArray]]:
+        """Of each system, whatever its name, scorer -> (prompts,)."""
+        prompts = self._prompts() if self.scorers else []
+        items = [(p, system.answers[p.id]) for p in prompts for system in systems]
+        rated: list[dict[str, FloatArray]] = [{} for _ in systems]
+        for name, scorer in self.scorers.items():
+            scores = _vector(scorer.score(items), len(items), f"scorer {name}")
+            for number, own in enumerate(rated):
+                own[name] = scores[number :: len(systems)]
+        return rated
+
+    def _outcomes(self, a: Measured, b: Measured) -> FloatArray | None:
+        """Who wins each prompt, by the judge if there is one, else by the score."""
+        if self.judge is None:
+            both = "score" in a.values and "score" in b.values
+            return intervals.outcomes(a.values["score"], b.values["score"]) if both else None
+        if not (a.texts and b.texts):
+            return None
+        texts = list(zip(self._prompts(), a.texts, b.texts, strict=True))
+        asked = [item for item in texts if item[1] != item[2]]
+        where = f"judge {self.judge.name}"
+        answered = _vector(self.judge.compare(asked) if asked else [], len(asked), where)
+        verdicts = np.full(len(texts), 0.5)
+        verdicts[[item[1] != item[2] for item in texts]] = answered
+        wrong = ~np.isin(verdicts, (0.0, 0.5, 1.0)) & ~np.isnan(verdicts)
+        if wrong.any():
+            raise UsageError(
+                f"{where} gave {verdicts[wrong][0]}; it must give 1, 0.5 or 0 (NaN: no verdict)"
+            )
+        return _there(verdicts)
+
+    def _prompts(self) -> list[Prompt]:
+        from plad_fast.data.prompts import Prompt
+
+        return [
+            Prompt(key, self.prompts[key], self.references.get(key)) for key in self.teacher_answers
+        ]
+
+    def _interval(
+        self, values: FloatArray | None, prompts: Sequence[str] | None = None
+    ) -> dict[str, float] | None:
+        if values is None:
+            return None
+        return asdict(
+            intervals.paired_bootstrap(
+                values, groups=prompts, n_resamples=self.n_resamples, seed=self.seed
+            )
+        )
+
+
+def _won(a: Measured, b: Measured | None, name: str) -> FloatArray | None:
+    """Who wins each prompt by a scorer that rated both answers."""
+    difference = None if b is None else _difference(a, b, name)
+    return None if difference is None else intervals.outcomes(difference, np.zeros(len(difference)))
+
+
+def _difference(a: Measured, b: Measured, name: str) -> FloatArray | None:
+    if name not in a.scores or name not in b.scores:
+        return None
+    return _there(a.scores[name] - b.scores[name])
+
+
+def _there(values: FloatArray | None) -> FloatArray | None:
+    """The values that are not NaN, or None if there are none."""
+    if values is None or np.isnan(values).all():
+        return None
+    return values[~np.isnan(values)]
+
+
+def _counts(wins: FloatArray | None) -> dict[str, float] | None:
+    return None if wins is None else asdict(intervals.sign_test(wins))
+
+
+def _vector(values: Sequence[float | None], count: int, where: str) -> FloatArray:
+    vector = np.asarray(values, dtype=np.float64)  # None becomes NaN
+    if vector.shape != (count,):
+        raise UsageError(
+            f"{where} gave {len(values)} numbers for {count} items; it must give one each"
+        )
+    if np.isinf(vector).any():
+        raise UsageError(f"{where} gave an infinite number; it must give finite ones, or NaN")
+    return vector

@@ -1,0 +1,205 @@
+"""A student's own samples on held-out prompts, with their likelihood and quality."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plad_fast.data.chat import Content, is_blank
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.records import digest, stored_scores
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration
+from plad_fast.evaluation.compare import Scorer
+from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.pairs.build import as_response
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.set_aside import set_aside
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring import scorers as scoring
+from plad_fast.pairs.text_metrics import rouge
+
+logger = logging.getLogger(__name__)
+
+LENGTH_NORMALIZATION = 1.0
+"""Log-probability per token, whatever the training used: answers of unlike length are compared."""
+
+ScoreResponses = Callable[[Sequence[tuple[Content, Sequence[Content]]]], Sequence[FloatArray]]
+
+
+@dataclass(frozen=True)
+class HeldOutSamples:
+    """Samples of one student, rated, and how many could not be."""
+
+    scored: ScoredSamples
+    n_unfinished: int
+    """Samples that are empty or were cut off by the length limit: scoring adds the end token, which
+    the student did not choose."""
+
+
+class RougeL:
+    """ROUGE-L to the reference where there is one, else to the teacher's answer."""
+
+    def __init__(self, prompts: Sequence[Prompt], teacher_answers: Mapping[str, str]) -> None:
+        self._teacher_answers = teacher_answers
+        known = sum(prompt.reference is not None for prompt in prompts)
+        self.name = "ROUGE-L to the teacher's answer"
+        if known:
+            self.name = "ROUGE-L to the reference"
+        if 0 < known < len(prompts):
+            self.name += ", or to the teacher's answer where there is none"
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
+        targets = [
+            self._teacher_answers[p.id] if p.reference is None else p.reference for p, _ in items
+        ]
+        return rouge([text for _, text in items], targets)["rougeL"].tolist()
+
+
+class StoredScorer:
+    """A scorer that keeps what it said in a file, line by line."""
+
+    def __init__(self, scorer: scoring.Scorer, file: Path, *, others_aside: bool = False) -> None:
+        self.name = scorer.name
+        self._scorer = scorer
+        self._file = file
+        if others_aside:
+            set_aside(file, scorer.settings())
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
+        return scoring.stored_scores(self._scorer, items, self._file)
+
+
+def require_samples(count: int, sampling: Sampling) -> None:
+    """Raises UsageError where a calibration could not be measured on so many samples."""
+    if count < 0 or count == 1:
+        raise UsageError(
+            f"calibration_samples is {count}; it takes 2 or more answers to a prompt to rank them "
+            "(4 to 8 are usual), or 0 to leave it out"
+        )
+    if count and sampling.temperature == 0:
+        raise UsageError(
+            "calibration_samples needs a temperature above 0: without one all samples of a prompt "
+            "are the same"
+        )
+
+
+def score_samples(
+    name: str,
+    prompts: Sequence[Prompt],
+    teacher_answers: Mapping[str, str],
+    samples: Mapping[str, Sequence[Answer]],
+    file: Path,
+    *,
+    fingerprint: Mapping[str, Any],
+    content_of: Callable[[Prompt], Content],
+    score_responses: ScoreResponses,
+    quality: Scorer,
+    replace: bool = False,
+) -> HeldOutSamples:
+    """Rate the samples of one student; log-probabilities are stored in `file`.
+
+    Args:
+        name: of the student.
+        prompts: in the order of the result.
+        teacher_answers: prompt id -> answer, whose log-probability is taken beside the samples'.
+        samples: prompt id -> answers of the student.
+        file: for the log-probabilities.
+        fingerprint: what they depend on besides texts and prompts.
+        content_of: a prompt as the student was given it.
+        score_responses: prompts and their answers -> log-probabilities of these, per token.
+        quality: rates the samples; it is asked anew each time, for all prompts at once.
+        replace: see `stored_scores`.
+
+    Raises:
+        UsageError: from scoring, and as `stored_scores`.
+    """
+    finished = {
+        p.id: [
+            a.text
+            for a in samples.get(p.id, ())
+            if a.finish_reason == "stop" and not is_blank(a.text)
+        ]
+        for p in prompts
+    }
+    # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.
+    texts = [list(dict.fromkeys([*finished[p.id], teacher_answers[p.id]])) for p in prompts]
+    contents = [content_of(p) for p in prompts]
+    stored = stored_scores(
+        file,
+        {**fingerprint, "texts": f"{sum(map(len, texts))} answers, {digest([contents, texts])}"},
+        lambda: {"logps": _score_texts(score_responses, contents, texts)},
+        replace=replace,
+    )
+    by_text = [dict(zip(t, v, strict=True)) for t, v in zip(texts, stored["logps"], strict=True)]
+    rated = _rate(quality, prompts, finished)
+    logps = [
+        np.array([known[t] for t in finished[p.id]])
+        for known, p in zip(by_text, prompts, strict=True)
+    ]
+    there = [np.isfinite(values) for values in rated]
+    return HeldOutSamples(
+        ScoredSamples(
+            name,
+            [p.id for p in prompts],
+            [values[kept] for values, kept in zip(logps, there, strict=True)],
+            [values[kept] for values, kept in zip(rated, there, strict=True)],
+            np.array(
+                [known[teacher_answers[p.id]] for known, p in zip(by_text, prompts, strict=True)]
+            ),
+        ),
+        sum(len(samples.get(p.id, ())) - len(finished[p.id]) for p in prompts),
+    )
+
+
+def measure_calibration(
+    students: Sequence[HeldOutSamples], count: int, quality_name: str
+) -> dict[str, Any] | None:
+    """`evaluate_calibration`, and what was measured; None if a student finished no sample.
+
+    It adds `samples` (asked for each prompt), `quality` (what rated them), `length_normalization`,
+    and to each student's row `n_unfinished`.
+    """
+    for student in students:
+        if not any(map(len, student.scored.logps)):
+            logger.warning(
+                "%s finished none of its samples, so its calibration cannot be measured; raise "
+                "max_new_tokens",
+                student.scored.name,
+            )
+            return None
+    results = evaluate_calibration([student.scored for student in students])
+    for row, student in zip(results["students"], students, strict=True):
+        row["n_unfinished"] = student.n_unfinished
+    return {
+        "samples": count,
+        "quality": quality_name,
+        "length_normalization": LENGTH_NORMALIZATION,
+        **results,
+    }
+
+
+def _score_texts(
+    score_responses: ScoreResponses, contents: Sequence[Content], texts: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    rows = [
+        (content, [as_response(content, text) for text in answers])
+        for content, answers in zip(contents, texts, strict=True)
+    ]
+    return [logps.tolist() for logps in score_responses(rows)]
+
+
+def _rate(
+    quality: Scorer, prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]]
+) -> list[FloatArray]:
+    """The quality of each sample, NaN where there is none."""
+    items = [(p, text) for p in prompts for text in texts[p.id]]
+    flat = np.asarray(quality.score(items) if items else [], dtype=np.float64)
+    if flat.shape != (len(items),):
+        raise UsageError(f"the scorer gave {len(flat)} numbers for {len(items)} answers")
+    return np.split(flat, np.cumsum([len(texts[p.id]) for p in prompts])[:-1])

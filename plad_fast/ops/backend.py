@@ -1,0 +1,189 @@
+"""What a backend is: a module with the functions of `Backend`, on the types below.
+
+Backends see checked inputs and know nothing of autograd: `plad_fast.ops.autograd` joins forward and
+backward. N tokens, V vocabulary, D hidden, S sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+from plad_fast.losses.objective import Objective
+from plad_fast.ops.logit_spec import LogitSpec
+
+Denominators = tuple[float | Tensor, float | Tensor]
+
+
+class LinearProblem(NamedTuple):
+    """Sequences under an LM head."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,) int64, in [0, V) or ignore_index
+    cu_seqlens: Tensor  # (S + 1,) int64
+    spec: LogitSpec
+    ignore_index: int
+    scratch_bytes: int
+
+
+class LinearStatistics(NamedTuple):
+    """Results of the forward, float32 (float64 for float64); 0 for ignored tokens."""
+
+    sums: Tensor  # (S,), divided by count ** length_normalization
+    counts: Tensor  # (S,) int64, tokens that are not ignored
+    token_logprobs: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    tail: Tensor  # (N,) what rounding took from lse, or 0 from a backend that has no use for it
+    miss: Tensor  # (N,) 1 - p(target)
+    entropy: Tensor | None  # (N,)
+
+
+class HeadGradient(NamedTuple):
+    """In the dtypes of what they belong to; None where none was asked for."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
+class Upstream(NamedTuple):
+    """Gradients of the token outputs, (N,) each, 0 for ignored tokens."""
+
+    logprobs: Tensor
+    lse: Tensor | None
+
+    def active(self) -> Tensor:  # (N,) bool
+        """Which rows have a gradient at all."""
+        active = self.logprobs != 0
+        return active if self.lse is None else active | (self.lse != 0)
+
+
+class Backend(Protocol):
+    """A module's functions."""
+
+    def unavailable(self, tensor: Tensor) -> str | None:
+        """Why the backend cannot take a tensor of this dtype and device here, or None."""
+
+    def preferred(self, tensor: Tensor) -> bool:
+        """Whether impl="auto" should take this backend for a tensor it can take."""
+
+    def linear_forward(
+        self, problem: LinearProblem, length_normalization: float, with_entropy: bool
+    ) -> LinearStatistics: ...
+
+    def linear_backward(
+        self,
+        problem: LinearProblem,
+        lse: Tensor,  # (N,)
+        tail: Tensor,  # (N,)
+        miss: Tensor,  # (N,)
+        upstream: Upstream,
+        needs: tuple[bool, bool, bool],
+        skip_inactive: bool,
+    ) -> HeadGradient:
+        """needs: whether gradients of hidden, weight and bias are wanted.
+
+        skip_inactive: leave rows without a gradient out of the products, for which their number
+        must be known; a GPU is waited for.
+        """
+
+    def linear_preference_loss(
+        self,
+        problem: LinearProblem,
+        scores: Tensor | None,  # (S,)
+        reference_logps: Tensor | None,  # (S,)
+        objective: Objective,
+        denominators: Denominators,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
+        """Of targets of which none is ignored: loss (), sums (S,), group losses (B,), whether a
+        group is active (B,), and the gradients of the loss, in float32 for float16 inputs.
+        """
+
+    def stored_forward(
+        self,
+        logits: Tensor,  # (N, V) or (S, T, V), of any strides
+        targets: Tensor,  # (N,) or (S, T) int64
+        spec: LogitSpec,
+        ignore_index: int,
+        scratch_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token log-probabilities, lse, tail and miss, of the targets' shape."""
+
+    def stored_backward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        tail: Tensor,
+        miss: Tensor,
+        grad: Tensor,  # of the targets' shape
+        spec: LogitSpec,
+        ignore_index: int,
+        scratch_bytes: int,
+    ) -> Tensor:
+        """The gradient of the logits."""
+
+
+logger = logging.getLogger("plad_fast")
+
+BACKENDS: dict[str, str] = {
+    "triton": "plad_fast.ops.impl.triton_backend",
+    "torch": "plad_fast.ops.impl.chunked",
+}
+"""Name to module, in the order in which "auto" tries them."""
+
+_CPU_SCRATCH_BYTES = 64 * 2**20
+_MAX_CUDA_SCRATCH_BYTES = 2**30
+
+
+def get_backend(impl: str, tensor: Tensor) -> Backend:
+    """The backend for a tensor.
+
+    Raises:
+        UsageError: unknown name, or the named backend cannot take this tensor here.
+    """
+    if impl != "auto":
+        if impl not in BACKENDS:
+            known = ", ".join(["auto", *BACKENDS])
+            raise UsageError(f"unknown impl {impl!r}; this version has: {known}")
+        backend = _load(impl)
+        if reason := backend.unavailable(tensor):
+            raise UsageError(f"impl={impl!r} cannot be used here: {reason}")
+        return backend
+    for name in BACKENDS:
+        backend = _load(name)
+        if backend.preferred(tensor) and backend.unavailable(tensor) is None:
+            _announce(name, tensor.device.type)
+            return backend
+    raise AssertionError("the torch backend takes every tensor")
+
+
+def default_scratch_bytes(device: torch.device) -> int:
+    """64 MiB; on CUDA a 64th of the device's memory if that is more, at most 1 GiB.
+
+    Not of the memory that is free: the size of chunks decides the order of sums, and what is free
+    differs from call to call.
+    """
+    if device.type != "cuda":
+        return _CPU_SCRATCH_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(_CPU_SCRATCH_BYTES, min(total // 64, _MAX_CUDA_SCRATCH_BYTES))
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    return cast(Backend, cast(Any, importlib.import_module(BACKENDS[name])))
+
+
+@functools.cache
+def _announce(name: str, device_type: str) -> None:
+    logger.info("impl='auto' on %s: using the %s backend", device_type, name)

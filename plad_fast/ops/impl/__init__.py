@@ -1,0 +1,1 @@
+"""The backends of the ops: chunks of logits in plain torch, and Triton kernels."""

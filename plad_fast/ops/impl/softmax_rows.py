@@ -1,0 +1,119 @@
+"""Softmax statistics of a chunk of logits, and the logits' gradient, both in place.
+
+n rows of the chunk, V vocabulary. Everything is float32, or float64 for float64 input. The same
+buffer is in turn: raw product -> logits z -> exp(z - max z) -> gradient of the raw product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plad_fast.ops.logit_spec import LogitSpec
+
+
+class RowStatistics(NamedTuple):
+    """What of a row of logits survives the chunk it was computed in."""
+
+    row_max: Tensor  # (n,)
+    sum_exp: Tensor  # (n,) of exp(z - row_max)
+    token_logprobs: Tensor  # (n,)
+    miss: Tensor  # (n,) 1 - p(target)
+    entropy: Tensor | None  # (n,), nat
+
+    def take(self, rows: Tensor) -> RowStatistics:
+        return RowStatistics(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+
+
+def softmax_rows_(
+    buffer: Tensor,  # (n, V): raw product on entry, exp(z - max z) on return, 0 at the target
+    targets: Tensor,  # (n,)
+    spec: LogitSpec,
+    bias: Tensor | None = None,  # (V,)
+    tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
+    entropy_rows: int = 0,
+) -> RowStatistics:
+    """Turn raw products into unnormalised probabilities and take each row's statistics.
+
+    log p(target) is (z_t - max) - log(sum of exp): for a confident target both terms are near 0
+    and keep their digits, which the difference z_t - lse would lose.
+    """
+    logits_(buffer, spec, bias, tanh_slope)
+    row_max = buffer.amax(dim=1)
+    buffer.sub_(row_max.unsqueeze(1))
+    centred_target = buffer.gather(1, targets.unsqueeze(1)).squeeze(1)
+    expected = None
+    if entropy_rows:
+        expected = exp_with_expectation_(buffer, entropy_rows)
+    else:
+        buffer.exp_()
+    column = targets.unsqueeze(1)
+    at_target = buffer.gather(1, column).squeeze(1)
+    rest = buffer.scatter_(1, column, 0.0).sum(dim=1)
+    sum_exp = rest + at_target
+    log_sum = torch.where(centred_target == 0, rest.log1p(), sum_exp.log())
+    entropy = None if expected is None else log_sum - expected / sum_exp
+    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
+
+
+def logits_(
+    buffer: Tensor,  # (n, V): raw product on entry, logits on return
+    spec: LogitSpec,
+    bias: Tensor | None = None,  # (V,)
+    tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
+) -> None:
+    """Turn raw products into logits."""
+    if bias is not None:
+        buffer.add_(bias)
+    if spec.softcap is None:
+        if spec.slope != 1:
+            buffer.mul_(spec.slope)
+    else:
+        buffer.mul_(spec.logit_scale / spec.softcap).tanh_()
+        if tanh_slope is not None:
+            torch.mul(buffer, buffer, out=tanh_slope).neg_().add_(1)
+        buffer.mul_(spec.softcap / spec.temperature)
+
+
+def exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
+    """exp in place; returns each row's sum of x exp(x), with 0 for x = -inf."""
+    expected = buffer.new_empty(buffer.shape[0])
+    for start in range(0, buffer.shape[0], block_rows):
+        rows = slice(start, start + block_rows)
+        logits = buffer[rows].clone()
+        probabilities = buffer[rows].exp_()
+        expected[rows] = torch.where(probabilities > 0, logits.mul_(probabilities), 0).sum(dim=1)
+    return expected
+
+
+def logits_gradient_(
+    buffer: Tensor,  # (n, V): as softmax_rows_ left it; d raw product on return
+    targets: Tensor,  # (n,)
+    spec: LogitSpec,
+    statistics: RowStatistics,  # of the same rows
+    grad_logprobs: Tensor,  # (n,)
+    grad_lse: Tensor | None = None,  # (n,)
+    tanh_slope: Tensor | None = None,  # (n, V)
+    owned: Tensor | None = None,  # (n,) bool
+) -> None:
+    """d raw = slope * (g (onehot - p) + g_lse p), for any upstream g and g_lse.
+
+    owned: rows whose target is a column of the buffer, which then holds a part of the vocabulary;
+    None for all.
+    """
+    at_target = grad_logprobs * statistics.miss
+    of_probability = -grad_logprobs
+    if grad_lse is not None:
+        at_target = at_target + grad_lse * (1 - statistics.miss)
+        of_probability = of_probability + grad_lse
+    buffer.mul_((of_probability / statistics.sum_exp).unsqueeze(1))
+    column = targets.unsqueeze(1)
+    if owned is not None:
+        at_target = at_target.where(owned, buffer.gather(1, column).squeeze(1))
+    buffer.scatter_(1, column, at_target.unsqueeze(1))
+    if tanh_slope is not None:
+        buffer.mul_(tanh_slope)
+    if spec.slope != 1:
+        buffer.mul_(spec.slope)

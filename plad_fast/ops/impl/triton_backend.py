@@ -1,0 +1,229 @@
+"""The Triton backend: kernels that never store logits, library products for the gradients.
+
+Two-phase: the forward keeps each token's lse; the backward recomputes logits a chunk of rows at a
+time, straight into the gradient of the logits, which two products then multiply on.
+
+N tokens, V vocabulary, D hidden, S sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plad_fast.losses.objective import Objective
+from plad_fast.ops.backend import (
+    Denominators,
+    HeadGradient,
+    LinearProblem,
+    LinearStatistics,
+    Upstream,
+)
+from plad_fast.ops.impl import onepass
+from plad_fast.ops.impl.products import Operand, products_for
+from plad_fast.ops.impl.workspace import HeadGradients
+from plad_fast.ops.logit_spec import LogitSpec
+
+_OLDEST_TRITON = (3, 4)
+_BLOCK_SHARE = 16  # of the scratch budget, for blocks of products
+
+
+def unavailable(tensor: Tensor) -> str | None:
+    """Triton, a GPU it compiles for, and a dtype of at most 32 bits are needed."""
+    if reason := _missing():
+        return reason
+    if tensor.dtype == torch.float64:
+        return "the kernels compute in float32; float64 is the torch backend's"
+    if tensor.is_cuda and torch.version.hip:
+        return "the kernels are not ready for ROCm"
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        if major < 8:
+            return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0"
+        return None
+    if tensor.device.type != "cpu":
+        return f"there are no kernels for {tensor.device.type} tensors"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
+    return None
+
+
+def preferred(tensor: Tensor) -> bool:
+    """On a GPU; the interpreter only for those who name it."""
+    return tensor.is_cuda
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton is {triton.__version__}; the kernels need {oldest} or newer"
+    return None
+
+
+def linear_forward(
+    problem: LinearProblem, length_normalization: float, with_entropy: bool
+) -> LinearStatistics:
+    from plad_fast.kernels.linear_forward import linear_forward as kernel
+
+    return LinearStatistics(
+        *kernel(
+            problem.hidden,
+            problem.weight,
+            problem.bias,
+            problem.targets,
+            problem.cu_seqlens,
+            **_logit_options(problem.spec, problem.ignore_index),
+            length_normalization=length_normalization,
+            with_entropy=with_entropy,
+        )
+    )
+
+
+def linear_backward(
+    problem: LinearProblem,
+    lse: Tensor,  # (N,)
+    tail: Tensor,  # (N,)
+    miss: Tensor,  # (N,)
+    upstream: Upstream,
+    needs: tuple[bool, bool, bool],
+    skip_inactive: bool,
+) -> HeadGradient:
+    from plad_fast.kernels.linear_backward import logits_gradient
+
+    hidden, weight, bias, targets, _, spec, ignore_index, scratch_bytes = problem
+    grad, grad_lse = upstream
+    active_rows = upstream.active().nonzero().squeeze(1) if skip_inactive else None
+    count = len(hidden) if active_rows is None else len(active_rows)
+    products = products_for(weight, scratch_bytes // _BLOCK_SHARE)
+    grads = HeadGradients(
+        hidden if needs[0] else None,
+        weight if needs[1] else None,
+        bias if needs[2] else None,
+        products,
+    )
+    if count:
+        bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
+        scale = products.operand_scale(bound.max() * abs(spec.slope))
+        out = _scratch(products.operand_dtype, count, weight, scratch_bytes)
+        for start in range(0, count, len(out)):
+            chunk = slice(start, min(start + len(out), count))
+            rows: slice | Tensor = chunk
+            if active_rows is not None and count < len(hidden):
+                rows = active_rows[chunk]
+            h, t = hidden[rows], targets[rows]
+            d_logits = logits_gradient(
+                h,
+                weight,
+                bias,
+                t,
+                lse[rows],
+                tail[rows],
+                miss[rows],
+                grad[rows],
+                None if grad_lse is None else grad_lse[rows],
+                **_logit_options(spec, ignore_index),
+                out=out[: chunk.stop - chunk.start],
+                scale=scale,
+            )
+            if not skip_inactive:
+                # Whatever an ignored token holds, even if it is not finite, adds nothing.
+                h = h.masked_fill((t == ignore_index)[:, None], 0)
+            grads.add(Operand(d_logits, scale), h, rows)
+    return grads.finish(weight.dtype)
+
+
+def _scratch(dtype: torch.dtype, count: int, weight: Tensor, scratch_bytes: int) -> Tensor:
+    """Room for the gradient of as many of the rows of logits as the budget allows, (rows, V)."""
+    vocab, width = weight.shape
+    budget = scratch_bytes - scratch_bytes // _BLOCK_SHARE
+    # Beside its logits a row may have a copy of its hidden state and its gradient in float32.
+    rows = max(1, budget // (vocab * dtype.itemsize + (4 + weight.dtype.itemsize) * width))
+    # Chunks of nearly the same length: a short last one would leave a GPU idle.
+    chunks = -(-count // rows)
+    return weight.new_empty(-(-count // chunks), vocab, dtype=dtype)
+
+
+def linear_preference_loss(
+    problem: LinearProblem,
+    scores: Tensor | None,  # (S,)
+    reference_logps: Tensor | None,  # (S,)
+    objective: Objective,
+    denominators: Denominators,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
+    from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
+
+    return onepass.linear_preference_loss(
+        problem,
+        scores,
+        reference_logps,
+        objective,
+        denominators,
+        needs,
+        workspace=KernelWorkspace,
+    )
+
+
+def stored_forward(
+    logits: Tensor,
+    targets: Tensor,
+    spec: LogitSpec,
+    ignore_index: int,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from plad_fast.kernels.logits_rows import logits_rows_forward
+
+    statistics = logits_rows_forward(
+        logits,
+        targets,
+        bias=None,
+        **_logit_options(spec, ignore_index),
+        with_entropy=False,
+    )
+    return statistics.token_logprobs, statistics.lse, statistics.tail, statistics.miss
+
+
+def stored_backward(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    tail: Tensor,
+    miss: Tensor,
+    grad: Tensor,
+    spec: LogitSpec,
+    ignore_index: int,
+    scratch_bytes: int,
+) -> Tensor:
+    from plad_fast.kernels.logits_rows import logits_rows_backward
+
+    return logits_rows_backward(
+        logits,
+        targets,
+        lse,
+        tail,
+        miss,
+        grad.contiguous(),
+        None,
+        bias=None,
+        **_logit_options(spec, ignore_index),
+        out=torch.empty_like(logits),
+        rows=None,
+    )
+
+
+def _logit_options(spec: LogitSpec, ignore_index: int) -> dict[str, Any]:
+    return {
+        "softcap": spec.softcap,
+        "logit_scale": spec.logit_scale,
+        "temperature": spec.temperature,
+        "ignore_index": ignore_index,
+    }

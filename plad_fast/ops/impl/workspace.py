@@ -1,0 +1,234 @@
+"""Scratch memory of the torch backend: one buffer, reused for every chunk of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from plad_fast.losses.segments import segment_sums
+from plad_fast.ops.backend import HeadGradient
+from plad_fast.ops.impl.products import Operand, Products, accumulation_dtype, products_for
+from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
+from plad_fast.ops.logit_spec import LogitSpec
+
+# The share of the budget that goes to blocks of the weight; the rest holds logits.
+_BLOCK_SHARE = 16
+
+
+class TokenStatistics(Protocol):
+    """What `Workspace.forward` hands to `Workspace.gradient`."""
+
+    @property
+    def token_logprobs(self) -> Tensor: ...  # (n,)
+
+
+class Workspace:
+    """Logits of `rows` tokens at a time, and what is done with them.
+
+    Args:
+        hidden: (N, D). Only its dtype, device and N are used.
+        weight: (V, D).
+        bias: (V,) or None.
+        spec: softcap, scale and temperature of the logits.
+        scratch_bytes: what all temporaries together may take; at least one row of logits is used.
+        for_gradient: whether `gradient` will be called, which softcapped logits pay extra for.
+    """
+
+    keeps_slope = True
+    """Whether softcapped logits keep the derivative of the cap in a second buffer."""
+
+    grad_hidden_dtype: torch.dtype | None = None
+    """In which the gradient of the hidden states is kept; None for their own."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: LogitSpec,
+        scratch_bytes: int,
+        *,
+        for_gradient: bool,
+    ) -> None:
+        block_bytes = scratch_bytes // _BLOCK_SHARE
+        self.products: Products = products_for(weight, block_bytes)
+        self.spec = spec
+        self.bias = bias
+        vocab = weight.shape[0]
+        dtype = self.products.dtype
+        keep_slope = for_gradient and spec.softcap is not None and self.keeps_slope
+        bytes_per_logit = dtype.itemsize * (2 if keep_slope else 1)
+        bytes_per_logit += self.products.extra_bytes_per_logit
+        # Beside its logits a row has its hidden state, its gradient, and a copy in another dtype.
+        bytes_per_row = vocab * bytes_per_logit + 3 * weight.shape[1] * dtype.itemsize
+        budget = (scratch_bytes - block_bytes) // max(bytes_per_row, 1)
+        self.rows = max(1, min(budget, hidden.shape[0]))
+        # Rows handled together where another copy of their logits is unavoidable.
+        self.block_rows = max(1, block_bytes // max(3 * vocab * dtype.itemsize, 1))
+        self._buffer = hidden.new_empty(self.rows, vocab, dtype=dtype)
+        self._slope = torch.empty_like(self._buffer) if keep_slope else None
+
+    def chunks(self, start: int, stop: int) -> Iterator[slice]:
+        """Slices of [start, stop) that fit, all of nearly the same length."""
+        count = -(-(stop - start) // self.rows)
+        for i in range(count):
+            length = stop - start
+            yield slice(start + i * length // count, start + (i + 1) * length // count)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (n, D)
+        targets: Tensor,  # (n,)
+        with_entropy: bool = False,
+    ) -> RowStatistics:
+        """Statistics of n <= rows tokens; their exponentials stay in the buffer."""
+        n = hidden.shape[0]
+        buffer = self._buffer[:n]
+        self.products.logits(hidden, out=buffer)
+        return softmax_rows_(
+            buffer,
+            targets,
+            self.spec,
+            self.bias,
+            None if self._slope is None else self._slope[:n],
+            self.block_rows if with_entropy else 0,
+        )
+
+    def gradient(
+        self,
+        targets: Tensor,  # (n,)
+        statistics: TokenStatistics,  # of the same n rows, as `forward` gave it
+        grad_logprobs: Tensor,  # (n,)
+        grad_lse: Tensor | None = None,  # (n,)
+        order: Tensor | None = None,  # (m,), from `compacting_order`
+    ) -> Tensor | Operand:  # (m, V), or (n, V) without an order
+        """The gradient of the raw product of the rows order[0], order[1], ..., or of all.
+
+        It is made in the buffer and takes the place of what `forward` has left there.
+        """
+        assert isinstance(statistics, RowStatistics)
+        if order is not None:
+            self._keep_rows_(order)
+            targets, grad_logprobs = targets[order], grad_logprobs[order]
+            statistics = statistics.take(order)
+            grad_lse = None if grad_lse is None else grad_lse[order]
+        buffer = self._buffer[: len(targets)]
+        logits_gradient_(
+            buffer,
+            targets,
+            self.spec,
+            statistics,
+            grad_logprobs,
+            grad_lse,
+            None if self._slope is None else self._slope[: len(targets)],
+        )
+        return buffer
+
+    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:  # (N,), (S + 1,)
+        """Sums of consecutive values, in a fixed order."""
+        return segment_sums(values, cu_seqlens)
+
+    def _keep_rows_(self, order: Tensor) -> None:
+        """Bring the buffer's rows order[0], order[1], ... to its front."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
+        for buffer in (self._buffer, self._slope):
+            if buffer is not None:
+                for places in moved.split(self.block_rows):
+                    buffer.index_copy_(0, places, buffer.index_select(0, order[places]))
+
+
+def compacting_order(active: Tensor) -> Tensor:  # (n,) bool -> (number of active,) int64
+    """Active rows in the order in which they fill the front with the fewest moves.
+
+    An active row inside the front stays where it is; the others fill the gaps in ascending order.
+    Sources and gaps never overlap, so the rows can be moved in place.
+    """
+    rows = active.nonzero().squeeze(1)
+    front = len(rows)
+    order = torch.arange(front, device=active.device)
+    gaps = (~active[:front]).nonzero().squeeze(1)
+    order[gaps] = rows[rows >= front]
+    return order
+
+
+class HeadGradients:
+    """Accumulators for the gradients of an LM head; None where a gradient is not wanted.
+
+    Sums over tokens are kept in float32 (float64), each chunk added in turn: no atomics, so the
+    same inputs give the same bits, on the CPU for one number of threads.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor | None,  # (N, D)
+        weight: Tensor | None,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        products: Products,
+        *,
+        hidden_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.products = products
+        self.hidden = None if hidden is None else torch.zeros_like(hidden, dtype=hidden_dtype)
+        self.weight = None if weight is None else torch.empty_like(weight, dtype=products.dtype)
+        self._weight_is_empty = True
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=products.dtype)
+
+    @property
+    def wanted(self) -> bool:
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(
+        self,
+        d_logits: Tensor | Operand,  # (n, V), may be overwritten
+        hidden: Tensor,  # (n, D)
+        rows: Tensor | slice,  # which of the N rows these are
+    ) -> None:
+        if self.bias is not None:
+            self.bias += _column_sums(d_logits, self.products.dtype)
+        operand = d_logits if isinstance(d_logits, Operand) else self.products.operand(d_logits)
+        if self.hidden is not None:
+            self.hidden[rows] = self.products.grad_hidden(operand).to(self.hidden.dtype)
+        if self.weight is not None:
+            overwrite, self._weight_is_empty = self._weight_is_empty, False
+            self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
+
+    def finish(self, dtype: torch.dtype) -> HeadGradient:
+        """To be called after the last chunk. Gradients of weight and bias are cast to `dtype`."""
+        weight, bias = self.weight, self.bias
+        self.weight = None  # a float32 accumulator is freed as soon as its copy is made
+        if weight is not None and self._weight_is_empty:
+            weight.zero_()
+        return HeadGradient(
+            self.hidden,
+            None if weight is None else weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
+
+
+def _column_sums(d_logits: Tensor | Operand, dtype: torch.dtype) -> Tensor:  # (V,)
+    if isinstance(d_logits, Operand):
+        sums = d_logits.values.sum(dim=0, dtype=dtype)
+        return sums if d_logits.scale is None else sums * d_logits.scale
+    return d_logits.sum(dim=0)
+
+
+_SCALED_AT_ONCE = 2**20  # entries
+
+
+def scaled_gradient(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`, multiplied in float32 and rounded once, block by block.
+
+    With no factor and nothing to convert it is `grad` itself: a caller that retains the graph
+    must not write to it.
+    """
+    if factor is None and grad.dtype == dtype:
+        return grad
+    result = torch.empty_like(grad, dtype=dtype)
+    step = max(1, _SCALED_AT_ONCE // max(grad[:1].numel(), 1))
+    for source, target in zip(grad.split(step), result.split(step), strict=True):
+        wide = source.to(accumulation_dtype(source.dtype))
+        target.copy_(wide if factor is None else wide * factor)
+    return result

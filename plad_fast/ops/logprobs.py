@@ -1,0 +1,231 @@
+"""The public ops: from hidden states, or from logits, to sequence log-probabilities.
+
+N tokens, V vocabulary, D hidden, S sequences. Tokens of one sequence lie next to each other;
+`cu_seqlens` (S + 1,) holds where each sequence starts, and N at the end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plad_fast.checks import check_flag, check_length_normalization
+from plad_fast.losses.segments import length_normalized, segment_counts, segment_sums
+from plad_fast.ops import autograd
+from plad_fast.ops import validation as check
+from plad_fast.ops.first_order import refuse_transforms
+from plad_fast.ops.logit_spec import LogitSpec
+
+
+class SequenceLogProbs(NamedTuple):
+    """Log-probabilities in nat; float32, or float64 for float64 inputs."""
+
+    sums: Tensor
+    """(S,) sum over a sequence's tokens, divided by count ** length_normalization."""
+    counts: Tensor
+    """(S,) int64, tokens that counted: those whose target was not `ignore_index`."""
+    token_logprobs: Tensor
+    """(N,), 0 where the target was ignored."""
+    lse: Tensor | None = None
+    """(N,) log of the sum of exponentiated logits, differentiable; on request."""
+    entropy: Tensor | None = None
+    """(N,) entropy of the next-token distribution, detached; on request."""
+
+
+def linear_sequence_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    skip_inactive: bool = True,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+) -> SequenceLogProbs:
+    """Log-probabilities of the targets under an LM head, without storing its logits.
+
+    logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+
+    Differentiable in hidden, weight and bias, for any upstream gradient of the sums and of the
+    token log-probabilities. Tokens whose upstream gradient is zero cost nothing in the backward.
+    Same inputs give the same bits, on the CPU for one number of threads. Softmax statistics, sums
+    and gradients accumulate in float32 (float64 for float64 inputs).
+
+    Args:
+        hidden: last hidden states of the tokens that predict the targets, (N, D); float64, float32,
+            bfloat16 or float16. Under `torch.autocast` all three are cast to its dtype.
+        weight: of the LM head, (V, D), same dtype and device.
+        targets: (N,) int64 in [0, V), or `ignore_index`.
+        cu_seqlens: (S + 1,) integers; an empty sequence sums to 0.
+        bias: (V,) or None.
+        softcap: Gemma 2's `final_logit_softcapping`, or None.
+        logit_scale: multiplies the logits (Cohere); for Granite, 1 / `logits_scaling`.
+        temperature: divides the logits at last.
+        length_normalization: alpha of sum / count ** alpha: 0 for sums, 1 for means.
+        ignore_index: targets equal to it count for nothing. Their tokens cost nothing either, but
+            for the Triton backend's forward, in tiles that they share with tokens that count, and
+            for its backward with `skip_inactive=False`.
+        impl: "auto", or a backend by name ("triton", "torch"); a named one never falls back.
+        scratch_bytes: bound on the memory beside inputs, results and gradients; by default
+            64 MiB on the CPU, and on CUDA a 64th of the memory, up to 1 GiB. At least one row of
+            logits is used. Not in it: where targets are ignored, a copy of the hidden states
+            that count; for 16-bit weights a float32 gradient accumulator.
+        skip_inactive: leave tokens whose upstream gradient is zero out of the backward's
+            products. Their number must be known for that, so the backward waits once for a GPU;
+            with False the Triton backend never waits.
+        return_lse: also return `lse`.
+        return_entropy: also return `entropy`.
+
+    Raises:
+        UsageError: shapes, dtypes, devices, targets or options that do not fit; says which. Values
+            of targets and cu_seqlens on a GPU are an assertion of the device there, which it
+            reports when it comes to them.
+    """
+    hidden, weight, bias = checked_head(hidden, weight, bias)
+    check.check_targets(targets, len(hidden), hidden.device)
+    check.check_cu_seqlens(cu_seqlens, hidden.device)
+    check_length_normalization(length_normalization)
+    for name, flag in (
+        ("skip_inactive", skip_inactive),
+        ("return_lse", return_lse),
+        ("return_entropy", return_entropy),
+    ):
+        check_flag(name, flag)
+    spec = checked_spec(softcap, logit_scale, temperature)
+    sums, counts, token_logprobs, lse, _, _, entropy = autograd.linear_sequence_logprobs(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        cu_seqlens.long(),
+        spec.softcap,
+        spec.logit_scale,
+        spec.temperature,
+        checked_ignore_index(ignore_index),
+        length_normalization,
+        return_entropy,
+        checked_impl(impl),
+        checked_scratch(scratch_bytes),
+        skip_inactive,
+    )
+    return SequenceLogProbs(
+        sums,
+        counts,
+        token_logprobs,
+        lse=lse if return_lse else None,
+        entropy=entropy if return_entropy else None,
+    )
+
+
+def sequence_logprobs(
+    logits: Tensor,  # (N, V), or (S, T, V)
+    targets: Tensor,  # (N,), or (S, T)
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+) -> SequenceLogProbs:
+    """Log-probabilities of the targets under logits that exist already.
+
+    Options as in `linear_sequence_logprobs`. Padded logits (S, T, V) need no `cu_seqlens`: each
+    row of the batch is a sequence and padding has `ignore_index` as its target. Ignored rows get
+    a zero gradient.
+
+    Raises:
+        UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
+    """
+    check.check_are_tensors(logits=logits)
+    refuse_transforms(logits)
+    check.check_logits(logits, targets, has_seqlens=cu_seqlens is not None)
+    flat_targets = targets.reshape(-1)
+    check.check_targets(flat_targets, targets.numel(), logits.device)
+    if cu_seqlens is None:
+        batch, length, _ = logits.shape
+        cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
+    check.check_cu_seqlens(cu_seqlens, logits.device)
+    check_length_normalization(length_normalization)
+    spec = checked_spec(softcap, logit_scale, temperature)
+    targets, cu_seqlens = targets.long(), cu_seqlens.long()
+    token_logprobs, *_ = autograd.stored_token_logprobs(
+        logits,
+        targets,
+        cu_seqlens,
+        spec.softcap,
+        spec.logit_scale,
+        spec.temperature,
+        checked_ignore_index(ignore_index),
+        checked_impl(impl),
+        checked_scratch(scratch_bytes),
+    )
+    token_logprobs = token_logprobs.reshape(-1)
+    counts = segment_counts(flat_targets != ignore_index, cu_seqlens)
+    sums = segment_sums(token_logprobs, cu_seqlens)
+    normalized = length_normalized(sums, counts, length_normalization)
+    return SequenceLogProbs(normalized, counts, token_logprobs)
+
+
+def checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's inputs, as autocast wants them."""
+    check.check_are_tensors(hidden=hidden, weight=weight, bias=bias)
+    refuse_transforms(hidden, weight, bias)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check.check_head(hidden, weight, bias)
+    return hidden, weight, bias
+
+
+def autocast_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's inputs in the dtype in which autocast would multiply them; else unchanged."""
+    device = hidden.device.type
+    # No autocast on "meta"; torch 2.8 cannot trace the question whether a device has it.
+    if hidden.is_meta or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def checked_spec(softcap: float | None, logit_scale: float, temperature: float) -> LogitSpec:
+    """What happens to the logits, of plain numbers in their ranges."""
+    if softcap is not None:
+        check.check_number("softcap", softcap)
+    check.check_number("logit_scale", logit_scale)
+    check.check_number("temperature", temperature)
+    return LogitSpec(
+        None if softcap is None else float(softcap), float(logit_scale), float(temperature)
+    )
+
+
+def checked_ignore_index(ignore_index: int) -> int:
+    check.check_ignore_index(ignore_index)
+    return int(ignore_index)
+
+
+def checked_impl(impl: str) -> str:
+    check.check_impl(impl)
+    return impl
+
+
+def checked_scratch(scratch_bytes: int | None) -> int:
+    """The caller's scratch budget, or 0 for the device's default when the op runs."""
+    if scratch_bytes is None:
+        return 0
+    check.check_scratch(scratch_bytes)
+    return int(scratch_bytes)

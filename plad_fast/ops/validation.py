@@ -1,0 +1,236 @@
+"""Checks at the public boundary of the ops: what was expected, what came, in one sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plad_fast.checks import check_group_size, check_number, is_whole, shown
+from plad_fast.errors import UsageError
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def check_are_tensors(**tensors: Tensor | None) -> None:
+    """Before anything is asked of them; None where there may be none."""
+    for name, tensor in tensors.items():
+        if tensor is not None or name != "bias":
+            _require_tensor(name, tensor)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (N, D), weight (V, D), bias (V,): shapes, one floating dtype, one device."""
+    _check_tensor("hidden", hidden, 2, "(N, D)")
+    _check_tensor("weight", weight, 2, "(V, D)")
+    if hidden.shape[1] != weight.shape[1]:
+        raise UsageError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must agree in their "
+            "last dimension: (N, D) and (V, D)"
+        )
+    if weight.shape[0] == 0:
+        raise UsageError(
+            "weight has no rows: is it a sharded parameter that was not gathered (FSDP, ZeRO-3)?"
+        )
+    _check_same(hidden, "weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias, 1, "(V,)")
+        if bias.shape[0] != weight.shape[0]:
+            raise UsageError(
+                f"bias has {bias.shape[0]} entries for a vocabulary of {weight.shape[0]}"
+            )
+        _check_same(hidden, "bias", bias)
+
+
+def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> None:
+    """targets (N,) int64 on the device of the logits."""
+    _require_tensor("targets", targets)
+    if targets.ndim != 1 or targets.shape[0] != num_tokens:
+        raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
+    if targets.dtype not in _INTEGERS:
+        raise UsageError(f"targets must be int64 or int32, got {targets.dtype}")
+    if targets.device != device:
+        raise UsageError(f"targets are on {targets.device}, the logits' inputs on {device}")
+
+
+def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
+    """logits (N, V) with cu_seqlens, or (S, T, V) without; targets of the same leading shape."""
+    _require_tensor("targets", targets)
+    if logits.ndim != (2 if has_seqlens else 3):
+        raise UsageError(
+            "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
+            f"{tuple(logits.shape)}"
+        )
+    _check_dtype("logits", logits)
+    if targets.shape != logits.shape[:-1]:
+        raise UsageError(
+            f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise UsageError("logits have a vocabulary of 0 entries")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
+    """cu_seqlens (S + 1,) integers on the device of the logits."""
+    _require_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in _INTEGERS:
+        raise UsageError(
+            "cu_seqlens must be a vector of S + 1 integers, got "
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise UsageError(f"cu_seqlens are on {cu_seqlens.device}, the other tensors on {device}")
+
+
+def check_sequences(
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    vocab: int,
+    ignore_index: int,
+) -> None:
+    """Values: cu_seqlens starts at 0, never falls and ends at N; targets lie in the vocabulary.
+
+    Of CUDA tensors this is a device-side assertion: nothing waits for the device.
+    """
+    kept = targets != ignore_index
+    in_range = ~kept | ((targets >= 0) & (targets < vocab))
+    steps = cu_seqlens.diff()
+    if targets.is_cuda:
+        ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(targets))
+        torch._assert_async(
+            ends & (steps >= 0).all(), "cu_seqlens must start at 0, never fall and end at N"
+        )
+        torch._assert_async(in_range.all(), f"targets must lie in [0, {vocab}) or be ignored")
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(targets) or (steps < 0).any():
+        bounds = cu_seqlens.tolist()
+        raise UsageError(
+            f"cu_seqlens must start at 0, never fall and end at the number of tokens "
+            f"({len(targets)}); got "
+            f"{bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
+        )
+    if not in_range.all():
+        low, high = (int(x) for x in torch.aminmax(targets[kept]))
+        raise UsageError(
+            f"targets must lie in [0, {vocab}) or equal ignore_index; they span {low} to {high}"
+        )
+
+
+def check_constants(
+    name: str, values: Tensor | None, num_sequences: int, device: torch.device
+) -> None:
+    """A constant of every sequence, (S,). Finite is not asked for: a score may be -inf."""
+    if values is None:
+        return
+    _require_tensor(name, values)
+    _require_real(name, values)
+    if values.shape != (num_sequences,):
+        raise UsageError(f"{name} must have shape ({num_sequences},), got {tuple(values.shape)}")
+    if values.device != device:
+        raise UsageError(f"{name} are on {values.device}, the other tensors on {device}")
+    if values.requires_grad:
+        raise UsageError(f"{name} are constants of the loss; detach them")
+
+
+def check_scratch(scratch_bytes: int) -> None:
+    if not is_whole(scratch_bytes) or not 0 < scratch_bytes < 2**63:
+        raise UsageError(
+            f"scratch_bytes must be a positive whole number of bytes, got {shown(scratch_bytes)}"
+        )
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not is_whole(ignore_index) or not -(2**63) <= ignore_index < 2**63:
+        raise UsageError(
+            f"ignore_index must be a whole number that int64 holds, got {shown(ignore_index)}"
+        )
+
+
+def check_impl(impl: str) -> None:
+    """What backends there are is known where one is taken."""
+    if not isinstance(impl, str):
+        raise UsageError(f"impl must be the name of a backend, got {shown(impl)}")
+
+
+def check_denominator(name: str, count: float | Tensor | None) -> None:
+    """None, or a number that is not negative; the value of a scalar on a GPU is not read."""
+    if count is None:
+        return
+    if isinstance(count, Tensor):
+        _require_real(name, count)
+        if count.ndim:
+            raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
+        if torch.compiler.is_compiling() or count.device.type != "cpu":
+            return
+        count = count.item()
+    check_number(name, count)
+    if not 0 <= count < math.inf:
+        raise UsageError(f"{name} must not be negative or infinite, got {count}")
+
+
+def check_groups(num_sequences: int, group_size: int) -> None:
+    """Whole groups; to be asked before anything is as large as a group."""
+    check_group_size(group_size)
+    if num_sequences % group_size:
+        raise UsageError(
+            f"{num_sequences} sequences do not form groups of {group_size}; sequences of a group "
+            "lie next to each other, best first"
+        )
+
+
+def check_sums(sums: Tensor) -> None:
+    """sums (S,) or (B, K), floating."""
+    _require_tensor("sums", sums)
+    _check_dtype("sums", sums)
+    if sums.ndim not in (1, 2):
+        raise UsageError(f"sums must have shape (S,) or (B, K), got {tuple(sums.shape)}")
+
+
+def check_like_sums(name: str, values: Tensor | None, sums: Tensor) -> None:
+    """Counts, scores or a reference: real numbers of the shape and on the device of the sums."""
+    if values is None and name != "counts":
+        return
+    _require_tensor(name, values)
+    assert values is not None
+    _require_real(name, values)
+    if values.shape != sums.shape:
+        raise UsageError(
+            f"{name} must have the shape of sums, {tuple(sums.shape)}, got {tuple(values.shape)}"
+        )
+    if values.device != sums.device:
+        raise UsageError(f"{name} are on {values.device}, sums on {sums.device}")
+
+
+def _require_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise UsageError(f"{name} must be a tensor, got {shown(tensor)}")
+    if tensor.layout != torch.strided:
+        raise UsageError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _require_real(name: str, tensor: Tensor) -> None:
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise UsageError(f"{name} must hold real numbers, got {tensor.dtype}")
+
+
+def _check_tensor(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
+    if tensor.ndim != ndim:
+        raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    _check_dtype(name, tensor)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
+        raise UsageError(f"{name} must be one of {known}, got {tensor.dtype}")
+
+
+def _check_same(hidden: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
+        raise UsageError(
+            f"hidden is {hidden.dtype} on {hidden.device}, {name} is {tensor.dtype} on "
+            f"{tensor.device}; they must be alike (run under torch.autocast to have them cast)"
+        )

@@ -1,0 +1,230 @@
+"""The public ops for an LM head whose rows lie on the ranks of a process group.
+
+Every rank calls with the same tokens and its own rows of the head; what one rank would compute
+with all rows comes out on all of them. N tokens, V rows of this rank, D hidden, S sequences in B
+groups of K, W ranks.
+
+What goes over the group, n being the tokens that are not ignored:
+
+| call | collectives | numbers each rank sends |
+|---|---|---|
+| either | 1 all-gather, to agree | 10 int64 |
+| `vocab_parallel_sequence_logprobs` | 1 all-gather | 3 n; 5 n with the entropy |
+| its backward | 1 all-reduce | n D |
+| `vocab_parallel_preference_loss` | 1 all-reduce of the chunks' size | 1 int64 |
+| | 1 all-gather a chunk of rows | 3 n in all |
+| | 1 all-reduce, with gradients | n D |
+
+They are float32, float64 for float64. Nothing of the size of N x V is sent. In the one-pass loss
+the rows of a group too long for the scratch budget are computed, and sent, twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from plad_fast.checks import check_flag, check_length_normalization
+from plad_fast.losses.objective import Objective
+from plad_fast.losses.segments import length_normalized, segment_sums
+from plad_fast.ops import validation as check
+from plad_fast.ops.first_order import stub
+from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.ops.logprobs import SequenceLogProbs, checked_spec
+from plad_fast.ops.preference_losses import FusedLoss
+from plad_fast.ops.vocab_parallel.autograd import ShardedPreference, ShardedTokens
+from plad_fast.ops.vocab_parallel.call import Inputs, agreed_call
+from plad_fast.ops.vocab_parallel.group import check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@torch.compiler.disable
+def vocab_parallel_sequence_logprobs(
+    hidden: Tensor,  # (N, D), the same on every rank
+    weight: Tensor,  # (V, D), this rank's rows
+    targets: Tensor,  # (N,), the same on every rank
+    cu_seqlens: Tensor,  # (S + 1,), the same on every rank
+    *,
+    group: ProcessGroup,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
+    bias: Tensor | None = None,  # (V,), this rank's rows
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float = 0.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+) -> SequenceLogProbs:
+    """`linear_sequence_logprobs` of a head whose rows lie on the ranks of a process group.
+
+    Values and gradients equal those of the whole head on one device, for any upstream gradient
+    that is the same on every rank. The gradients of weight and bias are those of this rank's
+    rows. Same inputs on the same number of ranks (and of threads, on the CPU) give the same bits,
+    and all ranks the same results. It works with the torch backend's products on every device, and
+    is left out of compiled graphs (a graph break).
+
+    Args:
+        hidden, targets, cu_seqlens: as in `linear_sequence_logprobs`; targets index the whole
+            vocabulary. Under dropout the ranks must draw alike: hidden states are not compared.
+        weight, bias: rows of the ranks follow one another in the order of their ranks in the
+            group. Their number may differ, and be 0.
+        group: of the ranks that hold the vocabulary. Each of them must make this call, and run
+            the backward.
+        vocab_size: rows from this one on, counted over all ranks, are padding: they have
+            probability 0 and a zero gradient. None if there are none.
+        reduce_hidden_grad: add up the ranks' gradients of the hidden states, each being due to
+            its own rows: right for hidden states that every rank has. False leaves this rank's
+            part, for callers who add up themselves, by a reduce-scatter over the sequence for
+            example.
+        impl: "auto" or "torch".
+        scratch_bytes: as in `linear_sequence_logprobs`, of this rank. Not in it: a float32 gradient
+            of 16-bit hidden states.
+        softcap, logit_scale, temperature, length_normalization, ignore_index, return_lse,
+            return_entropy: as in `linear_sequence_logprobs`.
+
+    Raises:
+        UsageError: on every rank: arguments that do not fit on one of them, or are not alike where
+            they must be (numbers of tokens, targets, offsets, options); says which.
+    """
+    check_group(group)
+    options = length_normalization, ignore_index, softcap, logit_scale, temperature
+
+    def checked() -> LogitSpec:
+        check_length_normalization(length_normalization)
+        check_flag("return_lse", return_lse)
+        check_flag("return_entropy", return_entropy)
+        return checked_spec(softcap, logit_scale, temperature)
+
+    call = agreed_call(
+        "vocab_parallel_sequence_logprobs",
+        Inputs(hidden, weight, bias, targets, cu_seqlens),
+        group,
+        checked,
+        (*options, return_entropy),
+        {},
+        vocab_size=vocab_size,
+        reduce_hidden_grad=reduce_hidden_grad,
+        ignore_index=ignore_index,
+        impl=impl,
+        scratch_bytes=scratch_bytes,
+    )
+    kept = ShardedTokens.apply(
+        call.hidden, call.weight, call.bias, call.targets, call.head, return_entropy
+    )
+    token_logprobs, lse, entropy = (call.spread(values) for values in kept)
+    sums = length_normalized(
+        segment_sums(token_logprobs, call.all_offsets), call.counts, length_normalization
+    )
+    return SequenceLogProbs(
+        sums,
+        call.counts,
+        token_logprobs,
+        lse=lse if return_lse else None,
+        entropy=entropy if return_entropy else None,
+    )
+
+
+@torch.compiler.disable
+def vocab_parallel_preference_loss(
+    hidden: Tensor,  # (N, D), the same on every rank
+    weight: Tensor,  # (V, D), this rank's rows
+    targets: Tensor,  # (N,), the same on every rank
+    cu_seqlens: Tensor,  # (S + 1,), the same on every rank
+    *,
+    group: ProcessGroup,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
+    loss: str | Callable[..., Tensor] = "plad_ranking",
+    group_size: int = 2,
+    scores: Tensor | None = None,  # (S,)
+    reference_logps: Tensor | None = None,  # (S,), plain sums
+    sft_weight: float | None = None,
+    bias: Tensor | None = None,  # (V,), this rank's rows
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    length_normalization: float | None = None,
+    ignore_index: int = -100,
+    num_groups: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    impl: str = "auto",
+    scratch_bytes: int | None = None,
+    **loss_options: Any,
+) -> FusedLoss:
+    """`fused_linear_preference_loss` of a head whose rows lie on the ranks of a process group.
+
+    One pass: three matrix products of this rank's rows, and a small collective for every chunk of
+    them, before its gradients can be made. The ranks settle on a size of the chunks that fits all
+    of their budgets. A loss function must give the same on every rank: the ranks compare its name,
+    the arguments of a `functools.partial`, and the options.
+
+    Args:
+        group, vocab_size, reduce_hidden_grad, impl, scratch_bytes: as in
+            `vocab_parallel_sequence_logprobs`, and what must be the same on every rank as well.
+        others: as in `fused_linear_preference_loss`.
+
+    Raises:
+        UsageError: on every rank, as in `vocab_parallel_sequence_logprobs`; an unknown loss or
+            option, sequences that do not form whole groups.
+    """
+    check_group(group)
+    constants = {"scores": scores, "reference_logps": reference_logps}
+
+    def checked() -> tuple[LogitSpec, Objective]:
+        for name, values in constants.items():
+            check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
+        for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
+            check.check_denominator(name, count)
+        check.check_groups(len(cu_seqlens) - 1, group_size)
+        objective = Objective.bind(
+            loss,
+            group_size=group_size,
+            sft_weight=sft_weight,
+            length_normalization=length_normalization,
+            has_scores=scores is not None,
+            has_reference=reference_logps is not None,
+            device=hidden.device,
+            **loss_options,
+        )
+        return checked_spec(softcap, logit_scale, temperature), objective
+
+    options = length_normalization, ignore_index, softcap, logit_scale, temperature
+    call = agreed_call(
+        "vocab_parallel_preference_loss",
+        Inputs(hidden, weight, bias, targets, cu_seqlens),
+        group,
+        checked,
+        (*options, group_size, sft_weight, loss, loss_options),
+        {**constants, "num_groups": num_groups, "num_tokens": num_tokens},
+        vocab_size=vocab_size,
+        reduce_hidden_grad=reduce_hidden_grad,
+        ignore_index=ignore_index,
+        impl=impl,
+        scratch_bytes=scratch_bytes,
+    )
+    _, objective = call.checked
+    counts = call.counts.reshape(-1, group_size)
+    leaves = call.hidden, call.weight, call.bias
+    enabled = torch.is_grad_enabled()
+    value, sums, group_losses, active = ShardedPreference.apply(
+        *leaves,
+        call.targets,
+        torch.nn.functional.pad(call.counts.cumsum(0), (1, 0)),
+        scores,
+        reference_logps,
+        objective,
+        objective.denominators(counts, num_groups, num_tokens),
+        tuple(enabled and leaf is not None and leaf.requires_grad for leaf in leaves),
+        tuple(stub(leaf) for leaf in leaves) if enabled else (),
+        call.head,
+    )
+    return FusedLoss(value, sums, call.counts, group_losses, active)

@@ -1,0 +1,190 @@
+"""Softmax statistics of logits whose vocabulary is cut into shards: a shard's part, and the whole.
+
+A rank's part of a row is a few numbers; the parts of all ranks give the statistics of the row, by
+the same formulas as `plad_fast.ops.impl.softmax_rows` and in the same accuracy, confident targets
+included.
+
+n rows, V columns of one shard, W shards.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plad_fast.ops.impl.softmax_rows import (
+    RowStatistics,
+    exp_with_expectation_,
+    logits_,
+    logits_gradient_,
+)
+from plad_fast.ops.impl.workspace import TokenStatistics, Workspace
+from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.ops.vocab_parallel.group import Shards
+
+_WIDTH = 3
+_WIDTH_WITH_ENTROPY = 5
+
+
+def shard_part_(
+    buffer: Tensor,  # (n, V): raw product on entry; exp(z - max z of the shard) on return
+    columns: Tensor,  # (n,) of the targets in this shard; any column where another shard has it
+    owned: Tensor,  # (n,) bool: the target is in this shard; its entry is 0 on return
+    spec: LogitSpec,
+    bias: Tensor | None = None,  # (V,)
+    tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
+    entropy_rows: int = 0,
+) -> Tensor:  # (n, 3), or (n, 5) with entropy
+    """Of every row: max, sum of exp(z - max) without the target, logit of the target or 0, and
+    with entropy the sum of (z - max) exp(z - max) and of exp(z - max), target included.
+    """
+    if not buffer.shape[1]:
+        part = buffer.new_zeros(len(buffer), _WIDTH_WITH_ENTROPY if entropy_rows else _WIDTH)
+        part[:, 0] = -torch.inf
+        return part
+    logits_(buffer, spec, bias, tanh_slope)
+    shard_max = buffer.amax(dim=1)
+    column = columns.unsqueeze(1)
+    target = buffer.gather(1, column).squeeze(1)
+    # A shard may be masked as a whole: -inf less -inf would be no number.
+    buffer.sub_(shard_max.where(shard_max != -torch.inf, 0).unsqueeze(1))
+    more = []
+    if entropy_rows:
+        more = [exp_with_expectation_(buffer, entropy_rows), buffer.sum(dim=1)]
+    else:
+        buffer.exp_()
+    at_column = buffer.gather(1, column).squeeze(1)
+    buffer.scatter_(1, column, at_column.where(~owned, 0).unsqueeze(1))
+    rest = buffer.sum(dim=1)
+    return torch.stack([shard_max, rest, target.where(owned, 0), *more], dim=1)
+
+
+def whole_statistics(parts: Tensor) -> RowStatistics:  # (W, n, 3 or 5)
+    """Statistics of the rows over the whole vocabulary. Shards are added in their order."""
+    shard_max, rests, targets, *more = parts.unbind(dim=2)
+    row_max = shard_max.amax(dim=0)
+    weights = (shard_max - row_max).exp()
+    rest = (weights * rests).sum(dim=0)
+    centred_target = targets.sum(dim=0) - row_max
+    sum_exp = rest + centred_target.exp()
+    log_sum = torch.where(centred_target == 0, rest.log1p(), sum_exp.log())
+    entropy = None
+    if more:
+        expected, totals = more
+        distance = (shard_max - row_max).where(weights > 0, 0)
+        entropy = log_sum - (weights * (expected + distance * totals)).sum(dim=0) / sum_exp
+    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
+
+
+def as_seen_by_shard(
+    statistics: RowStatistics,
+    shard_max: Tensor,  # (n,)
+) -> RowStatistics:
+    """The sum of exponentials counted from the shard's own maximum, as its buffer is."""
+    return statistics._replace(sum_exp=statistics.sum_exp * (statistics.row_max - shard_max).exp())
+
+
+class ShardStatistics(NamedTuple):
+    """Of rows of logits."""
+
+    whole: RowStatistics
+    shard_max: Tensor  # (n,)
+
+    @property
+    def token_logprobs(self) -> Tensor:  # (n,)
+        return self.whole.token_logprobs
+
+
+class ShardWorkspace(Workspace):
+    """Logits of one rank's rows of the head; targets are those of the whole vocabulary.
+
+    Args:
+        shards: who holds which rows.
+        together: all ranks call `forward` with the same rows, so they settle on a number of rows
+            that fits all of their budgets. One collective of one number.
+        others: as in `Workspace`, of the weight of this rank.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: LogitSpec,
+        scratch_bytes: int,
+        *,
+        shards: Shards,
+        together: bool,
+        for_gradient: bool,
+    ) -> None:
+        super().__init__(hidden, weight, bias, spec, scratch_bytes, for_gradient=for_gradient)
+        self.shards = shards
+        # A part of a sum over the ranks, to be rounded after it.
+        self.grad_hidden_dtype = self.products.dtype
+        if together:
+            self.rows = shards.smallest(self.rows, hidden.device)
+
+    def part(
+        self,
+        hidden: Tensor,  # (n, D)
+        targets: Tensor,  # (n,)
+        with_entropy: bool = False,
+    ) -> Tensor:  # (n, 3 or 5)
+        """This rank's part of the statistics of n <= rows tokens; see `shard_part_`."""
+        n = len(hidden)
+        buffer = self._buffer[:n]
+        self.products.logits(hidden, out=buffer)
+        return shard_part_(
+            buffer,
+            *self._places(targets),
+            self.spec,
+            self.bias,
+            None if self._slope is None else self._slope[:n],
+            self.block_rows if with_entropy else 0,
+        )
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, targets: Tensor, with_entropy: bool = False
+    ) -> ShardStatistics:
+        """One collective."""
+        part = self.part(hidden, targets, with_entropy)
+        return ShardStatistics(whole_statistics(self.shards.gather(part)), part[:, 0])
+
+    def gradient(
+        self,
+        targets: Tensor,
+        statistics: TokenStatistics,
+        grad_logprobs: Tensor,
+        grad_lse: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        assert isinstance(statistics, ShardStatistics)
+        whole, shard_max = statistics
+        if order is not None:
+            self._keep_rows_(order)
+            targets, grad_logprobs = targets[order], grad_logprobs[order]
+            whole, shard_max = whole.take(order), shard_max[order]
+            grad_lse = None if grad_lse is None else grad_lse[order]
+        buffer = self._buffer[: len(targets)]
+        if not buffer.shape[1]:
+            return buffer
+        columns, owned = self._places(targets)
+        logits_gradient_(
+            buffer,
+            columns,
+            self.spec,
+            as_seen_by_shard(whole, shard_max),
+            grad_logprobs,
+            grad_lse,
+            None if self._slope is None else self._slope[: len(targets)],
+            owned,
+        )
+        return buffer
+
+    def _places(self, targets: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
+        """Column of each target in this shard, and whether it has one there."""
+        columns = targets - self.shards.start
+        owned = (columns >= 0) & (columns < self.shards.rows)
+        return columns.clamp(0, max(self.shards.rows - 1, 0)), owned

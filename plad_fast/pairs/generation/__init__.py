@@ -1,0 +1,1 @@
+"""Answers from models: in this process, behind an endpoint, or given."""

@@ -1,0 +1,108 @@
+"""Where an endpoint is, and the key to it."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import os
+import re
+from urllib.parse import urlsplit
+
+from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.endpoint.secrets import one_line
+
+logger = logging.getLogger(__name__)
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+# What no company's key looks like: capitals, in words, one of which says what it is.
+_PLAIN_NAME = re.compile(r"(?=.{1,64}\Z)[A-Z_][A-Z0-9]*(?:_[A-Z0-9]+)*\Z")
+_OF_A_KEY = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASS|PASSWORD|AUTH|CRED)S?(?:_|\d|\Z)")
+
+
+def check_variable(variable: str) -> None:
+    """Raises UsageError for what may be a key in place of its variable's name; it does not say it.
+
+    A variable that is set has its name. One that is not has to look like one.
+    """
+    if variable.isidentifier() and one_line(variable) == variable:
+        if os.environ.get(variable):
+            return
+        if _PLAIN_NAME.match(variable) and _OF_A_KEY.search(variable):
+            return
+    raise UsageError(
+        "--api-key-env takes the name of an environment variable, such as OPENAI_API_KEY, and what "
+        "it got is no name of a variable that is set, or is the key itself (it is not shown here); "
+        "set a variable to the key, and give its name"
+    )
+
+
+def read_key(variable: str, url: str) -> str:
+    """The key in an environment variable; a stand-in for an endpoint on this machine.
+
+    Raises:
+        UsageError: there is none, or it cannot be one. The message does not hold it.
+    """
+    check_variable(variable)
+    key = os.environ.get(variable, "").strip()
+    if not key and is_loopback(url):
+        return "none"
+    if not key:
+        raise UsageError(
+            f"{url} needs a key, and the environment variable {variable} is not set; set it, or "
+            "name another one with --api-key-env"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError(
+            f"the environment variable {variable} holds characters that no key has; copy the key "
+            "anew"
+        )
+    return key
+
+
+def find_url(url: str | None) -> str:
+    """The URL of the API: as given, else from the environment, else OpenAI's.
+
+    Raises:
+        UsageError: it is none, or holds what must not get into files and messages.
+    """
+    url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+        _ = parts.port  # raises for one that is no number, or too large
+    except ValueError:
+        is_url = False
+    if not is_url:
+        # What stands before an @ may be a password.
+        shown = one_line(url.rpartition("@")[2])
+        raise UsageError(
+            f"base URL {shown!r} is none; it begins with http:// or https://, such as "
+            "http://127.0.0.1:8000/v1"
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UsageError(
+            "the base URL holds a user, a password or parameters, which would be written to "
+            "files; give scheme, host and path alone, and the key by an environment variable"
+        )
+    return url.rstrip("/")
+
+
+@functools.cache  # once, whoever asks there
+def warn_of_clear_text(url: str) -> None:
+    if urlsplit(url).scheme == "http" and not is_loopback(url):
+        logger.warning(
+            "%s is not encrypted, and not on this machine: the key, the prompts and the answers "
+            "can be read on the way; use https:// if the server has it",
+            url,
+        )
+
+
+def is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,393 @@
+"""Chat completions from any OpenAI-compatible endpoint: many at once, each until it has come.
+
+Endpoints fail in many ways, and a run of thousands of requests meets most of them. What may pass
+is tried again, what concerns one prompt is that prompt's failure, and what concerns all of them
+ends the run at once, with what has come already in the caller's hands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
+
+from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.endpoint.access import (
+    OPENAI_URL,
+    find_url,
+    is_loopback,
+    read_key,
+    warn_of_clear_text,
+)
+from plad_fast.pairs.generation.endpoint.background import iterate_in_thread
+from plad_fast.pairs.generation.endpoint.client import open_client
+from plad_fast.pairs.generation.endpoint.replies import (
+    Choice,
+    Reply,
+    Usage,
+    parse_reply,
+    read_choices,
+    read_usage,
+    tells_ends,
+)
+from plad_fast.pairs.generation.endpoint.requests import ChatRequest, estimated_tokens, request_body
+from plad_fast.pairs.generation.endpoint.retries import Trouble, judge, pause, refusal
+
+__all__ = ["ChatRequest", "Choice", "Endpoint", "Reply"]
+
+logger = logging.getLogger(__name__)
+
+_UNCLEAR = 3  # refusals nobody can explain before any reply, after which all will be refused
+_LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, credit, quota
+_FIRST_CONNECTION = 4.0  # seconds for a server to take its first connection
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible chat API.
+
+    Args:
+        model: as the endpoint calls it.
+        base_url: of the API, usually ending in `/v1`; else the environment variable
+            OPENAI_BASE_URL, else OpenAI's own.
+        api_key_env: environment variable that holds the key. The key itself is passed to the
+            client and to nothing else; an endpoint on this machine may do without.
+        concurrency: requests under way at once, at most.
+        timeout: seconds for a whole request, after which it counts as failed.
+        max_retries: how often a failed request is tried again.
+        reasoning_tokens: added to the length limit of every request, for a model that reasons
+            before it answers: what it spends on that counts as part of its answer.
+        first_pause, longest_pause: seconds before the first retry, doubled for each one that
+            follows, and the bound of that. What the server asks for by Retry-After is kept to, up
+            to a quarter of an hour; a longer wait ends the run.
+        token_budget: tokens, of prompts and answers, that may be spent over the life of this
+            object. Once they are, no request starts; those under way are let finish, so that up
+            to `concurrency` requests come on top. A request whose reply came too late or could not
+            be read counts at an estimate: its whole length limit.
+        cost_budget: likewise, in the currency of `prices`.
+        prices: of a million tokens of prompts, and of answers.
+
+    Raises:
+        UsageError: the `openai` package or the key is missing, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        max_retries: int = 6,
+        reasoning_tokens: int = 0,
+        first_pause: float = 0.5,
+        longest_pause: float = 60.0,
+        token_budget: int | None = None,
+        cost_budget: float | None = None,
+        prices: tuple[float, float] | None = None,
+    ) -> None:
+        self.model = model
+        self.base_url = find_url(base_url)
+        self.api_key_env = api_key_env
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.reasoning_tokens = reasoning_tokens
+        self.first_pause = first_pause
+        self.longest_pause = longest_pause
+        self.token_budget = token_budget
+        self.cost_budget = cost_budget
+        self.usage = Usage(prices=prices)
+        self.stopped = ""  # why `complete` left requests out the last time, if it did
+        self._is_local = is_loopback(self.base_url)
+        self._refused: set[str] = set()  # parameters that the endpoint does not take
+        self._tells_ends = False  # whether any reply had a finish_reason
+        self._is_trial = False
+        self._is_reached = False  # whether there ever was a server
+        self._unclear = 0
+        self._trials = 0  # replies to `try_out`
+        self._given_up_in_a_row = 0
+        self._check()
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.model!r}, base_url={self.base_url!r})"
+
+    def settings(self) -> dict[str, str]:
+        """What answers depend on, as JSON; without anything secret."""
+        return {"model": self.model, "base_url": self.base_url}
+
+    def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]:
+        """Yields the index of every request once, with its reply or why it failed, as they come.
+
+        To stop early (by `close`, an exception or Ctrl-C) cancels the requests under way.
+
+        Raises:
+            UsageError: from the iterator: the endpoint refuses the key or the model, or all
+                requests.
+        """
+        return iterate_in_thread(
+            lambda: self._replies(requests, read_key(self.api_key_env, self.base_url))
+        )
+
+    def try_out(self, request: ChatRequest) -> Reply:
+        """The reply to one plain request, by which to find out early whether any will be taken.
+
+        Raises:
+            UsageError: as `complete`, or no reply came.
+        """
+        self._unclear = _UNCLEAR - 1  # what is refused here is not refused for its text
+        self._is_trial = True
+        try:
+            ((_, reply),) = self.complete([request])
+        finally:
+            self._unclear = 0
+            self._is_trial = False
+        if isinstance(reply, str):
+            raise UsageError(
+                f"model {self.model!r} at {self.base_url} gave no reply to a first request "
+                f"({reply}); see that the endpoint works, and run again"
+            )
+        self._trials += 1
+        return reply
+
+    async def _replies(
+        self, requests: Sequence[ChatRequest], key: str
+    ) -> AsyncGenerator[tuple[int, Reply | str], None]:
+        self._given_up_in_a_row = 0  # the endpoint may be back
+        self.stopped = ""
+        done: asyncio.Queue[tuple[int, Reply | str] | Exception] = asyncio.Queue()
+        waiting = iter(enumerate(requests))
+        halted = asyncio.Event()
+
+        async def work(client: Any) -> None:
+            try:
+                for index, request in waiting:
+                    done.put_nowait((index, await self._ask(client, request, key, halted)))
+                    if halted.is_set():
+                        return
+            except Exception as error:
+                done.put_nowait(error)
+
+        limits = [r.n * (r.max_tokens + self.reasoning_tokens) for r in requests]
+        async with open_client(
+            key=key,
+            base_url=self.base_url,
+            timeout=self.timeout,
+            connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
+            # A proxy named in the environment is not meant for this machine itself.
+            proxies=not self._is_local,
+            tokens=max(limits, default=0),
+        ) as client:
+            workers = [
+                asyncio.create_task(work(client))
+                for _ in range(min(self.concurrency, len(requests)))
+            ]
+            try:
+                for _ in requests:
+                    item = await done.get()
+                    if not isinstance(item, Exception):
+                        yield item
+                        continue
+                    halted.set()
+                    if self.usage.replies:  # those under way may bring more, and are paid for
+                        await asyncio.wait(workers)
+                        while not done.empty():
+                            other = done.get_nowait()
+                            if not isinstance(other, Exception):
+                                yield other
+                    raise item
+            finally:
+                # Until all have ended: `wait_for` loses a cancellation that meets a reply.
+                while left := [worker for worker in workers if not worker.done()]:
+                    for worker in left:
+                        worker.cancel()
+                    await asyncio.wait(left, timeout=0.1)
+
+    async def _ask(
+        self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
+    ) -> Reply | str:
+        choices: list[Choice] = []
+        spent = [0, 0]  # tokens of the prompt, and of the answers
+        tries = 0
+        last = ""
+        while len(choices) < request.n:
+            stop = self._stop_reason()
+            if halted.is_set() or stop:
+                self.stopped = stop or self.stopped
+                again = " again" if choices or last else ""
+                reason = stop or "another request ended the run"
+                return _so_far(choices, f"not asked{again}: {reason}" + last, spent)
+            body = request_body(
+                request,
+                self.model,
+                had=len(choices),
+                refused=self._refused,
+                reasoning_tokens=self.reasoning_tokens,
+                # OpenAI's newer models refuse the old name, other servers the new one.
+                newest=self.base_url == OPENAI_URL,
+            )
+            counted = (0, 0)
+            try:
+                self.usage.requests += 1
+                response = await asyncio.wait_for(
+                    client.chat.completions.with_raw_response.create(**body), self.timeout
+                )
+                reply = parse_reply(response.content)
+                counted = read_usage(reply)
+                self._count(counted, spent)
+                self._tells_ends |= tells_ends(reply)
+                missing = request.n - len(choices)
+                found = read_choices(reply, key, n=missing, told=self._tells_ends)
+            except Exception as error:
+                trouble = judge(error, body, self._refused, key, request.optional)
+                self._is_reached |= not trouble.unreachable
+                if trouble.lost and not any(counted):
+                    self.usage.lost += 1
+                    self._count(estimated_tokens(body), spent)
+                if trouble.then == "adapt":
+                    self._adapt(trouble, request)
+                    continue
+                if tries < self._most_retries(trouble):
+                    logger.debug("%s: trying again: %s", self.model, trouble.reason)
+                    last = f"; the last try: {trouble.reason}"
+                    self.usage.retries += 1
+                    await self._rest(tries, trouble, halted)
+                    tries += 1
+                    continue
+                return _so_far(choices, self._give_up(trouble, tries), spent)
+            self._is_reached = True
+            self._given_up_in_a_row = 0
+            self.usage.replies += 1
+            self.usage.uncounted += not any(counted)
+            choices += found
+        left_out = request.optional & self._refused
+        return Reply(choices, "", left_out, prompt_tokens=spent[0], answer_tokens=spent[1])
+
+    def _count(self, tokens: tuple[int, int], spent: list[int]) -> None:
+        self.usage.prompt_tokens += tokens[0]
+        self.usage.answer_tokens += tokens[1]
+        spent[0] += tokens[0]
+        spent[1] += tokens[1]
+
+    def _most_retries(self, trouble: Trouble) -> int:
+        if trouble.then == "once":
+            # Where replies have come, a page or a stream in place of one will pass.
+            passes = self.usage.replies and trouble.advice
+            return self.max_retries if passes else min(1, self.max_retries)
+        if trouble.then != "again":
+            return 0
+        if trouble.unreachable and not self._is_reached:
+            # Nobody is there: that is told at once, rather than after all the pauses.
+            return min(self.max_retries, 0 if trouble.reason.endswith("in time") else 1)
+        return self.max_retries
+
+    async def _rest(self, tries: int, trouble: Trouble, halted: asyncio.Event) -> None:
+        seconds = pause(
+            tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause
+        )
+        if seconds > 1.2 * self.longest_pause:
+            logger.warning(
+                "%s at %s asks to wait for %.0f s (%s)",
+                self.model,
+                self.base_url,
+                seconds,
+                trouble.reason,
+            )
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(halted.wait(), seconds)
+
+    def _adapt(self, trouble: Trouble, request: ChatRequest) -> None:
+        if trouble.parameter in self._refused:
+            return
+        self._refused.add(trouble.parameter)
+        if trouble.parameter == "temperature" and request.temperature != 1:
+            logger.warning(
+                "%s at %s takes no temperature of %g: going on at its own, where replies are "
+                "samples, which come out otherwise when they are asked for anew (%s)",
+                self.model,
+                self.base_url,
+                request.temperature,
+                trouble.reason,
+            )
+            return
+        logger.info(
+            "%s takes no %s: going on without (%s)",
+            self.base_url,
+            trouble.parameter,
+            trouble.reason,
+        )
+
+    def _give_up(self, trouble: Trouble, tries: int) -> str:
+        """The reason for one failure; raises UsageError where it concerns all requests."""
+        # `from None`: a traceback would show the client's own error too, which may quote the key.
+        error = refusal(trouble, self.model, self.base_url, self.api_key_env)
+        # A server that has answered may refuse one request by any status; not so its key, the
+        # credit and the quota, nor for a wait of hours.
+        lasts = trouble.status in _LASTING or trouble.retry_after is not None
+        if trouble.then == "stop" and (lasts or not self.usage.replies):
+            raise error from None
+        if trouble.then == "once" and trouble.advice and not self.usage.replies:
+            raise error from None
+        if trouble.then == "unclear" and self.usage.replies == self._trials:
+            self._unclear += 1
+            if self._unclear >= _UNCLEAR:
+                raise error from None
+        if self._is_trial and trouble.parameter:
+            raise error from None  # of the length limit, which no prompt is too long for here
+        if trouble.then in ("again", "once", "stop") and not trouble.parameter:
+            self._given_up_in_a_row += 1
+        if trouble.then in ("again", "once"):
+            return f"given up after {tries + 1} tries; the last one: {trouble.reason}"
+        return trouble.reason
+
+    def _stop_reason(self) -> str:
+        """Why no request may start any more, if so."""
+        usage = self.usage
+        if self._given_up_in_a_row >= max(4, self.concurrency):
+            return f"{self._given_up_in_a_row} requests before it failed one after another"
+        for name, budget, spent in (
+            ("token", self.token_budget, usage.tokens),
+            ("cost", self.cost_budget, usage.cost or 0.0),
+        ):
+            if budget is not None and spent >= budget:
+                return f"the {name} budget of {budget:,} is spent"
+            if budget is not None and usage.uncounted:
+                return f"there is a {name} budget, and replies say no count of tokens"
+        return ""
+
+    def _check(self) -> None:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                'endpoints need the openai package; run: pip install "plad-fast[api]"'
+            ) from None
+        if not self.model:
+            raise UsageError("no model is named; write openai:MODEL")
+        for name in ("concurrency", "timeout", "first_pause", "longest_pause"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("max_retries", "reasoning_tokens"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("token_budget", "cost_budget"):
+            if (budget := getattr(self, name)) is not None and not budget > 0:
+                raise UsageError(f"{name} must be positive, not {budget}")
+        if self.cost_budget is not None and self.usage.prices is None:
+            raise UsageError(
+                "a cost budget needs the prices of a million tokens of prompts and of answers; "
+                "give them, or a token budget instead"
+            )
+        if self.usage.prices is not None and not all(p >= 0 for p in self.usage.prices):
+            raise UsageError(f"prices must be 0 or more, not {self.usage.prices}")
+        read_key(self.api_key_env, self.base_url)
+        warn_of_clear_text(self.base_url)
+
+
+def _so_far(choices: list[Choice], reason: str, spent: Sequence[int]) -> Reply | str:
+    if not choices:
+        return reason
+    return Reply(choices, missing=reason, prompt_tokens=spent[0], answer_tokens=spent[1])

@@ -1,0 +1,98 @@
+"""The HTTP client of an endpoint: whole replies, of a bounded size, from where they were asked."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from plad_fast.pairs.generation.endpoint.retries import BadReplyError
+
+if TYPE_CHECKING:
+    import openai
+
+# A token is a few characters as a rule, of six bytes each where JSON escapes them, and some servers
+# say all twice; but some tokens are long, and there is more in a reply than its text.
+_BYTES_PER_TOKEN = 256
+_BYTES_BESIDE = 4 * 2**20
+_REDIRECTIONS = 3
+_CODINGS = frozenset({"", "identity", "gzip", "deflate"})
+_KEPT = frozenset({b"retry-after", b"retry-after-ms", b"location"})
+
+
+def most_bytes(tokens: int) -> int:
+    """Of a reply to a request for so many tokens, in all its answers."""
+    return _BYTES_BESIDE + _BYTES_PER_TOKEN * tokens
+
+
+def open_client(
+    *, key: str, base_url: str, timeout: float, connect: float, proxies: bool, tokens: int
+) -> openai.AsyncOpenAI:
+    """A client for some requests; it is an asynchronous context manager.
+
+    A redirection is followed within the server that was asked, and no further: the next one would
+    get the prompts.
+
+    Args:
+        timeout: seconds for each phase of a request.
+        connect: seconds to make a connection.
+        proxies: those that the environment names are used.
+        tokens: most that a request asks for.
+    """
+    import openai
+
+    most = most_bytes(tokens)
+
+    class Client(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            options.update(stream=True, follow_redirects=False)
+            for _ in range(_REDIRECTIONS):
+                response = await super().send(request, **options)
+                try:
+                    body = await _read(response, most)
+                finally:
+                    await response.aclose()
+                target = response.next_request
+                # Most statuses make a GET of it, which asks nothing.
+                if target is None or target.method != request.method:
+                    break
+                if _origin(target) != _origin(request):
+                    break
+                request = target
+            # A new response, for what its headers say of the body is true no more, or never was.
+            kept = [(name, value) for name, value in response.headers.raw if name.lower() in _KEPT]
+            kept.append((b"content-type", b"application/json; charset=utf-8"))
+            return type(response)(
+                response.status_code, headers=kept, content=body, request=response.request
+            )
+
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=base_url,
+        timeout=openai.Timeout(timeout, connect=connect),
+        max_retries=0,
+        default_headers={"Accept-Encoding": "gzip, deflate"},
+        http_client=Client(trust_env=proxies),
+    )
+
+
+async def _read(response: Any, most: int) -> bytes:
+    """The body, decompressed; of one that is too long no more than the bound is held."""
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    # One alone, and of those that are decompressed piece by piece.
+    if coding not in _CODINGS:
+        raise BadReplyError(f"the reply is compressed by {coding!r}, which was not asked for")
+    body = bytearray()
+    async with contextlib.aclosing(response.aiter_bytes()) as parts:
+        async for part in parts:
+            if len(body) + len(part) > most:
+                # The traceback keeps this frame for longer than the text is of use.
+                del part
+                body.clear()
+                raise BadReplyError(f"the reply is longer than {most:,} bytes")
+            body += part
+    return bytes(body)
+
+
+def _origin(request: Any) -> tuple[str, str, int | None]:
+    port = request.url.port or {"http": 80, "https": 443}.get(request.url.scheme)
+    return request.url.scheme, request.url.host, port

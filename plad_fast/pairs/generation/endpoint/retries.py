@@ -1,0 +1,301 @@
+"""What to do about a request that failed: again, otherwise, not this one, or none at all."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import random
+import re
+import time
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.endpoint.refusals import (
+    LIMITS,
+    Refusal,
+    droppable,
+    find_refusal,
+    is_of_prompt,
+)
+from plad_fast.pairs.generation.endpoint.secrets import one_line
+
+_AGAIN = frozenset({408, 409, 425, 429})
+LONGEST_ASKED = 900.0
+"""Seconds that a server may ask to wait for; a longer wait is the user's."""
+_TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "anyio"})
+
+_TOO_LONG = re.compile(
+    r"context[ _](length|window|size)|maximum context|too long|too many tokens|prompt is longer",
+    re.IGNORECASE,
+)
+_FILTERED = re.compile(
+    r"content[ _](filter|policy|management)|moderation|flagged|safety system", re.IGNORECASE
+)
+_LONG_QUOTA = re.compile(
+    r"per[ _-]?(?:1[ _-])?(?:day|week|month)|/ ?(?:day|week|month)\b|\ba (?:day|month)\b"
+    r"|\b24[ -]?h(?:ours?)?\b|\b[RT]PD\b|\b(?:daily|weekly|monthly)\b",
+    re.IGNORECASE,
+)
+_OF_ONE_PROMPT = frozenset(
+    {"context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter",
+     "content_policy_violation"}
+)  # fmt: skip
+
+
+class BadReplyError(ValueError):
+    """A reply of status 200 that holds no answer; the message says what it is instead.
+
+    Args:
+        lasting: the next reply will be like it.
+        foreign: it is none of a chat API.
+        code: of the error that the reply holds, if it has one.
+    """
+
+    def __init__(
+        self, message: str, *, lasting: bool = False, foreign: bool = False, code: Any = None
+    ) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+        self.foreign = foreign
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a request failed, and what follows from it."""
+
+    then: Literal["again", "once", "adapt", "skip", "unclear", "stop"]
+    """`again`: it may work later. `once`: it is tried once more, for it is unlikely to change.
+    `adapt`: without this `parameter`. `skip`: this request will not work, others may. `unclear`:
+    this one will not, and perhaps none. `stop`: none will."""
+
+    reason: str
+    """A line without anything secret."""
+
+    status: int | None = None
+    retry_after: float | None = None
+
+    parameter: str = ""
+    """What is refused: to be left out where `then` is `adapt`, to be told to the user else."""
+
+    advice: str = ""
+    """What the user is to do, where that follows from no status."""
+
+    unreachable: bool = False
+    """No server was there to be asked."""
+
+    lost: bool = False
+    """The server may have answered, and be paid for it."""
+
+
+def judge(
+    error: Exception,
+    sent: Mapping[str, Any],
+    refused: Set[str],
+    key: str,
+    optional: Set[str] = frozenset(),
+) -> Trouble:
+    """What to do about whatever was raised while a request was made or its reply was read.
+
+    Args:
+        error: from the client, or a `BadReplyError`.
+        sent: the request's body.
+        refused: parameters that are left out or replaced already.
+        key: to keep out of the reason.
+        optional: parameters that this request can do without, whatever their value.
+    """
+    try:
+        return _judge(error, sent, refused, key, optional)
+    except Exception as unread:  # a body too deep to be shown, say
+        return Trouble("again", f"the reply cannot be read: {type(unread).__name__}", lost=True)
+
+
+def _judge(
+    error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str, optional: Set[str]
+) -> Trouble:
+    import openai
+
+    causes = _causes(error)
+    if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
+        return _judge_reply(bad, key)
+    names = {type(cause).__name__ for cause in causes}
+    # A connection that was never made: nobody there, no such name, a proxy that refuses.
+    unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
+    if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
+        what = "no connection in time" if unreachable else "no reply in time"
+        return Trouble("again", what, unreachable=unreachable, lost=not unreachable)
+    if isinstance(error, openai.APIStatusError):
+        return _judge_status(error, sent, refused, key, optional)
+    if isinstance(error, UnicodeEncodeError):
+        return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
+    if "DecodingError" in names:
+        return Trouble("again", one_line(f"the reply cannot be read: {error}", key), lost=True)
+    transport = type(error).__module__.partition(".")[0] in _TRANSPORTS
+    if transport or isinstance(error, (openai.APIConnectionError, OSError)):
+        reason = one_line(f"no connection: {error.__cause__ or error}", key)
+        return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
+    reason = one_line(f"the reply cannot be read: {type(error).__name__}: {error}", key)
+    return Trouble("again", reason, lost=True)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The exception and those that it was raised from."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes
+
+
+def _judge_reply(error: BadReplyError, key: str) -> Trouble:
+    reason = one_line(str(error), key)
+    if error.foreign:
+        advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
+        return Trouble("once", reason, advice=advice, lost=True)
+    if str(error.code) == "429" and _LONG_QUOTA.search(str(error)):
+        return Trouble("stop", reason, 429, advice=_LATER)
+    return Trouble("once" if error.lasting else "again", reason, lost=True)
+
+
+def _judge_status(
+    error: Any, sent: Mapping[str, Any], refused: Set[str], key: str, optional: Set[str]
+) -> Trouble:
+    status: int = error.status_code
+    code, named = (v if isinstance(v, str) else "" for v in (error.code, error.param))
+    said = _message(error)
+    reason = one_line(f"status {status}: {said}" if said else f"status {status}", key)
+    if code == "insufficient_quota" or status in (401, 402, 404):
+        return Trouble("stop", reason, status)
+    if 300 <= status < 400:
+        return Trouble("stop", _redirection(error, key), status, advice=_REDIRECTED)
+    if status in _AGAIN or status >= 500:
+        wait = retry_after(error.response.headers)
+        if status == 429 and _LONG_QUOTA.search(str(error.body)):
+            return Trouble("stop", reason, status, advice=_LATER)
+        if wait is not None and wait > LONGEST_ASKED:
+            reason = f"{reason}; it asks to wait for {_in_words(wait)}"
+            return Trouble("stop", reason, status, retry_after=wait, advice=_LATER)
+        return Trouble("again", reason, status, retry_after=wait)
+    of_prompt = code in _OF_ONE_PROMPT or status == 413
+    refusal = Refusal()
+    if status in (400, 422):
+        refusal = find_refusal(named, said or code, sent)
+    parameter = refusal.parameter
+    with_prompt = of_prompt or (refusal.of == "value" and is_of_prompt(said))
+    if parameter in LIMITS and not with_prompt:
+        # Where the other name was refused before, this one is not: the request keeps a limit.
+        if droppable(refusal, sent, optional) and not refused & (LIMITS - {parameter}):
+            return Trouble("adapt", reason, status, parameter=parameter)
+        if refusal.of == "value":
+            return Trouble("stop", reason, status, parameter=parameter)
+        return Trouble("unclear", reason, status)
+    if of_prompt or _FILTERED.search(said) or _TOO_LONG.search(said):
+        return Trouble("skip", reason, status, parameter=parameter)
+    if parameter and parameter not in LIMITS and droppable(refusal, sent, optional):
+        return Trouble("adapt", reason, status, parameter=parameter)
+    if status in (400, 422):
+        return Trouble("unclear", reason, status, parameter=parameter)
+    return Trouble("stop", reason, status)
+
+
+_LATER = "run the same command again then, or raise the account's quota: what has come is kept"
+_REDIRECTED = (
+    "it is not followed, for the key and the prompts would go there: check --base-url, and give "
+    "the new address if you trust it"
+)
+
+
+def _redirection(error: Any, key: str) -> str:
+    target = error.response.headers.get("location", "nowhere")
+    return one_line(f"status {error.status_code}: a redirection to {target}", key)
+
+
+def _in_words(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+
+
+def _message(error: Any) -> str:
+    """What the server said, from the several forms in which servers say it."""
+    body = error.body
+    if isinstance(body, Mapping):
+        inner = body.get("error", body)
+        if isinstance(inner, Mapping):
+            inner = inner.get("message", inner.get("detail", inner))
+        return str(inner)
+    text = str(body) if body is not None else ""
+    return "" if text.lstrip().startswith("<") else text  # a proxy's page
+
+
+_STREAM = re.compile(r"\bstream(?:ing)?\b", re.IGNORECASE)
+_LOWER = (
+    "lower --max-new-tokens, or --reasoning-tokens: the limit that is sent is their sum (for a "
+    "judge, of 512 and the latter)"
+)
+_OF_PARAMETERS = {
+    **dict.fromkeys(LIMITS, _LOWER),
+    "temperature": (
+        "give --teacher-temperature 1, or another that it takes: answers are then samples, which "
+        "come out otherwise when they are asked for anew"
+    ),
+    "top_p": "leave top_p at 1, where it is not sent (--top-p is of the student alone)",
+}
+
+
+def refusal(trouble: Trouble, model: str, url: str, variable: str) -> UsageError:
+    """What to tell the user about an endpoint that refuses all requests."""
+    if trouble.status == 401:
+        # What the server says here may quote the key in part, so it is left out.
+        return UsageError(
+            f"{url} refuses the key (status 401); set {variable} to a key of this endpoint, or "
+            "name another variable with --api-key-env"
+        )
+    advice = trouble.advice or {
+        402: "add credit to the account, and run again: what has come is kept",
+        403: f"check that the key in {variable} may use this model",
+        404: "check the model's name, and --base-url, which usually ends in /v1",
+        429: "raise the account's quota, and run again: what has come is kept",
+    }.get(trouble.status or 0, "check the model's name, --base-url and the sampling settings")
+    advice = _OF_PARAMETERS.get(trouble.parameter, advice)
+    if trouble.then == "unclear" and not trouble.parameter and _STREAM.search(trouble.reason):
+        advice = (
+            "plad_fast reads whole replies and no streams: switch the model's thinking off where "
+            "it is served, or choose another model or endpoint"
+        )
+    return UsageError(f"model {model!r} at {url} refuses all requests ({trouble.reason}); {advice}")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait for, from any of the forms in use."""
+    if (value := _seconds(headers.get("retry-after-ms"))) is not None:
+        return value / 1000
+    header = headers.get("retry-after")
+    if (value := _seconds(header)) is not None:
+        return value
+    if header is None:
+        return None
+    try:
+        date = email.utils.parsedate_to_datetime(header)
+        return max(0.0, date.timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        value = float(header) if header is not None else -1.0
+    except ValueError:
+        return None
+    return value if 0 <= value < float("inf") else None
+
+
+def pause(tries: int, asked: float | None, *, first: float, longest: float) -> float:
+    """Seconds before the next try: twice as long each time, or as long as the server asked.
+
+    Jitter keeps requests that failed together from coming back together.
+    """
+    backoff = min(longest, first * 2**tries) * random.uniform(0.5, 1.0)
+    return backoff if asked is None else min(LONGEST_ASKED, asked) + 0.1 * backoff

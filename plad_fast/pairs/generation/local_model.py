@@ -1,0 +1,275 @@
+"""A transformers model in this process as a source of text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plad_fast.data.chat import decode_answer, turn_end_token
+from plad_fast.data.prompts import Prompt, as_messages
+from plad_fast.errors import UsageError
+from plad_fast.models.adapters import base_model
+from plad_fast.models.encoder_decoder import decoder_start_token
+from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, why_not_refill
+from plad_fast.pairs.generation.sampling import RowSampler, Sampling
+from plad_fast.pairs.generation.text_model import Answer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class LocalModel:
+    """A transformers language model in this process, causal or encoder-decoder.
+
+    To an encoder-decoder model a prompt is the encoder's text, with the special tokens that its
+    tokenizer gives one.
+
+    Args:
+        model: on any device. It may be in training; its mode and settings are left as they were.
+        tokenizer: of the model.
+        name: for progress and messages.
+        chat: ask plain-text prompts as a user message if the tokenizer has a chat template, as
+            `build_pairs` writes them. False: continue plain text as it is, which is how rows of
+            plain text are trained and scored.
+        refill: a finished row of a batch makes room for another prompt. False, and wherever the
+            model's cache does not allow it: batches last as long as their longest answer.
+    """
+
+    sharded = True
+    """Every process of a run has a model of its own and answers its share of the prompts."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        chat: bool = True,
+        refill: bool = True,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.chat = chat
+        self.refill = refill
+        self._refills: bool | None = None if refill else False
+        self._start_token = decoder_start_token(model)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
+        """Answers the prompts, longest first, so that memory runs out early or never.
+
+        An answer depends on the model, the prompt, the number of its sample, `sampling` less its
+        batch size and `n`, and on nothing else but rounding, which differs with the other rows of
+        the batch: in float32 it hardly ever decides a token, in bfloat16 it does in many answers.
+
+        Raises:
+            UsageError: from this call, before anything is generated: a prompt is empty, too long
+                for the model, or has tokens the model does not know. From the iterator: the model
+                produced NaN or infinite logits.
+        """
+        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
+
+    def generate_samples(
+        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
+    ) -> Iterator[list[Answer]]:
+        """As `generate`, of each prompt the samples of these numbers alone."""
+        prompts = {prompt.id: prompt for prompt, _ in wanted}
+        ids = self._encode(prompts.values())
+        self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)
+        rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
+        rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
+        return self._batches(rows, sampling)
+
+    def _encode(self, prompts: Iterable[Prompt]) -> dict[str, list[int]]:
+        from plad_fast.data.text_ids import TextIds
+
+        encoder = TextIds(self.tokenizer, encoder_decoder=self._start_token is not None)
+        found = {}
+        for prompt in prompts:
+            content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
+            try:
+                found[prompt.id] = encoder.prompt(content)
+            except UsageError as error:
+                raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+        return found
+
+    def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
+        config = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and self._start_token is not None:
+            # Prompt and answer have positions of their own.
+            if sampling.max_new_tokens > positions:
+                raise UsageError(
+                    f"max_new_tokens={sampling.max_new_tokens}, and the decoder of model "
+                    f"{self.name} has {positions} positions; lower max_new_tokens"
+                )
+            room, why = positions, f"the encoder has {positions} positions; shorten or drop them"
+        else:
+            room = positions - sampling.max_new_tokens if positions else None
+            why = (
+                f"of {positions} positions max_new_tokens={sampling.max_new_tokens} leaves "
+                f"{max(room or 0, 0)}; shorten or drop these prompts, or lower max_new_tokens"
+            )
+        too_long = [row for row in rows if room is not None and len(row[0]) > room]
+        if too_long:
+            ids, prompt = max(too_long, key=lambda row: len(row[0]))
+            raise UsageError(
+                f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
+                f"prompt {prompt.id!r} has {len(ids)} tokens, and {why}"
+            )
+        for ids, prompt in rows:
+            if max(ids) >= config.vocab_size:
+                raise UsageError(
+                    f"prompt {prompt.id!r} has token {max(ids)}, but model {self.name} knows "
+                    f"{config.vocab_size} tokens; use the tokenizer that belongs to the model"
+                )
+
+    def _batches(self, rows: list[Row], sampling: Sampling) -> Iterator[list[Answer]]:
+        ends = end_tokens(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        pad = min(ends, default=0) if pad is None else pad
+        config = self._generation_config(sampling, ends, pad)
+        try:
+            if rows and self._can_refill(config, pad):
+                refill = None
+                # Whoever takes the answers finds the model in its own mode each time.
+                while refill is None or refill.unfinished:
+                    with _generating(self.model, config), torch.inference_mode():
+                        refill = refill or Refill(self.model, rows, sampling, ends, pad)
+                        finished = refill.advance()
+                    yield [self._finish(row, ends) for row in finished]
+                return
+            for start in range(0, len(rows), sampling.batch_size):
+                batch = rows[start : start + sampling.batch_size]
+                self._generate_batch(batch, sampling, config)
+                yield [self._finish(row, ends) for row in batch]
+        except BrokenLogitsError as error:
+            raise UsageError(
+                f"model {self.name} produced NaN or infinite logits for prompt {error.args[0]!r}; "
+                "load it in bfloat16 or float32, and check that its training did not diverge"
+            ) from None
+
+    def _can_refill(self, config: GenerationConfig, pad: int) -> bool:
+        if self._refills is None:
+            with _generating(self.model, config), torch.inference_mode():
+                reason = why_not_refill(self.model, pad)
+            self._refills = reason is None
+            if reason is not None:
+                logger.info("%s: batches are not refilled: %s", self.name, reason)
+        return self._refills
+
+    def _generation_config(self, sampling: Sampling, ends: set[int], pad: int) -> GenerationConfig:
+        from transformers import GenerationConfig
+
+        # The first token of every text a decoder was trained on, such as the mark of a language.
+        own = None if self._start_token is None else self.model.generation_config
+        return GenerationConfig(
+            do_sample=False,
+            forced_bos_token_id=getattr(own, "forced_bos_token_id", None),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=pad,
+            decoder_start_token_id=self._start_token,
+            use_cache=True,
+        )
+
+    def _generate_batch(
+        self, rows: list[Row], sampling: Sampling, config: GenerationConfig
+    ) -> None:
+        """Sets the tokens of all rows, by transformers' `generate`; what follows an end is pad."""
+        from transformers import LogitsProcessorList
+
+        lengths = [len(row.prompt) for row in rows]
+        width = max(lengths)
+        gaps = [[config.pad_token_id] * (width - length) for length in lengths]
+        if self._start_token is None:
+            padded = [gap + row.prompt for gap, row in zip(gaps, rows, strict=True)]
+            mask = [[0] * (width - length) + [1] * length for length in lengths]
+            before = width  # tokens in front of an answer in what `generate` gives
+        else:
+            padded = [row.prompt + gap for gap, row in zip(gaps, rows, strict=True)]
+            mask = [[1] * length + [0] * (width - length) for length in lengths]
+            before = 1
+        device = self.model.device
+        ids, samples = [row.prompt_id for row in rows], [row.sample for row in rows]
+        sampler = RowSampler(sampling, ids, before, device, samples)
+        generate: Any = self.model.generate
+        with _generating(self.model, config), torch.inference_mode():
+            output = generate(  # by name, as PEFT's takes them
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+                **_cache(self.model),
+            )
+        broken = sampler.broken.tolist()
+        if any(broken):
+            raise BrokenLogitsError(ids[broken.index(True)])
+        for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
+            row.tokens = tokens
+
+    def _finish(self, row: Row, ends: set[int]) -> Answer:
+        tokens = row.tokens
+        length = next((i for i, token in enumerate(tokens) if token in ends), None)
+        # Not every end token is special to the tokenizer: cut before it rather than skip it.
+        text = decode_answer(self.tokenizer, tokens[:length])
+        if length is None:
+            return Answer(row.prompt_id, text.strip(), "length", len(tokens), row.sample)
+        return Answer(row.prompt_id, text.strip(), "stop", length + 1, row.sample)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that end an answer.
+
+    They are those of the generation config, the tokenizer's EOS, and the mark that closes an
+    assistant turn in the chat template: a model trained with the template learns to end in that,
+    also where the config still names the EOS of pre-training.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ends = set(configured if isinstance(configured, list) else [configured])
+    ends.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        ends.add(turn_end_token(tokenizer))
+    return {token for token in ends if token is not None}
+
+
+def _cache(model: PreTrainedModel) -> dict[str, Any]:
+    """A cache for a T5 whose decoder is the deeper half: `generate` makes it for the encoder's."""
+    config = model.config
+    deeper = getattr(config, "num_decoder_layers", 0) > getattr(config, "num_hidden_layers", 0)
+    if not (config.is_encoder_decoder and deeper):
+        return {}
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and `config` instead of the model's generation config.
+
+    `generate` fills whatever a given config leaves open, such as a repetition penalty, from the
+    model's; answers are to depend on `Sampling` alone.
+    """
+    training = [module for module in model.modules() if module.training]
+    # A model of PEFT shows the one inside, unless it was given one of its own; its `generate` may
+    # put that into the model inside.
+    inner = base_model(model)
+    holders = [inner] if "generation_config" not in vars(model) else [inner, model]
+    own = [holder.generation_config for holder in holders]
+    model.eval()
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, own, strict=True):
+            holder.generation_config = value
+        for module in training:
+            module.training = True

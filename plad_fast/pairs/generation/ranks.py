@@ -1,0 +1,186 @@
+"""One run of several processes: who answers which prompts, and whose files are put together.
+
+`torchrun` and `accelerate launch` start the same program several times. Each process answers its
+share into a file of its own, beside the store; the first one puts them together. On several
+machines the folder has to be one that all of them see.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore
+from plad_fast.errors import UsageError
+
+T = TypeVar("T")
+
+# Nobody is done before the slowest: a process that dies closes its connections, which is noticed.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+class Ranks:
+    """The processes of this run; make it with `joined`."""
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = group
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in all of them; a UsageError there is raised in all."""
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except UsageError as error:
+                outcome[1] = str(error)
+        self._talk(lambda: dist.broadcast_object_list(outcome, group=self._group, group_src=0))
+        if outcome[1] is not None:
+            raise UsageError(outcome[1])
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, in everybody."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._talk(lambda: dist.all_gather_object(values, value, group=self._group))
+        return values
+
+    def wait(self) -> None:
+        if self.size > 1:
+            self._talk(lambda: dist.barrier(group=self._group))
+
+    def leave(self) -> None:
+        """Hangs up. The group is not kept, not even by the traceback of an exception: one whose
+        threads still run when the interpreter ends aborts it."""
+        dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _talk(self, exchange: Callable[[], object]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise UsageError(
+                f"process {self.rank} of {self.size} goes no further, since another one has failed "
+                "or was killed: its own message says why; what is stored is safe, run again"
+            ) from error
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes of this run, on speaking terms until the block ends.
+
+    A process that leaves the block by an exception hangs up, and the others get a UsageError where
+    they wait for it.
+
+    Raises:
+        UsageError: the environment speaks of several processes, which cannot be reached.
+    """
+    if not _several():
+        yield Ranks()
+        return
+    # Its own group: the training's may be one that only sends from GPU to GPU.
+    ranks = Ranks(
+        dist.get_rank(),
+        dist.get_world_size(),
+        dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
+    try:
+        yield ranks
+        # Nobody hangs up on one who still reads.
+        ranks.wait()
+    finally:
+        ranks.leave()
+
+
+def _several() -> bool:
+    if not dist.is_available():
+        return False
+    if not dist.is_initialized():
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size in ("", "1") or "RANK" not in os.environ:
+            return False
+        # The way the trainer does it, which will find it done.
+        from accelerate import PartialState
+
+        PartialState()
+        atexit.register(_hang_up)
+        if not dist.is_initialized():
+            raise UsageError(
+                f"WORLD_SIZE={size}, but no other process is to be reached; start with torchrun or "
+                "accelerate launch, or unset RANK and WORLD_SIZE"
+            )
+    return dist.get_world_size() > 1
+
+
+def _hang_up() -> None:
+    """At the end of a program whose group was started here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(wanted: Sequence[tuple[Prompt, int]], rank: int, size: int) -> list[tuple[Prompt, int]]:
+    """What one process answers of (prompt, sample)s: about as many, about as long, and all samples
+    of a prompt."""
+    by_prompt: dict[str, list[tuple[Prompt, int]]] = {}
+    for item in wanted:
+        by_prompt.setdefault(item[0].id, []).append(item)
+    groups = sorted(
+        by_prompt.values(),
+        key=lambda group: (-len(json.dumps(group[0][0].content)), group[0][0].id),
+    )
+    # To and fro: always in the same direction would give the first process the longer ones.
+    order = [*range(size), *reversed(range(size))]
+    mine = [group for i, group in enumerate(groups) if order[i % len(order)] == rank]
+    return [item for group in mine for item in group]
+
+
+def shard_path(store: Path, rank: int, size: int) -> Path:
+    """Where a process keeps its share of a store."""
+    return store.with_name(f"{store.stem}.rank{rank}of{size}{store.suffix}")
+
+
+def shard_paths(store: Path) -> list[Path]:
+    """The shares that there are, of this run or of one that was killed."""
+    name = re.compile(rf"{re.escape(store.stem)}\.rank\d+of\d+{re.escape(store.suffix)}")
+    found = store.parent.glob(f"{glob.escape(store.stem)}.rank*")
+    return sorted(path for path in found if name.fullmatch(path.name))
+
+
+def merge_shards(
+    store: AnswerStore, fingerprint: Mapping[str, Any], order: Mapping[str, int]
+) -> None:
+    """Moves all shares into the store.
+
+    Args:
+        store: the one they belong to.
+        fingerprint: of the store; a share of another run is refused.
+        order: row id -> its place among the rows that are added; others come last.
+
+    Raises:
+        UsageError: as `AnswerStore.open`, such as when a process of a killed run still writes.
+    """
+    paths = shard_paths(store.path)
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        with AnswerStore.open(path, fingerprint) as shard:
+            rows += shard.rows.values()
+    rows.sort(key=lambda row: order.get(row["id"], len(order)))
+    store.append(rows)
+    for path in paths:
+        path.unlink()

@@ -1,0 +1,295 @@
+"""Decoding a batch of fixed size whose finished rows leave and make room for new prompts.
+
+Under `generate` a batch lasts as long as its longest answer. Here a row is dropped the moment it
+ends. transformers has continuous batching too, but no random numbers by row in it, and on a CPU it
+was several times slower than `generate` (SmolLM2-135M, transformers 5.23).
+
+Letters: R rows in use, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plad_fast.errors import UsageError
+from plad_fast.models.adapters import vocabulary_size
+from plad_fast.models.head import base_model
+from plad_fast.pairs.generation.sampling import Sampling, TokenSampler, row_uniforms
+
+
+@dataclass
+class Row:
+    """A prompt to be answered, and its answer so far."""
+
+    prompt_id: str
+    prompt: list[int]
+    sample: int = 0
+    tokens: list[int] = field(default_factory=list)
+    uniforms: list[float] = field(default_factory=list)
+
+
+class UnsuitableError(Exception):
+    """The model's cache is not one of keys and values by token."""
+
+
+class RowDecoder:
+    """Next-token logits of rows that come and go. Call it in evaluation and inference mode.
+
+    Args:
+        model: a causal LM that `why_not_refill` has nothing against.
+        max_rows: most rows at once.
+        pad: any token; it fills up shorter prompts.
+    """
+
+    def __init__(self, model: Any, max_rows: int, pad: int, *, slack: int = 64) -> None:
+        from plad_fast.pairs.generation.row_cache import RowCache  # brings in transformers
+
+        self._model = model
+        self._pad = pad
+        self._device = model.device
+        self.cache = RowCache(max_rows, slack=slack)
+        self._lengths: list[int] = []
+        # No logits of a prompt's tokens but for the last: they would be the largest tensor of all.
+        supports = getattr(base_model(model), "_supports_logits_to_keep", None)
+        self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
+
+    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:
+        """Reads new prompts and adds rows for them, `copies` of each, after those there are.
+
+        Returns:
+            (number of prompts, V): logits of every prompt's first new token.
+        """
+        from transformers import DynamicCache
+
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        padded = [[self._pad] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = self._tensor([[0] * (width - n) + [1] * n for n in lengths])
+        prefilled = DynamicCache()
+        logits = self._forward(
+            self._tensor(padded), mask, (mask.cumsum(-1) - 1).clamp(min=0), prefilled
+        )
+        depth = base_model(self._model).config.get_text_config().num_hidden_layers
+        filled = [layer.get_seq_length() for layer in prefilled.layers]
+        if filled != [width] * depth:
+            raise UnsuitableError("its layers do not all keep keys and values of every token")
+        sources = [i for i, count in enumerate(copies) for _ in range(count)]
+        new = [lengths[i] for i in sources]
+        self.cache.insert(prefilled, sources, new)
+        self._lengths += new
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> Tensor:  # (R, V)
+        """Logits of the next token of each row after these."""
+        self.cache.prepare_step()
+        logits = self._forward(
+            self._tensor(tokens)[:, None],
+            self.cache.mask(self._device),
+            self._tensor(self._lengths)[:, None],
+            self.cache,
+        )
+        self.cache.finish_step()
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits
+
+    def drop(self, row: int) -> None:
+        """Removes a row; the last one takes its place."""
+        self.cache.drop(row)
+        self._lengths[row] = self._lengths[-1]
+        self._lengths.pop()
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._options,
+        )
+        return output.logits[:, -1]
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+
+class Refill:
+    """Answers rows in the order given, `sampling.batch_size` of them at a time.
+
+    Args:
+        model: see `RowDecoder`.
+        rows: the longest prompts first, the samples of a prompt side by side.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(
+        self, model: Any, rows: Sequence[Row], sampling: Sampling, ends: set[int], pad: int
+    ) -> None:
+        self._waiting = deque(rows)
+        self._running: list[Row] = []
+        self._sampling = sampling
+        self._ends = ends
+        self._choose = TokenSampler(sampling)
+        size = min(sampling.batch_size, max(1, len(rows)))
+        self._decoder = RowDecoder(model, size, pad)
+        self._size = size
+        # One prompt alone costs nearly as much to read as several together.
+        self._newcomers = max(1, size // 4)
+        self._device = model.device
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def advance(self) -> list[Row]:
+        """Goes on until at least one row is finished, and returns those that are.
+
+        Raises:
+            BrokenLogitsError: NaN or infinite logits.
+        """
+        while True:
+            free = self._size - len(self._running)
+            if self._waiting and (free >= self._newcomers or free >= len(self._waiting)):
+                finished = self._admit(free)
+            else:
+                logits = self._decoder.step([row.tokens[-1] for row in self._running])
+                finished = self._extend(0, logits)
+            if finished:
+                return finished
+
+    def _admit(self, free: int) -> list[Row]:
+        new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        prompts: list[list[int]] = []
+        copies: list[int] = []
+        before = None
+        for row in new:
+            if row.prompt_id == before:
+                copies[-1] += 1
+            else:
+                prompts.append(row.prompt)
+                copies.append(1)
+            before = row.prompt_id
+        if self._sampling.temperature:
+            uniforms = row_uniforms(
+                self._sampling.seed,
+                [row.prompt_id for row in new],
+                self._sampling.max_new_tokens,
+                [row.sample for row in new],
+            )
+            for row, numbers in zip(new, uniforms.tolist(), strict=True):
+                row.uniforms = numbers
+        logits = self._decoder.admit(prompts, copies)
+        first = len(self._running)
+        self._running += new
+        return self._extend(
+            first, logits.repeat_interleave(torch.tensor(copies, device=self._device), dim=0)
+        )
+
+    def _extend(self, first: int, logits: Tensor) -> list[Row]:
+        """Adds a token to each row from `first` on, and takes out those that end with it."""
+        rows = self._running[first:]
+        uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in rows]
+        drawn = self._choose(logits, torch.tensor(uniforms, device=self._device))
+        tokens, broken = torch.stack([part.long() for part in drawn]).tolist()  # one transfer
+        if any(broken):
+            raise BrokenLogitsError(rows[broken.index(1)].prompt_id)
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+        finished = []
+        # From behind: the row that moves into a gap has been looked at.
+        for place in reversed(range(first, len(self._running))):
+            row = self._running[place]
+            if row.tokens[-1] in self._ends or len(row.tokens) == self._sampling.max_new_tokens:
+                self._decoder.drop(place)
+                self._running[place] = self._running[-1]
+                self._running.pop()
+                finished.append(row)
+        return finished[::-1]
+
+
+class BrokenLogitsError(Exception):
+    """NaN or infinite logits, for the prompt whose id is the argument."""
+
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_KNOWN_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+# Lengths of two prompts and of one that takes the place of the first.
+_PROMPTS = (9, 5, 7)
+# Nats by which log-probabilities may differ in the mean, rounding (TF32 too) and no more: see
+# `plad_fast.models.sharing` for what errors amount to.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
+_TOLERANCE_16_BIT = 0.15
+
+
+def why_not_refill(model: Any, pad: int) -> str | None:
+    """None, or what stands against rows that come and go.
+
+    Call it in evaluation and inference mode. Takes a few forward passes of a few tokens.
+    """
+    lm = base_model(model)
+    family = type(lm).__name__
+    if lm.config.is_encoder_decoder:
+        return f"{family} has an encoder"
+    config = lm.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
+    if unknown:
+        return f"{family} has layers of the kind {', '.join(sorted(unknown))}"
+    if getattr(config, "attention_chunk_size", None):
+        return f"{family} attends in chunks"
+    try:
+        unknown = _cache_layers(config) - _KNOWN_CACHES
+        if unknown:
+            return f"{family} keeps {', '.join(sorted(unknown))} in its cache"
+        difference = _difference(model, pad)
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except UnsuitableError as error:
+        return f"{family}: {error}"
+    except Exception as error:  # a forward that takes other arguments, say
+        return f"{family} does not decode row by row ({type(error).__name__}: {error})"
+    dtype = next(model.parameters()).dtype
+    # NaN passes: generation reports it, with the prompt.
+    if difference > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
+        return f"{family} then gives other log-probabilities (by {difference:.2g} nats a token)"
+    return None
+
+
+def _cache_layers(config: Any) -> set[str]:
+    from transformers import DynamicCache
+
+    return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+
+
+def _difference(model: Any, pad: int) -> float:
+    """Mean difference from whole sequences, one at a time and without a cache."""
+    vocab = vocabulary_size(model)
+    draw = torch.Generator().manual_seed(0)
+    first, stays, comes = (
+        torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in _PROMPTS
+    )
+    n_first, n_stays, n_comes = _PROMPTS
+    decoder = RowDecoder(model, 2, pad, slack=1)
+    found = [decoder.admit([first[:n_first], stays[:n_stays]], [1, 1])]
+    found.append(decoder.step([first[n_first], stays[n_stays]]))
+    decoder.drop(0)
+    found.append(decoder.admit([comes[:n_comes]], [1]))
+    found.append(decoder.step([stays[n_stays + 1], comes[n_comes]]))
+    ends = (
+        first[:n_first], stays[:n_stays], first[: n_first + 1], stays[: n_stays + 1],
+        comes[:n_comes], stays, comes[: n_comes + 1],
+    )  # fmt: skip
+    expected = [_whole(model, ids) for ids in ends]
+    distance = torch.cat(found).float().log_softmax(-1) - torch.stack(expected)
+    # Masked logits are -inf both ways.
+    return float(distance[distance.isfinite()].abs().mean())
+
+
+def _whole(model: Any, ids: list[int]) -> Tensor:  # (V,)
+    logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
+    return logits.float().log_softmax(-1)

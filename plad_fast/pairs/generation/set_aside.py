@@ -1,0 +1,97 @@
+"""Stored rows that are not wanted now and may be again, or were paid for: kept, out of the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from plad_fast.data.files import sync_folder
+from plad_fast.data.records import digest
+from plad_fast.data.store import FORMAT, AnswerStore, Row, has_rows
+
+logger = logging.getLogger(__name__)
+
+
+def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
+    """Makes room for rows of this fingerprint where a store holds those of another.
+
+    These may have been paid for: the file is renamed, `answers.1a2b3c4d.jsonl`, and takes its name
+    back when its fingerprint comes again.
+
+    Args:
+        path: of the store, which nobody has open.
+        fingerprint: as of `AnswerStore.open`.
+    """
+    path = Path(path).expanduser()
+    wanted = json.loads(json.dumps(dict(fingerprint)))
+    found = _fingerprint(path)
+    if found == wanted:
+        return
+    if found is not None and has_rows(path):
+        aside = _aside(path, found)
+        logger.info("%s was made with other settings and is kept as %s", path, aside.name)
+        if aside.exists():
+            with AnswerStore.open(path, found) as store, AnswerStore.open(aside, found) as other:
+                other.append(list(store.rows.values()))
+            path.unlink()
+        else:
+            path.rename(aside)
+    if (found is not None or not path.exists()) and (back := _aside(path, wanted)).exists():
+        os.replace(back, path)
+
+
+def set_rows_aside(
+    path: str | os.PathLike[str],
+    fingerprint: Mapping[str, Any],
+    is_current: Callable[[Row], bool],
+) -> None:
+    """Moves rows that are not current out of a store of this fingerprint, to `answers.old.jsonl`.
+
+    Args:
+        path: of the store, which nobody has open.
+        fingerprint: as of `AnswerStore.open`; a store of another is left alone.
+        is_current: of a row.
+    """
+    path = Path(path).expanduser()
+    if _fingerprint(path) != json.loads(json.dumps(dict(fingerprint))):
+        return
+    with AnswerStore.open(path, fingerprint) as store:
+        kept = [row for row in store.rows.values() if is_current(row)]
+        moved = [row for row in store.rows.values() if not is_current(row)]
+    if not moved:
+        return
+    old = path.with_name(f"{path.stem}.old{path.suffix}")
+    set_aside(old, fingerprint)
+    with AnswerStore.open(old, fingerprint) as store:
+        # Of one id there may be several, each to another prompt.
+        taken = {row["id"] for row in moved if store.rows.get(row["id"], row) != row}
+        store.append(
+            [
+                {**row, "id": f"{row['id']}\t{row['prompt']}"} if row["id"] in taken else row
+                for row in moved
+            ]
+        )
+    whole = path.with_name(f".{path.name}.tmp")
+    whole.unlink(missing_ok=True)
+    with AnswerStore.open(whole, fingerprint) as store:
+        store.append(kept)
+    os.replace(whole, path)
+    sync_folder(path.parent)
+
+
+def _fingerprint(path: Path) -> dict[str, Any] | None:
+    """What a store says it was made with; None where there is no store, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline())
+        return header["fingerprint"] if header["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _aside(path: Path, fingerprint: Mapping[str, Any]) -> Path:
+    return path.with_name(f"{path.stem}.{digest(fingerprint)[:8]}{path.suffix}")

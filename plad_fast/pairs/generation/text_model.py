@@ -1,0 +1,58 @@
+"""Sources of text. A teacher is anything that answers prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from plad_fast.data.prompts import Prompt
+from plad_fast.pairs.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    prompt_id: str
+
+    text: str
+    """Without special tokens and surrounding white space."""
+
+    finish_reason: Literal["stop", "length"]
+    """`stop`: the model ended its answer itself. `length`: it was cut off."""
+
+    n_tokens: int
+    """Tokens generated, the end token included; 0 where nobody counted them."""
+
+    sample: int = 0
+    """Which of a prompt's `Sampling.n` answers this is, from 0."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An answer that could not be had. It is not stored, so another run asks again."""
+
+    prompt_id: str
+
+    reason: str
+    """For the user, in a line, without anything secret."""
+
+    sample: int = 0
+
+
+class TextModel(Protocol):
+    """Whatever answers prompts: a local model, an API, a column of a data set."""
+
+    name: str
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[Sequence[Answer | Failure]]:
+        """Answers every prompt `sampling.n` times and yields answers as soon as they are there.
+
+        In any order, and in lists of any length; each (prompt, sample) once. What is wrong with the
+        prompts or the model as a whole is raised as a UsageError from this very call, before
+        anything is generated.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Scores of answers: by measures, models and judges."""

@@ -1,0 +1,370 @@
+"""A language model behind an endpoint as the judge of two answers to a prompt."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from plad_fast.data.chat import Content, Messages
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import AnswerStore, Row, has_rows, require_rows
+from plad_fast.errors import UsageError
+from plad_fast.pairs.filters import normalize_whitespace
+from plad_fast.pairs.generation.endpoint.replies import cost_of, spent_reason
+from plad_fast.pairs.scoring.scorers import Item, by_prompt, digest
+from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
+
+if TYPE_CHECKING:
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Reply
+
+
+__all__ = ["CRITERIA", "Judge", "JudgeReport", "read_verdict"]
+
+logger = logging.getLogger(__name__)
+
+_WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "unparsable": 0.5}
+_FIRST_SPENT = 8  # as for the teacher, see `endpoint_model`
+
+
+class ChatEndpoint(Protocol):
+    """What a judge needs of `endpoint.Endpoint`."""
+
+    reasoning_tokens: int
+
+    def settings(self) -> Mapping[str, Any]: ...
+
+    def try_out(self, request: ChatRequest) -> Reply: ...
+
+    def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]: ...
+
+
+class Judge:
+    """Compares answers pair by pair, each pair in both orders, at temperature 0.
+
+    An endpoint that refuses this temperature is asked at its own; the verdicts that it gives so are
+    marked in the store, for asked anew it may give others.
+
+    A verdict that changes with the order is a tie. As a scorer, an answer's score is its mean share
+    of wins against the other different answers to its prompt; K of them take K (K - 1) requests.
+
+    Args:
+        endpoint: such as `endpoint.Endpoint`.
+        name: for messages.
+        criteria: what makes an answer the better one, in words for the judge.
+        max_tokens: longest reply, in tokens, without the endpoint's `reasoning_tokens`.
+        store: file that keeps the verdicts as they come, so that nothing is asked twice.
+        progress: show a bar on the standard error stream.
+    """
+
+    uses_reference = False
+    relative = True
+
+    def __init__(
+        self,
+        endpoint: ChatEndpoint,
+        name: str = "judge",
+        *,
+        criteria: str = CRITERIA,
+        max_tokens: int = 512,
+        store: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.endpoint = endpoint
+        self.name = name
+        self.criteria = criteria
+        self.max_tokens = max_tokens
+        self.store = store
+        self.progress = progress
+        self.report = JudgeReport()
+        self._known: dict[str, Row] = {}
+        self._used: set[str] = set()
+        self._has_replied = False
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "scorer": "judge",
+            "judge": dict(self.endpoint.settings()),
+            "criteria": self.criteria,
+            "template": digest(TEMPLATE, REMINDER)[:16],
+            "max_tokens": self.max_tokens,
+        }
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def try_out(self, *, overwrite: bool = False) -> None:
+        """Asks for one verdict, unless the store has some already, to find out before long work
+        whether there will be any.
+
+        Args:
+            overwrite: the store is about to be discarded.
+
+        Raises:
+            UsageError: as `Endpoint.try_out`, or all tokens are spent before a verdict.
+        """
+        if self.store is not None and has_rows(self.store) and not overwrite:
+            return
+        texts = ("Name a colour.", "Blue.", "A colour.")
+        question = self._question(digest(*texts), *texts)
+        if self.endpoint.try_out(self._request(question)).choices[0].is_spent:
+            raise UsageError(f"{self.name}: asked for a verdict, {self._spent()}")
+
+    def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float]:
+        """1 where the first text wins, 0 where the second does, 0.5 for a tie.
+
+        NaN for a comparison that could not be had, which another call asks for again; `report`
+        tells how many there were.
+
+        Raises:
+            UsageError: no reply came at all, or as `AnswerStore.open`.
+        """
+        return [math.nan if outcome is None else outcome for outcome in self._outcomes(items)]
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        """Shares of wins in [0, 1]; 0.5 for an answer without rivals."""
+        groups = by_prompt(items)
+        rivals = []
+        for group in groups:
+            prompt = items[group[0]][0]
+            different = {normalize_whitespace(items[i][1]): items[i][1] for i in group}
+            rivals.append((prompt, list(different.values())))
+        matches = [
+            (prompt, first, second)
+            for prompt, texts in rivals
+            for first, second in itertools.combinations(texts, 2)
+        ]
+        outcomes = iter(self._outcomes(matches))
+        scores = [0.5] * len(items)
+        for group, (_, texts) in zip(groups, rivals, strict=True):
+            wins: dict[str, list[float]] = {normalize_whitespace(text): [] for text in texts}
+            for first, second in itertools.combinations(wins, 2):
+                outcome = next(outcomes)
+                won = math.nan if outcome is None else outcome
+                wins[first].append(won)
+                wins[second].append(1 - won)
+            for index in group:
+                # NaN where one is missing: a share of fewer matches would be another score.
+                if shares := wins[normalize_whitespace(items[index][1])]:
+                    scores[index] = sum(shares) / len(shares)
+        return scores
+
+    def summary(self) -> dict[str, Any]:
+        """The report's counts, and what the verdicts behind them cost, as JSON values.
+
+        Tokens are of the verdicts rather than of this run: those that were stored before count,
+        and requests that failed do not. `cost` is None where the endpoint knows no prices.
+        """
+        tokens = [self._known[key].get("tokens", (0, 0)) for key in self._used]
+        prompt_tokens, answer_tokens = (sum(pair[k] for pair in tokens) for k in (0, 1))
+        usage = getattr(self.endpoint, "usage", None)
+        return {
+            "name": self.name,
+            **asdict(self.report),
+            "verdicts": len(self._used),
+            "prompt_tokens": prompt_tokens,
+            "answer_tokens": answer_tokens,
+            "cost": cost_of(prompt_tokens, answer_tokens, getattr(usage, "prices", None)),
+        }
+
+    def spent(self) -> str:
+        """The report, and what the endpoint spent in this run, in a line."""
+        usage = getattr(self.endpoint, "usage", None)
+        return str(self.report) if usage is None else f"{self.report}; {usage}"
+
+    def restart(self) -> None:
+        """Counts anew: the report and the summary are of what follows."""
+        self.report = JudgeReport()
+        self._used = set()
+
+    def _outcomes(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
+        keys = [
+            (digest(prompt.content, a, b), digest(prompt.content, b, a)) for prompt, a, b in items
+        ]
+        wanted: dict[str, Messages] = {}
+        for (prompt, a, b), orders in zip(items, keys, strict=True):
+            if normalize_whitespace(a) != normalize_whitespace(b):
+                for key, texts in zip(orders, ((a, b), (b, a)), strict=True):
+                    wanted[key] = self._question(key, prompt.content, *texts)
+        with self._stored() as store:
+            new = {key: text for key, text in wanted.items() if key not in self._known}
+            failures = self._ask(new, store)
+        if wanted and not wanted.keys() & self._known.keys():
+            raise UsageError(
+                f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
+                "endpoint works, and run again"
+            )
+        return [self._outcome(*orders) if orders[0] in wanted else self._tie() for orders in keys]
+
+    def _outcome(self, key: str, swapped: str) -> float | None:
+        report = self.report
+        report.comparisons += 1
+        if key not in self._known or swapped not in self._known:
+            report.failed += 1
+            return None
+        self._used |= {key, swapped}
+        verdicts = self._known[key]["verdict"], self._known[swapped]["verdict"]
+        first, second = _WORTH[verdicts[0]], 1 - _WORTH[verdicts[1]]
+        report.unparsable += "unparsable" in verdicts
+        report.order_dependent += first != second and "unparsable" not in verdicts
+        outcome = first if first == second else 0.5
+        report.ties += outcome == 0.5
+        return outcome
+
+    def _tie(self) -> float:
+        """Equal texts need no judge."""
+        self.report.comparisons += 1
+        self.report.ties += 1
+        return 0.5
+
+    def _question(self, key: str, prompt: Content, first: str, second: str) -> Messages:
+        # No text can hold its own digest, so none can forge the end of its part.
+        return as_question(key[:12], self.criteria, prompt, first, second)
+
+    def _request(self, messages: Messages) -> ChatRequest:
+        from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest
+
+        return ChatRequest(
+            messages,
+            max_tokens=self.max_tokens,
+            temperature=0.0,
+            optional=frozenset({"temperature"}),
+        )
+
+    def _spent(self) -> str:
+        limit = self.max_tokens + self.endpoint.reasoning_tokens
+        return spent_reason(limit, "verdict", "--reasoning-tokens")
+
+    @contextmanager
+    def _stored(self) -> Iterator[AnswerStore | None]:
+        if self.store is None:
+            yield None
+            return
+        with AnswerStore.open(self.store, self.settings()) as store:
+            require_rows(store, _is_verdict)
+            self._known |= store.rows
+            yield store
+
+    def _ask(self, questions: Mapping[str, Messages], store: AnswerStore | None) -> list[str]:
+        """Until every question has a verdict or none for good; why those failed that did."""
+        failures: list[str] = []
+        unclear: dict[str, Messages] = {}
+        paid: dict[str, tuple[int, int]] = {}
+        for key, reply in self._complete(questions, failures):
+            paid[key] = (reply.prompt_tokens, reply.answer_tokens)
+            choice = reply.choices[0]
+            # The last line of a reply that was cut off is no verdict, whatever it reads.
+            verdict = None if choice.finish_reason == "length" else read_verdict(choice.text)
+            if verdict:
+                self._keep(key, verdict, reply, store)
+            else:
+                said = {"role": "assistant", "content": choice.text or "(nothing)"}
+                again = {"role": "user", "content": REMINDER}
+                unclear[key] = [*questions[key], said, again]
+        for key, reply in self._complete(unclear, failures):
+            choice = reply.choices[0]
+            if choice.finish_reason == "length":
+                failures.append(f"cut off twice before a verdict; {self._spent()}")
+                continue
+            verdict = read_verdict(choice.text) or "unparsable"
+            self._keep(key, verdict, reply, store, paid[key])
+        if failures:
+            logger.warning(
+                "%s: %d of %d replies could not be had; the first reason: %s",
+                self.name,
+                len(failures),
+                len(questions),
+                failures[0],
+            )
+        return failures
+
+    def _complete(
+        self, questions: Mapping[str, Messages], failures: list[str]
+    ) -> Iterator[tuple[str, Reply]]:
+        from tqdm import tqdm
+
+        if not questions:
+            return
+        keys = list(questions)
+        requests = [self._request(questions[key]) for key in keys]
+        replies = self.endpoint.complete(requests)
+        hidden = not self.progress
+        empty = 0
+        for index, reply in tqdm(
+            replies, total=len(keys), desc=self.name, unit="verdict", disable=hidden
+        ):
+            if isinstance(reply, str):
+                failures.append(reply)
+            elif reply.choices[0].problem:
+                failures.append(reply.choices[0].problem)
+            elif reply.choices[0].is_spent:
+                failures.append(self._spent())
+                empty += 1
+            else:
+                self._has_replied = True
+                yield keys[index], reply
+            if empty == _FIRST_SPENT and not self._has_replied and not self._known:
+                raise UsageError(
+                    f"{self.name}: of the first {empty} replies each is empty: {self._spent()}"
+                )
+
+    def _keep(
+        self,
+        key: str,
+        verdict: str,
+        reply: Reply,
+        store: AnswerStore | None,
+        before: tuple[int, int] = (0, 0),
+    ) -> None:
+        row: Row = {"id": key, "verdict": verdict}
+        if "temperature" in reply.left_out:
+            row["temperature"] = None
+        tokens = [reply.prompt_tokens + before[0], reply.answer_tokens + before[1]]
+        if any(tokens):
+            row["tokens"] = tokens  # of prompts and of replies
+        self._known[key] = row
+        if store is not None:
+            store.append([row])
+
+
+def _is_verdict(row: Row) -> bool:
+    tokens = row.get("tokens", [0, 0])
+    return (
+        isinstance(row.get("verdict"), str)
+        and row["verdict"] in _WORTH
+        and isinstance(tokens, list)
+        and [type(count) for count in tokens] == [int, int]
+    )
+
+
+@dataclass
+class JudgeReport:
+    """What became of the comparisons so far. `str()` gives one line."""
+
+    comparisons: int = 0
+    ties: int = 0
+    """Comparisons without a winner, for whatever reason."""
+    order_dependent: int = 0
+    """Those whose verdict changed with the order of the answers; they count as ties."""
+    unparsable: int = 0
+    """Those with a reply that held no verdict, also when asked again; they count as ties."""
+    failed: int = 0
+    """Those with a reply that could not be had, was cut off or was withheld."""
+
+    def __str__(self) -> str:
+        notes = [
+            f"{count} {what}"
+            for count, what in (
+                (self.order_dependent, "changed with the order"),
+                (self.unparsable, "without a verdict"),
+                (self.failed, "failed"),
+            )
+            if count
+        ]
+        line = f"{self.comparisons} comparisons, {self.ties} ties"
+        return f"{line} ({', '.join(notes)})" if notes else line

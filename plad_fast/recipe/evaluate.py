@@ -1,0 +1,205 @@
+"""`plad-fast evaluate`: students that come from elsewhere, compared on pairs of a file."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plad_fast.data.records import digest, model_digest
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.compare import comparison_table, write_metrics
+from plad_fast.evaluation.held_out_rows import read_held_out
+from plad_fast.evaluation.report.html import write_report
+from plad_fast.evaluation.run_students import (
+    HeldOut,
+    calibration_file,
+    draw_plots,
+    evaluate_models,
+    example_answers,
+    margin_unit,
+    scorer_file,
+    student_files,
+)
+from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokenizer
+from plad_fast.models.response_scores import check_pairs
+from plad_fast.pairs.generation.answering import discard_answers
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.scoring.judge import Judge
+from plad_fast.pairs.scoring.trials import try_endpoints
+from plad_fast.recipe.data_checks import check_rows
+from plad_fast.recipe.inputs import check_students, read_pairs, show_findings
+from plad_fast.recipe.packages import require_packages, versions
+from plad_fast.recipe.scoring import JUDGE_STORE, held_out_scoring
+from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.stage_folder import claim_folder, held_by_first
+
+_LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
+
+_SETTINGS = (
+    *("length_normalization", "max_new_tokens", "student_temperature", "top_p", "seed"),
+    *("max_length", "precision", "eval_scorer", "calibration_samples"),
+)
+
+
+def evaluate_on_pairs(
+    students: Mapping[str, str | Path],
+    pairs: str,
+    config: DistillConfig,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Compare students on held-out pairs whose chosen answers are the teacher's. Resumable.
+
+    Writes `metrics.json`, plots and `report.html` into the output folder.
+
+    Args:
+        students: name -> hub id, folder, .gguf file or `offline`, the baseline first.
+        pairs: file in the standard preference format.
+        config: sampling, length normalisation and output folder.
+        overwrite: discard the answers and scores stored there.
+        command: what the report says to run again.
+
+    Raises:
+        UsageError: from reading the pairs, loading, or generation; names that cannot be told apart
+            as files; a folder that other models, pairs or settings, or another command, have made;
+            and while another process is at work in it.
+    """
+    require_packages("rouge_score", "matplotlib")
+    _check_names(list(students))
+    models = {
+        name: Path(find_model(os.fspath(path), f"--student {name}={path}"))
+        for name, path in students.items()
+    }
+    config.require_room()
+    with held_by_first(Path(config.output_dir)):
+        return _evaluate_on_pairs(models, pairs, config, overwrite, command)
+
+
+def _evaluate_on_pairs(
+    models: Mapping[str, Path],
+    pairs: str,
+    config: DistillConfig,
+    overwrite: bool,
+    command: str,
+) -> dict[str, Any]:
+    folder = Path(config.output_dir)
+    rows = read_pairs(pairs)
+    held_out = read_held_out(rows, pairs)
+    findings = check_rows(rows, "held-out pairs")
+    show_findings(findings)
+    _check_students(models, held_out, config.max_length)
+    scoring = held_out_scoring(config, folder)
+    try_endpoints(judge=scoring["judge"], overwrite=overwrite)
+
+    def discard(found: Mapping[str, Any]) -> None:
+        names = dict.fromkeys([*models, *found.get("students", ())])
+        files = [student_files(name, folder) for name in names]
+        rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
+        answers = [file for answer_files, _ in files for file in answer_files]
+        discard_answers(*answers, *rated, folder / JUDGE_STORE)
+        for file in (*(f for _, f in files), *(calibration_file(n, folder) for n in names)):
+            file.unlink(missing_ok=True)
+
+    of_results = config.results_settings()
+    claim_folder(
+        folder,
+        "evaluate",
+        {
+            **{name: of_results[name] for name in _SETTINGS},
+            "students": list(models),
+            **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
+            "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+        },
+        results=["metrics.json", "report.html"],
+        overwrite=overwrite,
+        discard=discard,
+    )
+    results, outputs = evaluate_models(
+        models,
+        held_out,
+        folder,
+        sampling=Sampling(
+            config.max_new_tokens,
+            temperature=config.student_temperature,
+            top_p=config.top_p,
+            seed=config.seed + 1,
+            batch_size=config.generation_batch_size,
+        ),
+        length_normalization=config.alpha,
+        max_length=config.max_length,
+        precision=config.precision,
+        **scoring,
+    )
+    write_metrics(results, folder / "metrics.json")
+    drawn = draw_plots(
+        results,
+        outputs,
+        models,
+        folder / "plots",
+        length_normalization=config.alpha,
+    )
+    of_students = check_students(outputs)
+    show_findings(of_students)
+    write_report(
+        folder / "report.html",
+        title=f"Evaluation of {', '.join(models)}",
+        config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
+        stages=[],
+        metrics=results,
+        data={"findings": [*map(str, findings), *map(str, of_students)]},
+        plots=drawn,
+        examples=example_answers(held_out, outputs),
+        margin_unit=margin_unit(config.alpha),
+        command=command,
+        versions=versions(),
+    )
+    if isinstance(scoring["judge"], Judge):
+        print(f"judge, in this run: {scoring['judge'].spent()}")
+    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
+    return results
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Names become names of files, on some systems without regard to case or to how an accent is
+    written."""
+    seen: dict[str, str] = {}
+    for name in names:
+        odd = any(c in "/\\:" or unicodedata.category(c)[0] == "C" for c in name)
+        if odd or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
+            raise UsageError(
+                f"--student {_shown(name)}=...: a name must not contain / \\ : or control "
+                f"characters, start with a dot or have more than {_LONGEST_NAME} bytes, for files "
+                "are named after it; choose another"
+            )
+        plain = unicodedata.normalize("NFKC", name).casefold().replace(" ", "-")
+        if plain in seen:
+            raise UsageError(
+                f"--student {seen[plain]} and --student {name} would share their files; give them "
+                "names that differ in more than case and spaces"
+            )
+        seen[plain] = name
+        if plain == "teacher" or plain.partition("-")[0] == "scores":
+            raise UsageError(
+                f"--student {name}: the answers in the pairs are those of the teacher in tables, "
+                "and scores begin the names of scorers' files; choose another name"
+            )
+
+
+def _shown(name: str) -> str:
+    """Without what a terminal would obey, and of bounded length."""
+    return "".join(c if c.isprintable() else "?" for c in name[:_LONGEST_NAME])
+
+
+def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length: int) -> None:
+    """A pair that cannot be scored is found before any student is run."""
+    for path in students.values():
+        check_pairs(
+            load_tokenizer(path),
+            held_out.pairs,
+            max_length=max_length,
+            encoder_decoder=is_encoder_decoder(path),
+        )

@@ -1,0 +1,269 @@
+"""The recipe's data: its prompts, their division, and rows as files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plad_fast.data.chat import Content
+from plad_fast.data.files import write_atomically
+from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
+from plad_fast.data.records import digest
+from plad_fast.data.rows import without_nulls
+from plad_fast.data.tables import read_table, refuse_written_lists
+from plad_fast.data.unicode import mend
+from plad_fast.errors import UsageError
+from plad_fast.pairs.build import PairReport
+from plad_fast.pairs.generation.given import column_answers
+from plad_fast.recipe.data_checks import (
+    Finding,
+    check_answers,
+    check_drops,
+    check_rows,
+    data_block,
+    require_learnable,
+)
+from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig, flag
+from plad_fast.recipe.stage_folder import require_whole
+
+if TYPE_CHECKING:
+    from plad_fast.evaluation.compare import StudentOutputs
+
+
+_FEWEST = 2
+_LONGEST_LIST = 300  # characters of a list in a message
+
+
+def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
+    """The prompts that the settings name, checked.
+
+    Raises:
+        UsageError: from reading them, and where columns are named of the built-in prompts, which
+            have none.
+    """
+    if config.prompts == BUILTIN_PROMPTS:
+        for name in ("prompt_column", "prompt_template", "reference_column", "split"):
+            if getattr(config, name) != getattr(DistillConfig, name):
+                raise UsageError(
+                    f"{flag(name)} is about data of yours, and without --prompts the built-in "
+                    "prompts are used; give --prompts"
+                )
+        prompts = builtin_prompts()
+        return prompts if config.limit is None else prompts[: config.limit]
+    return load_prompts(
+        config.prompts,
+        prompt_column=config.prompt_column,
+        prompt_template=config.prompt_template,
+        reference_column=config.reference_column,
+        limit=config.limit,
+        split=config.split,
+    )
+
+
+def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | None]]:
+    """Where a teacher of `column:NAME` finds its texts: in the data that the prompts are from."""
+
+    @functools.cache
+    def read(column: str) -> dict[str, str | None]:
+        if config.prompts == BUILTIN_PROMPTS:
+            raise UsageError(
+                f"column:{column} takes answers from the data of the prompts, and the built-in "
+                "prompts have none; give --prompts"
+            )
+        return column_answers(
+            config.prompts,
+            column,
+            prompt_column=config.prompt_column,
+            prompt_template=config.prompt_template,
+            split=config.split,
+        )
+
+    return read
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """What a run records of its prompts, to notice that a file has changed since."""
+    return f"{len(prompts)} prompts, {digest([[p.id, p.content, p.reference] for p in prompts])}"
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], held_out: float, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Shuffled by the seed: those to train on, and those held out.
+
+    Prompts that differ in white space only are copies and stay together: a student must not be
+    measured on what it was trained on.
+
+    Args:
+        prompts: all of them.
+        held_out: a share of the different prompts below 1, or a number of them.
+        seed: of the shuffling.
+
+    Raises:
+        UsageError: fewer than two different prompts would be left on a side.
+    """
+    copies: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        copies.setdefault(_normalized(prompt.content), []).append(prompt)
+    groups = list(copies.values())
+    count = round(held_out * len(groups)) if held_out < 1 else int(held_out)
+    if min(count, len(groups) - count) < _FEWEST:
+        raise UsageError(
+            f"{len(groups)} different prompts with --held-out {held_out:g} leave "
+            f"{len(groups) - count} to train on and {count} to evaluate; each needs at least "
+            f"{_FEWEST}"
+        )
+    random.Random(seed).shuffle(groups)
+    return _flat(groups[count:]), _flat(groups[:count])
+
+
+def read_pairs(path: str) -> list[dict[str, Any]]:
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused.
+
+    Raises:
+        UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
+            or without the columns that rows need.
+    """
+    require_whole(Path(path).expanduser())
+    table = read_table(path, "train")
+    columns = set(table.columns)
+    # Of messages and texts that begin with their prompt, both responses tell what it is.
+    if not columns >= {"chosen", "rejected"} and not (
+        "prompt" in columns and columns & {"chosen", "completion", "responses"}
+    ):
+        listed = ", ".join(map(str, table.columns))[:_LONGEST_LIST]
+        raise UsageError(
+            f"{path} has the columns {listed}: pairs have prompt, chosen and rejected, and lists "
+            "have prompt and responses"
+        )
+    rows = [dict(row) for row in table.rows]
+    if not isinstance(table.rows, list):  # of the hub, by way of Arrow
+        rows = [without_nulls(row) for row in rows]
+    for number, row in enumerate(rows, start=1):
+        for name in ("prompt", "chosen", "rejected"):
+            refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows that `write_jsonl` wrote."""
+    # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [mend(json.loads(line)) for line in lines if line]
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row a line; the file is complete or not there."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _normalized(content: Content) -> str:
+    """Equal for prompts that a model is asked in the same words."""
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    words = [
+        [message["role"], " ".join((message.get("content") or "").split())] for message in messages
+    ]
+    return json.dumps(words)
+
+
+def _flat(groups: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+    return [prompt for group in groups for prompt in group]
+
+
+def dropped_file(pairs: Path) -> Path:
+    """Where the records lie of what is missing from a file of pairs: dropped.jsonl beside it."""
+    rest = pairs.name.removeprefix("pairs").removeprefix("train")
+    return pairs.with_name(f"dropped{'' if rest.startswith(('.', '-')) else '-'}{rest}")
+
+
+def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]], report: PairReport) -> None:
+    """The rows, and beside them what was dropped and why."""
+    write_jsonl(dropped_file(path), report.drops)
+    if rows:
+        write_jsonl(path, rows)
+
+
+def funnel_line(report: PairReport) -> str:
+    """Such as "9 prompts > 8 answered (1 missing) > 8 finished > 8 paired > 7 kept (1 close)"."""
+    steps = []
+    for name, left, lost in report.funnel():
+        why = f" ({', '.join(f'{count} {reason}' for reason, count in lost.items())})"
+        steps.append(f"{left} {name}{why if lost else ''}")
+    return " > ".join(steps)
+
+
+def show_pairs(
+    rows: Sequence[Mapping[str, Any]],
+    report: PairReport,
+    file: Path,
+    what: str = "pairs",
+    *,
+    for_training: bool = True,
+) -> None:
+    """Prints the funnel, where to see what was dropped, and what to look at.
+
+    Args:
+        rows, report: of `build_pairs`.
+        file: that the rows are in.
+        what: they are called.
+        for_training: see `check_rows`.
+
+    Raises:
+        UsageError: nothing can be learned from the rows.
+    """
+    where = f"; {dropped_file(file)} has what was dropped" if report.drops else ""
+    name = "" if what == "pairs" else f"{what}: "
+    print(f"   {name}{funnel_line(report)}{where}", flush=True)
+    findings = check_rows(rows, what, for_training=for_training)
+    findings += check_drops(report.drops, report.total, report.unit)
+    show_findings(findings)
+    require_learnable(findings, "give more or other prompts, or another teacher")
+
+
+def show_findings(findings: Sequence[Finding | str]) -> None:
+    """Prints what to look at, if there is anything."""
+    if findings:
+        print(data_block(findings), flush=True)
+
+
+def check_students(students: Sequence[StudentOutputs]) -> list[Finding]:
+    """Findings on what students answered to the held-out prompts."""
+    return [
+        finding
+        for student in students
+        for finding in check_answers(list(student.answers.values()), f"answers of {student.name}")
+    ]
+
+
+def data_of_run(
+    files: Mapping[str, Path],
+    *,
+    unit: str,
+    teacher: Sequence[str] = (),
+    students: Sequence[StudentOutputs] = (),
+) -> dict[str, Any]:
+    """For the report, from what a run has stored: `funnels` by name, and `findings` as text.
+
+    Args:
+        files: name -> file of pairs; one without a record of what was dropped has no funnel.
+        unit: of `PairReport`, of what is trained on.
+        teacher: its finished answers.
+        students: what they answered.
+    """
+    findings = check_answers(teacher, "teacher's answers")
+    funnels = {}
+    for name, file in files.items():
+        rows, dropped = read_jsonl(file), dropped_file(file)
+        if dropped.exists():
+            # Held-out pairs are one of each prompt, whatever is trained on.
+            kind = "prompts" if file.stem == "held-out" else unit
+            report = PairReport.of_rows(len(rows), read_jsonl(dropped), unit=kind)
+            funnels[name] = report.funnel()
+            findings += check_drops(report.drops, report.total, f"{kind} ({name})")
+        findings += check_rows(rows, name)
+    findings += check_students(students)
+    return {"funnels": funnels, "findings": list(dict.fromkeys(map(str, findings)))}

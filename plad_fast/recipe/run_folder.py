@@ -1,0 +1,360 @@
+"""A folder that a recipe fills stage by stage, and goes on in after it was killed.
+
+What a stage leaves is complete or not there: folders are made under a temporary name and renamed,
+answers are appended line by line, and `run.json` records a stage after all of it is on the disk,
+with the settings it depends on and the digests of what it read and made. A stage is done while all
+of these are as they were recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plad_fast.data.file_states import Change, changes, state_of
+from plad_fast.data.files import publish_folder, write_atomically
+from plad_fast.data.locks import HeldFolder, cannot_write, lock_folder
+from plad_fast.data.records import changed_settings, digest, require_equal
+from plad_fast.errors import UsageError
+
+__all__ = ["RunFolder", "Stage", "lock_folder"]
+
+_RECORD = "run.json"
+_FORMAT = {"format": "plad-fast run", "version": 2}
+_KEEP_FREE = 2**26  # bytes: less than this and not even a report would fit
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run that is done once for the same settings and files."""
+
+    name: str
+    run: Callable[[], str]
+    """Returns a one-line summary of what came out. What an earlier run of it left, killed or with
+    other settings, is its own to take up or to replace."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What its outcome depends on, as JSON values, by names that a user knows."""
+    reads: Sequence[str] = ()
+    """Files and folders in the run folder."""
+    makes: Sequence[str] = ()
+
+
+class RunFolder:
+    """Opens or makes the folder of a run, and holds it: no other process can.
+
+    Args:
+        path: of the folder.
+        settings: of what is never made anew by itself; a folder made with others is refused.
+        overwrite: empty a folder of an earlier run first. A folder that is not a run is refused.
+        is_bound: whether anything was made yet with the settings that the folder has; until then
+            it takes others. Default: whether a stage is done.
+        is_own: whether a name in the folder is that of something that runs make; where there is
+            another, `overwrite` is refused. Default: all are.
+        check: called once the folder is held, before anything in it is written or deleted; may
+            raise.
+
+    Raises:
+        UsageError: not writable, no space, not a run folder, made with other settings, or another
+            process is at work in it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        is_bound: Callable[[], bool] | None = None,
+        is_own: Callable[[str], bool] = lambda name: True,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path = Path(path).expanduser()
+        self._held = HeldFolder(self.path)
+        self._is_bound = is_bound or (lambda: bool(self._record["stages"]))
+        self._is_own = is_own
+        self._record: dict[str, Any] = {}
+        try:
+            self._open(json.loads(json.dumps(settings)), overwrite, check)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise cannot_write(self.path, error) from error
+            raise
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._held.close()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What finished so far, in order: name -> "seconds", "summary", the "settings", and the
+        states (`_file_states`) of what it "read" and "made"; "edited" names what was since, and
+        "earlier" has digests of states that it made before these."""
+        return self._record["stages"]
+
+    def announce(self, stages: Sequence[Stage]) -> None:
+        """Say which of these stages, in their order, will run anew, and why.
+
+        Raises:
+            UsageError: as `stage`, before any of them runs.
+        """
+        anew: dict[str, list[str]] = {}  # reason -> names of stages
+        causes: dict[str, list[str]] = {}  # file -> why it will be another
+        for stage in stages:
+            if stage.name not in self.stages:
+                # It was not reached: what follows has no record either, or one that will tell.
+                continue
+            reasons, edits = self._differences(stage, inputs=False)
+            because = dict.fromkeys(
+                reason for name in stage.reads for reason in causes.get(name, ())
+            )
+            self._require_no_edits(stage, [*reasons, *because], edits)
+            for reason in because or reasons:
+                anew.setdefault(reason, []).append(stage.name)
+            # What is remade of damage is expected to come out the same.
+            certain = [*because, *self._changed_settings(stage)]
+            for name in stage.makes:
+                causes.setdefault(name, []).extend(certain)
+            for change in edits:
+                anew.setdefault(f"{change.text}, and is kept as edited", [])
+                causes.setdefault(change.name, []).append(f"{change.text}, and is kept as edited")
+        for reason, names in anew.items():
+            print(f"{reason}: {_listed(names)} anew" if names else reason, flush=True)
+
+    def stage(self, stage: Stage) -> None:
+        """Run a stage unless it is done.
+
+        It runs anew where its settings or what it reads have changed, or where a part of what it
+        made is missing or cut off. Rows that were edited since are kept, as what it made.
+
+        The seconds of a stage that was interrupted count its last attempt only.
+
+        Raises:
+            UsageError: what it made is damaged, or was edited and would have to be made anew.
+        """
+        done = self.stages.get(stage.name)
+        reasons: list[str] = []
+        earlier: list[str] = []
+        if done is not None:
+            reasons, edits = self._differences(stage)
+            self._require_no_edits(stage, reasons, edits)
+            if edits:
+                done["made"] = self._states(stage.makes)
+                done["edited"] = sorted({*done.get("edited", ()), *(c.name for c in edits)})
+                self._write()
+            if not reasons:
+                print(f"== {stage.name}: done before ({done['summary']})", flush=True)
+                return
+            earlier = [*done.get("earlier", ()), *map(digest, done["made"].values())]
+            # Killed in the middle, it must not pass for what it was.
+            del self.stages[stage.name]
+            self._write()
+        print(f"== {stage.name}" + (f": anew, {'; '.join(reasons)}" if reasons else ""), flush=True)
+        read = self._states(stage.reads)
+        start = time.monotonic()
+        summary = stage.run()
+        seconds = time.monotonic() - start
+        self.stages[stage.name] = {
+            "seconds": round(seconds, 1),
+            "summary": summary,
+            "settings": json.loads(json.dumps(stage.settings)),
+            "read": read,
+            "made": self._states(stage.makes),
+            "earlier": sorted(set(earlier)),
+        }
+        self._write()
+        print(f"   {summary} ({seconds:.0f} s)", flush=True)
+
+    def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """A subfolder that is there whole, or not at all; one of that name gives way to it."""
+        final = self.path / name
+        partial = self.path / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        return publish_folder(partial, final)
+
+    def _differences(self, stage: Stage, *, inputs: bool = True) -> tuple[list[str], list[Change]]:
+        """Why a stage that was done is to run anew, and which of its rows were edited since.
+
+        Raises:
+            UsageError: something that it made can neither be used nor be told to be rubbish.
+        """
+        done = self.stages[stage.name]
+        reasons = self._changed_settings(stage)
+        if inputs:
+            for name in stage.reads:
+                recorded = done["read"].get(name)
+                if recorded is None:
+                    reasons.append(f"{name} is new")
+                    continue
+                found = changes(name, self.path / name, recorded, grown=False)
+                reasons += [f"{name} is another"] if found else []
+        edits = []
+        for name in stage.makes:
+            recorded = done["made"].get(name)
+            if recorded is None:
+                reasons.append(f"{name} is missing")
+                continue
+            for change in changes(name, self.path / name, recorded, grown=True):
+                # What is cut off can be made again, unless it was edited; a store is filled up.
+                was_edited = change.name in done.get("edited", ())
+                if change.kind == "edited":
+                    if digest(state_of(self.path / change.name)) in done.get("earlier", ()):
+                        reasons.append(f"{change.name} is an earlier one")
+                    else:
+                        edits.append(change)
+                elif change.kind == "foreign":
+                    raise UsageError(
+                        f"{self.path}: {change.text}, and may be of another run; delete it, which "
+                        f"{stage.name!r} made, to have it made again, or train on these rows with "
+                        "`plad-fast train`"
+                    )
+                elif change.kind in ("missing", "other") or (
+                    change.kind == "cut" and not was_edited
+                ):
+                    reasons.append(change.text)
+                else:
+                    raise UsageError(
+                        f"{self.path}: {change.text}; put it right, or delete {self.path / name}, "
+                        f"which {stage.name!r} made, to have it made again"
+                    )
+        return reasons, edits
+
+    def _changed_settings(self, stage: Stage) -> list[str]:
+        now = json.loads(json.dumps(stage.settings))
+        return changed_settings(self.stages[stage.name]["settings"], now)
+
+    def _require_no_edits(
+        self, stage: Stage, reasons: Sequence[str], edits: Sequence[Change]
+    ) -> None:
+        names = {change.name for change in edits} | set(self.stages[stage.name].get("edited", ()))
+        there = sorted(name for name in names if (self.path / name).exists())
+        if reasons and there:
+            raise UsageError(
+                f"{self.path / there[0]} was edited, and {stage.name!r} would make it anew: "
+                f"{'; '.join(reasons)}; move the file elsewhere first, or choose another "
+                "--output-dir"
+            )
+
+    def _states(self, names: Sequence[str]) -> dict[str, Any]:
+        states = {name: state_of(self.path / name) for name in names}
+        return {name: state for name, state in states.items() if state is not None}
+
+    def _open(self, settings: dict[str, Any], overwrite: bool, check: Callable[[], None]) -> None:
+        found = self._read(overwrite)
+        self._record = found or {**_FORMAT, "settings": settings, "stages": {}}
+        # A run killed while it emptied the folder left "emptying": what is there is a remainder.
+        anew = overwrite or bool(self._record.get("emptying"))
+        if not anew and self._is_bound():
+            require_equal(
+                self._record["settings"],
+                settings,
+                self.path,
+                "choose another --output-dir, or pass --overwrite to start anew",
+            )
+        free = shutil.disk_usage(self.path).free
+        if free < _KEEP_FREE:
+            raise UsageError(
+                f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
+                "--output-dir"
+            )
+        others = [e.name for e in self.path.iterdir() if e.name != _RECORD]
+        if anew and (others := sorted(name for name in others if not self._is_own(name))):
+            raise UsageError(
+                f"{self.path} also holds {others[0]}, which no run made, so it is not emptied; "
+                "move that elsewhere, or choose another --output-dir"
+            )
+        check()
+        if found is not None and anew:
+            with ExitStack() as held:
+                # Other programs may have its stores open, or train beside its models.
+                for part in (*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")):
+                    if (lock := lock_folder(part)) is not None:
+                        held.callback(os.close, lock)
+                self._empty()
+        if anew:
+            self._record["stages"] = {}
+        self._record = {**_FORMAT, "settings": settings, "stages": self._record["stages"]}
+        self._write()
+
+    def _empty(self) -> None:
+        """The record stays until it is replaced, or a kill would leave a folder of nobody."""
+        self._record = {**self._record, "stages": {}, "emptying": True}
+        self._write()
+        for entry in self.path.iterdir():
+            if entry.name == _RECORD:
+                continue
+            # A link is removed, and what it leads to is left alone.
+            is_tree = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_tree else entry.unlink()
+
+    def _write(self) -> None:
+        write_atomically(self.path / _RECORD, json.dumps(self._record, indent=2))
+
+    def _read(self, overwrite: bool) -> dict[str, Any] | None:
+        """The record that is there; None in a folder with nothing in it.
+
+        Raises:
+            UsageError: the folder is not ours, or its record cannot be used.
+        """
+        path = self.path / _RECORD
+        if not path.is_file():
+            # A run killed in its first moment leaves a temporary file of the record.
+            if any(not entry.name.startswith(f".{_RECORD}.") for entry in self.path.iterdir()):
+                raise UsageError(
+                    f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
+                    "choose another --output-dir"
+                )
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            version = record["version"] if record["format"] == _FORMAT["format"] else None
+            record["settings"].keys(), record["stages"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            version = None
+        if version is None:
+            if overwrite and self._is_ours(path):
+                return {**_FORMAT, "settings": {}, "stages": {}, "emptying": True}
+            advice = "pass --overwrite to start anew, or " if self._is_ours(path) else ""
+            raise UsageError(
+                f"{path} is not the record of a run, or is damaged, so {self.path} is left alone; "
+                f"{advice}choose another --output-dir"
+            )
+        if version != _FORMAT["version"] and not overwrite:
+            raise UsageError(
+                f"{path} has version {version}, this plad_fast writes version "
+                f"{_FORMAT['version']}; choose another --output-dir, or pass --overwrite to start "
+                "anew"
+            )
+        return record
+
+    def _is_ours(self, record: Path) -> bool:
+        """Whether a record that cannot be read is what is left of one, or lies beside our files."""
+        content = record.read_bytes().rstrip(b"\0")
+        start = json.dumps(_FORMAT, indent=2).encode()[: len('{\n  "format": "plad-fast run"')]
+        if content and (content.startswith(start) or start.startswith(content)):
+            return True
+        try:
+            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return "sft_share" in config and "output_dir" in config
+        except (OSError, ValueError, TypeError):
+            return not content and [entry.name for entry in self.path.iterdir()] == [_RECORD]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """In a sentence, with its verb."""
+    *others, last = names
+    return f"{', '.join(others)} and {last} run" if others else f"{last} runs"

@@ -1,0 +1,205 @@
+"""A folder that `plad-fast pairs` or `plad-fast evaluate` fills: of one set of settings and data.
+
+`stage.json` records which, so that results are told from those of another command, and never
+replaced by others; and of rows that were written what they were, to tell a file that was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from plad_fast.data.file_states import changes, state_of
+from plad_fast.data.files import write_atomically
+from plad_fast.data.locks import HeldFolder, cannot_write
+from plad_fast.data.records import changed_settings, require_equal
+from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.ranks import joined
+
+_RECORD = "stage.json"
+_FORMAT = {"format": "plad-fast stage", "version": 1}
+_RUN = "run.json"
+_OF_OTHERS = {_RUN: "a run of `plad-fast distill`", "training.json": "a trained model"}
+
+
+@contextmanager
+def held_by_first(folder: Path) -> Iterator[None]:
+    """A folder held (`HeldFolder`) until the block ends; in a run of several processes the first
+    one holds it, and all are to call this.
+
+    Raises:
+        UsageError: as `HeldFolder`, in every process.
+    """
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(HeldFolder(folder))
+
+        with joined() as ranks:
+            ranks.from_first(hold)
+        yield
+
+
+def claim_folder(
+    folder: Path,
+    command: str,
+    settings: Mapping[str, Any],
+    *,
+    results: Sequence[str],
+    overwrite: bool,
+    discard: Callable[[Mapping[str, Any]], None],
+    extends: Callable[[Mapping[str, Any]], bool] = lambda found: False,
+    of_results: Sequence[str] = (),
+) -> None:
+    """Makes the folder of a command, or finds that these very settings have made its results.
+
+    Where there are none yet, other settings may go on: what is stored of answers and scores has
+    records of its own. The folder is held by the caller (`_folder_locks.HeldFolder`).
+
+    Args:
+        folder: of the command's results.
+        command: that fills it.
+        settings: what the results depend on, as JSON values.
+        results: files that the command will replace, the one that is made last first.
+        overwrite: remove these and what `discard` removes, whatever made them. The folder of
+            another command is refused all the same.
+        discard: removes what else is stored there; gets the settings that made it, if known.
+        extends: whether results of other settings, which it gets, are a part of those to come.
+        of_results: settings on which the results depend and nothing that is stored: these may
+            change, which makes the results anew.
+
+    Raises:
+        UsageError: the folder is that of another command, other settings made it, it holds such
+            results without a record or results that were edited, or it cannot be written.
+    """
+    settings = json.loads(json.dumps(settings))
+    try:
+        record = _recorded(folder, command, overwrite)
+        found = None if record is None else dict(record["settings"])
+        there = [name for name in results if (folder / name).exists()]
+        if overwrite:
+            discard(found or {})  # which may be refused: the results go last
+            for name in there:
+                (folder / name).unlink()
+        elif there and found is None:
+            raise UsageError(
+                f"{folder} holds {there[0]} but no {_RECORD}, which would say what it was made "
+                "from; choose another --output-dir, or pass --overwrite to replace it"
+            )
+        # The first is made last: without it the others are of a try that came to nothing.
+        elif record is not None and found is not None and (folder / results[0]).exists():
+            if not extends(found):
+                _require_settings(folder, found, settings, results[0], of_results)
+            _require_no_edits(folder, record.get("made", {}))
+        record = {**_FORMAT, "command": command, "settings": settings}
+        write_atomically(folder / _RECORD, json.dumps(record, indent=2))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def record_rows(folder: Path, name: str) -> None:
+    """Adds to the record of a folder what rows a file was written with."""
+    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    record["made"] = {name: state_of(folder / name)}
+    write_atomically(folder / _RECORD, json.dumps(record, indent=2))
+
+
+def require_whole(rows: Path) -> None:
+    """That a file of pairs, where `plad-fast pairs` or a run made it, was not cut off since.
+
+    Raises:
+        UsageError: it has the first of its rows and no more, or is the folder that holds the file.
+    """
+    if any(record.is_file() for record in (rows / _RECORD, rows / _RUN, rows.parent / _RUN)):
+        for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
+            if (rows / name).is_file():
+                raise UsageError(
+                    f"{rows} is a folder of plad-fast, which holds more than pairs; give the file "
+                    f"{rows / name}"
+                )
+    made: dict[str, Any] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        made |= json.loads((rows.parent / _RECORD).read_text(encoding="utf-8"))["made"]
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        stages = json.loads((rows.parent.parent / _RUN).read_text(encoding="utf-8"))["stages"]
+        for stage in stages.values():
+            made |= {name.partition("/")[2]: state for name, state in stage["made"].items()}
+    if rows.name not in made or not rows.is_file():
+        return
+    for change in changes(str(rows), rows, made[rows.name], grown=False):
+        if change.kind == "cut":
+            raise UsageError(
+                f"{change.text}, so it was cut off: run the command that made it again, or copy "
+                "the file elsewhere if this part of it is meant"
+            )
+
+
+def _require_settings(
+    folder: Path,
+    found: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    result: str,
+    of_results: Sequence[str],
+) -> None:
+    before, now = (
+        {name: value for name, value in given.items() if name not in of_results}
+        for given in (found, settings)
+    )
+    advice = (
+        "choose another --output-dir (copies of its stored answers, *.jsonl but for pairs, "
+        "spare making the same ones again), or pass --overwrite to start anew"
+    )
+    require_equal(before, now, folder, advice)
+    for change in changed_settings(found, settings):
+        print(f"{change}: {result} is made anew of what is stored", flush=True)
+
+
+def _require_no_edits(folder: Path, made: Mapping[str, Any]) -> None:
+    for name, state in made.items():
+        for change in changes(name, folder / name, state, grown=False):
+            if change.kind not in ("missing", "cut"):
+                raise UsageError(
+                    f"{folder / name} was edited since it was made ({change.text}), and would be "
+                    "made anew; move it elsewhere, or pass --overwrite to start anew"
+                )
+            print(f"{change.text}: it is made again", flush=True)
+
+
+def _recorded(folder: Path, command: str, overwrite: bool) -> dict[str, Any] | None:
+    """The record of the folder, if the command has been there before; with `overwrite` a damaged
+    one is none."""
+    for name, what in _OF_OTHERS.items():
+        if (folder / name).exists():
+            raise UsageError(
+                f"{folder} holds {name}, so it is the folder of {what}; choose another --output-dir"
+            )
+    path = folder / _RECORD
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        header = {name: record[name] for name in _FORMAT}
+        maker = record["command"]
+        dict(record["settings"]), dict(record.get("made", {}))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        record, header, maker = None, {}, command
+    if record is not None and header["format"] != _FORMAT["format"]:
+        raise UsageError(
+            f"{path} is no record of plad_fast, so {folder} is left alone; choose another "
+            "--output-dir"
+        )
+    if header != _FORMAT:
+        if overwrite:
+            return None
+        raise UsageError(
+            f"{path} is damaged, or no record of this version of plad_fast; choose another "
+            "--output-dir, or pass --overwrite to start anew"
+        )
+    if maker != command:
+        raise UsageError(
+            f"{folder} holds the results of `plad-fast {maker}`; choose another --output-dir"
+        )
+    return record

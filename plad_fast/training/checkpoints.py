@@ -1,0 +1,182 @@
+"""Checkpoints of a training: whole, of this training, and the newest two of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from plad_fast.data.files import sync_folder, sync_tree
+from plad_fast.data.manifest import NAME, damage, write_manifest
+from plad_fast.data.manifest import NAME as MANIFEST
+from plad_fast.errors import UsageError
+from plad_fast.training.signals import Asked
+
+logger = logging.getLogger("plad_fast")
+
+OF_TRAINING = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, NAME)
+"""Patterns of what a checkpoint has beside a model's files."""
+_KEPT = 2  # the one before is there for the case that the newest is damaged
+_SECONDS = 600.0  # between checkpoints at most
+_SHARE = 0.05  # of the time, at most, goes into those that are made by the clock
+
+
+def newest_checkpoint(folder: Path, training: str) -> Path | None:
+    """The newest checkpoint of a training that is as it was written, if there is one.
+
+    Newer ones that are not are removed, and a warning says which and why: a run that was killed
+    while it saved leaves one behind, a power cut or a full disk may. What has not the name of a
+    checkpoint is left alone.
+
+    Args:
+        folder: of the checkpoints.
+        training: what tells this training from others, as given to `Checkpoints`.
+
+    Raises:
+        OSError: one is there and cannot be read or removed.
+    """
+    found, broken = None, []
+    for step, path in reversed(_checkpoints(folder)):
+        reason = damage(path, step=step, training=training)
+        if reason is None:
+            found = path
+            break
+        broken.append(f"{path.name} ({reason})")
+        _remove(path)
+    if broken:
+        logger.warning(
+            "%s: not whole, and removed: %s; the training goes on from %s",
+            folder,
+            ", ".join(broken),
+            "its start" if found is None else found.name,
+        )
+    return found
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of its training's last step."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+class Checkpoints(TrainerCallback):
+    """Adds to the Trainer's checkpoints what makes them safe to go on from.
+
+    A list of their files is written when all of them are on the disk; older ones go after that,
+    by their step: clocks may be wrong. Beside the Trainer's own steps it saves after every ten
+    minutes, and at the next step when the process is asked to end, which also ends the training.
+
+    Args:
+        folder: of the checkpoints, the Trainer's `output_dir`.
+        training: what tells this training from others.
+        asked: whether to end.
+    """
+
+    def __init__(self, folder: Path, training: str, asked: Asked) -> None:
+        self._folder = folder
+        self._training = training
+        self._asked = asked
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self._began = self._saved = time.monotonic()
+        self._wait = _SECONDS
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for a checkpoint where one is due, after the Trainer's own callback."""
+        self._began = time.monotonic()
+        if self._asked:
+            control.should_training_stop = control.should_save = True
+        elif self._began - self._saved >= self._wait:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes the new checkpoint count, and removes older ones."""
+        path = self._folder / f"checkpoint-{state.global_step}"
+        sync_tree(path)
+        write_manifest(path, step=state.global_step, training=self._training)
+        sync_folder(self._folder)
+        for _, old in _checkpoints(self._folder)[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        self._saved = time.monotonic()
+        self._wait = max(_SECONDS, (self._saved - self._began) / _SHARE)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes all of them."""
+    for _, path in _checkpoints(folder):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all that have the name of a checkpoint, the oldest first."""
+    named = ((re.fullmatch("checkpoint-(0|[1-9][0-9]*)", p.name), p) for p in folder.iterdir())
+    return sorted((int(name[1]), path) for name, path in named if name and path.is_dir())
+
+
+RECORD = "training.json"
+"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
+
+LOG = "log_history.json"
+
+# What transformers writes beside a model, where the list of our files cannot be read.
+_OF_MODELS = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "chat_template*", "training_args.bin"),
+)
+
+
+def require_ours(model: Path) -> None:
+    """Raises UsageError unless a folder holds a model that we trained, and nothing else."""
+    if not model.is_dir() or not any((model / name).exists() for name in (RECORD, MANIFEST)):
+        raise UsageError(
+            f"{model} is there already and has no record of a training ({RECORD}), so it is not "
+            "replaced; choose another --output-dir"
+        )
+    others = sorted(set(_files(model)) - set(_ours(model)))
+    if others:
+        raise UsageError(
+            f"{model} also holds {others[0]}, which the training did not make, so it is not "
+            "replaced; move that elsewhere, or choose another --output-dir"
+        )
+
+
+def remove_model(model: Path) -> None:
+    """Empties a folder that `require_ours` found to be ours; whoever holds it goes on to."""
+    # The record goes last: what a kill leaves is still known.
+    for name in sorted(_ours(model), key=lambda name: name in (RECORD, MANIFEST)):
+        (model / name).unlink(missing_ok=True)
+    for folder in sorted((path for path in model.rglob("*") if path.is_dir()), reverse=True):
+        folder.rmdir()
+
+
+def _files(model: Path) -> list[str]:
+    return [p.relative_to(model).as_posix() for p in model.rglob("*") if not p.is_dir()]
+
+
+def _ours(model: Path) -> list[str]:
+    try:
+        listed = set(json.loads((model / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = set()
+    known = {RECORD, LOG, MANIFEST, *listed}
+    return [
+        name
+        for name in _files(model)
+        if name in known
+        or any(fnmatch(name, pattern) for pattern in _OF_MODELS)
+        or name.startswith((f".{RECORD}.", f".{MANIFEST}."))
+    ]

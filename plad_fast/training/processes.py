@@ -1,0 +1,96 @@
+"""Several processes in one training: what they may be, and what they refuse together.
+
+A process that raised alone would leave the others waiting for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from plad_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from plad_fast.training.config import PLaDConfig
+
+Result = TypeVar("Result")
+
+
+def require_processes(args: PLaDConfig, accelerator: Accelerator, *, deepspeed: bool) -> None:
+    """Raise a UsageError for processes that could not run their micro-batches together."""
+    if args.n_gpu > 1:
+        raise UsageError(
+            "several GPUs in one process (DataParallel) are not supported; start one process "
+            "per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+        )
+    if deepspeed and args.max_tokens_per_batch is not None:
+        raise UsageError(
+            "max_tokens_per_batch makes several backwards a step, and DeepSpeed counts them; "
+            "leave it out and set per_device_train_batch_size"
+        )
+    if accelerator.num_processes > 1 and not accelerator.even_batches:
+        raise UsageError(
+            "accelerator_config asks for even_batches=False, but the processes have to run "
+            "the same number of micro-batches; leave it out"
+        )
+
+
+def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Result:
+    """What `find` returns in the first process, which alone calls it, for all of them.
+
+    Raises:
+        Exception: what it raised there; in the other processes a UsageError with that text.
+    """
+    found, error = None, None
+    if accelerator.is_main_process:
+        try:
+            found = find()
+        except Exception as caught:
+            error = caught
+    if accelerator.num_processes > 1:
+        text = None if error is None else f"{error} (in the first process)"
+        found, text = broadcast_object_list([found, text])
+        if text is not None and error is None:
+            raise UsageError(text)
+    if error is not None:
+        raise error
+    return found  # type: ignore[return-value]
+
+
+def require_finite(loss: Tensor, module: nn.Module, accelerator: Accelerator, step: int) -> None:
+    """Raise a UsageError in all processes if the loss of one of them is not finite.
+
+    Args:
+        loss: (), before its backward.
+        module: the model, which may be sharded.
+        step: optimizer steps before this one.
+    """
+    finite = torch.isfinite(loss.detach())
+    if accelerator.num_processes == 1:
+        if not finite:
+            raise UsageError(_not_finite(loss, module, step))
+        return
+    if accelerator.gather(finite.long()[None]).all():
+        return
+    rank = accelerator.process_index
+    found = [] if finite else [f"process {rank}: {_not_finite(loss, module, step)}"]
+    raise UsageError("\n".join(gather_object(found)))
+
+
+def _not_finite(loss: Tensor, module: nn.Module, step: int) -> str:
+    # Of a sharded one the own part: the other processes may be elsewhere.
+    parts = ((name, getattr(p, "_local_tensor", p)) for name, p in module.named_parameters())
+    broken = next((name for name, part in parts if not part.isfinite().all()), None)
+    if step > 0:
+        advice = "lower the learning rate, or set max_grad_norm=1.0"
+    elif broken is not None:
+        advice = f"its weights were not finite to begin with ({broken}): load the model again"
+    else:
+        advice = "look for extreme scores in the data"
+    return f"the loss is {loss.item()} at step {step}; {advice}; in fp16, use bf16 or float32"

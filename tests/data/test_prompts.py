@@ -1,0 +1,429 @@
+"""Prompts: what can be read, which ids they get, and what is said about data that is no good."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from plad_fast.data.prompts import (
+    Prompt,
+    as_messages,
+    builtin_prompts,
+    load_prompts,
+    require_unique_ids,
+)
+from plad_fast.errors import UsageError
+
+ROWS = [
+    {"id": "a", "prompt": "One?", "topic": "x", "answer": "1"},
+    {"id": "b", "prompt": 'Two, "or"\nnot?', "topic": "y", "answer": "2"},
+    {"id": "c", "prompt": "Drei für\u2028NA?", "topic": "007", "answer": "3"},
+]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write_jsonl(tmp_path / "prompts.jsonl", ROWS)
+
+
+def write_json(path, rows):
+    path.write_text(json.dumps(rows), "utf-8")
+
+
+def write_csv(path, rows):
+    import csv
+
+    with path.open("w", encoding="utf-8-sig", newline="") as file:  # a BOM, as Excel writes it
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("p.jsonl", write_jsonl),
+        ("p.json", write_json),
+        ("p.json", write_jsonl),  # how many hub repositories name their JSON lines
+        ("p.csv", write_csv),
+        ("p.parquet", write_parquet),
+    ],
+)
+def test_all_formats_give_the_same_prompts(tmp_path, name, write):
+    write(tmp_path / name, ROWS)
+    prompts = load_prompts(tmp_path / name, reference_column="answer")
+    assert prompts == [Prompt(row["id"], row["prompt"], row["answer"]) for row in ROWS]
+
+
+def test_csv_text_stays_text_and_may_be_long(tmp_path):
+    rows = [{"prompt": "007"}, {"prompt": "NA"}, {"prompt": "long " * 50_000}]
+    write_csv(tmp_path / "p.csv", rows)
+    assert [p.content for p in load_prompts(tmp_path / "p.csv")] == [r["prompt"] for r in rows]
+
+
+def test_a_blank_reference_is_none(tmp_path):
+    """A CSV file has no other way to leave one out, and an empty text is like no answer."""
+    answers = ["", " \n", "3"]
+    rows = [{**row, "answer": answer} for row, answer in zip(ROWS, answers, strict=True)]
+    write_csv(tmp_path / "p.csv", rows)
+    prompts = load_prompts(tmp_path / "p.csv", reference_column="answer")
+    assert [p.reference for p in prompts] == [None, None, "3"]
+
+
+def test_template_columns_and_messages(tmp_path, jsonl):
+    prompts = load_prompts(jsonl, prompt_template="On {topic}:\n{prompt}")
+    assert prompts[0].content == "On x:\nOne?"
+    assert load_prompts(jsonl, prompt_column="topic")[2].content == "007"
+
+    # Arrow fills keys that only some messages have with null.
+    chat = [{**message, "name": None} for message in CHAT]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": chat}])
+    assert load_prompts(path)[0].content == CHAT
+
+
+def test_arguments_of_other_rows_are_no_part_of_a_prompt(tmp_path):
+    """As in a file that was made of a table of Arrow's, or in a data set of the hub."""
+    rows = [
+        {"prompt": [*CHAT, {"role": "tool", "content": "", "tool_calls": [{"arguments": more}]}]}
+        for more in ({"x": 1, "text": None}, {"x": None, "text": "hi"})
+    ]
+    rows = [
+        {"prompt": [{**m, "tool_calls": m.get("tool_calls")} for m in r["prompt"]]} for r in rows
+    ]
+    for prompt, left in zip(
+        load_prompts(write_jsonl(tmp_path / "p.jsonl", rows)),
+        ({"x": 1}, {"text": "hi"}),
+        strict=True,
+    ):
+        assert prompt.content[-1]["tool_calls"] == [{"arguments": left}]
+
+
+def test_a_system_message_alone_can_be_a_prompt(tmp_path):
+    for text, fits in (("Say something.", True), ("\u200b", False)):
+        path = write_jsonl(
+            tmp_path / "p.jsonl", [{"prompt": [{"role": "system", "content": text}]}]
+        )
+        if fits:
+            assert load_prompts(path)[0].content[0]["content"] == text
+        else:
+            with pytest.raises(UsageError, match="blank prompt"):
+                load_prompts(path)
+
+
+def test_tools_that_no_model_would_see_are_refused(tmp_path):
+    rows = [{"prompt": CHAT, "tools": []}, {"prompt": CHAT, "tools": '[{"name": "f"}]'}]
+    with pytest.raises(UsageError, match=r"row 2 has tools or chat_template_kwargs"):
+        load_prompts(write_jsonl(tmp_path / "tools.jsonl", rows))
+    path = write_jsonl(tmp_path / "text.jsonl", [{"prompt": "Which tools?", "tools": "saw"}])
+    assert load_prompts(path)[0].content == "Which tools?"
+
+
+def test_a_hub_data_set_is_read_with_its_config_and_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name, config, *, split):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prompts = load_prompts("owner/data:main", split="test", limit=2)
+    assert calls == [("owner/data", "main", "test")]
+    assert [p.id for p in prompts] == ["a", "b"]
+
+
+def test_a_folder_of_data_files_is_read(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS)
+    assert [p.id for p in load_prompts(folder)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': 'q'}]",
+        ' [ {"content": "q",\n "role": "user"}, {"role": "assistant", "content": "a"} ]\n',
+        "[{'role': 'user', 'content': 'q'}\n {'role': 'user', 'content': 'q'}]",  # numpy's
+    ],
+)
+def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
+    from plad_fast.recipe.inputs import read_pairs
+
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2
+    write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], "prompt": text}])
+    assert "row 2, column 'prompt' holds a list of chat messages" in message_of(tmp_path / "p.csv")
+    for column in rows[0]:
+        write_csv(tmp_path / "p.csv", [rows[0], {**rows[0], column: text}])
+        with pytest.raises(UsageError, match=f"row 2, column '{column}' holds a list of chat"):
+            read_pairs(str(tmp_path / "p.csv"))
+    told = f"Write this as YAML: {text}"
+    write_csv(tmp_path / "p.csv", [{**rows[0], "prompt": told}])
+    assert load_prompts(tmp_path / "p.csv")[0].content == told.replace("\r\n", "\n")
+
+
+def test_a_folder_without_data_is_called_a_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    message = message_of(tmp_path / "data")
+    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+
+
+def test_ids_do_not_depend_on_the_limit(tmp_path):
+    rows = [{"prompt": text} for text in ("same", "other", "same", "same")]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    ids = [p.id for p in load_prompts(path)]
+    assert len(set(ids)) == 4
+    assert ids[2:] == [f"{ids[0]}-1", f"{ids[0]}-2"]
+    for limit in range(1, 5):
+        assert [p.id for p in load_prompts(path, limit=limit)] == ids[:limit]
+    # A stored run has to be found again by a later release.
+    assert ids[0] == "106c4202d3d02a3f"
+
+
+@pytest.mark.parametrize("ids", [[1, 1], [None, "x"]], ids=["repeated", "null"])
+def test_an_id_column_that_is_not_unique_is_not_used(tmp_path, caplog, ids):
+    rows = [{"id": ids[0], "prompt": "One?"}, {"id": ids[1], "prompt": "Two?"}]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    # Also with a limit that hides the second occurrence, or the ids would change with it.
+    assert load_prompts(path, limit=1)[0].id == load_prompts(path)[0].id
+    assert len({p.id for p in load_prompts(path)}) == 2
+    assert "not unique" in caplog.text
+
+
+def test_builtin_prompts():
+    prompts = builtin_prompts()
+    assert len(prompts) > 50
+    require_unique_ids(prompts)
+
+
+def test_as_messages(tiny_tokenizer):
+    assert as_messages(tiny_tokenizer, "Hi") == [{"role": "user", "content": "Hi"}]
+    assert as_messages(tiny_tokenizer, CHAT) is CHAT
+    assert as_messages(types.SimpleNamespace(chat_template=None), "Hi") == "Hi"
+
+
+def message_of(*args, **options) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_prompts(*args, **options)
+    return str(caught.value)
+
+
+def test_missing_file_names_its_neighbour(jsonl):
+    message = message_of(jsonl.with_name("promts.jsonl"))
+    assert "no file" in message
+    assert f"did you mean '{jsonl}'?" in message
+    assert "no file" in message_of("nowhere/at/all/prompts.csv")
+    assert "no file" in message_of("./nowhere/prompts")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', "line 3, column 15 is not valid JSON"),
+        ("p.json", '[{"prompt": "a"},\n {"prompt" "b"}]', "line 2, column 12 is not valid JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n"b"\n', "row 2 is a str; every row must be an object"),
+        ("p.csv", "id,prompt\n1,a\n2,b, c\n", "line 3 has more fields than the header"),
+        ("p.csv", 'id,prompt\n1,"a" b\n', "line 2 is not valid CSV"),
+        ("p.parquet", "id,prompt\n", "not a readable Parquet file"),
+        ("p.txt", "a\n", "cannot tell the format"),
+        ("p.jsonl", "", "has no rows"),
+        ("p.json", "[]", "has no rows"),
+        ("p.csv", "prompt\n", "has no rows"),
+        ("p.csv", "prompt;id\nq;1\n", "it has 'prompt;id': if ';' stands between its fields"),
+        ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' holds a int where a prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' holds nothing where a"),
+        ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
+        ("p.jsonl", '{"prompt": ["a"]}\n', "a list that is not chat messages"),
+        ("p.jsonl", '{"prompt": "a\\ud83d"}\n', "row 1, column 'prompt' holds '\\ud83d', half"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "user\\ud83d", "content": "a"}]}\n',
+            "row 1, column 'prompt' holds '\\ud83d', half",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "user", "content": "\\ude00"}]}\n',
+            "half of a surrogate pair",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "assistant", "content": "a"}]}\n',
+            "ends in an assistant message",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text, "utf-8")
+    assert expected in message_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 2"),
+        ("p.jsonl", b'{"prompt": "a", "x": ' + b"[" * 300 + b"]" * 300 + b"}", "line 1 is nested"),
+        ("p.json", b"[" * 200_000, "nested more than"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "n": ' + b"7" * 5000 + b"}", "line 2 holds"),
+        ("p.json", b'[{"prompt": "a"},\n{"n": -' + b"7" * 5000 + b"}]", "line 2 holds a number of"),
+        ("p.csv", b"prompt,id,prompt\na,1,b\n", "several are named 'prompt'"),
+        ("p.csv", "prompt\na\n".encode("utf-16-le"), "NUL bytes, as UTF-16 does"),
+        ("p.jsonl", b"\x1f\x8b\x08\x00\x00", "a gzip archive"),
+        ("p.csv", b"PK\x03\x04\x14\x00", "a zip archive, as an Excel file is"),
+        ("p.json", b"PAR1\x15\x04", "a Parquet file"),
+        ("p.parquet", b"PAR1 and nothing of it PAR1", "not a readable Parquet file"),
+        ("p.parquet", b"", "not a readable Parquet file"),
+    ],
+)
+def test_files_that_hold_what_nothing_can_read(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    message = message_of(tmp_path / name)
+    assert expected in message
+    assert len(message) < 400
+
+
+def test_a_date_that_python_does_not_know_is_no_crash(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "when": dates}), tmp_path / "p.parquet"
+    )
+    assert "not a readable Parquet file" in message_of(tmp_path / "p.parquet")
+    twice = pyarrow.Table.from_arrays([dates, dates], ["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "p.parquet")
+    assert "Multiple matches" in message_of(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./x", "../x", "/none/x", "~/none-of-these", "a/b/c", "here/x", "x.tsv", "x.jsonl.gz", "a\0b",
+     "~nobody-at-all/x", "", "x" * 5000],
+)  # fmt: skip
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert len(message_of(source)) < 400
+
+
+def test_files_of_random_damage_are_read_or_refused(tmp_path):
+    """Two hundred files whose bytes were changed, cut or repeated: prompts, or a UsageError."""
+    import random
+
+    draw = random.Random(0)
+    write_jsonl(tmp_path / "p.jsonl", [*ROWS, {"prompt": CHAT, "id": 4, "n": [1.5, None, {}]}])
+    write_json(tmp_path / "p.json", ROWS)
+    write_csv(tmp_path / "p.csv", ROWS)
+    write_parquet(tmp_path / "p.parquet", ROWS)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("p.jsonl", "p.json", "p.csv")}
+    whole["p.parquet"] = (tmp_path / "p.parquet").read_bytes()
+    read, messages = 0, []
+    for turn in range(200):
+        name = sorted(whole)[turn % 4]
+        data = bytearray(whole[name])
+        for _ in range(draw.randint(1, 4)):
+            start = draw.randrange(len(data))
+            end = start + draw.randint(0, 20)
+            data[start:end] = draw.choice(
+                [b"", b"\x00", bytes([draw.randrange(256)]), data[start:end] * 3, b"[" * 500,
+                 b"9" * 5000, b'"', b"NaN", b"1e999", b"\n", b"\\ud800"]
+            )  # fmt: skip
+        (tmp_path / name).write_bytes(bytes(data))
+        try:
+            read += bool(load_prompts(tmp_path / name, reference_column="answer"))
+        except UsageError as error:
+            messages.append(str(error))
+    assert read > 10
+    assert len(messages) > 10
+    assert max(map(len, messages)) < 1000
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "p.csv").write_bytes("prompt\nfür\n".encode("latin-1"))
+    assert "not UTF-8" in message_of(tmp_path / "p.csv")
+    (tmp_path / "p.jsonl").mkdir()
+    assert "cannot read" in message_of(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"prompt_column": "question"}, "it has 'id', 'prompt', 'topic', 'answer'"),
+        ({"prompt_column": "question"}, "--prompt-column"),
+        ({"reference_column": "gold"}, "--reference-column"),
+        ({"prompt_column": "prompt", "prompt_template": "{prompt}"}, "both given"),
+        ({"prompt_template": "{question}"}, "names {question}, which is no column"),
+        ({"prompt_template": "{question}"}, "has 'id', 'prompt', 'topic', 'answer'"),
+        ({"prompt_template": "{}"}, "names {}, which is no column"),
+        ({"prompt_template": "Say something."}, "names no column"),
+        ({"prompt_template": "{prompt"}, "malformed"),
+        ({"prompt_template": "{prompt.text}"}, "row 1 does not fit the prompt template"),
+        ({"prompt_template": "{prompt:d}"}, "row 1 does not fit the prompt template"),
+    ],
+)
+def test_bad_options(jsonl, options, expected):
+    assert expected in message_of(jsonl, **options)
+
+
+def test_gaps_in_columns(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"q": "a", "r": "b"}, {"q": None, "r": 5}])
+    assert "--prompt-column" in message_of(path)
+    assert "row 2 has no 'q' for the prompt template" in message_of(path, prompt_template="{q}")
+    path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "r": 5}])
+    assert "a reference is text or null" in message_of(path, reference_column="r")
+
+
+def test_hub_failures_are_one_sentence(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    # HF_HUB_OFFLINE is set for the tests: this is the library's own way of failing.
+    message = message_of("someuser/no-such-data")
+    assert "cannot be reached" in message
+    assert "\n" not in message
+
+    def failing(error):
+        def load_dataset(*args, **options):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    failing(datasets.exceptions.DatasetNotFoundError("no"))
+    assert "neither a file nor an accessible hub data set" in message_of("someuser/nothing")
+    failing(ValueError("Config name is missing.\nPlease pick one among the available configs"))
+    assert "Config name is missing.; name a split" in message_of("someuser/many")
+
+
+def test_repeated_ids_are_refused():
+    with pytest.raises(UsageError, match="1 prompt ids are used more than once, among them 'x'"):
+        require_unique_ids([Prompt("x", "a"), Prompt("x", "b"), Prompt("y", "c")])
+
+
+def test_reading_files_needs_no_hub_library(jsonl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(load_prompts(jsonl)) == 3
+
+
+def test_halves_of_characters_in_ids_and_references_are_mended(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a\\ud83d", "prompt": "x", "ref": "Nice \\ud83d"}\n')
+    assert load_prompts(path, reference_column="ref") == [Prompt("a\ufffd", "x", "Nice \ufffd")]
+    path.write_text('{"id": "a\\ud83d", "prompt": "x"}\n{"id": "a\\ud83e", "prompt": "y"}\n')
+    assert len({prompt.id for prompt in load_prompts(path)}) == 2

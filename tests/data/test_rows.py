@@ -1,0 +1,154 @@
+"""Rows go where they are meant to: ours train here and in TRL, and TRL's train here."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+
+import pytest
+from datasets import Dataset
+
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.tokenization import tokenize_dataset
+from plad_fast.errors import UsageError
+from plad_fast.pairs.build import build_pairs
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.scorers import open_scorer, score_answers
+from tests.support.trainings import last_log, weights
+
+PROMPTS = [Prompt(str(k), f"What is {k}?", reference=f"{k} is a number") for k in range(4)]
+TEACHER = {p.id: [Answer(p.id, f"{p.id} is a number, I say", "stop", 9)] for p in PROMPTS}
+STUDENT = {
+    p.id: [Answer(p.id, text, "stop", 9, k) for k, text in enumerate([f"{p.id} is it", "hm"])]
+    for p in PROMPTS
+}
+USER = {"role": "user", "content": "hi"}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def scores(tmp_path):
+    scorer = open_scorer("rougeL")
+    path = tmp_path / "scores.jsonl"
+    return score_answers(scorer, PROMPTS, [TEACHER, STUDENT], path, progress=False)
+
+
+# ROUGE-L to the four words of the reference: of six words four agree, of three two, of one none.
+FULL, PART, NONE = 2 * 4 / 10, 2 * 2 / 7, 0.0
+
+
+@pytest.mark.parametrize(
+    ("select", "loss", "chat", "expected"),
+    [
+        ("teacher", "plad_margin", False, [FULL, PART]),
+        ("best-worst", "plad_margin", True, [FULL, NONE]),
+        ("ranked", "plad_listwise", True, [FULL, PART, NONE]),
+    ],
+)
+def test_scored_rows_train(make, tiny_tokenizer, scores, select, loss, chat, expected):
+    tokenizer = tiny_tokenizer if chat else None
+    rows, _ = build_pairs(
+        PROMPTS, TEACHER, STUDENT, select=select, scores=scores, tokenizer=tokenizer
+    )
+    assert isinstance(rows[0]["prompt"], list) == chat
+    data = tokenize_dataset(rows, tiny_tokenizer, max_length=128, with_scores=True)
+    for values, ids in zip(data["scores"], data["response_ids"], strict=True):
+        assert values == pytest.approx(expected)
+        assert len(ids) == len(expected)
+    trainer = make(rows, loss=loss)
+    before = weights(trainer)
+    trainer.train()
+    assert last_log(trainer)["loss"] > 0
+    assert any((before[name] != after).any() for name, after in weights(trainer).items())
+
+
+TRL_CHAT = {
+    "implicit prompt": {"chosen": [USER, says("yes")], "rejected": [USER, says("no")]},
+    "explicit prompt": {"prompt": [USER], "chosen": [says("yes")], "rejected": [says("no")]},
+}
+
+
+@pytest.mark.parametrize("form", TRL_CHAT)
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_trl_chat_data_trains(make, tiny_tokenizer, form, kind):
+    rows = kind([TRL_CHAT[form]] * 2)
+    data = tokenize_dataset(rows, tiny_tokenizer, max_length=64)
+    text = tiny_tokenizer.decode(data[0]["prompt_ids"])
+    assert text == "<|bos|><|user|>hi<|end|><|assistant|>"
+    answers = [tiny_tokenizer.decode(ids) for ids in data[0]["response_ids"]]
+    assert answers == ["yes<|end|>", "no<|end|>"]
+    trainer = make(rows, loss="plad_ranking")
+    trainer.train()
+    assert last_log(trainer)["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        # hh-rlhf; the answers begin with the same letter, which is no part of the prompt
+        ("\n\nHuman: hi\n\nAssistant: yes", "\n\nHuman: hi\n\nAssistant: yo", " yes<|end|>"),
+        ("One. Two", "One. Two or three", " Two<|end|>"),
+    ],
+)
+def test_text_without_prompt_parts_between_words(tiny_tokenizer, chosen, rejected, expected):
+    [row] = tokenize_dataset(
+        [{"chosen": chosen, "rejected": rejected}], tiny_tokenizer, max_length=64
+    )
+    assert tiny_tokenizer.decode(row["response_ids"][0]) == expected
+    assert tiny_tokenizer.decode(row["prompt_ids"] + row["response_ids"][1]) == (
+        f"<|bos|>{rejected}<|end|>"
+    )
+
+
+def test_conversations_that_part_early_share_what_comes_before(tiny_tokenizer):
+    turns = [USER, says("hello"), {"role": "user", "content": "more"}]
+    row = {"chosen": [*turns, says("yes")], "rejected": [*turns, says("yes")]}
+    [encoded] = tokenize_dataset([row], tiny_tokenizer, max_length=64)
+    assert tiny_tokenizer.decode(encoded["response_ids"][1]) == "yes<|end|>"
+    row["rejected"] = [USER, says("go on"), says("no")]
+    with pytest.raises(UsageError, match=r"row 1: .* not the prompt; move the earlier turns"):
+        tokenize_dataset([row], tiny_tokenizer, max_length=64)
+    row["rejected"] = [says("no")]
+    with pytest.raises(UsageError, match=r"row 1: prompt is null, .* do not begin with the same"):
+        tokenize_dataset([row], tiny_tokenizer, max_length=64)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@pytest.mark.parametrize("chat", [True, False])
+def test_pair_files_train_in_trl(tiny_model, tiny_tokenizer, tmp_path, chat):
+    """Columns that TRL does not know, such as the scores and the id, are in its way nowhere."""
+    from datasets import load_dataset
+    from trl import DPOConfig, DPOTrainer
+
+    scores = {(p.id, given[p.id][0].text): 1.0 for given in (TEACHER, STUDENT) for p in PROMPTS}
+    tokenizer = tiny_tokenizer if chat else None
+    rows, _ = build_pairs(PROMPTS, TEACHER, STUDENT, scores=scores, tokenizer=tokenizer)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = DPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=0.1,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=copy.deepcopy(tiny_model),
+        ref_model=copy.deepcopy(tiny_model),  # by default it is loaded once more, from a hub
+        args=args,
+        train_dataset=load_dataset("json", data_files=str(path), split="train"),
+        processing_class=tiny_tokenizer,
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert last_log(trainer)["loss"] > 0
+    assert any((before[name] != after).any() for name, after in weights(trainer).items())

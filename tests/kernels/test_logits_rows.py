@@ -1,0 +1,646 @@
+"""The kernels on stored logits and on token values, run by Triton's interpreter.
+
+Their launchers are called here as the backend calls them, with small blocks, so that a row of a
+few dozen entries has several; the ops on top of them are tested in `test_triton_backend`. All that
+a launcher allocates is full of NaN beforehand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from plad_fast.ops.impl.workspace import compacting_order
+from plad_fast.ops.reference import transform_logits
+from tests.support.problems import assert_within_budget
+
+pytest.importorskip("triton")
+
+from plad_fast.kernels import launch
+from plad_fast.kernels.launch import RowsConfig, SegmentsConfig
+from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward, logits_rows_forward
+from plad_fast.kernels.segments import segment_sums
+from triton.runtime import interpreter
+
+from tests.support.interpreter import gpu_minimum, poisoned_memory  # noqa: F401
+
+pytestmark = [
+    pytest.mark.skipif(not launch.interpreted(), reason="the kernels are compiled, for a GPU"),
+    # numpy computes in the interpreter: exp and differences that overflow would say so.
+    pytest.mark.filterwarnings("error::RuntimeWarning"),
+    # Of its own reduction, which leaves NaN out as a GPU does.
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+]
+
+INF = float("inf")
+NAN = float("nan")
+IGNORED = -100
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = RowsConfig(16, num_warps=4)
+CONFIGS = [SMALL, RowsConfig(64, num_warps=4), None]
+OPTIONS = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": IGNORED}
+DRAWN = settings(max_examples=25)
+
+
+@dataclass
+class Case:
+    """Stored logits with their targets, and the ways of reading them that must not matter."""
+
+    logits: Tensor  # (N, V) or (S, T, V)
+    targets: Tensor  # (N,) or (S, T)
+    bias: Tensor | None = None  # (V,)
+    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    config: RowsConfig | None = SMALL
+
+    @property
+    def keep(self) -> Tensor:
+        return self.targets != self.options["ignore_index"]
+
+    def forward(self, with_entropy: bool = True) -> RowStatistics:
+        return logits_rows_forward(
+            self.logits,
+            self.targets,
+            bias=self.bias,
+            with_entropy=with_entropy,
+            config=self.config,
+            **self.options,
+        )
+
+    def backward(
+        self,
+        grad: Tensor,  # of the targets' shape
+        grad_lse: Tensor | None = None,
+        *,
+        statistics: RowStatistics | None = None,
+        out: Tensor | None = None,
+        rows: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        statistics = statistics or self.forward(False)
+        return logits_rows_backward(
+            self.logits,
+            self.targets,
+            statistics.lse,
+            statistics.tail,
+            statistics.miss,
+            grad,
+            grad_lse,
+            bias=self.bias,
+            out=torch.empty(self.logits.shape, dtype=self.logits.dtype) if out is None else out,
+            rows=rows,
+            scale=scale,
+            config=self.config,
+            **self.options,
+        )
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_case(
+    *shape: int,  # of the logits
+    dtype: torch.dtype = torch.float32,
+    size: float = 3.0,
+    bias: bool = False,
+    ignored: float = 0.0,
+    seed: int = 0,
+    config: RowsConfig | None = SMALL,
+    **options: Any,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(shape[-1], shape[:-1], generator=generator)
+    options = {**OPTIONS, **options}
+    silent = torch.rand(shape[:-1], generator=generator) < ignored
+    return Case(
+        (size * normal(*shape, seed=seed + 1)).to(dtype),
+        targets.masked_fill(silent, options["ignore_index"]),
+        normal(shape[-1], seed=seed + 2).to(dtype) if bias else None,
+        options,
+        config,
+    )
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers at other strides or addresses; NaN lies between them."""
+    *lead, vocab = tensor.shape
+    if layout == "contiguous":
+        return tensor.contiguous()
+    if layout == "vocabulary first":
+        return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "tokens first":
+        return tensor.transpose(0, -2).contiguous().transpose(0, -2)
+    if layout == "gaps":
+        view = tensor.new_full((*lead, vocab + 3), NAN)[..., :vocab]
+    elif layout == "stepped":
+        view = tensor.new_full((*lead, 2 * vocab), NAN)[..., ::2]
+    elif layout == "but the last":  # what a causal model's logits are shifted by
+        *others, tokens = lead
+        view = tensor.new_full((*others, tokens + 1, vocab), NAN)[..., :-1, :]
+    else:
+        assert layout == "shifted"
+        view = tensor.new_full((tensor.numel() + 1,), NAN)[1:].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+LAYOUTS = [
+    "contiguous",
+    "vocabulary first",
+    "tokens first",
+    "gaps",
+    "stepped",
+    "but the last",
+    "shifted",
+]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """No row and up to a dozen; up to seven blocks of the vocabulary, the last one ragged or not;
+    entries of -inf anywhere but at a target.
+    """
+    lead = draw(
+        st.one_of(
+            st.tuples(st.integers(0, 12)),
+            st.tuples(st.integers(0, 3), st.integers(0, 4)),
+        )
+    )
+    vocab = draw(st.one_of(st.integers(1, 100), st.sampled_from([16, 17, 64, 65])))
+    seed = draw(st.integers(0, 2**16))
+    case = make_case(
+        *lead,
+        vocab,
+        dtype=draw(st.sampled_from(DTYPES)),
+        size=draw(st.sampled_from([0.1, 3.0, 30.0])),
+        bias=draw(st.booleans()),
+        ignored=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        seed=seed,
+        config=draw(st.sampled_from(CONFIGS)),
+        softcap=draw(st.sampled_from([None, 0.7, 30.0])),
+        logit_scale=draw(st.sampled_from([1.0, 0.0625, -1.5])),
+        temperature=draw(st.sampled_from([1.0, 0.7])),
+        ignore_index=draw(st.sampled_from([IGNORED, 0, 1])),
+    )
+    if case.options["logit_scale"] > 0:
+        masked = normal(*case.logits.shape, seed=seed + 3) > draw(st.sampled_from([INF, 1.0, -0.5]))
+        masked &= torch.arange(vocab) != case.targets.where(case.keep, 0)[..., None]
+        case.logits.masked_fill_(masked, -INF)
+    case.logits = laid_out(case.logits, draw(st.sampled_from(LAYOUTS)))
+    return case
+
+
+def transformed(case: Case, raw: Tensor) -> Tensor:
+    bias = 0 if case.bias is None else case.bias.to(raw.dtype)
+    options = {k: v for k, v in case.options.items() if k != "ignore_index"}
+    return transform_logits(raw + bias, **options)
+
+
+def at_targets(case: Case, values: Tensor) -> Tensor:
+    """The entries of (..., V) at targets, and at 0 where the target is ignored."""
+    return values.gather(-1, case.targets.where(case.keep, 0)[..., None]).squeeze(-1)
+
+
+def expected_statistics(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """By the naive computation in `dtype` on the numbers as they are stored."""
+    z = transformed(case, case.logits.to(dtype))
+    logprobs = torch.log_softmax(z, dim=-1)
+    tokens = at_targets(case, logprobs)
+    terms = torch.where(logprobs == -INF, 0.0, logprobs.exp() * logprobs)
+    exact = {
+        "token_logprobs": tokens,
+        "lse": torch.logsumexp(z, dim=-1),
+        "miss": -torch.expm1(tokens),
+        "entropy": -terms.sum(-1),
+    }
+    return {name: values.where(case.keep, 0.0) for name, values in exact.items()}
+
+
+def expected_gradient(
+    case: Case, dtype: torch.dtype, grad: Tensor, grad_lse: Tensor | None
+) -> Tensor:
+    """Of the stored logits, by autograd in `dtype`."""
+    raw = case.logits.to(dtype).detach().requires_grad_()
+    z = transformed(case, raw)
+    loss = (at_targets(case, torch.log_softmax(z, dim=-1)) * grad).where(case.keep, 0.0).sum()
+    if grad_lse is not None:
+        loss = loss + (torch.logsumexp(z, dim=-1) * grad_lse).where(case.keep, 0.0).sum()
+    return torch.autograd.grad(loss, raw)[0]
+
+
+def assert_statistics_near_truth(case: Case, ours: RowStatistics) -> None:
+    """Also of rows whose truth is infinite."""
+    for name, exact in expected_statistics(case, torch.float64).items():
+        torch.testing.assert_close(getattr(ours, name).double(), exact, rtol=2e-5, atol=2e-6)
+
+
+@DRAWN
+@given(case=cases(), entropy=st.booleans())
+def test_forward_meets_the_budget(case, entropy):
+    """Any shape, dtype, option, layout and block; N = 0 too."""
+    ours = case.forward(entropy)
+    truth = expected_statistics(case, torch.float64)
+    same = expected_statistics(case, torch.float32)
+    for name, exact in truth.items():
+        mine = getattr(ours, name)
+        if name == "entropy" and not entropy:
+            assert mine is None
+            continue
+        assert mine.dtype == torch.float32
+        assert mine.shape == case.targets.shape
+        assert_within_budget(mine, same[name], exact, name, roundings=16)
+        assert not mine[~case.keep].any()
+
+
+@DRAWN
+@given(
+    case=cases(),
+    with_grad_lse=st.booleans(),
+    scale=st.sampled_from([None, 3.0, 0.02]),
+    out_dtype=st.sampled_from([None, *DTYPES]),
+    out_layout=st.sampled_from(LAYOUTS),
+    sparse=st.sampled_from([1.0, 0.3, 0.0]),
+)
+def test_gradient_meets_the_budget(
+    case, with_grad_lse, scale, out_dtype, out_layout, sparse
+):  # fmt: skip
+    """Any upstream gradient, also negative, also 0; into any dtype and layout, or in place."""
+    shape = case.targets.shape
+    grad = normal(*shape, seed=1) * (normal(*shape, seed=3).sigmoid() < sparse)
+    grad_lse = normal(*shape, seed=2) * (sparse > 0) if with_grad_lse else None
+    truth = expected_gradient(case, torch.float64, grad, grad_lse) / (scale or 1.0)
+    same = expected_gradient(case, torch.float32, grad, grad_lse) / (scale or 1.0)
+    statistics = case.forward(False)
+    out = case.logits
+    if out_dtype is not None:
+        out = laid_out(torch.full(case.logits.shape, NAN, dtype=out_dtype), out_layout)
+    divisor = None if scale is None else torch.tensor(scale)
+    ours = case.backward(grad, grad_lse, statistics=statistics, out=out, scale=divisor)
+    assert ours is out
+    # The rounding of a 16-bit result is torch's too.
+    same = same.to(ours.dtype)
+    assert_within_budget(ours, same, truth, "d logits", roundings=16)
+    silent = ~case.keep | (grad == 0) & (True if grad_lse is None else grad_lse == 0)
+    assert not ours[silent].any()
+
+
+@pytest.mark.parametrize("layout", ["gaps", "stepped", "but the last"])
+def test_nothing_is_written_between_the_entries_of_the_result(layout):
+    case = make_case(3, 4, 37)
+    storage = laid_out(torch.full((3, 4, 37), NAN), layout)
+    whole = storage.as_strided((storage.untyped_storage().nbytes() // 4,), (1,), 0)
+    whole.fill_(7.0)
+    case.backward(torch.ones(3, 4), out=storage)
+    assert (whole != 7.0).sum() == 3 * 4 * 37
+
+
+@DRAWN
+@given(
+    active=st.lists(st.booleans(), max_size=24),
+    dtype=st.sampled_from(DTYPES),
+    with_grad_lse=st.booleans(),
+    in_place=st.booleans(),
+)
+def test_compaction_equals_selection(active, dtype, with_grad_lse, in_place):
+    """Active rows move to the front, to the same bits as without moving."""
+    active = torch.tensor(active, dtype=torch.bool)
+    case = make_case(len(active), 37, dtype=dtype, bias=True, ignored=0.2, softcap=5.0)
+    grad = normal(len(active), seed=1)
+    grad_lse = normal(len(active), seed=2) if with_grad_lse else None
+    statistics = case.forward(False)
+    want = case.backward(grad, grad_lse, statistics=statistics)
+    rows = compacting_order(active)
+    before = case.logits.clone()
+    out = case.logits[: len(rows)] if in_place else torch.empty(len(rows), 37, dtype=dtype)
+    ours = case.backward(grad, grad_lse, statistics=statistics, out=out, rows=rows)
+    assert torch.equal(ours, want[rows])
+    assert torch.equal(case.logits[len(rows) :], before[len(rows) :])
+
+
+@given(active=st.lists(st.booleans(), max_size=40))
+def test_programs_of_a_compaction_do_not_meet(active):
+    """They run in any order on a GPU: none may read a row that another one writes."""
+    order = compacting_order(torch.tensor(active, dtype=torch.bool)).tolist()
+    assert sorted(order) == [i for i, on in enumerate(active) if on]
+    for place, row in enumerate(order):
+        assert row == place or row >= len(order)
+
+
+def test_compaction_does_not_depend_on_the_order_of_programs(monkeypatch):
+    """The interpreter runs them in ascending order; here in the reverse of it, too."""
+    active = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
+    results = []
+    for backwards in (False, True):
+        case = make_case(10, 37)
+        rows = compacting_order(active)
+        statistics = case.forward(False)
+        with monkeypatch.context() as patch:
+            if backwards:
+                _run_programs_backwards(patch, len(rows))
+            out = case.logits[: len(rows)]
+            results.append(
+                case.backward(normal(10, seed=1), statistics=statistics, out=out, rows=rows)
+            )
+    assert torch.equal(*results)
+
+
+def _run_programs_backwards(patch: pytest.MonkeyPatch, count: int) -> None:
+    set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
+
+    def reversed_(self: Any, x: int, y: int, z: int) -> None:
+        set_grid_idx(self, count - 1 - x, y, z)
+
+    patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", reversed_)
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 48])
+def test_a_target_in_every_column(vocab):
+    """On the borders of blocks, first and last of the vocabulary, alone in the last block."""
+    case = make_case(vocab, vocab)
+    case.targets = torch.arange(vocab)
+    assert_statistics_near_truth(case, case.forward())
+    grad = normal(vocab, seed=1)
+    want = expected_gradient(case, torch.float64, grad, None)
+    torch.testing.assert_close(case.backward(grad).double(), want, rtol=2e-5, atol=1e-6)
+
+
+MASKS = {
+    "the first block": range(16),
+    "two blocks": range(32),
+    "the last block": range(32, 37),
+    "all but the target": [v for v in range(37) if v != 20],
+    "the target": [20],
+    "the target's neighbours": [19, 21],
+}
+
+
+@pytest.mark.parametrize("by_bias", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masked_tokens(mask, by_bias):
+    """-inf takes a token out of the vocabulary; what is left is a distribution."""
+    case = make_case(5, 37, bias=True)
+    case.targets.fill_(20)
+    (case.bias if by_bias else case.logits)[..., list(mask)] = -INF
+    assert_statistics_near_truth(case, case.forward())
+    grad, grad_lse = normal(5, seed=1), normal(5, seed=2)
+    if 20 in mask:  # autograd has 0 * inf in what d log p / d z is
+        got = case.backward(grad)
+        assert torch.equal(got[:, 20], grad)
+        assert got.isfinite().all()
+        return
+    got = case.backward(grad, grad_lse)
+    assert not got[:, list(mask)].any()
+    want = expected_gradient(case, torch.float64, grad, grad_lse)
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-6)
+
+
+def test_a_row_of_masked_tokens_alone_is_nan():
+    case = make_case(3, 37)
+    case.logits[1] = -INF
+    ours = case.forward()
+    for values in ours:
+        assert values.isnan().tolist() == [False, True, False]
+    assert case.backward(torch.ones(3)).isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("column", [0, 20, 36])
+def test_nan_stays_in_its_row(column, softcap, dtype):
+    """Wherever in the row it is, also at the target, which the sum leaves out."""
+    case = make_case(12, 37, dtype=dtype, softcap=softcap)
+    case.targets[5], case.targets[8] = 20, IGNORED
+    want, grad = case.forward(), normal(12, seed=1)
+    gradient = case.backward(grad)
+    case.logits[5, column] = NAN
+    case.logits[8] = NAN
+    ours, others = case.forward(), torch.arange(12) != 5
+    for mine, clean in zip(ours, want, strict=True):
+        assert mine[5].isnan()
+        assert torch.equal(mine[others], clean[others])
+    got = case.backward(grad, statistics=ours)
+    assert got[5].isnan().all()
+    assert torch.equal(got[others], gradient[others])
+    grad[5] = 0.0
+    assert not case.backward(grad, statistics=ours)[5].any()
+    grad_lse = torch.zeros(12)
+    assert not case.backward(grad, grad_lse, statistics=ours)[5].any()
+
+
+def test_all_rows_ignored():
+    case = make_case(7, 37, bias=True, ignored=1.0)
+    case.logits.fill_(NAN)
+    for values in case.forward():
+        assert not values.any()
+    assert not case.backward(torch.ones(7), torch.ones(7)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_targets_keep_their_digits(dtype):
+    """1 - p is small beside 1, and right to its own last digits, as are log p and the gradient."""
+    case = make_case(6, 40, dtype=dtype)
+    case.targets.fill_(20)
+    # p from 0.999 to where 1 - p is far below the last digit of 1
+    case.logits[:, 20] = torch.tensor([16.0, 20.0, 24.0, 30.0, 50.0, 80.0])
+    ours = case.forward()
+    logits = case.logits.double()
+    others = logits.scatter(1, case.targets[:, None], -INF)
+    odds = (torch.logsumexp(others, 1) - logits[:, 20]).exp()
+    assert odds.max() < 1e-3
+    assert odds.min() < 1e-20
+    torch.testing.assert_close(ours.miss.double(), odds / (1 + odds), rtol=2e-5, atol=0)
+    torch.testing.assert_close(-ours.token_logprobs.double(), odds.log1p(), rtol=2e-5, atol=0)
+    got = case.backward(torch.ones(6), out=torch.empty(6, 40))[:, 20]
+    torch.testing.assert_close(got.double(), odds / (1 + odds), rtol=2e-5, atol=0)
+
+
+def test_logits_far_beyond_the_softcap():
+    """They are all the cap; tanh is flat there, and no exponential overflows."""
+    case = make_case(4, 37, size=1e6, softcap=5.0)
+    ours = case.forward()
+    assert_statistics_near_truth(case, ours)
+    assert not case.backward(torch.ones(4)).any()
+
+
+def test_one_row_of_logits_for_all():
+    """An expanded tensor has a stride of 0."""
+    case = make_case(9, 37)
+    case.logits = case.logits[:1].expand(9, 37)
+    assert_statistics_near_truth(case, case.forward())
+
+
+def test_statistics_and_gradients_of_any_stride():
+    """Upstream gradients are often expanded from one number, and slices of something longer."""
+    case = make_case(3, 4, 37, bias=True)
+    dense = case.backward(torch.full((3, 4), 2.0), torch.full((3, 4), -1.0))
+    ours = case.forward()
+    case.bias = laid_out(case.bias, "stepped")
+    case.targets = case.targets.T.contiguous().T
+    of_rows = {name: getattr(ours, name) for name in ("lse", "tail", "miss")}
+    strided = ours._replace(**{name: x.T.contiguous().T for name, x in of_rows.items()})
+    sparse = case.backward(
+        torch.tensor(2.0).expand(3, 4), torch.full((3, 8), -1.0)[:, ::2], statistics=strided
+    )
+    assert torch.equal(dense, sparse)
+    assert torch.equal(case.forward().lse, ours.lse)
+
+
+def test_a_large_vocabulary():
+    """Qwen2.5's, in the blocks that the heuristic chooses."""
+    case = make_case(3, 151_936, config=None, ignored=0.0)
+    case.targets[:2] = torch.tensor([0, 151_935])
+    ours = case.forward()
+    truth, same = (expected_statistics(case, d) for d in (torch.float64, torch.float32))
+    for name, exact in truth.items():
+        assert_within_budget(getattr(ours, name), same[name], exact, name, roundings=16)
+    grad = torch.tensor([1.0, -2.0, 0.5])
+    truth, same = (expected_gradient(case, d, grad, None) for d in (torch.float64, torch.float32))
+    assert_within_budget(case.backward(grad), same, truth, "d logits", roundings=16)
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """Tensors of gigabytes, of which only what is written takes memory: files with holes."""
+    paths = []
+
+    def make(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        assert size > 2**31
+        paths.append(tmp_path / str(len(paths)))
+        storage = torch.from_file(str(paths[-1]), shared=True, size=size, dtype=dtype)
+        return storage.as_strided(shape, stride)
+
+    yield make
+    for path in paths:
+        path.unlink()
+
+
+FAR = {
+    "rows": ((6, 20), (2**29 + 8, 1)),
+    "the vocabulary": ((6, 20), (1, 2**27 + 8)),
+    "sequences": ((3, 2, 20), (2**30 + 8, 20, 1)),
+    "tokens": ((2, 3, 20), (20, 2**30 + 8, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "stride"), FAR.values(), ids=FAR)
+def test_offsets_beyond_31_bits(sparse, shape, stride, dtype):
+    """What is far apart begins past 2**31 entries; read there, written there, and in place."""
+    case = make_case(*shape, dtype=dtype)
+    want, grad = case.forward(), normal(*shape[:-1], seed=1)
+    gradient = case.backward(grad)
+    out = case.backward(grad, statistics=want, out=sparse(shape, stride, dtype))
+    assert torch.equal(out, gradient)
+    out.copy_(case.logits)
+    case = replace(case, logits=out)
+    ours = case.forward()
+    for mine, near in zip(ours, want, strict=True):
+        assert torch.equal(mine, near)
+    if len(shape) == 2:
+        rows = compacting_order(torch.arange(6) % 3 != 0)
+        near = torch.empty(len(rows), 20, dtype=dtype)
+        case.backward(grad, statistics=ours, out=near, rows=rows)
+        assert torch.equal(near, gradient[rows])
+    case.backward(grad, statistics=ours, out=out)
+    assert torch.equal(out, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reruns_are_bit_identical(dtype):
+    case = make_case(3, 50, dtype=dtype, bias=True)
+    bounds = torch.tensor([0, 1, 1, 3])
+    seen = set()
+    for _ in range(20):
+        ours = case.forward()
+        gradient = case.backward(normal(3, seed=1), statistics=ours)
+        results = [*ours, gradient.float(), segment_sums(ours.token_logprobs, bounds)]
+        seen.add(b"".join(x.numpy().tobytes() for x in results))
+    assert len(seen) == 1
+
+
+def test_number_of_launches(monkeypatch):
+    """One each, whatever the size; none for nothing."""
+    launched = []
+    run = interpreter.GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    for shape in [(9, 70), (2, 3, 70), (0, 70), (0, 4, 70), (4, 0, 70)]:
+        case = make_case(*shape)
+        once = int(math.prod(shape) > 0)
+        statistics = case.forward()
+        assert launched == ["_logits_rows_forward_kernel"] * once
+        launched.clear()
+        case.backward(torch.ones(shape[:-1]), statistics=statistics)
+        assert launched == ["_logits_rows_backward_kernel"] * once
+        launched.clear()
+    case = make_case(9, 70)
+    none = compacting_order(torch.zeros(9, dtype=torch.bool))
+    case.backward(torch.ones(9), statistics=case.forward(), out=case.logits[:0], rows=none)
+    assert launched == ["_logits_rows_forward_kernel"]
+    launched.clear()
+    segment_sums(torch.ones(5), torch.tensor([0, 5]))
+    segment_sums(torch.ones(5), torch.tensor([0]))
+    assert launched == ["_segment_sums_kernel"]
+
+
+@DRAWN
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=6),
+    step=st.integers(1, 3),
+    block=st.sampled_from([1, 16, 128]),
+    size=st.sampled_from([1.0, 1e6]),
+)
+def test_segment_sums_are_rounded_once(lengths, step, block, size):
+    """The float64 sum, rounded to float32; tokens before the first and after the last bound are in
+    no sequence.
+    """
+    bounds = [1 + n for n in itertools.accumulate([0, *lengths])]
+    values = torch.full((bounds[-1] + 2, step), NAN)[:, 0]
+    values[bounds[0] : bounds[-1]] = size * normal(sum(lengths), seed=3)
+    ours = segment_sums(values, torch.tensor(bounds), SegmentsConfig(block))
+    assert ours.dtype == torch.float32
+    exact = [math.fsum(values[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
+    # A double sum may be on the other side of a tie that the exact one is near.
+    torch.testing.assert_close(ours, torch.tensor(exact, dtype=torch.float32), rtol=1.2e-7, atol=0)
+
+
+def test_segment_sums_cancel():
+    """float32 would have lost the 1."""
+    values = torch.tensor([1e8, 1.0, -1e8, 5.0, NAN, 2.0])
+    ours = segment_sums(values, torch.tensor([0, 3, 4, 5, 5, 6]))
+    torch.testing.assert_close(ours, torch.tensor([1.0, 5.0, NAN, 0.0, 2.0]), equal_nan=True)
+
+
+def test_segment_sums_of_a_long_sequence():
+    values = normal(20_000, seed=5)
+    ours = segment_sums(values, torch.tensor([0, 20_000]))
+    assert ours.item() == pytest.approx(math.fsum(values.tolist()), rel=1e-6)
+
+
+def test_segment_sums_beyond_31_bits(sparse):
+    values = sparse((40,), (2**26 + 8,), torch.float32)
+    values.copy_(normal(40, seed=6))
+    bounds = torch.tensor([0, 7, 40])
+    near = segment_sums(values.contiguous(), bounds)
+    assert torch.equal(segment_sums(values, bounds), near)
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 4096, 4097, 151_936, 256_000])
+def test_a_row_takes_blocks_of_a_power_of_two(vocab):
+    config = launch.rows_config(vocab)
+    assert config.BLOCK_V.bit_count() == 1
+    assert config.BLOCK_V <= 4096
+    # Each thread has one vector of 16 bytes to load, of entries of 4 bytes, or it idles.
+    assert 32 * config.num_warps <= config.BLOCK_V

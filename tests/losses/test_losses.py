@@ -1,0 +1,563 @@
+"""Each loss by hand, the registry, and the objective around them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plad_fast import (
+    PLaDConfig,
+    UsageError,
+    fused_linear_preference_loss,
+    linear_sequence_logprobs,
+    losses,
+    preference_loss,
+    register_loss,
+)
+from plad_fast.recipe.settings import DistillConfig
+from tests.support.loss_options import REQUIRED
+from tests.support.problems import make_problem
+
+REFERENCE = {"reference_logps": torch.zeros(4)}
+LOGPS = torch.tensor([[-1.0, -1.5, -4.0], [-2.0, -1.0, -2.0]], dtype=torch.float64)
+
+
+def test_ranking_by_hand():
+    got = losses.plad_ranking(LOGPS[:, :2], beta=1.0)
+    assert got.tolist() == [0.5, 2.0]
+
+
+def test_ranking_is_the_mean_over_rejected_responses():
+    got = losses.plad_ranking(LOGPS, beta=1.0)
+    assert got.tolist() == [0.25, 1.5]
+
+
+def test_margin_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.5, 0.6]], dtype=torch.float64)
+    got = losses.plad_margin(LOGPS[:, :2], scores=scores, beta=2.0)
+    torch.testing.assert_close(got, torch.tensor([1.1, 0.8], dtype=torch.float64))
+
+
+def test_listwise_by_hand():
+    """Pairs (0,1), (0,2), (1,2) with margins 1, 2, 1."""
+    got = losses.plad_listwise(LOGPS, beta=1.0)
+    assert got.tolist() == [0.5 + 0.0 + 0.0, 2.0 + 2.0 + 0.0]
+
+
+def test_listwise_of_two_is_ranking():
+    pairs = LOGPS[:, :2]
+    assert torch.equal(losses.plad_listwise(pairs, beta=0.7), losses.plad_ranking(pairs, beta=0.7))
+
+
+@pytest.mark.parametrize("name", ["plad_ranking", "plad_listwise"])
+def test_no_gradient_exactly_at_the_hinge(name):
+    logps = torch.tensor([[0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    losses.get_loss(name).fn(logps, beta=1.0).sum().backward()
+    assert logps.grad.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "beta", "want"),
+    [
+        # d = 2 and -1 from the first response to each of the others
+        ("dpo", 1.0, [(math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2]),
+        ("dpo_hinge", 0.75, [(0.0 + 1.75) / 2]),
+        # in means over tokens d = 1.25 and 0.5
+        ("ipo", 0.5, [(0.25**2 + 0.5**2) / 2]),
+    ],
+)
+def test_losses_on_a_reference_by_hand(name, beta, want):
+    """log-ratios 1, -1 and 2 of 1, 4 and 4 tokens."""
+    reference = torch.tensor([[-3.0, -8.0, -7.0]], dtype=torch.float64)
+    logps = reference + torch.tensor([[1.0, -1.0, 2.0]], dtype=torch.float64)
+    spec = losses.get_loss(name)
+    counts = {"counts": torch.tensor([[1, 4, 4]])} if "counts" in spec.takes else {}
+    assert spec.needs_reference
+    got = spec.fn(logps, reference_logps=reference, beta=beta, **counts)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_simpo_by_hand():
+    """Means over tokens of -1, -0.5 and -2: differences of -0.5 and 1, less the margin."""
+    logps = torch.tensor([[-1.0, -2.0, -4.0]], dtype=torch.float64)
+    got = losses.simpo(logps, counts=torch.tensor([[1, 4, 2]]), beta=2.0, gamma=0.5)
+    want = (math.log1p(math.exp(1.5)) + math.log1p(math.exp(-1.5))) / 2
+    torch.testing.assert_close(got, torch.tensor([want], dtype=torch.float64))
+
+
+def test_orpo_by_hand():
+    """Of mean probabilities of 1/2 and 1/4 the odds are 1 and 1/3; of 1/5, 1/4."""
+    logps = -torch.tensor([[2 * math.log(2), math.log(4), 3 * math.log(5)]], dtype=torch.float64)
+    got = losses.orpo(logps, counts=torch.tensor([[2, 1, 3]]), beta=0.5)
+    # -log sigmoid(log x) = log(1 + 1 / x)
+    want = 0.5 * (math.log(1 + 1 / 3) + math.log(1 + 1 / 4)) / 2
+    torch.testing.assert_close(got, torch.tensor([want], dtype=torch.float64))
+
+
+def test_kto_reads_labels_from_scores_or_takes_the_first_for_the_desirable_one():
+    """Gains of 2 and -1, over a divergence of 0.5."""
+    reference = torch.tensor([[-3.0, -8.0]], dtype=torch.float64)
+    logps = reference + torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    options = {"beta": 0.5, "kl": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.75}
+    good, bad = 1.5 / (1 + math.exp(0.75)), 0.75 / (1 + math.exp(0.75))
+    got = losses.kto(logps, reference_logps=reference, **options)
+    assert got.item() == pytest.approx((good + bad) / 2)
+    labels = {"scores": torch.tensor([[1.0, -1.0]])}
+    on = {"loss": "kto", "reference_logps": reference}
+    pair = preference_loss(logps, torch.ones(1, 2), **on, **options)
+    alone = preference_loss(
+        *(logps[0], torch.ones(2)),
+        **{"loss": "kto", "group_size": 1, "reference_logps": reference[0]},
+        **{"scores": labels["scores"][0], **options},
+    )
+    assert pair.item() == pytest.approx(alone.item()) == pytest.approx(got.item())
+    shifted = losses.kto(logps, reference_logps=reference + 0.5, **options | {"kl": 0.0}, **labels)
+    tensor = losses.kto(logps, reference_logps=reference, **options | {"kl": torch.tensor(0.5)})
+    assert shifted.item() == pytest.approx(tensor.item()) == pytest.approx(got.item())
+
+
+def test_the_family_holds_together():
+    """Where one loss is said to be another at some value of an option."""
+    pairs, reference = LOGPS[:, :2], torch.tensor([[-2.0, -1.0], [-1.5, -3.0]]).double()
+    counts = torch.tensor([[2, 3], [4, 1]])
+    on = {"reference_logps": reference}
+    per_token = {"reference_logps": reference / counts}
+    robust = losses.dpo_robust(pairs, **on, label_smoothing=0.0)
+    torch.testing.assert_close(robust, losses.dpo(pairs, **on))
+    norm = losses.dpo_norm(pairs, counts=counts, **on)
+    torch.testing.assert_close(norm, losses.dpo(pairs / counts, **per_token))
+    dpo_alpha_1 = losses.dpo(pairs, **on, f_divergence="alpha_divergence", f_alpha=1.0)
+    torch.testing.assert_close(dpo_alpha_1, losses.dpo(pairs, **on))
+    dpo_alpha_0 = losses.dpo(pairs, **on, f_divergence="alpha_divergence", f_alpha=0.0)
+    torch.testing.assert_close(dpo_alpha_0, losses.dpo(pairs, **on, f_divergence="forward_kl"))
+    uniform = {"reference_logps": torch.zeros_like(pairs)}
+    torch.testing.assert_close(losses.cpo(pairs), losses.dpo(pairs, **uniform))
+    ipo = losses.ipo(pairs, counts=counts, **uniform)
+    torch.testing.assert_close(losses.cpo_ipo(pairs, counts=counts), ipo)
+    torch.testing.assert_close(losses.slic(pairs, delta=0.7), losses.plad_ranking(pairs, beta=0.7))
+    near = losses.simpo(pairs, counts=counts, alpha=1e-9)
+    torch.testing.assert_close(near, losses.simpo(pairs, counts=counts))
+    apo = losses.kto(pairs, **on, kl=0.0)
+    torch.testing.assert_close(2 * apo, losses.apo_zero(pairs, **on))
+    mixed = losses.mixture(
+        *(pairs,), **on, counts=counts, parts={"ipo": {"weight": 0.25, "beta": 0.5}, "cpo": {}}
+    )
+    want = 0.25 * losses.ipo(pairs, counts=counts, **on, beta=0.5) + losses.cpo(pairs)
+    torch.testing.assert_close(mixed, want)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "cpo", "simpo"])
+def test_a_mixture_of_one_loss_is_that_loss_under_any_length_normalisation(name, alpha):
+    sums, counts = torch.tensor([-6.0, -8.0, -3.0, -2.0]), torch.tensor([4, 9, 1, 5])
+    options = {"length_normalization": alpha, "sft_weight": 0.0}
+    if losses.get_loss(name).needs_reference:
+        options["reference_logps"] = torch.tensor([-7.0, -5.0, -3.5, -1.0])
+    alone = preference_loss(sums, counts, loss=name, **options)
+    mixed = preference_loss(sums, counts, loss="mixture", parts={name: {}}, **options)
+    assert mixed.item() == alone.item()
+    double = preference_loss(
+        sums, counts, loss="mixture", parts={name: {"weight": 2.0}, "cpo_ipo": {}}, **options
+    )
+    other = preference_loss(sums, counts, loss="cpo_ipo", length_normalization=alpha)
+    torch.testing.assert_close(double, 2 * alone + other)
+
+
+def test_a_mixture_needs_a_reference_if_a_part_does():
+    spec = losses.get_loss("mixture")
+    assert spec.needs_reference_for({"parts": {"cpo": {}, "dpo": {}}})
+    assert not spec.needs_reference_for({"parts": {"cpo": {}, "simpo": {}}})
+    assert losses.get_loss("dpo").needs_reference_for({})
+    assert not losses.get_loss("cpo").needs_reference_for({})
+    with pytest.raises(UsageError, match="'dpo' in parts needs reference_logps"):
+        losses.mixture(LOGPS[:, :2], counts=torch.ones(2, 2), parts={"cpo": {}, "dpo": {}})
+
+
+def test_a_part_may_work_in_place():
+    @register_loss("test_only_in_place")
+    def in_place(logps):
+        logps -= 1.0
+        return logps[:, 0]
+
+    try:
+        parts = {"test_only_in_place": {}, "cpo_ipo": {}}
+        sums, counts = torch.zeros(4), torch.ones(4).long()
+        mixed = preference_loss(sums, counts, loss="mixture", parts=parts)
+        assert mixed == preference_loss(sums, counts, loss="cpo_ipo") - 1
+        assert not sums.any()
+    finally:
+        del losses.registry._REGISTRY["test_only_in_place"]
+
+
+def test_a_loss_may_ask_for_the_length_normalisation():
+    def told(logps, *, length_normalization):
+        return logps[:, 0] * 0 + length_normalization
+
+    sums, counts = torch.zeros(4), torch.ones(4).long()
+    for alpha in (0.0, 0.5):
+        assert preference_loss(sums, counts, loss=told, length_normalization=alpha) == alpha
+
+
+EXTREMES = [
+    *((0.0, 0.0), (-1e4, -1e4), (0.0, -1e4), (-1e4, 0.0)),
+    *((-1e-9, -3.0), (-3.0, -1e-9), (-1e-9, -1e-9), (-1e-45, -2.0)),
+]
+SHAPES = [
+    *({"f_divergence": "forward_kl"}, {"f_divergence": "js_divergence"}, {"alpha": 0.25}),
+    *({"f_divergence": "alpha_divergence"}, {"f_divergence": "alpha_divergence", "f_alpha": 3.0}),
+    *({"alpha": -2.0}, {}),
+]
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_hopeless_and_certain_responses_give_finite_numbers(name):
+    """Log-probabilities of -1e4, equal ones, one token, none, and p within rounding of 1."""
+    spec = losses.get_loss(name)
+    for options in SHAPES:
+        if not options.keys() <= spec.options.keys():
+            continue
+        for count in (0, 1, 1000):
+            logps = torch.tensor(EXTREMES, requires_grad=True)
+            extra = {
+                "scores": torch.ones_like(logps),
+                "reference_logps": torch.full_like(logps, -5.0),
+                "counts": torch.full(logps.shape, count),
+            }
+            extra = {k: v for k, v in extra.items() if k in spec.takes}
+            got = spec.fn(logps, **extra, **options, **REQUIRED.get(name, {}))
+            [gradient] = torch.autograd.grad(got.sum(), logps)
+            assert got.isfinite().all(), (options, count, got)
+            assert gradient.isfinite().all(), (options, count, gradient)
+
+
+def test_label_smoothing_counts_a_share_of_every_pair_the_other_way_round():
+    pairs, reference = LOGPS[:, :2], torch.zeros(2, 2)
+    right, wrong = (losses.dpo(x, reference_logps=reference) for x in (pairs, pairs.flip(1)))
+    got = losses.dpo(pairs, reference_logps=reference, label_smoothing=0.2)
+    torch.testing.assert_close(got, 0.8 * right + 0.2 * wrong)
+
+
+def test_the_reference_is_normalised_as_the_policy_is():
+    """At the policy itself every margin is 0, at any alpha; ipo takes means of its own accord."""
+    sums, counts = torch.tensor([-6.0, -8.0]), torch.tensor([4, 9])
+    for alpha in (0.0, 0.5, 1.0):
+        options = {"reference_logps": sums, "length_normalization": alpha}
+        assert preference_loss(sums, counts, loss="dpo", **options).item() == pytest.approx(
+            math.log(2)
+        )
+        shifted = preference_loss(
+            sums, counts, loss="ipo", beta=0.5, **options | {"reference_logps": torch.zeros(2)}
+        )
+        assert shifted.item() == pytest.approx((-6 / 4 + 8 / 9 - 1) ** 2)
+    plain = torch.tensor([-1.0, -2.0])
+    got = preference_loss(
+        sums, counts, loss="dpo_hinge", length_normalization=0.5, reference_logps=plain
+    )
+    assert got.item() == pytest.approx(1 - 0.1 * (-5 / 2 + 6 / 3))
+
+
+@pytest.mark.parametrize("name", losses.available())
+@settings(max_examples=5)
+@given(st.data())
+def test_every_loss_has_right_gradients(name, data):
+    """Numerical derivatives at random points, away from the hinges' corners, for all options."""
+    size = data.draw(st.integers(2, 4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    logps = torch.randn(3, size, generator=generator, dtype=torch.float64, requires_grad=True)
+    spec = losses.get_loss(name)
+    extra = {
+        "scores": torch.randn(3, size, generator=generator, dtype=torch.float64),
+        "reference_logps": torch.randn(3, size, generator=generator, dtype=torch.float64),
+        "counts": torch.randint(0, 9, (3, size), generator=generator),
+    }
+    extra = {k: v for k, v in extra.items() if k in spec.takes} | REQUIRED.get(name, {})
+    for options in (*SHAPES, {"label_smoothing": 0.2}):
+        if options.keys() <= spec.options.keys():
+            assert torch.autograd.gradcheck(
+                lambda x, shape=options: spec.fn(x, **extra, **shape), (logps,)
+            ), options
+
+
+def test_regulariser_and_denominators():
+    """loss = sum of losses / num_groups + sft_weight * NLL(y+) / num_tokens."""
+    sums, counts = LOGPS[:, :2].reshape(-1), torch.tensor([2, 3, 4, 5])
+    of_sums = {"beta": 1.0, "length_normalization": 0.0}
+    plain = preference_loss(sums, counts, **of_sums, sft_weight=0.0)
+    assert plain.item() == pytest.approx((0.5 + 2.0) / 2)
+    regular = preference_loss(sums, counts, **of_sums, sft_weight=0.3)
+    assert regular.item() == pytest.approx(1.25 + 0.3 * (1.0 + 2.0) / 6)
+    window = preference_loss(
+        sums, counts, **of_sums, sft_weight=0.3, num_groups=5, num_tokens=torch.tensor(10)
+    )
+    assert window.item() == pytest.approx(2.5 / 5 + 0.3 * 3.0 / 10)
+
+
+def test_a_denominator_of_zero_is_one():
+    """A process without groups, in a run of many, adds nothing and divides by nothing."""
+    for zero in (0, torch.tensor(0)):
+        got = preference_loss(
+            torch.zeros(0), torch.zeros(0).long(), num_groups=zero, sft_weight=1.0
+        )
+        assert got.item() == 0
+
+
+def test_the_dtype_of_the_loss_is_that_of_the_sums():
+    sums, counts = torch.zeros(4), torch.ones(4).long()
+    for options in ({}, {"sft_weight": 0.5}, {"num_groups": torch.tensor(3)}, {"loss": "sft"}):
+        assert preference_loss(sums, counts, **options).dtype == torch.float32
+
+
+def test_groups_given_as_a_matrix_keep_their_size():
+    with pytest.raises(UsageError, match="groups of 4, but group_size is 2"):
+        preference_loss(torch.zeros(2, 4), torch.ones(2, 4).long())
+
+
+def test_a_loss_may_work_in_place_and_take_scores_or_leave_them():
+    def in_place(logps, *, scores=None):
+        logps -= 1.0
+        return logps[:, 0]
+
+    sums = torch.zeros(4)
+    assert preference_loss(sums, torch.ones(4).long(), loss=in_place).item() == -1.0
+    assert not sums.any()
+
+
+def test_sft_is_the_mean_over_tokens_whatever_the_normalisation():
+    sums, counts = torch.tensor([-6.0, -4.0]), torch.tensor([3, 1])
+    for alpha in (0.0, 1.0):
+        got = preference_loss(sums, counts, loss="sft", group_size=1, length_normalization=alpha)
+        assert got.item() == pytest.approx(10.0 / 4)
+
+
+def test_length_normalisation_divides_by_count_to_the_alpha():
+    sums, counts = torch.tensor([-6.0, -6.0]), torch.tensor([4, 9])
+    got = preference_loss(sums, counts, beta=1.0, length_normalization=0.5, sft_weight=0.0)
+    assert got.item() == pytest.approx(1.0 + 6 / 2 - 6 / 3)
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_a_loss_has_its_own_terms_wherever_it_is_named(name):
+    """The op, the loss on sums, the trainer's settings, the recipe's: a name is one objective,
+    and so is its function."""
+    spec, options = losses.get_loss(name), REQUIRED.get(name, {})
+    problem = make_problem([4, 5, 3, 3])
+    own = {"sft_weight": spec.sft_weight, "length_normalization": spec.length_normalization}
+    for constants in {"scores", "reference_logps"} & set(spec.takes):
+        options = {**options, constants: torch.tensor([-0.5, -2.0, 0.5, -1.0]).double()}
+    fused, named = (
+        fused_linear_preference_loss(
+            *problem.inputs, loss=name, **terms, **options, **problem.options
+        )
+        for terms in ({}, own)
+    )
+    assert torch.equal(fused.loss, named.loss)
+    assert torch.equal(fused.sums, named.sums)
+    op = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    got = preference_loss(op.sums, op.counts, loss=name, **options)
+    torch.testing.assert_close(got, fused.loss)
+    assert torch.equal(preference_loss(op.sums, op.counts, loss=spec.fn, **options), got)
+    loss_args = {key: options[key] for key in spec.options if key in options}
+    config = PLaDConfig("unused", loss=name, loss_args=loss_args, use_cpu=True)
+    objective = config.objective(group_size=2)
+    scorer = "rouge" if spec.needs_scores else None
+    for key, value in own.items():
+        assert getattr(objective, key) == value
+    if name != "sft":  # which is no calibration
+        recipe = DistillConfig(loss=name, loss_args=json.dumps(loss_args), scorer=scorer)
+        assert own.items() <= recipe.results_settings().items()
+
+
+def test_a_new_loss_has_the_terms_it_is_registered_with():
+    sums, counts = torch.tensor([-6.0, -8.0]), torch.tensor([4, 8])
+    try:
+        register_loss("test_only_terms", sft_weight=0.5, length_normalization=1.0)(
+            lambda logps: -logps.sum(1)
+        )
+        got = preference_loss(sums, counts, loss="test_only_terms")
+        assert got.item() == pytest.approx((6 / 4 + 8 / 8) + 0.5 * 6 / 4)
+        assert preference_loss(sums, counts, loss=lambda logps: -logps.sum(1)).item() == 14
+        with pytest.raises(UsageError, match=r"sft_weight must not be negative.*-1"):
+            register_loss("test_only_wrong", sft_weight=-1.0)
+    finally:
+        del losses.registry._REGISTRY["test_only_terms"]
+
+
+def test_a_new_loss_is_one_function():
+    @register_loss("test_only_log_sigmoid")
+    def log_sigmoid(logps, *, counts, beta=0.1):
+        return (
+            -torch.nn.functional.logsigmoid(beta * (logps[:, 0] - logps[:, 1])) + 0 * counts[:, 0]
+        )
+
+    try:
+        spec = losses.get_loss("test_only_log_sigmoid")
+        assert spec.options == {"beta": 0.1}
+        assert spec.takes == ("counts",)
+        got = preference_loss(
+            torch.zeros(4), torch.ones(4).long(), loss="test_only_log_sigmoid", beta=0.5
+        )
+        assert got.item() == pytest.approx(torch.tensor(2.0).log().item())
+        with pytest.raises(ValueError, match="registered already"):
+            register_loss("test_only_log_sigmoid")(log_sigmoid)
+    finally:
+        del losses.registry._REGISTRY["test_only_log_sigmoid"]
+
+
+def mixture(parts):
+    return {"loss": "mixture", "parts": parts, **REFERENCE}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: apo_down, apo_zero, bco_pair"),
+        ({"beta": -1.0}, "beta .* at least 0, got -1"),
+        ({"beta": float("nan")}, "beta of loss 'plad_ranking' must be a finite number, got nan"),
+        ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),
+        ({"loss": "plad_margin"}, "needs scores"),
+        ({"group_size": 1}, "groups of 2 or more"),
+        ({"group_size": 0}, "group_size must be a whole number of at least 1"),
+        ({"group_size": 3}, "4 sequences do not form groups of 3"),
+        ({"sft_weight": -0.1}, "sft_weight must not be negative"),
+        ({"length_normalization": -1}, "length_normalization must be at least 0"),
+        ({"loss": lambda logps: logps.sum()}, r"for 2 groups the shape \(2,\)"),
+        ({"loss": lambda logps, *, tau: logps[:, 0]}, "needs the option tau"),
+        ({"loss": lambda logps, *, bias=0.0: logps[:, 0] + bias}, "a parameter named 'bias'"),
+        ({"loss": lambda logps: logps[:, 0] - logps.mean()}, "treat groups independently"),
+        ({"loss": lambda logps: logps[:, 0] * torch.ones(3)}, "failed on two groups"),
+        ({"loss": torch.relu}, "shows no signature"),
+        ({"num_groups": -1}, "num_groups must not be negative"),
+        ({"num_tokens": torch.ones(1)}, "num_tokens must be a number or a scalar"),
+        ({"length_normalization": float("nan")}, "length_normalization must be at least 0"),
+        ({"scores": torch.zeros(2)}, r"scores must have the shape of sums, \(4,\)"),
+        ({"loss": "dpo"}, "loss 'dpo' needs reference_logps"),
+        ({"reference_logps": torch.zeros(3)}, r"reference_logps must have the shape of sums"),
+        ({"loss": "dpo", **REFERENCE, "beta": 0.0}, "beta .* must be positive, got 0"),
+        ({"loss": "dpo", **REFERENCE, "label_smoothing": 0.5}, r"must lie in \[0, 0.5\), got 0.5"),
+        ({"loss": "ipo", **REFERENCE, "group_size": 1}, "groups of 2 or more"),
+        ({"beta": "3"}, "beta of loss 'plad_ranking' must be a number, got '3'"),
+        ({"beta": math.inf}, "beta of loss 'plad_ranking' must be a finite number"),
+        ({"loss": "dpo", **REFERENCE, "f_divergence": 1}, "f_divergence of loss 'dpo' is a name"),
+        (
+            {"loss": "dpo", **REFERENCE, "f_divergence": "kl"},
+            "f_divergence 'kl'; known: reverse_kl",
+        ),
+        ({"loss": "exo_pair", **REFERENCE, "label_smoothing": 0.0}, r"must lie in \(0, 0.5\)"),
+        ({"loss": "dpo_robust", **REFERENCE, "label_smoothing": 0.5}, r"must lie in \[0, 0.5\)"),
+        ({"loss": "discopop", **REFERENCE, "tau": 2.0}, r"tau .* \(0, 1\], got 2.0"),
+        ({"loss": "cpo", "beta": 0.0}, "beta .* above 0, got 0"),
+        ({"loss": "simpo", "gamma": -1.0}, "gamma .* at least 0, got -1"),
+        ({"loss": "simpo", "alpha": math.nan}, "alpha of loss 'simpo' .* finite number, got nan"),
+        ({"loss": "slic", "delta": -1.0}, "delta .* at least 0, got -1"),
+        ({"loss": "orpo", "beta": -1.0}, "beta is a weight: .* at least 0, got -1"),
+        ({"loss": "bco_pair", **REFERENCE, "group_size": 1}, "groups of 2 or more"),
+        ({"loss": "kto", **REFERENCE}, "loss 'kto' needs the option kl"),
+        ({"loss": "kto", **REFERENCE, "kl": -1.0}, "kl .* at least 0, got -1"),
+        ({"loss": "kto", **REFERENCE, "kl": "1"}, "kl must be a number, got '1'"),
+        ({"loss": "kto", **REFERENCE, "kl": torch.tensor(math.nan)}, "kl .* at least 0, got nan"),
+        ({"loss": 5}, "loss must be the name of a loss or a function, got 5; known losses: apo"),
+        ({"loss": ["dpo"]}, r"loss must be the name of a loss or a function, got \['dpo'\]"),
+        ({"loss": lambda logps: logps[:, 0] > 0}, r"per group: .* of torch\.bool"),
+        ({"beta": torch.ones(2)}, r"beta of loss 'plad_ranking' must be one .* shape \(2,\)"),
+        ({"beta": torch.tensor(math.inf)}, "beta of loss 'plad_ranking' must be a finite number"),
+        ({"loss": "dpo", **REFERENCE, "f_alpha": math.nan}, "f_alpha of loss 'dpo' must be a fin"),
+        ({"sft_weight": math.inf}, "sft_weight must not be negative, and must be finite"),
+        ({"group_size": True}, "group_size must be a whole number"),
+        ({"group_size": 10**6 + 1, "loss": "plad_listwise"}, "do not form groups of 1000001"),
+        ({"num_groups": math.nan}, "num_groups must not be negative or infinite, got nan"),
+        ({"scores": [0.0] * 4}, "scores must be a tensor"),
+        ({"loss": "kto", **REFERENCE, "kl": torch.ones(2)}, r"one number, got .* shape \(2,\)"),
+        ({"loss": "kto", **REFERENCE, "kl": 0, "group_size": 1}, "kto needs scores for groups of"),
+        ({"loss": "kto", **REFERENCE, "kl": 0, "desirable_weight": -1}, "desirable_weight is a w"),
+        (mixture({}), "parts must be like"),
+        (mixture({"dpo": 0.5}), r"parts\['dpo'\] must map names of options to values, got 0.5"),
+        (mixture({"dpo2": {}}), "unknown loss 'dpo2'"),
+        (mixture({"dpo": {"weight": -1}}), "the weight of 'dpo' in parts .* got -1"),
+        (mixture({"dpo": {"weight": "1"}}), "the weight of 'dpo' in parts must be a number"),
+        (mixture({"dpo": {"beta": "1"}}), "beta of loss 'dpo' must be a number, got '1'"),
+        (mixture({"dpo": {"beta": math.inf}}), "beta of loss 'dpo' must be a finite number"),
+        (mixture({losses.dpo: {}}), "parts must name registered losses"),
+        (mixture({"dpo": {"tau": 1}}), "'dpo' in parts has no option 'tau'; it has: weight, beta"),
+        (mixture({"kto": {}}), "'kto' in parts needs the option 'kl'"),
+        ({"loss": "mixture", "parts": {"cpo": {}, "dpo": {}}}, "'mixture' needs reference_logps"),
+        (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),
+        (mixture({"plad_margin": {}}), "'plad_margin' needs scores"),
+        (mixture({"mixture": {}}), "parts of a mixture cannot be mixtures"),
+    ],
+)
+def test_refusals_say_what_was_wrong(options, message):
+    with pytest.raises(UsageError, match=message):
+        preference_loss(torch.zeros(4), torch.ones(4).long(), **options)
+
+
+def test_a_function_is_probed_once_with_its_options():
+    calls = []
+
+    def loss(logps, *, beta=1.0):
+        calls.append(len(logps))
+        return beta * logps.sum(1)
+
+    def value(**options):
+        return preference_loss(torch.zeros(6), torch.ones(6).long(), loss=loss, **options)
+
+    for options in ({}, {}, {"beta": 2.0}, {"beta": 2.0}, {"beta": 2}, {"group_size": 3}, {}):
+        value(**options)
+    probe = [2, 1, 1]
+    assert calls == [*probe, 3, 3, *probe, 3, 3, *probe, 3, *probe, 2, 3]
+    with pytest.raises(UsageError, match="one number per group"):
+        preference_loss(torch.zeros(2), torch.ones(2).long(), loss=lambda logps: logps)
+
+
+def test_nested_options_and_partials_are_probed_once_too():
+    """A mixture's parts, and what binds a number or a tensor () of another value at every step."""
+    calls = []
+
+    def loss(logps, *, parts=None, scale=1.0):
+        calls.append(len(logps))
+        return scale * logps.sum(1)
+
+    def value(loss=loss, **options):
+        return preference_loss(torch.zeros(6), torch.ones(6).long(), loss=loss, **options)
+
+    def new():
+        found = list(calls)
+        calls.clear()
+        return found
+
+    probe = [2, 1, 1]
+    for parts in ({"a": {"weight": 1.0}}, {"a": {"weight": 2.0}}, {"a": {"names": ["b"]}}):
+        value(parts=parts)
+        assert new() == [*probe, 3]
+        value(parts=copy.deepcopy(parts))
+        assert new() == [3]
+    for bound in ({"scale": 2.0}, {"scale": torch.tensor(2.0)}, {"parts": {"a": 1}}):
+        value(functools.partial(loss, **bound))
+        assert new() == [*probe, 3]
+        value(functools.partial(loss, **bound))
+        assert new() == [3]
+    value(functools.partial(loss, scale=torch.tensor(3.0)))
+    assert new() == [3]
+    # What may change under the same name is probed every time.
+    for _ in range(2):
+        value(functools.partial(loss, parts={"a": object()}))
+        assert new() == [*probe, 3]
+
+
+def test_what_a_loss_returns_is_looked_at_in_every_call():
+    """It is probed once, and may change with what it looks up."""
+    dims = [1]
+
+    def loss(logps):
+        return logps.sum(dims)
+
+    preference_loss(torch.zeros(4), torch.ones(4).long(), loss=loss)
+    dims.append(0)
+    with pytest.raises(UsageError, match=r"for 2 groups the shape \(2,\), got \(\) of"):
+        preference_loss(torch.zeros(4), torch.ones(4).long(), loss=loss)

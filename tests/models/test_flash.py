@@ -1,0 +1,351 @@
+"""The call of flash-attn, on a CPU: its indices and options, against a stand-in in plain torch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import plad_fast.models.attention.flash
+import plad_fast.models.attention.packed
+from plad_fast.data.packing import PreferenceCollator
+from plad_fast.data.row_layout import RowLayout
+from plad_fast.errors import UsageError
+from plad_fast.models.attention.flash import load_flash
+from plad_fast.models.attention.packed import packed_attention
+from plad_fast.models.head import causal_lm_logprobs
+from plad_fast.models.sharing import prepare
+from tests.support.naive import attention_by_definition, features, naive_logprobs, relative
+from tests.support.tiny_models import WINDOW, make_model
+
+ROW = RowLayout(((9, 5, 3), (7,), (3, 6, 0, 6), (1, 1, 1)))
+GROUPS = features([9, 7, 3], [(5, 3), (1, 4), (6, 6)])
+
+
+def varlen_attention(
+    q,  # (total_q, H, C)
+    k,  # (total_k, G, C)
+    v,  # (total_k, G, C)
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    causal,
+    window_size,
+    softcap,
+):
+    """What flash-attn's documentation says, sequence by sequence, in float64.
+
+    "If causal=True, the causal mask is aligned to the bottom right corner of the attention matrix
+    [...] query at position i will only attend to keys between [i + seqlen_k - seqlen_q -
+    window_size[0], i + seqlen_k - seqlen_q + window_size[1]] inclusive"; -1: no limit.
+    """
+    assert q.dtype == k.dtype == v.dtype
+    assert q.dtype in (torch.bfloat16, torch.float16)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert q.shape[2] == k.shape[2] == v.shape[2]
+    assert k.shape[1] == v.shape[1]
+    assert q.shape[1] % k.shape[1] == 0
+    for offsets, total, longest in (
+        (cu_seqlens_q, len(q), max_seqlen_q),
+        (cu_seqlens_k, len(k), max_seqlen_k),
+    ):
+        assert offsets.dtype == torch.int32
+        assert offsets.is_contiguous()
+        assert offsets[0] == 0
+        assert offsets[-1] == total
+        assert isinstance(longest, int)
+        assert longest == offsets.diff().max()
+    assert len(cu_seqlens_q) == len(cu_seqlens_k)
+    out = []
+    share = q.shape[1] // k.shape[1]
+    left, right = window_size
+    for i in range(len(cu_seqlens_q) - 1):
+        queries = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]].double().transpose(0, 1)
+        keys, values = (
+            x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].double().repeat_interleave(share, 1)
+            for x in (k, v)
+        )
+        scores = queries @ keys.permute(1, 2, 0) * (softmax_scale or q.shape[-1] ** -0.5)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        shift = scores.shape[2] - scores.shape[1]
+        distance = torch.arange(scores.shape[1])[:, None] + shift - torch.arange(scores.shape[2])
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if causal:
+            hidden |= distance < 0
+        if left >= 0:
+            hidden |= distance > left
+        if right >= 0:
+            hidden |= -distance > right
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(2)
+        out.append((weights @ values.transpose(0, 1)).transpose(0, 1))
+    return torch.cat(out)
+
+
+class Fake:
+    """`flash_attn_varlen_func` of some version; keeps count of its calls.
+
+    Args:
+        version: "2"; "2 before softcap"; "3", which returns the log-sum-exp too and knows neither
+            dropout nor the deterministic option.
+        exact: return float64, so that indices can be told from rounding.
+    """
+
+    def __init__(self, version="2", *, exact=False):
+        self.calls, self.exact = [], exact
+        self.function = getattr(
+            self, {"2": "two", "2 before softcap": "old", "3": "three"}[version]
+        )
+
+    def two(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+        softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+        deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        assert alibi_slopes is None
+        assert block_table is None
+        assert not return_attn_probs
+        return self._run(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            softmax_scale, causal, window_size, softcap,
+            dropout_p=dropout_p, deterministic=deterministic,
+        )  # fmt: skip
+
+    def old(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+        softmax_scale=None, causal=False, return_attn_probs=False,
+    ):  # fmt: skip
+        return self._run(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            softmax_scale, causal, (-1, -1), 0.0,
+        )  # fmt: skip
+
+    def three(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
+        seqused_k=None, softmax_scale=None, causal=False, qv=None, window_size=(-1, -1),
+        attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
+    ):  # fmt: skip
+        assert qv is None
+        assert not attention_chunk
+        out = self._run(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            softmax_scale, causal, window_size, softcap,
+        )  # fmt: skip
+        return out, torch.zeros(q.shape[1], len(q))
+
+    def _run(self, q, *arguments, **options):
+        self.calls.append(options)
+        out = varlen_attention(q, *arguments)
+        return out if self.exact else out.to(q.dtype)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    def put(*args, **kwargs):
+        fake = Fake(*args, **kwargs)
+        for module in (plad_fast.models.attention.flash, plad_fast.models.attention.packed):
+            monkeypatch.setattr(module, "load_flash", lambda **_: fake.function)
+        return fake
+
+    return put
+
+
+def qkv(layout, dtype=torch.bfloat16):
+    draw = torch.Generator().manual_seed(0)
+    shapes = (4, 2, 2)
+    return [
+        torch.randn(1, heads, layout.num_tokens, 8, generator=draw).to(dtype).requires_grad_()
+        for heads in shapes
+    ]
+
+
+def exact_and_gradients(out, tensors):
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    gradients = torch.autograd.grad(out, tensors, upstream.to(out.dtype))
+    return out.double(), torch.cat([g.double() for g in gradients], 1)
+
+
+@pytest.mark.parametrize("version", ["2", "3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scaling": 0.7},
+        {"sliding_window": 1},
+        {"sliding_window": WINDOW},
+        {"sliding_window": 100},
+        {"softcap": 1.5, "sliding_window": WINDOW},
+    ],
+)
+def test_the_call_means_the_definition(install, version, dtype, options):
+    """Exactly, where the stand-in does not round; else no worse than the definition rounded."""
+    tensors = qkv(ROW, dtype)
+    names = {"scaling": "scale", "sliding_window": "window"}
+    renamed = {names.get(name, name): value for name, value in options.items()}
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    truth = exact_and_gradients(attention_by_definition(*wide, ROW, **renamed), wide)
+    yardstick = exact_and_gradients(attention_by_definition(*tensors, ROW, **renamed), tensors)
+    for exact in (True, False):
+        fake = install(version, exact=exact)
+        out = packed_attention(nn.Module(), *tensors, ROW, implementation="flash", **options)
+        assert len(fake.calls) == 1
+        assert out.shape == (1, ROW.num_tokens, 4, 8)
+        found = exact_and_gradients(out, tensors)
+        if exact:
+            assert relative(found[0], truth[0]) < 1e-12
+        else:
+            assert out.dtype == dtype
+            rounding = torch.finfo(dtype).eps
+            for mine, other, true in zip(found, yardstick, truth, strict=True):
+                assert relative(mine, true) <= 2 * relative(other, true) + rounding
+
+
+@pytest.mark.parametrize("widths", [(12, 8), (8, 12)])
+def test_values_may_be_of_another_width(install, widths):
+    """Multi-head latent attention has such; flash-attn takes one width."""
+    fake = install(exact=True)
+    of_keys, of_values = widths
+    query, key, value = (
+        torch.randn(1, heads, ROW.num_tokens, width).bfloat16()
+        for heads, width in ((4, of_keys), (2, of_keys), (2, of_values))
+    )
+    out = packed_attention(nn.Module(), query, key, value, ROW, implementation="flash")
+    assert len(fake.calls) == 1
+    wide = (x.double() for x in (query, key, value))
+    assert relative(out, attention_by_definition(*wide, ROW)) < 1e-12
+
+
+def test_the_call_is_deterministic_where_it_can_be(install):
+    fake = install("2")
+    packed_attention(nn.Module(), *qkv(ROW), ROW, implementation="flash")
+    packed_attention(nn.Module(), *qkv(ROW), ROW, implementation="flash", dropout=0.25)
+    assert [call["deterministic"] for call in fake.calls] == [True, True]
+    assert [call["dropout_p"] for call in fake.calls] == [0.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "message"),
+    [
+        ("2 before softcap", {"softcap": 1.0}, "no softcap"),
+        ("2 before softcap", {"softcap": 1.0, "sliding_window": 2}, "no softcap, window_size"),
+        ("3", {"dropout": 0.1}, "no dropout_p"),
+        ("2", {"s_aux": torch.zeros(4)}, "lacks the softcap, sink or dropout"),
+    ],
+)
+def test_what_a_version_lacks_is_refused(install, version, options, message):
+    fake = install(version)
+    with pytest.raises(UsageError, match=message):
+        packed_attention(nn.Module(), *qkv(ROW), ROW, implementation="flash", **options)
+    assert fake.calls == []
+
+
+def test_float32_is_refused(install):
+    fake = install()
+    tensors = qkv(ROW, torch.float32)
+    with pytest.raises(UsageError, match=r"bfloat16 and float16, not torch\.float32"):
+        packed_attention(nn.Module(), *tensors, ROW, implementation="flash")
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "gemma2", "mistral", "gpt2"])
+def test_whole_models(install, name, layout):
+    """In bfloat16: one call a layer, and no further from float32 than eager attention is."""
+    fake = install()
+    batch = PreferenceCollator(0, 2, layout=layout)(GROUPS)
+    exact = make_model(name).bfloat16().float()
+    exact.set_attn_implementation("eager")
+    with torch.no_grad():
+        truth = torch.cat(naive_logprobs(exact, GROUPS))
+        found = {}
+        for attention in ("flash", "eager"):
+            model = make_model(name).bfloat16()
+            model.set_attn_implementation("eager")
+            assert prepare(model, layout, attention=attention) == layout
+            fake.calls.clear()
+            found[attention] = causal_lm_logprobs(model, batch).token_logprobs
+            assert len(fake.calls) == (3 if attention == "flash" else 0)
+    errors = {name: relative(logprobs.float(), truth) for name, logprobs in found.items()}
+    assert errors["flash"] <= 2 * errors["eager"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_autocast(install, name):
+    """Weights in float32: queries and keys leave the rotation, or a norm, in float32 as well."""
+    fake = install()
+    model = make_model(name)
+    batch = PreferenceCollator(0, 2, layout="shared")(GROUPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepare(model, attention="flash") == "shared"
+        fake.calls.clear()
+        found = causal_lm_logprobs(model, batch).sums
+    assert len(fake.calls) == 3
+    expected = torch.stack([each.sum() for each in naive_logprobs(make_model(name), GROUPS)])
+    assert relative(found, expected) < 0.05
+    found.sum().backward()
+
+
+def installed(monkeypatch, **packages):
+    """Makes modules importable, and all others that might hold flash-attn not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    for name in ("flash_attn_interface", "flash_attn", "kernels"):
+        monkeypatch.setitem(sys.modules, name, packages.get(name))
+    load_flash.cache_clear()
+    return load_flash(from_hub=True)
+
+
+@pytest.fixture
+def forget():
+    yield
+    load_flash.cache_clear()
+
+
+def module(**entries):
+    return types.SimpleNamespace(**entries)
+
+
+@pytest.mark.usefixtures("forget")
+def test_the_newest_version_is_taken(monkeypatch):
+    three, two = module(flash_attn_varlen_func=3), module(flash_attn_varlen_func=2)
+    hub = module(get_kernel=lambda name, **_: module(flash_attn_varlen_func=name))
+    assert installed(monkeypatch, flash_attn_interface=three, flash_attn=two) == 3
+    assert installed(monkeypatch, flash_attn=two, kernels=hub) == 2
+    assert (
+        installed(monkeypatch, flash_attn=module(), kernels=hub) == "kernels-community/flash-attn2"
+    )
+    assert installed(monkeypatch) is None
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_broken_hub_kernel_is_none(monkeypatch):
+    def fail(name, **_):
+        raise FileNotFoundError(f"no build of {name} for this torch")
+
+    assert installed(monkeypatch, kernels=module(get_kernel=fail)) is None
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_broken_build_is_named(monkeypatch, caplog):
+    def fail(name):
+        raise RuntimeError("undefined symbol")
+
+    monkeypatch.setattr(plad_fast.models.attention.flash.importlib, "import_module", fail)
+    with caplog.at_level(logging.WARNING, logger="plad_fast"):
+        assert installed(monkeypatch) is None
+    assert "flash_attn is installed and does not load: undefined symbol" in caplog.text
+
+
+@pytest.mark.usefixtures("forget")
+def test_no_gpu_no_flash():
+    load_flash.cache_clear()
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert load_flash() is None

@@ -1,0 +1,560 @@
+"""The op against the float64 oracle: values, gradients, edge cases, memory of poison."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plad_fast import UsageError, linear_sequence_logprobs, sequence_logprobs
+from plad_fast.losses import segments
+from plad_fast.models.devices import autocast_dtype
+from plad_fast.ops import backend as dispatch
+from plad_fast.ops.impl import products
+from plad_fast.ops.reference import reference_logits
+from plad_fast.recipe.doctor import diagnose
+from tests.support.problems import (
+    assert_within_budget,
+    make_problem,
+    oracle,
+    problems,
+)
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def upstream(like: torch.Tensor, kind: str, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    if kind == "sparse":
+        grad = grad * (torch.rand(like.shape, generator=generator) < 0.4)
+    return (grad * (kind != "zero")).to(like.dtype)
+
+
+@given(
+    problem=problems(),
+    alpha=st.sampled_from([0.0, 0.6, 1.0]),
+    kind=st.sampled_from(["random", "sparse", "zero"]),
+)
+def test_values_and_gradients_equal_the_oracle(problem, alpha, kind):
+    """Any shape, option and upstream gradient, to float64 precision."""
+    ours = linear_sequence_logprobs(*problem.inputs, length_normalization=alpha, **problem.options)
+    sums, tokens = oracle(problem, alpha)
+    torch.testing.assert_close(ours.sums, sums)
+    torch.testing.assert_close(ours.token_logprobs, tokens)
+    grads = upstream(sums, kind), upstream(tokens, kind, seed=2)
+    got = torch.autograd.grad([ours.sums, ours.token_logprobs], problem.leaves, grads)
+    want = torch.autograd.grad([sums, tokens], problem.leaves, grads)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("scratch_rows", [1, 4, None], ids=["row by row", "chunks", "at once"])
+@pytest.mark.parametrize("softcap", [None, 0.9])
+def test_gradcheck(scratch_rows, softcap):
+    """Numerical derivatives, of the sums, the tokens and the log-sum-exp."""
+    problem = make_problem(
+        [3, 0, 5], bias=True, ignored=0.2, scratch_rows=scratch_rows, softcap=softcap,
+        logit_scale=0.8, temperature=1.4, vocab=7, width=3,
+    )  # fmt: skip
+
+    def op(hidden, weight, bias):
+        options = {**problem.options, "bias": bias}
+        out = linear_sequence_logprobs(
+            hidden, weight, problem.targets, problem.cu_seqlens,
+            length_normalization=0.5, return_lse=True, **options,
+        )  # fmt: skip
+        return out.sums, out.token_logprobs, out.lse
+
+    assert torch.autograd.gradcheck(op, tuple(problem.leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("scratch_rows", [5, None])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_error_budget(dtype, scratch_rows, softcap):
+    """No worse than twice torch's own error, with logits of realistic size."""
+    problem = make_problem(
+        [30, 7, 41], width=64, vocab=503, bias=True, scale=0.4, softcap=softcap,
+        scratch_rows=scratch_rows,
+    ).to(dtype)  # fmt: skip
+    truth, yardstick = problem.to(torch.float64), problem.to(dtype)
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    results = [oracle(p) for p in (yardstick, truth)]
+    assert ours.sums.dtype == torch.float32
+    assert_within_budget(ours.token_logprobs, results[0][1], results[1][1], "token_logprobs")
+    assert_within_budget(ours.sums, results[0][0], results[1][0], "sums")
+    grads = [
+        torch.autograd.grad(sums, p.leaves, upstream(sums, "random"))
+        for sums, p in (
+            (ours.sums, problem), (results[0][0], yardstick), (results[1][0], truth)
+        )
+    ]  # fmt: skip
+    for name, got, same, want in zip(("hidden", "weight", "bias"), *grads, strict=True):
+        assert got.dtype == dtype
+        assert_within_budget(got, same, want, f"d_{name}")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_16_bit_logits_are_not_rounded_to_16_bits(dtype):
+    """Products of 16-bit operands are exact to float32 or nearly: 2**-15 of the largest logit."""
+    problem = make_problem([64], width=64, vocab=503, dtype=dtype, scale=1.0)
+    truth = problem.to(torch.float64)
+    logits = reference_logits(truth.hidden, truth.weight)
+    want = oracle(truth)[1]
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    assert (ours.token_logprobs - want).abs().max() < 2**-15 * logits.abs().max()
+
+
+def test_confident_targets_keep_their_gradient():
+    """At p = 1 - 1e-6 the gradient is 1 - p, row by row; torch itself has two digits left there."""
+    problem = make_problem([64], width=8, vocab=37, dtype=torch.float32)
+    with torch.no_grad():
+        problem.weight.zero_()
+        problem.weight[:, 0] = torch.linspace(-1, 0, 37)
+        problem.weight[5, 0] = 1.0
+        problem.hidden.zero_()
+        problem.hidden[:, 0] = torch.linspace(12, 17, 64)
+    problem.targets.fill_(5)
+    truth = problem.to(torch.float64)
+    rest = -torch.expm1(oracle(truth)[1])
+    assert 0 < rest.min() < 1e-6 < rest.max() < 1e-3
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    (got,) = torch.autograd.grad(ours.sums.sum(), problem.hidden)
+    (want,) = torch.autograd.grad(oracle(truth)[0].sum(), truth.hidden)
+    error = (got.double() - want)[:, 0].abs() / want[:, 0].abs()
+    assert error.max() < 1e-5
+    (torchs,) = torch.autograd.grad(oracle(problem)[0].sum(), problem.hidden)
+    assert ((torchs.double() - want)[:, 0].abs() / want[:, 0].abs()).max() > 1e-2
+
+
+@pytest.mark.skipif(not products.cpu_multiplies_bfloat16(), reason="no bfloat16 instructions here")
+def test_an_infinite_logit_of_bfloat16_operands_stays_infinite():
+    problem = make_problem([6], vocab=11, dtype=torch.bfloat16)
+    with torch.no_grad():
+        problem.hidden.abs_()
+        problem.weight[3] = -torch.inf
+        problem.targets[problem.targets == 3] = 4
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    assert ours.sums.isfinite().all()
+
+
+def test_the_strategy_of_each_dtype():
+    def kind(dtype, device="cpu"):
+        return type(products.products_for(torch.zeros(2, 2, dtype=dtype, device=device), 64))
+
+    assert kind(torch.float32) is kind(torch.float64) is products.Products
+    assert kind(torch.float16) is products.UpcastProducts
+    native = products.cpu_multiplies_bfloat16()
+    wanted = products.CpuBfloat16Products if native else products.UpcastProducts
+    assert kind(torch.bfloat16) is wanted
+    # Another device need not add in float32 what its CPU does.
+    assert kind(torch.bfloat16, "meta") is products.UpcastProducts
+
+
+@pytest.mark.parametrize(
+    ("machine", "units", "isa", "fast"),
+    [
+        ("x86_64", {"_is_avx512_bf16_supported"}, None, True),
+        ("AMD64", {"_is_amx_tile_supported"}, None, True),
+        ("x86_64", set(), None, False),  # emulated, though oneDNN supports it
+        ("x86_64", None, None, False),  # a torch that cannot be asked
+        ("x86_64", {"_is_avx512_bf16_supported"}, "avx512_core", False),
+        ("x86_64", {"_is_avx512_bf16_supported"}, "AVX512_CORE_BF16", True),
+        ("x86_64", {"_is_amx_tile_supported"}, "AVX512_CORE_BF16", False),
+        ("x86_64", {"_is_amx_tile_supported"}, "AVX512_CORE_AMX", True),
+        ("aarch64", None, None, True),  # torch's own test is right there
+    ],
+)
+def test_one_test_of_the_cpu_decides_on_bfloat16_everywhere(machine, units, isa, fast, monkeypatch):
+    """Precision auto, the products of the op, and what doctor says of both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    supported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", supported)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+        if units is not None:
+            monkeypatch.setattr(torch.cpu, name, lambda name=name: name in units, raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if isa is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    taken = torch.bfloat16 if fast else torch.float32
+    strategy = products.CpuBfloat16Products if fast else products.UpcastProducts
+    assert autocast_dtype("auto") == taken
+    assert type(products.products_for(torch.zeros(2, 2, dtype=torch.bfloat16), 64)) is strategy
+    page = diagnose()
+    assert f"auto is {str(taken).removeprefix('torch.')}" in page
+    assert str(strategy.__doc__).splitlines()[0].rstrip(".") in page
+    for name, (test, _) in products._X86_UNITS.items():
+        assert (name in page) == (not fast or test in (units or ()))
+
+
+def test_the_units_named_are_those_that_onednn_may_use(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    supported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", supported)
+    for test, _ in products._X86_UNITS.values():
+        monkeypatch.setattr(torch.cpu, test, lambda: True, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # as if it were not set, which the older name is
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX512_CORE_FP16")
+    assert products.cpu_bfloat16_units() == ("AVX512-BF16",)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
+    assert products.cpu_bfloat16_units() == ("AVX512-BF16", "AMX")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products.cpu_bfloat16_units()
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert autocast_dtype("auto") == torch.float32
+    assert autocast_dtype("bfloat16") == torch.bfloat16
+
+
+STRATEGIES = [products.UpcastProducts, products.CpuBfloat16Products, products.CudaHalfProducts]
+
+
+@pytest.mark.parametrize("adds_to_wide", [False, True], ids=["torch 2.8", "torch 2.10"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
+    """Also the GPU's, with the product that hands out its accumulators put in place on the CPU."""
+    real = {name: getattr(torch, name) for name in ("mm", "addmm")}
+
+    def wide(name):
+        def product(*operands, out_dtype=None, **options):
+            if out_dtype is None:
+                return real[name](*operands, **options)
+            *added, first, second = operands
+            allowed = {first.dtype, out_dtype} if adds_to_wide else {first.dtype}
+            assert first.dtype == second.dtype
+            assert {x.dtype for x in added} <= allowed
+            return real[name](*(x.to(out_dtype) for x in operands), **options)
+
+        return product
+
+    for name in real:
+        monkeypatch.setattr(torch, name, wide(name))
+    monkeypatch.setattr(products, "_ADDS_TO_WIDE", adds_to_wide)
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 12, generator=draw).to(dtype) for n in (9, 50))
+    # Float16 cannot hold these without the strategy's own scale; bfloat16 can.
+    d_logits = 1e-9 * torch.randn(9, 50, generator=draw)
+    if dtype == torch.float16 and strategy is products.CpuBfloat16Products:
+        d_logits *= 1e9
+    made = strategy(weight, block_bytes=700)
+    out = torch.empty(9, 50)
+    made.logits(hidden, out)
+    truth = hidden.double() @ weight.double().T
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=2**-15 * truth.abs().max().item())
+    first = torch.full((50, 12), torch.nan)
+    operand = made.operand(d_logits.clone())
+    made.add_grad_weight(operand, hidden, first, overwrite=True)
+    twice = first.clone()
+    made.add_grad_weight(operand, hidden, twice, overwrite=False)
+    assert torch.equal(twice, 2 * first)
+    for got, want in (
+        (first, d_logits.double().T @ hidden.double()),
+        (made.grad_hidden(operand), d_logits.double() @ weight.double()),
+    ):
+        assert (got.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
+
+
+def test_logits_far_beyond_the_softcap():
+    """tanh is flat there: gradients vanish, and nothing overflows."""
+    problem = make_problem([9], scale=1e3, softcap=2.0, dtype=torch.float32)
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    sums, _ = oracle(problem)
+    torch.testing.assert_close(ours.sums, sums)
+    got = torch.autograd.grad(ours.sums.sum(), problem.leaves)
+    want = torch.autograd.grad(sums.sum(), problem.leaves)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_a_masked_vocabulary_entry():
+    """A bias of -inf takes an entry out of the softmax, as logit masks do."""
+    problem = make_problem([6], bias=True, vocab=11)
+    with torch.no_grad():
+        problem.bias[3] = -torch.inf
+        problem.targets[problem.targets == 3] = 4
+    ours = linear_sequence_logprobs(*problem.inputs, return_entropy=True, **problem.options)
+    (d_hidden,) = torch.autograd.grad(ours.sums.sum(), problem.hidden)
+    assert d_hidden.isfinite().all()
+    assert ours.entropy.isfinite().all()
+    torch.testing.assert_close(ours.sums, oracle(problem)[0])
+
+
+@pytest.mark.parametrize("missing", ["hidden", "weight", "bias"])
+def test_a_frozen_input_gets_no_gradient_and_changes_no_other(missing):
+    problem = make_problem([5, 4], bias=True)
+    names = [n for n in ("hidden", "weight", "bias") if n != missing]
+    sums = oracle(problem)[0]
+    want = torch.autograd.grad(sums.prod(), [getattr(problem, n) for n in names])
+    getattr(problem, missing).requires_grad_(False)
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    ours.sums.prod().backward()
+    assert getattr(problem, missing).grad is None
+    for name, w in zip(names, want, strict=True):
+        torch.testing.assert_close(getattr(problem, name).grad, w)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+def test_no_tokens_at_all(lengths):
+    """N = 0: zeros with a graph, so that a loss on them can be added and differentiated."""
+    problem = make_problem(lengths)
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    assert ours.sums.tolist() == [0.0] * len(lengths)
+    ours.sums.sum().backward()
+    assert problem.hidden.grad.shape == (0, 8)
+    assert not problem.weight.grad.any()
+
+
+def test_all_targets_ignored():
+    problem = make_problem([3, 2], ignored=1.0)
+    ours = linear_sequence_logprobs(*problem.inputs, length_normalization=1.0, **problem.options)
+    assert ours.sums.tolist() == [0.0, 0.0]
+    assert ours.counts.tolist() == [0, 0]
+    ours.sums.sum().backward()
+    assert not problem.hidden.grad.any()
+
+
+def test_ignored_rows_never_reach_the_product():
+    """A prompt's or a pad's hidden state may hold anything, NaN included."""
+    problem = make_problem([4, 4])
+    problem.targets[2] = -100
+    with torch.no_grad():
+        problem.hidden[2] = torch.nan
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    ours.sums.sum().backward()
+    assert ours.sums.isfinite().all()
+    assert problem.weight.grad.isfinite().all()
+    assert not problem.hidden.grad[2].any()
+
+
+def test_lse_and_entropy_on_request():
+    problem = make_problem([4, 3], ignored=0.3, bias=True, softcap=3.0)
+    ours = linear_sequence_logprobs(
+        *problem.inputs, return_lse=True, return_entropy=True, **problem.options
+    )
+    logits = reference_logits(problem.hidden, problem.weight, problem.bias, **problem.spec)
+    keep = problem.targets != -100
+    logprobs = logits.log_softmax(1)
+    torch.testing.assert_close(ours.lse, logits.logsumexp(1) * keep)
+    torch.testing.assert_close(ours.entropy, -(logprobs.exp() * logprobs).sum(1).detach() * keep)
+    assert not ours.entropy.requires_grad
+    plain = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    assert plain.lse is None
+    assert plain.entropy is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_reruns_are_bit_identical(dtype):
+    results = []
+    for _ in range(2):
+        problem = make_problem([50, 3, 20], width=33, vocab=211, dtype=dtype, scratch_rows=7)
+        ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+        grads = torch.autograd.grad(ours.sums, problem.leaves, upstream(ours.sums, "random"))
+        results.append([ours.sums, ours.token_logprobs, *grads])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_uninitialised_memory_is_never_read(monkeypatch):
+    """Every buffer that is not written before it is read would show as NaN."""
+    real_empty, real_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = make_problem([5, 0, 6], dtype=dtype, bias=True, softcap=3.0, scratch_rows=3)
+        ours = linear_sequence_logprobs(*problem.inputs, return_entropy=True, **problem.options)
+        ours.sums.sum().backward()
+        assert ours.sums.isfinite().all()
+        assert ours.entropy.isfinite().all()
+        assert all(leaf.grad.isfinite().all() for leaf in problem.leaves)
+
+
+@pytest.mark.parametrize("cast_weight", [False, True])
+def test_autocast_multiplies_in_16_bits_and_sums_in_32(cast_weight):
+    """float32 parameters under autocast: bfloat16 product, float32 results, float32 gradients."""
+    problem = make_problem([9, 8], width=16, dtype=torch.float32)
+    hidden = problem.hidden.detach().bfloat16() if cast_weight else problem.hidden
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = linear_sequence_logprobs(hidden, *problem.inputs[1:], **problem.options)
+    ours.sums.sum().backward()
+    assert ours.sums.dtype == torch.float32
+    assert problem.weight.grad.dtype == torch.float32
+    half = problem.to(torch.bfloat16)
+    want = linear_sequence_logprobs(*half.inputs, **half.options)
+    assert torch.equal(ours.sums, want.sums)
+
+
+@given(problem=problems(), alpha=st.sampled_from([0.0, 1.0]))
+def test_stored_logits_give_the_same(problem, alpha):
+    """The second op, for those who hold logits: same values, gradients to the logits."""
+    logits = reference_logits(problem.hidden, problem.weight, problem.bias)
+    ours = sequence_logprobs(
+        logits, problem.targets, problem.cu_seqlens, length_normalization=alpha,
+        scratch_bytes=problem.scratch_bytes, **problem.spec,
+    )  # fmt: skip
+    sums, tokens = oracle(problem, alpha)
+    torch.testing.assert_close(ours.sums, sums)
+    torch.testing.assert_close(ours.token_logprobs, tokens)
+    grads = upstream(sums, "random")
+    got = torch.autograd.grad(ours.sums, problem.leaves, grads)
+    want = torch.autograd.grad(sums, problem.leaves, grads)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("scratch_bytes", [1, 2**20])
+def test_stored_logits_of_a_padded_batch(scratch_bytes):
+    """As a model returns them: the last position is cut off by a view, which is not copied."""
+    draw = torch.Generator().manual_seed(0)
+    full = torch.randn(3, 6, 11, dtype=torch.float64, generator=draw, requires_grad=True)
+    logits = full[:, :-1]
+    targets = torch.randint(11, (3, 5), generator=draw)
+    targets[1, 2:] = -100
+    ours = sequence_logprobs(logits, targets, scratch_bytes=scratch_bytes)
+    want = (
+        -torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        .reshape(3, 5)
+        .sum(1)
+    )
+    torch.testing.assert_close(ours.sums, want)
+    assert ours.counts.tolist() == [5, 2, 5]
+    for got, wanted in zip(
+        torch.autograd.grad(ours.sums.prod(), full),
+        torch.autograd.grad(want.prod(), full),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_stored_logits_of_ignored_rows_may_hold_anything():
+    logits = torch.zeros(4, 5)
+    logits[2] = torch.nan
+    logits[3] = -torch.inf
+    logits.requires_grad_()
+    ours = sequence_logprobs(logits, torch.tensor([0, 1, -100, -100]), torch.tensor([0, 2, 4]))
+    ours.sums.sum().backward()
+    assert ours.sums.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[2:].any()
+
+
+def test_only_rows_with_a_gradient_are_computed_again(monkeypatch):
+    seen = []
+    real = products.Products.grad_hidden
+    monkeypatch.setattr(
+        products.Products,
+        "grad_hidden",
+        lambda self, operand: seen.append(len(operand.values)) or real(self, operand),
+    )
+    problem = make_problem([3, 4, 5])
+    ours = linear_sequence_logprobs(*problem.inputs, **problem.options)
+    (ours.sums * torch.tensor([1.0, 0.0, 2.0])).sum().backward()
+    assert seen == [8]
+
+
+def test_sums_do_not_lose_what_float32_would():
+    values = torch.full((40_000,), -11.1)
+    ours = segments.segment_sums(values, torch.tensor([0, 40_000]))
+    assert ours.item() == values.double().sum().float().item()
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "cu_seqlens", "message"),
+    [
+        (torch.zeros(2, 3, 5), torch.zeros(3, 2).long(), None, r"shape \(2, 3\), got \(3, 2\)"),
+        (torch.zeros(2, 3, 5), torch.zeros(6).long(), None, r"shape \(2, 3\), got \(6,\)"),
+        (torch.zeros(4, 5), torch.zeros(4).long(), None, "with cu_seqlens, or"),
+        (torch.zeros(4, 5).int(), torch.zeros(4).long(), torch.tensor([0, 4]), "logits must be"),
+        (torch.zeros(4, 5), torch.full((4,), 5), torch.tensor([0, 4]), r"lie in \[0, 5\)"),
+        (torch.zeros(4, 5), torch.zeros(4).long(), torch.tensor([0, 3]), "end at the number"),
+    ],
+)
+def test_refusals_of_stored_logits(logits, targets, cu_seqlens, message):
+    with pytest.raises(UsageError, match=message):
+        sequence_logprobs(logits, targets, cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 3, 8)}, r"hidden must have shape \(N, D\)"),
+        ({"weight": torch.zeros(37, 9)}, "agree in their last dimension"),
+        ({"weight": torch.zeros(0, 8)}, "sharded parameter"),
+        ({"weight": torch.zeros(37, 8).bfloat16()}, "must be alike"),
+        ({"hidden": torch.zeros(6, 8).int()}, "hidden must be one of"),
+        ({"bias": torch.zeros(36)}, "bias has 36 entries"),
+        ({"targets": torch.zeros(5).long()}, r"targets must have shape \(6,\)"),
+        ({"targets": torch.zeros(6)}, "targets must be int64"),
+        ({"targets": torch.full((6,), 37)}, r"lie in \[0, 37\)"),
+        ({"targets": torch.full((6,), -1)}, r"lie in \[0, 37\)"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, "never fall"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "end at the number of tokens"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "S . 1 integers"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"softcap": -1.0}, "softcap must be a positive"),
+        ({"length_normalization": -0.5}, "length_normalization"),
+        ({"scratch_bytes": 0}, "scratch_bytes"),
+        ({"impl": "cuda"}, "unknown impl 'cuda'; this version has: auto, triton, torch"),
+    ],
+)
+def test_refusals_say_what_was_wrong(change, message):
+    arguments = {
+        "hidden": torch.zeros(6, 8),
+        "weight": torch.zeros(37, 8),
+        "targets": torch.zeros(6).long(),
+        "cu_seqlens": torch.tensor([0, 2, 6]),
+    }
+    with pytest.raises(UsageError, match=message):
+        linear_sequence_logprobs(**{**arguments, **change})
+
+
+def test_auto_says_once_what_it_took(caplog):
+    dispatch._announce.cache_clear()
+    problem = make_problem([3])
+    with caplog.at_level(logging.INFO, logger="plad_fast"):
+        for _ in range(3):
+            linear_sequence_logprobs(*problem.inputs)
+    assert [r.message for r in caplog.records] == ["impl='auto' on cpu: using the torch backend"]
+
+
+def test_a_named_backend_is_refused_not_replaced(monkeypatch):
+    """The rule a new backend inherits: it is taken by auto if it can, refused by name if not."""
+    import types
+
+    backend = types.SimpleNamespace(unavailable=lambda tensor: "it is only a test")
+    monkeypatch.setitem(dispatch.BACKENDS, "fake", "fake_module")
+    real = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda n: backend if n == "fake" else real(n))
+    problem = make_problem([3])
+    with pytest.raises(UsageError, match="impl='fake' cannot be used here: it is only a test"):
+        linear_sequence_logprobs(*problem.inputs, impl="fake")
+    assert linear_sequence_logprobs(*problem.inputs, impl="auto").sums.isfinite().all()
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(2, 64), (24, 384), (80, 1024)])
+def test_default_scratch_depends_on_the_gpu_alone(gib, mib, monkeypatch):
+    """Chunks decide the order of sums: with what happens to be free, bits would change."""
+    properties = mock.Mock(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert dispatch.default_scratch_bytes(torch.device("cuda", 0)) == mib * 2**20
+    assert dispatch.default_scratch_bytes(torch.device("cpu")) == 64 * 2**20

@@ -1,0 +1,236 @@
+"""Answers from columns and functions, and which teacher a specification means."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plad_fast.data.prompts import Prompt, load_prompts
+from plad_fast.data.store import AnswerStore
+from plad_fast.errors import UsageError
+from plad_fast.models.devices import best_device
+from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.given import CallableModel, ColumnModel, column_answers
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.sources import (
+    OFFLINE,
+    open_teacher,
+    split_spec,
+    teacher_fingerprint,
+)
+from plad_fast.pairs.generation.text_model import Answer, Failure
+from plad_fast.pairs.generation.vllm_model import VllmModel
+from plad_fast.recipe.settings import DistillConfig
+
+SECRET = "sk-planted-0123456789"
+PROMPTS = [Prompt("a", "A"), Prompt("b", "B"), Prompt("c", "C")]
+
+
+def items(model, prompts=PROMPTS, **sampling):
+    found = [item for batch in model.generate(prompts, Sampling(**sampling)) for item in batch]
+    return {(item.prompt_id, item.sample): item for item in found}
+
+
+def test_a_column_answers_the_prompts_of_its_rows(tmp_path):
+    """Also where ids are made from prompts that repeat, and only some rows are asked."""
+    data = tmp_path / "data.jsonl"
+    rows = [("x", " one "), ("x", "two"), ("y", None), ("z", "  ")]
+    data.write_text("".join(json.dumps({"q": q, "gold": gold}) + "\n" for q, gold in rows))
+    prompts = load_prompts(data, prompt_template="Q: {q}", limit=3)
+    teacher = open_teacher(
+        "column:gold",
+        columns=lambda name: column_answers(str(data), name, prompt_template="Q: {q}"),
+    )
+    with AnswerStore.open(tmp_path / "t.jsonl", {}) as store:
+        found = generate_answers(teacher, prompts, store, Sampling(), progress=False)
+    assert [answer.text for answer in found.first.values()] == ["one", "two"]
+    [failure] = found.failures
+    assert failure == Failure(prompts[2].id, "column:gold has no answer to it")
+    with pytest.raises(UsageError, match=r"no column 'golden'.*'gold'"):
+        column_answers(str(data), "golden", prompt_template="Q: {q}")
+    with pytest.raises(UsageError, match="one answer to a prompt, and 2"):
+        items(teacher, prompts, n=2)
+
+
+def test_a_function_fails_prompt_by_prompt(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", SECRET)
+
+    def function(content):
+        if content == "B":
+            raise LookupError(f"GET https://host/?key={SECRET}\nrefused")
+        return {"A": " said "}.get(content)
+
+    found = items(CallableModel(function, "f"), n=2)
+    assert found["a", 1] == Answer("a", "said", "stop", 0, 1)
+    reason = "LookupError: GET https://host/?key=*** refused"
+    assert found["b", 0] == Failure("b", reason)
+    assert found["c", 0].reason == "the function returned no text"
+    silent = items(CallableModel(lambda content: "\u200b\ufeff", "f"))
+    assert silent["a", 0].reason == "the function returned no text"
+    silent = items(ColumnModel({"a": "\u2060 "}, "column:gold"), PROMPTS[:1])
+    assert silent["a", 0].reason == "column:gold has no answer to it"
+    assert "returned a int" in items(CallableModel(len, "f"))["a", 0].reason
+
+
+def test_a_function_of_batches():
+    sizes = []
+
+    def function(contents):
+        sizes.append(len(contents))
+        return (c.lower() for c in contents) if "C" not in contents else ["one"] * 9
+
+    found = items(CallableModel(function, "f", batch_size=2))
+    assert sizes == [2, 1]
+    assert [found[i, 0].text for i in "ab"] == ["a", "b"]
+    assert found["c", 0].reason == "ValueError: 9 answers to 1 prompts"
+
+
+def test_ctrl_c_in_a_function_is_no_failure():
+    def function(content):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        items(CallableModel(function, "f"))
+
+
+def test_a_function_by_name(tmp_path, monkeypatch):
+    (tmp_path / "my_teacher_module.py").write_text("def answer(prompt): return prompt * 2\nx = 1\n")
+    (tmp_path / "my_broken_module.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))  # restores the path afterwards
+    teacher = open_teacher("python:my_teacher_module.answer")
+    assert items(teacher)["a", 0].text == "AA"
+    for spec, says in [
+        ("python:my_teacher_module.nothing", "no function 'nothing'"),
+        ("python:my_teacher_module.x", "no function 'x'"),
+        ("python:no_such_module.f", "cannot import no_such_module"),
+        ("python:my_broken_module.f", "ZeroDivisionError"),
+        ("python:f", "names no module"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            open_teacher(spec)
+
+
+def test_a_function_that_was_edited_is_another_teacher(tmp_path, monkeypatch):
+    """Its old answers are refused, whatever it is wrapped in."""
+    module = tmp_path / "my_edited_module.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wrapped = (
+        "import functools\n\n\n@functools.lru_cache\ndef cached(prompt):\n    return prompt\n"
+        "class Teacher:\n    def __call__(self, prompt):\n        return prompt\n\n\n"
+        "called = Teacher()\n"
+    )
+    module.write_text(wrapped)
+    names = ("cached", "called")
+    before = [teacher_fingerprint(f"python:my_edited_module.{name}") for name in names]
+    assert [len(settings["source"]) for settings in before] == [16, 16]
+    module.write_text(wrapped + "# edited\n")
+    for name, settings in zip(names, before, strict=True):
+        now = teacher_fingerprint(f"python:my_edited_module.{name}")
+        with AnswerStore.open(tmp_path / f"{name}.jsonl", settings) as store:
+            store.append([{"id": "a"}])
+        with pytest.raises(UsageError, match="source was"):
+            AnswerStore.open(tmp_path / f"{name}.jsonl", now)
+
+
+def test_a_local_teacher_is_loaded_when_it_is_asked(tiny_teacher, monkeypatch):
+    from plad_fast.models import loading as students
+
+    loaded = []
+    monkeypatch.setattr(
+        students,
+        "load_model",
+        lambda *a, real=students.load_model, **k: loaded.append(a) or real(*a, **k),
+    )
+    teacher = open_teacher(str(tiny_teacher), name="teacher", precision="float32")
+    assert teacher.name == "teacher"
+    assert teacher.sharded  # as the model behind it
+    assert not loaded
+    first = items(teacher, max_new_tokens=8, temperature=0)
+    assert len(first) == 3
+    assert items(teacher, max_new_tokens=8, temperature=0) == first
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "says"),
+    [
+        ("anthropic:claude", {}, "unknown kind.*openai:"),
+        ("openai:", {}, "ends with its colon"),
+        ("", {}, "no teacher"),
+        ("org/model", {"base_url": "http://h/v1"}, "is no endpoint"),
+        ("column:x", {}, "needs data"),
+    ],
+)
+def test_specifications_that_mean_nothing(spec, options, says):
+    with pytest.raises(UsageError, match=says):
+        open_teacher(spec, **options)
+
+
+def test_the_endpoint_of_the_settings_may_be_the_judges_alone(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+    def teacher(**settings):
+        config = DistillConfig(teacher="column:x", base_url="http://127.0.0.1:1/v1", **settings)
+        return config.open_teacher(precision="auto", columns=lambda name: {"a": "A"})
+
+    for name in ("scorer", "eval_scorer"):
+        assert items(teacher(**{name: "judge:openai:m"}))["a", 0].text == "A"
+    with pytest.raises(UsageError, match="is no endpoint"):
+        teacher()
+
+
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert best_device() == "cuda"
+    for rank, device in [("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0"), ("-1", "cuda")]:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert best_device() == device
+
+
+def test_what_specifications_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert split_spec("org/model") == ("local", "org/model")
+    assert split_spec("openai:org/model:free") == ("openai", "org/model:free")
+    assert split_spec("C:\\models\\m") == ("local", "C:\\models\\m")
+    (tmp_path / "odd:name").mkdir()
+    assert split_spec(str(tmp_path / "odd:name"))[0] == "local"
+    assert isinstance(open_teacher("vllm:org/model"), VllmModel)
+    assert isinstance(open_teacher("column:x", columns=lambda name: {}), ColumnModel)
+
+
+def test_fingerprints_tell_what_answers_depend_on(tiny_teacher, tmp_path, monkeypatch):
+    """Without a key, for nothing is asked; and never with one."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr("plad_fast.models.loading.offline_teacher_path", lambda: tiny_teacher)
+    here = {"base_url": "http://127.0.0.1:1/v1/"}
+    prints = [
+        teacher_fingerprint("openai:m"),
+        teacher_fingerprint("openai:m", **here),
+        teacher_fingerprint("vllm:org/m"),
+        teacher_fingerprint("org/m"),
+        teacher_fingerprint("column:x", columns=lambda name: {"a": "1"}),
+        teacher_fingerprint("column:x", columns=lambda name: {"a": "2"}),
+        teacher_fingerprint("python:math.sqrt"),
+        teacher_fingerprint(str(tiny_teacher)),
+        teacher_fingerprint(OFFLINE),
+    ]
+    assert len({json.dumps(p) for p in prints}) == len(prints)
+    assert prints[1] == {"teacher": "openai:m", "base_url": "http://127.0.0.1:1/v1"}
+    assert prints[-1]["weights"] == prints[-2]["weights"]  # of the same files
+
+
+@pytest.mark.parametrize("kind", ["column", "function"])
+def test_thoughts_in_given_answers_are_told_once(kind, caplog):
+    text = "<think>hm</think>4"
+    answers = {prompt.id: text for prompt in PROMPTS}
+    model = ColumnModel(answers, "t") if kind == "column" else CallableModel(lambda _: text, "t")
+    assert {item.text for item in items(model).values()} == {text}
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith("t: 3 of 3 answers")

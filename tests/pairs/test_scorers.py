@@ -1,0 +1,380 @@
+"""Scores against values by hand or from a model's own logits, and what is stored of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from plad_fast.data.chat import render_prompt, render_response
+from plad_fast.data.prompts import Prompt
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.compare import score_pairs
+from plad_fast.pairs.build import as_response
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.models import Likelihood, RewardModel
+from plad_fast.pairs.scoring.scorers import (
+    FunctionScorer,
+    Length,
+    Rouge,
+    open_scorer,
+    score_answers,
+    stored_scores,
+)
+
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+PROMPTS = [
+    Prompt("a", "Say something", "the cat sat down"),
+    Prompt("b", CHAT, "hello there"),
+]
+ITEMS = [
+    (PROMPTS[0], "the cat"),
+    (PROMPTS[1], "a rather long answer, which stands in one batch with short ones"),
+    (PROMPTS[0], "dogs"),
+    (PROMPTS[0], "down sat the cat"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("rouge1", [2 * 1 * 0.5 / 1.5, 0, 0, 1]),
+        ("rouge2", [2 * 1 * (1 / 3) / (4 / 3), 0, 0, 1 / 3]),  # of down sat|sat the|the cat
+        ("rougeL", [2 * 1 * 0.5 / 1.5, 0, 0, 0.5]),  # the cat
+        ("length", [2, 12, 1, 4]),
+        ("brevity", [-2, -12, -1, -4]),
+    ],
+)
+def test_text_scores_by_hand(spec, expected):
+    assert open_scorer(spec).score(ITEMS) == pytest.approx(expected)
+
+
+def test_scores_do_not_depend_on_what_is_scored_with_them():
+    """ROUGE picks its words by the script of all references that it is given at once."""
+    cyrillic = (Prompt("c", "?", "кот сел"), "кот")
+    scorer = Rouge("rouge1")
+    assert scorer.score([cyrillic, *ITEMS]) == scorer.score([cyrillic]) + scorer.score(ITEMS)
+
+
+def test_references_are_missed_before_any_work(tmp_path):
+    lacking = [*ITEMS, (Prompt("c", "?"), "x")]
+    with pytest.raises(UsageError, match=r"1 of 5 prompts have no reference, the first is 'c'"):
+        stored_scores(Rouge("rouge1"), lacking, tmp_path / "scores.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def naive_mean_logp(model, tokenizer, prompt, text):
+    content = prompt.content
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    head = tokenizer(render_prompt(tokenizer, content), add_special_tokens=False)["input_ids"]
+    tail = render_response(tokenizer, content, text)
+    tail = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([head + tail])).logits[0].double()
+    rows = logits[len(head) - 1 : -1].log_softmax(-1)
+    return float(rows.gather(1, torch.tensor(tail)[:, None]).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_likelihood_is_the_mean_of_the_models_own_log_softmax(
+    tiny_model, tiny_tokenizer, batch_size
+):
+    """Prompts with three answers and with one, so that groups of two sizes run."""
+    scorer = Likelihood((tiny_model, tiny_tokenizer), batch_size=batch_size)
+    expected = [naive_mean_logp(tiny_model, tiny_tokenizer, *item) for item in ITEMS]
+    assert scorer.score(ITEMS) == pytest.approx(expected, rel=1e-4)
+    assert scorer.score([]) == []
+
+
+def test_likelihood_after_plain_text_is_that_of_the_text_as_pairs_have_it(
+    tiny_model, tiny_tokenizer
+):
+    """Without a chat template an answer does not run into the last word of its prompt."""
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    prompt = Prompt("p", "hello there")
+    pair = {"prompt": prompt.content, "chosen": as_response(prompt.content, "no"), "rejected": "x"}
+    options = {"length_normalization": 1.0, "progress": False}
+    expected = score_pairs(tiny_model, plain, [pair], **options)["chosen"]
+    found = Likelihood((tiny_model, plain)).score([(prompt, "no")])
+    assert found == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_scores_of_other_weights_are_refused(tiny_teacher, tmp_path):
+    """A folder keeps its name when its model is trained anew."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    path = tmp_path / "scores.jsonl"
+    stored_scores(Likelihood(str(folder)), ITEMS, path, progress=False)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UsageError, match="weights was"):
+        stored_scores(Likelihood(str(folder)), ITEMS, path, progress=False)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_tokenizer):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        num_labels=3,
+        id2label={0: "bad", 1: "fair", 2: "good"},
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(config)  # in training mode
+
+
+@pytest.mark.parametrize("pad_token_id", [0, None])
+def test_rewards_are_the_logits_of_each_conversation_alone(
+    classifier, tiny_tokenizer, pad_token_id
+):
+    """Decoders find the last token by the config's pad token, which many reward models lack."""
+    model = copy.deepcopy(classifier)
+    model.config.pad_token_id = pad_token_id
+    options = {"label": "good", "batch_size": 4}
+    rewards = RewardModel((model, tiny_tokenizer), **options).score(ITEMS)
+    for (prompt, text), reward in zip(ITEMS, rewards, strict=True):
+        content = prompt.content
+        content = CHAT if content is CHAT else [{"role": "user", "content": content}]
+        turns = "".join(f"<|{turn['role']}|>{turn['content']}<|end|>" for turn in content)
+        ids = tiny_tokenizer(f"<|bos|>{turns}<|assistant|>{text}<|end|>", add_special_tokens=False)
+        with torch.no_grad():
+            logits = copy.deepcopy(model).eval()(torch.tensor([ids["input_ids"]])).logits
+        assert reward == pytest.approx(float(logits[0, 2]), abs=1e-5)
+    assert model.training
+    assert model.config.pad_token_id == pad_token_id
+
+
+def test_a_reward_model_is_loaded_from_its_folder(
+    classifier, tiny_tokenizer, tiny_teacher, tmp_path
+):
+    classifier.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    scorer = open_scorer(f"reward:{tmp_path}", label=2, device="cpu")
+    given = RewardModel((classifier, tiny_tokenizer), label=2)
+    assert scorer.score(ITEMS) == pytest.approx(given.score(ITEMS))
+    assert scorer.settings()["label"] == 2
+    with pytest.raises(UsageError, match=r"several labels; .*: 0 bad, 1 fair, 2 good"):
+        open_scorer(f"reward:{tmp_path}", device="cpu").score(ITEMS)
+    # transformers would give a causal language model a random head, and a warning.
+    with pytest.raises(UsageError, match=r"no weights for score\.weight, which would be random"):
+        open_scorer(f"reward:{tiny_teacher}", device="cpu").score(ITEMS)
+
+
+def test_a_label_is_chosen_by_the_name_of_the_scorer(classifier, tiny_tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    classifier.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    good = RewardModel((classifier, tiny_tokenizer), label=2).score(ITEMS)
+    for label in ("good", "2"):
+        scorer = open_scorer(f"reward:{folder}#{label}", device="cpu")
+        scorer.check(PROMPTS)
+        assert scorer.score(ITEMS) == pytest.approx(good)
+    assert open_scorer(f"reward:{folder}#bad").name == "reward model#bad"
+    (tmp_path / "odd#name").mkdir()
+    (tmp_path / "odd#name" / "config.json").write_text("{}")  # else it is no model's folder
+    assert open_scorer(f"reward:{tmp_path}/odd#name").settings()["label"] is None
+    for spec in (f"reward:{folder}#", "reward:#good"):
+        with pytest.raises(UsageError, match="write reward:MODEL#LABEL"):
+            open_scorer(spec)
+
+
+def test_wrong_reward_models_are_found_before_any_work(
+    classifier, tiny_tokenizer, tiny_teacher, tmp_path, monkeypatch
+):
+    """By their config, without their weights."""
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", None)
+    classifier.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    RewardModel(str(tmp_path), label="fair").check(PROMPTS)
+    for spec, says in [
+        (f"{tmp_path}", r"several labels; name one, as in reward:.*#good: 0 bad, 1 fair, 2 good"),
+        (f"{tmp_path}#fine", "no label 'fine'; name one"),
+        (f"{tmp_path}#3", "no label 3; name one"),
+        (f"{tiny_teacher}", "is a LlamaForCausalLM and no reward model"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            open_scorer(f"reward:{spec}").check(PROMPTS)
+    with pytest.raises(UsageError, match="several labels"):
+        RewardModel((classifier, tiny_tokenizer)).check(PROMPTS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["OurReward"]}))
+    RewardModel(str(tmp_path), label=0).check(PROMPTS)
+    # A type without a sequence classifier.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(UsageError, match="of type 'clip', of which transformers has no"):
+        RewardModel(str(tmp_path)).check(PROMPTS)
+
+
+def test_broken_rewards_and_long_answers_are_refused(classifier, tiny_tokenizer):
+    model = copy.deepcopy(classifier)
+    with torch.no_grad():
+        model.score.weight[0, 0] = math.nan
+    scorer = RewardModel((model, tiny_tokenizer), label=0)
+    with pytest.raises(UsageError, match="gave nan for an answer to prompt 'a'"):
+        scorer.score(ITEMS)
+    with pytest.raises(UsageError, match=r"'b' has .* tokens .* 128 positions"):
+        scorer.score([*ITEMS, (PROMPTS[1], "x" * 128)])
+
+
+def vowels(prompt, answer, reference):
+    """A scorer as a user would write it; the tests name it by its path."""
+    assert (prompt, reference) in [(p.content, p.reference) for p in PROMPTS]
+    return sum(letter in "aeiou" for letter in answer)
+
+
+def test_functions_by_path():
+    scorer = open_scorer(f"python:{__name__}.vowels")
+    assert scorer.score(ITEMS[2:]) == [1, 4]
+    assert len(scorer.settings()["source"]) == 16
+    with pytest.raises(UsageError, match="gave None for an answer"):
+        FunctionScorer(lambda *_: None).score(ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rouge3", "unknown scorer 'rouge3'; known: rouge1"),
+        ("judge:openai", "unknown scorer"),
+        ("reward:", "unknown scorer"),
+        ("python:nowhere.f", "cannot import nowhere for python:nowhere.f"),
+        ("python:math.nothing", "math has no function 'nothing'"),
+        ("python:f", "names no module"),
+    ],
+)
+def test_unknown_scorers(spec, message):
+    with pytest.raises(UsageError, match=message):
+        open_scorer(spec)
+
+
+class Scripted:
+    """Counts words, remembers what it was asked, and can be made to fail or to be killed.
+
+    A relative one counts the answers to a prompt.
+    """
+
+    name = "scripted"
+    uses_reference = False
+    check = Length().check
+
+    def __init__(self, relative=False, kill_at=None, mute=()):
+        self.relative = relative
+        self.kill_at = kill_at
+        self.mute = mute
+        self.asked = []
+
+    def settings(self):
+        return {"scorer": self.name}
+
+    def score(self, items):
+        if len(self.asked) == self.kill_at:
+            raise KeyboardInterrupt
+        self.asked.append([text for _, text in items])
+        scores = Length().score(items)
+        if self.relative:
+            ids = [prompt.id for prompt, _ in items]
+            scores = [ids.count(prompt_id) for prompt_id in ids]
+        return [math.nan if t in self.mute else s for (_, t), s in zip(items, scores, strict=True)]
+
+
+def many(n=4):
+    """Two answers to each of n prompts, first all first ones."""
+    return [(Prompt(f"{i}", f"prompt {i}"), f"{i} " * k) for k in (1, 2) for i in range(n)]
+
+
+@pytest.mark.parametrize("damage", [{}, {"score": None}, {"score": "1.0"}, {"score": True}])
+def test_a_stored_line_that_is_no_score_is_refused(damage, tmp_path):
+    path = tmp_path / "scores.jsonl"
+    stored_scores(Scripted(), many(), path, progress=False)
+    header, line, *_ = path.read_text().splitlines()
+    damaged = json.dumps({"id": json.loads(line)["id"], **damage})
+    path.write_text(f"{header}\n{damaged}\n")
+    with pytest.raises(UsageError, match="damaged; delete that line"):
+        stored_scores(Scripted(), many(), path, progress=False)
+
+
+def test_a_killed_run_goes_on_in_the_same_batches(tmp_path):
+    """Not even the rounding of a batch then tells where it was killed."""
+    path = tmp_path / "scores.jsonl"
+    whole = Scripted()
+    scores = stored_scores(whole, many(), tmp_path / "whole.jsonl", batch_size=4, progress=False)
+    assert scores == [1.0] * 4 + [2.0] * 4
+    assert whole.asked == [["0 ", "0 0 ", "1 ", "1 1 "], ["2 ", "2 2 ", "3 ", "3 3 "]]
+    with pytest.raises(KeyboardInterrupt):
+        stored_scores(Scripted(kill_at=1), many(), path, batch_size=4, progress=False)
+    # As if killed while writing: the last line is lost, and the one before it is cut.
+    path.write_bytes(path.read_bytes()[:-100])
+    second = Scripted()
+    assert stored_scores(second, many(), path, batch_size=4, progress=False) == scores
+    assert second.asked == whole.asked
+    third = Scripted()
+    assert stored_scores(third, many(), path, progress=False) == scores
+    assert third.asked == []
+    lines = [p.read_text().splitlines() for p in (path, tmp_path / "whole.jsonl")]
+    assert lines[0] == lines[1]
+    assert json.loads(lines[0][1])["prompt"] == "0"
+
+
+def test_a_score_belongs_to_the_texts_not_to_the_ids(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    stored_scores(Scripted(), [(Prompt("a", "p"), "x y")], path, progress=False)
+    edited = Scripted()
+    stored_scores(edited, [(Prompt("a", "q"), "x y"), (Prompt("a", "q"), "x y")], path)
+    assert edited.asked == [["x y"]]
+    with pytest.raises(UsageError, match="model was 'not set' and is 'm'"):
+        stored_scores(edited, many(), path, fingerprint={"model": "m"})
+
+
+def test_relative_scores_are_asked_for_anew_when_a_rival_comes(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    assert stored_scores(Scripted(relative=True), many(), path, progress=False) == [2] * 8
+    scorer = Scripted(relative=True)
+    more = [*many(), (Prompt("3", "prompt 3"), "new")]
+    assert stored_scores(scorer, more, path, batch_size=1) == [2, 2, 2, 3] * 2 + [3]
+    assert scorer.asked == [["3 ", "3 3 ", "new"]]
+
+
+def test_what_could_not_be_had_is_tried_again_by_another_run(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    scores = stored_scores(Scripted(mute=["2 "]), many(), path, progress=False)
+    assert math.isnan(scores[2])
+    assert sum(map(math.isnan, scores)) == 1
+    again = Scripted()
+    assert stored_scores(again, many(), path, progress=False) == [1.0] * 4 + [2.0] * 4
+    assert len(again.asked) == 1
+
+
+def test_answers_that_make_no_pair_are_not_scored(tmp_path, capsys):
+    teacher = {"a": [Answer("a", "one two", "stop", 2)], "b": [Answer("b", "cut", "length", 1)]}
+    student = {"a": [Answer("a", "", "stop", 1), Answer("a", "one", "stop", 2, sample=1)]}
+    scorer = Scripted()
+    scores = score_answers(scorer, PROMPTS, [teacher, student], tmp_path / "scores.jsonl")
+    assert scores == {("a", "one two"): 2.0, ("a", "one"): 1.0}
+    assert scorer.asked == [["one two", "one"]]
+    assert "scripted: 100%" in capsys.readouterr().err
+
+
+def test_a_judge_by_name_keeps_no_key(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("SOME_KEY", "sk-planted")
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", "api_key_env": "SOME_KEY"}
+    judge = open_scorer("judge:openai:big:1b", endpoint=endpoint, criteria="Be brief.")
+    settings = judge.settings()
+    assert settings["judge"]["model"] == judge.name == "big:1b"
+    assert settings["criteria"] == "Be brief."
+    assert "planted" not in json.dumps(settings)
+    assert "planted" not in repr(vars(judge))

@@ -1,0 +1,78 @@
+"""Rounds of sampling, pairing and calibration: kept apart, extended, and killed at random."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from plad_fast.cli import main
+from tests.support.recipe_runs import arguments
+
+PAIRS = ("train.jsonl", "train-2.jsonl", "held-out.jsonl")
+
+
+def command(teacher, folder):
+    return arguments(teacher, folder, "--rounds", "2", "--limit", "20")
+
+
+def pairs(folder):
+    return {name: (folder / "pairs" / name).read_bytes() for name in PAIRS}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher, tmp_path_factory):
+    """A run of one round that was then asked for another, and how long a run of two takes."""
+    folder = tmp_path_factory.mktemp("rounds") / "run"
+    assert main(arguments(tiny_teacher, folder, "--limit", "20")) == 0
+    first = {name: (folder / "pairs" / name).read_bytes() for name in PAIRS if "-2" not in name}
+    assert main(command(tiny_teacher, folder)) == 0
+    assert {name: data for name, data in pairs(folder).items() if "-2" not in name} == first
+    return folder
+
+
+def test_every_round_is_kept_apart(finished):
+    """Samples, pairs and models of both; the second round samples the first one's student anew."""
+    stages = json.loads((finished / "run.json").read_text())["stages"]
+    assert list(stages)[-4:] == [
+        "student's samples, round 2", "pairs, round 2", "calibration, round 2",
+        "evaluation, round 2",
+    ]  # fmt: skip
+    first, second = (
+        [json.loads(line) for line in (finished / "pairs" / name).read_text().splitlines()]
+        for name in PAIRS[:2]
+    )
+    shared = {row["id"]: row for row in first}
+    rejected = [(row["rejected"], shared[row["id"]]["rejected"]) for row in second]
+    assert rejected
+    assert all(new != old for new, old in rejected)
+    assert (finished / "plad" / "config.json").is_file()
+    record = json.loads((finished / "plad-2" / "training.json").read_text())
+    assert (
+        record["source"] != json.loads((finished / "plad" / "training.json").read_text())["source"]
+    )
+    metrics = json.loads((finished / "metrics.json").read_text())
+    names = [row["name"] for row in metrics["students"]]
+    assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
+
+
+def test_three_kills_at_random_change_no_byte_of_the_pairs(finished, tiny_teacher, tmp_path):
+    """Whatever the moment after loading: the moments differ from run to run of this test."""
+    folder = tmp_path / "run"
+    run = [sys.executable, "-m", "plad_fast.cli", *command(tiny_teacher, folder)]
+    kills = 0
+    while kills < 3:
+        with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout.readline()  # loading libraries takes a while
+            time.sleep(random.uniform(0, 3))
+            if process.poll() is not None:
+                break
+            process.kill()
+            kills += 1
+    assert kills, "every run ended before it could be killed"
+    assert main(command(tiny_teacher, folder)) == 0
+    assert pairs(folder) == pairs(finished)

@@ -1,0 +1,59 @@
+"""One process of the tests in test_sharding.py: answers prompts with a tiny model, or fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from tests.pairs.test_ranks import PROMPTS
+
+
+class Failing(LocalModel):
+    """Its second process is killed or raises, once it has stored a few answers."""
+
+    def generate_samples(self, wanted, sampling):
+        for count, answers in enumerate(super().generate_samples(wanted, sampling)):
+            yield answers
+            if count == 2 and os.environ["RANK"] == "1":
+                if os.environ["PLAD_TEST_FAILURE"] == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("planted")
+
+
+def main(folder: Path, settings: str) -> None:
+    if "PLAD_TEST_RENDEZVOUS" in os.environ:
+        # A file rather than a port: nobody else can take it between its choice and its use.
+        dist.init_process_group(
+            "gloo",
+            init_method=os.environ["PLAD_TEST_RENDEZVOUS"],
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    kind = Failing if "PLAD_TEST_FAILURE" in os.environ else LocalModel
+
+    def load() -> LocalModel:
+        (folder / f"loaded{os.environ['RANK']}").touch()
+        return kind(load_model(folder), load_tokenizer(folder), "tiny")
+
+    answered = stored_answers(
+        load, PROMPTS, folder / "answers.jsonl", Sampling(**json.loads(settings)), fingerprint={}
+    )
+    rows = [vars(a) for answers in answered.answers.values() for a in answers]
+    (folder / f"result{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

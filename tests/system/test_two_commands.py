@@ -1,0 +1,132 @@
+"""Two commands on one folder: the second changes nothing and says so, whichever they are."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from plad_fast.cli import main
+from plad_fast.data.store import AnswerStore
+from plad_fast.pairs.generation.set_aside import _fingerprint
+from tests.support.recipe_runs import KILLABLE, arguments, write_pairs
+
+# Before anything is written, in the middle of the work, and while the results are written.
+MOMENTS = {
+    "distill": ("run_folder.shutil.disk_usage", "held_out.load_model", "distill.write_metrics"),
+    "pairs": ("stages.load_recipe_prompts", "pairs.answering.ask", "_pair_data.write_jsonl"),
+    "train": (
+        "training.newest_checkpoint",
+        "trainer.fused_linear_preference_loss",
+        "training.publish_folder",
+    ),
+    "evaluate": (
+        "evaluation_stage.read_held_out",
+        "held_out.load_model",
+        "evaluation_stage.write_metrics",
+    ),
+}
+
+
+@pytest.fixture
+def commands(tiny_teacher, tmp_path):
+    """Every command on the folder `out`, with and without --overwrite."""
+    out, model = str(tmp_path / "out"), str(tiny_teacher)
+    pairs = str(write_pairs(tmp_path / "pairs.jsonl", 4))
+    tail = ["--precision", "float32", "--output-dir", out]
+    short = ["--max-new-tokens", "60", *tail]
+    plain = {
+        "distill": arguments(model, out, "--limit", "14", "--held-out", "5"),
+        "pairs": ["pairs", "--teacher", model, "--student", model, "--prompts", pairs,
+                  "--teacher-temperature", "1", *short],
+        "train": ["train", "--model", model, "--pairs", pairs, "--batch-size", "2", *tail],
+        "evaluate": ["evaluate", "--student", f"A={model}", "--pairs", pairs, *short],
+    }  # fmt: skip
+    return plain, [*plain.values(), *([*c, "--overwrite"] for c in plain.values())]
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("first", list(MOMENTS))
+def test_the_second_command_changes_nothing(first, commands, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    plain, every = commands
+    met = []
+
+    def meet(moment):
+        if moment in met:
+            return
+        met.append(moment)
+        before = contents(tmp_path / "out")
+        there = set((tmp_path / "out").parent.iterdir())
+        capsys.readouterr()
+        for second in every:
+            assert main(second) == 2, (moment, second)
+            error = capsys.readouterr().err
+            assert "is being filled by another process" in error, (moment, second)
+        assert contents(tmp_path / "out") == before, moment
+        assert set((tmp_path / "out").parent.iterdir()) == there, moment
+
+    for moment in MOMENTS[first]:
+        target = f"plad_fast.{moment}"
+        module, _, name = target.rpartition(".")
+        real = getattr(resolved(module), name)
+
+        def hooked(*args, real=real, moment=moment, **kwargs):
+            meet(moment)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(target, hooked)
+    assert main(plain[first]) == 0
+    assert tuple(met) == MOMENTS[first]
+
+
+def resolved(path):
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        module, _, name = path.rpartition(".")
+        return getattr(resolved(module), name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_paid_answers_are_safe_from_another_process(commands, tmp_path, capsys):
+    """Its --overwrite discards nothing, its settings are not recorded, and the first goes on."""
+    plain, _ = commands
+    code = KILLABLE.format(module="_pair_data", name="write_jsonl", at=1, arguments=plain["pairs"])
+    code = code.replace("time.sleep(60)", "sys.stdin.readline()")
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert any("REACHED" in line for line in process.stdout)
+        before = contents(tmp_path / "out")
+        assert len((tmp_path / "out" / "teacher.jsonl").read_text().splitlines()) == 5
+        for extra in (["--overwrite"], ["--seed", "3"], ["--seed", "3", "--overwrite"]):
+            assert main([*plain["pairs"], *extra]) == 2
+            assert "another process" in capsys.readouterr().err
+        assert contents(tmp_path / "out") == before
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait() == 0
+    assert (tmp_path / "out" / "pairs.jsonl").is_file()
+
+
+def test_a_store_in_use_keeps_all_from_being_discarded(commands, tmp_path, capsys):
+    """Also where it is another program that has it open: all are locked before any is emptied."""
+    pytest.importorskip("fcntl")
+    plain, _ = commands
+    assert main(plain["pairs"]) == 0
+    before = contents(tmp_path / "out")
+    store = tmp_path / "out" / "student.jsonl"
+    with AnswerStore.open(store, _fingerprint(store)):
+        assert main([*plain["pairs"], "--overwrite"]) == 2
+        assert "student.jsonl is being written by another process" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before

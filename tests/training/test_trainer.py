@@ -1,0 +1,638 @@
+"""The trainer against plain arithmetic on the model's own logits.
+
+Plain SGD is used wherever a scale could be wrong: Adam does not notice one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    TrainerCallback,
+)
+
+from plad_fast.data.tokenization import tokenize_dataset
+from plad_fast.errors import UsageError
+from plad_fast.models.adapters import pad_token_id
+from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+from tests.support.trainings import (
+    PAIRS,
+    RANKED,
+    SCORED,
+    assert_same_weights,
+    last_log,
+    weights,
+)
+
+
+def naive_logps(model, tokenizer, rows, temperature=1.0):
+    """(B, K) sums and counts, from whole logits of one unpadded sequence at a time."""
+    data = tokenize_dataset(rows, tokenizer, max_length=128)
+    sums, counts = [], []
+    for row in data:
+        for response in row["response_ids"]:
+            tokens = torch.tensor(row["prompt_ids"] + response)
+            logits = model(tokens[None]).logits[0, :-1].float() / temperature
+            logprobs = logits.log_softmax(-1).gather(1, tokens[1:, None])
+            sums.append(logprobs[-len(response) :].sum())
+            counts.append(len(response))
+    shape = (len(data), -1)
+    return torch.stack(sums).view(shape), torch.tensor(counts).view(shape)
+
+
+def near(value, rel=1e-5):
+    """As transformers 4 logs it: the loss is rounded to four decimals."""
+    return pytest.approx(value, rel=rel, abs=5.1e-5)
+
+
+WIDTHS = ("layers", "attention_heads", "ffn_dim")
+LOSSES = {
+    "ranking": (PAIRS, {"loss": "plad_ranking", "beta": 2.0}),
+    "ranking-means-and-sft": (
+        PAIRS,
+        {"loss": "plad_ranking", "beta": 0.5, "length_normalization": 1.0, "sft_weight": 0.3},
+    ),
+    "margin": (SCORED, {"loss": "plad_margin", "beta": 3.0}),
+    "listwise": (RANKED, {"loss": "plad_listwise"}),
+    "sft": (PAIRS, {"loss": "sft"}),
+    "hot": (PAIRS, {"loss": "plad_ranking", "temperature": 2.0}),
+}
+
+
+def naive_loss(name, sums, counts, rows, options):
+    alpha = options.get("length_normalization", 0.0)
+    beta = options.get("beta", 1.0)
+    s = sums / counts**alpha
+    nll = -sums[:, 0].sum() / counts[:, 0].sum()
+    if name == "sft":
+        return nll
+    if name == "margin":
+        gaps = torch.tensor([row["chosen_score"] - row["rejected_score"] for row in rows])
+        losses = torch.relu(beta * gaps - s[:, 0] + s[:, 1])
+    elif name == "listwise":
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        losses = sum(torch.relu(beta * (j - i) - s[:, i] + s[:, j]) for i, j in pairs)
+    else:
+        losses = torch.relu(beta - s[:, 0] + s[:, 1])
+    return losses.mean() + options.get("sft_weight", 0.0) * nll
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_first_step_equals_the_naive_loss(name, make, tiny_model, tiny_tokenizer):
+    """The logged loss and the weights after one SGD step, for every loss and every option."""
+    rows, options = LOSSES[name]
+    trainer = make(rows, per_device_train_batch_size=8, **options)
+    trainer.train()
+
+    model = copy.deepcopy(tiny_model).train()
+    sums, counts = naive_logps(model, tiny_tokenizer, rows, options.get("temperature", 1.0))
+    loss = naive_loss(name, sums, counts, rows, options)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.05 * parameter.grad
+    assert last_log(trainer)["loss"] == near(loss.item())
+    assert_same_weights(weights(trainer), dict(model.named_parameters()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ranking-means-and-sft", "sft"])
+def test_gradient_accumulation_changes_nothing(name, make):
+    """One batch of 8 equals 4 of 2, of ragged lengths: means are over the whole window."""
+    rows, options = LOSSES[name]
+    whole = make(rows, per_device_train_batch_size=8, **options)
+    parts = make(rows, gradient_accumulation_steps=4, **options)
+    whole.train()
+    parts.train()
+    assert_same_weights(weights(parts), weights(whole), rtol=1e-5, atol=1e-6)
+    ours, theirs = last_log(parts), last_log(whole)
+    for key in ("loss", "nll", "logps/chosen"):
+        assert ours[key] == near(theirs[key])
+
+
+def test_short_last_window(make):
+    """8 rows in windows of 3 batches of 2: the last window holds one batch, and counts in full."""
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "sft_weight": 1.0}
+    ours = make(gradient_accumulation_steps=3, **options)
+    ours.train()
+    theirs = make(PAIRS[:6], **{**options, "per_device_train_batch_size": 6, "max_steps": 1})
+    theirs.train()
+    theirs = make(PAIRS[6:], model=theirs.model, **{**options, "max_steps": 1})
+    theirs.train()
+    assert_same_weights(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_metrics_equal_their_definitions(alpha, make, tiny_model, tiny_tokenizer):
+    """Logged in training over a window of ragged batches, and in evaluation with a short batch."""
+    trainer = make(
+        eval_rows=PAIRS,
+        gradient_accumulation_steps=4,
+        learning_rate=0.0,
+        length_normalization=alpha,
+        sft_weight=0.5,
+    )
+    trainer.train()
+    evaluated = trainer.evaluate()
+    with torch.no_grad():
+        sums, counts = naive_logps(tiny_model, tiny_tokenizer, PAIRS)
+    s = sums / counts**alpha
+    nll = -sums[:, 0].sum() / counts[:, 0].sum()
+    hinge = torch.relu(1.0 - s[:, 0] + s[:, 1])
+    expected = {
+        "loss": hinge.mean() + 0.5 * nll,
+        "nll": nll,
+        "logps/chosen": s[:, 0].mean(),
+        "logps/rejected": s[:, 1].mean(),
+        "margin": (s[:, 0] - s[:, 1]).mean(),
+        "ranking_accuracy": (s[:, 0] > s[:, 1]).float().mean(),
+        "active_pairs": (hinge > 0).float().mean(),
+    }
+    logged = last_log(trainer)
+    for key, value in expected.items():
+        assert logged[key] == near(value.item(), rel=1e-4), key
+        assert evaluated[f"eval_{key}"] == pytest.approx(value.item(), rel=1e-4), key
+    assert 0 < expected["ranking_accuracy"] < 1  # else the comparison says nothing
+    assert 0 < expected["active_pairs"] < 1
+    assert min(logged["tokens_per_second"], evaluated["eval_tokens_per_second"]) > 0
+
+
+def test_metrics_of_fine_tuning_and_of_several_rejected(make, tiny_model, tiny_tokenizer):
+    trainer = make(loss="sft", learning_rate=0.0, per_device_train_batch_size=8)
+    trainer.train()
+    logged = last_log(trainer)
+    assert logged["nll"] == near(logged["loss"])
+    assert "margin" not in logged
+
+    trainer = make(RANKED, learning_rate=0.0, per_device_train_batch_size=8)
+    trainer.train()
+    with torch.no_grad():
+        s, _ = naive_logps(tiny_model, tiny_tokenizer, RANKED)
+    above = (s[:, :1] > s[:, 1:]).float().mean().item()
+    assert last_log(trainer)["ranking_accuracy"] == pytest.approx(above)
+    assert last_log(trainer)["margin"] == pytest.approx(
+        (s[:, :1] - s[:, 1:]).mean().item(), rel=1e-4
+    )
+
+
+def test_each_log_covers_its_own_window(make):
+    """Two steps logged at once give the mean of the two logged apart, evaluation between or not."""
+    steps = {"max_steps": 2, "learning_rate": 0.0, "per_device_train_batch_size": 4}
+    apart = make(eval_rows=PAIRS[:3], eval_strategy="steps", eval_steps=1, **steps)
+    together = make(logging_steps=2, **steps)
+    apart.train()
+    together.train()
+    logs = [entry for entry in apart.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for key in ("loss", "margin", "active_pairs"):
+        mean = (logs[0][key] + logs[1][key]) / 2
+        assert last_log(together)[key] == near(mean)
+
+
+def test_a_second_training_logs_nothing_of_the_first(make):
+    """The first ends between two logs; nor has the clock of the second run meanwhile."""
+    trainer = make(max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer.train()
+    first = last_log(trainer)
+    time.sleep(2)
+    trainer.train()
+    again = last_log(trainer)
+    for key in ("loss", "nll", "margin", "logps/chosen"):
+        assert again[key] == first[key]
+    assert again["tokens_per_second"] > first["tokens_per_second"] / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_of_16_bits_get_a_warning(dtype, make, tiny_model, caplog):
+    make(model=copy.deepcopy(tiny_model).to(dtype))
+    warned = "dtype=torch.float32 and set bf16=True" in caplog.text
+    assert warned == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_tokens_seen_are_counted(kind, make, tiny_tokenizer, caplog):
+    """Those that entered the model: a shared prompt once, no padding."""
+    trainer = make(include_num_input_tokens_seen=kind, max_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    rows = tokenize_dataset(PAIRS, tiny_tokenizer, max_length=128)
+    tokens = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
+    assert trainer.state.num_input_tokens_seen == sum(tokens) + sum(tokens[:4])
+    assert "main_input_name" not in caplog.text
+
+
+def test_several_evaluation_sets(make):
+    trainer = make(eval_rows={"long": PAIRS[:4], "short": PAIRS[4:]})
+    metrics = trainer.evaluate()
+    assert metrics["eval_long_loss"] != metrics["eval_short_loss"]
+    assert "eval_short_ranking_accuracy" in metrics
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "sft"}])
+def test_rows_may_be_given_when_they_are_evaluated(make, options):
+    trainer = make(eval_rows=PAIRS[:4], **options)
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(PAIRS[:4])["eval_loss"] == expected
+    assert trainer.evaluate({"one": PAIRS[:4]})["eval_one_loss"] == expected
+    assert trainer.predict(PAIRS[:4]).metrics["test_loss"] == expected
+    with pytest.raises(UsageError, match="eval_dataset has the columns question"):
+        trainer.evaluate([{"question": "q"}])
+
+
+def test_resumed_run_ends_where_a_straight_one_does(make, tmp_path):
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "lr_scheduler_type": "linear",
+        "trainer": PLaDTrainer,  # in random order, which the checkpoint has to restore
+        "save_steps": 2,
+    }
+    straight = make(output=tmp_path / "a", save_strategy="steps", **options)
+    straight.train()
+    # The schedule is that of four steps, so the run is cut short rather than configured shorter.
+    resumed = make(output=tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_saved_model_scores_the_same(make, tmp_path):
+    trainer = make(eval_rows=PAIRS)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    again = make(None, eval_rows=PAIRS, model=loaded)
+    assert again.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(make):
+    plain, checkpointed = make(), make(gradient_checkpointing=True)
+    plain.train()
+    checkpointed.train()
+    assert_same_weights(weights(checkpointed), weights(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_autocast(make, tiny_model, tiny_tokenizer):
+    """Weights stay float32, their step is near the float32 one, and the product is a bf16 one."""
+    exact, mixed = (
+        make(per_device_train_batch_size=8),
+        make(per_device_train_batch_size=8, bf16=True),
+    )
+    exact.train()
+    mixed.train()
+    assert mixed.model.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sums, _ = naive_logps(tiny_model, tiny_tokenizer, PAIRS)
+    assert last_log(mixed)["logps/chosen"] == pytest.approx(sums[:, 0].mean().item(), rel=2e-3)
+    assert last_log(mixed)["loss"] != last_log(exact)["loss"]
+    step, start = weights(exact), dict(tiny_model.named_parameters())
+    ours = weights(mixed)
+    for name, before in start.items():
+        moved = (step[name] - before).norm()
+        assert (ours[name] - step[name]).norm() <= 0.05 * moved + 1e-6, name
+
+
+def test_frozen_parameters_are_left_alone(make, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.lm_head.requires_grad_(False)
+    before = model.lm_head.weight.clone()
+    trainer = make(model=model)
+    trainer.train()
+    assert torch.equal(trainer.model.lm_head.weight, before)
+    assert not torch.equal(trainer.model.model.norm.weight, tiny_model.model.norm.weight)
+
+
+def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_tokenizer):
+    broken = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        token = tiny_tokenizer.convert_tokens_to_ids("y")
+        broken.model.embed_tokens.weight[token] = math.nan
+    with pytest.raises(UsageError, match=r"begin with \(model\.embed_tokens\.weight"):
+        make(model=broken).train()
+
+    trainer = make([{**row, "chosen_score": math.inf} for row in SCORED], loss="plad_margin")
+    before = weights(trainer)
+    with pytest.raises(UsageError, match="the loss is inf at step 0; look for extreme scores"):
+        trainer.train()
+    assert_same_weights(weights(trainer), before, rtol=0, atol=0)
+
+    trainer = make(learning_rate=1e30, max_steps=3)
+    with pytest.raises(UsageError, match="lower the learning rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "nonsense"}, "unknown loss 'nonsense'"),
+        ({"beta": -1.0}, "at least 0"),
+        ({"loss": "sft", "beta": 1.0}, "no option 'beta'"),
+        ({"loss": "sft", "sft_weight": 1.0}, "sft_weight"),
+        ({"sft_weight": -1.0}, "sft_weight"),
+        ({"length_normalization": -0.5}, "length_normalization"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature must be a finite number"),
+        ({"sft_weight": math.nan}, "sft_weight must be a finite number"),
+        ({"beta": math.nan}, "beta must be a finite number"),
+        ({"length_normalization": math.inf}, "length_normalization must be a finite number"),
+        ({"max_length": 1}, "max_length"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"impl": "magic"}, "unknown impl 'magic'"),
+        ({"scratch_mib": 0}, "scratch_mib"),
+        ({"label_smoothing_factor": 0.1}, "label smoothing"),
+        ({"torch_compile": True}, "model.base_model.compile"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=.'inputs'.* predictions"),
+        ({"include_for_metrics": ["loss"]}, r"include_for_metrics=.'loss'.* predictions"),
+        ({"batch_eval_metrics": True}, r"batch_eval_metrics=True .* predictions"),
+        ({"length_column_name": "len"}, "length_column_name is 'len'"),
+    ],
+)
+def test_bad_settings_are_refused(options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        PLaDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "eval_rows", "options", "message"),
+    [
+        (None, None, {}, "nothing to train on"),
+        ([{"prompt": "p", "chosen": "c"}], None, {}, "one response each"),
+        (PAIRS, RANKED, {}, "train_dataset: 2, eval_dataset: 3"),
+        (PAIRS, None, {"loss": "plad_margin"}, "chosen_score"),
+        ([{**PAIRS[0], "prompt": "p" * 300}], None, {}, "256 positions"),
+    ],
+)
+def test_unusable_data_is_refused(rows, eval_rows, options, message, make):
+    with pytest.raises(UsageError, match=message):
+        make(rows, eval_rows=eval_rows, **options)
+
+
+def test_a_loss_that_can_go_without_scores_sees_those_of_text_rows(make, tiny_tokenizer):
+    """kto takes a response for desirable by its score, and without scores the first one."""
+    rows = [{**row, "scores": [1.0, 1.0, -1.0]} for row in RANKED]
+    options = {"loss": "kto", "loss_args": {"kl": 0.0}, "beta": 0.5}
+    encoded = tokenize_dataset(rows, tiny_tokenizer, max_length=128, with_scores=True)
+    trained = {}
+    for name, data in (("text", rows), ("ids", encoded), ("none", RANKED)):
+        trainer = make(data, per_device_train_batch_size=8, **options)
+        trainer.train()
+        trained[name] = weights(trainer)
+    assert_same_weights(trained["text"], trained["ids"], rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        assert_same_weights(trained["none"], trained["ids"], rtol=1e-4, atol=1e-5)
+
+
+def test_reference_logps_of_text_rows_take_the_place_of_a_reference_model(make):
+    rows = [{**row, "reference_logps": [-1.0, -2.0]} for row in PAIRS]
+    trainer = make(rows, loss="dpo", eval_rows=rows[:3])
+    assert trainer.train_dataset["reference_logps"][:] == [[-1.0, -2.0]] * 8
+    assert trainer.eval_dataset["reference_logps"][:] == [[-1.0, -2.0]] * 3
+    assert "reference_logps" not in make(rows).train_dataset.column_names
+    with pytest.raises(UsageError, match="train_dataset, row 1: reference_logps are"):
+        make([{**PAIRS[0], "reference_logps": [-1.0]}], loss="dpo")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "lora"])
+def test_dropout_is_off_where_responses_are_compared(kind, make, tiny_model, tiny_tokenizer):
+    """Before the first step a model is its own reference, and DPO's loss is log 2."""
+    size = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0}
+    if kind == "gpt2":  # 0.1 by default, in layers and attention
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **size))
+    elif kind == "bart":
+        widths = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in WIDTHS}
+        drops = {"dropout": 0.5, "attention_dropout": 0.5, "decoder_layerdrop": 0.5}
+        config = BartConfig(d_model=32, max_position_embeddings=256, **size, **widths, **drops)
+        model = BartForConditionalGeneration(config)
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            copy.deepcopy(tiny_model),
+            peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False),
+        )
+    options = {"loss": "dpo", "beta": 5.0, "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    for disable in (True, False):
+        trainer = make(model=copy.deepcopy(model), disable_dropout=disable, **options)
+        trainer.train()
+        assert (abs(last_log(trainer)["loss"] - math.log(2)) < 1e-4) == disable
+
+
+def test_fine_tuning_keeps_dropout(make, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    make(model=model, loss="sft")
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
+    make(model=model)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "several", "known"),
+    [
+        ("eval_margin", False, True),
+        ("nll", False, True),
+        ("loss", False, True),
+        ("rewards/accuracies", False, False),
+        ("b_margin", True, True),
+        ("loss", True, False),
+        (None, True, False),  # with load_best_model_at_end it is the loss
+    ],
+)
+def test_a_best_metric_that_no_evaluation_has_is_refused_at_once(make, wanted, several, known):
+    rows = {"a": PAIRS, "b": PAIRS[:2]} if several else PAIRS
+    options = {**BEST, "metric_for_best_model": wanted, "load_best_model_at_end": True}
+    if not known:
+        with pytest.raises(UsageError, match=r"metric_for_best_model is .*: .*margin"):
+            make(eval_rows=rows, **options)
+        return
+    trainer = make(eval_rows=rows, max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_callbacks_may_bring_the_best_metric(make):
+    class Own(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_own"] = state.global_step
+
+    options = {**BEST, "metric_for_best_model": "own", "load_best_model_at_end": True}
+    trainer = make(eval_rows=PAIRS, callbacks=[Own()], max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_metric == 2
+
+
+def test_metrics_of_predictions_are_refused(make):
+    trainer = make(eval_rows=PAIRS)
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(UsageError, match="compute_metrics is set"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "reference"])
+def test_token_ids_that_the_model_lacks_are_refused_before_a_step(make, tiny_model, where):
+    """Of a tokenizer whose ids have gaps, or of rows that another one made; 262 are known."""
+    good = {"prompt_ids": [5], "response_ids": [[7], [8]]}
+    bad = {"prompt_ids": [5], "response_ids": [[7], [8, 262]]}
+    options = {}
+    if where == "reference":  # with fewer embeddings than the model
+        options["reference_model"] = copy.deepcopy(tiny_model)
+        options["reference_model"].resize_token_embeddings(100)
+        options["loss"], bad = "dpo", {"prompt_ids": [5], "response_ids": [[7], [100]]}
+        where = "train_dataset"
+    train, held_out = ([good, bad], [good]) if where == "train_dataset" else ([good], [good, bad])
+    with pytest.raises(UsageError, match=rf"{where}, row 2: the response has the token id"):
+        make(train, eval_rows=held_out, **options)
+
+
+def test_a_pad_token_that_the_model_lacks_pads_nothing(make, tiny_model, tiny_tokenizer):
+    """It is masked: another token of the vocabulary does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer._pad_token = None
+    tokenizer.add_special_tokens({"pad_token": "<another>"})
+    assert tokenizer.pad_token_id == len(tiny_tokenizer)
+    assert pad_token_id(tokenizer, tiny_model) == tiny_tokenizer.eos_token_id
+
+
+def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
+    model = copy.deepcopy(tiny_model)
+    model.resize_token_embeddings(len(tiny_tokenizer) - 1)
+    with pytest.raises(UsageError, match="resize_token_embeddings"):
+        make(model=model)
+
+    model = copy.deepcopy(tiny_model)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(UsageError, match="Sequential"):
+        make(model=model)
+
+    model = copy.deepcopy(tiny_model)
+    model.config.output_router_logits = True
+    with pytest.raises(UsageError, match="router loss"):
+        make(model=model)
+
+
+def test_config_is_an_argument_parser_away(tmp_path):
+    [config] = HfArgumentParser(PLaDConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--loss", "sft", "--max_length", "99"]
+    )
+    assert (config.loss, config.max_length, config.beta) == ("sft", 99, None)
+    assert config.report_to == []
+    assert json.loads(config.to_json_string())["loss"] == "sft"
+
+
+@pytest.mark.parametrize("name", ["nll", "eval_nll", "eval_dev_nll"])
+def test_the_best_nll_is_the_lowest(name, tmp_path):
+    def is_greater(**options):
+        return PLaDConfig(str(tmp_path), use_cpu=True, **options).greater_is_better
+
+    assert is_greater(metric_for_best_model=name) is False
+    assert is_greater(metric_for_best_model=name, greater_is_better=True) is True
+    assert is_greater(metric_for_best_model="eval_margin") is True
+    assert is_greater(metric_for_best_model="eval_loss") is False
+    assert is_greater() is None
+
+
+def test_options_of_the_loss(tmp_path):
+    """As a mapping or, from a command line, as JSON; names that the loss lacks are refused."""
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--loss", "simpo", "--beta", "2"]
+    [config] = HfArgumentParser(PLaDConfig).parse_args_into_dataclasses(
+        [*line, "--loss_args", '{"gamma": 0.5}']
+    )
+    assert config.objective(group_size=2).options == {"beta": 2.0, "gamma": 0.5}
+    for given, message in (
+        ({"gama": 1}, "simpo' has no option 'gama'; it has: beta, gamma"),
+        ({"beta": 1}, "set it once"),
+        ("gamma=1", "JSON object"),
+        ([1], "map names"),
+        ({"gamma": -1}, "gamma"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            PLaDConfig(str(tmp_path), use_cpu=True, loss="simpo", beta=2.0, loss_args=given)
+
+
+def run_two_processes(folder, options):
+    """Both ranks of `two_processes.py`; if one fails, the other is not waited for."""
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    workers = []
+    for rank, log in enumerate(logs):
+        environment = {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+            "PLAD_TEST_OPTIONS": json.dumps(options),
+        }
+        with log.open("w") as output:
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.support.two_processes", str(folder)],
+                    env={**os.environ, **environment},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    deadline = time.monotonic() + 300
+    try:
+        while (codes := [worker.poll() for worker in workers]) != [0, 0]:
+            if any(codes) or time.monotonic() > deadline:
+                said = "\n".join(log.read_text()[-3000:] for log in logs)
+                pytest.fail(f"the ranks ended with {codes}:\n{said}")
+            time.sleep(0.05)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sft_weight": 0.5, "max_steps": 2, "gradient_accumulation_steps": 2},
+        # Some pairs are satisfied, in one process or in both; some micro-batches have no gradient.
+        {"beta": 0.5, "max_steps": 4, "max_tokens_per_batch": 40, "optim": "adamw_torch",
+         "learning_rate": 3e-3, "per_device_train_batch_size": 4},
+        {"loss": "dpo", "max_steps": 2},
+    ],
+    ids=["regulariser", "hinge", "reference"],
+)  # fmt: skip
+def test_two_processes_equal_one(options, make, tiny_model, tiny_tokenizer, tmp_path):
+    """Denominators are summed over processes, and DDP's average of gradients is made up for."""
+    options = {"per_device_train_batch_size": 1, **options}
+    both = {**options, "per_device_train_batch_size": 2 * options["per_device_train_batch_size"]}
+    single = make(PAIRS, eval_rows=PAIRS[:7], **both)
+    single.train()
+    expected = single.evaluate()
+
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
+    run_two_processes(tmp_path, options)
+    result = torch.load(tmp_path / "result.pt")
+    assert_same_weights(result["weights"], weights(single), rtol=1e-4, atol=1e-5)
+    for key in ("loss", "margin", "nll"):
+        assert result["logged"][key] == near(last_log(single)[key])
+        assert result["evaluated"][f"eval_{key}"] == pytest.approx(
+            expected[f"eval_{key}"], rel=1e-4
+        )
+    if "optim" in options:
+        assert result["logged"]["skipped_backwards"] > 0
