@@ -281,9 +281,9 @@ def test_floor_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(found[1]) == pytest.approx(6 * (192 * body + 64 * head) / 1e9, rel=0.01)
 
 
-def test_the_readme_has_the_table_of_the_results() -> None:
+def test_the_evidence_has_the_table_of_the_results() -> None:
     from benchmarks.common import RESULTS, ROOT
     from benchmarks.step_table import markdown
 
     with (RESULTS / "step_cpu.csv").open(newline="") as file:
-        assert markdown(list(csv.DictReader(file))) in (ROOT / "README.md").read_text()
+        assert markdown(list(csv.DictReader(file))) in (ROOT / "docs/evidence.md").read_text()
