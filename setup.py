@@ -24,7 +24,7 @@ EXTRAS = {
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.16", "protobuf"],
     # `make site`
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
+    "docs": ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "bench": [
         "transformers>=5.2",  # the step benchmark's trainers take their rows in order
         "trl>=1.16; python_version >= '3.11'",
