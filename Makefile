@@ -51,8 +51,9 @@ docs: $(VENV)/.dev
 site: $(VENV)/.docs
 	rm -rf build/pages
 	mkdir -p build/pages
-	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' | tar --null -T - -cf - | tar -xf - -C build/pages
-	$(BIN)/mkdocs build --strict --quiet
+	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' \
+		| tar --null -T - -cf - | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench
