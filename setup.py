@@ -62,7 +62,7 @@ EXTRAS["dev"] = [
 setup(
     name="plad-fast",
     version=VERSION,
-    description="Exact, memory-saving preference losses on an LM head, and distillation with them",
+    description="DPO-style training without stored logits, and distillation from a teacher's text",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
