@@ -208,7 +208,7 @@ def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]
         shared = min(shared, len(first) - 1, len(second) - 1)
     if not shared or (isinstance(first, str) and is_blank(first[:shared])):
         raise UsageError(
-            "prompt is null, and chosen and rejected do not begin with the same one (the same "
+            "prompt is None, and chosen and rejected do not begin with the same one (the same "
             "messages, or the same words up to white space); add it"
         )
     return first[:shared], [first[shared:], second[shared:]]
