@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt, content_digest
-from plad_fast.data.store import Row, RowStore, locked_store
+from plad_fast.data.store import Row, RowStore
 from plad_fast.pairs.generation.answer_rows import (
     Answered,
     all_wanted,
@@ -122,7 +122,7 @@ def discard_answers(*paths: str | os.PathLike[str]) -> None:
     with ExitStack() as held:
         files = [f for store in stores for f in (store, *shard_paths(store)) if f.exists()]
         for file in files:
-            held.enter_context(locked_store(file))
+            held.enter_context(RowStore(file))
         for file in files:
             file.unlink()
         for store in stores:
