@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.chat import Content
 from plad_fast.data.files import write_atomically
+from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
 from plad_fast.data.records import digest
-from plad_fast.data.rows import without_nulls
 from plad_fast.data.tables import read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
