@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plad_fast.data.prompts import Prompt, content_digest, require_unique_ids
-from plad_fast.data.store import AnswerStore, Row, require_rows
+from plad_fast.data.store import Row, RowStore, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
@@ -39,7 +39,7 @@ def all_wanted(prompts: Iterable[Prompt], sampling: Sampling) -> dict[str, tuple
 
 
 def missing_from(
-    store: AnswerStore, prompts: Sequence[Prompt], sampling: Sampling
+    store: RowStore, prompts: Sequence[Prompt], sampling: Sampling
 ) -> dict[str, tuple[Prompt, int]]:
     """What the store lacks of `all_wanted`.
 
@@ -64,7 +64,7 @@ def missing_from(
 
 def collect(
     prompts: Iterable[Prompt],
-    store: AnswerStore,
+    store: RowStore,
     sampling: Sampling,
     failures: Mapping[str, Failure],
 ) -> Answered:

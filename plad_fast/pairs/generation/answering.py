@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt, content_digest
-from plad_fast.data.store import AnswerStore, Row, locked_store
+from plad_fast.data.store import Row, RowStore, locked_store
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answer_rows import (
     Answered,
@@ -49,7 +49,7 @@ _ENOUGH = 16  # prompts, to see whether the length limit fits their answers
 def generate_answers(
     model: TextModel,
     prompts: Sequence[Prompt],
-    store: AnswerStore,
+    store: RowStore,
     sampling: Sampling,
     progress: bool = True,
 ) -> Answered:
@@ -111,7 +111,7 @@ def stored_answers(
             most did not. Models that several processes share are not watched.
 
     Raises:
-        UsageError: as `AnswerStore.open` and `generate_answers`, and where another process failed.
+        UsageError: as `RowStore.open` and `generate_answers`, and where another process failed.
     """
     settings = {**fingerprint, **sampling.settings()}
     with joined() as ranks, ExitStack() as stack:
@@ -172,7 +172,7 @@ class _Run:
     path: Path
     settings: Mapping[str, Any]
     load: Callable[[], TextModel]
-    store: AnswerStore | None = None
+    store: RowStore | None = None
     model: TextModel | None = None
     failures: dict[str, Failure] = field(default_factory=dict)
 
@@ -187,7 +187,7 @@ class _Run:
         if others_aside:
             set_aside(self.path, self.settings)
             renew_answers(self.path, self.prompts, self.sampling, self.settings)
-        self.store = stack.enter_context(AnswerStore.open(self.path, self.settings))
+        self.store = stack.enter_context(RowStore.open(self.path, self.settings))
         merge_shards(self.store, self.settings, self._order)
         return [*missing_from(self.store, self.prompts, self.sampling)]
 
@@ -198,7 +198,7 @@ class _Run:
         found: dict[str, Failure] = {}
         if sharded and size > 1:
             mine = share(wanted, rank, size)
-            with AnswerStore.open(shard_path(self.path, rank, size), self.settings) as shard:
+            with RowStore.open(shard_path(self.path, rank, size), self.settings) as shard:
                 if mine:
                     model = self.model or self.load()
                     bar = progress and rank == 0
@@ -234,7 +234,7 @@ class _Run:
 def _ask(
     model: TextModel,
     wanted: Wanted,
-    store: AnswerStore,
+    store: RowStore,
     sampling: Sampling,
     *,
     stored: int = 0,
@@ -284,7 +284,7 @@ def _generate(
     return model.generate(list({prompt.id: prompt for prompt, _ in wanted}.values()), sampling)
 
 
-def _is_limit_judged(name: str, store: AnswerStore, sampling: Sampling) -> bool:
+def _is_limit_judged(name: str, store: RowStore, sampling: Sampling) -> bool:
     """Whether enough prompts are answered to see if answers fit their limit; warns if most do not.
 
     Raises UsageError if not one of them is answered to the end.
