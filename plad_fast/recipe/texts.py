@@ -21,7 +21,7 @@ from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
-from plad_fast.pairs.scoring.scorers import score_answers
+from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.inputs import (
     answer_columns,
