@@ -10,16 +10,13 @@ from typing import Any
 
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import comparison_table, write_metrics
+from plad_fast.evaluation.compare import comparison_table
 from plad_fast.evaluation.held_out_rows import read_held_out
-from plad_fast.evaluation.report.html import write_report
+from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import (
     HeldOut,
     calibration_file,
-    draw_plots,
     evaluate_models,
-    example_answers,
-    margin_unit,
     scorer_file,
     student_files,
 )
@@ -134,32 +131,24 @@ def _evaluate_on_pairs(
         precision=config.precision,
         **scoring,
     )
-    write_metrics(results, folder / "metrics.json")
-    drawn = draw_plots(
-        results,
-        outputs,
-        models,
-        folder / "plots",
-        length_normalization=config.alpha,
-    )
     of_students = check_students(outputs)
     show_findings(of_students)
-    write_report(
-        folder / "report.html",
+    report = write_results(
+        folder,
+        results,
+        outputs,
+        held_out,
         title=f"Evaluation of {', '.join(models)}",
         config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
-        stages=[],
-        metrics=results,
+        length_normalization=config.alpha,
+        trainings=models,
         data={"findings": [*map(str, findings), *map(str, of_students)]},
-        plots=drawn,
-        examples=example_answers(held_out, outputs),
-        margin_unit=margin_unit(config.alpha),
         command=command,
         versions=versions(),
     )
     if isinstance(scoring["judge"], Judge):
         print(f"judge, in this run: {scoring['judge'].spent()}")
-    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
+    print(f"{comparison_table(results)}\n\nreport: {report}", flush=True)
     return results
 
 
