@@ -21,7 +21,6 @@ from plad_fast.data.files import disk_advice
 from plad_fast.data.places import shown
 from plad_fast.errors import UsageError
 from plad_fast.recipe.arguments import COMMANDS, given_settings, parse_command
-from plad_fast.recipe.doctor import require_packages
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.signals import Terminated, raised_signals
 
@@ -118,7 +117,9 @@ def _students(given: Any) -> dict[str, str]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the bars that show our progress, and leave out those of loading and saving files."""
+    """Keep the progress bars of the work, and leave out those of loading and saving files."""
+    from plad_fast.recipe.doctor import require_packages
+
     require_packages(*_NEEDED)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
