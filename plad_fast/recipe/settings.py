@@ -9,8 +9,6 @@ from typing import Any
 
 from plad_fast.data.places import expanded as expanded_path
 from plad_fast.errors import UsageError
-from plad_fast.losses.objective import Objective
-from plad_fast.losses.registry import get_loss, read_loss_args
 from plad_fast.recipe.fields import (
     AT_LEAST_1,
     NOT_NEGATIVE,
@@ -162,6 +160,8 @@ class DistillConfig(PairSettings):
     )
 
     def __post_init__(self) -> None:
+        from plad_fast.losses.registry import get_loss  # `--help` loads no torch
+
         super().__post_init__()
         object.__setattr__(self, "output_dir", expanded(self.output_dir))
         if self.loss == "sft":
@@ -206,6 +206,8 @@ class DistillConfig(PairSettings):
 
     @property
     def _terms(self) -> tuple[float, float]:
+        from plad_fast.losses.registry import get_loss
+
         return get_loss(self.loss).terms(self.sft_weight, self.length_normalization)
 
     def results_settings(self) -> dict[str, Any]:
@@ -239,6 +241,9 @@ def check_training(settings: Mapping[str, Any]) -> None:
 
 def check_loss(settings: Mapping[str, Any]) -> None:
     """Checks the loss with its options; the arguments of `check_training`."""
+    from plad_fast.losses.objective import Objective
+    from plad_fast.losses.registry import get_loss, read_loss_args
+
     loss, beta = settings["loss"], settings.get("beta")
     spec = get_loss(loss)
     if beta is not None and "beta" not in spec.options:

@@ -14,6 +14,7 @@ from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.settings import DistillConfig
 
 _MOST_BYTES = 2**20
+_DEEPEST = 100
 _LONGEST = 200  # characters of what the YAML library says
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(DistillConfig)}
 
@@ -68,9 +69,14 @@ def _read(file: str | Path) -> dict[str, Any]:
     where = f"--config {file}"
     text = _text(file, where)
     try:
+        depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise UsageError(f"{where}: *{event.anchor} is an alias; write out what it means")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise UsageError(f"{where} is nested too deeply; write `name: value` lines")
         node: Any = yaml.compose(text, yaml.SafeLoader)
         loaded = yaml.safe_load(text)
     except UsageError:  # which is a ValueError
@@ -80,8 +86,6 @@ def _read(file: str | Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}," if mark is not None else ""
         said = " ".join(str(problem or error).split())[:_LONGEST]
         raise UsageError(f"{where}{line} is not YAML: {said}") from error
-    except RecursionError:
-        raise UsageError(f"{where} is nested too deeply; write `name: value` lines") from None
     except (ValueError, ArithmeticError, TypeError, AttributeError) as error:  # numbers and dates
         said = " ".join(str(error).split())[:_LONGEST]
         raise UsageError(f"{where} holds a value that YAML cannot read: {said}") from error
