@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import lies_in
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import StudentOutputs, comparison_table
+from plad_fast.evaluation.held_out import HeldOut
+from plad_fast.evaluation.report.tables import comparison_table
 from plad_fast.evaluation.report.write import write_results
-from plad_fast.evaluation.run_students import HeldOut, evaluate_models
+from plad_fast.evaluation.run_students import evaluate_models
+from plad_fast.evaluation.students import StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (

@@ -1,4 +1,4 @@
-"""`plad-fast evaluate`: students that come from elsewhere, compared on pairs of a file."""
+"""Students that come from elsewhere, compared on pairs of a file: `plad-fast evaluate`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import comparison_table
-from plad_fast.evaluation.held_out_rows import read_held_out
+from plad_fast.evaluation.held_out import HeldOut, read_held_out
+from plad_fast.evaluation.report.tables import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import (
-    HeldOut,
-    calibration_file,
     evaluate_models,
+    file_stem,
     scorer_file,
     student_files,
 )
@@ -96,9 +95,9 @@ def _evaluate_on_pairs(
         names = dict.fromkeys([*models, *found.get("students", ())])
         files = [student_files(name, folder) for name in names]
         rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
-        answers = [file for answer_files, _ in files for file in answer_files]
+        answers = [file for own in files for file in (own.greedy, own.sampled)]
         discard_answers(*answers, *rated, folder / JUDGE_STORE)
-        for file in (*(f for _, f in files), *(calibration_file(n, folder) for n in names)):
+        for file in (file for own in files for file in (own.logps, own.calibration)):
             file.unlink(missing_ok=True)
 
     of_results = config.results_settings()
@@ -158,11 +157,11 @@ def _check_names(names: Sequence[str]) -> None:
                 f"characters, start with a dot or have more than {_LONGEST_NAME} bytes, for files "
                 "are named after it; choose another"
             )
-        plain = unicodedata.normalize("NFKC", name).casefold().replace(" ", "-")
+        plain = file_stem(name)
         if plain in seen:
             raise UsageError(
                 f"--student {seen[plain]} and --student {name} would share their files; give them "
-                "names that differ in more than case and spaces"
+                'names that differ in more than case, spaces and ? * < > | "'
             )
         seen[plain] = name
         if plain == "teacher" or plain.partition("-")[0] == "scores":

@@ -160,7 +160,8 @@ class DistillConfig(PairSettings):
     )
 
     def __post_init__(self) -> None:
-        from plad_fast.losses.registry import get_loss  # `--help` loads no torch
+        from plad_fast.losses.objective import check_settings  # `--help` loads no torch
+        from plad_fast.losses.registry import get_loss
 
         super().__post_init__()
         object.__setattr__(self, "output_dir", expanded(self.output_dir))
@@ -180,7 +181,7 @@ class DistillConfig(PairSettings):
                     f"{flag(samples)} {getattr(self, samples)} would all be the same at "
                     f"{flag(temperature)} 0; raise it"
                 )
-        check_loss(vars(self))
+        check_settings(self.loss, vars(self), flag)
         size = self.micro_batch_size
         if size is not None and (self.batch_size % size or self.sft_batch_size % size):
             raise UsageError(
@@ -233,32 +234,12 @@ def check_training(settings: Mapping[str, Any]) -> None:
         UsageError: a value out of range, or an option that the loss does not have; in one sentence
             with the flag's name.
     """
+    from plad_fast.losses.objective import check_settings
+
     for field in dataclasses.fields(DistillConfig):
         if settings.get(field.name) is not None:
             checked(field, settings[field.name])
-    check_loss(settings)
-
-
-def check_loss(settings: Mapping[str, Any]) -> None:
-    """Checks the loss with its options; the arguments of `check_training`."""
-    from plad_fast.losses.objective import Objective
-    from plad_fast.losses.registry import get_loss, read_loss_args
-
-    loss, beta = settings["loss"], settings.get("beta")
-    spec = get_loss(loss)
-    if beta is not None and "beta" not in spec.options:
-        raise UsageError(f"--loss {loss} has no beta; leave --beta out")
-    if spec.mean_over == "tokens":
-        for name in ("sft_weight", "length_normalization"):
-            if settings.get(name):
-                raise UsageError(
-                    f"{flag(name)} has no part in --loss {loss}, which is the likelihood itself; "
-                    "leave it out"
-                )
-    options = read_loss_args(loss, settings.get("loss_args"), beta=beta) or {}
-    if beta is not None:
-        options["beta"] = beta
-    Objective.bind(loss, group_size=2, has_scores=True, has_reference=True, **options)
+    check_settings(settings["loss"], settings, flag)
 
 
 def expanded(output_dir: str) -> str:

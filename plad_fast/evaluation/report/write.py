@@ -11,8 +11,8 @@ from plad_fast.evaluation.report.html import write_report
 from plad_fast.evaluation.report.parts import draw_plots, example_answers, margin_unit
 
 if TYPE_CHECKING:
-    from plad_fast.evaluation.compare import StudentOutputs
-    from plad_fast.evaluation.run_students import HeldOut
+    from plad_fast.evaluation.held_out import HeldOut
+    from plad_fast.evaluation.students import StudentOutputs
 
 
 def write_results(
