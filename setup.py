@@ -39,7 +39,6 @@ EXTRAS["test"] = [
     "pytest>=8.0",
     "pytest-xdist>=3.8",
     "hypothesis>=6.100",
-    "scipy>=1.11",  # what statistics are compared with
     *EXTRAS["api"],
     *EXTRAS["eval"],
     *EXTRAS["gguf"],
@@ -72,13 +71,19 @@ setup(
         *(f"plad_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"plad_fast.kernels": "kernels"},
-    package_data={"": ["*.pyi"], "plad_fast": ["py.typed", "data/*.jsonl"]},
+    package_data={
+        "": ["*.pyi"],
+        "plad_fast": ["py.typed", "data/*.jsonl", "evaluation/report/report.*"],
+    },
     install_requires=[
         "torch>=2.8",
         "transformers>=4.57",
         "accelerate>=1.3",
         "datasets>=3.0",
         "numpy>=1.26",
+        "filelock>=3.30",  # the first that locks an open folder
+        "scipy>=1.15",  # statistics of evaluations
+        "jinja2>=3.1",  # reports; torch brings it too
         "lazy-loader>=0.4",  # the packages load what is asked of them
         "pyyaml>=6.0",
         "tqdm>=4.66.3",  # as datasets 3.0 has it
