@@ -16,8 +16,7 @@ from transformers import TrainerCallback
 
 from plad_fast.errors import UsageError
 from plad_fast.training import reference_logps
-from plad_fast.training.bins import pack
-from plad_fast.training.micro_batches import split_to
+from plad_fast.training.micro_batches import pack, split_to
 from plad_fast.training.trainer import PLaDTrainer
 from tests.support.trainings import PAIRS, RANKED, assert_same_weights, last_log, weights
 
@@ -177,12 +176,12 @@ def test_resumed_run_remembers_who_was_satisfied(make, tmp_path):
     straight.train()
     checkpoint = tmp_path / "a" / "checkpoint-6"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["Satisfied"]["attributes"]["listed"]
+    assert state["stateful_callbacks"]["InactiveRows"]["attributes"]["listed"]
     resumed = make(output=tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
     again = []
-    resumed.add_callback(OnStep(lambda trainer=resumed: again.append(set(trainer._satisfied.rows))))
+    resumed.add_callback(OnStep(lambda trainer=resumed: again.append(set(trainer._skipper.rows.numbers))))
     resumed.train()  # from the start: nothing is satisfied yet
     assert again[0] == set()
 
@@ -225,7 +224,7 @@ def test_restored_callbacks_go_on_remembering(make, tmp_path):
     straight.train()
     resumed = make(output=tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
-    assert resumed._satisfied.rows == straight._satisfied.rows != set()
+    assert resumed._skipper.rows.numbers == straight._skipper.rows.numbers != set()
     assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
 
 
@@ -233,7 +232,7 @@ def test_batches_are_not_rounded_on_their_way(make):
     """DeepSpeed's own way of moving them casts what is of floating point."""
     trainer = make(loss="dpo", bf16=False)
     trainer.is_deepspeed_enabled = True  # the cast would need a plugin, which is not there
-    batch = trainer._batch([trainer.train_dataset[i] for i in range(2)])
+    batch = trainer._batches.collate(trainer.train_dataset, range(2))
     moved = trainer._prepare_inputs(batch)
     assert torch.equal(moved["reference_logps"], batch["reference_logps"])
 
@@ -245,14 +244,14 @@ def test_token_budget_makes_micro_batches(make):
         for budget in (None, 70)
     )
     sizes = []
-    collate = parts._collate
+    collate = parts._batches.collator
 
     def watched(features):
         batch = collate(features)
         sizes.append(batch["input_ids"].numel())
         return batch
 
-    parts._collate = watched
+    parts._batches.collator = watched
     for trainer in (whole, parts):
         trainer.train()
     assert len(sizes) > 2
