@@ -64,7 +64,7 @@ def test_every_torn_end_is_cut_off(path):
 
 KILLED = """
 import sys, time
-from plad_fast.pairs.store import AnswerStore
+from plad_fast.data.store import AnswerStore
 with AnswerStore.open(sys.argv[1], {}) as store:
     first = len(store.done)
     for batch in range(10_000):

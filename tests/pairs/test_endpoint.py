@@ -432,7 +432,7 @@ def test_without_the_package_it_says_how_to_install_it():
 import sys
 sys.modules["openai"] = None
 from plad_fast.errors import UsageError
-from plad_fast.pairs.sources import open_teacher
+from plad_fast.pairs.generation.sources import open_teacher
 try:
     open_teacher("openai:m", base_url="http://127.0.0.1:1/v1")
 except UsageError as error:

@@ -90,8 +90,8 @@ def test_200_prompts_through_every_fault(tmp_path, caplog, capfd):
 SCRIPT = """
 import sys
 from plad_fast.pairs import AnswerStore, Prompt, Sampling, generate_answers
-from plad_fast.pairs.endpoint import Endpoint
-from plad_fast.pairs.endpoint_model import EndpointModel
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
 url, path = sys.argv[1:]
 teacher = EndpointModel(Endpoint("m", base_url=url, timeout=60, concurrency=4))
 prompts = [Prompt(f"p{i}", f"question {i}") for i in range(200)]

@@ -123,7 +123,7 @@ def test_torchrun_makes_the_pairs_of_one_process(tiny_teacher, tmp_path):
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*launcher, "2", "-m", "plad_fast.cli", *command("two")],
+        [*launcher, "2", "-m", "plad_fast", *command("two")],
         env=environment(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -291,7 +291,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
     """As `plad-fast doctor | true` does. Buffered output, the default, is written last of all."""
     buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
     code = (
-        "import sys; from plad_fast import doctor; doctor.diagnose = lambda: 'one line'\n"
+        "import sys; from plad_fast.recipe import doctor; doctor.diagnose = lambda: 'one line'\n"
         "from plad_fast.cli import main; sys.exit(main(['doctor']))"
     )
     with subprocess.Popen(

@@ -197,7 +197,7 @@ def test_in_the_process_of_others_a_signal_does_what_it_did(tiny_teacher, pairs,
         2,
         [],
         [signal.SIGTERM],
-        before="from pathlib import Path; from plad_fast import training",
+        before="from pathlib import Path; from plad_fast.training import train as training",
         run=run,
     )
     assert done.returncode == -signal.SIGTERM, done.stderr
