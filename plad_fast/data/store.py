@@ -1,6 +1,6 @@
-"""An append-only file of answers that outlives a killed run.
+"""Rows in an append-only file that outlives a killed run: answers, scores, log-probabilities.
 
-The first line is a header with the settings that made the answers; every other line is one row, a
+The first line is a header with the settings that made the rows; every other line is one row, a
 JSON object with an `id`. A run killed at any moment loses at most the rows it was writing.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import disk_advice
+from plad_fast.data.locks import lock
 from plad_fast.data.places import shown
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -22,20 +23,15 @@ from plad_fast.errors import UsageError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system; two writers are then not told apart
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
-FORMAT = "plad-fast answers"
+FORMAT = "plad-fast rows"
 _VERSION = 1
 
 Row = dict[str, Any]
 
 
-class AnswerStore:
+class RowStore:
     """Rows by id. Make one with `open`; it is a context manager that closes the file."""
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -50,7 +46,7 @@ class AnswerStore:
         fingerprint: Mapping[str, Any],
         *,
         overwrite: bool = False,
-    ) -> AnswerStore:
+    ) -> RowStore:
         """Opens a store, or makes one together with its folder.
 
         A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
@@ -58,7 +54,7 @@ class AnswerStore:
 
         Args:
             path: of the JSONL file.
-            fingerprint: the settings the answers depend on, as JSON values.
+            fingerprint: the settings the rows depend on, as JSON values.
             overwrite: discard what is stored.
 
         Raises:
@@ -76,7 +72,7 @@ class AnswerStore:
         return store
 
     @classmethod
-    def _locked(cls, path: Path) -> AnswerStore:
+    def _locked(cls, path: Path) -> RowStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: after a failed write nothing is left behind to be written later.
@@ -85,7 +81,7 @@ class AnswerStore:
             raise _unwritable(path, error) from error
         store = cls(path, file)
         try:
-            store._lock()
+            lock(file.fileno(), path)
         except BaseException:
             store.close()
             raise
@@ -126,20 +122,6 @@ class AnswerStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            # The system drops it with the process, however that ends: no stale lock.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{self.path} is being written by another process; wait for it to end, or choose "
-                "another output folder"
-            ) from None
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s)", self.path, error)
-
     def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
         header = {"format": FORMAT, "version": _VERSION, "fingerprint": settings}
         self._file.seek(0)
@@ -169,7 +151,7 @@ class AnswerStore:
         """Nothing of a file that is not ours is ever cut off or overwritten."""
         start = _line({"format": FORMAT})[: -len(b"}\n")]
         if content and not content.startswith(start) and not start.startswith(content):
-            raise UsageError(f"{self.path} is not a store of answers; choose another output folder")
+            raise UsageError(f"{self.path} is not a store of rows; choose another output folder")
 
     def _require_version(self, found: Row) -> None:
         if found["version"] != _VERSION:
@@ -221,7 +203,7 @@ class AnswerStore:
             raise
 
 
-def require_rows(store: AnswerStore, fits: Callable[[Row], bool]) -> None:
+def require_rows(store: RowStore, fits: Callable[[Row], bool]) -> None:
     """Raises UsageError for a row that is no row of such a store.
 
     Args:
@@ -236,13 +218,13 @@ def require_rows(store: AnswerStore, fits: Callable[[Row], bool]) -> None:
             )
 
 
-def locked_store(path: Path) -> AnswerStore:
+def locked_store(path: Path) -> RowStore:
     """A store of any fingerprint that no other process can open, and of which nothing is read.
 
     Raises:
         UsageError: the file is no store, or is open in another process.
     """
-    store = AnswerStore._locked(path)
+    store = RowStore._locked(path)
     try:
         store._file.seek(0)
         store._require_store(store._file.read())

@@ -20,11 +20,9 @@ from typing import Any
 
 from plad_fast.data.file_states import Change, changes, state_of
 from plad_fast.data.files import publish_folder, write_atomically
-from plad_fast.data.locks import HeldFolder, cannot_write, lock_folder
+from plad_fast.data.locks import cannot_write, held_folder, locked
 from plad_fast.data.records import changed_settings, digest, require_equal
 from plad_fast.errors import UsageError
-
-__all__ = ["RunFolder", "Stage", "lock_folder"]
 
 _RECORD = "run.json"
 _FORMAT = {"format": "plad-fast run", "version": 2}
@@ -76,7 +74,8 @@ class RunFolder:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = Path(path).expanduser()
-        self._held = HeldFolder(self.path)
+        self._held = ExitStack()
+        self._held.enter_context(held_folder(self.path))
         self._is_bound = is_bound or (lambda: bool(self._record["stages"]))
         self._is_own = is_own
         self._record: dict[str, Any] = {}
@@ -282,8 +281,7 @@ class RunFolder:
             with ExitStack() as held:
                 # Other programs may have its stores open, or train beside its models.
                 for part in (*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")):
-                    if (lock := lock_folder(part)) is not None:
-                        held.callback(os.close, lock)
+                    held.enter_context(locked(part))
                 self._empty()
         if anew:
             self._record["stages"] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from plad_fast.data.file_states import changes, state_of
 from plad_fast.data.files import write_atomically
-from plad_fast.data.locks import HeldFolder, cannot_write
+from plad_fast.data.locks import cannot_write, held_folder
 from plad_fast.data.records import changed_settings, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.ranks import joined
@@ -27,16 +27,16 @@ _OF_OTHERS = {_RUN: "a run of `plad-fast distill`", "training.json": "a trained 
 
 @contextmanager
 def held_by_first(folder: Path) -> Iterator[None]:
-    """A folder held (`HeldFolder`) until the block ends; in a run of several processes the first
+    """A folder held (`held_folder`) until the block ends; in a run of several processes the first
     one holds it, and all are to call this.
 
     Raises:
-        UsageError: as `HeldFolder`, in every process.
+        UsageError: as `held_folder`, in every process.
     """
     with ExitStack() as held:
 
         def hold() -> None:
-            held.enter_context(HeldFolder(folder))
+            held.enter_context(held_folder(folder))
 
         with joined() as ranks:
             ranks.from_first(hold)
@@ -57,7 +57,7 @@ def claim_folder(
     """Makes the folder of a command, or finds that these very settings have made its results.
 
     Where there are none yet, other settings may go on: what is stored of answers and scores has
-    records of its own. The folder is held by the caller (`_folder_locks.HeldFolder`).
+    records of its own. The folder is held by the caller (`held_folder`).
 
     Args:
         folder: of the command's results.

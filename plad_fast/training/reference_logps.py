@@ -37,7 +37,7 @@ from plad_fast.data.row_sets import (
     require_rows,
     token_dataset,
 )
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import token_limits, vocabulary_size, without_adapters
 from plad_fast.models.head import causal_lm_logprobs, evaluating
@@ -126,7 +126,7 @@ def add_reference_logps(
         path = Path(cache).expanduser() / f"{digest(settings)}.jsonl"
         known = _read_finished(path)
         if len(known) != len(rows):
-            with AnswerStore.open(path, settings) as store:
+            with RowStore.open(path, settings) as store:
                 done = {int(key) for key in store.done}
                 scorer.run(batches, done, lambda new: store.append(_to_rows(new)))
                 known = _from_rows(store.rows.values())
@@ -234,7 +234,7 @@ def _check(logps: Sequence[float], count: int, name: str, index: int) -> None:
 
 
 def _read_finished(path: Path) -> Logps:
-    """The rows of a file. The lock of `AnswerStore` would keep other readers out."""
+    """The rows of a file. The lock of `RowStore` would keep other readers out."""
     try:
         _, *lines = path.read_bytes().splitlines()
         return _from_rows(map(json.loads, lines))

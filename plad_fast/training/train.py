@@ -106,15 +106,23 @@ def train_model(
     if batch_size % micro:
         raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
     objective = {
-        **{"loss": loss, "beta": beta, "loss_args": loss_args, "sft_weight": sft_weight},
+        "loss": loss,
+        "beta": beta,
+        "loss_args": loss_args,
+        "sft_weight": sft_weight,
         "length_normalization": length_normalization,
     }
     # What the weights depend on; what is in memory at once changes no more than their rounding.
     record = {
-        **{"source": model_digest(source), "rows": f"{len(rows)} rows, {digest(list(rows))}"},
+        "source": model_digest(source),
+        "rows": f"{len(rows)} rows, {digest(list(rows))}",
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": precision,
+        "max_length": max_length,
         **objective,
-        **{"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size},
-        **{"seed": seed, "precision": precision, "max_length": max_length},
     }
     if is_trained(output):  # a run may be killed between this and its own record of it
         if not replace or found_record(output) == record:

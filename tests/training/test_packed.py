@@ -181,7 +181,9 @@ def test_resumed_run_remembers_who_was_satisfied(make, tmp_path):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
     again = []
-    resumed.add_callback(OnStep(lambda trainer=resumed: again.append(set(trainer._skipper.rows.numbers))))
+    resumed.add_callback(
+        OnStep(lambda trainer=resumed: again.append(set(trainer._skipper.rows.numbers)))
+    )
     resumed.train()  # from the start: nothing is satisfied yet
     assert again[0] == set()
 
