@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.files import disk_advice
 from plad_fast.data.locks import lock
 from plad_fast.data.places import shown
+from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "plad-fast rows"
-_VERSION = 1
+FORMAT = RecordFormat("plad-fast rows", 1)
+_OR_ANEW = "choose another output folder, or pass --overwrite to start anew"
 
 Row = dict[str, Any]
 
@@ -61,11 +62,9 @@ class RowStore:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
                 process, or holds rows that were made with another fingerprint.
         """
-        # A round trip makes of the settings what comes back from a file: lists of tuples, say.
-        settings = json.loads(json.dumps(dict(fingerprint)))
         store = cls._locked(Path(path).expanduser())
         try:
-            store._load(settings, overwrite)
+            store._load(as_json(fingerprint), overwrite)
         except BaseException:
             store.close()
             raise
@@ -123,7 +122,7 @@ class RowStore:
         self.close()
 
     def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
-        header = {"format": FORMAT, "version": _VERSION, "fingerprint": settings}
+        header = {**FORMAT.header, "fingerprint": settings}
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -134,12 +133,16 @@ class RowStore:
             return
         first, *lines = whole.split(b"\n")[:-1]
         found = self._parse(first, 1, ("version", "fingerprint"))
-        self._require_version(found)
+        if found["version"] != FORMAT.version:
+            raise UsageError(
+                f"{self.path} has format version {found['version']}, this plad_fast writes version "
+                f"{FORMAT.version}; {_OR_ANEW}"
+            )
         if not lines and found != header:
             self._file.truncate(0)
             self._write(_line(header))
             return
-        self._require_equal(found, header)
+        require_equal(found["fingerprint"], settings, self.path, _OR_ANEW)
         for number, line in enumerate(lines, start=2):
             row = self._parse(line, number, ("id",))
             self._rows.setdefault(row["id"], row)
@@ -149,29 +152,8 @@ class RowStore:
 
     def _require_store(self, content: bytes) -> None:
         """Nothing of a file that is not ours is ever cut off or overwritten."""
-        start = _line({"format": FORMAT})[: -len(b"}\n")]
-        if content and not content.startswith(start) and not start.startswith(content):
+        if not FORMAT.begins(content):
             raise UsageError(f"{self.path} is not a store of rows; choose another output folder")
-
-    def _require_version(self, found: Row) -> None:
-        if found["version"] != _VERSION:
-            raise UsageError(
-                f"{self.path} has format version {found['version']}, this plad_fast writes version "
-                f"{_VERSION}; choose another output folder, or pass --overwrite"
-            )
-
-    def _require_equal(self, found: Row, header: Row) -> None:
-        before, now = _flat(found["fingerprint"]), _flat(header["fingerprint"])
-        changed = [
-            f"{name} was {before.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name, _flat) != now.get(name, _flat)
-        ]
-        if changed:
-            raise UsageError(
-                f"{self.path} was made with other settings: {'; '.join(changed)}; choose another "
-                "output folder, or pass --overwrite to start anew"
-            )
 
     def _parse(self, line: bytes, number: int, keys: Sequence[str]) -> Row:
         try:
@@ -247,14 +229,6 @@ def _line(row: Mapping[str, Any]) -> bytes:
     # A lone surrogate has no UTF-8 form; the replacement is also its JSON escape.
     text = json.dumps(row, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in settings.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-        flat.update(inner or {prefix + name: value})
-    return flat
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:

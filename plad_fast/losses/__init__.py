@@ -39,10 +39,15 @@ from plad_fast.losses.reference_free import cpo, cpo_ipo, orpo, sft, simpo
 from plad_fast.losses.registry import (
     LossSpec,
     available,
-    check_option_kinds,
     get_loss,
     read_loss_args,
     register_loss,
+)
+from plad_fast.losses.trl_options import (
+    translate_cpo,
+    translate_dpo,
+    translate_kto,
+    translate_orpo,
 )
 
 __all__ = [
@@ -51,7 +56,6 @@ __all__ = [
     "apo_zero",
     "available",
     "bco_pair",
-    "check_option_kinds",
     "cpo",
     "cpo_ipo",
     "discopop",
@@ -75,4 +79,8 @@ __all__ = [
     "simpo",
     "slic",
     "sppo_hard",
+    "translate_cpo",
+    "translate_dpo",
+    "translate_kto",
+    "translate_orpo",
 ]

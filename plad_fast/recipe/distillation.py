@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import lies_in
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import StudentOutputs, comparison_table, write_metrics
-from plad_fast.evaluation.report.html import write_report
+from plad_fast.evaluation.held_out import HeldOut
+from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import (
-    HeldOut,
-    draw_plots,
     evaluate_models,
-    example_answers,
-    margin_unit,
 )
+from plad_fast.evaluation.students import StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (
@@ -334,32 +332,24 @@ class _Distillation:
     def _report(self) -> dict[str, Any]:
         config = self.config
         results, outputs = self._measure()
-        write_metrics(results, self.folder / "metrics.json")
-        drawn = draw_plots(
+        data = self._data(outputs)
+        show_findings(data["findings"])
+        write_results(
+            self.folder.path,
             results,
             outputs,
-            {
+            self._held_out_data(),
+            title=f"Distillation of {Path(self.teacher_source).stem}",
+            config=config.as_dict() | config.results_settings(),
+            length_normalization=config.alpha,
+            trainings={
                 "fine-tuning"
                 if folder == "sft"
                 else _numbered("calibration", number, ", round "): self.folder / folder
                 for number, folder in enumerate(self._students())
             },
-            self.folder / "plots",
-            length_normalization=config.alpha,
-        )
-        held_out = self._held_out_data()
-        data = self._data(outputs)
-        show_findings(data["findings"])
-        write_report(
-            self.folder / "report.html",
-            title=f"Distillation of {Path(self.teacher_source).stem}",
-            config=config.as_dict() | config.results_settings(),
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
-            metrics=results,
             data=data,
-            plots=drawn,
-            examples=example_answers(held_out, outputs),
-            margin_unit=margin_unit(config.alpha),
             command=self.command,
             versions=versions(),
         )

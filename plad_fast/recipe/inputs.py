@@ -31,7 +31,7 @@ from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig, flag
 from plad_fast.recipe.stage_folder import require_whole
 
 if TYPE_CHECKING:
-    from plad_fast.evaluation.compare import StudentOutputs
+    from plad_fast.evaluation.students import StudentOutputs
 
 
 _FEWEST = 2

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import NAME as MANIFEST
-from plad_fast.data.manifest import write_manifest
+from plad_fast.data.manifest import listed_files, write_manifest
 from plad_fast.data.records import require_equal
 from plad_fast.errors import UsageError
 from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
@@ -115,11 +115,7 @@ def _files(model: Path) -> list[str]:
 
 
 def _ours(model: Path) -> list[str]:
-    try:
-        listed = set(json.loads((model / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        listed = set()
-    known = {RECORD, LOG, MANIFEST, *listed}
+    known = {RECORD, LOG, MANIFEST, *listed_files(model)}
     return [
         name
         for name in _files(model)

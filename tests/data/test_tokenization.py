@@ -20,7 +20,7 @@ from plad_fast.data.packing import PreferenceCollator
 from plad_fast.data.rows import TokenLimits
 from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import score_pairs
+from plad_fast.models.response_scores import score_pairs
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -104,7 +104,7 @@ def test_overwriting_is_refused_where_something_lies_that_no_run_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["data.locks.make_folders", "data.locks.locked", "recipe.run_folder.write_atomically"]
+    "name", ["data.locks.make_folders", "data.locks.locked", "data.records.write_atomically"]
 )
 def test_a_disk_that_is_full_when_a_folder_is_opened(name, tmp_path, monkeypatch):
     def full(*_):

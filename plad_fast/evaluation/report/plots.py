@@ -22,7 +22,7 @@ from plad_fast.evaluation.metrics import margins
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from plad_fast.evaluation.compare import StudentOutputs
+    from plad_fast.evaluation.students import StudentOutputs
 
 
 _FIRST, _LAST, _TEACHER = "#E69F00", "#0072B2", "#555555"

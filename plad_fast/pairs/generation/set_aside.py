@@ -88,7 +88,7 @@ def _fingerprint(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline())
-        return header["fingerprint"] if header["format"] == FORMAT else None
+        return header["fingerprint"] if header["format"] == FORMAT.name else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

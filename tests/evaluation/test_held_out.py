@@ -10,7 +10,7 @@ from plad_fast.cli import main
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import run_students as module
-from plad_fast.evaluation.held_out_rows import read_held_out
+from plad_fast.evaluation.held_out import read_held_out
 
 PAIR = {"id": "a", "prompt": "Say 1.", "chosen": " one", "rejected": " x"}
 

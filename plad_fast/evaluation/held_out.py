@@ -1,8 +1,9 @@
-"""Held-out pairs from a file: every row is read before any model is."""
+"""Held-out prompts, answers and pairs, and their reading from the rows of a file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plad_fast.data.chat import as_conversation, is_blank
@@ -11,7 +12,24 @@ from plad_fast.data.records import digest
 from plad_fast.data.rows import made_by_arrow, read_row, refuse_template_options
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.run_students import HeldOut
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts, the teacher's answers and pairs that students are measured on."""
+
+    prompts: Sequence[Prompt]
+    """With a teacher's answer each."""
+    teacher_answers: Mapping[str, str]
+    """Prompt id -> the teacher's answer."""
+    pairs: Sequence[Mapping[str, Any]]
+    """Rows of the preference format over some of the prompts: what is ranked."""
+    pair_prompts: Sequence[str] = ()
+    """The prompt's id of each pair; left out where a pair's own id is its prompt's."""
+
+    def prompts_of_pairs(self) -> list[str]:
+        """The prompt's id of each pair."""
+        return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
 
 
 def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
