@@ -14,7 +14,8 @@ from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.text_model import Answer
-from plad_fast.pairs.scoring.scorers import open_scorer, score_answers
+from plad_fast.pairs.scoring.scorers import open_scorer
+from plad_fast.pairs.scoring.stored import score_answers
 from tests.support.trainings import last_log, weights
 
 PROMPTS = [Prompt(str(k), f"What is {k}?", reference=f"{k} is a number") for k in range(4)]
