@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.places import expanded, is_there, names_path, nothing_at, shown
+from plad_fast.checks import shown
+from plad_fast.data.places import expanded, is_there, names_path, nothing_at
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.errors import UsageError
 
