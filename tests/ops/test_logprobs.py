@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plad_fast import UsageError, linear_sequence_logprobs, sequence_logprobs
-from plad_fast.losses import segments
+from plad_fast.losses.terms import segment_sums
 from plad_fast.models.devices import autocast_dtype
 from plad_fast.ops import backend as dispatch
 from plad_fast.ops.impl import products
@@ -474,7 +474,7 @@ def test_only_rows_with_a_gradient_are_computed_again(monkeypatch):
 
 def test_sums_do_not_lose_what_float32_would():
     values = torch.full((40_000,), -11.1)
-    ours = segments.segment_sums(values, torch.tensor([0, 40_000]))
+    ours = segment_sums(values, torch.tensor([0, 40_000]))
     assert ours.item() == values.double().sum().float().item()
 
 
@@ -511,7 +511,7 @@ def test_refusals_of_stored_logits(logits, targets, cu_seqlens, message):
         ({"cu_seqlens": torch.tensor([0, 4])}, "end at the number of tokens"),
         ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "S . 1 integers"),
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"softcap": -1.0}, "softcap must be a positive"),
+        ({"softcap": -1.0}, "softcap must be positive"),
         ({"length_normalization": -0.5}, "length_normalization"),
         ({"scratch_bytes": 0}, "scratch_bytes"),
         ({"impl": "cuda"}, "unknown impl 'cuda'; this version has: auto, triton, torch"),
