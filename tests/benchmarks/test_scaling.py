@@ -236,8 +236,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from plad_fast.head import call_inside, causal_lm_logprobs
-from plad_fast.packing import PreferenceCollator
+from plad_fast.models import call_inside, causal_lm_logprobs
+from plad_fast.data import PreferenceCollator
 from benchmarks.scaling_count import ddp_collectives, fsdp_collectives
 from tests.benchmarks.test_scaling import TINY, make_config
 from transformers import LlamaForCausalLM

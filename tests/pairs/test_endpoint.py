@@ -15,7 +15,8 @@ pytest.importorskip("openai")
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Choice, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel, request_seed
 from plad_fast.pairs.generation.endpoint.retries import LONGEST_ASKED, pause, retry_after
 from plad_fast.pairs.generation.sampling import Sampling
@@ -432,7 +433,7 @@ def test_without_the_package_it_says_how_to_install_it():
 import sys
 sys.modules["openai"] = None
 from plad_fast.errors import UsageError
-from plad_fast.pairs.sources import open_teacher
+from plad_fast.pairs.generation.sources import open_teacher
 try:
     open_teacher("openai:m", base_url="http://127.0.0.1:1/v1")
 except UsageError as error:

@@ -17,7 +17,7 @@ ALLOWANCE = 16
 PROGRAM = """
 import sys, torch
 from plad_fast import *
-from plad_fast.reference import *
+from plad_fast.ops.reference import *
 torch.set_num_threads(1)
 which, dtype, scratch = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 N, D, V = {N}, {D}, {V}

@@ -122,13 +122,12 @@ def test_any_damage_to_the_newest_checkpoint_leads_to_the_one_before(killed, tmp
 def test_a_training_with_a_damaged_checkpoint_ends_with_the_same_weights(
     killed, finished, tiny_teacher, tmp_path
 ):
-    """Every file once, with the faults in turn; the checkpoint before takes its place."""
-    for name, fault in zip(files(killed / "checkpoint-6"), itertools.cycle(FAULTS)):
-        output = tmp_path / f"{name}-{fault}" / "out"
-        folder = shutil.copytree(killed, output.with_name("out.checkpoints"))
-        damaged(folder / "checkpoint-6" / name, fault, folder / "checkpoint-4" / name)
-        assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes(), name
-        assert [path.name for path in output.parent.iterdir()] == ["out"]
+    """The checkpoint before takes its place."""
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    damaged(folder / "checkpoint-6" / "optimizer.pt", "cut", folder / "checkpoint-4")
+    output = tmp_path / "out"
+    assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_without_a_whole_checkpoint_a_training_starts_anew(
@@ -273,37 +272,10 @@ def test_a_finished_model_that_is_damaged_is_not_done(finished, killed, tiny_tea
         output = shutil.copytree(finished, tmp_path / f"{name}-{fault}" / "out")
         if not damaged(output / name, fault, killed / "checkpoint-4" / name):
             continue
-        if (name, fault) == ("files.json", "missing"):
-            assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes()
-            continue
         with pytest.raises(UsageError, match=name):
             train(tiny_teacher, output)
         refused.append(name)
     assert set(refused) == set(names)
-
-
-@pytest.mark.parametrize("fault", ["cut", "empty", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_model_without_a_list_has_to_be_readable(fault, name, finished, tiny_teacher, tmp_path):
-    """As versions wrote it that made no list."""
-    output = shutil.copytree(finished, tmp_path / "out")
-    (output / "files.json").unlink()
-    train(tiny_teacher, output)
-    damaged(output / name, fault, output / name)
-    with pytest.raises(UsageError, match=rf"{name} (is|cannot)"):
-        train(tiny_teacher, output)
-
-
-def test_a_sharded_model_without_a_list_has_all_of_its_shards(tmp_path, tiny_model):
-    from plad_fast.data.manifest import require_whole
-
-    tiny_model.save_pretrained(tmp_path / "m", max_shard_size="50KB")
-    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
-    assert len(shards) > 1
-    require_whole(tmp_path / "m", "train")
-    shards[1].unlink()
-    with pytest.raises(UsageError, match=f"{shards[1].name} is missing"):
-        require_whole(tmp_path / "m", "train")
 
 
 def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, capsys):
@@ -336,6 +308,7 @@ def test_a_list_is_of_all_files_at_any_depth(tmp_path):
         assert damage(tmp_path, step=3) == "files.json is damaged"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by POSIX means")
 def test_a_disk_that_fills_up_in_torch_save(killed, finished, tiny_teacher, tmp_path):
     """The size limit on files stands in for it: the weights fit, the optimizer's state does not."""
