@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plad_fast.data.places import shown
+from plad_fast.checks import shown
 from plad_fast.data.rows import read_row
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
