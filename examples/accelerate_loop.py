@@ -15,7 +15,7 @@ from data import arguments, pair_batches
 
 from plad_fast import fused_linear_preference_loss
 from plad_fast.data.packing import to_device
-from plad_fast.models.head import call_inside, through_head, unwrap
+from plad_fast.models import call_inside, through_head, unwrap
 from plad_fast.models.loading import load_model
 
 LOSS = {"loss": "plad_ranking"}

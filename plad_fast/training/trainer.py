@@ -25,13 +25,13 @@ from plad_fast.data.packing import (
     token_counts,
 )
 from plad_fast.errors import UsageError
-from plad_fast.models.adapters import pad_token_id, without_adapters
-from plad_fast.models.attention.packed import enable
+from plad_fast.models.adapters import base_model, pad_token_id, without_adapters
+from plad_fast.models.attention.register import enable
 from plad_fast.models.encoder_decoder import decoder_start_token, is_encoder_decoder
-from plad_fast.models.head import base_model, call_inside, check_head, through_head, unwrap
+from plad_fast.models.head import check_architecture, through_head
 from plad_fast.models.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.models.sharing import prepare
-from plad_fast.models.wrappers import gathered
+from plad_fast.models.wrappers import call_inside, gathered, unwrap
 from plad_fast.ops.preference_losses import FusedLoss, fused_linear_preference_loss
 from plad_fast.training.bins import pack
 from plad_fast.training.config import NO_PREDICTIONS, PLaDConfig
@@ -449,7 +449,7 @@ class PLaDTrainer(Trainer):
         """The layout, found by the first process: the others may not have their weights yet."""
 
         def find() -> str:
-            check_head(self.model)
+            check_architecture(self.model)
             check_router_loss(self.model)
             return self._prepare(self.model, self.args.layout)
 

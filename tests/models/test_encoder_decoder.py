@@ -15,8 +15,9 @@ from plad_fast.data.packing import PreferenceCollator
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.tokenization import encode_group, tokenize_dataset
 from plad_fast.errors import UsageError
+from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.models.head import backbone_hidden, base_model, causal_lm_logprobs, check_head
+from plad_fast.models.head import backbone_hidden, causal_lm_logprobs, check_architecture
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import load_model
 from plad_fast.models.response_scores import score_pairs
@@ -122,7 +123,7 @@ def own_logprobs(model, groups):
 def test_logprobs_and_gradients_equal_the_models_own(name):
     """Every parameter's, under another weight for every sequence; pad ids stand inside texts."""
     model = make_model(name)
-    check_head(model)
+    check_architecture(model)
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0])
     ours = causal_lm_logprobs(model, collate(model, GROUPS))
     (ours.sums @ weight).backward()
@@ -191,7 +192,7 @@ def test_adapters_in_both_halves_and_on_the_head(name, options):
     if options.get("lora_bias"):
         targets = ("lm_head",)
     model = adapt(make_model(name), targets, **options)
-    check_head(model)
+    check_architecture(model)
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0])
     ours = causal_lm_logprobs(model, collate(model, GROUPS))
     theirs = own_logprobs(model, GROUPS)
@@ -519,4 +520,4 @@ def _bert_to_bert():
 )
 def test_models_that_are_refused(make, reason):
     with pytest.raises(UsageError, match=reason):
-        check_head(make().eval())
+        check_architecture(make().eval())
