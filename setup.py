@@ -77,6 +77,7 @@ setup(
         "accelerate>=1.3",
         "datasets>=3.0",
         "numpy>=1.26",
+        "filelock>=3.30",  # the first that locks an open folder
         "lazy-loader>=0.4",  # the packages load what is asked of them
         "pyyaml>=6.0",
         "tqdm>=4.66.3",  # as datasets 3.0 has it

@@ -5,7 +5,7 @@ from .prompts import Prompt as Prompt
 from .prompts import as_messages as as_messages
 from .prompts import builtin_prompts as builtin_prompts
 from .prompts import load_prompts as load_prompts
-from .store import AnswerStore as AnswerStore
+from .store import RowStore as RowStore
 from .tokenization import encode_group as encode_group
 from .tokenization import encode_prompt as encode_prompt
 from .tokenization import tokenize_dataset as tokenize_dataset

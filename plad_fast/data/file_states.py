@@ -7,14 +7,13 @@ was cut; one that reads as a whole and holds other rows was edited by somebody, 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plad_fast.data.files import file_digest
+from plad_fast.data.records import digest, file_digest
 
 State = dict[str, Any]
 """JSON values. Of a folder: {"files": {name: state}}, names with slashes. Of JSON lines: {"rows":
@@ -107,20 +106,15 @@ def _split(digests: str) -> list[str]:
 
 
 def _of_file(path: Path) -> State:
+    if path.suffix != ".jsonl":
+        return {"digest": file_digest(path)}
     state = path.stat()
-    if path.suffix == ".jsonl":
-        return dict(_of_rows(path, state.st_size, state.st_mtime_ns))
-    return {"digest": _digest(path, state.st_size, state.st_mtime_ns)}
-
-
-@functools.lru_cache(maxsize=256)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Of the content; size and time are there to notice that a cached digest is old."""
-    return file_digest(path)
+    return dict(_of_rows(path, state.st_size, state.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=64)
 def _of_rows(path: Path, size: int, mtime_ns: int) -> State:
+    """Computed once for a size and time of a file."""
     digests: list[str] = []
     state: State = {"rows": 0, "digests": ""}
     with path.open("rb") as file:
@@ -140,8 +134,7 @@ def _of_rows(path: Path, size: int, mtime_ns: int) -> State:
             if number == 1 and "fingerprint" in row:
                 state["store"] = True
                 continue
-            text = json.dumps(row, sort_keys=True).encode()
-            digests.append(hashlib.blake2b(text, digest_size=_DIGITS // 2).hexdigest())
+            digests.append(digest(row)[:_DIGITS])
     if state.get("store"):
         digests.sort()
         state.pop("torn", None)  # which whoever opens it cuts off

@@ -7,7 +7,6 @@ of its content. So the content is synced before the rename, and the folder of th
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from pathlib import Path
 
@@ -24,7 +23,6 @@ _ADVICE = {
 }
 # What torch.save says when a write came out short.
 _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected pos ")
-_BLOCK = 2**20  # bytes read at once
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
@@ -127,12 +125,3 @@ def disk_advice(error: BaseException | None) -> str | None:
             return _MAKE_ROOM
         error = error.__cause__ or error.__context__
     return None
-
-
-def file_digest(path: Path) -> str:
-    """Of the whole content of a file, in hexadecimal digits."""
-    hashed = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            hashed.update(block)
-    return hashed.hexdigest()

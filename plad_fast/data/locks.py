@@ -1,29 +1,23 @@
-"""One process to a folder: locks that the system drops with the process, however that ends."""
+"""One process to a folder or file: locks that end with the process, however it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plad_fast.data.files import disk_advice, make_folders
 from plad_fast.errors import UsageError
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 logger = logging.getLogger("plad_fast")
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system; two runs in one folder are then not told apart
-    fcntl = None  # type: ignore[assignment]
 
-
-class HeldFolder:
-    """An output folder that is this process's alone until it is closed; made where it is missing.
+@contextlib.contextmanager
+def held_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An output folder that is this process's alone until the block ends; made where it is missing.
 
     Nothing is read of it, or written into it, by a command that does not hold it. One that leaves
     it empty leaves it as it was found: away, if it was made here.
@@ -32,41 +26,27 @@ class HeldFolder:
         UsageError: another process holds the folder, there is a file in its place, or it cannot be
             made.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--output-dir {self.path} is a file; choose a folder")
-        self._made = not self.path.exists()
-        self._lock: int | None = None
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--output-dir {path} is a file; choose a folder")
+    made = not path.exists()
+    with ExitStack() as held:
         try:
-            make_folders(self.path)
-            self._lock = lock_folder(self.path)
-            # A training holds these until there is a model to put into the folder.
-            checkpoints = self.path.with_name(f"{self.path.name}.checkpoints")
-            if checkpoints.is_dir() and (lock := lock_folder(checkpoints)) is not None:
-                os.close(lock)
-        except UsageError:
-            self.close()
-            raise
-        except OSError as error:
-            self.close()
-            raise cannot_write(self.path, error) from error
-
-    def close(self) -> None:
-        """Let other processes have the folder."""
-        if self._made:
-            with contextlib.suppress(OSError):  # there is something in it
-                self.path.rmdir()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+            try:
+                make_folders(path)
+                held.enter_context(locked(path))
+                # A training holds these until there is a model to put into the folder.
+                checkpoints = path.with_name(f"{path.name}.checkpoints")
+                if checkpoints.is_dir():
+                    with locked(checkpoints):
+                        pass
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            yield path
+        finally:
+            if made:
+                with contextlib.suppress(OSError):  # there is something in it
+                    path.rmdir()
 
 
 def cannot_write(folder: Path, error: OSError) -> UsageError:
@@ -78,38 +58,50 @@ def cannot_write(folder: Path, error: OSError) -> UsageError:
     )
 
 
-def lock_folder(path: Path) -> int | None:
-    """Held as long as this process; the system drops it however that ends.
-
-    Returns:
-        The descriptor to close when done, or None where the file system has no locks.
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A folder or file that no other process locks until the block ends.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process has locked it.
     """
-    if fcntl is None:
-        return None
+    if os.name == "nt":  # which has no descriptors of folders
+        yield
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        busy = not _is_at(path, descriptor)
-    except BlockingIOError:
-        busy = True
+        lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Lock what a descriptor has open until that is closed, by the process's end at the latest.
+
+    A file system that has no locks, as some of networks, is used with a warning.
+
+    Raises:
+        UsageError: another process has locked it, or has given its name to something else.
+    """
+    if os.name == "nt":  # whose locks keep others from reading, too
+        return
+    from filelock import lock_descriptor
+
+    try:
+        free = lock_descriptor(descriptor, blocking=False)
     except OSError as error:
-        os.close(descriptor)
         logger.warning("%s: this file system has no locks (%s)", path, error)
-        return None
-    if busy:
-        os.close(descriptor)
+        return
+    if not free or not _is_at(path, descriptor):
         raise UsageError(
             f"{path} is being filled by another process; wait for it to end, or choose another "
-            "--output-dir"
+            "output folder"
         )
-    return descriptor
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether a folder still has its name, which who held it before may have given to another."""
+    """Whether what is open still has its name, which who held it before may have given away."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

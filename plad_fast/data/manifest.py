@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from plad_fast.data.files import file_digest, write_atomically
+from plad_fast.data.records import RecordFormat, file_digest
 from plad_fast.errors import UsageError
 
 NAME = "files.json"
 
-_FORMAT = {"format": "plad-fast files", "version": 1}
+_FORMAT = RecordFormat("plad-fast files", 1)
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
@@ -26,12 +23,20 @@ def write_manifest(folder: Path, **about: Any) -> None:
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
-            "blake2b": file_digest(path),
+            "sha256": file_digest(path),
         }
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / NAME
     }
-    write_atomically(folder / NAME, json.dumps({**_FORMAT, **about, "files": files}, indent=1))
+    _FORMAT.write(folder / NAME, **about, files=files)
+
+
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Names of files with what is recorded of each; empty where there is no list to be read."""
+    try:
+        return _FORMAT.read(folder / NAME, files=dict).fields.get("files", {})
+    except OSError:
+        return {}
 
 
 def damage(folder: Path, **about: Any) -> str | None:
@@ -46,70 +51,37 @@ def damage(folder: Path, **about: Any) -> str | None:
     Raises:
         OSError: a file is there and cannot be read.
     """
+    kinds = {name: type(value) for name, value in about.items()}
     try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        header = {name: manifest[name] for name in _FORMAT}
-        recorded = {name: manifest[name] for name in about}
-        files = {
-            name: (entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()
-        }
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{NAME} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
+        record, problem = _FORMAT.read(folder / NAME, files=dict, **kinds)
+    except IsADirectoryError:
         return f"{NAME} is damaged"
-    if header != _FORMAT:
-        return f"{NAME} is of another version"
-    if recorded != about:
+    if problem:
+        what = {"missing": "missing", "damaged": "damaged"}.get(problem, "of another version")
+        return f"{NAME} is {what}"
+    if any(record[name] != value for name, value in about.items()):
         return f"{NAME} is of another folder"
-    for name, (size, digest) in files.items():
+    for name, recorded in record["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         found = path.stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes in place of {size}"
-        if file_digest(path) != digest:
+        if found != recorded["bytes"]:
+            return f"{name} has {found} bytes in place of {recorded['bytes']}"
+        if file_digest(path) != recorded["sha256"]:
             return f"{name} is not as it was written"
     return None
 
 
 def require_whole(folder: Path, advice: str) -> None:
-    """That a model's folder is as it was written.
-
-    One without a list, which earlier versions wrote, has to hold weights that can be opened.
+    """Raise a UsageError that names the file unless a model's folder is as it was written.
 
     Args:
         folder: of the model.
         advice: what else to do than to put the file back.
 
     Raises:
-        UsageError: it is not; names the file.
         OSError: a file cannot be read.
     """
-    reason = damage(folder) if (folder / NAME).exists() else _unreadable(folder)
-    if reason is not None:
+    if reason := damage(folder):
         raise UsageError(f"{folder} is damaged: {reason}; put that file back, or {advice}")
-
-
-def _unreadable(folder: Path) -> str | None:
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "config.json is missing"
-    except ValueError:
-        return "config.json is damaged"
-    wanted = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            wanted.update(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{index.name} is damaged"
-    for name in sorted(wanted) or ["model.safetensors"]:
-        try:
-            with safe_open(folder / name, "pt"):  # which compares its header with its size
-                pass
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except SafetensorError as error:
-            return f"{name} cannot be read ({error})"
-    return None

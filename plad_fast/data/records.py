@@ -1,4 +1,4 @@
-"""Records of what a result was made from, by which a stale one is told from a current one."""
+"""Records of what results were made from, by which stale ones are told from current ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from plad_fast.data.files import file_digest, write_atomically
+from plad_fast.data.files import write_atomically
 from plad_fast.errors import UsageError
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -25,12 +25,81 @@ _BESIDE = (
     "*.model",
     "*.jinja",
 )
+_BLOCK = 2**20  # bytes read at once
+
+
+class Found(NamedTuple):
+    """What `RecordFormat.read` met."""
+
+    fields: dict[str, Any]
+    """Of a record that can be read, also one of another version."""
+    problem: Literal["", "missing", "damaged", "foreign", "version"]
+    """Nothing is wrong; there is no file; it cannot be read, or lacks a field; it says that it is
+    something else; or the version is another one."""
+
+
+class RecordFormat(NamedTuple):
+    """JSON files of one kind: objects that begin with "format" and "version"."""
+
+    name: str
+    version: int
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What comes first in a file."""
+        return {"format": self.name, "version": self.version}
+
+    def write(self, path: Path, **fields: Any) -> None:
+        """Replace the file at `path`, durably; raises OSError."""
+        write_atomically(path, json.dumps({**self.header, **fields, **self.header}, indent=1))
+
+    def read(self, path: Path, **fields: type) -> Found:
+        """The record at `path`, if it has these fields, each of its type.
+
+        Raises:
+            OSError: a file is there and cannot be read.
+        """
+        try:
+            record = json.loads(path.read_bytes())
+            if record["format"] != self.name:
+                return Found({}, "foreign")
+            if not all(isinstance(record[name], kind) for name, kind in fields.items()):
+                return Found({}, "damaged")
+            return Found(record, "" if record["version"] == self.version else "version")
+        except (FileNotFoundError, NotADirectoryError):
+            return Found({}, "missing")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return Found({}, "damaged")
+
+    def begins(self, content: bytes) -> bool:
+        """Whether content is of a file of this kind, or is what a power cut may leave of one.
+
+        That is its beginning, nothing at all, or zeros.
+        """
+        start = b"".join(json.dumps({"format": self.name}).encode()[:-1].split())
+        head = b"".join(content[: 4 * len(start)].rstrip(b"\0").split())
+        return head.startswith(start) or start.startswith(head)
 
 
 def digest(value: Any) -> str:
     """Sixteen hexadecimal digits of a JSON value; what JSON does not know counts as its text."""
     text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content; computed once for a size and time of it."""
+    state = path.stat()
+    return _file_digest(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()
 
 
 def model_digest(source: str | os.PathLike[str], seen: frozenset[Path] = frozenset()) -> str:
@@ -52,10 +121,7 @@ def model_digest(source: str | os.PathLike[str], seen: frozenset[Path] = frozens
         ]
     else:
         return os.fspath(source)
-    parts = []
-    for file in files:
-        state = file.stat()
-        parts.append((file.name, _file_digest(file, state.st_size, state.st_mtime_ns)))
+    parts = [(file.name, file_digest(file)) for file in files]
     base = _base_of_adapters(path)
     seen = seen | {path.resolve()}
     if base and Path(base).expanduser().resolve() not in seen:
@@ -72,34 +138,38 @@ def _base_of_adapters(folder: Path) -> str | None:
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Of the whole content; size and time are there to notice that a cached digest is old."""
-    return file_digest(path)
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from a file: with lists for tuples, say."""
+    return json.loads(json.dumps(dict(settings)))
 
 
 def require_equal(
     found: Mapping[str, Any], now: Mapping[str, Any], path: Path, advice: str
 ) -> None:
-    """Compares the settings that made a file or folder with those of now.
-
-    Raises:
-        UsageError: some differ; it names them, and ends in the advice.
-    """
+    """Raise a UsageError that names what differs in the settings that made a file or folder."""
     if changed := changed_settings(found, now):
         raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}; {advice}")
 
 
 def changed_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, setting by setting."""
+    """In words, setting by setting; one in a mapping by the names of both, with a dot."""
+    before, after = _flat(found), _flat(now)
     return [
-        f"{name} was {found.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
-        for name in sorted(found.keys() | now.keys())
-        if found.get(name, ...) != now.get(name, ...)
+        f"{name} was {before.get(name, 'not set')!r} and is {after.get(name, 'not set')!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, ...) != after.get(name, ...)
     ]
 
 
-_FORMAT = {"format": "plad-fast scores", "version": 2}
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        flat.update(inner or {prefix + name: value})
+    return flat
+
+
+_SCORES = RecordFormat("plad-fast scores", 3)
 
 
 def stored_scores(
@@ -122,30 +192,16 @@ def stored_scores(
     Raises:
         UsageError: the file is not one of scores, or was made with another fingerprint.
     """
-    settings = json.loads(json.dumps(fingerprint))
-    scores = _read(file, settings, replace) if file.is_file() else None
-    if scores is None:
-        scores = compute()
-        record = {**_FORMAT, "fingerprint": settings, "digest": digest(scores), "scores": scores}
-        write_atomically(file, json.dumps(record))
-    return scores
-
-
-def _read(file: Path, settings: dict[str, Any], replace: bool) -> dict[str, Any] | None:
-    """None where they are to be computed."""
-    content = file.read_bytes().rstrip(b"\0")
-    start = json.dumps({"format": _FORMAT["format"]}).encode()[:-1]
-    if not content.startswith(start) and not start.startswith(content):
+    settings = as_json(fingerprint)
+    if file.is_file() and not _SCORES.begins(file.read_bytes()):
         raise UsageError(f"{file} does not hold scores; choose another --output-dir")
-    try:
-        record = json.loads(content)
-        version, found, scores = record["version"], record["fingerprint"], record["scores"]
-        is_whole = version == _FORMAT["version"] and record["digest"] == digest(scores)
-    except (ValueError, KeyError, TypeError):
-        return None
-    if not is_whole:
-        return None
-    if found != settings and not replace:
-        advice = "choose another --output-dir, or pass --overwrite to start anew"
-        require_equal(found, settings, file, advice)
-    return scores if found == settings else None
+    record, problem = _SCORES.read(file, fingerprint=dict, digest=str, scores=dict)
+    if not problem and record["digest"] == digest(record["scores"]):
+        if record["fingerprint"] == settings:
+            return record["scores"]
+        if not replace:
+            advice = "choose another --output-dir, or pass --overwrite to start anew"
+            require_equal(record["fingerprint"], settings, file, advice)
+    scores = compute()
+    _SCORES.write(file, fingerprint=settings, digest=digest(scores), scores=scores)
+    return scores

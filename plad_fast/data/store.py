@@ -1,6 +1,6 @@
-"""An append-only file of answers that outlives a killed run.
+"""Rows in an append-only file that outlives a killed run: answers, scores, log-probabilities.
 
-The first line is a header with the settings that made the answers; every other line is one row, a
+The first line is a header with the settings that made the rows; every other line is one row, a
 JSON object with an `id`. A run killed at any moment loses at most the rows it was writing.
 """
 
@@ -15,27 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import disk_advice
+from plad_fast.data.locks import lock
 from plad_fast.data.places import shown
+from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system; two writers are then not told apart
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
-FORMAT = "plad-fast answers"
-_VERSION = 1
+FORMAT = RecordFormat("plad-fast rows", 1)
+_OR_ANEW = "choose another output folder, or pass --overwrite to start anew"
 
 Row = dict[str, Any]
 
 
-class AnswerStore:
+class RowStore:
     """Rows by id. Make one with `open`; it is a context manager that closes the file."""
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -50,7 +47,7 @@ class AnswerStore:
         fingerprint: Mapping[str, Any],
         *,
         overwrite: bool = False,
-    ) -> AnswerStore:
+    ) -> RowStore:
         """Opens a store, or makes one together with its folder.
 
         A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
@@ -58,25 +55,23 @@ class AnswerStore:
 
         Args:
             path: of the JSONL file.
-            fingerprint: the settings the answers depend on, as JSON values.
+            fingerprint: the settings the rows depend on, as JSON values.
             overwrite: discard what is stored.
 
         Raises:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
                 process, or holds rows that were made with another fingerprint.
         """
-        # A round trip makes of the settings what comes back from a file: lists of tuples, say.
-        settings = json.loads(json.dumps(dict(fingerprint)))
         store = cls._locked(Path(path).expanduser())
         try:
-            store._load(settings, overwrite)
+            store._load(as_json(fingerprint), overwrite)
         except BaseException:
             store.close()
             raise
         return store
 
     @classmethod
-    def _locked(cls, path: Path) -> AnswerStore:
+    def _locked(cls, path: Path) -> RowStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: after a failed write nothing is left behind to be written later.
@@ -85,7 +80,7 @@ class AnswerStore:
             raise _unwritable(path, error) from error
         store = cls(path, file)
         try:
-            store._lock()
+            lock(file.fileno(), path)
         except BaseException:
             store.close()
             raise
@@ -126,22 +121,8 @@ class AnswerStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            # The system drops it with the process, however that ends: no stale lock.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{self.path} is being written by another process; wait for it to end, or choose "
-                "another output folder"
-            ) from None
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s)", self.path, error)
-
     def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
-        header = {"format": FORMAT, "version": _VERSION, "fingerprint": settings}
+        header = {**FORMAT.header, "fingerprint": settings}
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -152,12 +133,16 @@ class AnswerStore:
             return
         first, *lines = whole.split(b"\n")[:-1]
         found = self._parse(first, 1, ("version", "fingerprint"))
-        self._require_version(found)
+        if found["version"] != FORMAT.version:
+            raise UsageError(
+                f"{self.path} has format version {found['version']}, this plad_fast writes version "
+                f"{FORMAT.version}; {_OR_ANEW}"
+            )
         if not lines and found != header:
             self._file.truncate(0)
             self._write(_line(header))
             return
-        self._require_equal(found, header)
+        require_equal(found["fingerprint"], settings, self.path, _OR_ANEW)
         for number, line in enumerate(lines, start=2):
             row = self._parse(line, number, ("id",))
             self._rows.setdefault(row["id"], row)
@@ -167,29 +152,8 @@ class AnswerStore:
 
     def _require_store(self, content: bytes) -> None:
         """Nothing of a file that is not ours is ever cut off or overwritten."""
-        start = _line({"format": FORMAT})[: -len(b"}\n")]
-        if content and not content.startswith(start) and not start.startswith(content):
-            raise UsageError(f"{self.path} is not a store of answers; choose another output folder")
-
-    def _require_version(self, found: Row) -> None:
-        if found["version"] != _VERSION:
-            raise UsageError(
-                f"{self.path} has format version {found['version']}, this plad_fast writes version "
-                f"{_VERSION}; choose another output folder, or pass --overwrite"
-            )
-
-    def _require_equal(self, found: Row, header: Row) -> None:
-        before, now = _flat(found["fingerprint"]), _flat(header["fingerprint"])
-        changed = [
-            f"{name} was {before.get(name, 'not set')!r} and is {now.get(name, 'not set')!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name, _flat) != now.get(name, _flat)
-        ]
-        if changed:
-            raise UsageError(
-                f"{self.path} was made with other settings: {'; '.join(changed)}; choose another "
-                "output folder, or pass --overwrite to start anew"
-            )
+        if not FORMAT.begins(content):
+            raise UsageError(f"{self.path} is not a store of rows; choose another output folder")
 
     def _parse(self, line: bytes, number: int, keys: Sequence[str]) -> Row:
         try:
@@ -221,7 +185,7 @@ class AnswerStore:
             raise
 
 
-def require_rows(store: AnswerStore, fits: Callable[[Row], bool]) -> None:
+def require_rows(store: RowStore, fits: Callable[[Row], bool]) -> None:
     """Raises UsageError for a row that is no row of such a store.
 
     Args:
@@ -236,13 +200,13 @@ def require_rows(store: AnswerStore, fits: Callable[[Row], bool]) -> None:
             )
 
 
-def locked_store(path: Path) -> AnswerStore:
+def locked_store(path: Path) -> RowStore:
     """A store of any fingerprint that no other process can open, and of which nothing is read.
 
     Raises:
         UsageError: the file is no store, or is open in another process.
     """
-    store = AnswerStore._locked(path)
+    store = RowStore._locked(path)
     try:
         store._file.seek(0)
         store._require_store(store._file.read())
@@ -265,14 +229,6 @@ def _line(row: Mapping[str, Any]) -> bytes:
     # A lone surrogate has no UTF-8 form; the replacement is also its JSON escape.
     text = json.dumps(row, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in settings.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-        flat.update(inner or {prefix + name: value})
-    return flat
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:

@@ -39,7 +39,6 @@ from plad_fast.losses.reference_free import cpo, cpo_ipo, orpo, sft, simpo
 from plad_fast.losses.registry import (
     LossSpec,
     available,
-    check_option_kinds,
     get_loss,
     read_loss_args,
     register_loss,
@@ -51,7 +50,6 @@ __all__ = [
     "apo_zero",
     "available",
     "bco_pair",
-    "check_option_kinds",
     "cpo",
     "cpo_ipo",
     "discopop",

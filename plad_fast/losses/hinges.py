@@ -12,8 +12,8 @@ from torch import Tensor
 from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
     check_group_size,
-    check_margin,
-    check_slope,
+    check_not_negative,
+    check_positive,
     first_against_each,
     power_rewards,
 )
@@ -30,7 +30,7 @@ def plad_ranking(
     PLaD's ranking loss, of the form of SLiC's rank loss. With more than one rejected response it
     is the mean over them.
     """
-    check_margin("beta", beta)
+    check_not_negative("beta", beta)
     check_group_size(logps, at_least=2)
     return torch.relu(beta - logps[:, :1] + logps[:, 1:]).mean(dim=1)
 
@@ -47,7 +47,7 @@ def plad_margin(
     PLaD's margin loss, of the form of SLiC's margin loss; q is a score of the text (a reward
     model, ROUGE to a reference, a judge). The mean over the rejected responses if they are many.
     """
-    check_margin("beta", beta)
+    check_not_negative("beta", beta)
     gaps = beta * first_against_each(scores)
     return torch.relu(gaps - logps[:, :1] + logps[:, 1:]).mean(dim=1)
 
@@ -62,7 +62,7 @@ def plad_listwise(
 
     SLiC's list rank loss over K candidates that lie in order, best first.
     """
-    check_margin("beta", beta)
+    check_not_negative("beta", beta)
     check_group_size(logps, at_least=2)
     better, worse = torch.triu_indices(
         logps.shape[1], logps.shape[1], offset=1, device=logps.device
@@ -86,6 +86,6 @@ def slic(
     has AlphaPO's reward (1 - p ** -alpha) / alpha in place of s. The mean over the rejected
     responses if they are many.
     """
-    check_slope(beta)
-    check_margin("delta", delta)
+    check_positive("beta", beta)
+    check_not_negative("delta", delta)
     return torch.relu(delta - beta * first_against_each(power_rewards(logps, alpha))).mean(dim=1)

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from plad_fast.checks import check_number
+from plad_fast.checks import check_weight
 from plad_fast.errors import UsageError
-from plad_fast.losses.registry import (
-    LossSpec,
-    available,
-    check_option_kinds,
-    get_loss,
-    register_loss,
-)
-from plad_fast.losses.segments import length_normalized
-from plad_fast.losses.terms import check_weight
+from plad_fast.losses.registry import LossSpec, available, get_loss, register_loss
+from plad_fast.losses.terms import length_normalized
 
 
 def _a_part_needs_it(options: Mapping[str, Any]) -> bool:
@@ -54,9 +45,8 @@ def mixture(
         if not isinstance(given, Mapping):
             raise UsageError(f"parts[{name!r}] must map names of options to values, got {given!r}")
         options = {key: value for key, value in given.items() if key != "weight"}
-        _check_options(spec, options)
+        spec.check_options(options)
         weight = given.get("weight", 1.0)
-        check_number(f"the weight of {name!r} in parts", weight)
         check_weight(f"the weight of {name!r} in parts", weight)
         alpha = length_normalization if spec.length_normalized else 0.0
         constants: dict[str, Any] = {"counts": counts, "length_normalization": length_normalization}
@@ -76,20 +66,8 @@ def _part(name: str) -> LossSpec:
     if name == "mixture":
         raise UsageError("parts of a mixture cannot be mixtures; give all parts to one")
     spec = get_loss(name)
-    if spec.mean_over == "tokens":
+    if spec.is_likelihood:
         raise UsageError(f"{name!r} is a mean over tokens and no part of a mixture; set sft_weight")
     if spec.needs_scores:
         raise UsageError(f"{name!r} needs scores and cannot be a part of a mixture")
     return spec
-
-
-def _check_options(spec: LossSpec, options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in spec.options:
-            known = ", ".join(["weight", *spec.options])
-            raise UsageError(f"{spec.name!r} in parts has no option {name!r}; it has: {known}")
-    for name, default in spec.options.items():
-        if default is inspect.Parameter.empty and name not in options:
-            raise UsageError(f"{spec.name!r} in parts needs the option {name!r}")
-    if not torch.compiler.is_compiling():
-        check_option_kinds(spec, options)

@@ -6,7 +6,6 @@ B groups of K responses to one prompt, best first; S = B * K sequences.
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from plad_fast.checks import check_group_size, check_length_normalization, check_weight
 from plad_fast.errors import UsageError
-from plad_fast.losses.registry import LossSpec, check_option_kinds, get_loss
-from plad_fast.losses.segments import length_normalized
+from plad_fast.losses.registry import LossSpec, get_loss, read_loss_args
+from plad_fast.losses.terms import length_normalized
 
 _probed: weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 """By function: the options, group sizes and devices that it was probed with."""
@@ -65,21 +64,7 @@ class Objective:
                 a function that does not return one number per group, each group on its own.
         """
         spec = get_loss(loss)
-        unknown = sorted(set(options) - set(spec.options))
-        if unknown:
-            known = ", ".join(spec.options) or "none"
-            raise UsageError(
-                f"loss {spec.name!r} has no option {', '.join(map(repr, unknown))}; it has: {known}"
-            )
-        missing = [
-            name
-            for name, default in spec.options.items()
-            if default is inspect.Parameter.empty and name not in options
-        ]
-        if missing:
-            raise UsageError(f"loss {spec.name!r} needs the option {', '.join(missing)}")
-        if not torch.compiler.is_compiling():
-            check_option_kinds(spec, options)
+        spec.check_options(options)
         if spec.needs_scores and not has_scores:
             raise UsageError(
                 f"loss {spec.name!r} needs scores: one number per sequence, higher is better"
@@ -181,7 +166,7 @@ class Objective:
         """
         groups = _denominator(len(counts) if num_groups is None else num_groups)
         tokens = _denominator(counts[:, 0].sum() if num_tokens is None else num_tokens)
-        return (tokens if self.spec.mean_over == "tokens" else groups), tokens
+        return (tokens if self.spec.is_likelihood else groups), tokens
 
     def value(
         self,
@@ -194,6 +179,30 @@ class Objective:
         if self.sft_weight:
             loss = loss - self.sft_weight * sums[:, 0].sum() / denominators[1]
         return loss.to(sums.dtype)
+
+
+def check_settings(
+    loss: str, settings: Mapping[str, Any], flag: Callable[[str], str] = str
+) -> None:
+    """Refuse settings of a loss that are wrong whatever the data: names, values, idle terms.
+
+    Args:
+        settings: any of `beta`, `loss_args`, `sft_weight` and `length_normalization`, or None.
+        flag: a setting's name as the user writes it.
+    """
+    spec, beta = get_loss(loss), settings.get("beta")
+    if beta is not None and "beta" not in spec.options:
+        raise UsageError(f"{flag('loss')} {loss} has no beta; leave {flag('beta')} out")
+    for name in ("sft_weight", "length_normalization"):
+        if spec.is_likelihood and settings.get(name):
+            raise UsageError(
+                f"{flag(name)} has no part in {flag('loss')} {loss}, which is the likelihood "
+                "itself; leave it out"
+            )
+    options = read_loss_args(loss, settings.get("loss_args"), beta=beta) or {}
+    if beta is not None:
+        options["beta"] = beta
+    Objective.bind(loss, group_size=2, has_scores=True, has_reference=True, **options)
 
 
 def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:

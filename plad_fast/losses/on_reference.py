@@ -25,8 +25,8 @@ from plad_fast.errors import UsageError
 from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
     MAX_SQUARED_EXPONENT,
+    check_positive,
     check_share,
-    check_strength,
     divergence_rewards,
     first_against_each,
     log_loss,
@@ -109,7 +109,7 @@ def ipo(
     normalises so, whose authors had it confirmed by the paper's. They are taken here whatever
     the caller's length normalisation.
     """
-    check_strength(beta)
+    check_positive("beta", beta)
     ratios = logps - reference_logps
     rewards = divergence_rewards(ratios, f_divergence, f_alpha, MAX_SQUARED_EXPONENT)
     gaps = first_against_each(means(rewards, counts))
@@ -131,7 +131,7 @@ def dpo_norm(
     The length-normalised DPO of Tulu 3, Lambert et al. 2024, arXiv 2411.15124. For DPO's own
     divergence it is `dpo` with a length normalisation of 1, and is so whatever the caller's.
     """
-    check_strength(beta)
+    check_positive("beta", beta)
     rewards = divergence_rewards(logps - reference_logps, f_divergence, f_alpha)
     return log_loss(beta * first_against_each(means(rewards, counts))).mean(dim=1)
 
@@ -189,5 +189,5 @@ def _scaled_gaps(
     f_divergence: str,
     f_alpha: float,
 ) -> Tensor:  # (B, K - 1)
-    check_strength(beta)
+    check_positive("beta", beta)
     return beta * first_against_each(divergence_rewards(ratios, f_divergence, f_alpha))

@@ -20,8 +20,8 @@ from plad_fast.errors import UsageError
 from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
     check_group_size,
-    check_strength,
-    check_weight,
+    check_not_negative,
+    check_positive,
     first_against_each,
     log_loss,
 )
@@ -69,7 +69,7 @@ def sppo_hard(
 
     Wu et al., equation 4.7, where beta is 1 / eta and the preference is certain.
     """
-    check_strength(beta)
+    check_positive("beta", beta)
     check_group_size(logps, at_least=2)
     gains = logps - reference_logps
     target = 1 / (2 * beta)
@@ -132,10 +132,10 @@ def kto(
     `reference_logps` and pass `kl=0`, which is the same. With `kl=0` alone it is TRL's
     `apo_zero_unpaired`.
     """
-    check_strength(beta)
+    check_positive("beta", beta)
     _check_kl(kl)
     for name, weight in (("desirable", desirable_weight), ("undesirable", undesirable_weight)):
-        check_weight(f"{name}_weight", weight)
+        check_not_negative(f"{name}_weight", weight)
     if scores is None:
         if logps.shape[1] < 2:
             raise UsageError(
@@ -155,7 +155,7 @@ def _rewards(
     reference_logps: Tensor,  # (B, K)
     beta: float,
 ) -> Tensor:  # (B, K)
-    check_strength(beta)
+    check_positive("beta", beta)
     check_group_size(logps, at_least=2)
     return beta * (logps - reference_logps)
 

@@ -21,9 +21,8 @@ from plad_fast.losses.registry import register_loss
 from plad_fast.losses.terms import (
     MAX_SQUARED_EXPONENT,
     NEAREST_TO_ONE,
-    check_margin,
-    check_slope,
-    check_weight,
+    check_not_negative,
+    check_positive,
     first_against_each,
     log_loss,
     means,
@@ -44,7 +43,7 @@ def cpo(
     Xu et al., equation 3, its preference term: DPO's with a uniform reference. The whole objective
     has `sft_weight=1` beside it, and TRL's `cpo_alpha` is that weight.
     """
-    check_slope(beta)
+    check_positive("beta", beta)
     odds = beta * first_against_each(power_rewards(logps, alpha))
     return log_loss(odds, label_smoothing).mean(dim=1)
 
@@ -61,7 +60,7 @@ def cpo_ipo(
 
     CPO's `ipo` of TRL. The means are taken whatever the caller's length normalisation.
     """
-    check_slope(beta)
+    check_positive("beta", beta)
     rewards = power_rewards(means(logps, counts), alpha, MAX_SQUARED_EXPONENT)
     gaps = first_against_each(rewards)
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
@@ -81,8 +80,8 @@ def simpo(
 
     Meng et al., equation 6. The means are taken whatever the caller's length normalisation.
     """
-    check_slope(beta)
-    check_margin("gamma", gamma)
+    check_positive("beta", beta)
+    check_not_negative("gamma", gamma)
     odds = beta * first_against_each(power_rewards(means(logps, counts), alpha)) - gamma
     return log_loss(odds, label_smoothing).mean(dim=1)
 
@@ -101,7 +100,7 @@ def orpo(
     takes that of their prompts too. The means are taken whatever the caller's length
     normalisation. Within float32's rounding of p = 1 the odds end, and their gradient with them.
     """
-    check_weight("beta", beta)
+    check_not_negative("beta", beta)
     average = means(logps, counts).clamp(max=-NEAREST_TO_ONE)
     log_odds = average - torch.log(-torch.expm1(average))
     return beta * log_loss(first_against_each(log_odds)).mean(dim=1)

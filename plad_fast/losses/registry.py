@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plad_fast.checks import check_length_normalization, check_weight
@@ -63,6 +64,30 @@ class LossSpec:
             self.sft_weight if sft_weight is None else sft_weight,
             self.length_normalization if length_normalization is None else length_normalization,
         )
+
+    @property
+    def is_likelihood(self) -> bool:
+        """The loss is the likelihood of the best responses, to which `sft_weight` adds nothing."""
+        return self.mean_over == "tokens"
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Names, and finite numbers or names as the defaults are; ranges are the loss's business.
+
+        A number may also be a tensor ().
+
+        Raises:
+            UsageError: names the option and the loss.
+        """
+        for name in options:
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise UsageError(f"loss {self.name!r} has no option {name!r}; it has: {known}")
+        for name, default in self.options.items():
+            if name in options:
+                if not torch.compiler.is_compiling():
+                    _check_kind(f"{name} of loss {self.name!r}", default, options[name])
+            elif default is inspect.Parameter.empty:
+                raise UsageError(f"loss {self.name!r} needs the option {name}")
 
     def needs_reference_for(self, options: Mapping[str, Any]) -> bool:
         """`needs_reference`, or what these options ask for."""
@@ -130,31 +155,6 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
     return _REGISTRY[loss]
 
 
-def check_option_kinds(spec: LossSpec, options: Mapping[str, Any]) -> None:
-    """Finite numbers for numbers and names for names; which ones is the loss's own business.
-
-    What an option takes is read off its default value. A number may also be a tensor ().
-
-    Raises:
-        UsageError: names the option and the loss.
-    """
-    for name, value in options.items():
-        default, what = spec.options[name], f"{name} of loss {spec.name!r}"
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise UsageError(f"{what} must be True or False, got {_shown(value)}")
-        elif isinstance(default, str):
-            if not isinstance(value, str):
-                raise UsageError(f"{what} is a name, got {_shown(value)}")
-        elif isinstance(default, (int, float)):
-            if isinstance(value, Tensor):
-                _check_scalar(what, value)
-            elif isinstance(value, bool) or not isinstance(value, Real):
-                raise UsageError(f"{what} must be a number, got {_shown(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{what} must be a finite number, got {value}")
-
-
 def read_loss_args(
     loss: str, given: Mapping[str, Any] | str | None, *, beta: float | None = None
 ) -> dict[str, Any] | None:
@@ -166,7 +166,7 @@ def read_loss_args(
         beta: set apart from these.
 
     Raises:
-        UsageError: not a mapping, an option that the loss lacks, or beta set twice.
+        UsageError: not a mapping, or beta set twice.
     """
     if isinstance(given, str):
         try:
@@ -181,11 +181,7 @@ def read_loss_args(
         raise UsageError(f"loss_args must map names of options to values, got {_shown(given)}")
     if "beta" in given and beta is not None:
         raise UsageError("beta is set both by itself and in loss_args; set it once")
-    options = get_loss(loss).options
-    for name in given:
-        if name not in options:
-            known = ", ".join(options) or "none"
-            raise UsageError(f"loss {loss!r} has no option {name!r}; it has: {known}")
+    get_loss(loss).check_options({"beta": beta, **given} if beta is not None else given)
     return dict(given)
 
 
@@ -197,14 +193,25 @@ def _shown(value: Any) -> str:
     return repr(value) if is_plain else f"a {type(value).__name__}"
 
 
-def _check_scalar(what: str, value: Tensor) -> None:
-    if value.ndim or value.is_complex():
-        raise UsageError(
-            f"{what} must be one real number, got a tensor of {value.dtype} of shape "
-            f"{tuple(value.shape)}"
-        )
-    if value.device.type == "cpu" and not math.isfinite(value.item()):
-        raise UsageError(f"{what} must be a finite number, got {value.item()}")
+def _check_kind(what: str, default: Any, value: Any) -> None:
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"{what} must be True or False, got {_shown(value)}")
+    elif isinstance(default, str):
+        if not isinstance(value, str):
+            raise UsageError(f"{what} is a name, got {_shown(value)}")
+    elif isinstance(default, (int, float)):
+        if isinstance(value, Tensor):
+            if value.ndim or value.is_complex():
+                raise UsageError(
+                    f"{what} must be one real number, got a tensor of {value.dtype} of shape "
+                    f"{tuple(value.shape)}"
+                )
+            value = value.item() if value.device.type == "cpu" else 0.0  # a GPU is not waited for
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            raise UsageError(f"{what} must be a number, got {_shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{what} must be a finite number, got {value}")
 
 
 def _spec_of(

@@ -1,6 +1,6 @@
-"""What the losses are made of, and the checks of their options.
+"""Terms that losses share, checks of their options, and sums over ragged sequences.
 
-B groups of K responses each, best first.
+B groups of K responses each, best first. N tokens of S sequences.
 """
 
 from __future__ import annotations
@@ -96,33 +96,19 @@ def log_loss(odds: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return right - label_smoothing * F.logsigmoid(-odds) if label_smoothing else right
 
 
-def check_strength(beta: float) -> None:
-    if not 0 < beta < math.inf:
-        raise UsageError(
-            f"beta is how firmly the reference holds: it is finite and must be positive, got {beta}"
-        )
+def check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} must be positive and finite, got {value}")
 
 
-def check_slope(beta: float) -> None:
-    if not 0 < beta < math.inf:
-        raise UsageError(
-            f"beta scales the difference of log-likelihood: a finite number above 0, got {beta}"
-        )
-
-
-def check_margin(name: str, value: float) -> None:
+def check_not_negative(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise UsageError(f"{name} is a margin: a finite number of at least 0, got {value}")
+        raise UsageError(f"{name} must be a finite number of at least 0, got {value}")
 
 
 def check_share(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 0.5:
         raise UsageError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-
-
-def check_weight(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise UsageError(f"{name} is a weight: a finite number of at least 0, got {value}")
 
 
 def check_group_size(logps: Tensor, at_least: int) -> None:
@@ -131,3 +117,34 @@ def check_group_size(logps: Tensor, at_least: int) -> None:
             f"this loss compares responses: it needs groups of {at_least} or more sequences, "
             f"got log-probabilities of shape {tuple(logps.shape)}"
         )
+
+
+def segment_sums(
+    values: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,)
+    """values[cu_seqlens[i] : cu_seqlens[i + 1]].sum() for every i; 0 for an empty sequence.
+
+    The addition runs in float64: there are N terms only, and the result does not depend on how a
+    sequence was cut into chunks.
+    """
+    wide = values if values.device.type == "mps" else values.double()  # MPS has no float64
+    return torch.segment_reduce(wide, "sum", offsets=cu_seqlens, initial=0).to(values.dtype)
+
+
+def segment_counts(
+    keep: Tensor,  # (N,) bool
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,) int64
+    """How many of keep[cu_seqlens[i] : cu_seqlens[i + 1]] are set, for every i."""
+    before = torch.nn.functional.pad(keep.long().cumsum(0), (1, 0))[cu_seqlens]
+    return before.diff()
+
+
+def length_normalized(
+    sums: Tensor,  # (S,)
+    counts: Tensor,  # (S,)
+    alpha: float,
+) -> Tensor:  # (S,)
+    """sums / counts ** alpha; an empty sequence stays 0."""
+    return sums if alpha == 0 else sums / counts.clamp(min=1).to(sums.dtype) ** alpha

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.checks import check_flag, check_length_normalization
-from plad_fast.losses.segments import length_normalized, segment_counts, segment_sums
+from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops import autograd
 from plad_fast.ops import validation as check
 from plad_fast.ops.first_order import refuse_transforms

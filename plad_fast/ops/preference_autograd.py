@@ -17,7 +17,7 @@ from torch import Tensor
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import available, get_loss
-from plad_fast.losses.segments import length_normalized
+from plad_fast.losses.terms import length_normalized
 from plad_fast.ops import validation as check
 from plad_fast.ops.autograd import WAITING, alone_on
 from plad_fast.ops.backend import LinearProblem, default_scratch_bytes, get_backend

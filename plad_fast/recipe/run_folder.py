@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.file_states import Change, changes, state_of
-from plad_fast.data.files import publish_folder, write_atomically
-from plad_fast.data.locks import HeldFolder, cannot_write, lock_folder
-from plad_fast.data.records import changed_settings, digest, require_equal
+from plad_fast.data.files import publish_folder
+from plad_fast.data.locks import cannot_write, held_folder, locked
+from plad_fast.data.records import RecordFormat, as_json, changed_settings, digest, require_equal
 from plad_fast.errors import UsageError
 
-__all__ = ["RunFolder", "Stage", "lock_folder"]
-
 _RECORD = "run.json"
-_FORMAT = {"format": "plad-fast run", "version": 2}
+_FORMAT = RecordFormat("plad-fast run", 2)
 _KEEP_FREE = 2**26  # bytes: less than this and not even a report would fit
 
 
@@ -76,12 +74,13 @@ class RunFolder:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = Path(path).expanduser()
-        self._held = HeldFolder(self.path)
+        self._held = ExitStack()
+        self._held.enter_context(held_folder(self.path))
         self._is_bound = is_bound or (lambda: bool(self._record["stages"]))
         self._is_own = is_own
         self._record: dict[str, Any] = {}
         try:
-            self._open(json.loads(json.dumps(settings)), overwrite, check)
+            self._open(as_json(settings), overwrite, check)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -167,7 +166,7 @@ class RunFolder:
         self.stages[stage.name] = {
             "seconds": round(seconds, 1),
             "summary": summary,
-            "settings": json.loads(json.dumps(stage.settings)),
+            "settings": as_json(stage.settings),
             "read": read,
             "made": self._states(stage.makes),
             "earlier": sorted(set(earlier)),
@@ -234,7 +233,7 @@ class RunFolder:
         return reasons, edits
 
     def _changed_settings(self, stage: Stage) -> list[str]:
-        now = json.loads(json.dumps(stage.settings))
+        now = as_json(stage.settings)
         return changed_settings(self.stages[stage.name]["settings"], now)
 
     def _require_no_edits(
@@ -255,7 +254,7 @@ class RunFolder:
 
     def _open(self, settings: dict[str, Any], overwrite: bool, check: Callable[[], None]) -> None:
         found = self._read(overwrite)
-        self._record = found or {**_FORMAT, "settings": settings, "stages": {}}
+        self._record = found or {"settings": settings, "stages": {}}
         # A run killed while it emptied the folder left "emptying": what is there is a remainder.
         anew = overwrite or bool(self._record.get("emptying"))
         if not anew and self._is_bound():
@@ -282,12 +281,11 @@ class RunFolder:
             with ExitStack() as held:
                 # Other programs may have its stores open, or train beside its models.
                 for part in (*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")):
-                    if (lock := lock_folder(part)) is not None:
-                        held.callback(os.close, lock)
+                    held.enter_context(locked(part))
                 self._empty()
         if anew:
             self._record["stages"] = {}
-        self._record = {**_FORMAT, "settings": settings, "stages": self._record["stages"]}
+        self._record = {"settings": settings, "stages": self._record["stages"]}
         self._write()
 
     def _empty(self) -> None:
@@ -302,7 +300,7 @@ class RunFolder:
             shutil.rmtree(entry) if is_tree else entry.unlink()
 
     def _write(self) -> None:
-        write_atomically(self.path / _RECORD, json.dumps(self._record, indent=2))
+        _FORMAT.write(self.path / _RECORD, **self._record)
 
     def _read(self, overwrite: bool) -> dict[str, Any] | None:
         """The record that is there; None in a folder with nothing in it.
@@ -319,33 +317,26 @@ class RunFolder:
                     "choose another --output-dir"
                 )
             return None
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version = record["version"] if record["format"] == _FORMAT["format"] else None
-            record["settings"].keys(), record["stages"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            version = None
-        if version is None:
+        record, problem = _FORMAT.read(path, settings=dict, stages=dict)
+        if problem in ("damaged", "foreign"):
             if overwrite and self._is_ours(path):
-                return {**_FORMAT, "settings": {}, "stages": {}, "emptying": True}
+                return {"settings": {}, "stages": {}, "emptying": True}
             advice = "pass --overwrite to start anew, or " if self._is_ours(path) else ""
             raise UsageError(
                 f"{path} is not the record of a run, or is damaged, so {self.path} is left alone; "
                 f"{advice}choose another --output-dir"
             )
-        if version != _FORMAT["version"] and not overwrite:
+        if problem and not overwrite:
             raise UsageError(
-                f"{path} has version {version}, this plad_fast writes version "
-                f"{_FORMAT['version']}; choose another --output-dir, or pass --overwrite to start "
-                "anew"
+                f"{path} has version {record['version']}, this plad_fast writes version "
+                f"{_FORMAT.version}; choose another --output-dir, or pass --overwrite to start anew"
             )
         return record
 
     def _is_ours(self, record: Path) -> bool:
         """Whether a record that cannot be read is what is left of one, or lies beside our files."""
         content = record.read_bytes().rstrip(b"\0")
-        start = json.dumps(_FORMAT, indent=2).encode()[: len('{\n  "format": "plad-fast run"')]
-        if content and (content.startswith(start) or start.startswith(content)):
+        if content and _FORMAT.begins(content):
             return True
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))

@@ -13,30 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.file_states import changes, state_of
-from plad_fast.data.files import write_atomically
-from plad_fast.data.locks import HeldFolder, cannot_write
-from plad_fast.data.records import changed_settings, require_equal
+from plad_fast.data.locks import cannot_write, held_folder
+from plad_fast.data.records import RecordFormat, as_json, changed_settings, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.ranks import joined
 
 _RECORD = "stage.json"
-_FORMAT = {"format": "plad-fast stage", "version": 1}
+_FORMAT = RecordFormat("plad-fast stage", 1)
 _RUN = "run.json"
 _OF_OTHERS = {_RUN: "a run of `plad-fast distill`", "training.json": "a trained model"}
 
 
 @contextmanager
 def held_by_first(folder: Path) -> Iterator[None]:
-    """A folder held (`HeldFolder`) until the block ends; in a run of several processes the first
+    """A folder held (`held_folder`) until the block ends; in a run of several processes the first
     one holds it, and all are to call this.
 
     Raises:
-        UsageError: as `HeldFolder`, in every process.
+        UsageError: as `held_folder`, in every process.
     """
     with ExitStack() as held:
 
         def hold() -> None:
-            held.enter_context(HeldFolder(folder))
+            held.enter_context(held_folder(folder))
 
         with joined() as ranks:
             ranks.from_first(hold)
@@ -57,7 +56,7 @@ def claim_folder(
     """Makes the folder of a command, or finds that these very settings have made its results.
 
     Where there are none yet, other settings may go on: what is stored of answers and scores has
-    records of its own. The folder is held by the caller (`_folder_locks.HeldFolder`).
+    records of its own. The folder is held by the caller (`held_folder`).
 
     Args:
         folder: of the command's results.
@@ -75,7 +74,7 @@ def claim_folder(
         UsageError: the folder is that of another command, other settings made it, it holds such
             results without a record or results that were edited, or it cannot be written.
     """
-    settings = json.loads(json.dumps(settings))
+    settings = as_json(settings)
     try:
         record = _recorded(folder, command, overwrite)
         found = None if record is None else dict(record["settings"])
@@ -93,18 +92,16 @@ def claim_folder(
         elif record is not None and found is not None and (folder / results[0]).exists():
             if not extends(found):
                 _require_settings(folder, found, settings, results[0], of_results)
-            _require_no_edits(folder, record.get("made", {}))
-        record = {**_FORMAT, "command": command, "settings": settings}
-        write_atomically(folder / _RECORD, json.dumps(record, indent=2))
+            _require_no_edits(folder, record["made"])
+        _FORMAT.write(folder / _RECORD, command=command, settings=settings, made={})
     except OSError as error:
         raise cannot_write(folder, error) from error
 
 
 def record_rows(folder: Path, name: str) -> None:
     """Adds to the record of a folder what rows a file was written with."""
-    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    record["made"] = {name: state_of(folder / name)}
-    write_atomically(folder / _RECORD, json.dumps(record, indent=2))
+    record = _FORMAT.read(folder / _RECORD).fields
+    _FORMAT.write(folder / _RECORD, **record | {"made": {name: state_of(folder / name)}})
 
 
 def require_whole(rows: Path) -> None:
@@ -121,8 +118,8 @@ def require_whole(rows: Path) -> None:
                     f"{rows / name}"
                 )
     made: dict[str, Any] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        made |= json.loads((rows.parent / _RECORD).read_text(encoding="utf-8"))["made"]
+    with suppress(OSError):
+        made |= _FORMAT.read(rows.parent / _RECORD, made=dict).fields.get("made", {})
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         stages = json.loads((rows.parent.parent / _RUN).read_text(encoding="utf-8"))["stages"]
         for stage in stages.values():
@@ -177,29 +174,24 @@ def _recorded(folder: Path, command: str, overwrite: bool) -> dict[str, Any] | N
                 f"{folder} holds {name}, so it is the folder of {what}; choose another --output-dir"
             )
     path = folder / _RECORD
-    if not path.exists():
+    record, problem = _FORMAT.read(path, command=str, settings=dict, made=dict)
+    if problem == "missing":
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        header = {name: record[name] for name in _FORMAT}
-        maker = record["command"]
-        dict(record["settings"]), dict(record.get("made", {}))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        record, header, maker = None, {}, command
-    if record is not None and header["format"] != _FORMAT["format"]:
+    if problem == "foreign":
         raise UsageError(
             f"{path} is no record of plad_fast, so {folder} is left alone; choose another "
             "--output-dir"
         )
-    if header != _FORMAT:
-        if overwrite:
-            return None
+    if problem and overwrite:
+        return None
+    if problem:
         raise UsageError(
             f"{path} is damaged, or no record of this version of plad_fast; choose another "
             "--output-dir, or pass --overwrite to start anew"
         )
-    if maker != command:
+    if record["command"] != command:
         raise UsageError(
-            f"{folder} holds the results of `plad-fast {maker}`; choose another --output-dir"
+            f"{folder} holds the results of `plad-fast {record['command']}`; choose another "
+            "--output-dir"
         )
     return record

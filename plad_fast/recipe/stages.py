@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.locks import HeldFolder
+from plad_fast.data.locks import held_folder
 from plad_fast.data.records import model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import require_one_gpu
@@ -224,7 +224,7 @@ def train_on_pairs(
     require_learnable(findings, "give other --pairs")
     folder = Path(expanded(output_dir))
     # One that is not there is made at the end; its checkpoints are locked until then.
-    with HeldFolder(folder) if folder.exists() else nullcontext():
+    with held_folder(folder) if folder.exists() else nullcontext():
         if overwrite:
             if Path(source).expanduser().resolve() == folder.resolve():
                 raise UsageError(

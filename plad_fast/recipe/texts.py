@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import model_digest
-from plad_fast.data.store import AnswerStore, has_rows
+from plad_fast.data.store import RowStore, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_answers, build_pairs
@@ -131,7 +131,7 @@ class RecipeTexts:
         of some stages only.
         """
         settings = {**self._teacher_fingerprint(), **self._teacher_sampling.settings()}
-        with AnswerStore.open(self._teacher_file, settings) as store:
+        with RowStore.open(self._teacher_file, settings) as store:
             return collect(self.prompts, store, self._teacher_sampling, {}).answers
 
     def teacher_usage(self) -> str:

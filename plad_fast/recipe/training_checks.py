@@ -7,8 +7,7 @@ from typing import Any
 
 from plad_fast.data.places import shown
 from plad_fast.errors import UsageError
-from plad_fast.losses.objective import Objective
-from plad_fast.losses.registry import get_loss, read_loss_args
+from plad_fast.losses.objective import check_settings
 from plad_fast.recipe.pair_settings import flag
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -16,7 +15,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _COUNTS = ("batch_size", "micro_batch_size", "max_tokens_per_batch", "saves_per_stage")
 _POSITIVE = ("epochs", "learning_rate")
 _NOT_NEGATIVE = ("sft_weight", "length_normalization")
-_OF_PREFERENCES = ("sft_weight", "length_normalization")
 
 
 def check_training(settings: Mapping[str, Any]) -> None:
@@ -35,23 +33,9 @@ def check_training(settings: Mapping[str, Any]) -> None:
         if not holds:
             raise UsageError(f"{flag(name)} {rule}, got {shown(given[name])}")
 
-    loss, beta = given["loss"], given.get("beta")
-    spec = get_loss(loss)
     if "beta" in given:
         require("beta", "must be at least 0", given["beta"] >= 0)
-        if "beta" not in spec.options:
-            raise UsageError(f"--loss {loss} has no beta; leave --beta out")
-    if spec.mean_over == "tokens":
-        for name in _OF_PREFERENCES:
-            if given.get(name):
-                raise UsageError(
-                    f"{flag(name)} has no part in --loss {loss}, which is the likelihood itself; "
-                    "leave it out"
-                )
-    options = read_loss_args(loss, given.get("loss_args"), beta=beta) or {}
-    if beta is not None:
-        options["beta"] = beta
-    Objective.bind(loss, group_size=2, has_scores=True, has_reference=True, **options)
+    check_settings(given["loss"], given, flag)
     for names, rule, holds in (
         (("seed",), "must be from 0 to 4294967295", lambda value: 0 <= value < 2**32),
         (("precision",), f"must be one of {PRECISIONS}", lambda value: value in PRECISIONS),

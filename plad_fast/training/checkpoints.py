@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast.data.files import sync_folder, sync_tree
-from plad_fast.data.manifest import NAME, damage, write_manifest
-from plad_fast.data.manifest import NAME as MANIFEST
+from plad_fast.data.manifest import NAME, damage, listed_files, write_manifest
 from plad_fast.errors import UsageError
 from plad_fast.training.signals import Asked
 
@@ -141,7 +140,7 @@ _OF_MODELS = (
 
 def require_ours(model: Path) -> None:
     """Raises UsageError unless a folder holds a model that we trained, and nothing else."""
-    if not model.is_dir() or not any((model / name).exists() for name in (RECORD, MANIFEST)):
+    if not model.is_dir() or not any((model / name).exists() for name in (RECORD, NAME)):
         raise UsageError(
             f"{model} is there already and has no record of a training ({RECORD}), so it is not "
             "replaced; choose another --output-dir"
@@ -157,7 +156,7 @@ def require_ours(model: Path) -> None:
 def remove_model(model: Path) -> None:
     """Empties a folder that `require_ours` found to be ours; whoever holds it goes on to."""
     # The record goes last: what a kill leaves is still known.
-    for name in sorted(_ours(model), key=lambda name: name in (RECORD, MANIFEST)):
+    for name in sorted(_ours(model), key=lambda name: name in (RECORD, NAME)):
         (model / name).unlink(missing_ok=True)
     for folder in sorted((path for path in model.rglob("*") if path.is_dir()), reverse=True):
         folder.rmdir()
@@ -168,15 +167,11 @@ def _files(model: Path) -> list[str]:
 
 
 def _ours(model: Path) -> list[str]:
-    try:
-        listed = set(json.loads((model / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        listed = set()
-    known = {RECORD, LOG, MANIFEST, *listed}
+    known = {RECORD, LOG, NAME, *listed_files(model)}
     return [
         name
         for name in _files(model)
         if name in known
         or any(fnmatch(name, pattern) for pattern in _OF_MODELS)
-        or name.startswith((f".{RECORD}.", f".{MANIFEST}."))
+        or name.startswith((f".{RECORD}.", f".{NAME}."))
     ]

@@ -185,7 +185,7 @@ class PLaDConfig(TrainingArguments):
     @property
     def fine_tunes(self) -> bool:
         """Whether the loss is a likelihood of the best responses, which needs no others."""
-        return get_loss(self.loss).mean_over == "tokens"
+        return get_loss(self.loss).is_likelihood
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class PreferenceMeter:
         if "saved_tokens" in sums:
             saved = sums.pop("saved_tokens")
             shares["saved_tokens"] = saved / (saved + tokens)
-        loss /= nll_tokens if self._objective.spec.mean_over == "tokens" else groups
+        loss /= nll_tokens if self._objective.spec.is_likelihood else groups
         routing = sums.get("router_loss", 0.0) / groups
         return {
             "loss": loss + self._objective.sft_weight * nll + routing,

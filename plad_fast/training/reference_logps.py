@@ -32,7 +32,7 @@ from plad_fast.data.row_sets import (
     require_rows,
     token_dataset,
 )
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import token_limits
 from plad_fast.models.head import causal_lm_logprobs, evaluating
@@ -128,7 +128,7 @@ def add_reference_logps(
         path = Path(cache).expanduser() / f"{digest(settings)}.jsonl"
         known = _read_finished(path, len(rows))
         if known is None:
-            with AnswerStore.open(path, settings) as store:
+            with RowStore.open(path, settings) as store:
                 done = {int(key) for key in store.done}
                 scorer.run(batches, done, lambda new: store.append(_to_rows(new)), progress)
                 known = _from_rows(store.rows.values())
@@ -300,7 +300,7 @@ def _check(logps: Sequence[float], count: int, name: str, index: int) -> None:
 
 
 def _read_finished(path: Path, count: int) -> Logps | None:
-    """The rows of a complete file. The lock of `AnswerStore` would keep other readers out."""
+    """The rows of a complete file. The lock of `RowStore` would keep other readers out."""
     try:
         _, *lines = path.read_bytes().splitlines()
         known = _from_rows(map(json.loads, lines))

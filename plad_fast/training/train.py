@@ -6,7 +6,6 @@ import contextlib
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast.data.files import publish_folder, write_atomically
-from plad_fast.data.locks import lock_folder
+from plad_fast.data.locks import locked
 from plad_fast.data.manifest import require_whole, write_manifest
 from plad_fast.data.records import digest, model_digest, require_equal
 from plad_fast.errors import UsageError
@@ -136,8 +135,7 @@ def train_model(
         require_ours(output)
     check_loadable(source)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(checkpoints)
-    try:
+    with locked(checkpoints):
         # A training that was refused leaves its record alone, which keeps nobody from another.
         names = {entry.name for entry in checkpoints.iterdir()} - {RECORD}
         if any(not name.startswith(".") for name in names):
@@ -182,9 +180,6 @@ def train_model(
             gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
         _publish(last, output)
         discard_checkpoints(output)
-    finally:
-        if lock is not None:
-            os.close(lock)
     return log_history(output)
 
 
@@ -212,14 +207,10 @@ def discard_training(output: Path) -> None:
     checkpoints = output.with_name(f"{output.name}.checkpoints")
     if is_trained(output):
         require_ours(output)
-    lock = lock_folder(checkpoints) if checkpoints.is_dir() else None
-    try:
+    with locked(checkpoints) if checkpoints.is_dir() else contextlib.nullcontext():
         if is_trained(output):
             remove_model(output)
         discard_checkpoints(output)
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def discard_checkpoints(output: Path) -> None:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.given import CallableModel
@@ -33,20 +33,20 @@ def path(tmp_path):
 
 
 def test_rows_come_back_and_the_first_of_an_id_counts(path):
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         assert not store.done
         store.append(rows("a", "b"))
         store.append([*rows("b", text="later"), {"id": "c", "text": "ü\u2028\n\ud800"}])
         store.append([])
     with path.open("ab") as file:
         file.write(b'{"id": "a", "text": "by hand"}\n')
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         assert store.done == {"a", "b", "c"}
         assert {row["text"] for row in store.rows.values()} == {"t", "ü\u2028\n\ufffd"}
 
 
 def test_every_torn_end_is_cut_off(path):
-    with AnswerStore.open(path, {}) as store:
+    with RowStore.open(path, {}) as store:
         header = path.stat().st_size
         store.append(rows("a"))
         first = path.stat().st_size
@@ -54,18 +54,18 @@ def test_every_torn_end_is_cut_off(path):
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with AnswerStore.open(path, {}) as store:
+        with RowStore.open(path, {}) as store:
             assert store.done == ({"a"} if size >= first else set())
             store.append(rows("bü"))
-        with AnswerStore.open(path, {}) as store:
+        with RowStore.open(path, {}) as store:
             assert store.done == ({"a", "bü"} if size >= first else {"bü"}), size
     assert 0 < header < first
 
 
 KILLED = """
 import sys, time
-from plad_fast.data.store import AnswerStore
-with AnswerStore.open(sys.argv[1], {}) as store:
+from plad_fast.data.store import RowStore
+with RowStore.open(sys.argv[1], {}) as store:
     first = len(store.done)
     for batch in range(10_000):
         print(batch, flush=True)
@@ -90,36 +90,36 @@ def test_a_killed_run_loses_at_most_its_last_batch_and_leaves_no_lock(path):
 
         ids = [json.loads(line).get("id") for line in path.read_bytes().split(b"\n")[1:-1]]
         assert len(ids) == len(set(ids))
-        with AnswerStore.open(path, {}) as store:
+        with RowStore.open(path, {}) as store:
             assert store.done == {str(i) for i in range(len(store.done))}
             # A batch is announced before it is written: the last one of each run may be lost.
             assert len(store.done) >= 8 * (announced - 2)
 
 
 def test_other_settings_are_named_and_may_be_overwritten(path):
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         store.append(rows("a"))
     changed = {"model": "m", "sampling": {"temperature": 0.5, "stop": ["a", "b"]}, "new": 1}
     with pytest.raises(UsageError) as caught:
-        AnswerStore.open(path, changed)
+        RowStore.open(path, changed)
     message = str(caught.value)
     assert "new was 'not set' and is 1; sampling.temperature was 1.0 and is 0.5" in message
     assert "model" not in message
     assert "stop" not in message
     assert "--overwrite" in message
-    with AnswerStore.open(path, changed, overwrite=True) as store:
+    with RowStore.open(path, changed, overwrite=True) as store:
         assert not store.done
-    with AnswerStore.open(path, changed) as store:
+    with RowStore.open(path, changed) as store:
         assert not store.done
 
 
 def test_a_store_without_rows_takes_other_settings(path):
     """Nothing in it was made with the old ones: a first run that failed at once leaves no trace."""
-    AnswerStore.open(path, SETTINGS).close()
-    with AnswerStore.open(path, {"model": "other"}) as store:
+    RowStore.open(path, SETTINGS).close()
+    with RowStore.open(path, {"model": "other"}) as store:
         store.append(rows("a"))
     with pytest.raises(UsageError, match="model was 'other'"):
-        AnswerStore.open(path, SETTINGS)
+        RowStore.open(path, SETTINGS)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -127,42 +127,42 @@ def test_a_store_without_rows_takes_other_settings(path):
 def test_a_file_of_another_kind_is_left_alone(path, content, overwrite):
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="is not a store of answers"):
-        AnswerStore.open(path, SETTINGS, overwrite=overwrite)
+    with pytest.raises(UsageError, match="is not a store of rows"):
+        RowStore.open(path, SETTINGS, overwrite=overwrite)
     assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("damage", [b"{oops}\n", b'{"text": "no id"}\n', b"\xff\n", b"3\n"])
 def test_damage_in_the_middle_is_named(path, damage):
-    with AnswerStore.open(path, SETTINGS):
+    with RowStore.open(path, SETTINGS):
         pass
     with path.open("ab") as file:
         file.write(b'{"id": "a"}\n' + damage + b'{"id": "b"}\n')
     with pytest.raises(UsageError, match="line 3 is damaged"):
-        AnswerStore.open(path, SETTINGS)
+        RowStore.open(path, SETTINGS)
 
 
 def test_another_format_version_is_refused(path):
-    with AnswerStore.open(path, SETTINGS):
+    with RowStore.open(path, SETTINGS):
         pass
     path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 99'))
     with pytest.raises(UsageError, match="format version 99, this plad_fast writes version 1"):
-        AnswerStore.open(path, SETTINGS)
+        RowStore.open(path, SETTINGS)
 
 
 def test_two_writers_are_told_apart(path):
     pytest.importorskip("fcntl")
-    with AnswerStore.open(path, SETTINGS) as store:
-        with pytest.raises(UsageError, match="being written by another process"):
-            AnswerStore.open(path, SETTINGS)
+    with RowStore.open(path, SETTINGS) as store:
+        with pytest.raises(UsageError, match="being filled by another process"):
+            RowStore.open(path, SETTINGS)
         store.append(rows("a"))
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         assert store.done == {"a"}
 
 
 def test_a_full_disk_loses_nothing_that_was_stored(path):
     resource = pytest.importorskip("resource")
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         store.append(rows("a"))
         before = path.read_bytes()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -176,7 +176,7 @@ def test_a_full_disk_loses_nothing_that_was_stored(path):
         assert path.read_bytes() == before
         assert store.done == {"a"}
         store.append(rows("b"))
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         assert store.done == {"a", "b"}
 
 
@@ -184,7 +184,7 @@ def test_an_interrupted_write_is_taken_back(path, monkeypatch):
     def interrupted(fd):
         raise KeyboardInterrupt
 
-    with AnswerStore.open(path, SETTINGS) as store:
+    with RowStore.open(path, SETTINGS) as store:
         before = path.read_bytes()
         monkeypatch.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -195,23 +195,23 @@ def test_an_interrupted_write_is_taken_back(path, monkeypatch):
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="cannot write"):
-        AnswerStore.open(tmp_path / "file" / "answers.jsonl", SETTINGS)
+        RowStore.open(tmp_path / "file" / "answers.jsonl", SETTINGS)
 
     def refused(*args, **options):  # permissions do not bind root, who runs many a CI
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("pathlib.Path.open", refused)
     with pytest.raises(UsageError, match=r"Read-only file system.* make this one writable"):
-        AnswerStore.open(tmp_path / "answers.jsonl", SETTINGS)
+        RowStore.open(tmp_path / "answers.jsonl", SETTINGS)
 
 
 def test_answers_to_all_that_a_prompt_ever_was_are_kept(path):
     for prompt in "abca":
         set_rows_aside(path, SETTINGS, lambda row, now=prompt: row["prompt"] == now)
-        with AnswerStore.open(path, SETTINGS) as store:
+        with RowStore.open(path, SETTINGS) as store:
             store.append([{"id": "0", "prompt": prompt}])
             assert [row["prompt"] for row in store.rows.values()] == [prompt]
-    with AnswerStore.open(path.with_name("answers.old.jsonl"), SETTINGS) as old:
+    with RowStore.open(path.with_name("answers.old.jsonl"), SETTINGS) as old:
         assert sorted(row["prompt"] for row in old.rows.values()) == ["a", "b", "c"]
 
 

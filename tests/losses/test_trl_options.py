@@ -139,7 +139,7 @@ def test_every_option_of_trls_configurations_is_known():
     [
         (translate_dpo, {"loss_type": None}, "loss_type must be a name or a list of names"),
         (translate_dpo, {"beta": "0.1"}, "beta of loss 'dpo' must be a number"),
-        (translate_dpo, {"beta": 0.0}, "beta .* must be positive, got 0.0"),
+        (translate_dpo, {"beta": 0.0}, "beta must be positive .* got 0.0"),
         (translate_dpo, {"loss_weights": [math.inf]}, "loss_weights .* finite, got inf"),
         (
             *(translate_dpo, {"loss_type": "discopop", "discopop_tau": 2.0}),
@@ -153,12 +153,12 @@ def test_every_option_of_trls_configurations_is_known():
         (
             translate_cpo,
             {"loss_type": "simpo", "simpo_gamma": -1},
-            "simpo_gamma: gamma is a margin",
+            "simpo_gamma: gamma .* got -1",
         ),
         (translate_cpo, {"alpha": math.nan}, "alpha of loss 'cpo' must be a finite number"),
         (translate_cpo, {"cpo_alpha": "1"}, "cpo_alpha must be a number"),
-        (translate_orpo, {"beta": -0.1}, "beta is a weight: .* at least 0, got -0.1"),
-        (translate_kto, {"desirable_weight": -1}, "desirable_weight is a weight"),
+        (translate_orpo, {"beta": -0.1}, "beta .* at least 0, got -0.1"),
+        (translate_kto, {"desirable_weight": -1}, "desirable_weight .* got -1"),
         (translate_dpo, {"loss_type": "aot"}, "loss_type 'aot' does not work here: it sorts"),
         (translate_dpo, {"loss_type": ["sigmoid", "aot_unpaired"]}, "'aot_unpaired' does not work"),
         (translate_dpo, {"loss_type": "kto_pair"}, "unknown loss_type 'kto_pair'; known: sigmoid"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answering import generate_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -39,7 +39,7 @@ class Scripted:
 
 
 def run(path, model, prompts=PROMPTS, **options):
-    with AnswerStore.open(path, {}) as store:
+    with RowStore.open(path, {}) as store:
         return generate_answers(model, prompts, store, Sampling(**options), progress=False)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import PairReport, build_pairs
 from plad_fast.pairs.filters import PairFilters, drop_reason
@@ -51,16 +51,16 @@ PROMPTS = [Prompt(str(i), f"prompt {i}") for i in range(6)]
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     path = tmp_path / "answers.jsonl"
     first = Scripted(fail_at=4)
-    with AnswerStore.open(path, {}) as store, pytest.raises(KeyboardInterrupt):
+    with RowStore.open(path, {}) as store, pytest.raises(KeyboardInterrupt):
         generate_answers(first, PROMPTS, store, Sampling(), progress=False)
     second = Scripted()
-    with AnswerStore.open(path, {}) as store:
+    with RowStore.open(path, {}) as store:
         answers = generate_answers(second, PROMPTS, store, Sampling(), progress=False).first
     assert first.asked + second.asked == [p.id for p in PROMPTS]
     assert answers == {p.id: answer(p.id, f"to prompt {p.id}") for p in PROMPTS}
 
     third = Scripted()
-    with AnswerStore.open(path, {}) as store:
+    with RowStore.open(path, {}) as store:
         assert list(generate_answers(third, PROMPTS[4:1:-1], store, Sampling()).first) == [
             "4",
             "3",
@@ -72,15 +72,15 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
 def test_a_resumed_local_run_equals_an_uninterrupted_one(tmp_path, tiny_model, tiny_tokenizer):
     model = LocalModel(tiny_model, tiny_tokenizer, "tiny")
     sampling = Sampling(max_new_tokens=8, batch_size=4)
-    with AnswerStore.open(tmp_path / "whole.jsonl", {}) as store:
+    with RowStore.open(tmp_path / "whole.jsonl", {}) as store:
         whole = generate_answers(model, PROMPTS, store, sampling, progress=False)
-    with AnswerStore.open(tmp_path / "parts.jsonl", {}) as store:
+    with RowStore.open(tmp_path / "parts.jsonl", {}) as store:
         generate_answers(model, PROMPTS[1:3], store, sampling, progress=False)
         assert generate_answers(model, PROMPTS, store, sampling, progress=False) == whole
 
 
 def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
-    with AnswerStore.open(tmp_path / "answers.jsonl", {}) as store:
+    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
         generate_answers(Scripted(), PROMPTS, store, Sampling())
     out, err = capsys.readouterr()
     assert out == ""
@@ -90,7 +90,7 @@ def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
 
 
 def test_answers_to_other_prompts_are_not_taken(tmp_path):
-    with AnswerStore.open(tmp_path / "answers.jsonl", {}) as store:
+    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
         generate_answers(Scripted(), PROMPTS[:1], store, Sampling(), progress=False)
         with pytest.raises(UsageError, match="prompt '0' is not the one that"):
             generate_answers(Scripted(), [Prompt("0", "edited")], store, Sampling())
@@ -114,7 +114,7 @@ def test_nor_where_all_of_them_are_stored(tmp_path):
 def test_repeated_ids_are_refused(tmp_path):
     twice = [PROMPTS[0], PROMPTS[0]]
     with (
-        AnswerStore.open(tmp_path / "answers.jsonl", {}) as store,
+        RowStore.open(tmp_path / "answers.jsonl", {}) as store,
         pytest.raises(UsageError, match="used more than once"),
     ):
         generate_answers(Scripted(), twice, store, Sampling())

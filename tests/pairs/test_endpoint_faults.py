@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("openai")
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.pairs.generation.answering import generate_answers
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
@@ -43,7 +43,7 @@ def model(server, **options):
 
 
 def run(teacher, path, prompts=PROMPTS, **sampling):
-    with AnswerStore.open(path, {}) as store:
+    with RowStore.open(path, {}) as store:
         return generate_answers(teacher, prompts, store, Sampling(**sampling), progress=False)
 
 
@@ -89,13 +89,13 @@ def test_200_prompts_through_every_fault(tmp_path, caplog, capfd):
 
 SCRIPT = """
 import sys
-from plad_fast.pairs import AnswerStore, Prompt, Sampling, generate_answers
+from plad_fast.pairs import RowStore, Prompt, Sampling, generate_answers
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 url, path = sys.argv[1:]
 teacher = EndpointModel(Endpoint("m", base_url=url, timeout=60, concurrency=4))
 prompts = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
-with AnswerStore.open(path, {}) as store:
+with RowStore.open(path, {}) as store:
     generate_answers(teacher, prompts, store, Sampling(), progress=False)
 """
 

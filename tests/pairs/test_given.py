@@ -7,7 +7,7 @@ import json
 import pytest
 
 from plad_fast.data.prompts import Prompt, load_prompts
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import best_device
 from plad_fast.pairs.generation.answering import generate_answers
@@ -42,7 +42,7 @@ def test_a_column_answers_the_prompts_of_its_rows(tmp_path):
         "column:gold",
         columns=lambda name: column_answers(str(data), name, prompt_template="Q: {q}"),
     )
-    with AnswerStore.open(tmp_path / "t.jsonl", {}) as store:
+    with RowStore.open(tmp_path / "t.jsonl", {}) as store:
         found = generate_answers(teacher, prompts, store, Sampling(), progress=False)
     assert [answer.text for answer in found.first.values()] == ["one", "two"]
     [failure] = found.failures
@@ -129,10 +129,10 @@ def test_a_function_that_was_edited_is_another_teacher(tmp_path, monkeypatch):
     module.write_text(wrapped + "# edited\n")
     for name, settings in zip(names, before, strict=True):
         now = teacher_fingerprint(f"python:my_edited_module.{name}")
-        with AnswerStore.open(tmp_path / f"{name}.jsonl", settings) as store:
+        with RowStore.open(tmp_path / f"{name}.jsonl", settings) as store:
             store.append([{"id": "a"}])
         with pytest.raises(UsageError, match="source was"):
-            AnswerStore.open(tmp_path / f"{name}.jsonl", now)
+            RowStore.open(tmp_path / f"{name}.jsonl", now)
 
 
 def test_a_local_teacher_is_loaded_when_it_is_asked(tiny_teacher, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 from plad_fast.cli import main
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers, stored_answers
@@ -102,7 +102,7 @@ def test_torchrun_gives_the_answers_of_one_process(folder, expected):
     assert (folder / "loaded0").exists()
     assert (folder / "loaded1").exists()
     assert not list(folder.glob("*rank*"))
-    with AnswerStore.open(folder / "answers.jsonl", Sampling(**SETTINGS).settings()) as store:
+    with RowStore.open(folder / "answers.jsonl", Sampling(**SETTINGS).settings()) as store:
         assert [(r.partition("\t")[0], int("\t" in r)) for r in store.done] == [
             (p.id, k) for p in PROMPTS for k in range(2)
         ]
@@ -149,7 +149,7 @@ def test_a_failed_run_ends_and_another_goes_on(folder, expected, failure):
 
 
 def test_what_the_first_process_refuses_ends_both(folder):
-    with AnswerStore.open(folder / "answers.jsonl", {"seed": 9}) as store:
+    with RowStore.open(folder / "answers.jsonl", {"seed": 9}) as store:
         store.append([{"id": "a"}])
     statuses, errors = two_processes(folder)
     assert statuses == [1, 1]
@@ -158,7 +158,7 @@ def test_what_the_first_process_refuses_ends_both(folder):
 
 def test_shares_of_other_settings_are_discarded_on_demand_only(tiny_teacher, tmp_path, expected):
     share = tmp_path / "answers.rank1of3.jsonl"
-    with AnswerStore.open(share, {"seed": 9}) as store:
+    with RowStore.open(share, {"seed": 9}) as store:
         store.append([{"id": "a"}])
     with pytest.raises(UsageError, match=r"answers.rank1of3.jsonl was made with other settings"):
         single(tiny_teacher, tmp_path)

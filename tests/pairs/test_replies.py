@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("openai")
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
@@ -242,9 +242,9 @@ def test_half_an_emoji_is_mended_where_it_comes_in(raw, text, tmp_path):
 
 def test_a_store_that_holds_half_an_emoji_recovers(tmp_path):
     path = tmp_path / "answers.jsonl"
-    with AnswerStore.open(path, {}):
+    with RowStore.open(path, {}):
         pass
     with path.open("a") as file:
         file.write('{"id": "a\\ud83d", "text": "Nice \\uD83D", "more": ["\\ud83d\\ude00"]}\n')
-    with AnswerStore.open(path, {}) as store:
+    with RowStore.open(path, {}) as store:
         assert store.rows == {"a\ufffd": {"id": "a\ufffd", "text": "Nice \ufffd", "more": ["😀"]}}

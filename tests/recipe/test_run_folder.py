@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from plad_fast import UsageError
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 
@@ -41,10 +41,10 @@ def test_nothing_is_emptied_while_a_store_is_open(tmp_path):
     pytest.importorskip("fcntl")
     RunFolder(tmp_path / "run", {}).close()
     for name in ("student", "teacher"):
-        with AnswerStore.open(tmp_path / "run" / "answers" / f"{name}.jsonl", {}) as store:
+        with RowStore.open(tmp_path / "run" / "answers" / f"{name}.jsonl", {}) as store:
             store.append([{"id": "a"}])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    store = AnswerStore.open(tmp_path / "run" / "answers" / "teacher.jsonl", {})
+    store = RowStore.open(tmp_path / "run" / "answers" / "teacher.jsonl", {})
     with store, pytest.raises(UsageError, match=r"teacher\.jsonl is being filled by another"):
         RunFolder(tmp_path / "run", {}, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -103,13 +103,14 @@ def test_overwriting_is_refused_where_something_lies_that_no_run_made(tmp_path):
     assert [path.name for path in run.iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("name", ["make_folders", "lock_folder", "write_atomically"])
+@pytest.mark.parametrize(
+    "name", ["data.locks.make_folders", "data.locks.locked", "data.records.write_atomically"]
+)
 def test_a_disk_that_is_full_when_a_folder_is_opened(name, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    where = "run_folder" if name == "write_atomically" else "_folder_locks"
-    monkeypatch.setattr(f"plad_fast.{where}.{name}", full)
+    monkeypatch.setattr(f"plad_fast.{name}", full)
     with pytest.raises(UsageError, match="make room") as caught:
         RunFolder(tmp_path / "run", {})
     assert "--output-dir" not in str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plad_fast.cli import main
-from plad_fast.data.locks import lock_folder
+from plad_fast.data.locks import locked
 from plad_fast.models.loading import load_model
 from plad_fast.recipe.run_folder import RunFolder
 from tests.support.recipe_runs import kill_at, write_pairs
@@ -91,10 +91,9 @@ def test_a_training_that_was_refused_keeps_nobody_from_another(
 
 def test_two_trainings_cannot_share_a_folder(tiny_teacher, pairs, tmp_path, capsys):
     (tmp_path / "out.checkpoints").mkdir()
-    lock = lock_folder(tmp_path / "out.checkpoints")
-    assert main(train(tiny_teacher, pairs, tmp_path / "out")) == 2
+    with locked(tmp_path / "out.checkpoints"):
+        assert main(train(tiny_teacher, pairs, tmp_path / "out")) == 2
     assert "being filled by another process" in capsys.readouterr().err
-    os.close(lock)
 
 
 def evaluate(student, pairs, output, *extra: str) -> list[str]:
@@ -383,7 +382,7 @@ def test_overwriting_that_is_refused_leaves_the_results(tiny_teacher, pairs, tmp
     assert main(command) == 0
     (output / "student.jsonl").write_text("notes\n")
     assert main([*command, "--overwrite"]) == 2
-    assert "is not a store of answers" in capsys.readouterr().err
+    assert "is not a store of rows" in capsys.readouterr().err
     assert (output / "pairs.jsonl").exists()
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving")  # not in transformers 4
 
 from plad_fast.data.prompts import Prompt, builtin_prompts
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.answering import generate_answers
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -61,7 +61,7 @@ def served(folder, log, *, patience: float = 120):
 
 
 def answers(model, prompts, path, sampling):
-    with AnswerStore.open(path, {"m": model.name}) as store:
+    with RowStore.open(path, {"m": model.name}) as store:
         return generate_answers(model, prompts, store, sampling, progress=False)
 
 

@@ -273,37 +273,10 @@ def test_a_finished_model_that_is_damaged_is_not_done(finished, killed, tiny_tea
         output = shutil.copytree(finished, tmp_path / f"{name}-{fault}" / "out")
         if not damaged(output / name, fault, killed / "checkpoint-4" / name):
             continue
-        if (name, fault) == ("files.json", "missing"):
-            assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes()
-            continue
         with pytest.raises(UsageError, match=name):
             train(tiny_teacher, output)
         refused.append(name)
     assert set(refused) == set(names)
-
-
-@pytest.mark.parametrize("fault", ["cut", "empty", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_model_without_a_list_has_to_be_readable(fault, name, finished, tiny_teacher, tmp_path):
-    """As versions wrote it that made no list."""
-    output = shutil.copytree(finished, tmp_path / "out")
-    (output / "files.json").unlink()
-    train(tiny_teacher, output)
-    damaged(output / name, fault, output / name)
-    with pytest.raises(UsageError, match=rf"{name} (is|cannot)"):
-        train(tiny_teacher, output)
-
-
-def test_a_sharded_model_without_a_list_has_all_of_its_shards(tmp_path, tiny_model):
-    from plad_fast.data.manifest import require_whole
-
-    tiny_model.save_pretrained(tmp_path / "m", max_shard_size="50KB")
-    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
-    assert len(shards) > 1
-    require_whole(tmp_path / "m", "train")
-    shards[1].unlink()
-    with pytest.raises(UsageError, match=f"{shards[1].name} is missing"):
-        require_whole(tmp_path / "m", "train")
 
 
 def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, capsys):

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from plad_fast.data.packing import PreferenceCollator
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.sharing import prepare
 from plad_fast.training.reference_logps import add_reference_logps, weights_digest
@@ -159,7 +159,7 @@ def test_a_finished_file_runs_no_model(dataset, model, tmp_path):
     (path,) = tmp_path.iterdir()
     forwards = Forwards(model)
     settings = json.loads(path.read_text().splitlines()[0])["fingerprint"]
-    with AnswerStore.open(path, settings):
+    with RowStore.open(path, settings):
         # Sizes of batches and their layout are no part of what the numbers are.
         second = add(dataset, model, tmp_path, max_tokens_per_batch=7)
     assert forwards.count == 0

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from plad_fast.losses.segments import length_normalized, segment_counts, segment_sums
+from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops.backend import HeadGradient, LinearProblem, LinearStatistics, Upstream
 from plad_fast.ops.impl.onepass import linear_preference_loss
 from plad_fast.ops.impl.products import accumulation_dtype

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from plad_fast.losses.segments import segment_sums
+from plad_fast.losses.terms import segment_sums
 from plad_fast.ops.backend import HeadGradient
 from plad_fast.ops.impl.products import Operand, Products, accumulation_dtype, products_for
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from plad_fast.checks import check_flag, check_length_normalization
 from plad_fast.losses.objective import Objective
-from plad_fast.losses.segments import length_normalized, segment_sums
+from plad_fast.losses.terms import length_normalized, segment_sums
 from plad_fast.ops import validation as check
 from plad_fast.ops.first_order import stub
 from plad_fast.ops.logit_spec import LogitSpec

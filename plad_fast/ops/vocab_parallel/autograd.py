@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.objective import Objective
-from plad_fast.losses.segments import length_normalized
+from plad_fast.losses.terms import length_normalized
 from plad_fast.ops.autograd import alone_on
 from plad_fast.ops.backend import Denominators, LinearProblem
 from plad_fast.ops.first_order import first_order_only, refuse_batched

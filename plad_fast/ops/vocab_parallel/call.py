@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plad_fast.checks import check_flag
 from plad_fast.errors import UsageError
-from plad_fast.losses.segments import segment_counts
+from plad_fast.losses.terms import segment_counts
 from plad_fast.ops import validation as check
 from plad_fast.ops.backend import default_scratch_bytes
 from plad_fast.ops.first_order import refuse_transforms

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from plad_fast.data.prompts import Prompt, content_digest, require_unique_ids
-from plad_fast.data.store import AnswerStore, require_rows
+from plad_fast.data.store import RowStore, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel
@@ -52,7 +52,7 @@ def all_wanted(prompts: Iterable[Prompt], sampling: Sampling) -> list[tuple[Prom
 
 
 def missing_from(
-    store: AnswerStore, prompts: Iterable[Prompt], sampling: Sampling
+    store: RowStore, prompts: Iterable[Prompt], sampling: Sampling
 ) -> list[tuple[Prompt, int]]:
     wanted = all_wanted(prompts, sampling)
     return [(prompt, k) for prompt, k in wanted if row_id(prompt.id, k) not in store.done]
@@ -61,7 +61,7 @@ def missing_from(
 def ask(
     model: TextModel,
     wanted: Wanted,
-    store: AnswerStore,
+    store: RowStore,
     sampling: Sampling,
     *,
     stored: int = 0,
@@ -104,7 +104,7 @@ def ask(
     return failures
 
 
-def _check_limit(name: str, store: AnswerStore, sampling: Sampling) -> bool:
+def _check_limit(name: str, store: RowStore, sampling: Sampling) -> bool:
     """Whether enough prompts are answered to see if answers fit their limit.
 
     Raises:
@@ -149,7 +149,7 @@ def _generate(
 
 def collect(
     prompts: Iterable[Prompt],
-    store: AnswerStore,
+    store: RowStore,
     sampling: Sampling,
     failures: Mapping[str, Failure],
 ) -> Answered:
@@ -193,7 +193,7 @@ def failure_list(store_path: Path) -> Path:
     return store_path.with_suffix(".failed.jsonl")
 
 
-def check_prompts(prompts: Sequence[Prompt], store: AnswerStore, sampling: Sampling) -> None:
+def check_prompts(prompts: Sequence[Prompt], store: RowStore, sampling: Sampling) -> None:
     """Raises UsageError for repeated ids, for a stored row that is no answer, and where the store
     has an answer to another prompt."""
     require_unique_ids(prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt, content_digest
-from plad_fast.data.store import AnswerStore, Row, locked_store
+from plad_fast.data.store import Row, RowStore, locked_store
 from plad_fast.pairs.generation.answer_rows import (
     Answered,
     all_wanted,
@@ -37,7 +37,7 @@ from plad_fast.pairs.generation.text_model import Failure, TextModel
 def generate_answers(
     model: TextModel,
     prompts: Sequence[Prompt],
-    store: AnswerStore,
+    store: RowStore,
     sampling: Sampling,
     progress: bool = True,
 ) -> Answered:
@@ -100,7 +100,7 @@ def stored_answers(
             most did not. Models that several processes share are not watched.
 
     Raises:
-        UsageError: as `AnswerStore.open` and `generate_answers`, and where another process failed.
+        UsageError: as `RowStore.open` and `generate_answers`, and where another process failed.
     """
     settings = {**fingerprint, **sampling.settings()}
     with joined() as ranks, ExitStack() as stack:
@@ -172,7 +172,7 @@ class _Run:
         self._settings = settings
         wanted = all_wanted(prompts, sampling)
         self._order = {row_id(prompt.id, k): place for place, (prompt, k) in enumerate(wanted)}
-        self._store: AnswerStore | None = None
+        self._store: RowStore | None = None
         self._model: TextModel | None = None
         self._failures: dict[str, Failure] = {}
 
@@ -183,7 +183,7 @@ class _Run:
         if others_aside:
             set_aside(self._path, self._settings)
             renew_answers(self._path, self._prompts, self._sampling, self._settings)
-        store = stack.enter_context(AnswerStore.open(self._path, self._settings))
+        store = stack.enter_context(RowStore.open(self._path, self._settings))
         merge_shards(store, self._settings, self._order)
         check_prompts(self._prompts, store, self._sampling)
         self._store = store
@@ -208,7 +208,7 @@ class _Run:
         found: dict[str, Failure] = {}
         if sharded and size > 1:
             mine = share(wanted, rank, size)
-            with AnswerStore.open(shard_path(self._path, rank, size), self._settings) as shard:
+            with RowStore.open(shard_path(self._path, rank, size), self._settings) as shard:
                 if mine:
                     model = self._model or load()
                     progress = progress and rank == 0

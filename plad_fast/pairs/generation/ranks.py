@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore
+from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 
 T = TypeVar("T")
@@ -162,9 +162,7 @@ def shard_paths(store: Path) -> list[Path]:
     return sorted(path for path in found if name.fullmatch(path.name))
 
 
-def merge_shards(
-    store: AnswerStore, fingerprint: Mapping[str, Any], order: Mapping[str, int]
-) -> None:
+def merge_shards(store: RowStore, fingerprint: Mapping[str, Any], order: Mapping[str, int]) -> None:
     """Moves all shares into the store.
 
     Args:
@@ -173,12 +171,12 @@ def merge_shards(
         order: row id -> its place among the rows that are added; others come last.
 
     Raises:
-        UsageError: as `AnswerStore.open`, such as when a process of a killed run still writes.
+        UsageError: as `RowStore.open`, such as when a process of a killed run still writes.
     """
     paths = shard_paths(store.path)
     rows: list[dict[str, Any]] = []
     for path in paths:
-        with AnswerStore.open(path, fingerprint) as shard:
+        with RowStore.open(path, fingerprint) as shard:
             rows += shard.rows.values()
     rows.sort(key=lambda row: order.get(row["id"], len(order)))
     store.append(rows)

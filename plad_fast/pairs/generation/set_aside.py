@@ -11,7 +11,7 @@ from typing import Any
 
 from plad_fast.data.files import sync_folder
 from plad_fast.data.records import digest
-from plad_fast.data.store import FORMAT, AnswerStore, Row, has_rows
+from plad_fast.data.store import FORMAT, Row, RowStore, has_rows
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> N
 
     Args:
         path: of the store, which nobody has open.
-        fingerprint: as of `AnswerStore.open`.
+        fingerprint: as of `RowStore.open`.
     """
     path = Path(path).expanduser()
     wanted = json.loads(json.dumps(dict(fingerprint)))
@@ -35,7 +35,7 @@ def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> N
         aside = _aside(path, found)
         logger.info("%s was made with other settings and is kept as %s", path, aside.name)
         if aside.exists():
-            with AnswerStore.open(path, found) as store, AnswerStore.open(aside, found) as other:
+            with RowStore.open(path, found) as store, RowStore.open(aside, found) as other:
                 other.append(list(store.rows.values()))
             path.unlink()
         else:
@@ -53,20 +53,20 @@ def set_rows_aside(
 
     Args:
         path: of the store, which nobody has open.
-        fingerprint: as of `AnswerStore.open`; a store of another is left alone.
+        fingerprint: as of `RowStore.open`; a store of another is left alone.
         is_current: of a row.
     """
     path = Path(path).expanduser()
     if _fingerprint(path) != json.loads(json.dumps(dict(fingerprint))):
         return
-    with AnswerStore.open(path, fingerprint) as store:
+    with RowStore.open(path, fingerprint) as store:
         kept = [row for row in store.rows.values() if is_current(row)]
         moved = [row for row in store.rows.values() if not is_current(row)]
     if not moved:
         return
     old = path.with_name(f"{path.stem}.old{path.suffix}")
     set_aside(old, fingerprint)
-    with AnswerStore.open(old, fingerprint) as store:
+    with RowStore.open(old, fingerprint) as store:
         # Of one id there may be several, each to another prompt.
         taken = {row["id"] for row in moved if store.rows.get(row["id"], row) != row}
         store.append(
@@ -77,7 +77,7 @@ def set_rows_aside(
         )
     whole = path.with_name(f".{path.name}.tmp")
     whole.unlink(missing_ok=True)
-    with AnswerStore.open(whole, fingerprint) as store:
+    with RowStore.open(whole, fingerprint) as store:
         store.append(kept)
     os.replace(whole, path)
     sync_folder(path.parent)
@@ -88,7 +88,7 @@ def _fingerprint(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline())
-        return header["fingerprint"] if header["format"] == FORMAT else None
+        return header["fingerprint"] if header["format"] == FORMAT.name else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import AnswerStore, Row, has_rows, require_rows
+from plad_fast.data.store import Row, RowStore, has_rows, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.replies import cost_of, spent_reason
@@ -122,7 +122,7 @@ class Judge:
         tells how many there were.
 
         Raises:
-            UsageError: no reply came at all, or as `AnswerStore.open`.
+            UsageError: no reply came at all, or as `RowStore.open`.
         """
         return [math.nan if outcome is None else outcome for outcome in self._outcomes(items)]
 
@@ -241,16 +241,16 @@ class Judge:
         return spent_reason(limit, "verdict", "--reasoning-tokens")
 
     @contextmanager
-    def _stored(self) -> Iterator[AnswerStore | None]:
+    def _stored(self) -> Iterator[RowStore | None]:
         if self.store is None:
             yield None
             return
-        with AnswerStore.open(self.store, self.settings()) as store:
+        with RowStore.open(self.store, self.settings()) as store:
             require_rows(store, _is_verdict)
             self._known |= store.rows
             yield store
 
-    def _ask(self, questions: Mapping[str, Messages], store: AnswerStore | None) -> list[str]:
+    def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""
         failures: list[str] = []
         unclear: dict[str, Messages] = {}
@@ -318,7 +318,7 @@ class Judge:
         key: str,
         verdict: str,
         reply: Reply,
-        store: AnswerStore | None,
+        store: RowStore | None,
         before: tuple[int, int] = (0, 0),
     ) -> None:
         row: Row = {"id": key, "verdict": verdict}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from plad_fast.data.chat import is_blank
 from plad_fast.data.places import require_there, shown
 from plad_fast.data.prompts import Prompt, require_unique_ids
-from plad_fast.data.store import AnswerStore, require_rows
+from plad_fast.data.store import RowStore, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
 from plad_fast.pairs.filters import is_usable
@@ -263,14 +263,14 @@ def stored_scores(
         again.
 
     Raises:
-        UsageError: an item cannot be scored, or as `AnswerStore.open`.
+        UsageError: an item cannot be scored, or as `RowStore.open`.
     """
     from tqdm import tqdm
 
     scorer.check([prompt for prompt, _ in items])
     keys = _keys(scorer, items)
     with (
-        AnswerStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
+        RowStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
         tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
     ):
         require_rows(store, lambda row: type(row.get("score")) in (int, float))
