@@ -149,28 +149,25 @@ def effective_layer(head: nn.Module, name: str) -> Layer:
     Args:
         name: what to call it in messages.
     """
-    kinds = _names(type(head))
-    if isinstance(head, nn.Linear) and own_class(head) is nn.Linear:
-        return Layer(head.weight, head.bias)
     module: Any = head
-    if kinds >= {"peft.ModulesToSaveWrapper"}:
+    kinds, inner = _names(type(head)), getattr(head, "base_layer", None)
+    if own_class(head) is nn.Linear:
+        return Layer(module.weight, module.bias)
+    if "peft.ModulesToSaveWrapper" in kinds:
         active = _active(module, module.modules_to_save)
-        return effective_layer(
-            module.modules_to_save[active[0]] if active else module.original_module, name
-        )
-    if kinds >= {"peft.TrainableTokensWrapper"}:
+        copy = module.modules_to_save[active[0]] if active else module.original_module
+        return effective_layer(copy, name)
+    if "peft.TrainableTokensWrapper" in kinds:
         return effective_layer(module.token_adapter, name)
-    if kinds >= {"peft.TrainableTokensLayer"} and own_class(module.base_layer) is nn.Linear:
-        active = _active(module, module.trainable_tokens_delta)
-        base = module.base_layer
-        # Not `active_adapters` itself: a layer may have no rows of some of them.
-        weight = module.get_merged_weights(active) if active else base.weight
-        return Layer(weight, base.bias)
-    if kinds >= {"peft.LoraLayer"} and own_class(module.base_layer) is nn.Linear:
-        return _with_lora(module, name)
-    kind = type(head)
-    inner = getattr(head, "base_layer", None)
-    around = "" if inner is None else f" around a {type(inner).__name__}"
+    if inner is not None and own_class(inner) is nn.Linear:
+        if "peft.TrainableTokensLayer" in kinds:
+            active = _active(module, module.trainable_tokens_delta)
+            # Not `active_adapters` itself: a layer may have no rows of some of them.
+            weight = module.get_merged_weights(active) if active else inner.weight
+            return Layer(weight, inner.bias)
+        if "peft.LoraLayer" in kinds:
+            return _with_lora(module, name)
+    kind, around = type(head), "" if inner is None else f" around a {type(inner).__name__}"
     raise UsageError(
         f"{name} is a {kind.__module__}.{kind.__name__}{around}, which the op does not know; it "
         f"needs a plain nn.Linear: {_ADVICE}"
@@ -181,8 +178,8 @@ def _with_lora(module: Any, name: str) -> Layer:
     base = module.base_layer
     if module.merged and module.disable_adapters:
         module.unmerge()  # as its own forward does
-    active = [] if module.merged else _active(module, module.lora_A)
-    for adapter in active:
+    adapters = []
+    for adapter in [] if module.merged else _active(module, module.lora_A):
         variant = getattr(module, "lora_variant", {}).get(adapter)
         kind = type(variant).__name__ if variant is not None else own_class(module).__name__
         if variant is None and getattr(module, "use_dora", {}).get(adapter):
@@ -192,19 +189,11 @@ def _with_lora(module: Any, name: str) -> Layer:
                 f"{name} is under {kind}, which is more than the plain LoRA that the op knows; "
                 f"use plain LoRA there, or {_ADVICE}"
             )
-    return Layer(
-        base.weight,
-        base.bias,
-        tuple(
-            LowRank(
-                module.lora_A[adapter],
-                module.lora_B[adapter],
-                module.lora_dropout[adapter],
-                float(module.scaling[adapter]),
-            )
-            for adapter in active
-        ),
-    )
+        down, up, dropout = (
+            part[adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout)
+        )
+        adapters.append(LowRank(down, up, dropout, float(module.scaling[adapter])))
+    return Layer(base.weight, base.bias, tuple(adapters))
 
 
 def _active(module: Any, known: Any) -> Sequence[str]:

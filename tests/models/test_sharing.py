@@ -15,14 +15,16 @@ from plad_fast.data.packing import PreferenceCollator
 from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
 from plad_fast.models.attention.register import is_enabled
-from plad_fast.models.head import causal_lm_logprobs
+from plad_fast.models.head import batch_hidden, causal_lm_logprobs
 from plad_fast.models.sharing import prepare
 from tests.support.naive import (
     features,
     largest_error,
     naive_logprobs,
     naive_step,
+    places,
     relative,
+    sequences,
     step_of,
 )
 from tests.support.tiny_models import PADDED, SHARED, make_model
@@ -92,6 +94,47 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
     assert model.is_gradient_checkpointing
     found = our_step(model, collate(PAIRS, "shared"), 2)
     assert largest_error(found, naive_step_of(name, "pairs")) < LOOSER.get(name, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_hidden_states_after_every_layer(name):
+    """An error that a later layer hides, or a norm, would show here."""
+    expected, found = reference_model(name), ready(name)
+    with torch.no_grad():
+        layers = [hidden_after_layers(expected, torch.tensor([p + r])) for p, r in sequences(FOURS)]
+        for layout in ("packed", "shared"):
+            with after_layers(found) as ours:
+                batch_hidden(found, collate(FOURS, layout))
+            assert len(ours) == found.config.num_hidden_layers
+            for (row, tokens), sequence in zip(places(FOURS, layout), layers, strict=True):
+                for mine, naive in zip(ours, sequence, strict=True):
+                    assert relative(mine[row, tokens], naive[0]) < TOLERANCE, layout
+
+
+class after_layers:  # noqa: N801
+    """Collects the hidden states that leave the decoder layers."""
+
+    def __init__(self, model):
+        depth = model.config.num_hidden_layers
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        self.layers, self.states = lists[0], []
+
+    def __enter__(self):
+        def keep(_module, _inputs, output):
+            self.states.append(output[0] if isinstance(output, tuple) else output)
+
+        self.hooks = [layer.register_forward_hook(keep) for layer in self.layers]
+        return self.states
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def hidden_after_layers(model, input_ids):
+    with after_layers(model) as states:
+        model(input_ids=input_ids, use_cache=False)
+    return states
 
 
 @pytest.mark.parametrize("name", PADDED)
