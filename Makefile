@@ -15,7 +15,7 @@ RUN ?= runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-all lint docs bench study no-dialogues aot clean
+.PHONY: quickstart test test-all lint docs site bench study no-dialogues aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -43,10 +43,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The API reference, from the docstrings, and the table of architectures, from the tests.
+# The table of supported models, from the tests.
 docs: $(VENV)/.dev
-	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_architectures.py
+
+# The documentation site in build/site. A link that leads nowhere or a name that does not exist fails.
+site: $(VENV)/.docs
+	rm -rf build/pages
+	mkdir -p build/pages
+	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' \
+		| tar --null -T - -cf - | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench
@@ -54,6 +61,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.step $(if $(DIALOGSUM),--dialogsum $(DIALOGSUM))
 	$(BIN)/python -m benchmarks.plot_step
+	$(BIN)/python -m benchmarks.plot_step --rates
 	$(BIN)/python -m benchmarks.step_satisfaction
 	$(BIN)/python -m benchmarks.plot_step --satisfaction
 	$(BIN)/python -m benchmarks.generation
@@ -81,6 +89,10 @@ $(VENV)/.dev: setup.py $(CONSTRAINTS)
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 clean:

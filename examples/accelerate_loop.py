@@ -14,9 +14,8 @@ from accelerate import Accelerator
 from data import arguments, pair_batches
 
 from plad_fast import fused_linear_preference_loss
-from plad_fast.data.packing import to_device
-from plad_fast.models import call_inside, through_head, unwrap
-from plad_fast.models.loading import load_model
+from plad_fast.data import to_device
+from plad_fast.models import call_inside, load_model, through_head, unwrap
 
 LOSS = {"loss": "plad_ranking"}
 
@@ -27,13 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.model, dtype=torch.float32, device=accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     batches = pair_batches(args, model)
-    # What the processes have in common is the wrapper: the loss is computed within its forward,
-    # where gradients get reduced.
+    # The wrapper reduces gradients in its forward pass: the loss is computed within it.
     wrapper, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 
     for batch in batches:
         batch = to_device(batch, accelerator.device)
-        # Every pair and every token counts the same, in whichever process it is.
+        # Every pair and every token has the same weight in every process.
         pairs, tokens = accelerator.reduce(sizes(batch), "sum").tolist()
 
         op = partial(fused_linear_preference_loss, num_groups=pairs, num_tokens=tokens, **LOSS)
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         unwrap(wrapper).save_pretrained(args.output_dir)
-    accelerator.wait_for_everyone()  # gloo may hang where its group ends right after a reduction
+    accelerator.wait_for_everyone()  # gloo may hang if its group ends right after a reduction
     accelerator.end_training()
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, and pairs as batches for the loss."""
+"""Arguments of the examples, and preference pairs as batches for the loss."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from plad_fast.data.packing import PreferenceCollator
-from plad_fast.data.tokenization import tokenize_dataset
-from plad_fast.models.loading import load_tokenizer
-from plad_fast.models.sharing import prepare
+from plad_fast.data import PreferenceCollator, tokenize_dataset
+from plad_fast.models import load_tokenizer, prepare
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +25,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def pair_batches(args: argparse.Namespace, model: PreTrainedModel) -> DataLoader:
-    """Batches in the leanest layout that the model can take: every prompt once, no padding."""
+    """Batches without padding and with shared prompts, if the model can take them."""
     tokenizer = load_tokenizer(args.model)
     rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
     groups = tokenize_dataset(rows, tokenizer, max_length=1024)

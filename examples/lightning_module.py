@@ -14,13 +14,12 @@ from data import arguments, pair_batches
 from transformers import PreTrainedModel
 
 from plad_fast import fused_linear_preference_loss
-from plad_fast.data.packing import PreferenceBatch, to_device
-from plad_fast.models.head import head_arguments
-from plad_fast.models.loading import load_model
+from plad_fast.data import PreferenceBatch, to_device
+from plad_fast.models import head_arguments, load_model
 
 
 class Student(lightning.LightningModule):
-    """Lightning calls `training_step` within DDP's forward, which is where the loss belongs.
+    """Lightning calls `training_step` inside DDP's forward pass, where the loss has to be computed.
 
     Each process takes the mean of its own batch; accelerate_loop.py has totals over all of them.
     """

@@ -12,9 +12,8 @@ import torch
 from data import arguments, pair_batches
 
 from plad_fast import fused_linear_preference_loss
-from plad_fast.data.packing import to_device
-from plad_fast.models.head import head_arguments
-from plad_fast.models.loading import load_model
+from plad_fast.data import to_device
+from plad_fast.models import head_arguments, load_model
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
-"""Whether a student's sequence likelihood tells its good answers from its bad ones.
+"""Calibration: how well a student's sequence likelihood tells its good answers from its bad ones.
 
-That is what PLaD (arXiv 2406.02886, section 1) sets out to mend. Several samples of a prompt are
+PLaD (arXiv 2406.02886, section 1) sets out to mend just that. Several samples of a prompt are
 each given the student's log-probability and a quality; here the two are compared, without models.
 
 Letters: P prompts, K_p samples of prompt p (they may differ), N samples in all, R resamples.
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.intervals import (
@@ -29,9 +30,8 @@ from plad_fast.evaluation.intervals import (
     percentile_interval,
     require_resamples,
 )
-from plad_fast.evaluation.pooled_ranks import PooledRanks, concordance, midranks, resampled_prompts
-
-__all__ = ["ScoredSamples", "evaluate_calibration", "reliability"]
+from plad_fast.evaluation.pooled_ranks import PooledRanks, concordance, resampled_prompts
+from plad_fast.evaluation.students import couples, require_names
 
 WITHIN = (
     "spearman_within",
@@ -62,6 +62,8 @@ class ScoredSamples:
     """P vectors (K_p,), larger is better."""
     teacher_logps: FloatArray | None = None
     """(P,) the student's log-probability of the teacher's answer; NaN where there is none."""
+    n_unfinished: int = 0
+    """Samples that were left out, since they are empty or were cut off."""
 
     def __post_init__(self) -> None:
         count = len(self.prompt_ids)
@@ -112,8 +114,9 @@ def evaluate_calibration(
         A dict for `json.dumps`; an interval is `{"mean", "low", "high", "standard_error"}`, and
         None where nothing varies enough to be measured.
 
-        * `students`: one row each: `name`, `n_prompts`, `n_samples`, `n_ranked` (prompts behind the
-          correlations within: neither log-probability nor quality is the same for all samples),
+        * `students`: one row each: `name`, `n_prompts`, `n_samples`, `n_unfinished`, `n_ranked`
+          (prompts behind the correlations within: neither log-probability nor quality is the same
+          for all samples),
           intervals `spearman_within`, `kendall_within` (tau-b),
           `auroc_within` (of two samples of a prompt with different quality, how often the better
           one is likelier; a tie counts half), `spearman_pooled`, `kendall_pooled`, `auroc_pooled`
@@ -132,8 +135,6 @@ def evaluate_calibration(
     _check(students)
     require_resamples(n_resamples)
     measured = [_Measured(student, n_resamples, seed) for student in students]
-    last = len(students) - 1
-    couples = [(j, i) for j in range(last, 0, -1) for i in range(j)]
     return {
         "students": [
             {
@@ -151,7 +152,7 @@ def evaluate_calibration(
                 "baseline": students[i].name,
                 **measured[j].minus(measured[i]),
             }
-            for j, i in couples
+            for j, i in couples(len(students))
         ],
     }
 
@@ -201,7 +202,7 @@ def reliability(
     prompt = np.repeat(np.arange(len(chosen)), [len(v) for v in logps])
     if by == "rank":
         edges = np.linspace(0.0, 1.0, min(bins, max(map(len, logps))) + 1)
-        places = np.concatenate([(midranks(v) - 0.5) / len(v) for v in logps])
+        places = np.concatenate([(rankdata(v) - 0.5) / len(v) for v in logps])
     else:
         edges = np.unique(np.quantile(flat, np.linspace(0.0, 1.0, bins + 1)))
         places = flat
@@ -246,6 +247,7 @@ class _Measured:
             "name": self._samples.name,
             "n_prompts": sum(count > 0 for count in counts),
             "n_samples": sum(counts),
+            "n_unfinished": self._samples.n_unfinished,
             "n_ranked": int(np.isfinite(self._within["kendall_within"]).sum()),
             **{name: self._mean(self._within[name]) for name in WITHIN},
             **{name: _interval(self._estimates[name], self._resampled[name]) for name in POOLED},
@@ -287,7 +289,7 @@ def _within(samples: ScoredSamples) -> dict[str, FloatArray]:
             values["auroc_within"][p] = 0.5 * (1 + agreement / by_quality)
         if by_quality and by_logp:
             values["kendall_within"][p] = agreement / np.sqrt(by_logp * by_quality)
-            ranks = np.corrcoef(midranks(logps), midranks(quality))
+            ranks = np.corrcoef(rankdata(logps), rankdata(quality))
             values["spearman_within"][p] = ranks[0, 1]
     return values
 
@@ -302,11 +304,7 @@ def _interval(estimate: float, resampled: NDArray[np.float64]) -> dict[str, floa
 
 
 def _check(students: Sequence[ScoredSamples]) -> None:
-    if not students:
-        raise UsageError("there is no student to evaluate; pass at least one")
-    names = [student.name for student in students]
-    if len(set(names)) < len(names):
-        raise UsageError(f"students need different names, not {names}")
+    require_names([student.name for student in students])
     for student in students:
         if not any(map(len, student.logps)):
             raise UsageError(f"{student.name} has no samples; draw some for each prompt")

@@ -11,6 +11,7 @@ from numbers import Integral
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest, bootstrap
 
 from plad_fast.errors import UsageError
 
@@ -75,49 +76,45 @@ def paired_bootstrap(
     if b is not None:
         values = values - aligned(b, values, "b", "a")
     require_resamples(n_resamples)
+    mean = float(values.mean())
     sums, counts = _by_group(values, groups)
-    n = len(sums)
     try:
         rng = np.random.default_rng(seed)
     except (TypeError, ValueError):
         raise UsageError(f"seed is {seed!r}; give a whole number of at least 0") from None
-    block = max(1, _BOOTSTRAP_BLOCK // n)
-    means = np.concatenate(
-        [
-            _resampled(sums, counts, rng.integers(0, n, size=(min(block, n_resamples - start), n)))
-            for start in range(0, n_resamples, block)
-        ]
+    if len(sums) == 1:
+        return Interval(mean, mean, mean, 0.0)
+    resampled = bootstrap(
+        (sums, counts),
+        _mean_of_groups,
+        paired=True,
+        vectorized=True,
+        n_resamples=n_resamples,
+        batch=max(1, _BOOTSTRAP_BLOCK // len(sums)),
+        method="percentile",
+        rng=rng,
     )
-    return percentile_interval(float(values.mean()), means)
+    return percentile_interval(mean, resampled.bootstrap_distribution)
 
 
 def _by_group(
     values: FloatArray, groups: Sequence[Hashable] | None
-) -> tuple[FloatArray, FloatArray | None]:
-    """Sums and sizes of the groups, in the order in which they come; None for sizes of 1."""
+) -> tuple[FloatArray, FloatArray]:
+    """Sums and sizes of the groups, in the order in which they come."""
     if groups is None:
-        return values, None
+        return values, np.ones_like(values)
     if len(groups) != len(values):
         raise UsageError(
             f"there are {len(values)} examples and {len(groups)} groups; give one for each example"
         )
     numbers: dict[Hashable, int] = {}
     index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    if len(numbers) == len(values):
-        return values, None
     sums = np.bincount(index, weights=values).astype(np.float64)
     return sums, np.bincount(index).astype(np.float64)
 
 
-def _resampled(
-    sums: FloatArray,
-    counts: FloatArray | None,
-    drawn: NDArray[np.int64],  # (R, groups)
-) -> FloatArray:  # (R,)
-    """The mean over all examples of the groups that were drawn."""
-    if counts is None:
-        return sums[drawn].mean(axis=1)
-    return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+def _mean_of_groups(sums: FloatArray, counts: FloatArray, axis: int) -> FloatArray:
+    return sums.sum(axis=axis) / counts.sum(axis=axis)
 
 
 def percentile_interval(
@@ -149,12 +146,9 @@ def sign_test(
     if wins + ties + losses < len(values):
         odd = values[~np.isin(values, (0.0, 0.5, 1.0))][0]
         raise UsageError(f"an outcome is {odd}; it must be 1 (won), 0.5 (tie) or 0 (lost)")
-    n = wins + losses
-    tail = term = 1  # in whole numbers, the tail has no rounding at any n
-    for k in range(min(wins, losses)):
-        term = term * (n - k) // (k + 1)
-        tail += term
-    return SignTest(wins, ties, losses, min(1.0, 2 * tail / 2**n))
+    decided = wins + losses
+    p_value = float(binomtest(wins, decided).pvalue) if decided else 1.0
+    return SignTest(wins, ties, losses, p_value)
 
 
 def outcomes(a: ArrayLike, b: ArrayLike) -> FloatArray:

@@ -1,48 +1,20 @@
-"""What is computed of one student and of two, example by example; see `evaluate_students`."""
+"""Measures of one student and of two, example by example; see `evaluate_students`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from plad_fast.data.chat import Content
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import intervals, metrics
 from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.evaluation.students import Judge, ScoreFn, Scorer, StudentOutputs
 from plad_fast.pairs import text_metrics
-
-if TYPE_CHECKING:
-    from plad_fast.data.prompts import Prompt
-    from plad_fast.evaluation.compare import StudentOutputs
-
-ScoreFn = Callable[[Any, str, str], float]
-
-
-class Scorer(Protocol):
-    """What is asked of a `pairs.scoring.Scorer` here."""
-
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
-        """A number for each text, larger is better; NaN for one that could not be rated.
-
-        All systems' answers come in one call, so a text may also be rated by those it competes
-        with."""
-        ...
-
-
-class Judge(Protocol):
-    """Compares texts two by two, such as `pairs.judge.Judge`."""
-
-    name: str
-
-    def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> Sequence[float]:
-        """1 where the first text is better, 0 where the second is, 0.5 for a tie; NaN where the
-        judge gave no verdict. Whether the order of the texts matters is up to the judge to find
-        out: each couple is asked once."""
-        ...
-
 
 _ROUGE = tuple(
     f"{name}_{target}" for target in ("teacher", "reference") for name in text_metrics.ROUGE_NAMES
@@ -120,7 +92,7 @@ class Task:
         self, student: StudentOutputs, own: Measured, teacher: Measured | None = None
     ) -> dict[str, Any]:
         texts, values = own.texts, own.values
-        wins = self._outcomes(own, teacher) if teacher else None
+        outcomes = self._outcomes(own, teacher) if teacher else None
         return {
             "name": student.name,
             "n": len(texts),
@@ -130,17 +102,15 @@ class Task:
                 name: self._interval(values.get(name), own.prompts.get(name))
                 for name in _ROW_INTERVALS
             },
-            "win_rate_teacher": self._interval(wins),
-            "wins_teacher": _counts(wins),
+            **self._wins(outcomes, "_teacher"),
             **{name: float(values[name].mean()) if texts else None for name in _TEXT},
             "distinct_1": text_metrics.distinct_n(texts, 1) if texts else None,
             "distinct_2": text_metrics.distinct_n(texts, 2) if texts else None,
             "intervals": {name: self._interval(values.get(name)) for name in _TEXT},
             "scores": {
                 name: {
-                    "score": self._interval(_there(own.scores.get(name))),
-                    "win_rate_teacher": self._interval(won := _won(own, teacher, name)),
-                    "wins_teacher": _counts(won),
+                    "score": self._interval(own.scores.get(name)),
+                    **self._wins(_outcomes_by(own, teacher, name), "_teacher"),
                 }
                 for name in self.scorers
             },
@@ -148,24 +118,22 @@ class Task:
 
     def compare(self, candidate: Measured, baseline: Measured) -> dict[str, Any]:
         a, b = candidate.values, baseline.values
-        wins = self._outcomes(candidate, baseline)
+        both = {name: a[name] - b[name] for name in _COMPARED if name in a and name in b}
+        outcomes = self._outcomes(candidate, baseline)
         return {
             **{
-                name: self._interval(a[name] - b[name], candidate.prompts.get(name))
-                if name in a and name in b
-                else None
+                name: self._interval(both.get(name), candidate.prompts.get(name))
                 for name in _COMPARED
             },
-            "win_rate": self._interval(wins),
-            "wins": _counts(wins),
+            **self._wins(outcomes),
             "scores": {
                 name: {
                     "difference": self._interval(_difference(candidate, baseline, name)),
-                    "win_rate": self._interval(won := _won(candidate, baseline, name)),
-                    "wins": _counts(won),
+                    **self._wins(_outcomes_by(candidate, baseline, name)),
                 }
                 for name in self.scorers
             },
+            "by_prompt": self._by_prompt(outcomes, both.get("score")),
         }
 
     def win_label(self) -> str:
@@ -174,11 +142,7 @@ class Task:
     def score_label(self) -> str:
         if self.score_fn is not None:
             return getattr(self.score_fn, "__name__", type(self.score_fn).__name__)
-        if not self.references:
-            return "ROUGE-L to the teacher's answer"
-        if len(self.references) == len(self.teacher_answers):
-            return "ROUGE-L to the reference"
-        return "ROUGE-L to the reference, or to the teacher's answer where there is none"
+        return rouge_l_label(len(self.references), len(self.teacher_answers))
 
     def _likeness(
         self, by_id: Mapping[str, str], answers: Sequence[str], is_teacher: bool
@@ -247,37 +211,61 @@ class Task:
             raise UsageError(
                 f"{where} gave {verdicts[wrong][0]}; it must give 1, 0.5 or 0 (NaN: no verdict)"
             )
-        return _there(verdicts)
+        return verdicts
+
+    def _by_prompt(
+        self, outcomes: FloatArray | None, differences: FloatArray | None
+    ) -> dict[str, dict[str, float | None]]:
+        if outcomes is None:
+            return {}
+        shown = np.full(len(outcomes), np.nan) if differences is None else differences
+        return {
+            key: {"outcome": _or_none(outcome), "difference": _or_none(difference)}
+            for key, outcome, difference in zip(self.teacher_answers, outcomes, shown, strict=True)
+        }
 
     def _prompts(self) -> list[Prompt]:
-        from plad_fast.data.prompts import Prompt
-
         return [
             Prompt(key, self.prompts[key], self.references.get(key)) for key in self.teacher_answers
         ]
 
+    def _wins(self, outcomes: FloatArray | None, suffix: str = "") -> dict[str, Any]:
+        there = _there(outcomes)
+        return {
+            f"win_rate{suffix}": self._interval(there),
+            f"wins{suffix}": None if there is None else asdict(intervals.sign_test(there)),
+        }
+
     def _interval(
         self, values: FloatArray | None, prompts: Sequence[str] | None = None
     ) -> dict[str, float] | None:
-        if values is None:
+        """Over the values that are not NaN, if there are any."""
+        if (there := _there(values)) is None:
             return None
         return asdict(
             intervals.paired_bootstrap(
-                values, groups=prompts, n_resamples=self.n_resamples, seed=self.seed
+                there, groups=prompts, n_resamples=self.n_resamples, seed=self.seed
             )
         )
 
 
-def _won(a: Measured, b: Measured | None, name: str) -> FloatArray | None:
-    """Who wins each prompt by a scorer that rated both answers."""
+def rouge_l_label(n_references: int, n_prompts: int) -> str:
+    """The name of ROUGE-L to the reference where there is one, else to the teacher's answer."""
+    if not n_references:
+        return "ROUGE-L to the teacher's answer"
+    some = ", or to the teacher's answer where there is none" * (n_references < n_prompts)
+    return "ROUGE-L to the reference" + some
+
+
+def _outcomes_by(a: Measured, b: Measured | None, name: str) -> FloatArray | None:
+    """Who wins each prompt by a scorer; NaN where it did not rate both answers."""
     difference = None if b is None else _difference(a, b, name)
-    return None if difference is None else intervals.outcomes(difference, np.zeros(len(difference)))
+    return None if difference is None else 0.5 * (1.0 + np.sign(difference))
 
 
 def _difference(a: Measured, b: Measured, name: str) -> FloatArray | None:
-    if name not in a.scores or name not in b.scores:
-        return None
-    return _there(a.scores[name] - b.scores[name])
+    both = name in a.scores and name in b.scores
+    return a.scores[name] - b.scores[name] if both else None
 
 
 def _there(values: FloatArray | None) -> FloatArray | None:
@@ -287,8 +275,8 @@ def _there(values: FloatArray | None) -> FloatArray | None:
     return values[~np.isnan(values)]
 
 
-def _counts(wins: FloatArray | None) -> dict[str, float] | None:
-    return None if wins is None else asdict(intervals.sign_test(wins))
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _vector(values: Sequence[float | None], count: int, where: str) -> FloatArray:

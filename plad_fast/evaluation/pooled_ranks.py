@@ -26,12 +26,6 @@ def resampled_prompts(n_prompts: int, n_resamples: int, seed: int) -> FloatArray
     return rng.multinomial(n_prompts, share, size=n_resamples).astype(np.float64)
 
 
-def midranks(values: FloatArray) -> FloatArray:  # (n,) -> (n,)
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[codes.reshape(-1)]
-
-
 def concordance(
     x: FloatArray,  # (n,)
     y: FloatArray,  # (n,)

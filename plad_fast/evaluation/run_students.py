@@ -1,4 +1,4 @@
-"""Run students on held-out prompts and write what is to be known of them.
+"""Students run on held-out prompts and pairs, with every answer and score stored.
 
 Everything that takes a model is stored as it comes: answers line by line, log-probabilities in a
 file per student. A killed evaluation goes on; a finished one is computed from the files.
@@ -7,31 +7,32 @@ file per student. A killed evaluation goes on; a finished one is computed from t
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from plad_fast.data.chat import Content, is_blank
-from plad_fast.data.prompts import Prompt, as_messages
+from plad_fast.data.chat import is_blank
+from plad_fast.data.prompts import as_messages
 from plad_fast.data.records import digest, model_digest, stored_scores
-from plad_fast.evaluation.compare import Judge, StudentOutputs, evaluate_students, score_pairs
-from plad_fast.evaluation.report.parts import draw_plots, example_answers, margin_unit
+from plad_fast.evaluation.compare import evaluate_students
+from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.samples import (
     LENGTH_NORMALIZATION,
-    HeldOutSamples,
     RougeL,
     StoredScorer,
     measure_calibration,
     require_samples,
     score_samples,
 )
+from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.models.response_scores import score_responses
+from plad_fast.models.response_scores import score_pairs, score_responses
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -41,37 +42,10 @@ from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
 
 if TYPE_CHECKING:
-    from plad_fast.evaluation.intervals import FloatArray
+    from plad_fast.evaluation.calibration import ScoredSamples
     from plad_fast.pairs.scoring.scorers import Scorer
 
-__all__ = [
-    "HeldOut",
-    "calibration_file",
-    "draw_plots",
-    "evaluate_models",
-    "example_answers",
-    "margin_unit",
-    "scorer_file",
-    "student_files",
-]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What students are measured on."""
-
-    prompts: Sequence[Prompt]
-    """With a teacher's answer each."""
-    teacher_answers: Mapping[str, str]
-    """Prompt id -> the teacher's answer."""
-    pairs: Sequence[Mapping[str, Any]]
-    """Rows of the preference format over some of the prompts: what is ranked."""
-    pair_prompts: Sequence[str] = ()
-    """The prompt's id of each pair; left out where a pair's own id is its prompt's."""
-
-    def prompts_of_pairs(self) -> list[str]:
-        """The prompt's id of each pair."""
-        return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
+_UNFIT = re.compile(r"[\s/\\:*?\"<>|\x00-\x1f\x7f]+")  # for the name of a file, on some system
 
 
 def evaluate_models(
@@ -163,24 +137,32 @@ def evaluate_models(
     return results, outputs
 
 
-def calibration_file(name: str, folder: Path) -> Path:
-    """Where the log-probabilities of a student's samples are stored."""
-    return folder / f"{_slug(name)}-calibration.json"
+class StudentFiles(NamedTuple):
+    """Files of one student in the folder of an evaluation."""
+
+    greedy: Path
+    sampled: Path
+    logps: Path
+    """Log-probabilities of the pairs."""
+    calibration: Path
+    """Log-probabilities of the samples."""
+
+
+def student_files(name: str, folder: Path) -> StudentFiles:
+    """Where the answers and the log-probabilities of a student are stored."""
+    stem = file_stem(name)
+    names = ("greedy.jsonl", "sampled.jsonl", "logps.json", "calibration.json")
+    return StudentFiles(*(folder / f"{stem}-{end}" for end in names))
 
 
 def scorer_file(name: str, folder: Path) -> Path:
     """Where the scores of a scorer are stored, of all students."""
-    return folder / f"scores-{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.jsonl"
+    return folder / f"scores-{file_stem(name)}.jsonl"
 
 
-def student_files(name: str, folder: Path) -> tuple[list[Path], Path]:
-    """Where a student's answers are stored, greedy and sampled, and where its scores."""
-    answers = [folder / f"{_slug(name)}-{kind}.jsonl" for kind in ("greedy", "sampled")]
-    return answers, folder / f"{_slug(name)}-logps.json"
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
+def file_stem(name: str) -> str:
+    """A name as part of a file's; one for names that some file system cannot tell apart."""
+    return _UNFIT.sub("-", unicodedata.normalize("NFKC", name).casefold()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -197,111 +179,100 @@ class _Runner:
     quality: StoredScorer | RougeL
     others_aside: bool
 
-    def run(self, name: str, path: Path) -> tuple[StudentOutputs, HeldOutSamples | None]:
+    def run(self, name: str, path: Path) -> tuple[StudentOutputs, ScoredSamples | None]:
         held_out, sampling = self.held_out, self.sampling
-        tokenizer = load_tokenizer(path)
-        greedy = Sampling(sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size)
-        several = replace(sampling, n=max(sampling.n, self.calibration_samples))
+        files = student_files(name, self.folder)
+        model = _Student(path, self.precision, self.max_length)
         # The weights rather than the path: a run folder may move, and a path get other weights.
         made_by = {"student": name, "weights": model_digest(path), "precision": self.precision}
         # Plain-text pairs are continued as they stand: an answer is scored after what it was given.
         chat = not any(isinstance(pair["prompt"], str) for pair in held_out.pairs)
-        answer_files, scores_file = student_files(name, self.folder)
-        answered = []
-        for file, how in zip(answer_files, (greedy, several), strict=True):
-
-            def load(kind: str = file.stem) -> LocalModel:
-                dtype = autocast_dtype(self.precision)
-                model = load_model(path, dtype=dtype, device=best_device())
-                return LocalModel(model, tokenizer, kind, chat=chat)
-
-            answered.append(
-                stored_answers(
-                    load,
-                    held_out.prompts,
-                    file,
-                    how,
-                    fingerprint=made_by,
-                    others_aside=self.others_aside,
-                )
+        greedy, sampled = (
+            stored_answers(
+                partial(model.for_answers, file.stem, chat=chat),
+                held_out.prompts,
+                file,
+                how,
+                fingerprint=made_by,
+                others_aside=self.others_aside,
             )
-        own = [answered[1].first[prompt_id] for prompt_id in held_out.prompts_of_pairs()]
-        scoring = _Scoring(path, tokenizer, self.max_length)
+            for file, how in (
+                (
+                    files.greedy,
+                    Sampling(
+                        sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size
+                    ),
+                ),
+                (files.sampled, replace(sampling, n=max(sampling.n, self.calibration_samples))),
+            )
+        )
+        own = [sampled.first[prompt_id] for prompt_id in held_out.prompts_of_pairs()]
         fingerprint = {**made_by, "max_length": self.max_length, **sampling.settings()}
-        pair_scores = stored_scores(
-            scores_file,
+        score = partial(model.pairs, length_normalization=self.length_normalization)
+        logps = stored_scores(
+            files.logps,
             {
                 **fingerprint,
                 "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
                 "samples": digest([[answer.text, answer.finish_reason] for answer in own]),
                 "length_normalization": self.length_normalization,
             },
-            lambda: _score(
-                partial(scoring.pairs, length_normalization=self.length_normalization),
-                held_out.pairs,
-                own,
-            ),
+            lambda: _score(score, held_out.pairs, own),
             replace=self.others_aside,
         )
         samples = None
         if self.calibration_samples:
             samples = score_samples(
                 name,
-                held_out.prompts,
-                held_out.teacher_answers,
-                answered[1].answers,
-                calibration_file(name, self.folder),
+                held_out,
+                sampled.answers,
+                files.calibration,
                 fingerprint={**fingerprint, "length_normalization": LENGTH_NORMALIZATION},
-                content_of=lambda p: as_messages(tokenizer, p.content) if chat else p.content,
-                score_responses=scoring.responses,
+                content_of=lambda p: as_messages(model.tokenizer, p.content) if chat else p.content,
+                score_responses=partial(model.responses, length_normalization=LENGTH_NORMALIZATION),
                 quality=self.quality,
                 replace=self.others_aside,
             )
         outputs = StudentOutputs(
             name,
-            {prompt_id: answer.text for prompt_id, answer in answered[0].first.items()},
-            chosen_logps=np.array(pair_scores["chosen"]),
-            rejected_logps=np.array(pair_scores["rejected"]),
+            {prompt_id: answer.text for prompt_id, answer in greedy.first.items()},
+            chosen_logps=np.array(logps["chosen"]),
+            rejected_logps=np.array(logps["rejected"]),
             pair_ids=[pair["id"] for pair in held_out.pairs],
-            own_rejected_logps=np.array(pair_scores["own"], dtype=np.float64),  # None becomes NaN
+            own_rejected_logps=np.array(logps["own"], dtype=np.float64),  # None becomes NaN
             pair_prompts=held_out.prompts_of_pairs(),
+            cut_off={key for key, answer in greedy.first.items() if answer.finish_reason != "stop"},
         )
         return outputs, samples
 
 
-class _Scoring:
-    """Log-probabilities of a student in float32, loaded at the first call."""
+class _Student:
+    """A saved model: loaded for every set of answers, and once in float32 for log-probabilities."""
 
-    def __init__(self, path: Path, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, path: Path, precision: str, max_length: int) -> None:
         self._path = path
-        self._tokenizer = tokenizer
+        self._precision = precision
         self._max_length = max_length
-        self._model: Any = None
+        self.tokenizer = load_tokenizer(path)
 
-    def pairs(
-        self, rows: Sequence[Mapping[str, Any]], *, length_normalization: float
-    ) -> dict[str, Any]:
+    def for_answers(self, name: str, *, chat: bool) -> LocalModel:
+        dtype = autocast_dtype(self._precision)
+        model = load_model(self._path, dtype=dtype, device=best_device())
+        return LocalModel(model, self.tokenizer, name, chat=chat)
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
         return score_pairs(
-            self._loaded(),
-            self._tokenizer,
-            rows,
-            length_normalization=length_normalization,
-            max_length=self._max_length,
+            self._for_logps, self.tokenizer, rows, max_length=self._max_length, **options
         )
 
-    def responses(self, rows: Sequence[tuple[Content, Sequence[Content]]]) -> list[FloatArray]:
+    def responses(self, rows: Sequence[tuple[Any, Sequence[Any]]], **options: Any) -> Sequence[Any]:
         return score_responses(
-            self._loaded(),
-            self._tokenizer,
-            rows,
-            length_normalization=LENGTH_NORMALIZATION,
-            max_length=self._max_length,
+            self._for_logps, self.tokenizer, rows, max_length=self._max_length, **options
         )
 
-    def _loaded(self) -> Any:
-        if self._model is None:
-            self._model = load_model(self._path, dtype="float32", device=best_device())
-        return self._model
+    @cached_property
+    def _for_logps(self) -> Any:
+        return load_model(self._path, dtype="float32", device=best_device())
 
 
 def _score(

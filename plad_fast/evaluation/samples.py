@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,16 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest, stored_scores
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration
-from plad_fast.evaluation.compare import Scorer
+from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.evaluation.measures import rouge_l_label
+from plad_fast.evaluation.students import Scorer
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring import scorers as scoring
+from plad_fast.pairs.scoring import stored
 from plad_fast.pairs.text_metrics import rouge
 
 logger = logging.getLogger(__name__)
@@ -32,27 +34,13 @@ LENGTH_NORMALIZATION = 1.0
 ScoreResponses = Callable[[Sequence[tuple[Content, Sequence[Content]]]], Sequence[FloatArray]]
 
 
-@dataclass(frozen=True)
-class HeldOutSamples:
-    """Samples of one student, rated, and how many could not be."""
-
-    scored: ScoredSamples
-    n_unfinished: int
-    """Samples that are empty or were cut off by the length limit: scoring adds the end token, which
-    the student did not choose."""
-
-
 class RougeL:
     """ROUGE-L to the reference where there is one, else to the teacher's answer."""
 
     def __init__(self, prompts: Sequence[Prompt], teacher_answers: Mapping[str, str]) -> None:
         self._teacher_answers = teacher_answers
         known = sum(prompt.reference is not None for prompt in prompts)
-        self.name = "ROUGE-L to the teacher's answer"
-        if known:
-            self.name = "ROUGE-L to the reference"
-        if 0 < known < len(prompts):
-            self.name += ", or to the teacher's answer where there is none"
+        self.name = rouge_l_label(known, len(prompts))
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
         targets = [
@@ -72,7 +60,7 @@ class StoredScorer:
             set_aside(file, scorer.settings())
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
-        return scoring.stored_scores(self._scorer, items, self._file)
+        return stored.stored_scores(self._scorer, items, self._file)
 
 
 def require_samples(count: int, sampling: Sampling) -> None:
@@ -91,8 +79,7 @@ def require_samples(count: int, sampling: Sampling) -> None:
 
 def score_samples(
     name: str,
-    prompts: Sequence[Prompt],
-    teacher_answers: Mapping[str, str],
+    held_out: HeldOut,
     samples: Mapping[str, Sequence[Answer]],
     file: Path,
     *,
@@ -101,13 +88,16 @@ def score_samples(
     score_responses: ScoreResponses,
     quality: Scorer,
     replace: bool = False,
-) -> HeldOutSamples:
+) -> ScoredSamples:
     """Rate the samples of one student; log-probabilities are stored in `file`.
+
+    A sample that is empty, or was cut off by the length limit, is left out: scoring adds the end
+    token, which the student did not choose.
 
     Args:
         name: of the student.
-        prompts: in the order of the result.
-        teacher_answers: prompt id -> answer, whose log-probability is taken beside the samples'.
+        held_out: the prompts, in the order of the result, and the teacher's answers, whose
+            log-probabilities are taken beside the samples'.
         samples: prompt id -> answers of the student.
         file: for the log-probabilities.
         fingerprint: what they depend on besides texts and prompts.
@@ -119,16 +109,18 @@ def score_samples(
     Raises:
         UsageError: from scoring, and as `stored_scores`.
     """
-    finished = {
-        p.id: [
+    prompts = held_out.prompts
+    teacher = [held_out.teacher_answers[p.id] for p in prompts]
+    finished = [
+        [
             a.text
             for a in samples.get(p.id, ())
             if a.finish_reason == "stop" and not is_blank(a.text)
         ]
         for p in prompts
-    }
+    ]
     # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.
-    texts = [list(dict.fromkeys([*finished[p.id], teacher_answers[p.id]])) for p in prompts]
+    texts = [list(dict.fromkeys([*own, best])) for own, best in zip(finished, teacher, strict=True)]
     contents = [content_of(p) for p in prompts]
     stored = stored_scores(
         file,
@@ -136,51 +128,43 @@ def score_samples(
         lambda: {"logps": _score_texts(score_responses, contents, texts)},
         replace=replace,
     )
-    by_text = [dict(zip(t, v, strict=True)) for t, v in zip(texts, stored["logps"], strict=True)]
+    logps = [dict(zip(t, v, strict=True)) for t, v in zip(texts, stored["logps"], strict=True)]
     rated = _rate(quality, prompts, finished)
-    logps = [
-        np.array([known[t] for t in finished[p.id]])
-        for known, p in zip(by_text, prompts, strict=True)
-    ]
     there = [np.isfinite(values) for values in rated]
-    return HeldOutSamples(
-        ScoredSamples(
-            name,
-            [p.id for p in prompts],
-            [values[kept] for values, kept in zip(logps, there, strict=True)],
-            [values[kept] for values, kept in zip(rated, there, strict=True)],
-            np.array(
-                [known[teacher_answers[p.id]] for known, p in zip(by_text, prompts, strict=True)]
-            ),
-        ),
-        sum(len(samples.get(p.id, ())) - len(finished[p.id]) for p in prompts),
+    return ScoredSamples(
+        name,
+        [p.id for p in prompts],
+        [
+            np.array([known[text] for text in own])[kept]
+            for known, own, kept in zip(logps, finished, there, strict=True)
+        ],
+        [values[kept] for values, kept in zip(rated, there, strict=True)],
+        np.array([known[best] for known, best in zip(logps, teacher, strict=True)]),
+        n_unfinished=sum(len(samples.get(p.id, ())) for p in prompts) - sum(map(len, finished)),
     )
 
 
 def measure_calibration(
-    students: Sequence[HeldOutSamples], count: int, quality_name: str
+    students: Sequence[ScoredSamples], count: int, quality_name: str
 ) -> dict[str, Any] | None:
     """`evaluate_calibration`, and what was measured; None if a student finished no sample.
 
-    It adds `samples` (asked for each prompt), `quality` (what rated them), `length_normalization`,
-    and to each student's row `n_unfinished`.
+    It adds `samples` (asked for each prompt), `quality` (what rated them) and
+    `length_normalization`.
     """
     for student in students:
-        if not any(map(len, student.scored.logps)):
+        if not any(map(len, student.logps)):
             logger.warning(
                 "%s finished none of its samples, so its calibration cannot be measured; raise "
                 "max_new_tokens",
-                student.scored.name,
+                student.name,
             )
             return None
-    results = evaluate_calibration([student.scored for student in students])
-    for row, student in zip(results["students"], students, strict=True):
-        row["n_unfinished"] = student.n_unfinished
     return {
         "samples": count,
         "quality": quality_name,
         "length_normalization": LENGTH_NORMALIZATION,
-        **results,
+        **evaluate_calibration(students),
     }
 
 
@@ -195,11 +179,11 @@ def _score_texts(
 
 
 def _rate(
-    quality: Scorer, prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]]
+    quality: Scorer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> list[FloatArray]:
     """The quality of each sample, NaN where there is none."""
-    items = [(p, text) for p in prompts for text in texts[p.id]]
+    items = [(p, text) for p, own in zip(prompts, texts, strict=True) for text in own]
     flat = np.asarray(quality.score(items) if items else [], dtype=np.float64)
     if flat.shape != (len(items),):
         raise UsageError(f"the scorer gave {len(flat)} numbers for {len(items)} answers")
-    return np.split(flat, np.cumsum([len(texts[p.id]) for p in prompts])[:-1])
+    return np.split(flat, np.cumsum([len(own) for own in texts])[:-1])

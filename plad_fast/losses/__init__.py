@@ -43,6 +43,12 @@ from plad_fast.losses.registry import (
     read_loss_args,
     register_loss,
 )
+from plad_fast.losses.trl_options import (
+    translate_cpo,
+    translate_dpo,
+    translate_kto,
+    translate_orpo,
+)
 
 __all__ = [
     "LossSpec",
@@ -73,4 +79,8 @@ __all__ = [
     "simpo",
     "slic",
     "sppo_hard",
+    "translate_cpo",
+    "translate_dpo",
+    "translate_kto",
+    "translate_orpo",
 ]

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from plad_fast.data.chat import Content
 from plad_fast.data.packing import PreferenceCollator, to_device
-from plad_fast.data.row_sets import is_of_arrow, longest, plain_rows, require_ids
-from plad_fast.data.rows import TokenLimits, made_by_arrow, read_row
-from plad_fast.data.text_ids import TextIds
-from plad_fast.data.tokenization import EncodedGroup, encode_with, report_texts
+from plad_fast.data.plain_rows import plain_rows, without_nulls
+from plad_fast.data.row_sets import longest, require_ids
+from plad_fast.data.rows import TokenLimits, read_row
+from plad_fast.data.text_ids import EncodedGroup, TextIds
+from plad_fast.data.tokenization import report_texts
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import pad_token_id, token_limits
 from plad_fast.models.encoder_decoder import decoder_start_token
@@ -92,14 +93,12 @@ def check_pairs(
 
 
 def _read_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
-    from_arrow = is_of_arrow(pairs)
-    pairs = list(plain_rows(pairs, "pairs"))
-    from_arrow = from_arrow or made_by_arrow(pairs)
+    found = plain_rows(pairs, "pairs")
     rows = []
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(found if isinstance(found, list) else map(without_nulls, found)):
         name = f"pair {pair.get('id', f'number {index}')}"
         try:
-            prompt, responses, template = read_row(pair, from_arrow=from_arrow)
+            prompt, responses, template = read_row(pair)
             if len(responses) != 2:
                 raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
         except UsageError as error:
@@ -211,9 +210,7 @@ def _encode(
     features = []
     for name, prompt, responses, template in rows:
         try:
-            group = encode_with(
-                encoder, prompt, responses, max_length=max_length, template=template
-            )
+            group = encoder.encode(prompt, responses, max_length=max_length, template=template)
             if limits is not None:
                 _require_room(group, limits, encoder_decoder)
         except UsageError as error:

@@ -1,4 +1,4 @@
-"""`plad-fast evaluate`: students that come from elsewhere, compared on pairs of a file."""
+"""Students that come from elsewhere, compared on pairs of a file: `plad-fast evaluate`."""
 
 from __future__ import annotations
 
@@ -10,31 +10,27 @@ from typing import Any
 
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import comparison_table, write_metrics
-from plad_fast.evaluation.held_out_rows import read_held_out
-from plad_fast.evaluation.report.html import write_report
+from plad_fast.evaluation.held_out import HeldOut, read_held_out
+from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import (
-    HeldOut,
-    calibration_file,
-    draw_plots,
     evaluate_models,
-    example_answers,
-    margin_unit,
+    file_stem,
     scorer_file,
     student_files,
 )
 from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokenizer
 from plad_fast.models.response_scores import check_pairs
 from plad_fast.pairs.generation.answering import discard_answers
-from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_rows
+from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.inputs import check_students, read_pairs, show_findings
-from plad_fast.recipe.packages import require_packages, versions
 from plad_fast.recipe.scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first
+from plad_fast.recipe.texts import sampling_for
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -99,9 +95,9 @@ def _evaluate_on_pairs(
         names = dict.fromkeys([*models, *found.get("students", ())])
         files = [student_files(name, folder) for name in names]
         rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
-        answers = [file for answer_files, _ in files for file in answer_files]
+        answers = [file for own in files for file in (own.greedy, own.sampled)]
         discard_answers(*answers, *rated, folder / JUDGE_STORE)
-        for file in (*(f for _, f in files), *(calibration_file(n, folder) for n in names)):
+        for file in (file for own in files for file in (own.logps, own.calibration)):
             file.unlink(missing_ok=True)
 
     of_results = config.results_settings()
@@ -122,44 +118,30 @@ def _evaluate_on_pairs(
         models,
         held_out,
         folder,
-        sampling=Sampling(
-            config.max_new_tokens,
-            temperature=config.student_temperature,
-            top_p=config.top_p,
-            seed=config.seed + 1,
-            batch_size=config.generation_batch_size,
-        ),
+        sampling=sampling_for(config, "student", n=1),
         length_normalization=config.alpha,
         max_length=config.max_length,
         precision=config.precision,
         **scoring,
     )
-    write_metrics(results, folder / "metrics.json")
-    drawn = draw_plots(
-        results,
-        outputs,
-        models,
-        folder / "plots",
-        length_normalization=config.alpha,
-    )
     of_students = check_students(outputs)
     show_findings(of_students)
-    write_report(
-        folder / "report.html",
+    report = write_results(
+        folder,
+        results,
+        outputs,
+        held_out,
         title=f"Evaluation of {', '.join(models)}",
         config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
-        stages=[],
-        metrics=results,
+        length_normalization=config.alpha,
+        trainings=models,
         data={"findings": [*map(str, findings), *map(str, of_students)]},
-        plots=drawn,
-        examples=example_answers(held_out, outputs),
-        margin_unit=margin_unit(config.alpha),
         command=command,
         versions=versions(),
     )
     if isinstance(scoring["judge"], Judge):
         print(f"judge, in this run: {scoring['judge'].spent()}")
-    print(f"{comparison_table(results)}\n\nreport: {folder / 'report.html'}", flush=True)
+    print(f"{comparison_table(results)}\n\nreport: {report}", flush=True)
     return results
 
 
@@ -175,11 +157,11 @@ def _check_names(names: Sequence[str]) -> None:
                 f"characters, start with a dot or have more than {_LONGEST_NAME} bytes, for files "
                 "are named after it; choose another"
             )
-        plain = unicodedata.normalize("NFKC", name).casefold().replace(" ", "-")
+        plain = file_stem(name)
         if plain in seen:
             raise UsageError(
                 f"--student {seen[plain]} and --student {name} would share their files; give them "
-                "names that differ in more than case and spaces"
+                'names that differ in more than case, spaces and ? * < > | "'
             )
         seen[plain] = name
         if plain == "teacher" or plain.partition("-")[0] == "scores":

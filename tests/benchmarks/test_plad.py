@@ -232,7 +232,7 @@ def wins(row):
 
 @pytest.mark.parametrize(
     ("page", "results"),
-    [("README.md", "plad_vs_sft.csv"), ("benchmarks/README.md", "plad_vs_sft_first.csv")],
+    [("docs/evidence.md", "plad_vs_sft.csv"), ("benchmarks/README.md", "plad_vs_sft_first.csv")],
 )
 def test_the_pages_have_the_figures_of_the_tables(page, results):
     with open(ROOT / "benchmarks/results" / results, newline="") as file:

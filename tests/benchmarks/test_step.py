@@ -82,6 +82,19 @@ def test_steps_are_drawn_from_the_csv(quick_run: tuple[str, Path], tmp_path: Pat
         draw_steps(empty, target)
 
 
+def test_rates_are_drawn_where_trl_and_plad_fast_were_measured(
+    quick_run: tuple[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot_step import RESULTS, draw_rates
+
+    target = tmp_path / "rates.png"
+    draw_rates(RESULTS / "step_cpu.csv", target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="trl"):
+        draw_rates(quick_run[1], target)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, Path]]:
     """Pairs, and the naive first step at two active shares."""
@@ -268,9 +281,9 @@ def test_floor_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(found[1]) == pytest.approx(6 * (192 * body + 64 * head) / 1e9, rel=0.01)
 
 
-def test_the_readme_has_the_table_of_the_results() -> None:
+def test_the_evidence_has_the_table_of_the_results() -> None:
     from benchmarks.common import RESULTS, ROOT
     from benchmarks.step_table import markdown
 
     with (RESULTS / "step_cpu.csv").open(newline="") as file:
-        assert markdown(list(csv.DictReader(file))) in (ROOT / "README.md").read_text()
+        assert markdown(list(csv.DictReader(file))) in (ROOT / "docs/evidence.md").read_text()

@@ -10,7 +10,7 @@ from scipy import stats
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration, reliability
-from plad_fast.evaluation.pooled_ranks import PooledRanks, midranks, resampled_prompts
+from plad_fast.evaluation.pooled_ranks import PooledRanks, resampled_prompts
 
 
 def samples(logps, quality, name="s", teacher=None):
@@ -105,11 +105,6 @@ def test_a_weight_counts_as_so_many_copies(monkeypatch):
         assert pooled.kendall_pooled(weights)[r] == pytest.approx(stats.kendalltau(x, y).statistic)
         expected = stats.spearmanr(x, y).statistic
         assert pooled.spearman_pooled(weights)[r] == pytest.approx(expected)
-
-
-def test_midranks_are_those_of_scipy():
-    values = np.array([2.0, 1.0, 2.0, 5.0, 1.0, 1.0])
-    assert midranks(values).tolist() == stats.rankdata(values).tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,10 @@ import transformers
 from plad_fast.data.chat import render_response
 from plad_fast.data.tokenization import encode_prompt
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import (
-    StudentOutputs,
-    comparison_table,
-    evaluate_students,
-    score_pairs,
-    write_metrics,
-)
+from plad_fast.evaluation.compare import evaluate_students, write_metrics
+from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.students import StudentOutputs
+from plad_fast.models.response_scores import score_pairs
 
 PAIRS = [
     {"id": "a", "prompt": "Say hello: ", "chosen": "hello", "rejected": "hm"},

@@ -8,19 +8,20 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from plad_fast.evaluation.report.html import headline, write_report
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.calibration import ScoredSamples
-from plad_fast.evaluation.compare import StudentOutputs, evaluate_students
-from plad_fast.evaluation.report.html import headline, write_report
+from plad_fast.evaluation.compare import evaluate_students
+from plad_fast.evaluation.report.parts import margin_unit
 from plad_fast.evaluation.report.plots import (
     plot_comparison,
     plot_margins,
     plot_reliability,
     plot_training,
 )
-from plad_fast.evaluation.run_students import margin_unit
-from plad_fast.evaluation.samples import HeldOutSamples, measure_calibration
+from plad_fast.evaluation.samples import measure_calibration
+from plad_fast.evaluation.students import StudentOutputs
 
 ATTACK = "<script>alert('x')</script> & \"quotes\""
 WORDS = [f"w{i}" for i in range(13)]
@@ -46,7 +47,7 @@ def samples(name, sign):
     """Quality rises with likelihood, or falls; one prompt of five has a single sample."""
     logps = [[-3.0, -2.0, -1.0]] * 4 + [[-1.0]]
     quality = [[0.5 + sign * x / 10 for x in row] for row in logps]
-    return HeldOutSamples(ScoredSamples(name, list("abcde"), logps, quality, [-2.0] * 5), 2)
+    return ScoredSamples(name, list("abcde"), logps, quality, [-2.0] * 5, n_unfinished=2)
 
 
 def calibration(*students, quality="ROUGE-L to the reference"):
@@ -142,7 +143,7 @@ def test_plots_of_one_example_and_of_ties(tmp_path):
     for index, students in enumerate(([single], [tied])):
         assert plot_margins(students, tmp_path / f"{index}.png").exists()
     assert plot_comparison(evaluate(single), tmp_path / "comparison.png").exists()
-    alone = HeldOutSamples(ScoredSamples("one", ["a"], [[-1.0]], [[0.5]]), 0)
+    alone = ScoredSamples("one", ["a"], [[-1.0]], [[0.5]])
     assert plot_reliability(calibration(alone), tmp_path / "reliability.png").exists()
 
 

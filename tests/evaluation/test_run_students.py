@@ -11,10 +11,9 @@ import pytest
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import run_students as module
+from plad_fast.evaluation.held_out import HeldOut
+from plad_fast.evaluation.report.parts import draw_plots
 from plad_fast.evaluation.run_students import (
-    HeldOut,
-    calibration_file,
-    draw_plots,
     evaluate_models,
     scorer_file,
     student_files,
@@ -81,7 +80,7 @@ def test_samples_are_scored_as_they_were_given(finished, tiny_teacher):
         length_normalization=1.0,
         progress=False,
     )
-    record = json.loads(calibration_file("SFT", folder).read_text())
+    record = json.loads(student_files("SFT", folder).calibration.read_text())
     for stored, computed in zip(record["scores"]["logps"], expected, strict=True):
         assert stored == pytest.approx(computed.tolist(), rel=1e-4)
     assert results["calibration"]["quality"] == "ROUGE-L to the teacher's answer"
@@ -115,9 +114,9 @@ def test_a_killed_evaluation_goes_on(finished, tiny_teacher, tmp_path, monkeypat
     monkeypatch.setattr(module, "score_responses", score)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, tiny_teacher)
-    first = calibration_file("SFT", tmp_path)
+    first = student_files("SFT", tmp_path).calibration
     assert first.is_file()
-    assert not calibration_file("PLaD", tmp_path).exists()
+    assert not student_files("PLaD", tmp_path).calibration.exists()
     assert evaluate(tmp_path, tiny_teacher)[0] == finished[1]
     assert len(calls) == 3
 
@@ -126,13 +125,15 @@ def test_calibration_changes_nothing_else(finished, tiny_teacher, tmp_path):
     """More samples add to the first one, which alone is compared with the teacher's answer."""
     results, _ = evaluate(tmp_path, tiny_teacher, calibration_samples=0)
     assert results["calibration"] is None
-    assert not calibration_file("SFT", tmp_path).exists()
+    assert not student_files("SFT", tmp_path).calibration.exists()
     assert results == {**finished[1], "calibration": None}
     assert {k: v[:1] for k, v in answers(finished[0]).items()} == answers(tmp_path)
 
 
 def test_stored_log_probabilities_of_other_answers_are_refused(tiny_teacher, finished, tmp_path):
-    calibration_file("SFT", tmp_path).write_bytes(calibration_file("SFT", finished[0]).read_bytes())
+    student_files("SFT", tmp_path).calibration.write_bytes(
+        student_files("SFT", finished[0]).calibration.read_bytes()
+    )
     with pytest.raises(UsageError, match=r"texts was .* answers, .*--overwrite"):
         evaluate(tmp_path, tiny_teacher, sampling=Sampling(60, seed=4))
 
@@ -189,8 +190,6 @@ def test_bad_input_is_refused_before_any_model_runs(tmp_path, options, message, 
 def test_no_two_names_share_a_file(tmp_path):
     """Files are named after students and scorers, and end in what is in them."""
     students = ["a", "a-samples", "a-greedy", "a-calibration", "a-logps", "a-sampled", "b.failed"]
-    files = [file for name in students for file in student_files(name, tmp_path)[0]]
-    files += [student_files(name, tmp_path)[1] for name in students]
-    files += [calibration_file(name, tmp_path) for name in students]
+    files = [file for name in students for file in student_files(name, tmp_path)]
     files += [scorer_file(name, tmp_path) for name in ("greedy", "a", "length-sampled")]
     assert len({file.name for file in files}) == len(files)

@@ -475,7 +475,10 @@ def mixture(parts):
         ({"scores": [0.0] * 4}, "scores must be a tensor"),
         ({"loss": "kto", **REFERENCE, "kl": torch.ones(2)}, r"one number, got .* shape \(2,\)"),
         ({"loss": "kto", **REFERENCE, "kl": 0, "group_size": 1}, "kto needs scores for groups of"),
-        ({"loss": "kto", **REFERENCE, "kl": 0, "desirable_weight": -1}, "desirable_weight .* got -1"),
+        (
+            {"loss": "kto", **REFERENCE, "kl": 0, "desirable_weight": -1},
+            "desirable_weight .* got -1",
+        ),
         (mixture({}), "parts must be like"),
         (mixture({"dpo": 0.5}), r"parts\['dpo'\] must map names of options to values, got 0.5"),
         (mixture({"dpo2": {}}), "unknown loss 'dpo2'"),

@@ -177,7 +177,7 @@ def test_scale_of_t5_and_its_kin(model_type, tied, monkeypatch):
 
 
 def test_tables_name_what_there_is():
-    """And each of it once; of the transformers that docs/architectures.md is about."""
+    """And each of it once; of the transformers that docs/supported-models.md is about."""
     page = load_page()
     page.require_its_transformers(pytest.skip)
     known = {tuple(architecture[:2]) for architecture in architectures()}

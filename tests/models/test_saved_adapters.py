@@ -15,8 +15,8 @@ from plad_fast.cli import main
 from plad_fast.data.records import model_digest
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import score_pairs
 from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.response_scores import score_pairs
 from plad_fast.recipe.texts import RecipeTexts
 from tests.support.recipe_runs import arguments, write_pairs
 

@@ -13,7 +13,7 @@ import torch
 from plad_fast.data.chat import render_prompt, render_response
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.compare import score_pairs
+from plad_fast.models.response_scores import score_pairs
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.models import Likelihood, RewardModel

@@ -214,7 +214,7 @@ def test_rows_of_any_json_are_read_or_refused_in_a_line(tiny_tokenizer, tmp_path
 
     from plad_fast.data.prompts import load_prompts
     from plad_fast.data.tokenization import tokenize_dataset
-    from plad_fast.evaluation.held_out_rows import read_held_out
+    from plad_fast.evaluation.held_out import read_held_out
     from plad_fast.recipe.inputs import read_pairs
 
     draw = random.Random(0)

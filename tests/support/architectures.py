@@ -1,8 +1,8 @@
 """Every language-model class of transformers, and what this library makes of it.
 
 These are the expectations of tests/models/test_architectures.py, which builds a small random model
-of each class, and the content of docs/architectures.md. An architecture that no table names must be
-right, and where prompts can be shared at all, with shared prompts too.
+of each class, and the content of docs/supported-models.md. An architecture that no table names must
+be right, and where prompts can be shared at all, with shared prompts too.
 """
 
 from __future__ import annotations

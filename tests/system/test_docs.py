@@ -1,10 +1,9 @@
-"""The pages in docs/: their code runs, what they name exists, and the reference is up to date."""
+"""README and the pages of docs/: their code and commands run, and what they name exists."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import json
 import os
 import re
@@ -21,29 +20,41 @@ from tests.support.fault_server import FaultServer, reasoning
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted(DOCS.glob("*.md"))]
 EVERY_PAGE = [
     *PAGES,
     *sorted((DOCS / "reference").glob("*.md")),
-    *(ROOT / name for name in ("README.md", "kernels/README.md", "benchmarks/README.md")),
-    ROOT / "examples" / "README.md",
+    *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "kernels/README.md")),
+    *(ROOT / name for name in ("benchmarks/README.md", "examples/README.md")),
 ]
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LANGUAGES = {"python", "bash", "text", "json", "yaml"}
+LANGUAGES = {"python", "bash", "sh", "text", "json", "yaml"}
+"""`bash` holds commands that are run here, a line each; `sh` whole scripts that are not."""
 RUN_ELSEWHERE = {"scaling.md"}
 """Pages whose code has a test module of its own (tests/benchmarks/test_scaling.py)."""
 
 TINY = ["--student-temperature", "1", "--max-new-tokens", "60"]
 EXTRA = {"distill": [*TINY, "--held-out", "4"], "pairs": TINY, "evaluate": TINY}
-"""What tiny students need; what an endpoint is asked stays as the page says."""
+"""What tiny models need beside what a page says; all else is run as it stands."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
 
 
-def python_pages() -> list[Path]:
-    return [p for p in PAGES if p.name not in RUN_ELSEWHERE and blocks(p, "python")]
+def commands(page: Path, program: str = "") -> list[str]:
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.strip() and line.startswith(program)]
+
+
+def pages_with(find) -> list[Path]:
+    return [page for page in PAGES if page.name not in RUN_ELSEWHERE and find(page)]
+
+
+def by_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @pytest.fixture
@@ -54,22 +65,39 @@ def endpoint(monkeypatch):
         yield server
 
 
-@pytest.mark.parametrize("page", python_pages(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", pages_with(lambda page: blocks(page, "python")), ids=by_name)
 def test_the_code_of_a_page_runs(page, endpoint, tiny_teacher, tmp_path, monkeypatch):
     """Each block is a program; one that begins with a file's name is that file, for the next."""
-    if page.name == "trl.md":
-        pytest.importorskip("trl")
-    if page.name == "add-a-kernel.md":
-        pytest.importorskip("triton")
     monkeypatch.chdir(tmp_path)
     for number, code in enumerate(blocks(page, "python")):
         code = code.replace("/tmp/", f"{tmp_path}/").replace(SMOLLM, str(tiny_teacher))
+        names = {"__name__": "__main__"}
+        if "import triton" in code:
+            pytest.importorskip("triton")
+        if "integrations.trl" in code:
+            pytest.importorskip("trl")
+            names["trainer"] = dpo_trainer(tiny_teacher)
         if name := re.match(r"# (\w+\.py)\n", code):
             Path(name[1]).write_text(code, encoding="utf-8")
         elif re.search(r"torch\.distributed|environ", code):
             run_in_a_process_of_its_own(code)
         else:
-            exec(compile(code, f"{page.name}, block {number}", "exec"), {"__name__": "__main__"})
+            exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+def dpo_trainer(model: Path):
+    """The trainer that README's reader has."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = [{"prompt": "The sky is", "chosen": " blue.", "rejected": " made of cheese."}] * 8
+    return DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        args=DPOConfig("dpo", max_steps=1, report_to="none", use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
 
 
 def run_in_a_process_of_its_own(code: str) -> None:
@@ -81,41 +109,92 @@ def run_in_a_process_of_its_own(code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def commands() -> list[tuple[Path, str]]:
-    return [
-        (page, line)
-        for page in PAGES
-        if page.name not in RUN_ELSEWHERE
-        for block in blocks(page, "bash")
-        for line in block.splitlines()
-        if line.strip()
-    ]
-
-
 def test_every_command_is_of_a_kind_that_is_run_here():
-    for page, line in commands():
-        kinds = ("plad-fast ", "python -m plad_fast.kernels.aot ")
-        assert line.startswith(kinds), f"{page.name}: no test runs: {line}"
+    kinds = (
+        "plad-fast ", "python -m plad_fast.kernels.aot ", "python -m benchmarks.loss --quick",
+        "make ", "pip install ", "pre-commit install",
+    )  # fmt: skip
+    for page in pages_with(commands):
+        for line in commands(page):
+            assert line.startswith(kinds), f"{page.name}: no test runs: {line}"
 
 
-def test_the_commands_of_the_api_page(tiny_teacher, endpoint, tmp_path, monkeypatch, capsys):
-    """In their order, since each uses what the one before made."""
+@pytest.mark.parametrize(
+    "page", [p for p in pages_with(lambda p: commands(p, "plad-fast ")) if p != README], ids=by_name
+)
+def test_the_commands_of_a_page_run(page, tiny_teacher, endpoint, tmp_path, monkeypatch, capsys):
+    """In their order, since each may use what the one before made."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"Say {i}."} for i in range(24)]
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [line for page, line in commands() if page.name == "api-teacher.md"]
-    assert len(lines) == 3
-    for line in lines:
-        words = [str(tiny_teacher) if word == SMOLLM else word for word in shlex.split(line)[1:]]
-        assert main([*words, *EXTRA[words[0]]]) == 0, capsys.readouterr().err
-    assert Path("runs/judged/report.html").is_file()
-    assert Path("runs/probe/pairs.jsonl").read_text().count("\n") <= 8
+    rows = [{"prompt": f"Say {i}.", "dialogue": f"A: {i}", "summary": f"{i}"} for i in range(24)]
+    for name in ("prompts.jsonl", "dialogues.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for line in commands(page, "plad-fast "):
+        words = shlex.split(line)[1:]
+        if not any(word.startswith("openai:") for word in words):
+            words += ["--teacher-temperature", "1"] * (words[0] in ("distill", "pairs"))
+        if words[0] == "distill" and "--teacher" not in words:
+            words += ["--teacher", str(tiny_teacher)]
+        if words[0] == "distill" and "--student" not in words:
+            words += ["--student-layers", "1"]
+        words = [str(tiny_teacher) if word in ("offline", SMOLLM) else word for word in words]
+        assert main([*words, *EXTRA.get(words[0], [])]) == 0, capsys.readouterr().err
+    check_results(page)
+
+
+def check_results(page: Path) -> None:
+    if page.name == "command-line.md":
+        assert Path("runs/compared/report.html").is_file()
+    elif page.name == "data.md":
+        row = json.loads(Path("runs/summaries/pairs/train.jsonl").read_text().splitlines()[0])
+        assert "sentence:\nA:" in row["prompt"][0]["content"]
+    elif page.name == "teachers.md":
+        assert Path("runs/scored/plad-2/config.json").is_file()
+        assert "answer to" in Path("runs/probe/pairs.jsonl").read_text()
+        assert Path("runs/probe/pairs.jsonl").read_text().count("\n") <= 8
+        assert Path("runs/judged/report.html").is_file()
+    else:
+        pytest.fail(f"nothing is known of what the commands of {page.name} make")
+
+
+def test_readme_shows_commands_of_the_other_pages():
+    elsewhere = [line for page in PAGES if page != README for line in commands(page)]
+    for line in commands(README, "plad-fast "):
+        assert line in elsewhere, line
+
+
+def test_make_targets():
+    for page in PAGES:
+        for line in commands(page, "make "):
+            done = subprocess.run(
+                [*shlex.split(line), "--dry-run"],
+                cwd=ROOT, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+
+
+def test_pip_lines_name_extras_that_exist():
+    setup = (ROOT / "setup.py").read_text()
+    for line in commands(README, "pip install"):
+        for extra in re.findall(r"\[(.*?)\]", line):
+            for name in extra.split(","):
+                assert re.search(rf'"{name}"[\]:]', setup), f"setup.py has no extra {name}"
+
+
+def test_the_benchmark_command():
+    (line,) = commands(DOCS / "evidence.md")
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "one-pass" in done.stdout
 
 
 def test_the_kernel_of_the_page_compiles(tmp_path):
     pytest.importorskip("triton")
-    (line,) = [line for page, line in commands() if page.name == "add-a-kernel.md"]
-    (tmp_path / "is_argmax.py").write_text(blocks(DOCS / "add-a-kernel.md", "python")[0])
+    page = DOCS / "add-a-kernel.md"
+    (line,) = commands(page)
+    (tmp_path / "is_argmax.py").write_text(blocks(page, "python")[0])
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
@@ -126,7 +205,7 @@ def test_the_kernel_of_the_page_compiles(tmp_path):
     assert "is_argmax" in done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=by_name)
 def test_blocks_are_of_a_language_that_is_checked(page):
     text = page.read_text("utf-8")
     assert set(re.findall(r"^```(\S+)$", text, flags=re.MULTILINE)) <= LANGUAGES
@@ -142,7 +221,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=by_name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
         if target.startswith(("http:", "https:")):
@@ -154,71 +233,67 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(linked), target
 
 
-@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=by_name)
 def test_paths_exist(page):
-    pattern = r"`((?:tests|benchmarks|plad_fast|kernels|examples|docs)/[\w./-]+)`"
-    for name in re.findall(pattern, page.read_text("utf-8")):
+    """Files are named by their path in the repository, tests by their file's name, too."""
+    text = page.read_text("utf-8")
+    rooted = r"`((?:tests|benchmarks|plad_fast|kernels|examples|docs)/[\w./-]+)`"
+    for name in re.findall(rooted, text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(test_\w+\.py)\b", text):
+        assert list((ROOT / "tests").rglob(name)), name
 
 
-def test_every_page_is_in_the_index():
-    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", (DOCS / "README.md").read_text("utf-8")))
+def test_every_page_is_in_the_index_and_on_the_site():
     present = {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} - {"README.md"}
-    assert linked == present
+    assert present <= set(re.findall(r"\]\(([\w/-]+\.md)\)", (DOCS / "README.md").read_text()))
+    site = (ROOT / "mkdocs.yml").read_text()
+    for page in EVERY_PAGE:
+        assert f": {page.relative_to(ROOT)}\n" in site, page
 
 
-def named_tests() -> list[str]:
-    text = (DOCS / "features.md").read_text("utf-8")
-    return re.findall(r"`(test_\w+\.py(?:::\w+)+)`", text)
+def documented_doors() -> list[str]:
+    pages = (DOCS / "reference").glob("*.md")
+    return [name for p in pages for name in re.findall(r"^::: (\S+)$", p.read_text(), re.MULTILINE)]
+
+
+def test_the_reference_has_every_door():
+    """The rooms with public names, and the package itself."""
+    doors = {f"plad_fast.{path.parent.name}" for path in ROOT.glob("plad_fast/*/__init__.py")}
+    assert doors - {"plad_fast.integrations"} <= set(documented_doors())
+
+
+@pytest.mark.parametrize("door", documented_doors())
+def test_a_public_name_exists_and_has_a_docstring(door):
+    if door == "plad_fast.integrations.trl":
+        pytest.importorskip("trl")
+    module = importlib.import_module(door)
+    for name in getattr(module, "__all__", []):
+        value = getattr(module, name)
+        if callable(value):
+            assert value.__doc__, f"{door}.{name}"
 
 
 def test_the_feature_table_names_tests_that_exist():
-    found = named_tests()
-    assert len(found) > 30
-    for name in found:
-        file, *path = name.split("::")
-        node: ast.Module | ast.ClassDef | ast.FunctionDef
-        node = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
-        for part in path:
-            inside = {n.name: n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
-            assert part in inside, name
-            node = inside[part]
-        assert isinstance(node, ast.FunctionDef), name
-
-
-def test_a_feature_of_ours_names_its_test():
     """Only what is missing goes without one."""
     rows = re.findall(r"^\| (?!feature|-)(.+) \|$", (DOCS / "features.md").read_text("utf-8"), re.M)
+    assert len(rows) > 30
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         assert len(cells) == 6, row
-        if not cells[4].startswith(("no", "none")):
-            assert cells[5].startswith("`test_"), row
+        named = re.fullmatch(r"`(test_\w+\.py)((?:::\w+)+)`", cells[5])
+        if not cells[4].startswith(("no", "none")) or cells[5]:
+            assert named, row
+            files = list((ROOT / "tests").rglob(named[1]))
+            assert any(holds(file, named[2].split("::")[1:]) for file in files), cells[5]
 
 
-def test_the_reference_is_up_to_date():
-    pytest.importorskip("trl")
-    done = subprocess.run(
-        [sys.executable, "docs/make_reference.py", "--check"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("plad_fast.ops.logprobs", "linear_sequence_logprobs"),
-        ("plad_fast.ops.preference_losses", "fused_linear_preference_loss"),
-        ("plad_fast.ops.vocab_parallel.api", "vocab_parallel_sequence_logprobs"),
-        ("plad_fast.models.head", "causal_lm_logprobs"),
-    ],
-)
-def test_the_reference_has_every_parameter(module, name):
-    function = getattr(importlib.import_module(module), name)
-    pages = "".join(p.read_text("utf-8") for p in (DOCS / "reference").glob("*.md"))
-    section = pages.partition(f"\n### {name}\n")[2].partition("\n##")[0]
-    items = re.findall(r"^- `([^`]+)`: ", section, flags=re.MULTILINE)
-    documented = {part.strip("* ") for item in items for part in item.split(",")}
-    assert documented >= set(inspect.signature(function).parameters)
+def holds(file: Path, path: list[str]) -> bool:
+    """Has the file a test at that path of classes?"""
+    node: ast.Module | ast.ClassDef | ast.FunctionDef = ast.parse(file.read_text("utf-8"))
+    for part in path:
+        inside = {n.name: n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+        if part not in inside:
+            return False
+        node = inside[part]
+    return isinstance(node, ast.FunctionDef)

@@ -1,17 +1,36 @@
-"""Held-out pairs from a file: every row is read before any model is."""
+"""Held-out prompts, answers and pairs, and their reading from the rows of a file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plad_fast.data.chat import as_conversation, is_blank
+from plad_fast.data.plain_rows import made_by_arrow, without_nulls
 from plad_fast.data.prompts import Prompt, read_reference
 from plad_fast.data.records import digest
-from plad_fast.data.rows import made_by_arrow, read_row, refuse_template_options
+from plad_fast.data.rows import read_row, refuse_template_options
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.run_students import HeldOut
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts, the teacher's answers and pairs that students are measured on."""
+
+    prompts: Sequence[Prompt]
+    """With a teacher's answer each."""
+    teacher_answers: Mapping[str, str]
+    """Prompt id -> the teacher's answer."""
+    pairs: Sequence[Mapping[str, Any]]
+    """Rows of the preference format over some of the prompts: what is ranked."""
+    pair_prompts: Sequence[str] = ()
+    """The prompt's id of each pair; left out where a pair's own id is its prompt's."""
+
+    def prompts_of_pairs(self) -> list[str]:
+        """The prompt's id of each pair."""
+        return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
 
 
 def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
@@ -39,7 +58,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
     from_arrow = made_by_arrow(rows)
     for number, row in enumerate(rows):
         try:
-            prompt, responses, template = read_row(row, from_arrow=from_arrow)
+            prompt, responses, template = read_row(without_nulls(row) if from_arrow else row)
             reference = read_reference(row.get("reference"), "reference")
             if len(responses) < 2:
                 raise UsageError("there is no rejected response, and evaluation ranks pairs")
