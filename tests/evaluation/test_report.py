@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from plad_fast.evaluation.report.html import headline, write_report
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.calibration import ScoredSamples
 from plad_fast.evaluation.compare import evaluate_students
-from plad_fast.evaluation.report.html import headline, write_report
 from plad_fast.evaluation.report.parts import margin_unit
 from plad_fast.evaluation.report.plots import (
     plot_comparison,
