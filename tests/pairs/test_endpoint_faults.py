@@ -89,9 +89,9 @@ def test_200_prompts_through_every_fault(tmp_path, caplog, capfd):
 
 SCRIPT = """
 import sys
-from plad_fast.pairs import RowStore, Prompt, Sampling, generate_answers
-from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.store import RowStore
+from plad_fast.pairs import Endpoint, EndpointModel, Sampling, generate_answers
 url, path = sys.argv[1:]
 teacher = EndpointModel(Endpoint("m", base_url=url, timeout=60, concurrency=4))
 prompts = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
@@ -114,7 +114,8 @@ def test_a_run_that_was_ended_goes_on_where_it_was(ending, tmp_path):
         )
         deadline = time.monotonic() + 120
         while server.faults["hang"] < 4 or len(stored(path)) < 40:
-            assert time.monotonic() < deadline, process.poll()
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, ending)
         start = time.monotonic()

@@ -74,7 +74,7 @@ def test_what_became_of_every_prompt_is_told(finished):
         assert len(drops) + len(kept) == total
         assert len({row["id"] for row in [*drops, *kept]}) == total
         summary = json.loads((finished / "run.json").read_text())["stages"]["pairs"]["summary"]
-        assert str(PairReport.of_rows(len(kept), drops)) in summary
+        assert str(PairReport(len(kept), drops)) in summary
         table = report.split(f"<caption>{name}</caption>")[1].split("</table>")[0]
         assert f"<tr><th scope=row>prompts</th><td>{total}</td>" in table
         assert f"<tr><th scope=row>kept</th><td>{len(kept)}</td>" in table
