@@ -22,14 +22,15 @@ STAGES = [
     "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
     "evaluation",
 ]  # fmt: skip
+LOSS = "training.trainer.fused_linear_preference_loss"
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_teacher, tmp_path_factory):
-    """A run folder that the command line filled."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    assert main(arguments(tiny_teacher, folder)) == 0
-    return folder
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+@pytest.fixture
+def finished(finished_run):
+    return finished_run
 
 
 def test_the_run_folder_holds_what_was_promised(finished):
@@ -81,24 +82,6 @@ def test_what_became_of_every_prompt_is_told(finished):
     assert "the number of training pairs is" in report
 
 
-def test_a_finished_run_is_not_done_again(finished, tiny_teacher, capsys, monkeypatch):
-    """No model is loaded; tables and report come from the files."""
-    monkeypatch.setattr("plad_fast.recipe.distillation.load_model", None)
-    monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
-    before = (finished / "metrics.json").read_text()
-    assert main(arguments(tiny_teacher, finished)) == 0
-    out = capsys.readouterr().out
-    assert out.count("done before") == len(STAGES)
-    assert (finished / "metrics.json").read_text() == before
-
-
-def test_two_runs_give_the_same_numbers(finished, tiny_teacher, tmp_path):
-    assert main(arguments(tiny_teacher, tmp_path / "again")) == 0
-    names = ("metrics.json", "pairs/train.jsonl", "answers/student.jsonl")
-    for name in names:
-        assert (tmp_path / "again" / name).read_text() == (finished / name).read_text(), name
-
-
 def copy_of(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     return tmp_path / "copy"
@@ -117,34 +100,34 @@ def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, t
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signal")
 @pytest.mark.parametrize(
-    ("module", "name", "at", "stage"),
+    ("function", "at", "stage"),
     [
-        ("pairs.store", "_line", 12, "teacher's answers"),
-        ("trainer", "fused_linear_preference_loss", 6, "fine-tuning"),
-        ("pairs.store", "_line", 38, "student's samples"),
-        ("trainer", "fused_linear_preference_loss", 14, "calibration"),
-        ("held_out", "score_pairs", 3, "evaluation"),
+        ("data.store._line", 12, "teacher's answers"),
+        pytest.param(LOSS, 6, "fine-tuning", marks=pytest.mark.slow),
+        pytest.param("data.store._line", 38, "student's samples", marks=pytest.mark.slow),
+        (LOSS, 14, "calibration"),
+        ("evaluation.run_students.score_pairs", 3, "evaluation"),
         # The model is in its place, and run.json does not know yet.
-        ("run_folder", "write_atomically", 4, "fine-tuning"),
+        ("recipe.run_folder.RunFolder._write", 4, "fine-tuning"),
     ],
     ids=["pairs", "sft", "samples", "calibration", "evaluation", "unrecorded"],
 )
-def test_kill_and_go_on(module, name, at, stage, finished, tiny_teacher, tmp_path, capfd):
+def test_kill_and_go_on(function, at, stage, finished, tiny_teacher, tmp_path, capfd):
     """After kill -9 in any stage the same command ends with the numbers of a run left alone."""
     folder = tmp_path / "run"
     command = arguments(tiny_teacher, folder, "--generation-batch-size", "4")
-    kill_at(module, name, at, command)
+    kill_at(function, at, command)
     done = json.loads((folder / "run.json").read_text())["stages"]
     assert list(done) == STAGES[: STAGES.index(stage)]
     stored = sum(len(path.read_text().splitlines()) for path in folder.rglob("*.jsonl"))
     checkpoints = list(folder.glob("*.checkpoints/checkpoint-4/trainer_state.json"))
-    assert (folder / "sft").is_dir() == (stage not in STAGES[:3] or module == "run_folder")
+    assert (folder / "sft").is_dir() == (stage not in STAGES[:3] or "run_folder" in function)
     assert main(command) == 0
     out = capfd.readouterr().out
     assert out.count("done before") == len(done)
     if stage in ("teacher's answers", "student's samples"):
         assert stored > 4  # what had been answered was kept
-    if module == "trainer":
+    if function == LOSS:
         assert checkpoints  # there was something to go on from
     for file in ("metrics.json", "pairs/train.jsonl"):
         assert (folder / file).read_text() == (finished / file).read_text(), file
@@ -175,12 +158,17 @@ def test_the_stages_alone(finished, tiny_teacher, tmp_path, capsys):
     assert (tmp_path / "e" / "report.html").is_file()
 
 
-def test_a_finished_run_may_be_moved(finished, tiny_teacher, tmp_path, capsys, monkeypatch):
-    """A copy has other times and another path; nothing is computed again, nothing refused."""
-    shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
+def test_a_finished_run_may_be_moved_and_is_not_done_again(
+    finished, tiny_teacher, tmp_path, capsys, monkeypatch
+):
+    """A copy has other times and another path; no model is loaded, tables and report come from the
+    files."""
+    moved = shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
+    monkeypatch.setattr("plad_fast.recipe.distillation.load_model", None)
     monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
-    assert main(arguments(tiny_teacher, tmp_path / "moved")) == 0
+    assert main(arguments(tiny_teacher, moved)) == 0
     assert capsys.readouterr().out.count("done before") == len(STAGES)
+    assert (moved / "metrics.json").read_text() == (finished / "metrics.json").read_text()
 
 
 def test_answers_to_prompts_that_are_still_there_are_kept(

@@ -13,6 +13,8 @@ import pytest
 from plad_fast.cli import main
 from tests.support.recipe_runs import arguments
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 PAIRS = ("train.jsonl", "train-2.jsonl", "held-out.jsonl")
 
 
@@ -60,6 +62,7 @@ def test_every_round_is_kept_apart(finished):
     assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
 
 
+@pytest.mark.slow
 def test_three_kills_at_random_change_no_byte_of_the_pairs(finished, tiny_teacher, tmp_path):
     """Whatever the moment after loading: the moments differ from run to run of this test."""
     folder = tmp_path / "run"

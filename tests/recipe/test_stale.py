@@ -16,6 +16,8 @@ from plad_fast.models.loading import load_model
 from plad_fast.recipe.run_folder import RunFolder
 from tests.support.recipe_runs import kill_at, write_pairs
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 
 @pytest.fixture
 def pairs(tmp_path):
@@ -68,7 +70,8 @@ def changed_copy(model_folder, copy):
 
 def test_checkpoints_of_another_training_are_not_resumed(tiny_teacher, pairs, tmp_path, capsys):
     output = tmp_path / "out"
-    kill_at("trainer", "fused_linear_preference_loss", 3, train(tiny_teacher, pairs, output))
+    loss = "training.trainer.fused_linear_preference_loss"
+    kill_at(loss, 3, train(tiny_teacher, pairs, output))
     assert list(output.with_name("out.checkpoints").glob("checkpoint-*"))
     assert main(train(tiny_teacher, pairs, output, "--epochs", "2")) == 2
     assert "epochs was 1.0 and is 2.0" in capsys.readouterr().err

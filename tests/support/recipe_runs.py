@@ -29,10 +29,11 @@ def write_pairs(path: Path, count: int) -> Path:
 
 
 KILLABLE = """
-import sys, time
-import plad_fast.{module} as module
+import pkgutil, sys, time
 from plad_fast.cli import main
-real = module.{name}
+owner, _, name = "plad_fast.{function}".rpartition(".")
+owner = pkgutil.resolve_name(owner)
+real = getattr(owner, name)
 count = 0
 def wait(*args, **kwargs):
     global count
@@ -41,14 +42,14 @@ def wait(*args, **kwargs):
         print("REACHED", flush=True)
         time.sleep(60)
     return real(*args, **kwargs)
-module.{name} = wait
+setattr(owner, name, wait)
 sys.exit(main({arguments!r}))
 """
 
 
-def kill_at(module: str, name: str, at: int, arguments: list[str]) -> None:
-    """Run a command and kill -9 it at the given call of a function."""
-    code = KILLABLE.format(module=module, name=name, at=at, arguments=arguments)
+def kill_at(function: str, at: int, arguments: list[str]) -> None:
+    """Run a command and kill -9 it at the given call of a function of `plad_fast`."""
+    code = KILLABLE.format(function=function, at=at, arguments=arguments)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -56,6 +57,6 @@ def kill_at(module: str, name: str, at: int, arguments: list[str]) -> None:
             if "REACHED" in line:
                 break
         else:
-            pytest.fail(f"{name} was never called {at} times: {process.stderr.read()}")
+            pytest.fail(f"{function} was never called {at} times: {process.stderr.read()}")
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
