@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,7 +19,7 @@ from plad_fast.recipe.dependencies import STAGES as SETTINGS_OF
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig
-from tests.support.recipe_runs import arguments, kill_at
+from tests.support.recipe_runs import arguments, content, kill_at
 
 STAGES = [
     "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
@@ -90,12 +93,12 @@ def copy_of(run, tmp_path):
 def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, tmp_path, capsys):
     """Its answers may have been paid for; everything else would be made anew all the same."""
     folder = copy_of(finished, tmp_path)
-    before = contents(folder)
+    before = content(folder)
     assert main(arguments(tiny_teacher, folder, "--max-new-tokens", "50")) == 2
     error = capsys.readouterr().err
     assert "max_new_tokens was 60 and is 50" in error
     assert "--overwrite" in error
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signal")
@@ -211,10 +214,6 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def contents(folder) -> dict:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_changed_setting_makes_anew_what_depends_on_it(finished, tiny_teacher, tmp_path, capsys):
     """Evaluation settings the evaluation alone, the margin the calibration and what follows; the
     numbers are those of a run that never had another setting."""
@@ -264,7 +263,7 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
     assert capsys.readouterr().out.count("done before") == len(STAGES)
 
     # What would make the file anew is refused before anything is done.
-    before = contents(folder)
+    before = content(folder)
     assert main(arguments(tiny_teacher, folder, "--sft-epochs", "1")) == 2
     error = capsys.readouterr().err
     assert "train.jsonl was edited" in error
@@ -274,7 +273,7 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
     assert main(arguments(tiny_teacher, folder)) == 2
     assert f"has 2 of its {len(rows) - 1} rows" in capsys.readouterr().err
     file.write_text(edited)
-    assert contents(folder) == before
+    assert content(folder) == before
     file.unlink()
     assert main(arguments(tiny_teacher, folder)) == 0
     assert (folder / "metrics.json").read_text() == (finished / "metrics.json").read_text()
@@ -340,3 +339,65 @@ def test_nothing_is_emptied_for_a_model_that_is_not_there(option, tiny_teacher, 
     assert main([*arguments(tiny_teacher, run), option, place, "--overwrite"]) == 2
     assert place in capsys.readouterr().err
     assert (run / "sft").exists()
+
+
+PAIR_FILES = ("train.jsonl", "train-2.jsonl", "held-out.jsonl")
+
+
+def pairs(folder):
+    return {name: (folder / "pairs" / name).read_bytes() for name in PAIR_FILES}
+
+
+@pytest.fixture(scope="module")
+def two_rounds(finished_run, tiny_teacher, tmp_path_factory):
+    """A run of one round that was then asked for another."""
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("rounds") / "run")
+    assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
+    for name in ("train.jsonl", "held-out.jsonl"):
+        assert pairs(folder)[name] == (finished_run / "pairs" / name).read_bytes()
+    return folder
+
+
+def test_every_round_is_kept_apart(two_rounds):
+    """Samples, pairs and models of both; the second round samples the first one's student anew."""
+    stages = json.loads((two_rounds / "run.json").read_text())["stages"]
+    assert list(stages)[-4:] == [
+        "student's samples, round 2", "pairs, round 2", "calibration, round 2",
+        "evaluation, round 2",
+    ]  # fmt: skip
+    first, second = (
+        [json.loads(line) for line in (two_rounds / "pairs" / name).read_text().splitlines()]
+        for name in PAIR_FILES[:2]
+    )
+    shared = {row["id"]: row for row in first}
+    rejected = [(row["rejected"], shared[row["id"]]["rejected"]) for row in second]
+    assert rejected
+    assert all(new != old for new, old in rejected)
+    assert (two_rounds / "plad" / "config.json").is_file()
+    record = json.loads((two_rounds / "plad-2" / "training.json").read_text())
+    assert (
+        record["source"]
+        != json.loads((two_rounds / "plad" / "training.json").read_text())["source"]
+    )
+    metrics = json.loads((two_rounds / "metrics.json").read_text())
+    names = [row["name"] for row in metrics["students"]]
+    assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
+
+
+@pytest.mark.slow
+def test_three_kills_at_random_change_no_byte_of_the_pairs(two_rounds, tiny_teacher, tmp_path):
+    """Whatever the moment after loading: the moments differ from run to run of this test."""
+    folder = tmp_path / "run"
+    run = [sys.executable, "-m", "plad_fast.cli", *arguments(tiny_teacher, folder, "--rounds", "2")]
+    kills = 0
+    while kills < 3:
+        with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout.readline()  # loading libraries takes a while
+            time.sleep(random.uniform(0, 3))
+            if process.poll() is not None:
+                break
+            process.kill()
+            kills += 1
+    assert kills, "every run ended before it could be killed"
+    assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
+    assert pairs(folder) == pairs(two_rounds)
