@@ -1,5 +1,5 @@
-"""Folders of `plad-fast pairs` and `evaluate`: no results of other data, models or settings are taken
-for those that were asked for."""
+"""Folders of `plad-fast pairs` and `evaluate`: results of other data, models or settings are not
+taken for those that were asked for."""
 
 from __future__ import annotations
 
