@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import ProgressCallback
 
-from plad_fast.data.files import write_atomically
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import require_whole
 from plad_fast.data.records import digest, model_digest
@@ -33,6 +31,7 @@ from plad_fast.training.trained_folders import (
     remove_training,
     require_ours,
     require_record,
+    write_record,
 )
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def train_model(
     checkpoints.mkdir(parents=True, exist_ok=True)
     with locked(checkpoints):
         last = _resumable(checkpoints, record, replace=replace)
-        write_atomically(checkpoints / RECORD, json.dumps(record, indent=1))
+        write_record(checkpoints, record)
         # The Trainer would take a step too many from a checkpoint of the last one.
         if last is None or not has_ended(last):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))

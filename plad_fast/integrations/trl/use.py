@@ -151,7 +151,7 @@ def use_plad_fast(
     checked_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
-    for what in _unsupported(trainer):
+    if what := next(_unsupported(trainer), None):
         raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
     _check_methods(trainer, kind)
     if metrics == "fast":
