@@ -29,10 +29,10 @@ from plad_fast.data.packing import (
     to_device,
     token_counts,
 )
+from plad_fast.data.plain_rows import plain_rows
 from plad_fast.data.records import digest
 from plad_fast.data.row_sets import (
     longest,
-    plain_rows,
     require_dataset_ids,
     require_rows,
     token_dataset,
