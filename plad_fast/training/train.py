@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import ProgressCallback
@@ -33,11 +33,15 @@ from plad_fast.training.trained_folders import (
     require_record,
     write_record,
 )
-
-if TYPE_CHECKING:
-    from plad_fast.training.trainer import PLaDTrainer
+from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
 
 _WARMUP_SHARE = 0.1
+# transformers 5 has another name for it.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PLaDConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 _NOTICE = "{}: saving a checkpoint after this step, then ending; once more ends at once"
 
 
@@ -154,7 +158,7 @@ def train_model(
                 per_device_train_batch_size=micro,
                 gradient_accumulation_steps=batch_size // micro,
                 max_tokens_per_batch=max_tokens_per_batch,
-                **_checkpointing(gradient_checkpointing),
+                **{_CHECKPOINTING: gradient_checkpointing},
                 bf16=autocast_dtype(precision) == torch.bfloat16,
                 seed=seed,
                 save_steps=max(1, math.ceil(steps / saves)),
@@ -185,8 +189,6 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
     """What does not change from one training to another."""
-    from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
-
     config = PLaDConfig(
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,
@@ -204,15 +206,6 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
     return trainer
-
-
-def _checkpointing(wanted: bool) -> dict[str, bool]:
-    """The Trainer's setting, which transformers 5 calls by another name."""
-    from plad_fast.training.trainer import PLaDConfig
-
-    new = hasattr(PLaDConfig, "activation_checkpointing")
-    name = "activation_checkpointing" if new else "gradient_checkpointing"
-    return {name: True} if wanted else {}
 
 
 class _Progress(ProgressCallback):
