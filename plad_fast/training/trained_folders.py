@@ -1,4 +1,4 @@
-"""The folder of a trained model: its record, its log, and what of it may be replaced."""
+"""The folder of a trained model: its record and log, and replacing nothing but its own files."""
 
 from __future__ import annotations
 

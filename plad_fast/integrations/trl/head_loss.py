@@ -1,4 +1,4 @@
-"""One forward of a wrapped model, from token ids to a preference loss and what is logged beside it.
+"""Forward of a wrapped model to the preference loss and the metrics logged beside it.
 
 S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
 """

@@ -1,4 +1,4 @@
-"""What replaces TRL's loss in its trainers; `plad_fast.integrations.trl.use` mixes it in.
+"""Fronts for TRL's trainers with the fused loss in place of theirs; `use` mixes them in.
 
 Every class stands in front of one of TRL's and keeps all the rest of it: data, reference model,
 accumulation, logging, checkpoints. B pairs in a batch.
