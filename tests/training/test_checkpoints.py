@@ -19,13 +19,13 @@ from plad_fast import UsageError
 from plad_fast.cli import main
 from plad_fast.data.manifest import damage
 from plad_fast.training import train as training
+from plad_fast.training import trained_folders
 from plad_fast.training.checkpoints import Checkpoints, newest_checkpoint
 from plad_fast.training.signals import Asked
 from plad_fast.training.train import train_model
 from tests.support.recipe_runs import write_pairs
 
 ROWS = [{"prompt": f"Say {i}.", "chosen": f" yes {i}", "rejected": " no"} for i in range(12)]
-STEPS = 6
 FAULTS = ("cut", "empty", "missing", "stale")
 
 
@@ -65,7 +65,7 @@ def killed(tiny_teacher, tmp_path_factory) -> Path:
     """The checkpoints of one that was killed before the model had its name."""
     output = tmp_path_factory.mktemp("killed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "publish_folder", stop)
+        patch.setattr(trained_folders, "publish_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_teacher, output)
     return output.with_name("out.checkpoints")
@@ -145,7 +145,7 @@ def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_
     """In the middle of an epoch the Trainer would; what is logged last is printed."""
     train(tiny_teacher, tmp_path / "straight", epochs=1.5)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "publish_folder", stop)
+        patch.setattr(trained_folders, "publish_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_teacher, tmp_path / "out", epochs=1.5)
     with monkeypatch.context() as patch:
@@ -153,7 +153,7 @@ def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_
         weights = train(tiny_teacher, tmp_path / "out", epochs=1.5)
     assert weights == (tmp_path / "straight" / "model.safetensors").read_bytes()
     assert files(tmp_path / "out") == files(tmp_path / "straight")
-    logs = [training.log_history(tmp_path / name) for name in ("out", "straight")]
+    logs = [trained_folders.log_history(tmp_path / name) for name in ("out", "straight")]
     for log in logs:
         assert log[-1]["step"] == 9
         for entry in log:

@@ -77,11 +77,12 @@ class HeadLoss:
         Raises:
             UsageError: options that do not work here.
         """
+        own = vars(trainer)
         present = {}
         for name in self.names:
             attribute = _ATTRIBUTES.get(name, name)
-            attribute = attribute if attribute in vars(trainer) else name
-            present[name] = vars(trainer).get(attribute, getattr(trainer.args, name))
+            attribute = attribute if attribute in own else name
+            present[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
         if present != self._seen:
             self.loss, self.options, self.sft_weight = self.translate(present)
             self._seen = copy.deepcopy(present)

@@ -52,7 +52,7 @@ NO_PROMPT = (
 
 
 class WithHeadLoss(Trainer):
-    _followed: HeadLoss
+    _own_head_loss: HeadLoss
     args: Any
     accelerator: Any
 
@@ -60,7 +60,7 @@ class WithHeadLoss(Trainer):
 
     @property
     def _head_loss(self) -> HeadLoss:
-        return self._followed.follow(self)
+        return self._own_head_loss.follow(self)
 
     def _say_once(self, padded: Tensor, batch: PreferenceBatch) -> None:
         """Prints what is done to the first batch, of which TRL would run the `padded` rows."""

@@ -180,7 +180,7 @@ def use_plad_fast(
             prepare(reference, head_loss.layout, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
-    trainer._followed = head_loss
+    trainer._own_head_loss = head_loss
     return trainer
 
 
