@@ -59,11 +59,11 @@ _COLUMNS = (
     ("distinct_2", "dist-2", 2),
     ("repetition_4", "rep-4", 2),
 )
-_LEGEND = (
-    "rank acc.: share of pairs in which the teacher's answer is likelier than the rejected one; "
-    "R-L: ROUGE-L; dist-2: different word pairs divided by all word pairs; "
-    "rep-4: share of four-word runs that stood before in the same answer"
-)
+_LEGEND = {
+    "ranking_accuracy": "rank acc.: share of pairs in which the teacher's answer is the likelier",
+    "distinct_2": "dist-2: different word pairs divided by all word pairs",
+    "repetition_4": "rep-4: share of four-word runs that stood before in the same answer",
+}
 _COMPARED = (
     ("ranking_accuracy", "ranking accuracy", 3),
     ("margin", "margin", 2),
@@ -189,7 +189,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
     if results.get("judge"):
         lines += textwrap.wrap(judge_line(results["judge"]), 100, subsequent_indent="  ")
-    lines += textwrap.wrap(_LEGEND, 100, subsequent_indent="  ")
+    legend = [text for key, text in _LEGEND.items() if any(row[key] is not None for row in rows)]
+    lines += textwrap.wrap("; ".join(legend), 100, subsequent_indent="  ")
     return "\n".join(lines)
 
 
