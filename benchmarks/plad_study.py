@@ -30,7 +30,8 @@ from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer
-from plad_fast.pairs.scoring.scorers import open_scorer, score_answers, stored_scores
+from plad_fast.pairs.scoring.scorers import open_scorer
+from plad_fast.pairs.scoring.stored import score_answers, stored_scores
 from plad_fast.training.train import train_model
 
 REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short sentence."

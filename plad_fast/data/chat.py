@@ -62,17 +62,6 @@ def as_conversation(
     return prompt, [_answer(prompt, response) for response in responses]
 
 
-def require_unicode(text: str, where: str) -> None:
-    """Raises UsageError for a lone surrogate, which JSON can hold but no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{where} holds {text[error.start]!r}, half of a surrogate pair and no character; "
-            "remove it, or write both halves"
-        ) from None
-
-
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Content, template: Mapping[str, Any] | None = None
 ) -> str:

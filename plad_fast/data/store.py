@@ -14,9 +14,9 @@ from collections.abc import Callable, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast.checks import shown
 from plad_fast.data.files import disk_advice
 from plad_fast.data.locks import lock
-from plad_fast.data.places import shown
 from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError

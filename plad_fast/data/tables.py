@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.places import expanded, is_there, names_path, nothing_at, shown
-from plad_fast.data.rows import without_nulls
+from plad_fast.data.plain_rows import without_nulls
 from plad_fast.errors import UsageError
 
 Row = Mapping[str, Any]

@@ -23,6 +23,7 @@ from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring import scorers as scoring
+from plad_fast.pairs.scoring import stored
 from plad_fast.pairs.text_metrics import rouge
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class StoredScorer:
             set_aside(file, scorer.settings())
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
-        return scoring.stored_scores(self._scorer, items, self._file)
+        return stored.stored_scores(self._scorer, items, self._file)
 
 
 def require_samples(count: int, sampling: Sampling) -> None:

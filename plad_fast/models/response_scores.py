@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from plad_fast.data.chat import Content
-from plad_fast.data.row_sets import is_of_arrow, plain_rows
-from plad_fast.data.rows import made_by_arrow, read_row
+from plad_fast.data.plain_rows import plain_rows, without_nulls
+from plad_fast.data.rows import read_row
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from plad_fast.data.tokenization import EncodedGroup
+    from plad_fast.data.text_ids import EncodedGroup
 
 _TOLD: set[tuple[str, str]] = set()
 """Tokenizers of whose texts one was warned already."""
@@ -94,16 +94,15 @@ def _read_pairs(
     pairs: Sequence[Mapping[str, Any]],
 ) -> tuple[list[str], list[tuple[Content, list[Content]]], list[Mapping[str, Any]]]:
     """Names of the pairs for messages, what is in them, and what chat templates get of each."""
-    from_arrow = is_of_arrow(pairs)
-    pairs = list(plain_rows(pairs, "pairs"))
-    from_arrow = from_arrow or made_by_arrow(pairs)
+    found = plain_rows(pairs, "pairs")
+    pairs = found if isinstance(found, list) else list(map(without_nulls, found))
     if not pairs:
         raise UsageError("there are no pairs to score; pass at least one")
     names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
     rows, templates = [], []
     for name, pair in zip(names, pairs, strict=True):
         try:
-            row = read_row(pair, from_arrow=from_arrow)
+            row = read_row(pair)
             if len(row.responses) != 2:
                 raise UsageError(
                     f"{len(row.responses)} responses; give one chosen and one rejected"
@@ -211,16 +210,14 @@ def _encode(
 ) -> list[EncodedGroup]:
     """Rows as token ids; raises UsageError for one that is not as in `score_responses`."""
     from plad_fast.data.text_ids import TextIds
-    from plad_fast.data.tokenization import encode_with, report_texts
+    from plad_fast.data.tokenization import report_texts
 
     encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
     features = []
     templates = [{}] * len(rows) if templates is None else templates
     for name, (prompt, responses), template in zip(names, rows, templates, strict=True):
         try:
-            group = encode_with(
-                encoder, prompt, responses, max_length=max_length, template=template
-            )
+            group = encoder.encode(prompt, responses, max_length=max_length, template=template)
         except UsageError as error:
             raise UsageError(f"{unit} {name}: {error}") from None
         features.append(group)

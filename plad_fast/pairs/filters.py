@@ -1,4 +1,4 @@
-"""Which pairs of answers teach nothing, or the wrong thing."""
+"""Filters of pairs that teach nothing, or the wrong thing."""
 
 from __future__ import annotations
 

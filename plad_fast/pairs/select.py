@@ -1,4 +1,4 @@
-"""Which of a prompt's answers make a pair, or a ranked list.
+"""Selection of a prompt's answers for a pair, or a ranked list.
 
 Whatever scores cannot decide, the order of the answers does: the teacher's come first, as the
 better ones, and of one model's answers the one with the lower sample number.
@@ -56,7 +56,7 @@ class Pair(NamedTuple):
     rejected: Candidate
 
 
-def select_pairs(
+def pairs_of(
     teacher: Sequence[Answer],
     student: Sequence[Answer],
     scores: Scores | None,

@@ -1,4 +1,4 @@
-"""`plad-fast evaluate`: students that come from elsewhere, compared on pairs of a file."""
+"""Students that come from elsewhere, compared on pairs of a file: `plad-fast evaluate`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from plad_fast.evaluation.run_students import (
 from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokenizer
 from plad_fast.models.response_scores import check_pairs
 from plad_fast.pairs.generation.answering import discard_answers
-from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_rows
+from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.inputs import check_students, read_pairs, show_findings
-from plad_fast.recipe.packages import require_packages, versions
 from plad_fast.recipe.scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first
+from plad_fast.recipe.texts import sampling_for
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -118,13 +118,7 @@ def _evaluate_on_pairs(
         models,
         held_out,
         folder,
-        sampling=Sampling(
-            config.max_new_tokens,
-            temperature=config.student_temperature,
-            top_p=config.top_p,
-            seed=config.seed + 1,
-            batch_size=config.generation_batch_size,
-        ),
+        sampling=sampling_for(config, "student", n=1),
         length_normalization=config.alpha,
         max_length=config.max_length,
         precision=config.precision,

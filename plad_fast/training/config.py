@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from plad_fast.checks import check_number, is_whole
 from plad_fast.data.packing import LAYOUTS
-from plad_fast.data.tokenization import check_cut
+from plad_fast.data.text_ids import check_cut
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import get_loss, read_loss_args

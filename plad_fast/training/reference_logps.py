@@ -24,10 +24,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from plad_fast.data.packing import PADDED_LAYOUTS, to_device, token_counts
+from plad_fast.data.plain_rows import plain_rows
 from plad_fast.data.records import digest
 from plad_fast.data.row_sets import (
     longest,
-    plain_rows,
     require_dataset_ids,
     require_rows,
     token_dataset,

@@ -247,10 +247,10 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.json", "[]", "has no rows"),
         ("p.csv", "prompt\n", "has no rows"),
         ("p.csv", "prompt;id\nq;1\n", "it has 'prompt;id': if ';' stands between its fields"),
-        ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' holds a int where a prompt"),
-        ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' holds nothing where a"),
+        ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' is 3; it should be text or a list"),
+        ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' is None; it should be"),
         ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
-        ("p.jsonl", '{"prompt": ["a"]}\n', "a list that is not chat messages"),
+        ("p.jsonl", '{"prompt": ["a"]}\n', "column 'prompt' is ['a']; it should be"),
         ("p.jsonl", '{"prompt": "a\\ud83d"}\n', "row 1, column 'prompt' holds '\\ud83d', half"),
         (
             "p.jsonl",

@@ -14,7 +14,8 @@ from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.text_model import Answer
-from plad_fast.pairs.scoring.scorers import open_scorer, score_answers
+from plad_fast.pairs.scoring.scorers import open_scorer
+from plad_fast.pairs.scoring.stored import score_answers
 from tests.support.trainings import last_log, weights
 
 PROMPTS = [Prompt(str(k), f"What is {k}?", reference=f"{k} is a number") for k in range(4)]
@@ -113,7 +114,7 @@ def test_conversations_that_part_early_share_what_comes_before(tiny_tokenizer):
     with pytest.raises(UsageError, match=r"row 1: .* not the prompt; move the earlier turns"):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
     row["rejected"] = [says("no")]
-    with pytest.raises(UsageError, match=r"row 1: prompt is null, .* do not begin with the same"):
+    with pytest.raises(UsageError, match=r"row 1: prompt is None, .* do not begin with the same"):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
 
 

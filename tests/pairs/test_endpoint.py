@@ -15,7 +15,8 @@ pytest.importorskip("openai")
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Choice, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel, request_seed
 from plad_fast.pairs.generation.endpoint.retries import LONGEST_ASKED, pause, retry_after
 from plad_fast.pairs.generation.sampling import Sampling

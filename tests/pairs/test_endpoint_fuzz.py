@@ -12,7 +12,8 @@ pytest.importorskip("openai")
 
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint import chat_endpoint as module
-from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.client import most_bytes
 from tests.support.reply_fuzz import PIECE, Fuzzed, any_reply, bomb, install
 

@@ -11,10 +11,12 @@ import pytest
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.chat_endpoint import Choice, Endpoint, Reply
+from plad_fast.pairs.generation.endpoint.chat import Choice, Reply
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.text_model import Answer
-from plad_fast.pairs.scoring.judge import Judge, JudgeReport, read_verdict
-from plad_fast.pairs.scoring.scorers import score_answers, stored_scores
+from plad_fast.pairs.scoring.judge import Judge, JudgeReport
+from plad_fast.pairs.scoring.stored import score_answers, stored_scores
+from plad_fast.pairs.scoring.verdicts import read_verdict
 from tests.support.fault_server import FaultServer, Step, reasoning, said
 
 PROMPT = Prompt("p", "How many legs has a cat?")

@@ -13,11 +13,11 @@ pytest.importorskip("openai")
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.access import check_variable, warn_of_clear_text
-from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Endpoint
+from plad_fast.pairs.generation.endpoint.access import check_variable, one_line, warn_of_clear_text
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.endpoint.refusals import find_refusal
-from plad_fast.pairs.generation.endpoint.secrets import one_line
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
 from plad_fast.recipe.settings import DistillConfig

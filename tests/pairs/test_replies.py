@@ -12,12 +12,11 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.completions import after_thought, holds_thought, known_end
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
-from plad_fast.pairs.generation.finish import known_end
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from plad_fast.pairs.generation.thoughts import after_thought, holds_thought
 from tests.support.fault_server import FaultServer, Step, said
 
 HALF = "The three steps are: first, open the"

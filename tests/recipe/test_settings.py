@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import replace
 
 import pytest
 import yaml
 
-from plad_fast import UsageError, cli
+from plad_fast import UsageError
 from plad_fast.cli import main
 from plad_fast.data.prompts import Prompt
+from plad_fast.recipe.arguments import COMMANDS
+from plad_fast.recipe.fields import flag
 from plad_fast.recipe.inputs import load_recipe_prompts, read_jsonl, split_prompts, write_jsonl
-from plad_fast.recipe.settings import DistillConfig, coerce, flag, load_settings
+from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.settings_file import coerce, load_settings
 
 
 def test_split_is_disjoint_complete_and_seeded():
@@ -113,18 +115,13 @@ def test_a_null_of_yaml_is_the_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "names"),
-    [
-        ("distill", {f.name for f in dataclasses.fields(DistillConfig)}),
-        ("pairs", {*cli._PAIR_SETTINGS}),
-        ("train", {*cli._TRAIN_SETTINGS}),
-        ("evaluate", {*cli._EVALUATE_SETTINGS}),
-    ],
+    "command", [name for name, command in COMMANDS.items() if command.settings]
 )
-def test_every_setting_is_in_the_help_once(command, names, capsys):
+def test_every_setting_is_in_the_help_once(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     shown = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    names = {*COMMANDS[command].needs, *COMMANDS[command].settings}
     assert {flag(name) for name in names} <= set(shown)
     assert len(shown) == len(set(shown))
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from plad_fast.data.packing import PreferenceBatch
 from plad_fast.models.head import call_inside, head_arguments, unwrap
-from plad_fast.ops.logprobs import autocast_head, linear_sequence_logprobs
+from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.reference import transform_logits
+from plad_fast.ops.validation import autocast_head
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

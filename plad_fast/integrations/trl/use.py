@@ -38,7 +38,7 @@ from plad_fast.models.adapters import token_limits
 from plad_fast.models.head import check_head, find_head
 from plad_fast.models.sharing import prepare
 from plad_fast.ops.backend import get_backend
-from plad_fast.ops.logprobs import checked_impl
+from plad_fast.ops.validation import check_impl
 
 try:
     import pyarrow.compute
@@ -154,7 +154,7 @@ def use_plad_fast(
         raise UsageError(f"unknown metrics {metrics!r}; known: {', '.join(METRICS)}")
     if scratch_mib is not None and not (is_whole(scratch_mib) and 0 < scratch_mib < 2**43):
         raise UsageError(f"scratch_mib must be a positive whole number, got {scratch_mib!r}")
-    checked_impl(impl)
+    check_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
     _check_setup(trainer)

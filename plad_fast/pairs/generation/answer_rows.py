@@ -1,34 +1,20 @@
-"""Between a model, prompts and a store: what is missing, what comes, and what failed."""
+"""Answers as rows of a store: their ids, those that are missing, and failures beside them."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from plad_fast.data.prompts import Prompt, content_digest, require_unique_ids
-from plad_fast.data.store import RowStore, require_rows
+from plad_fast.data.store import Row, RowStore, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel
+from plad_fast.pairs.generation.text_model import Answer, Failure
 
 logger = logging.getLogger(__name__)
-
-_ENOUGH = 16  # prompts, to see whether the length limit fits their answers
-
-Wanted = Sequence[tuple[Prompt, int]]
-"""Prompts and numbers of samples."""
-
-
-@runtime_checkable
-class BySample(Protocol):
-    """A TextModel that can be asked for some of a prompt's samples rather than for all."""
-
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[Sequence[Answer | Failure]]: ...
 
 
 class Answered(NamedTuple):
@@ -47,104 +33,33 @@ class Answered(NamedTuple):
         return {prompt_id: answers[0] for prompt_id, answers in self.answers.items()}
 
 
-def all_wanted(prompts: Iterable[Prompt], sampling: Sampling) -> list[tuple[Prompt, int]]:
-    return [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
+def all_wanted(prompts: Iterable[Prompt], sampling: Sampling) -> dict[str, tuple[Prompt, int]]:
+    """Row id -> prompt and number of the sample."""
+    return {row_id(p.id, k): (p, k) for p in prompts for k in range(sampling.n)}
 
 
 def missing_from(
-    store: RowStore, prompts: Iterable[Prompt], sampling: Sampling
-) -> list[tuple[Prompt, int]]:
-    wanted = all_wanted(prompts, sampling)
-    return [(prompt, k) for prompt, k in wanted if row_id(prompt.id, k) not in store.done]
+    store: RowStore, prompts: Sequence[Prompt], sampling: Sampling
+) -> dict[str, tuple[Prompt, int]]:
+    """What the store lacks of `all_wanted`.
 
-
-def ask(
-    model: TextModel,
-    wanted: Wanted,
-    store: RowStore,
-    sampling: Sampling,
-    *,
-    stored: int = 0,
-    progress: bool = True,
-    to_the_end: bool = False,
-) -> dict[str, Failure]:
-    """Stores the answers that are wanted as they come.
-
-    Args:
-        stored: answers that were there before, for the bar.
-        to_the_end: only answers that end before their limit are of use.
-
-    Returns:
-        What failed, by row id.
-
-    Raises:
-        UsageError: no answer to the first prompts ended, where it matters.
+    Raises UsageError for repeated ids, for a stored row that is no answer, and where the store has
+    an answer to another prompt.
     """
-    from tqdm import tqdm
-
-    digests = {prompt.id: content_digest(prompt.content) for prompt, _ in wanted}
-    failures: dict[str, Failure] = {}
-    known = not (to_the_end and wanted) or _check_limit(model.name, store, sampling)
-    with tqdm(
-        total=stored + len(wanted),
-        initial=stored,
-        desc=model.name,
-        unit="prompt" if sampling.n == 1 else "answer",
-        disable=not progress,
-    ) as bar:
-        for batch in _generate(model, wanted, sampling):
-            answers = [item for item in batch if isinstance(item, Answer)]
-            new = [a for a in answers if row_id(a.prompt_id, a.sample) not in store.done]
-            store.append([_to_row(answer, digests[answer.prompt_id]) for answer in new])
-            for item in batch:
-                if isinstance(item, Failure):
-                    failures[row_id(item.prompt_id, item.sample)] = item
-            bar.update(len(new))
-            known = known or _check_limit(model.name, store, sampling)
-    return failures
-
-
-def _check_limit(name: str, store: RowStore, sampling: Sampling) -> bool:
-    """Whether enough prompts are answered to see if answers fit their limit.
-
-    Raises:
-        UsageError: not one of them is answered to the end.
-    """
-    finished: dict[str, bool] = {}
-    for key, row in store.rows.items():
-        prompt = key.removesuffix(f"\t{row['sample']}") if row.get("sample") else key
-        finished[prompt] = finished.get(prompt, False) or row["finish_reason"] != "length"
-    count, cut = len(finished), len(finished) - sum(finished.values())
-    if count < _ENOUGH:
-        return False
-    limit = f"max_new_tokens={sampling.max_new_tokens}"
-    if cut == count:
-        raise UsageError(
-            f"{name}: the answers to the first {count} prompts are all cut off at {limit}, and "
-            "none is of use; raise --max-new-tokens, or ask for short answers. What is stored "
-            "was made with other settings then: choose another folder, or pass --overwrite"
-        )
-    if cut > count / 2:
-        logger.warning(
-            "%s: to %d of the first %d prompts no answer ended within %s, and they make no pairs; "
-            "interrupt and raise --max-new-tokens if that is not meant",
-            name,
-            cut,
-            count,
-            limit,
-        )
-    return True
-
-
-def _generate(
-    model: TextModel, wanted: Wanted, sampling: Sampling
-) -> Iterator[Sequence[Answer | Failure]]:
-    if not wanted:
-        return iter(())
-    if isinstance(model, BySample):
-        return model.generate_samples(wanted, sampling)
-    # Of a prompt that lacks some samples the others come again, and are not stored.
-    return model.generate(list({prompt.id: prompt for prompt, _ in wanted}.values()), sampling)
+    require_unique_ids(prompts)
+    require_rows(store, _is_answer)
+    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
+    missing = {}
+    for key, (prompt, sample) in all_wanted(prompts, sampling).items():
+        row = store.rows.get(key)
+        if row is None:
+            missing[key] = (prompt, sample)
+        elif row["prompt"] != digests[prompt.id]:
+            raise UsageError(
+                f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
+                "another output folder, or pass --overwrite to start anew"
+            )
+    return missing
 
 
 def collect(
@@ -165,11 +80,8 @@ def collect(
 
 
 def report_failures(answered: Answered, store_path: Path, name: str) -> None:
-    """Logs that there are some, and lists them beside the store.
-
-    Raises:
-        UsageError: nothing but failures.
-    """
+    """Logs that there are some, and lists them beside the store; raises UsageError where there is
+    nothing else."""
     path = failure_list(store_path)
     failures = answered.failures
     if not failures:
@@ -193,21 +105,6 @@ def failure_list(store_path: Path) -> Path:
     return store_path.with_suffix(".failed.jsonl")
 
 
-def check_prompts(prompts: Sequence[Prompt], store: RowStore, sampling: Sampling) -> None:
-    """Raises UsageError for repeated ids, for a stored row that is no answer, and where the store
-    has an answer to another prompt."""
-    require_unique_ids(prompts)
-    require_rows(store, _is_answer)
-    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
-    for prompt, sample in all_wanted(prompts, sampling):
-        row = store.rows.get(row_id(prompt.id, sample))
-        if row is not None and row["prompt"] != digests[prompt.id]:
-            raise UsageError(
-                f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
-                "another output folder, or pass --overwrite to start anew"
-            )
-
-
 def row_id(prompt_id: str, sample: int) -> str:
     """A row's id in the store: the prompt's, with a tab and the sample's number from 1 on.
 
@@ -217,19 +114,14 @@ def row_id(prompt_id: str, sample: int) -> str:
     return f"{prompt_id}\t{sample}" if sample else prompt_id
 
 
-def _is_answer(row: Mapping[str, Any]) -> bool:
-    texts, numbers = (
-        (row.get("prompt"), row.get("text")),
-        (row.get("n_tokens"), row.get("sample", 0)),
-    )
-    return (
-        all(isinstance(value, str) for value in texts)
-        and all(isinstance(value, int) for value in numbers)
-        and row.get("finish_reason") in ("stop", "length")
-    )
+def _is_answer(row: Row) -> bool:
+    types = {"prompt": str, "text": str, "n_tokens": int, "sample": int}
+    given = {"sample": 0, **row}
+    fits = all(isinstance(given.get(name), kind) for name, kind in types.items())
+    return fits and row.get("finish_reason") in ("stop", "length")
 
 
-def _to_row(answer: Answer, prompt_digest: str) -> dict[str, Any]:
+def to_row(answer: Answer, prompt_digest: str) -> Row:
     return {
         "id": row_id(answer.prompt_id, answer.sample),
         "prompt": prompt_digest,
@@ -240,6 +132,6 @@ def _to_row(answer: Answer, prompt_digest: str) -> dict[str, Any]:
     }
 
 
-def _from_row(row: Mapping[str, Any], prompt_id: str) -> Answer:
+def _from_row(row: Row, prompt_id: str) -> Answer:
     sample = row.get("sample", 0)
     return Answer(prompt_id, row["text"], row["finish_reason"], row["n_tokens"], sample)

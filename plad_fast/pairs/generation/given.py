@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from plad_fast.data.chat import Content, is_blank
+from plad_fast.data.chat import is_blank
 from plad_fast.data.prompts import Prompt, load_prompts
 from plad_fast.data.tables import read_table
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.secrets import one_line
+from plad_fast.pairs.generation.completions import watched
+from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure
-from plad_fast.pairs.generation.thoughts import watched
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
 
 
 def column_answers(
@@ -74,17 +80,16 @@ class ColumnModel:
                 f"{self.name} holds one answer to a prompt, and {sampling.n} are wanted; ask for "
                 "one, or choose another teacher"
             )
-        return watched(self.name, [[self._answer(prompt.id) for prompt in prompts]])
-
-    def _answer(self, prompt_id: str) -> Answer | Failure:
-        text = mend(self.answers.get(prompt_id) or "").strip()
-        if is_blank(text):
-            return Failure(prompt_id, f"{self.name} has no answer to it")
-        return Answer(prompt_id, text, "stop", 0)
+        missing = f"{self.name} has no answer to it"
+        found = [_answer(self.answers.get(p.id) or "", p.id, 0, missing) for p in prompts]
+        return watched(self.name, [found])
 
 
-class CallableModel:
+class CallableModel(SampleModel):
     """Any Python function as a source of text.
+
+    An exception is the failure of the call's prompts, with its message as the reason; so is what is
+    no text or blank. Ctrl-C ends it as usual.
 
     Args:
         function: takes a prompt's content, text or chat messages, and returns the answer; or, if
@@ -103,26 +108,16 @@ class CallableModel:
         self.name = name
         self.batch_size = batch_size
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
-        """Yields the answers of one call after the other.
-
-        An exception is the failure of the call's prompts, with its message as the reason; so is
-        what is no text or blank. Ctrl-C ends it as usual.
-        """
-        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
-
     def generate_samples(
-        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
-        """As `generate`, of each prompt the samples of these numbers alone."""
+        """Yields the answers of one call after the other."""
         size = self.batch_size or 1
         starts = range(0, len(wanted), size)
         return watched(self.name, (self._call(wanted[i : i + size]) for i in starts))
 
-    def _call(self, asked: Sequence[tuple[Prompt, int]]) -> list[Answer | Failure]:
-        contents: list[Content] = [prompt.content for prompt, _ in asked]
+    def _call(self, asked: Wanted) -> list[Answer | Failure]:
+        contents = [prompt.content for prompt, _ in asked]
         try:
             if self.batch_size is None:
                 texts = [self.function(contents[0])]
@@ -134,14 +129,52 @@ class CallableModel:
             reason = one_line(f"{type(error).__name__}: {error}")
             return [Failure(prompt.id, reason, sample) for prompt, sample in asked]
         return [
-            _as_answer(text, prompt.id, sample)
+            _answer(text, prompt.id, sample, "the function returned no text")
             for text, (prompt, sample) in zip(texts, asked, strict=True)
         ]
 
 
-def _as_answer(text: Any, prompt_id: str, sample: int) -> Answer | Failure:
-    if text is None or (isinstance(text, str) and is_blank(text)):
-        return Failure(prompt_id, "the function returned no text", sample)
+def _answer(text: Any, prompt_id: str, sample: int, missing: str) -> Answer | Failure:
+    if text is None or (isinstance(text, str) and is_blank(mend(text))):
+        return Failure(prompt_id, missing, sample)
     if not isinstance(text, str):
         return Failure(prompt_id, f"the function returned a {type(text).__name__}", sample)
     return Answer(prompt_id, mend(text).strip(), "stop", 0, sample)
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function `package.module.function`; modules in the working directory are found too.
+
+    Raises UsageError where there is none, or its module cannot be imported.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name:
+        raise UsageError(f"python:{path} names no module; write python:MODULE.FUNCTION")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), attribute, None)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise UsageError(
+            f"cannot import {module_name} for python:{path} "
+            f"({one_line(f'{type(error).__name__}: {error}')}); check the name, and run where the "
+            "module lies or install it"
+        ) from error
+    if not callable(function):
+        raise UsageError(f"{module_name} has no function {attribute!r}; check python:{path}")
+    return function
+
+
+def source_digest(function: Callable[..., Any]) -> str | None:
+    """Sixteen hexadecimal digits of the file that a function, or an object's class, is in.
+
+    None where it is in none. What it imports from other files is not covered.
+    """
+    function = inspect.unwrap(function)
+    for thing in (function, type(function)):
+        try:
+            source = Path(inspect.getsourcefile(thing) or "").read_bytes()
+        except (TypeError, OSError):
+            continue
+        return hashlib.sha256(source).hexdigest()[:16]
+    return None

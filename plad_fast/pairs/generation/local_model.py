@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
 from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
-from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.generation.text_model import Answer, SampleModel, Wanted
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LocalModel:
+class LocalModel(SampleModel):
     """A transformers language model in this process, causal or encoder-decoder.
 
     To an encoder-decoder model a prompt is the encoder's text, with the special tokens that its
     tokenizer gives one.
+
+    An answer depends on the model, the prompt, the number of its sample, the `Sampling` less its
+    batch size and `n`, and on nothing else but rounding, which differs with the other rows of the
+    batch: in float32 it hardly ever decides a token, in bfloat16 it does in many answers.
 
     Args:
         model: on any device. It may be in training; its mode and settings are left as they were.
@@ -61,24 +65,14 @@ class LocalModel:
         self._refills: bool | None = None if refill else False
         self._start_token = decoder_start_token(model)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Iterator[list[Answer]]:
         """Answers the prompts, longest first, so that memory runs out early or never.
-
-        An answer depends on the model, the prompt, the number of its sample, `sampling` less its
-        batch size and `n`, and on nothing else but rounding, which differs with the other rows of
-        the batch: in float32 it hardly ever decides a token, in bfloat16 it does in many answers.
 
         Raises:
             UsageError: from this call, before anything is generated: a prompt is empty, too long
                 for the model, or has tokens the model does not know. From the iterator: the model
                 produced NaN or infinite logits.
         """
-        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
-
-    def generate_samples(
-        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
-    ) -> Iterator[list[Answer]]:
-        """As `generate`, of each prompt the samples of these numbers alone."""
         prompts = {prompt.id: prompt for prompt, _ in wanted}
         ids = self._encode(prompts.values())
         self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)

@@ -1,4 +1,4 @@
-"""From what a user writes after `--teacher` to something that answers prompts.
+"""Teachers by their specification, which is what a user writes after `--teacher`.
 
 Written as          | what answers
 `openai:MODEL`      | an OpenAI-compatible endpoint
@@ -12,23 +12,32 @@ anything else       | a hub id, a folder or a .gguf file, run by transformers in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there, shown
-from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
+from plad_fast.pairs.generation.completions import watched
 from plad_fast.pairs.generation.endpoint.access import find_url
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
-from plad_fast.pairs.generation.functions import import_function, source_digest
-from plad_fast.pairs.generation.given import CallableModel, ColumnModel
+from plad_fast.pairs.generation.given import (
+    CallableModel,
+    ColumnModel,
+    import_function,
+    source_digest,
+)
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel
-from plad_fast.pairs.generation.thoughts import watched
+from plad_fast.pairs.generation.text_model import (
+    Answer,
+    Failure,
+    SampleModel,
+    TextModel,
+    Wanted,
+)
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -139,8 +148,8 @@ def require_teacher(spec: str, option: str = "the teacher") -> None:
         require_there(rest, option)
 
 
-class LazyLocalModel:
-    """A `LocalModel` that is loaded when it is first asked.
+class LazyLocalModel(SampleModel):
+    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers.
 
     Args:
         load: makes it.
@@ -154,16 +163,9 @@ class LazyLocalModel:
         self._load = load
         self._model: LocalModel | None = None
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
-        """As the model itself, and raises what its loading raises."""
-        return watched(self.name, self.model.generate(prompts, sampling))
-
     def generate_samples(
-        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
-        """As the model itself, and raises what its loading raises."""
         return watched(self.name, self.model.generate_samples(wanted, sampling))
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.sampling import Sampling
@@ -41,6 +42,10 @@ class Failure:
     sample: int = 0
 
 
+Wanted: TypeAlias = Sequence[tuple[Prompt, int]]
+"""Prompts and numbers of samples."""
+
+
 class TextModel(Protocol):
     """Whatever answers prompts: a local model, an API, a column of a data set."""
 
@@ -56,3 +61,19 @@ class TextModel(Protocol):
         anything is generated.
         """
         ...
+
+
+class SampleModel(ABC):
+    """A `TextModel` that can be asked for some of a prompt's samples rather than for all."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[Sequence[Answer | Failure]]:
+        """All samples of these prompts; see `generate_samples`."""
+        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
+
+    @abstractmethod
+    def generate_samples(
+        self, wanted: Wanted, sampling: Sampling
+    ) -> Iterator[Sequence[Answer | Failure]]:
+        """Of each prompt the samples of these numbers alone, otherwise as `TextModel.generate`."""

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from plad_fast.data.chat import Content, is_blank
-from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.completions import known_end, watched
+from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
-from plad_fast.pairs.generation.endpoint.secrets import one_line
-from plad_fast.pairs.generation.finish import known_end
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure
-from plad_fast.pairs.generation.thoughts import watched
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
 
 _AT_ONCE = 512  # requests in a call: what a killed run loses, and enough to keep a GPU busy
 
 
-class VllmModel:
+class VllmModel(SampleModel):
     """A model for vLLM's `LLM` class, which is loaded when it is first asked.
+
+    Plain text is asked as a message of the user if the tokenizer has a chat template, as
+    `LocalModel` does. Every sample is a request with a seed of its own: vLLM does not give several
+    greedy answers in one, and shares the prompt's computation between requests.
 
     Args:
         model: hub id or folder.
@@ -45,25 +47,15 @@ class VllmModel:
         self._engine_options = engine_options
         self._engine: Any = None
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    def generate_samples(
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
         """Yields the answers of one engine call after the other.
-
-        Plain text is asked as a message of the user if the tokenizer has a chat template, as
-        `LocalModel` does. Every sample is a request with a seed of its own: vLLM does not give
-        several greedy answers in one, and shares the prompt's computation between requests.
 
         Raises:
             UsageError: from this call: the model cannot be loaded. From the iterator: vLLM refuses
                 a prompt, such as one too long for the model.
         """
-        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
-
-    def generate_samples(
-        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
-        """As `generate`, of each prompt the samples of these numbers alone."""
         self._load()
         starts = range(0, len(wanted), _AT_ONCE)
         return watched(
@@ -81,12 +73,9 @@ class VllmModel:
                 "GPU's free memory"
             ) from error
 
-    def _answer(
-        self, asked: Sequence[tuple[Prompt, int]], sampling: Sampling
-    ) -> list[Answer | Failure]:
-        make = _vllm().SamplingParams
+    def _answer(self, asked: Wanted, sampling: Sampling) -> list[Answer | Failure]:
         params = [
-            make(
+            _vllm().SamplingParams(
                 n=1,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -96,49 +85,35 @@ class VllmModel:
             )
             for prompt, sample in asked
         ]
-        contents = [prompt.content for prompt, _ in asked]
         tokenizer = self._engine.get_tokenizer()
         # A tokenizer that brings its own way of chatting (Mistral's) has no such attribute.
         chats = getattr(tokenizer, "chat_template", True)
-        outputs: list[Any] = [None] * len(asked)
-        plain = [i for i, content in enumerate(contents) if isinstance(content, str) and not chats]
-        tokens = _as_tokens(tokenizer, {i: c for i, c in enumerate(contents) if i not in plain})
-        as_messages = [i for i in range(len(asked)) if i not in {*plain, *tokens}]
+        contents = dict(enumerate(prompt.content for prompt, _ in asked))
+        plain = {i: c for i, c in contents.items() if isinstance(c, str) and not chats}
+        tokens = _as_tokens(tokenizer, {i: c for i, c in contents.items() if i not in plain})
+        rest = {i: as_chat(c) for i, c in contents.items() if i not in plain and i not in tokens}
+        calls: list[tuple[Any, dict[int, Any]]] = [
+            (self._engine.generate, {i: {"prompt_token_ids": ids} for i, ids in tokens.items()}),
+            (self._engine.generate, plain),
+            (self._engine.chat, rest),
+        ]
+        outputs: dict[int, Any] = {}
         try:
-            if tokens:
-                found = self._engine.generate(
-                    [{"prompt_token_ids": ids} for ids in tokens.values()],
-                    [params[i] for i in tokens],
-                    use_tqdm=False,
-                )
-                _place(outputs, list(tokens), found)
-            if plain:
-                found = self._engine.generate(
-                    [contents[i] for i in plain], [params[i] for i in plain], use_tqdm=False
-                )
-                _place(outputs, plain, found)
-            if as_messages:
-                found = self._engine.chat(
-                    [as_chat(contents[i]) for i in as_messages],
-                    [params[i] for i in as_messages],
-                    use_tqdm=False,
-                )
-                _place(outputs, as_messages, found)
+            for call, inputs in calls:
+                if inputs:
+                    found = call([*inputs.values()], [params[i] for i in inputs], use_tqdm=False)
+                    outputs |= zip(inputs, found, strict=True)
         except ValueError as error:
             raise UsageError(
                 f"vLLM refuses a prompt for {self.model!r} ({one_line(str(error))}); shorten or "
                 "drop such prompts, or change the sampling"
             ) from error
-        return [
-            _read(output.outputs[0], prompt.id, sample)
-            for output, (prompt, sample) in zip(outputs, asked, strict=True)
-        ]
+        return [_read(outputs[i].outputs[0], p.id, sample) for i, (p, sample) in enumerate(asked)]
 
 
 def _vllm() -> Any:
-    return importlib.import_module(
-        "vllm"
-    )  # takes long, and is not installed where types are checked
+    """The module, which takes long to import, and is not installed where types are checked."""
+    return importlib.import_module("vllm")
 
 
 def _as_tokens(tokenizer: Any, contents: Mapping[int, Content]) -> dict[int, list[int]]:
@@ -153,11 +128,6 @@ def _as_tokens(tokenizer: Any, contents: Mapping[int, Content]) -> dict[int, lis
     encoder = TextIds(tokenizer)
     chats = {i: as_chat(content) for i, content in contents.items()}
     return {i: encoder.prompt(chat) for i, chat in chats.items() if encoder.holds_special(chat)}
-
-
-def _place(outputs: list[Any], where: Sequence[int], found: Sequence[Any]) -> None:
-    for i, output in zip(where, found, strict=True):
-        outputs[i] = output
 
 
 def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:

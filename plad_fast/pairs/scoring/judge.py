@@ -9,31 +9,50 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import Row, RowStore, has_rows, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
-from plad_fast.pairs.generation.endpoint.replies import cost_of, spent_reason
-from plad_fast.pairs.scoring.scorers import Item, by_prompt, digest
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
+from plad_fast.pairs.generation.endpoint.model import FIRST_SPENT
+from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, key_of
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
-
-if TYPE_CHECKING:
-    from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Reply
-
-
-__all__ = ["CRITERIA", "Judge", "JudgeReport", "read_verdict"]
 
 logger = logging.getLogger(__name__)
 
 _WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "unparsable": 0.5}
-_FIRST_SPENT = 8  # as for the teacher, see `endpoint_model`
+
+
+@dataclass
+class JudgeReport:
+    """What became of the comparisons so far. `str()` gives one line."""
+
+    comparisons: int = 0
+    ties: int = 0
+    """Comparisons without a winner, for whatever reason."""
+    order_dependent: int = 0
+    """Those whose verdict changed with the order of the answers; they count as ties."""
+    unparsable: int = 0
+    """Those with a reply that held no verdict, also when asked again; they count as ties."""
+    failed: int = 0
+    """Those with a reply that could not be had, was cut off or was withheld."""
+
+    def __str__(self) -> str:
+        counts = {
+            "changed with the order": self.order_dependent,
+            "without a verdict": self.unparsable,
+            "failed": self.failed,
+        }
+        notes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        line = f"{self.comparisons} comparisons, {self.ties} ties"
+        return f"{line} ({notes})" if notes else line
 
 
 class ChatEndpoint(Protocol):
-    """What a judge needs of `endpoint.Endpoint`."""
+    """What a judge needs of an `Endpoint`."""
 
     reasoning_tokens: int
 
@@ -44,7 +63,7 @@ class ChatEndpoint(Protocol):
     def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]: ...
 
 
-class Judge:
+class Judge(Scorer):
     """Compares answers pair by pair, each pair in both orders, at temperature 0.
 
     An endpoint that refuses this temperature is asked at its own; the verdicts that it gives so are
@@ -54,7 +73,7 @@ class Judge:
     of wins against the other different answers to its prompt; K of them take K (K - 1) requests.
 
     Args:
-        endpoint: such as `endpoint.Endpoint`.
+        endpoint: such as an `Endpoint`.
         name: for messages.
         criteria: what makes an answer the better one, in words for the judge.
         max_tokens: longest reply, in tokens, without the endpoint's `reasoning_tokens`.
@@ -62,7 +81,6 @@ class Judge:
         progress: show a bar on the standard error stream.
     """
 
-    uses_reference = False
     relative = True
 
     def __init__(
@@ -91,12 +109,9 @@ class Judge:
             "scorer": "judge",
             "judge": dict(self.endpoint.settings()),
             "criteria": self.criteria,
-            "template": digest(TEMPLATE, REMINDER)[:16],
+            "template": key_of(TEMPLATE, REMINDER)[:16],
             "max_tokens": self.max_tokens,
         }
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        pass
 
     def try_out(self, *, overwrite: bool = False) -> None:
         """Asks for one verdict, unless the store has some already, to find out before long work
@@ -111,7 +126,7 @@ class Judge:
         if self.store is not None and has_rows(self.store) and not overwrite:
             return
         texts = ("Name a colour.", "Blue.", "A colour.")
-        question = self._question(digest(*texts), *texts)
+        question = self._question(key_of(*texts), *texts)
         if self.endpoint.try_out(self._request(question)).choices[0].is_spent:
             raise UsageError(f"{self.name}: asked for a verdict, {self._spent()}")
 
@@ -184,7 +199,7 @@ class Judge:
 
     def _outcomes(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
         keys = [
-            (digest(prompt.content, a, b), digest(prompt.content, b, a)) for prompt, a, b in items
+            (key_of(prompt.content, a, b), key_of(prompt.content, b, a)) for prompt, a, b in items
         ]
         wanted: dict[str, Messages] = {}
         for (prompt, a, b), orders in zip(items, keys, strict=True):
@@ -199,11 +214,14 @@ class Judge:
                 f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
                 "endpoint works, and run again"
             )
-        return [self._outcome(*orders) if orders[0] in wanted else self._tie() for orders in keys]
+        return [self._outcome(*orders, same=orders[0] not in wanted) for orders in keys]
 
-    def _outcome(self, key: str, swapped: str) -> float | None:
+    def _outcome(self, key: str, swapped: str, *, same: bool) -> float | None:
         report = self.report
         report.comparisons += 1
+        if same:  # equal texts need no judge
+            report.ties += 1
+            return 0.5
         if key not in self._known or swapped not in self._known:
             report.failed += 1
             return None
@@ -216,25 +234,13 @@ class Judge:
         report.ties += outcome == 0.5
         return outcome
 
-    def _tie(self) -> float:
-        """Equal texts need no judge."""
-        self.report.comparisons += 1
-        self.report.ties += 1
-        return 0.5
-
     def _question(self, key: str, prompt: Content, first: str, second: str) -> Messages:
         # No text can hold its own digest, so none can forge the end of its part.
         return as_question(key[:12], self.criteria, prompt, first, second)
 
     def _request(self, messages: Messages) -> ChatRequest:
-        from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest
-
-        return ChatRequest(
-            messages,
-            max_tokens=self.max_tokens,
-            temperature=0.0,
-            optional=frozenset({"temperature"}),
-        )
+        optional = frozenset({"temperature"})
+        return ChatRequest(messages, self.max_tokens, temperature=0.0, optional=optional)
 
     def _spent(self) -> str:
         limit = self.max_tokens + self.endpoint.reasoning_tokens
@@ -291,24 +297,19 @@ class Judge:
         if not questions:
             return
         keys = list(questions)
-        requests = [self._request(questions[key]) for key in keys]
-        replies = self.endpoint.complete(requests)
-        hidden = not self.progress
+        replies = self.endpoint.complete([self._request(questions[key]) for key in keys])
+        options: dict[str, Any] = {"total": len(keys), "desc": self.name, "unit": "verdict"}
         empty = 0
-        for index, reply in tqdm(
-            replies, total=len(keys), desc=self.name, unit="verdict", disable=hidden
-        ):
-            if isinstance(reply, str):
-                failures.append(reply)
-            elif reply.choices[0].problem:
-                failures.append(reply.choices[0].problem)
+        for index, reply in tqdm(replies, disable=not self.progress, **options):
+            if isinstance(reply, str) or reply.choices[0].problem:
+                failures.append(reply if isinstance(reply, str) else reply.choices[0].problem)
             elif reply.choices[0].is_spent:
                 failures.append(self._spent())
                 empty += 1
             else:
                 self._has_replied = True
                 yield keys[index], reply
-            if empty == _FIRST_SPENT and not self._has_replied and not self._known:
+            if empty == FIRST_SPENT and not self._has_replied and not self._known:
                 raise UsageError(
                     f"{self.name}: of the first {empty} replies each is empty: {self._spent()}"
                 )
@@ -340,31 +341,3 @@ def _is_verdict(row: Row) -> bool:
         and isinstance(tokens, list)
         and [type(count) for count in tokens] == [int, int]
     )
-
-
-@dataclass
-class JudgeReport:
-    """What became of the comparisons so far. `str()` gives one line."""
-
-    comparisons: int = 0
-    ties: int = 0
-    """Comparisons without a winner, for whatever reason."""
-    order_dependent: int = 0
-    """Those whose verdict changed with the order of the answers; they count as ties."""
-    unparsable: int = 0
-    """Those with a reply that held no verdict, also when asked again; they count as ties."""
-    failed: int = 0
-    """Those with a reply that could not be had, was cut off or was withheld."""
-
-    def __str__(self) -> str:
-        notes = [
-            f"{count} {what}"
-            for count, what in (
-                (self.order_dependent, "changed with the order"),
-                (self.unparsable, "without a verdict"),
-                (self.failed, "failed"),
-            )
-            if count
-        ]
-        line = f"{self.comparisons} comparisons, {self.ties} ties"
-        return f"{line} ({', '.join(notes)})" if notes else line

@@ -1,29 +1,19 @@
-"""What an answer is worth: scorers, and scores that outlive a killed run.
-
-Models that score are in `model_scorers`, a judge behind an endpoint in `judge`.
-"""
+"""Scorers: measures and functions. Models that score are in `models`, a judge in `judge`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from plad_fast.data.chat import is_blank
 from plad_fast.data.places import require_there, shown
-from plad_fast.data.prompts import Prompt, require_unique_ids
-from plad_fast.data.store import RowStore, require_rows
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
-from plad_fast.pairs.filters import is_usable
-from plad_fast.pairs.generation.functions import import_function, source_digest
-from plad_fast.pairs.generation.text_model import Answer
-
-if TYPE_CHECKING:
-    from plad_fast.pairs.select import Scores
+from plad_fast.pairs.generation.given import import_function, source_digest
 
 Item: TypeAlias = tuple[Prompt, str]
 """A prompt and the text of an answer to it."""
@@ -43,19 +33,19 @@ class Scorer(Protocol):
 
     name: str
 
-    uses_reference: bool
+    uses_reference: bool = False
     """A score depends on the prompt's reference."""
 
-    relative: bool
+    relative: bool = False
     """A score depends on the other answers to the same prompt that are scored with it."""
 
     def settings(self) -> dict[str, Any]:
         """What the scores depend on, as JSON values, for the fingerprint of a store."""
-        ...
+        return {"scorer": self.name}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UsageError for prompts whose answers could not be scored, before there are any."""
-        ...
+        return None
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """A score for each item, larger is better; NaN for one that could not be had this time.
@@ -66,7 +56,7 @@ class Scorer(Protocol):
         ...
 
 
-class Rouge:
+class Rouge(Scorer):
     """Overlap with the prompt's reference, an F-measure in [0, 1]; see `text_metrics.rouge`.
 
     Args:
@@ -74,7 +64,6 @@ class Rouge:
     """
 
     uses_reference = True
-    relative = False
 
     def __init__(self, name: str) -> None:
         if name not in text_metrics.ROUGE_NAMES:
@@ -82,9 +71,6 @@ class Rouge:
                 f"unknown measure {name!r}; known: {', '.join(text_metrics.ROUGE_NAMES)}"
             )
         self.name = name
-
-    def settings(self) -> dict[str, Any]:
-        return {"scorer": self.name}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         lacking = [prompt.id for prompt in prompts if is_blank(prompt.reference or "")]
@@ -104,27 +90,18 @@ class Rouge:
         ]
 
 
-class Length:
+class Length(Scorer):
     """The number of words (`text_metrics.words`), or with `shorter` the same below zero."""
-
-    uses_reference = False
-    relative = False
 
     def __init__(self, *, shorter: bool = False) -> None:
         self.name = "brevity" if shorter else "length"
         self._sign = -1.0 if shorter else 1.0
 
-    def settings(self) -> dict[str, Any]:
-        return {"scorer": self.name}
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        pass
-
     def score(self, items: Sequence[Item]) -> list[float]:
         return [self._sign * len(text_metrics.words(text)) for _, text in items]
 
 
-class FunctionScorer:
+class FunctionScorer(Scorer):
     """Any function of yours.
 
     Args:
@@ -133,7 +110,6 @@ class FunctionScorer:
     """
 
     uses_reference = True
-    relative = False
 
     def __init__(self, function: ScoreFunction, name: str | None = None) -> None:
         self.function = function
@@ -143,9 +119,6 @@ class FunctionScorer:
         """The name, and a digest of the file that the function is in, if it is in one."""
         source = source_digest(self.function)
         return {"scorer": self.name, **({} if source is None else {"source": source})}
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        pass
 
     def score(self, items: Sequence[Item]) -> list[float]:
         values = [self.function(prompt.content, text, prompt.reference) for prompt, text in items]
@@ -200,101 +173,8 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
     raise UsageError(f"unknown scorer {spec!r}; known: {_SPECS}")
 
 
-def score_answers(
-    scorer: Scorer,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Mapping[str, Sequence[Answer]]],
-    path: str | os.PathLike[str],
-    *,
-    fingerprint: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Scores:
-    """Scores of all answers that can stand in a pair, in the form that `build_pairs` takes.
-
-    Args:
-        scorer: from `open_scorer`, or your own.
-        prompts: with ids of their own.
-        answers: of the teacher, of the student and so on, each by prompt id.
-        path, fingerprint, progress: see `stored_scores`.
-
-    Returns:
-        (Prompt id, text) -> score, without those that could not be had.
-
-    Raises:
-        UsageError: as `stored_scores`.
-    """
-    require_unique_ids(prompts)
-    items = [
-        (prompt, answer.text)
-        for prompt in prompts
-        for given in answers
-        for answer in given.get(prompt.id, ())
-        if is_usable(answer)
-    ]
-    scores = stored_scores(scorer, items, path, fingerprint=fingerprint, progress=progress)
-    pairs = zip(items, scores, strict=True)
-    return {(prompt.id, text): score for (prompt, text), score in pairs if not math.isnan(score)}
-
-
-def stored_scores(
-    scorer: Scorer,
-    items: Sequence[Item],
-    path: str | os.PathLike[str],
-    *,
-    fingerprint: Mapping[str, Any] | None = None,
-    batch_size: int = 64,
-    progress: bool = True,
-) -> list[float]:
-    """Scores from a store, which is filled up first where it lacks some.
-
-    They are computed batch by batch, all answers to a prompt in one, and a batch of which a score
-    is missing is computed as a whole: rounding then does not tell where a run was killed.
-
-    Args:
-        scorer: not asked if the store has all scores.
-        items: what to score; equal ones are scored once.
-        path: of the store.
-        fingerprint: what else the scores depend on, such as a digest of the model's weights.
-        batch_size: items between two writes, at least.
-        progress: show a bar on the standard error stream.
-
-    Returns:
-        For each item its score; NaN where the scorer could not have it, which another run tries
-        again.
-
-    Raises:
-        UsageError: an item cannot be scored, or as `RowStore.open`.
-    """
-    from tqdm import tqdm
-
-    scorer.check([prompt for prompt, _ in items])
-    keys = _keys(scorer, items)
-    with (
-        RowStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
-        tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
-    ):
-        require_rows(store, lambda row: type(row.get("score")) in (int, float))
-        for batch in _batches(items, batch_size):
-            if any(keys[index] not in store.done for index in batch):
-                unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
-                scores = scorer.score([items[index] for index in unique])
-                store.append(
-                    [
-                        {"id": keys[index], "prompt": items[index][0].id, "score": score}
-                        for index, score in zip(unique, scores, strict=True)
-                        if not math.isnan(score)
-                    ]
-                )
-            bar.update(len(batch))
-        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
-
-
 def finite_scores(name: str, items: Sequence[Item], values: Sequence[Any]) -> list[float]:
-    """The values as numbers.
-
-    Raises:
-        UsageError: one is not a finite number.
-    """
+    """The values as numbers; raises UsageError where one is not finite."""
     scores = []
     for (prompt, _), value in zip(items, values, strict=True):
         try:
@@ -318,29 +198,6 @@ def by_prompt(items: Sequence[Item]) -> list[list[int]]:
     return list(groups.values())
 
 
-def digest(*parts: Any) -> str:
+def key_of(*parts: Any) -> str:
     """Thirty-two hexadecimal digits that identify JSON values on any machine."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _keys(scorer: Scorer, items: Sequence[Item]) -> list[str]:
-    """What a score depends on, item by item."""
-    keys = [""] * len(items)
-    for group in by_prompt(items):
-        rivals = sorted({items[index][1] for index in group}) if scorer.relative else None
-        for index in group:
-            prompt, text = items[index]
-            reference = prompt.reference if scorer.uses_reference else None
-            keys[index] = digest(prompt.content, reference, text, rivals)
-    return keys
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for group in by_prompt(items):
-        batch += group
-        if len(batch) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

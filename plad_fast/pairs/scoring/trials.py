@@ -1,4 +1,4 @@
-"""A word with endpoints before long work, so that what they refuse is found out at once."""
+"""Trial requests to endpoints before long work, so that what they refuse is found out at once."""
 
 from __future__ import annotations
 

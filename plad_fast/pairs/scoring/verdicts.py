@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its verdict is read."""
+"""Questions to a judge, and the reading of its verdicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from plad_fast.data.chat import Content, Messages, written_out
-from plad_fast.pairs.generation.thoughts import after_thought
+from plad_fast.pairs.generation.completions import after_thought
 
 CRITERIA = (
     "The better answer does what the request asks for, is correct, and is clear. Length as such is "
@@ -68,7 +68,7 @@ def as_question(mark: str, criteria: str, prompt: Content, first: str, second: s
     text = TEMPLATE.format(
         criteria=criteria,
         mark=mark,
-        request=prompt if isinstance(prompt, str) else _transcript(prompt),
+        request=prompt if isinstance(prompt, str) else written_out(prompt),
         first=first,
         second=second,
     )
@@ -110,7 +110,3 @@ def _last_object(text: str) -> dict[str, Any] | None:
             value = json.loads(text[start:])
             return value if isinstance(value, dict) else None
     return None
-
-
-def _transcript(messages: Messages) -> str:
-    return written_out(messages)

@@ -1,4 +1,4 @@
-"""Where an endpoint is, and the key to it."""
+"""The address of an endpoint, the key to it, and messages that do not hold that key."""
 
 from __future__ import annotations
 
@@ -9,17 +9,42 @@ import os
 import re
 from urllib.parse import urlsplit
 
+from plad_fast.data.unicode import without_controls
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.secrets import one_line
 
 logger = logging.getLogger(__name__)
 
 OPENAI_URL = "https://api.openai.com/v1"
 
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)S?$", re.IGNORECASE)
+_SHORTEST = 8  # what is shorter guards nothing, such as "none" for a local server, and is in words
+_LONGEST_MESSAGE = 200
+_LONGEST_READ = 100_000
 
 # What no company's key looks like: capitals, in words, one of which says what it is.
 _PLAIN_NAME = re.compile(r"(?=.{1,64}\Z)[A-Z_][A-Z0-9]*(?:_[A-Z0-9]+)*\Z")
 _OF_A_KEY = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASS|PASSWORD|AUTH|CRED)S?(?:_|\d|\Z)")
+
+
+def mask(text: str, *secrets: str) -> str:
+    """The text with stars in place of the secrets."""
+    # The longest first: one secret may begin with another.
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, "***")
+    return text
+
+
+def one_line(text: str, *secrets: str) -> str:
+    """A foreign message for one of ours: masked, then on one line, then cut.
+
+    What a terminal would act on is replaced: colours, titles, and turns of the line's direction.
+    Besides the secrets named, those in environment variables with the usual names are masked.
+    """
+    found = (value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name))
+    # Nobody reads beyond the first page, and some servers send books.
+    line = " ".join(without_controls(mask(text[:_LONGEST_READ], *secrets, *found)).split())
+    return line if len(line) <= _LONGEST_MESSAGE else line[: _LONGEST_MESSAGE - 1] + "…"
 
 
 def check_variable(variable: str) -> None:
@@ -42,8 +67,7 @@ def check_variable(variable: str) -> None:
 def read_key(variable: str, url: str) -> str:
     """The key in an environment variable; a stand-in for an endpoint on this machine.
 
-    Raises:
-        UsageError: there is none, or it cannot be one. The message does not hold it.
+    Raises UsageError where there is none, or none that can be one; the message does not hold it.
     """
     check_variable(variable)
     key = os.environ.get(variable, "").strip()
@@ -65,8 +89,7 @@ def read_key(variable: str, url: str) -> str:
 def find_url(url: str | None) -> str:
     """The URL of the API: as given, else from the environment, else OpenAI's.
 
-    Raises:
-        UsageError: it is none, or holds what must not get into files and messages.
+    Raises UsageError for what is none, or holds what must not get into files and messages.
     """
     url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
     try:
@@ -90,7 +113,7 @@ def find_url(url: str | None) -> str:
     return url.rstrip("/")
 
 
-@functools.cache  # once, whoever asks there
+@functools.cache  # once for each URL
 def warn_of_clear_text(url: str) -> None:
     if urlsplit(url).scheme == "http" and not is_loopback(url):
         logger.warning(

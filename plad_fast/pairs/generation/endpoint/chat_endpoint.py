@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from plad_fast.errors import UsageError
@@ -22,21 +24,21 @@ from plad_fast.pairs.generation.endpoint.access import (
     read_key,
     warn_of_clear_text,
 )
-from plad_fast.pairs.generation.endpoint.background import iterate_in_thread
-from plad_fast.pairs.generation.endpoint.client import open_client
-from plad_fast.pairs.generation.endpoint.replies import (
+from plad_fast.pairs.generation.endpoint.chat import (
+    ChatRequest,
     Choice,
     Reply,
     Usage,
+    estimated_tokens,
+)
+from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
+from plad_fast.pairs.generation.endpoint.replies import (
     parse_reply,
     read_choices,
     read_usage,
     tells_ends,
 )
-from plad_fast.pairs.generation.endpoint.requests import ChatRequest, estimated_tokens, request_body
 from plad_fast.pairs.generation.endpoint.retries import Trouble, judge, pause, refusal
-
-__all__ = ["ChatRequest", "Choice", "Endpoint", "Reply"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,64 +47,62 @@ _LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, c
 _FIRST_CONNECTION = 4.0  # seconds for a server to take its first connection
 
 
+@dataclass(eq=False, repr=False)
 class Endpoint:
     """A model behind an OpenAI-compatible chat API.
 
-    Args:
-        model: as the endpoint calls it.
-        base_url: of the API, usually ending in `/v1`; else the environment variable
-            OPENAI_BASE_URL, else OpenAI's own.
-        api_key_env: environment variable that holds the key. The key itself is passed to the
-            client and to nothing else; an endpoint on this machine may do without.
-        concurrency: requests under way at once, at most.
-        timeout: seconds for a whole request, after which it counts as failed.
-        max_retries: how often a failed request is tried again.
-        reasoning_tokens: added to the length limit of every request, for a model that reasons
-            before it answers: what it spends on that counts as part of its answer.
-        first_pause, longest_pause: seconds before the first retry, doubled for each one that
-            follows, and the bound of that. What the server asks for by Retry-After is kept to, up
-            to a quarter of an hour; a longer wait ends the run.
-        token_budget: tokens, of prompts and answers, that may be spent over the life of this
-            object. Once they are, no request starts; those under way are let finish, so that up
-            to `concurrency` requests come on top. A request whose reply came too late or could not
-            be read counts at an estimate: its whole length limit.
-        cost_budget: likewise, in the currency of `prices`.
-        prices: of a million tokens of prompts, and of answers.
-
-    Raises:
-        UsageError: the `openai` package or the key is missing, or a value is out of range.
+    Raises UsageError where the `openai` package or the key is missing, or a value is out of range.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 8,
-        timeout: float = 60.0,
-        max_retries: int = 6,
-        reasoning_tokens: int = 0,
-        first_pause: float = 0.5,
-        longest_pause: float = 60.0,
-        token_budget: int | None = None,
-        cost_budget: float | None = None,
-        prices: tuple[float, float] | None = None,
-    ) -> None:
-        self.model = model
-        self.base_url = find_url(base_url)
-        self.api_key_env = api_key_env
-        self.concurrency = concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.reasoning_tokens = reasoning_tokens
-        self.first_pause = first_pause
-        self.longest_pause = longest_pause
-        self.token_budget = token_budget
-        self.cost_budget = cost_budget
-        self.usage = Usage(prices=prices)
+    model: str
+    """As the endpoint calls it."""
+
+    _: KW_ONLY
+
+    base_url: str | None = None
+    """Of the API, usually ending in `/v1`; else the environment variable OPENAI_BASE_URL, else
+    OpenAI's own."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. The key itself is passed to the client and to
+    nothing else; an endpoint on this machine may do without."""
+
+    concurrency: int = 8
+    """Requests under way at once, at most."""
+
+    timeout: float = 60.0
+    """Seconds for a whole request, after which it counts as failed."""
+
+    max_retries: int = 6
+    """How often a failed request is tried again."""
+
+    reasoning_tokens: int = 0
+    """Added to the length limit of every request, for a model that reasons before it answers: what
+    it spends on that counts as part of its answer."""
+
+    first_pause: float = 0.5
+    """Seconds before the first retry, doubled for each one that follows. What the server asks for
+    by Retry-After is kept to, up to a quarter of an hour; a longer wait ends the run."""
+
+    longest_pause: float = 60.0
+    """The bound of these pauses."""
+
+    token_budget: int | None = None
+    """Tokens, of prompts and answers, that may be spent over the life of this object. Once they
+    are, no request starts; those under way are let finish, so that up to `concurrency` requests
+    come on top. A request whose reply came too late or could not be read counts at an estimate: its
+    whole length limit."""
+
+    cost_budget: float | None = None
+    """Likewise, in the currency of `prices`."""
+
+    prices: tuple[float, float] | None = None
+    """Of a million tokens of prompts, and of answers."""
+
+    def __post_init__(self) -> None:
+        self.base_url = self._url = find_url(self.base_url)
+        self.usage = Usage(prices=self.prices)
         self.stopped = ""  # why `complete` left requests out the last time, if it did
-        self._is_local = is_loopback(self.base_url)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._tells_ends = False  # whether any reply had a finish_reason
         self._is_trial = False
@@ -113,11 +113,11 @@ class Endpoint:
         self._check()
 
     def __repr__(self) -> str:
-        return f"Endpoint({self.model!r}, base_url={self.base_url!r})"
+        return f"Endpoint({self.model!r}, base_url={self._url!r})"
 
     def settings(self) -> dict[str, str]:
         """What answers depend on, as JSON; without anything secret."""
-        return {"model": self.model, "base_url": self.base_url}
+        return {"model": self.model, "base_url": self._url}
 
     def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]:
         """Yields the index of every request once, with its reply or why it failed, as they come.
@@ -129,7 +129,7 @@ class Endpoint:
                 requests.
         """
         return iterate_in_thread(
-            lambda: self._replies(requests, read_key(self.api_key_env, self.base_url))
+            lambda: self._replies(requests, read_key(self.api_key_env, self._url))
         )
 
     def try_out(self, request: ChatRequest) -> Reply:
@@ -147,7 +147,7 @@ class Endpoint:
             self._is_trial = False
         if isinstance(reply, str):
             raise UsageError(
-                f"model {self.model!r} at {self.base_url} gave no reply to a first request "
+                f"model {self.model!r} at {self._url} gave no reply to a first request "
                 f"({reply}); see that the endpoint works, and run again"
             )
         self._trials += 1
@@ -174,11 +174,11 @@ class Endpoint:
         limits = [r.n * (r.max_tokens + self.reasoning_tokens) for r in requests]
         async with open_client(
             key=key,
-            base_url=self.base_url,
+            base_url=self._url,
             timeout=self.timeout,
             connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
             # A proxy named in the environment is not meant for this machine itself.
-            proxies=not self._is_local,
+            proxies=not is_loopback(self._url),
             tokens=max(limits, default=0),
         ) as client:
             workers = [
@@ -220,14 +220,13 @@ class Endpoint:
                 again = " again" if choices or last else ""
                 reason = stop or "another request ended the run"
                 return _so_far(choices, f"not asked{again}: {reason}" + last, spent)
-            body = request_body(
-                request,
+            body = request.body(
                 self.model,
                 had=len(choices),
                 refused=self._refused,
                 reasoning_tokens=self.reasoning_tokens,
                 # OpenAI's newer models refuse the old name, other servers the new one.
-                newest=self.base_url == OPENAI_URL,
+                newest=self._url == OPENAI_URL,
             )
             counted = (0, 0)
             try:
@@ -292,7 +291,7 @@ class Endpoint:
             logger.warning(
                 "%s at %s asks to wait for %.0f s (%s)",
                 self.model,
-                self.base_url,
+                self._url,
                 seconds,
                 trouble.reason,
             )
@@ -308,14 +307,14 @@ class Endpoint:
                 "%s at %s takes no temperature of %g: going on at its own, where replies are "
                 "samples, which come out otherwise when they are asked for anew (%s)",
                 self.model,
-                self.base_url,
+                self._url,
                 request.temperature,
                 trouble.reason,
             )
             return
         logger.info(
             "%s takes no %s: going on without (%s)",
-            self.base_url,
+            self._url,
             trouble.parameter,
             trouble.reason,
         )
@@ -323,7 +322,7 @@ class Endpoint:
     def _give_up(self, trouble: Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
         # `from None`: a traceback would show the client's own error too, which may quote the key.
-        error = refusal(trouble, self.model, self.base_url, self.api_key_env)
+        error = refusal(trouble, self.model, self._url, self.api_key_env)
         # A server that has answered may refuse one request by any status; not so its key, the
         # credit and the quota, nor for a wait of hours.
         lasts = trouble.status in _LASTING or trouble.retry_after is not None
@@ -359,12 +358,8 @@ class Endpoint:
         return ""
 
     def _check(self) -> None:
-        try:
-            import openai  # noqa: F401
-        except ImportError:
-            raise UsageError(
-                'endpoints need the openai package; run: pip install "plad-fast[api]"'
-            ) from None
+        if importlib.util.find_spec("openai") is None:
+            raise UsageError('endpoints need the openai package; run: pip install "plad-fast[api]"')
         if not self.model:
             raise UsageError("no model is named; write openai:MODEL")
         for name in ("concurrency", "timeout", "first_pause", "longest_pause"):
@@ -376,15 +371,15 @@ class Endpoint:
         for name in ("token_budget", "cost_budget"):
             if (budget := getattr(self, name)) is not None and not budget > 0:
                 raise UsageError(f"{name} must be positive, not {budget}")
-        if self.cost_budget is not None and self.usage.prices is None:
+        if self.cost_budget is not None and self.prices is None:
             raise UsageError(
                 "a cost budget needs the prices of a million tokens of prompts and of answers; "
                 "give them, or a token budget instead"
             )
-        if self.usage.prices is not None and not all(p >= 0 for p in self.usage.prices):
-            raise UsageError(f"prices must be 0 or more, not {self.usage.prices}")
-        read_key(self.api_key_env, self.base_url)
-        warn_of_clear_text(self.base_url)
+        if self.prices is not None and not all(p >= 0 for p in self.prices):
+            raise UsageError(f"prices must be 0 or more, not {self.prices}")
+        read_key(self.api_key_env, self._url)
+        warn_of_clear_text(self._url)
 
 
 def _so_far(choices: list[Choice], reason: str, spent: Sequence[int]) -> Reply | str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from plad_fast.pairs.generation.endpoint.retries import BadReplyError
 
 if TYPE_CHECKING:
     import openai
+
+T = TypeVar("T")
 
 # A token is a few characters as a rule, of six bytes each where JSON escapes them, and some servers
 # say all twice; but some tokens are long, and there is more in a reply than its text.
@@ -17,6 +23,7 @@ _BYTES_BESIDE = 4 * 2**20
 _REDIRECTIONS = 3
 _CODINGS = frozenset({"", "identity", "gzip", "deflate"})
 _KEPT = frozenset({b"retry-after", b"retry-after-ms", b"location"})
+_PATIENCE = 5.0  # seconds in which cancelled work should have ended
 
 
 def most_bytes(tokens: int) -> int:
@@ -30,7 +37,8 @@ def open_client(
     """A client for some requests; it is an asynchronous context manager.
 
     A redirection is followed within the server that was asked, and no further: the next one would
-    get the prompts.
+    get the prompts. The client's own retries are off: it waits for no Retry-After above a minute,
+    asks again where a quota of a day is spent, and keeps no budget.
 
     Args:
         timeout: seconds for each phase of a request.
@@ -96,3 +104,43 @@ async def _read(response: Any, most: int) -> bytes:
 def _origin(request: Any) -> tuple[str, str, int | None]:
     port = request.url.port or {"http": 80, "https": 443}.get(request.url.scheme)
     return request.url.scheme, request.url.host, port
+
+
+def iterate_in_thread(make: Callable[[], AsyncGenerator[T, None]]) -> Iterator[T]:
+    """Yields what the asynchronous generator yields, and raises what it raises.
+
+    Its thread has an event loop of its own, so it does not matter whether the caller has one, as
+    notebooks do. When the reader stops early (`close`, an exception, Ctrl-C), the generator is
+    cancelled at once, wherever it waits.
+    """
+    items: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+    loop = asyncio.new_event_loop()
+
+    async def pump() -> None:
+        async with contextlib.aclosing(make()) as source:
+            async for value in source:
+                items.put((value,))
+
+    task = loop.create_task(pump())
+
+    def run() -> None:
+        end: BaseException | None = None
+        try:
+            loop.run_until_complete(task)
+        except BaseException as error:
+            end = error
+        finally:
+            loop.close()
+            items.put(end)
+
+    thread = threading.Thread(target=run, name="plad-fast-requests", daemon=True)
+    thread.start()
+    try:
+        while isinstance(item := items.get(), tuple):
+            yield item[0]
+        if item is not None:
+            raise item
+    finally:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join(_PATIENCE)

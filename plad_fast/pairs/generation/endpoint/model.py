@@ -9,22 +9,26 @@ from typing import Literal
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.chat_endpoint import ChatRequest, Endpoint, Reply
-from plad_fast.pairs.generation.endpoint.replies import Choice, spent_reason
+from plad_fast.pairs.generation.completions import watched
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, spent_reason
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure
-from plad_fast.pairs.generation.thoughts import Thoughts
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
 
-# Replies from the first on that end before any answer, after which no more is paid.
-_FIRST_SPENT = 8
-_ADVICE = (
+FIRST_SPENT = 8
+"""Replies from the first on that end before any answer, after which no more is paid."""
+
+_REASONING_PARSER = (
     "start the server with a reasoning parser (vLLM: --reasoning-parser), or switch the model's "
     "thinking off"
 )
 
 
-class EndpointModel:
+class EndpointModel(SampleModel):
     """Asks an endpoint every prompt; plain text is asked as a message of the user.
+
+    All of a prompt's samples are asked for in one request, which costs the prompt once; those that
+    do not come are asked for again. Whether a seed makes answers repeatable is up to the endpoint.
 
     Args:
         endpoint: where to ask. Its `usage` says what was spent so far.
@@ -44,76 +48,60 @@ class EndpointModel:
             UsageError: the endpoint cannot be reached, refuses the key, the model or the sampling,
                 or spends all tokens before an answer.
         """
-        reply = self.endpoint.try_out(
-            ChatRequest(
-                as_chat("Say yes."),
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=request_seed(sampling.seed, ""),
-            )
-        )
-        if reply.choices[0].is_spent:
+        request = self._request(as_chat("Say yes."), sampling, request_seed(sampling.seed, ""))
+        if self.endpoint.try_out(request).choices[0].is_spent:
             raise UsageError(f"{self.name}: asked for a word, {self._spent(sampling)}")
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    def generate_samples(
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
         """Yields a prompt's answers together, as they come.
-
-        All `sampling.n` are asked for in one request, which costs the prompt once; those that do
-        not come are asked for again. Whether a seed makes answers repeatable is up to the endpoint.
 
         Raises:
             UsageError: from this call: the sampling wants what the API does not have. From the
                 iterator: as `Endpoint.complete`, or the first replies hold no answer at all: their
                 tokens are spent before, or they are a thought or a tool call alone.
         """
-        return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
-
-    def generate_samples(
-        self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
-        """As `generate`, of each prompt the samples of these numbers alone."""
         if sampling.top_k:
             raise UsageError(
                 f"the chat API has no top_k, which is {sampling.top_k}; leave it 0, and use top_p"
             )
         asked = _runs(wanted)
         requests = [
-            ChatRequest(
+            self._request(
                 as_chat(prompt.content),
-                n=len(samples),
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=request_seed(sampling.seed, prompt.id) + samples[0],
+                sampling,
+                request_seed(sampling.seed, prompt.id) + samples[0],
+                len(samples),
             )
             for prompt, samples in asked
         ]
-        return self._answers(asked, requests, self._spent(sampling))
+        return watched(
+            self.name, self._answers(asked, requests, self._spent(sampling)), _REASONING_PARSER
+        )
 
     def _answers(
         self, asked: Sequence[tuple[Prompt, range]], requests: Sequence[ChatRequest], spent: str
     ) -> Iterator[list[Answer | Failure]]:
         empty = 0
-        thoughts = Thoughts(self.name, _ADVICE)
-        try:
-            for i, reply in self.endpoint.complete(requests):
-                batch = _read(asked[i][0].id, asked[i][1], reply, spent)
-                yield batch
-                thoughts.see(batch)
-                if isinstance(reply, Reply):
-                    is_empty = all(map(_is_empty, reply.choices))
-                    self.has_answered |= not is_empty
-                    empty += is_empty
-                    if empty == _FIRST_SPENT and not self.has_answered:
-                        why = reply.choices[0].problem or spent
-                        raise UsageError(
-                            f"{self.name}: of the first {empty} replies each is empty: {why}"
-                        )
-        finally:
-            thoughts.tell()
+        for i, reply in self.endpoint.complete(requests):
+            yield _read(asked[i][0].id, asked[i][1], reply, spent)
+            if isinstance(reply, Reply):
+                is_empty = all(map(_is_empty, reply.choices))
+                self.has_answered |= not is_empty
+                empty += is_empty
+                if empty == FIRST_SPENT and not self.has_answered:
+                    why = reply.choices[0].problem or spent
+                    raise UsageError(
+                        f"{self.name}: of the first {empty} replies each is empty: {why}"
+                    )
+
+    def _request(
+        self, messages: Messages, sampling: Sampling, seed: int, n: int = 1
+    ) -> ChatRequest:
+        return ChatRequest(
+            messages, sampling.max_new_tokens, n, sampling.temperature, sampling.top_p, seed
+        )
 
     def _spent(self, sampling: Sampling) -> str:
         limit = sampling.max_new_tokens + self.endpoint.reasoning_tokens

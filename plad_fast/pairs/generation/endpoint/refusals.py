@@ -1,4 +1,4 @@
-"""Which parameter of a request a server refuses, and whether for its name or for its value."""
+"""Parameters of a request that a server refuses, for their name or for their value."""
 
 from __future__ import annotations
 

@@ -1,21 +1,17 @@
-"""What is read from a chat completion, and what it cost.
-
-Any server's reply, of any shape, comes here: a JSON value that nobody has validated.
-"""
+"""Reading of replies. Any server's, of any shape: a JSON value that nobody has validated."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from plad_fast.data.chat import is_blank
 from plad_fast.data.unicode import mend
+from plad_fast.pairs.generation.completions import is_all_thought, is_told, known_end
+from plad_fast.pairs.generation.endpoint.access import mask, one_line
+from plad_fast.pairs.generation.endpoint.chat import Choice
 from plad_fast.pairs.generation.endpoint.retries import BadReplyError
-from plad_fast.pairs.generation.endpoint.secrets import mask, one_line
-from plad_fast.pairs.generation.finish import Finish, is_told, known_end
-from plad_fast.pairs.generation.thoughts import after_thought, is_all_thought
 
 _MOST_TOKENS = 10**9  # of one reply; what says more counts nothing
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
@@ -24,94 +20,8 @@ _THOUGHT_PARTS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One of the answers in a reply."""
-
-    text: str
-    """Without surrounding white space; empty where the model said nothing."""
-
-    finish_reason: Finish
-
-    n_tokens: int = 0
-    """0 where the reply does not say."""
-
-    problem: str = ""
-    """Why this is no answer, though the reply is whole and another would be like it."""
-
-    @property
-    def is_spent(self) -> bool:
-        """The length limit was reached before there was any text but of a thought."""
-        return self.finish_reason == "length" and not after_thought(self.text)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came of a request: at least one choice."""
-
-    choices: list[Choice]
-
-    missing: str = ""
-    """Why there are fewer choices than `ChatRequest.n`, if there are."""
-
-    left_out: frozenset[str] = frozenset()
-    """Of `ChatRequest.optional`, what the endpoint did not take."""
-
-    prompt_tokens: int = field(default=0, compare=False)
-    answer_tokens: int = field(default=0, compare=False)
-
-
-@dataclass
-class Usage:
-    """What an endpoint was asked so far, and what it used up."""
-
-    prices: tuple[float, float] | None = None
-    """Of a million tokens of prompts, and of answers."""
-
-    requests: int = 0
-    replies: int = 0
-    """Requests that brought an answer."""
-    retries: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    uncounted: int = 0
-    """Answers of which no number of tokens is known."""
-    lost: int = 0
-    """Requests that may have been paid for, and whose reply came too late or could not be read.
-    What they cost is estimated, and is in the numbers of tokens above."""
-
-    @property
-    def tokens(self) -> int:
-        """Those of prompts and of answers."""
-        return self.prompt_tokens + self.answer_tokens
-
-    @property
-    def cost(self) -> float | None:
-        """In the currency of the prices, if these are known."""
-        return cost_of(self.prompt_tokens, self.answer_tokens, self.prices)
-
-    def __str__(self) -> str:
-        cost = "" if self.cost is None else f", cost {self.cost:.4f}"
-        retries = f", {self.retries} of them again" if self.retries else ""
-        lost = f", {self.lost} without a reply that could be read, at an estimate" * bool(self.lost)
-        return f"{self.tokens:,} tokens in {self.requests:,} requests{retries}{lost}{cost}"
-
-
-def cost_of(
-    prompt_tokens: int, answer_tokens: int, prices: tuple[float, float] | None
-) -> float | None:
-    """By the prices of a million tokens; None where they are not known."""
-    if prices is None:
-        return None
-    return (prompt_tokens * prices[0] + answer_tokens * prices[1]) / 1e6
-
-
 def parse_reply(content: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds.
-
-    Raises:
-        BadReplyError: it holds none.
-    """
+    """The JSON object that a body holds; raises BadReplyError where it holds none."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError, MemoryError):
@@ -146,14 +56,11 @@ def tells_ends(body: Mapping[str, Any]) -> bool:
 def read_choices(body: Mapping[str, Any], key: str, *, n: int, told: bool) -> list[Choice]:
     """The answers in a reply, at least one and at most `n`; those that are bad are left out.
 
-    Args:
-        body: of the reply.
-        key: masked in texts: some servers play back what they were sent.
-        n: answers that were asked for.
-        told: the server is known to say how a reply ended: one that does not was interrupted.
+    Raises BadReplyError where there are none.
 
-    Raises:
-        BadReplyError: there are none.
+    Args:
+        key: masked in texts: some servers play back what they were sent.
+        told: the server is known to say how a reply ended: one that does not was interrupted.
     """
     if error := body.get("error"):
         raise BadReplyError(f"the reply is an error: {_shown(error)}", code=_code(error))
@@ -234,11 +141,6 @@ def _text(content: Any) -> tuple[str, list[str]]:
                 f"the reply holds an answer that is not text: {_shown(part)}", lasting=True
             )
     return "".join(texts), thoughts
-
-
-def spent_reason(limit: int, what: str, raise_flags: str) -> str:
-    """Why a reply is empty that used up all its tokens."""
-    return f"all {limit:,} tokens were spent before any {what} (reasoning?); raise {raise_flags}"
 
 
 def _count(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""What to do about a request that failed: again, otherwise, not this one, or none at all."""
+"""Failed requests, and what follows: again, otherwise, not this one, or none at all."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import email.utils
 import random
 import re
 import time
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.refusals import (
     LIMITS,
     Refusal,
@@ -19,7 +20,6 @@ from plad_fast.pairs.generation.endpoint.refusals import (
     find_refusal,
     is_of_prompt,
 )
-from plad_fast.pairs.generation.endpoint.secrets import one_line
 
 _AGAIN = frozenset({408, 409, 425, 429})
 LONGEST_ASKED = 900.0
@@ -106,97 +106,98 @@ def judge(
         key: to keep out of the reason.
         optional: parameters that this request can do without, whatever their value.
     """
+    import openai
+
     try:
-        return _judge(error, sent, refused, key, optional)
+        if isinstance(error, openai.APIStatusError):
+            trouble = _of_status(error, sent, refused, optional)
+        else:
+            trouble = _of_transport(error)
+        return replace(trouble, reason=one_line(trouble.reason, key))
     except Exception as unread:  # a body too deep to be shown, say
         return Trouble("again", f"the reply cannot be read: {type(unread).__name__}", lost=True)
 
 
-def _judge(
-    error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str, optional: Set[str]
-) -> Trouble:
+def _of_transport(error: Exception) -> Trouble:
     import openai
 
-    causes = _causes(error)
+    causes = list(_causes(error))
     if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
-        return _judge_reply(bad, key)
+        return _of_reply(bad)
     names = {type(cause).__name__ for cause in causes}
     # A connection that was never made: nobody there, no such name, a proxy that refuses.
     unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
     if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
         what = "no connection in time" if unreachable else "no reply in time"
         return Trouble("again", what, unreachable=unreachable, lost=not unreachable)
-    if isinstance(error, openai.APIStatusError):
-        return _judge_status(error, sent, refused, key, optional)
     if isinstance(error, UnicodeEncodeError):
         return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
     if "DecodingError" in names:
-        return Trouble("again", one_line(f"the reply cannot be read: {error}", key), lost=True)
+        return Trouble("again", f"the reply cannot be read: {error}", lost=True)
     transport = type(error).__module__.partition(".")[0] in _TRANSPORTS
     if transport or isinstance(error, (openai.APIConnectionError, OSError)):
-        reason = one_line(f"no connection: {error.__cause__ or error}", key)
+        reason = f"no connection: {error.__cause__ or error}"
         return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
-    reason = one_line(f"the reply cannot be read: {type(error).__name__}: {error}", key)
-    return Trouble("again", reason, lost=True)
+    return Trouble("again", f"the reply cannot be read: {type(error).__name__}: {error}", lost=True)
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The exception and those that it was raised from."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return causes
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
-def _judge_reply(error: BadReplyError, key: str) -> Trouble:
-    reason = one_line(str(error), key)
+def _of_reply(error: BadReplyError) -> Trouble:
+    reason = str(error)
     if error.foreign:
         advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
         return Trouble("once", reason, advice=advice, lost=True)
-    if str(error.code) == "429" and _LONG_QUOTA.search(str(error)):
+    if str(error.code) == "429" and _LONG_QUOTA.search(reason):
         return Trouble("stop", reason, 429, advice=_LATER)
     return Trouble("once" if error.lasting else "again", reason, lost=True)
 
 
-def _judge_status(
-    error: Any, sent: Mapping[str, Any], refused: Set[str], key: str, optional: Set[str]
+def _of_status(
+    error: Any, sent: Mapping[str, Any], refused: Set[str], optional: Set[str]
 ) -> Trouble:
     status: int = error.status_code
     code, named = (v if isinstance(v, str) else "" for v in (error.code, error.param))
     said = _message(error)
-    reason = one_line(f"status {status}: {said}" if said else f"status {status}", key)
+    reason = f"status {status}: {said}" if said else f"status {status}"
     if code == "insufficient_quota" or status in (401, 402, 404):
         return Trouble("stop", reason, status)
     if 300 <= status < 400:
-        return Trouble("stop", _redirection(error, key), status, advice=_REDIRECTED)
+        target = error.response.headers.get("location", "nowhere")
+        reason = f"status {status}: a redirection to {target}"
+        return Trouble("stop", reason, status, advice=_REDIRECTED)
     if status in _AGAIN or status >= 500:
         wait = retry_after(error.response.headers)
         if status == 429 and _LONG_QUOTA.search(str(error.body)):
             return Trouble("stop", reason, status, advice=_LATER)
         if wait is not None and wait > LONGEST_ASKED:
-            reason = f"{reason}; it asks to wait for {_in_words(wait)}"
+            reason = f"it asks to wait for {_in_words(wait)}, {reason}"
             return Trouble("stop", reason, status, retry_after=wait, advice=_LATER)
         return Trouble("again", reason, status, retry_after=wait)
     of_prompt = code in _OF_ONE_PROMPT or status == 413
-    refusal = Refusal()
-    if status in (400, 422):
-        refusal = find_refusal(named, said or code, sent)
+    bad_request = status in (400, 422)
+    refusal = find_refusal(named, said or code, sent) if bad_request else Refusal()
     parameter = refusal.parameter
-    with_prompt = of_prompt or (refusal.of == "value" and is_of_prompt(said))
-    if parameter in LIMITS and not with_prompt:
+    can_drop = bool(parameter) and droppable(refusal, sent, optional)
+    if parameter in LIMITS and not (of_prompt or (refusal.of == "value" and is_of_prompt(said))):
         # Where the other name was refused before, this one is not: the request keeps a limit.
-        if droppable(refusal, sent, optional) and not refused & (LIMITS - {parameter}):
+        if can_drop and not refused & (LIMITS - {parameter}):
             return Trouble("adapt", reason, status, parameter=parameter)
         if refusal.of == "value":
             return Trouble("stop", reason, status, parameter=parameter)
         return Trouble("unclear", reason, status)
     if of_prompt or _FILTERED.search(said) or _TOO_LONG.search(said):
         return Trouble("skip", reason, status, parameter=parameter)
-    if parameter and parameter not in LIMITS and droppable(refusal, sent, optional):
+    if can_drop and parameter not in LIMITS:
         return Trouble("adapt", reason, status, parameter=parameter)
-    if status in (400, 422):
+    if bad_request:
         return Trouble("unclear", reason, status, parameter=parameter)
     return Trouble("stop", reason, status)
 
@@ -206,11 +207,6 @@ _REDIRECTED = (
     "it is not followed, for the key and the prompts would go there: check --base-url, and give "
     "the new address if you trust it"
 )
-
-
-def _redirection(error: Any, key: str) -> str:
-    target = error.response.headers.get("location", "nowhere")
-    return one_line(f"status {error.status_code}: a redirection to {target}", key)
 
 
 def _in_words(seconds: float) -> str:

@@ -1,0 +1,147 @@
+"""Ends and thoughts of completions, in the words and marks of the servers that are about.
+
+Only ends that are known count: of a word nobody knows it cannot be said whether the text before it
+is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from plad_fast.pairs.generation.text_model import Answer, Failure
+
+logger = logging.getLogger(__name__)
+
+Finish = Literal["stop", "length", "content_filter", "tool_calls"]
+
+# OpenAI's own word first; then those of Anthropic, TGI, Together, Gemini, Cohere, Bedrock, Qianfan,
+# watsonx, AI21, Aleph Alpha, llama.cpp and others, all as `_plain` makes them.
+_WORDS: dict[Finish, str] = {
+    "stop": "stop end_turn end_of_turn stop_sequence stop_word stop_words stop_token eos eos_token "
+    "eos_found stop_string_found endoftext end_of_text eot complete completed finish normal word",
+    "length": "length max_tokens max_token model_length max_output_tokens max_completion_tokens "
+    "max_new_tokens maximum_tokens max_length max_output_reached max_tokens_reached "
+    "max_predicted_tokens_reached token_limit error_limit limit output_limit length_limit "
+    "model_context_window_exceeded context_window_exceeded context_length context_length_exceeded "
+    "context_length_reached",
+    "content_filter": "content_filter content_filtered content_policy_violation safety sensitive "
+    "recitation blocklist prohibited_content spii language image_safety refusal "
+    "guardrail_intervened error_toxic moderation moderated blocked flagged model_armor",
+    "tool_calls": "tool_calls tool_call tool_use function_call function_calls "
+    "malformed_function_call malformed_tool_call malformed_tool_use unexpected_tool_call "
+    "too_many_tool_calls",
+}
+_ENDS = {word: end for end, words in _WORDS.items() for word in words.split()}
+_NOTHING = frozenset({"", "null", "none"})
+
+_ENOUGH = 16  # answers, to say that some hold thoughts while it is not too late
+
+_NAME = r"(?:[\w-]+:)?(?:think|thinking|thoughts?|reasoning)"
+# Tags of DeepSeek, Qwen and their like, then Mistral, Kimi, OpenThinker, Cohere, Gemma and gpt-oss,
+# whose marks may have lost their special tokens. Only what begins a line opens a thought: a tag in
+# the middle of a sentence is spoken of.
+_OPEN = re.compile(
+    rf"^[ \t]*(?:<{_NAME}(?:\s[^<>]*)?>|\[think\]|◁think▷"
+    r"|<\|(?:begin_of_)?(?:thought|thinking|think)\|>|<\|start_thinking\|>"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought)|<unused94>\s*thought"
+    r"|(?-i:\Aanalysis(?=[A-Z])))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_CLOSE = re.compile(
+    rf"(?<!`)(?:</{_NAME}\s*>|\[/think\]|◁/think▷"
+    r"|<\|/(?:thought|thinking|think)\|>|<\|end_of_(?:thought|thinking|think)\|>"
+    r"|<\|end_thinking\|>|<\|channel\|>\s*final(?:\s*<\|message\|>)?|<channel\|>|<unused95>"
+    r"|(?-i:assistantfinal))",
+    re.IGNORECASE,
+)
+
+
+def is_told(reason: Any) -> bool:
+    """Whether a reply says how it ended, if only in a word that nobody knows."""
+    return not (reason is None or (isinstance(reason, str) and _plain(reason) in _NOTHING))
+
+
+def known_end(reason: Any) -> Finish | None:
+    """The end that a word stands for; None for one that is not known, or is no word."""
+    if not isinstance(reason, str):
+        return None
+    plain = _plain(reason)
+    # Gemini's "content_filter: RECITATION".
+    return "content_filter" if plain.startswith("content_filter") else _ENDS.get(plain)
+
+
+def _plain(reason: str) -> str:
+    """`FinishReason.MAX_TOKENS`, `maxTokens` and `max-tokens` are one word."""
+    word = re.sub(r"^\w+\.(?=\w)", "", reason.strip())
+    word = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()
+    return re.sub(r"[\s-]+", "_", word).removeprefix("finish_reason_")
+
+
+def holds_thought(text: str) -> bool:
+    """Whether a thought, or part of one, stands in the text."""
+    return _OPEN.search(text) is not None or _CLOSE.search(text) is not None
+
+
+def after_thought(text: str) -> str:
+    """The answer proper; empty where the text ends inside its thought, or with it."""
+    rest = text[_closed(text) :]
+    return "" if _OPEN.search(rest) else rest.strip()
+
+
+def is_all_thought(text: str) -> bool:
+    """Whether the text ends inside its thought, or is nothing but a thought."""
+    if after_thought(text):
+        return False
+    opened = _OPEN.search(text)
+    before = text[: opened.start()] if opened else ""
+    if not before.strip() or _CLOSE.search(before):
+        return True
+    # An answer stands before it, which may be asked to end in its reasons; they are closed then.
+    return _OPEN.search(text, _closed(text)) is not None
+
+
+def _closed(text: str) -> int:
+    """The place behind the last thought that is closed."""
+    *_, closed = [0, *(mark.end() for mark in _CLOSE.finditer(text))]
+    return closed
+
+
+def watched(
+    name: str,
+    batches: Iterable[Sequence[Answer | Failure]],
+    advice: str = "switch the model's thinking off, or cut its thoughts off before",
+) -> Iterator[list[Answer | Failure]]:
+    """The batches as they are, with one warning where answers hold the model's thought.
+
+    Args:
+        name: of the teacher.
+        advice: what to do about it.
+    """
+    seen = found = 0
+    told = False
+
+    def tell() -> None:
+        logger.warning(
+            "%s: %d of %d answers so far hold the model's thought beside the answer (<think>, say),"
+            " which a student would be trained on; %s",
+            name,
+            found,
+            seen,
+            advice,
+        )
+
+    try:
+        for batch in batches:
+            texts = [item.text for item in batch if isinstance(item, Answer)]
+            seen += len(texts)
+            found += sum(map(holds_thought, texts))
+            if found and seen >= _ENOUGH and not told:
+                told = True
+                tell()
+            yield [*batch]
+    finally:
+        if found and not told:
+            tell()

@@ -1,0 +1,127 @@
+"""Scores that outlive a killed run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from plad_fast.data.prompts import Prompt, require_unique_ids
+from plad_fast.data.store import RowStore, require_rows
+from plad_fast.pairs.filters import is_usable
+from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, key_of
+from plad_fast.pairs.select import Scores
+
+
+def score_answers(
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Mapping[str, Sequence[Answer]]],
+    path: str | os.PathLike[str],
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Scores of all answers that can stand in a pair, in the form that `build_pairs` takes.
+
+    Args:
+        scorer: from `open_scorer`, or your own.
+        prompts: with ids of their own.
+        answers: of the teacher, of the student and so on, each by prompt id.
+        path, fingerprint, progress: see `stored_scores`.
+
+    Returns:
+        (Prompt id, text) -> score, without those that could not be had.
+
+    Raises:
+        UsageError: as `stored_scores`.
+    """
+    require_unique_ids(prompts)
+    items = [
+        (prompt, answer.text)
+        for prompt in prompts
+        for given in answers
+        for answer in given.get(prompt.id, ())
+        if is_usable(answer)
+    ]
+    scores = stored_scores(scorer, items, path, fingerprint=fingerprint, progress=progress)
+    pairs = zip(items, scores, strict=True)
+    return {(prompt.id, text): score for (prompt, text), score in pairs if not math.isnan(score)}
+
+
+def stored_scores(
+    scorer: Scorer,
+    items: Sequence[Item],
+    path: str | os.PathLike[str],
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[float]:
+    """Scores from a store, which is filled up first where it lacks some.
+
+    They are computed batch by batch, all answers to a prompt in one, and a batch of which a score
+    is missing is computed as a whole: rounding then does not tell where a run was killed.
+
+    Args:
+        scorer: not asked if the store has all scores.
+        items: what to score; equal ones are scored once.
+        path: of the store.
+        fingerprint: what else the scores depend on, such as a digest of the model's weights.
+        batch_size: items between two writes, at least.
+        progress: show a bar on the standard error stream.
+
+    Returns:
+        For each item its score; NaN where the scorer could not have it, which another run tries
+        again.
+
+    Raises:
+        UsageError: an item cannot be scored, or as `RowStore.open`.
+    """
+    from tqdm import tqdm
+
+    scorer.check([prompt for prompt, _ in items])
+    keys = _keys(scorer, items)
+    with (
+        RowStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
+        tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
+    ):
+        require_rows(store, lambda row: type(row.get("score")) in (int, float))
+        for batch in _batches(items, batch_size):
+            if any(keys[index] not in store.done for index in batch):
+                unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
+                scores = scorer.score([items[index] for index in unique])
+                store.append(
+                    [
+                        {"id": keys[index], "prompt": items[index][0].id, "score": score}
+                        for index, score in zip(unique, scores, strict=True)
+                        if not math.isnan(score)
+                    ]
+                )
+            bar.update(len(batch))
+        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
+
+
+def _keys(scorer: Scorer, items: Sequence[Item]) -> list[str]:
+    """What a score depends on, item by item."""
+    keys = [""] * len(items)
+    for group in by_prompt(items):
+        rivals = sorted({items[index][1] for index in group}) if scorer.relative else None
+        for index in group:
+            prompt, text = items[index]
+            reference = prompt.reference if scorer.uses_reference else None
+            keys[index] = key_of(prompt.content, reference, text, rivals)
+    return keys
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for group in by_prompt(items):
+        batch += group
+        if len(batch) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
