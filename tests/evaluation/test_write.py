@@ -61,8 +61,8 @@ def test_examples_hold_the_biggest_wins_and_losses():
     assert shown == [
         ("Biggest wins", "won", "p7"),
         ("Biggest wins", "won", "p8"),
-        ("Biggest losses", "lost", "p21"),
         ("Biggest losses", "lost", "p20"),
+        ("Biggest losses", "lost", "p21"),
         *(("Other prompts", "tied", f"p{i}") for i in range(4)),
     ]
     assert examples[0]["cut_off"] == ["PLaD student"]
