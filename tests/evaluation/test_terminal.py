@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.students import StudentOutputs
 from tests.support.evaluations import PLAD, SFT, Words, calibration, evaluate, samples
 
