@@ -71,7 +71,7 @@ def page() -> str:
 
 def require_its_transformers(otherwise: Callable[[str], object]) -> None:
     """Calls `otherwise` with the reason if the page is about another version of transformers."""
-    if f"transformers {transformers.__version__}." not in PAGE.read_text(encoding="utf-8"):
+    if f"transformers {transformers.__version__}," not in PAGE.read_text(encoding="utf-8"):
         otherwise(f"{PAGE.name} is not about transformers {transformers.__version__}")
 
 

@@ -29,7 +29,8 @@ from plad_fast.recipe.pair_settings import PairSettings
 from plad_fast.recipe.settings import DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
 from plad_fast.recipe.texts import RecipeTexts
-from plad_fast.training.train import discard_training, is_trained, train_model
+from plad_fast.training.train import train_model
+from plad_fast.training.trained_folders import discard_training, is_trained
 
 # The endpoint's address is among what the teacher is known by.
 _OF_PAIRS = (

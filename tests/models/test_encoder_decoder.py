@@ -23,7 +23,7 @@ from plad_fast.models.response_scores import score_pairs
 from plad_fast.models.sharing import prepare
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.training.bins import pack
+from plad_fast.training.micro_batches import pack
 from tests.conftest import BOS, END
 from tests.support.recipe_runs import arguments
 from tests.support.trainings import PAIRS, assert_same_weights, build, last_log, weights

@@ -122,13 +122,12 @@ def test_any_damage_to_the_newest_checkpoint_leads_to_the_one_before(killed, tmp
 def test_a_training_with_a_damaged_checkpoint_ends_with_the_same_weights(
     killed, finished, tiny_teacher, tmp_path
 ):
-    """Every file once, with the faults in turn; the checkpoint before takes its place."""
-    for name, fault in zip(files(killed / "checkpoint-6"), itertools.cycle(FAULTS)):
-        output = tmp_path / f"{name}-{fault}" / "out"
-        folder = shutil.copytree(killed, output.with_name("out.checkpoints"))
-        damaged(folder / "checkpoint-6" / name, fault, folder / "checkpoint-4" / name)
-        assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes(), name
-        assert [path.name for path in output.parent.iterdir()] == ["out"]
+    """The checkpoint before takes its place."""
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    damaged(folder / "checkpoint-6" / "optimizer.pt", "cut", folder / "checkpoint-4")
+    output = tmp_path / "out"
+    assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_without_a_whole_checkpoint_a_training_starts_anew(
@@ -309,6 +308,7 @@ def test_a_list_is_of_all_files_at_any_depth(tmp_path):
         assert damage(tmp_path, step=3) == "files.json is damaged"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by POSIX means")
 def test_a_disk_that_fills_up_in_torch_save(killed, finished, tiny_teacher, tmp_path):
     """The size limit on files stands in for it: the weights fit, the optimizer's state does not."""

@@ -361,7 +361,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
         ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=.'inputs'.* predictions"),
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics=.'loss'.* predictions"),
         ({"batch_eval_metrics": True}, r"batch_eval_metrics=True .* predictions"),
-        ({"length_column_name": "len"}, "length_column_name is 'len'"),
+        ({"length_column_name": "len"}, "length_column_name='len'"),
     ],
 )
 def test_bad_settings_are_refused(options, message, tmp_path):
