@@ -1,4 +1,4 @@
-"""Data from which little or nothing can be learned, said before the hours that it would cost.
+"""Checks for data from which little or nothing can be learned, before the hours it would cost.
 
 Each check gives findings: a line with a count and an example. Nothing here reads a file.
 """

@@ -22,9 +22,8 @@ from plad_fast.pairs.scoring.scorers import (
     Length,
     Rouge,
     open_scorer,
-    score_answers,
-    stored_scores,
 )
+from plad_fast.pairs.scoring.stored import score_answers, stored_scores
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 PROMPTS = [
