@@ -1,4 +1,4 @@
-"""Model and data of a training before its first step: token ids, layout, and what must agree."""
+"""Preparation of model and data for training: checks, token ids, layout."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def use_plad_fast(
     check_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
-    for what in _unsupported(trainer):
+    if what := next(_unsupported(trainer), None):
         raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
     _check_methods(trainer, kind)
     if metrics == "fast":
@@ -181,7 +181,7 @@ def use_plad_fast(
             prepare(reference, head_loss.layout, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
-    trainer._followed = head_loss
+    trainer._own_head_loss = head_loss
     return trainer
 
 
