@@ -136,9 +136,8 @@ def _ours(model: Path) -> list[str]:
 def discard_training(output: Path) -> None:
     """Removes a model that a training made, and the checkpoints of one beside it.
 
-    Raises:
-        UsageError: the folder holds something else, or another process trains there; nothing is
-            removed.
+    Nothing is removed, and a UsageError raised, where the folder holds something else or another
+    process trains there.
     """
     checkpoints = checkpoints_of(output)
     if is_trained(output):
