@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from plad_fast.data.packing import PreferenceBatch
-from plad_fast.models.head import call_inside, head_arguments, unwrap
+from plad_fast.models.head import head_arguments
+from plad_fast.models.wrappers import call_inside, unwrap
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.reference import transform_logits
