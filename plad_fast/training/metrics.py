@@ -62,7 +62,7 @@ class PreferenceMeter:
 
     @property
     def names(self) -> set[str]:
-        """What `summary` returns."""
+        """Names of the metrics in a `summary`."""
         inner = {"groups", "nll_tokens", "tokens"}
         return {*self._columns, "tokens_per_second"} - inner
 

@@ -48,7 +48,7 @@ def whole_in_every_process(accelerator: Accelerator) -> bool:
 
 
 def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Result:
-    """What `find` returns in the first process, which alone calls it, for all of them.
+    """The result of `find`, which the first process alone calls, for all of them.
 
     An error that it raises there is raised in the other processes as a UsageError.
     """

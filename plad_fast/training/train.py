@@ -189,7 +189,7 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
-    """What does not change from one training to another."""
+    """A trainer with the settings that all trainings share."""
     config = PLaDConfig(
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,

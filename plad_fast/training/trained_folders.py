@@ -21,7 +21,7 @@ from plad_fast.errors import UsageError
 from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
 
 RECORD = "training.json"
-"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
+"""Settings that the weights depend on; in the folder of the model, and of its checkpoints."""
 
 _FORMAT = RecordFormat("plad-fast training", 1)
 
