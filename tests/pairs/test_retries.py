@@ -20,15 +20,7 @@ from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.endpoint.retries import LONGEST_ASKED, pause, retry_after
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from tests.support.endpoints import (
-    CHAT,
-    KEY,
-    NOBODY,
-    PAUSE,
-    answers,
-    generate,
-    teacher,
-)
+from tests.support.endpoints import CHAT, KEY, NOBODY, PAUSE, answers, generate, teacher
 from tests.support.fault_server import FaultServer, Step, answer_to, said
 from tests.support.reply_fuzz import Fuzzed, install
 

@@ -33,13 +33,7 @@ from plad_fast.pairs.generation.ranks import (
 )
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
-from plad_fast.pairs.generation.text_model import (
-    Answer,
-    Failure,
-    SampleModel,
-    TextModel,
-    Wanted,
-)
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
 
 logger = logging.getLogger(__name__)
 
