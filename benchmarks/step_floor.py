@@ -27,7 +27,7 @@ from plad_fast import fused_linear_preference_loss
 from plad_fast.data.packing import PreferenceCollator
 from plad_fast.models.head import head_arguments
 from plad_fast.models.sharing import prepare
-from plad_fast.training.bins import pack
+from plad_fast.training.micro_batches import pack
 
 GROUPS = {
     "matrix products": PRODUCTS.keys(),

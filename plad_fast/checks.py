@@ -8,6 +8,9 @@ from typing import Any
 
 from plad_fast.errors import UsageError
 
+_LONGEST = 200  # characters of a value in a message
+_NESTED = (list, tuple, set, dict)
+
 
 def check_length_normalization(alpha: float) -> None:
     check_number("length_normalization", alpha)
@@ -46,6 +49,16 @@ def is_whole(number: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, or what kind of thing it is."""
-    brief = value is None or isinstance(value, (bool, int, float, complex, str))
-    return repr(value) if brief else f"a {type(value).__name__}"
+    """A value for a message: in its own spelling where that is short, else what it is."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 1] + "…")
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
+        return f"a number of more than {_LONGEST} digits"  # repr() refuses those of thousands
+    if value is None or isinstance(value, (bool, int, float, complex)):
+        return repr(value)
+    kind = "mapping" if isinstance(value, dict) else type(value).__name__
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, _NESTED) for v in value[:9]):
+        text = ", ".join(map(shown, value[:9]))
+        if len(value) <= 9 and len(text) <= _LONGEST:
+            return f"[{text}]"
+    return f"a {kind} of {len(value)}" if isinstance(value, _NESTED) else f"a {kind}"

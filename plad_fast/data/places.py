@@ -5,17 +5,15 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any
 
+from plad_fast.checks import shown
 from plad_fast.errors import UsageError
 
 OFFLINE = "offline"
 """The name of the model that needs no hub."""
 
-_LONGEST = 200  # characters of a value in a message
 _FOLDERS = ("runs", "checkpoints", "output", "outputs")  # of nobody on the hub
 _LONGEST_HUB_ID = 200
-_NESTED = (list, tuple, set, dict)
 
 
 def expanded(source: str | os.PathLike[str]) -> Path:
@@ -116,22 +114,6 @@ def nothing_at(source: str | os.PathLike[str], *, is_file: bool = False) -> str:
     if str(parent) in (".", "/"):
         return f"{text}; check the path"
     return f"{text}: the folder {str(parent)!r} holds {_listed(names)}; check the path"
-
-
-def shown(value: Any) -> str:
-    """A value for a message: in its own spelling where that is short, else what it is."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 1] + "…")
-    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
-        return f"a number of more than {_LONGEST} digits"  # repr() refuses those of thousands
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    kind = "mapping" if isinstance(value, dict) else type(value).__name__
-    if isinstance(value, (list, tuple)) and not any(isinstance(v, _NESTED) for v in value[:9]):
-        text = ", ".join(map(shown, value[:9]))
-        if len(value) <= 9 and len(text) <= _LONGEST:
-            return f"[{text}]"
-    return f"a {kind} of {len(value)}" if isinstance(value, _NESTED) else f"a {kind}"
 
 
 def _names(folder: Path) -> list[str]:

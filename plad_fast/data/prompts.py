@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import itertools
-import json
 import logging
 import os
 import re
@@ -15,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.chat import Content, Messages, is_blank, require_unicode
-from plad_fast.data.places import shown
-from plad_fast.data.rows import made_by_arrow, refuse_template_options, without_nulls
+from plad_fast.checks import shown
+from plad_fast.data.chat import Content, is_blank
+from plad_fast.data.plain_rows import made_by_arrow, without_nulls
+from plad_fast.data.records import digest
+from plad_fast.data.rows import read_content, refuse_template_options
 from plad_fast.data.tables import Row, Table, read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -110,10 +110,14 @@ def load_prompts(
         if ids is not None:
             prompt_id = ids[index]
         else:
-            digest = content_digest(content)
-            prompt_id = f"{digest}-{repeats[digest]}" if repeats[digest] else digest
-            repeats[digest] += 1
-        prompts.append(Prompt(prompt_id, content, _reference(row, reference_column, where)))
+            key = digest(content)
+            prompt_id = f"{key}-{repeats[key]}" if repeats[key] else key
+            repeats[key] += 1
+        reference = None
+        if reference_column is not None:
+            column = f"{where}, column {reference_column!r}"
+            reference = read_reference(row.get(reference_column), column)
+        prompts.append(Prompt(prompt_id, content, reference))
     return prompts
 
 
@@ -133,12 +137,6 @@ def as_messages(tokenizer: PreTrainedTokenizerBase, content: Content) -> Content
     if isinstance(content, str) and tokenizer.chat_template:
         return [{"role": "user", "content": content}]
     return content
-
-
-def content_digest(content: Content) -> str:
-    """Sixteen hexadecimal digits that identify a prompt's content on any machine."""
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def require_unique_ids(prompts: Sequence[Prompt]) -> None:
@@ -228,49 +226,21 @@ def _template_fields(table: Table, template: str) -> set[str]:
 
 
 def _as_content(value: Any, where: str) -> Content:
-    if isinstance(value, list) and value:
-        return _as_chat(value, where)
-    if not isinstance(value, str):
-        what = "nothing" if value is None or value == [] else f"a {type(value).__name__}"
-        raise UsageError(
-            f"{where} holds {what} where a prompt should be; a prompt is text or a list of "
-            '{"role", "content"} messages'
-        )
-    if is_blank(value):
-        raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
-    require_unicode(value, where)
-    refuse_written_lists(value, where)
-    return value
-
-
-def _as_chat(value: list[Any], where: str) -> Messages:
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
+    content = read_content(value, where)
+    if isinstance(content, str):
+        refuse_written_lists(content, where)
+        asked = [content]
+    else:
+        if content[-1]["role"] == "assistant":
             raise UsageError(
-                f"{where} holds a list that is not chat messages; each one needs a text 'role' and "
-                f"a text 'content', but one is {ascii(message)[:80]}"
+                f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"
             )
-        for text in (text for item in message.items() for text in item if isinstance(text, str)):
-            require_unicode(text, where)
-    if value[-1]["role"] == "assistant":
-        raise UsageError(
-            f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"
-        )
-    asked = [message for message in value if message["role"] != "system"] or value
-    if all(is_blank(message["content"]) for message in asked):
+        if any(message["content"] is None for message in content):
+            raise UsageError(f"{where} has a message without content; every turn needs a text")
+        asked = [m["content"] for m in content if m["role"] != "system"] or [content[0]["content"]]
+    if all(map(is_blank, asked)):
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
-    # Arrow gives every message every key that one of them has.
-    return [{key: text for key, text in m.items() if text is not None} for m in value]
-
-
-def _reference(row: Row, column: str | None, where: str) -> str | None:
-    return (
-        None if column is None else read_reference(row.get(column), f"{where}, column {column!r}")
-    )
+    return content
 
 
 def read_reference(value: Any, where: str) -> str | None:

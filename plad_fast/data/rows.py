@@ -1,4 +1,4 @@
-"""What rows of a preference dataset hand to the chat template beside the messages."""
+"""Rows of a preference dataset: prompt, responses, scores, and what the chat template gets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from plad_fast.data.chat import Content, Message, is_blank, require_unicode
-from plad_fast.data.places import shown
+from plad_fast.checks import shown
+from plad_fast.data.chat import Content, Message, is_blank
+from plad_fast.data.unicode import require_unicode
 from plad_fast.errors import UsageError
 
 # What `apply_chat_template` takes, or sets itself, and a template does not get from a row: its
@@ -30,12 +31,8 @@ _RESERVED = frozenset(
 _FOR_TEMPLATES = {"documents"}
 
 
-def read_template_options(row: Mapping[str, Any], *, from_arrow: bool = False) -> dict[str, Any]:
+def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `apply_chat_template`, from a row's `tools` and `chat_template_kwargs`.
-
-    Args:
-        row: with or without these columns.
-        from_arrow: leave out keys without a value, see `without_nulls`.
 
     Raises:
         UsageError: tools that are no list, nor the JSON text of one, or other arguments than a
@@ -47,8 +44,6 @@ def read_template_options(row: Mapping[str, Any], *, from_arrow: bool = False) -
             tools = json.loads(tools)
         except ValueError as error:
             raise UsageError(f"tools is a text and no JSON ({error}); give a list") from None
-    elif from_arrow:
-        tools = without_nulls(tools)
     if tools is not None and not isinstance(tools, (list, tuple)):
         raise UsageError(f"tools is a {type(tools).__name__}; give a list of tools, or its JSON")
     if given is not None and not isinstance(given, Mapping):
@@ -57,46 +52,12 @@ def read_template_options(row: Mapping[str, Any], *, from_arrow: bool = False) -
             'such as {"enable_thinking": false}'
         )
     options = {key: value for key, value in (given or {}).items() if value is not None}
-    if from_arrow:
-        options = without_nulls(options)
     if options and (wrong := sorted(_reserved() & options.keys())):
         raise UsageError(
             f"chat_template_kwargs has {', '.join(wrong)}, which the tokenisation sets itself; "
             "leave it out" + ("; tools have a column of their own" if "tools" in wrong else "")
         )
     return ({"tools": list(tools)} if tools else {}) | options
-
-
-def without_nulls(value: Any) -> Any:
-    """Less the keys without a value, at every depth: Arrow gives every row those that one has."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def made_by_arrow(rows: Any) -> bool:
-    """Whether nulls in the structs of these rows are Arrow's rather than somebody's.
-
-    They are in a `datasets.Dataset`, and so are they in a list or file that was made of one: all
-    structs at one place have the same keys, of which some have a value in one and none in another.
-    """
-    if hasattr(rows, "column_names"):  # without importing datasets
-        return True
-    keys: dict[tuple[str, ...], Any] = {}
-    nulls: set[tuple[str, ...]] = set()
-    values: set[tuple[str, ...]] = set()
-
-    def uniform(value: Any, place: tuple[str, ...]) -> bool:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                (nulls if inner is None else values).add((*place, key))
-            return keys.setdefault(place, value.keys()) == value.keys() and all(
-                uniform(inner, (*place, key)) for key, inner in value.items()
-            )
-        return not isinstance(value, (list, tuple)) or all(uniform(item, place) for item in value)
-
-    columns = (column for row in rows if isinstance(row, Mapping) for column in row.items())
-    return all(uniform(value, (name,)) for name, value in columns) and not nulls.isdisjoint(values)
 
 
 @functools.cache
@@ -167,23 +128,20 @@ def score_columns(columns: Collection[str]) -> list[str]:
     return ["scores"] if "responses" in columns else ["chosen_score", "rejected_score"]
 
 
-def read_row(row: Mapping[str, Any], *, from_arrow: bool = False) -> PreferenceRow:
+def read_row(row: Mapping[str, Any]) -> PreferenceRow:
     """Prompt and responses of a row in any of the forms that `tokenize_dataset` lists.
 
     Args:
-        row: column -> value.
-        from_arrow: of a table that gives every struct the keys that one of its column has: keys
-            without a value are left out. Elsewhere a null in a tool's arguments is the user's.
+        row: column -> value; less Arrow's nulls (`data.plain_rows.without_nulls`).
 
     Raises:
         UsageError: a value is missing or of another type than it should be. The message does not
             say which row it is: the caller knows.
     """
-    prompt, responses = _read_texts(without_nulls(row) if from_arrow else row)
+    prompt, responses = _read_texts(row)
     # Plain text does not pass through a template: such columns may be anything then.
     is_text = isinstance(prompt, str) and all(isinstance(item, str) for item in responses)
-    template = {} if is_text else read_template_options(row, from_arrow=from_arrow)
-    return PreferenceRow(prompt, responses, template)
+    return PreferenceRow(prompt, responses, {} if is_text else read_template_options(row))
 
 
 def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
@@ -203,52 +161,39 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     return prompt, responses
 
 
-def read_scores(row: Mapping[str, Any], group_size: int) -> list[float]:
-    """The scores of a row's first `group_size` responses.
-
-    Raises:
-        UsageError: there are fewer, or one is not a number.
-    """
+def read_scores(row: Mapping[str, Any], count: int) -> list[float]:
+    """The scores of a row's first `count` responses; raises UsageError where one has none."""
     if row.get("responses") is not None:
         scores = row.get("scores")
     else:
         rejected = row.get("rejected_score")
-        scores = [
-            row.get("chosen_score"),
-            *(rejected if isinstance(rejected, (list, tuple)) else [rejected]),
-        ]
-    if (
-        not isinstance(scores, (list, tuple))
-        or len(scores) < group_size
-        or not all(_is_number(s) and not math.isnan(s) for s in scores)
-    ):
+        rejected = rejected if isinstance(rejected, (list, tuple)) else [rejected]
+        scores = [row.get("chosen_score"), *rejected]
+    numbers = _numbers(scores)
+    if len(numbers) < count or any(map(math.isnan, numbers)):
         raise UsageError(
-            f"the scores are {shown(scores)} for {group_size} responses; give a number each"
+            f"the scores are {shown(scores)} for {count} responses; give a number each"
         )
-    return list(scores[:group_size])
+    return numbers[:count]
 
 
 def read_reference_logps(row: Mapping[str, Any], count: int) -> list[float]:
-    """The log-probabilities of a row's `count` responses under a reference model.
-
-    Raises:
-        UsageError: there are others than one finite number each.
-    """
-    logps = row.get("reference_logps")
-    if (
-        not isinstance(logps, (list, tuple))
-        or len(logps) != count
-        or not all(_is_number(value) and math.isfinite(value) for value in logps)
-    ):
+    """The log-probabilities of a row's `count` responses under a reference model, all finite."""
+    logps = _numbers(row.get("reference_logps"))
+    if len(logps) != count or not all(map(math.isfinite, logps)):
         raise UsageError(
-            f"reference_logps are {shown(logps)} for {count} responses; give a finite number each, "
-            "or leave the column out"
+            f"reference_logps are {shown(row.get('reference_logps'))} for {count} responses; give "
+            "a finite number each, or leave the column out"
         )
-    return list(logps)
+    return logps
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _numbers(values: Any) -> list[float]:
+    """A list of numbers, or an empty one if it is anything else."""
+    if not isinstance(values, (list, tuple)):
+        return []
+    numbers = [v for v in values if isinstance(v, Real) and not isinstance(v, bool)]
+    return numbers if len(numbers) == len(values) else []  # type: ignore[return-value]
 
 
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:
@@ -263,7 +208,7 @@ def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]
         shared = min(shared, len(first) - 1, len(second) - 1)
     if not shared or (isinstance(first, str) and is_blank(first[:shared])):
         raise UsageError(
-            "prompt is null, and chosen and rejected do not begin with the same one (the same "
+            "prompt is None, and chosen and rejected do not begin with the same one (the same "
             "messages, or the same words up to white space); add it"
         )
     return first[:shared], [first[shared:], second[shared:]]
@@ -273,7 +218,7 @@ def read_contents(value: Any, column: str) -> list[Content]:
     """Responses, at least one; see `read_content`."""
     if not isinstance(value, (list, tuple)) or not value:
         raise UsageError(
-            f"{column} is {_shown(value)}; it should be a list of responses, best first"
+            f"{column} is {shown(value)}; it should be a list of responses, best first"
         )
     return [read_content(item, f"an entry of {column}") for item in value]
 
@@ -288,14 +233,14 @@ def read_content(value: Any, column: str) -> Content:
         require_unicode(value, column)
         return value
     if not isinstance(value, (list, tuple)) or not _is_messages(value):
-        raise UsageError(f"{column} is {_shown(value)}; it should be {_RESPONSE}")
+        raise UsageError(f"{column} is {shown(value)}; it should be {_RESPONSE}")
     return [_read_message(message, column) for message in value]
 
 
 def _read_message(message: Mapping[str, Any], column: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise UsageError(f"{column} has a message whose role is {_shown(role)}; it should be text")
+        raise UsageError(f"{column} has a message whose role is {shown(role)}; it should be text")
     # Keys without a value are as good as none: servers send them, and Arrow makes them.
     others = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
     if isinstance(content, (list, tuple)):
@@ -304,10 +249,10 @@ def _read_message(message: Mapping[str, Any], column: str) -> Message:
     calls = role == "assistant" and content is None and any(others.values())
     if not isinstance(content, str) and not calls:
         raise UsageError(
-            f"{column} has a message whose content is {_shown(content)}; it should be text"
+            f"{column} has a message whose content is {shown(content)}; it should be text"
         )
     found = {"role": role, "content": content, **others}
-    _require_unicode(found, column)
+    require_unicode(found, column)
     return found
 
 
@@ -319,30 +264,12 @@ def _part_text(part: Any, column: str) -> str:
     is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
     if is_text and kind in ("text", "input_text", "output_text", None):
         return part["text"]
-    what = f"of type {kind!r}" if kind is not None else f"that is {_shown(part)}"
+    what = f"of type {kind!r}" if kind is not None else f"that is {shown(part)}"
     raise UsageError(
         f"{column} has a message with a part {what}; only parts of type 'text' are read: leave the "
         "row out, or write what the part says as text"
     )
 
 
-def _require_unicode(value: Any, column: str) -> None:
-    if isinstance(value, str):
-        require_unicode(value, column)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            _require_unicode(key, column)
-            _require_unicode(inner, column)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            _require_unicode(inner, column)
-
-
 def _is_messages(value: Sequence[Any]) -> bool:
     return bool(value) and all(isinstance(item, Mapping) for item in value)
-
-
-def _shown(value: Any) -> str:
-    if value is None or value == []:
-        return "null" if value is None else "an empty list"
-    return f"{str(value)[:60]!r}, a {type(value).__name__}"

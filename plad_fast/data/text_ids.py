@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
+from plad_fast.checks import is_whole
 from plad_fast.data.chat import (
     Content,
     Message,
     answer_text,
+    as_conversation,
     ends_turn,
     is_blank,
     render_group,
@@ -22,6 +24,7 @@ from plad_fast.data.chat import (
     with_eos,
 )
 from plad_fast.data.chat_template import common_length
+from plad_fast.data.rows import read_content, read_contents
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError
 
@@ -34,16 +37,23 @@ _NO_PROMPT = (
 )
 
 
-class GroupIds(NamedTuple):
-    """A prompt and its responses."""
+TRUNCATION_SIDES = ("left", "right")
 
-    prompt: list[int]
-    responses: list[list[int]]
-    moved: str = ""
-    """The end of the prompt whose tokens are others once a response follows; it is where the
-    responses begin."""
-    split: str = ""
-    """A special token that stood in a message and was encoded as text."""
+
+class EncodedGroup(TypedDict):
+    """One prompt and its K responses as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    truncated: bool
+    """The prompt was cut."""
+    fits: bool
+    """False: a response is too long, or leaves the prompt no room for a token; drop the group."""
+    moved: str
+    """The end of the prompt whose tokens are others once a response follows, or nothing; it is
+    where the responses begin."""
+    split: str
+    """A special token of a message that was encoded as text, or nothing."""
 
 
 class Specials(NamedTuple):
@@ -86,26 +96,58 @@ class TextIds:
     def _added(self) -> Mapping[int, Any]:
         return self.tokenizer.added_tokens_decoder
 
-    def prompt(self, prompt: Content, template: Mapping[str, Any] | None = None) -> list[int]:
-        """See `plad_fast.data.tokenization.encode_prompt`."""
+    def prompt(self, prompt: Content) -> list[int]:
+        """As `plad_fast.data.tokenization.encode_prompt`."""
         if isinstance(prompt, str):
             if self.encoder_decoder:
                 return _required(self.tokenizer(prompt)["input_ids"])
             return self._started(prompt, self._text.ids([prompt])[0])
-        prompt, template = self._hidden(prompt), self._hidden(template)
-        return _required(self._text.ids([render_prompt(self.tokenizer, prompt, template)])[0])
+        text = render_prompt(self.tokenizer, self._hidden(prompt))
+        return _required(self._text.ids([text])[0])
 
-    def group(
+    def encode(
+        self,
+        prompt: Content,
+        responses: Sequence[Content],
+        *,
+        max_length: int,
+        truncation_side: str = "left",
+        template: Mapping[str, Any] | None = None,
+    ) -> EncodedGroup:
+        """As `plad_fast.data.tokenization.encode_group`."""
+        check_cut(max_length, truncation_side)
+        prompt, answers = as_conversation(
+            read_content(prompt, "prompt"), read_contents(responses, "responses")
+        )
+        group = self._group(prompt, answers, template)
+        ids, longest = group["prompt_ids"], max(map(len, group["response_ids"]))
+        if self.encoder_decoder:
+            front, back = self.specials if isinstance(prompt, str) else Specials([], 0)
+            room, bos = max_length - len(front) - back, None
+            body = slice(len(front), len(ids) - back)
+            group["fits"] = longest <= max_length and room >= 1
+        else:
+            room, bos = max_length - longest, self.tokenizer.bos_token_id
+            body = slice(0, len(ids))
+            group["fits"] = room >= 1
+        group["truncated"] = len(ids[body]) > room
+        # A group that does not fit is left whole: the caller reports and drops it.
+        if group["truncated"] and group["fits"]:
+            kept = _cut(ids[body], room, truncation_side, bos)
+            group["prompt_ids"] = [*ids[: body.start], *kept, *ids[body.stop :]]
+        return group
+
+    def _group(
         self,
         prompt: Content,
         answers: Sequence[str] | Sequence[Message],
-        template: Mapping[str, Any] | None = None,
-    ) -> GroupIds:
+        template: Mapping[str, Any] | None,
+    ) -> EncodedGroup:
         """A prompt with its responses, as `plad_fast.data.chat.as_conversation` gives them."""
         if isinstance(prompt, str):
             texts = cast("Sequence[str]", answers)
             if self.encoder_decoder:
-                return GroupIds(self.prompt(prompt), [self._target(text) for text in texts])
+                return _whole(self.prompt(prompt), [self._target(text) for text in texts])
             return self._split(*self._plain(prompt, texts))
         messages: list[Message] = self._hidden(list(answers))
         head, wholes = render_group(
@@ -115,15 +157,15 @@ class TextIds:
         split = self._text.first_in(texts)
         if self.encoder_decoder:
             texts[1:] = [answer_text(self.tokenizer, head, whole) for whole in wholes]
-            ids = self._text.ids(texts)
-            return GroupIds(_required(ids[0]), ids[1:], split=split)
         head_ids, *ids = self._text.ids(texts)
+        if self.encoder_decoder:
+            return _whole(_required(head_ids), ids, split=split)
         end = self.tokenizer.eos_token_id
         for whole, tokens in zip(wholes, ids, strict=True):
             ended = tokens and ends_turn(whole, tokens[-1], end, self._added)
             if end is not None and not ended:
                 tokens.append(end)
-        return self._split(_required(head_ids), ids)._replace(split=split)
+        return self._split(_required(head_ids), ids, split)
 
     def holds_special(self, messages: Content) -> bool:
         """Whether a message holds a special token as text."""
@@ -151,7 +193,8 @@ class TextIds:
                 ids[place] = [*self._text.ids([text])[0], end]
         return self._started(prompt, prompt_ids), [self._with_front(tokens) for tokens in ids]
 
-    def _split(self, prompt: list[int], wholes: list[list[int]]) -> GroupIds:
+    def _split(self, prompt: list[int], wholes: list[list[int]], split: str = "") -> EncodedGroup:
+        """The ids of whole texts where they part from their prompt's."""
         shared = min(common_length(prompt, whole) for whole in wholes)
         if shared == 0:
             raise UsageError(
@@ -162,7 +205,7 @@ class TextIds:
         if end := prompt[shared:]:
             # A space in front is no text to some tokenizers.
             moved = self.tokenizer.decode(end) or "".join(self.tokenizer.convert_ids_to_tokens(end))
-        return GroupIds(prompt[:shared], [whole[shared:] for whole in wholes], moved)
+        return _whole(prompt[:shared], [whole[shared:] for whole in wholes], moved, split)
 
     def _target(self, response: str) -> list[int]:
         tokenizer = self.tokenizer
@@ -178,3 +221,32 @@ def _required(prompt_ids: list[int]) -> list[int]:
     if not prompt_ids:
         raise UsageError(_NO_PROMPT)
     return prompt_ids
+
+
+def _whole(
+    prompt_ids: list[int], response_ids: list[list[int]], moved: str = "", split: str = ""
+) -> EncodedGroup:
+    return EncodedGroup(
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        truncated=False,
+        fits=True,
+        moved=moved,
+        split=split,
+    )
+
+
+def check_cut(max_length: int, truncation_side: str) -> None:
+    """Raise a UsageError unless `max_length` is a whole number and `truncation_side` a side."""
+    if not is_whole(max_length):
+        raise UsageError(f"max_length must be a whole number of tokens, got {max_length!r}")
+    if truncation_side not in TRUNCATION_SIDES:
+        raise UsageError(f"truncation_side must be left or right, got {truncation_side!r}")
+
+
+def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
+    if side == "right":
+        return ids[:length]
+    if ids[0] == bos and length > 1:
+        return [bos, *ids[len(ids) - length + 1 :]]
+    return ids[len(ids) - length :]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from plad_fast.checks import is_whole
-from plad_fast.data.chat import Content, as_conversation
+from plad_fast.data.chat import Content
+from plad_fast.data.plain_rows import plain_rows, without_nulls
 from plad_fast.data.row_sets import (
     checked_tokens,
     holds_any,
-    is_of_arrow,
     longest,
-    plain_rows,
     require_ids,
     require_one_size,
     require_rows,
@@ -23,16 +21,13 @@ from plad_fast.data.row_sets import (
 )
 from plad_fast.data.rows import (
     TokenLimits,
-    made_by_arrow,
-    read_content,
-    read_contents,
     read_reference_logps,
     read_row,
     read_scores,
     require_columns,
     score_columns,
 )
-from plad_fast.data.text_ids import GroupIds, Specials, TextIds
+from plad_fast.data.text_ids import EncodedGroup, TextIds, check_cut
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,23 +35,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-TRUNCATION_SIDES = ("left", "right")
-
-
-class EncodedGroup(TypedDict):
-    """One prompt and its K responses as token ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-    truncated: bool
-    """The prompt was cut."""
-    fits: bool
-    """False: a response is too long, or leaves the prompt no room for a token; drop the group."""
-    moved: str
-    """The end of the prompt with which the responses begin, or nothing; see `encode_group`."""
-    split: str
-    """A special token of a message that was encoded as text, or nothing."""
 
 
 def encode_prompt(
@@ -80,10 +58,9 @@ def encode_prompt(
         UsageError: the prompt has no tokens, so nothing could predict the first response token; or
             messages that the chat template refuses, or that end in the assistant's.
     """
-    encoder = TextIds(
+    return TextIds(
         tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
-    )
-    return encoder.prompt(prompt)
+    ).prompt(prompt)
 
 
 def encode_group(
@@ -133,75 +110,13 @@ def encode_group(
     encoder = TextIds(
         tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
     )
-    return encode_with(
-        encoder,
+    return encoder.encode(
         prompt,
         responses,
         max_length=max_length,
         truncation_side=truncation_side,
         template=template,
     )
-
-
-def encode_with(
-    encoder: TextIds,
-    prompt: Content,
-    responses: Sequence[Content],
-    *,
-    max_length: int,
-    truncation_side: str = "left",
-    template: Mapping[str, Any] | None = None,
-) -> EncodedGroup:
-    """`encode_group` with a tokenizer of which much is known already."""
-    check_cut(max_length, truncation_side)
-    prompt, answers = as_conversation(
-        read_content(prompt, "prompt"), read_contents(responses, "responses")
-    )
-    ids = encoder.group(prompt, answers, template)
-    if encoder.encoder_decoder:
-        specials = encoder.specials if isinstance(prompt, str) else Specials([], 0)
-        return _two_texts(ids, specials, max_length, truncation_side)
-    prompt_ids = ids.prompt
-    room = max_length - max(map(len, ids.responses))
-    truncated = len(prompt_ids) > room
-    # A group that does not fit is left whole: the caller reports and drops it.
-    if truncated and room >= 1:
-        prompt_ids = _cut(prompt_ids, room, truncation_side, encoder.tokenizer.bos_token_id)
-    return _encoded(ids, prompt_ids, truncated, fits=room >= 1)
-
-
-def _encoded(ids: GroupIds, prompt_ids: list[int], truncated: bool, fits: bool) -> EncodedGroup:
-    return EncodedGroup(
-        prompt_ids=prompt_ids,
-        response_ids=ids.responses,
-        truncated=truncated,
-        fits=fits,
-        moved=ids.moved,
-        split=ids.split,
-    )
-
-
-def check_cut(max_length: int, truncation_side: str) -> None:
-    """Raise a UsageError unless `max_length` is a whole number and `truncation_side` a side."""
-    if not is_whole(max_length):
-        raise UsageError(f"max_length must be a whole number of tokens, got {max_length!r}")
-    if truncation_side not in TRUNCATION_SIDES:
-        raise UsageError(f"truncation_side must be left or right, got {truncation_side!r}")
-
-
-def _two_texts(
-    ids: GroupIds, specials: Specials, max_length: int, truncation_side: str
-) -> EncodedGroup:
-    """The prompt for an encoder and its responses for a decoder."""
-    prompt_ids = ids.prompt
-    front, back = len(specials.front), specials.back
-    truncated = len(prompt_ids) > max_length
-    fits = max(map(len, ids.responses)) <= max_length and front + back < max_length
-    if truncated and fits:
-        end = len(prompt_ids) - back
-        body = _cut(prompt_ids[front:end], max_length - front - back, truncation_side, None)
-        prompt_ids = [*prompt_ids[:front], *body, *prompt_ids[end:]]
-    return _encoded(ids, prompt_ids, truncated, fits)
 
 
 def tokenize_dataset(
@@ -261,9 +176,7 @@ def tokenize_dataset(
             sizes, a token id beyond the limits, or every row dropped.
     """
     check_cut(max_length, truncation_side)
-    from_arrow = is_of_arrow(dataset)
     dataset = plain_rows(dataset, name)
-    from_arrow = from_arrow or made_by_arrow(dataset)
     columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
         return checked_tokens(
@@ -283,15 +196,14 @@ def tokenize_dataset(
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            prompt, responses, template = read_row(row, from_arrow=from_arrow)
+            prompt, responses, template = read_row(row)
             numbers: dict[str, list[float]] = {}
             if with_reference:
                 numbers["reference_logps"] = read_reference_logps(row, len(responses))
             responses = responses[: 1 if first_only else None]
             if with_scores:
                 numbers["scores"] = read_scores(row, len(responses))
-            group = encode_with(
-                encoder,
+            group = encoder.encode(
                 prompt,
                 responses,
                 max_length=max_length,
@@ -313,7 +225,10 @@ def tokenize_dataset(
 
     if isinstance(dataset, Dataset):
         encoded = dataset.map(
-            encode, with_indices=True, remove_columns=columns, desc=f"Tokenising {name}"
+            lambda row, index: encode(without_nulls(row), index),
+            with_indices=True,
+            remove_columns=columns,
+            desc=f"Tokenising {name}",
         )
     else:  # Arrow gets the ids only: rows may hold prompts of both forms
         encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
@@ -322,15 +237,6 @@ def tokenize_dataset(
     _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
     report_texts(name, encoded["moved"], encoded["split"])
     return encoded.select(fitting).remove_columns(["truncated", "fits", "moved", "split"])
-
-
-def _cut(ids: list[int], length: int, side: str, bos: int | None) -> list[int]:
-    assert side in TRUNCATION_SIDES, side
-    if side == "right":
-        return ids[:length]
-    if ids[0] == bos and length > 1:
-        return [bos, *ids[len(ids) - length + 1 :]]
-    return ids[len(ids) - length :]
 
 
 def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from plad_fast.errors import UsageError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,6 +31,26 @@ def mend(value: Any) -> Any:
     if isinstance(value, dict):
         return {mend(name): mend(item) for name, item in value.items()}
     return value
+
+
+def require_unicode(value: Any, where: str) -> None:
+    """Raises UsageError for a lone surrogate, which JSON can hold but no tokenizer takes.
+
+    Args:
+        value: a text, or a structure of lists and mappings.
+        where: it stands, for the message.
+    """
+    if isinstance(value, str):
+        if found := _SURROGATE.search(value):
+            raise UsageError(
+                f"{where} holds {found[0]!r}, half of a surrogate pair and no character; remove "
+                "it, or write both halves"
+            )
+    elif isinstance(value, (list, tuple, Mapping)):
+        for inner in value:
+            require_unicode(inner, where)
+        if isinstance(value, Mapping):
+            require_unicode(list(value.values()), where)
 
 
 def without_controls(text: str) -> str:

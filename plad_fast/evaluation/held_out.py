@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from plad_fast.data.chat import as_conversation, is_blank
+from plad_fast.data.plain_rows import made_by_arrow, without_nulls
 from plad_fast.data.prompts import Prompt, read_reference
 from plad_fast.data.records import digest
-from plad_fast.data.rows import made_by_arrow, read_row, refuse_template_options
+from plad_fast.data.rows import read_row, refuse_template_options
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
 
@@ -57,7 +58,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
     from_arrow = made_by_arrow(rows)
     for number, row in enumerate(rows):
         try:
-            prompt, responses, template = read_row(row, from_arrow=from_arrow)
+            prompt, responses, template = read_row(without_nulls(row) if from_arrow else row)
             reference = read_reference(row.get("reference"), "reference")
             if len(responses) < 2:
                 raise UsageError("there is no rejected response, and evaluation ranks pairs")

@@ -3,7 +3,11 @@
 Registered ops are opaque to `torch.compile`: a compiled loss calls them without a graph break,
 and their fake implementations give it shapes that follow a dynamic N and S. What depends on the
 values of a tensor (checks, dropping rows) or on the device (a budget of 0 bytes stands for its
-default) happens inside of them.
+default) happens inside of them. They take the options one by one, in the order of `HeadOptions`.
+
+Derivatives are first ones, and asking for more is an error. A backward that torch does not see into
+gives gradients without a graph of their own: a penalty on one would lose its second derivative
+without a word, and forward mode would find a tangent of 0.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -11,24 +15,33 @@ N tokens, V vocabulary, D hidden, S sequences.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Optional
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from plad_fast.errors import UsageError
 from plad_fast.ops import validation as check
-from plad_fast.ops.backend import LinearProblem, Upstream, default_scratch_bytes, get_backend
-from plad_fast.ops.first_order import first_order_only
+from plad_fast.ops.backend import HeadOptions, LinearProblem, Upstream, get_backend
 from plad_fast.ops.impl.products import accumulation_dtype
-from plad_fast.ops.logit_spec import LogitSpec
 
-# Schemas are read off these signatures, which must spell Optional out for older versions of torch.
-# ruff: noqa: UP045
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor cu_seqlens"
+OPTIONS = (
+    "float? softcap, float logit_scale, float temperature, SymInt ignore_index, str impl, "
+    "SymInt scratch_bytes"
+)
+"""Schemas of a `LinearProblem`'s tensors and of `HeadOptions`."""
 
 WAITING = (torch.Tag.cudagraph_unsafe,)
 """Tags of ops that may wait for the device, as no captured CUDA graph can: Inductor leaves them out
 of its graphs (`torch.compile(mode="reduce-overhead")`)."""
+
+_NO_SECOND = (
+    "the op has no second derivative, and a gradient of its gradient was asked for; leave "
+    "create_graph=True out, or build that term on plain logits (plad_fast.ops.reference)"
+)
 
 
 @contextlib.contextmanager
@@ -41,40 +54,87 @@ def alone_on(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("plad_fast::linear_sequence_logprobs", mutates_args=(), tags=WAITING)
-def linear_sequence_logprobs(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Optional[Tensor],  # (V,)
-    targets: Tensor,  # (N,) int64
-    cu_seqlens: Tensor,  # (S + 1,) int64
-    softcap: Optional[float],
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    length_normalization: float,
-    with_entropy: bool,
-    impl: str,
-    scratch_bytes: int,
-    skip_inactive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def problem_of(*arguments: Any) -> LinearProblem:
+    """The problem whose `arguments` these are."""
+    hidden, weight, bias, targets, cu_seqlens, *options = arguments
+    return LinearProblem(hidden, weight, bias, targets, cu_seqlens, HeadOptions(*options))
+
+
+def empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """What a registered op returns, which has no way to return None."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+def first_order_only(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """For a backward made of kernels: under `create_graph=True` its results have a graph to the
+    saved tensors that want a gradient, and a UsageError is raised when it is walked.
+
+    torch's `once_differentiable` does so only where the upstream gradient has a graph itself.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        leaves = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
+        if not leaves:
+            # A compiled graph that autograd runs through (backend="eager") saved none of them.
+            raise UsageError(_NO_SECOND)
+        return tuple(grad if grad is None else _End.apply(grad, *leaves) for grad in grads)
+
+    return once
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise UsageError(_NO_SECOND)
+
+
+def is_batched(tensor: Tensor | None) -> bool:
+    """Whether a gradient stands for several, as under `torch.autograd.grad(is_grads_batched=True)`.
+
+    By torch's own answer, which is no part of its public interface; no where it gives none.
+    """
+    names = ("is_batchedtensor", "is_legacy_batchedtensor")  # autograd.grad's are the latter
+    asked = (getattr(torch._C._functorch, name, None) for name in names)
+    return tensor is not None and any(ask is not None and ask(tensor) for ask in asked)
+
+
+@torch.library.custom_op(
+    "plad_fast::linear_sequence_logprobs",
+    mutates_args=(),
+    tags=WAITING,
+    schema=f"({HEAD}, {OPTIONS}, float length_normalization, bool skip_inactive, "
+    "bool with_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_sequence_logprobs(*arguments: Any) -> tuple[Tensor, ...]:
     """`LinearStatistics`, with an empty entropy where none is asked for."""
-    check.check_sequences(targets, cu_seqlens, len(weight), ignore_index)
-    spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = scratch_bytes or default_scratch_bytes(hidden.device)
-    problem = LinearProblem(hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch)
-    with alone_on(hidden):
-        statistics = get_backend(impl, hidden).linear_forward(
+    *of_problem, length_normalization, _, with_entropy = arguments
+    problem = problem_of(*of_problem)
+    options = problem.options
+    check.check_sequences(
+        problem.targets, problem.cu_seqlens, len(problem.weight), options.ignore_index
+    )
+    with alone_on(problem.hidden):
+        statistics = get_backend(options.impl, problem.hidden).linear_forward(
             problem, length_normalization, with_entropy
         )
-    entropy = statistics.lse.new_empty(0) if statistics.entropy is None else statistics.entropy
-    return (*statistics[:6], entropy)
+    return empty_for_none(statistics.lse, *statistics)
 
 
 @linear_sequence_logprobs.register_fake
 def _(hidden, weight, bias, targets, cu_seqlens, *options):
     dtype = accumulation_dtype(hidden.dtype)
-    with_entropy = options[5]
+    with_entropy = options[-1]
     num_tokens, num_sequences = hidden.shape[0], cu_seqlens.shape[0] - 1
 
     def per_token() -> Tensor:
@@ -89,70 +149,56 @@ def _(hidden, weight, bias, targets, cu_seqlens, *options):
 
 
 @torch.library.custom_op(
-    "plad_fast::linear_sequence_logprobs_backward", mutates_args=(), tags=WAITING
+    "plad_fast::linear_sequence_logprobs_backward",
+    mutates_args=(),
+    tags=WAITING,
+    schema="(Tensor? grad_sums, Tensor? grad_token, Tensor? grad_lse, Tensor counts, Tensor lse, "
+    f"Tensor tail, Tensor miss, {HEAD}, {OPTIONS}, float length_normalization, "
+    "bool skip_inactive, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def _linear_backward(
-    grad_sums: Optional[Tensor],  # (S,)
-    grad_token: Optional[Tensor],  # (N,)
-    grad_lse: Optional[Tensor],  # (N,)
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    targets: Tensor,
-    cu_seqlens: Tensor,
+    grad_sums: Tensor | None,  # (S,)
+    grad_token: Tensor | None,  # (N,)
+    grad_lse: Tensor | None,  # (N,)
     counts: Tensor,  # (S,)
     lse: Tensor,  # (N,)
     tail: Tensor,  # (N,)
     miss: Tensor,  # (N,)
-    softcap: Optional[float],
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    length_normalization: float,
-    impl: str,
-    scratch_bytes: int,
-    skip_inactive: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight and bias; empty where they are not needed."""
-    keep = targets != ignore_index
+    *of_problem, alpha, skip_inactive, needs = arguments
+    problem = problem_of(*of_problem)
+    keep = problem.targets != problem.options.ignore_index
     grad = torch.zeros_like(lse)
     if grad_sums is not None:
         per_token = grad_sums
-        if length_normalization:
-            per_token = grad_sums / counts.clamp(min=1).to(lse.dtype) ** length_normalization
-        grad += per_token.repeat_interleave(cu_seqlens.diff(), output_size=len(grad))
+        if alpha:
+            per_token = grad_sums / counts.clamp(min=1).to(lse.dtype) ** alpha
+        grad += per_token.repeat_interleave(problem.cu_seqlens.diff(), output_size=len(grad))
     if grad_token is not None:
         grad += grad_token
     upstream = Upstream(grad.where(keep, 0), None if grad_lse is None else grad_lse.where(keep, 0))
-    spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = scratch_bytes or default_scratch_bytes(hidden.device)
-    problem = LinearProblem(hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch)
-    needs = (need_hidden, need_weight, need_bias)
-    with alone_on(hidden):
-        grads = get_backend(impl, hidden).linear_backward(
-            problem, lse, tail, miss, upstream, needs, skip_inactive
+    with alone_on(problem.hidden):
+        grads = get_backend(problem.options.impl, problem.hidden).linear_backward(
+            problem, lse, tail, miss, upstream, tuple(needs), skip_inactive
         )
-    first, second, third = (hidden.new_empty(0) if grad is None else grad for grad in grads)
-    return first, second, third
+    return empty_for_none(problem.hidden, *grads)
 
 
 @_linear_backward.register_fake
-def _(grad_sums, grad_token, grad_lse, hidden, weight, bias, *options):
+def _(*arguments):
+    leaves, needs = arguments[7:10], arguments[-1]
     return tuple(
-        torch.empty_like(leaf) if need and leaf is not None else hidden.new_empty(0)
-        for leaf, need in zip((hidden, weight, bias), options[-3:], strict=True)
+        torch.empty_like(leaf) if need and leaf is not None else leaves[0].new_empty(0)
+        for leaf, need in zip(leaves, needs, strict=True)
     )
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, cu_seqlens, *options = inputs
     _, counts, _, lse, tail, miss, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, counts, lse, tail, miss)
-    softcap, logit_scale, temperature, ignore_index, alpha, _, impl, scratch, skip = options
-    ctx.options = softcap, logit_scale, temperature, ignore_index, alpha, impl, scratch, skip
+    ctx.save_for_backward(counts, lse, tail, miss, *inputs[:5])
+    ctx.options = inputs[5:-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(counts, tail, miss, entropy)
 
@@ -168,34 +214,32 @@ def _differentiate_linear(
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     grads = _linear_backward(
-        grad_sums, grad_token, grad_lse, *ctx.saved_tensors, *ctx.options, *needs
+        grad_sums, grad_token, grad_lse, *ctx.saved_tensors, *ctx.options, list(needs)
     )
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 11
+    of_head = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *of_head, *(None for _ in ctx.needs_input_grad[3:])
 
 
 linear_sequence_logprobs.register_autograd(_differentiate_linear, setup_context=_save_linear)
 
 
-@torch.library.custom_op("plad_fast::stored_token_logprobs", mutates_args=())
+@torch.library.custom_op(
+    "plad_fast::stored_token_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor targets, Tensor cu_seqlens, {OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
 def stored_token_logprobs(
     logits: Tensor,  # (N, V) or (S, T, V)
     targets: Tensor,  # (N,) or (S, T) int64
     cu_seqlens: Tensor,  # (S + 1,) int64, checked here only
-    softcap: Optional[float],
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    impl: str,
-    scratch_bytes: int,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token log-probabilities, lse, its tail and 1 - p(target), of the targets' shape."""
-    check.check_sequences(targets.reshape(-1), cu_seqlens, logits.shape[-1], ignore_index)
-    spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = scratch_bytes or default_scratch_bytes(logits.device)
+    options = HeadOptions(*arguments)
+    check.check_sequences(targets.reshape(-1), cu_seqlens, logits.shape[-1], options.ignore_index)
     with alone_on(logits):
-        return get_backend(impl, logits).stored_forward(
-            logits, targets, spec, ignore_index, scratch
-        )
+        return get_backend(options.impl, logits).stored_forward(logits, targets, options)
 
 
 @stored_token_logprobs.register_fake
@@ -204,26 +248,26 @@ def _(logits, targets, *_):
     return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(4))
 
 
-@torch.library.custom_op("plad_fast::stored_token_logprobs_backward", mutates_args=(), tags=WAITING)
+@torch.library.custom_op(
+    "plad_fast::stored_token_logprobs_backward",
+    mutates_args=(),
+    tags=WAITING,
+    schema="(Tensor grad, Tensor logits, Tensor targets, Tensor lse, Tensor tail, Tensor miss, "
+    f"{OPTIONS}) -> Tensor",
+)
 def _stored_backward(
-    grad: Tensor,
+    grad: Tensor,  # of the targets' shape
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
     tail: Tensor,
     miss: Tensor,
-    softcap: Optional[float],
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    impl: str,
-    scratch_bytes: int,
+    *arguments: Any,
 ) -> Tensor:
-    spec = LogitSpec(softcap, logit_scale, temperature)
-    scratch = scratch_bytes or default_scratch_bytes(logits.device)
+    options = HeadOptions(*arguments)
     with alone_on(logits):
-        return get_backend(impl, logits).stored_backward(
-            logits, targets, lse, tail, miss, grad, spec, ignore_index, scratch
+        return get_backend(options.impl, logits).stored_backward(
+            logits, targets, lse, tail, miss, grad, options
         )
 
 
@@ -241,7 +285,8 @@ def _save_stored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 @first_order_only
 def _differentiate_stored(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _stored_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
+    of_logits = _stored_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return of_logits, *(None for _ in ctx.needs_input_grad[1:])
 
 
 stored_token_logprobs.register_autograd(_differentiate_stored, setup_context=_save_stored)

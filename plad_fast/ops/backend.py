@@ -16,9 +16,37 @@ from torch import Tensor
 
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
-from plad_fast.ops.logit_spec import LogitSpec
 
 Denominators = tuple[float | Tensor, float | Tensor]
+Head = tuple[Tensor, Tensor, Tensor | None]
+"""hidden (N, D), weight (V, D), bias (V,)."""
+Needs = tuple[bool, bool, bool]
+"""Whether gradients of hidden, weight and bias are wanted."""
+
+
+class HeadOptions(NamedTuple):
+    """What stands between a matrix product and the softmax, and how it is computed.
+
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
+    """
+
+    softcap: float | None = None
+    """Gemma 2's `final_logit_softcapping`; None leaves the tanh out."""
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    ignore_index: int = -100
+    impl: str = "auto"
+    scratch_bytes: int = 0
+    """0 for the device's default."""
+
+    @property
+    def slope(self) -> float:
+        """dz / d(h W^T + b) where the tanh is not felt."""
+        return self.logit_scale / self.temperature
+
+    def scratch_on(self, device: torch.device) -> int:
+        """Bytes that temporaries may take."""
+        return self.scratch_bytes or default_scratch_bytes(device)
 
 
 class LinearProblem(NamedTuple):
@@ -29,9 +57,16 @@ class LinearProblem(NamedTuple):
     bias: Tensor | None  # (V,)
     targets: Tensor  # (N,) int64, in [0, V) or ignore_index
     cu_seqlens: Tensor  # (S + 1,) int64
-    spec: LogitSpec
-    ignore_index: int
-    scratch_bytes: int
+    options: HeadOptions
+
+    @property
+    def head(self) -> Head:
+        return self.hidden, self.weight, self.bias
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the registered ops take them, one by one."""
+        return *self[:5], *self.options
 
 
 class LinearStatistics(NamedTuple):
@@ -86,12 +121,10 @@ class Backend(Protocol):
         tail: Tensor,  # (N,)
         miss: Tensor,  # (N,)
         upstream: Upstream,
-        needs: tuple[bool, bool, bool],
+        needs: Needs,
         skip_inactive: bool,
     ) -> HeadGradient:
-        """needs: whether gradients of hidden, weight and bias are wanted.
-
-        skip_inactive: leave rows without a gradient out of the products, for which their number
+        """skip_inactive: leave rows without a gradient out of the products, for which their number
         must be known; a GPU is waited for.
         """
 
@@ -102,7 +135,7 @@ class Backend(Protocol):
         reference_logps: Tensor | None,  # (S,)
         objective: Objective,
         denominators: Denominators,
-        needs: tuple[bool, bool, bool],
+        needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
         """Of targets of which none is ignored: loss (), sums (S,), group losses (B,), whether a
         group is active (B,), and the gradients of the loss, in float32 for float16 inputs.
@@ -112,9 +145,7 @@ class Backend(Protocol):
         self,
         logits: Tensor,  # (N, V) or (S, T, V), of any strides
         targets: Tensor,  # (N,) or (S, T) int64
-        spec: LogitSpec,
-        ignore_index: int,
-        scratch_bytes: int,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token log-probabilities, lse, tail and miss, of the targets' shape."""
 
@@ -126,9 +157,7 @@ class Backend(Protocol):
         tail: Tensor,
         miss: Tensor,
         grad: Tensor,  # of the targets' shape
-        spec: LogitSpec,
-        ignore_index: int,
-        scratch_bytes: int,
+        options: HeadOptions,
     ) -> Tensor:
         """The gradient of the logits."""
 
@@ -146,11 +175,7 @@ _MAX_CUDA_SCRATCH_BYTES = 2**30
 
 
 def get_backend(impl: str, tensor: Tensor) -> Backend:
-    """The backend for a tensor.
-
-    Raises:
-        UsageError: unknown name, or the named backend cannot take this tensor here.
-    """
+    """The backend for a tensor; a UsageError where the named one is unknown or cannot take it."""
     if impl != "auto":
         if impl not in BACKENDS:
             known = ", ".join(["auto", *BACKENDS])

@@ -15,8 +15,6 @@ from plad_fast.checks import check_flag, check_length_normalization
 from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops import autograd
 from plad_fast.ops import validation as check
-from plad_fast.ops.first_order import refuse_transforms
-from plad_fast.ops.logit_spec import LogitSpec
 
 
 class SequenceLogProbs(NamedTuple):
@@ -91,32 +89,16 @@ def linear_sequence_logprobs(
             of targets and cu_seqlens on a GPU are an assertion of the device there, which it
             reports when it comes to them.
     """
-    hidden, weight, bias = checked_head(hidden, weight, bias)
-    check.check_targets(targets, len(hidden), hidden.device)
-    check.check_cu_seqlens(cu_seqlens, hidden.device)
+    options = check.checked_options(
+        softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes
+    )
+    problem = check.checked_problem(hidden, weight, bias, targets, cu_seqlens, options)
     check_length_normalization(length_normalization)
-    for name, flag in (
-        ("skip_inactive", skip_inactive),
-        ("return_lse", return_lse),
-        ("return_entropy", return_entropy),
-    ):
-        check_flag(name, flag)
-    spec = checked_spec(softcap, logit_scale, temperature)
+    check_flag("skip_inactive", skip_inactive)
+    check_flag("return_lse", return_lse)
+    check_flag("return_entropy", return_entropy)
     sums, counts, token_logprobs, lse, _, _, entropy = autograd.linear_sequence_logprobs(
-        hidden,
-        weight,
-        bias,
-        targets.long(),
-        cu_seqlens.long(),
-        spec.softcap,
-        spec.logit_scale,
-        spec.temperature,
-        checked_ignore_index(ignore_index),
-        length_normalization,
-        return_entropy,
-        checked_impl(impl),
-        checked_scratch(scratch_bytes),
-        skip_inactive,
+        *problem.arguments, length_normalization, skip_inactive, return_entropy
     )
     return SequenceLogProbs(
         sums,
@@ -149,8 +131,12 @@ def sequence_logprobs(
     Raises:
         UsageError: shapes, dtypes, devices, targets or options that do not fit; says which.
     """
+    options = check.checked_options(
+        softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes
+    )
+    check_length_normalization(length_normalization)
     check.check_are_tensors(logits=logits)
-    refuse_transforms(logits)
+    check.refuse_transforms(logits)
     check.check_logits(logits, targets, has_seqlens=cu_seqlens is not None)
     flat_targets = targets.reshape(-1)
     check.check_targets(flat_targets, targets.numel(), logits.device)
@@ -158,74 +144,12 @@ def sequence_logprobs(
         batch, length, _ = logits.shape
         cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
     check.check_cu_seqlens(cu_seqlens, logits.device)
-    check_length_normalization(length_normalization)
-    spec = checked_spec(softcap, logit_scale, temperature)
-    targets, cu_seqlens = targets.long(), cu_seqlens.long()
+    cu_seqlens = cu_seqlens.long()
     token_logprobs, *_ = autograd.stored_token_logprobs(
-        logits,
-        targets,
-        cu_seqlens,
-        spec.softcap,
-        spec.logit_scale,
-        spec.temperature,
-        checked_ignore_index(ignore_index),
-        checked_impl(impl),
-        checked_scratch(scratch_bytes),
+        logits, targets.long(), cu_seqlens, *options
     )
     token_logprobs = token_logprobs.reshape(-1)
     counts = segment_counts(flat_targets != ignore_index, cu_seqlens)
     sums = segment_sums(token_logprobs, cu_seqlens)
     normalized = length_normalized(sums, counts, length_normalization)
     return SequenceLogProbs(normalized, counts, token_logprobs)
-
-
-def checked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The head's inputs, as autocast wants them."""
-    check.check_are_tensors(hidden=hidden, weight=weight, bias=bias)
-    refuse_transforms(hidden, weight, bias)
-    hidden, weight, bias = autocast_head(hidden, weight, bias)
-    check.check_head(hidden, weight, bias)
-    return hidden, weight, bias
-
-
-def autocast_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The head's inputs in the dtype in which autocast would multiply them; else unchanged."""
-    device = hidden.device.type
-    # No autocast on "meta"; torch 2.8 cannot trace the question whether a device has it.
-    if hidden.is_meta or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def checked_spec(softcap: float | None, logit_scale: float, temperature: float) -> LogitSpec:
-    """What happens to the logits, of plain numbers in their ranges."""
-    if softcap is not None:
-        check.check_number("softcap", softcap)
-    check.check_number("logit_scale", logit_scale)
-    check.check_number("temperature", temperature)
-    return LogitSpec(
-        None if softcap is None else float(softcap), float(logit_scale), float(temperature)
-    )
-
-
-def checked_ignore_index(ignore_index: int) -> int:
-    check.check_ignore_index(ignore_index)
-    return int(ignore_index)
-
-
-def checked_impl(impl: str) -> str:
-    check.check_impl(impl)
-    return impl
-
-
-def checked_scratch(scratch_bytes: int | None) -> int:
-    """The caller's scratch budget, or 0 for the device's default when the op runs."""
-    if scratch_bytes is None:
-        return 0
-    check.check_scratch(scratch_bytes)
-    return int(scratch_bytes)

@@ -6,7 +6,7 @@ N tokens, V vocabulary, D hidden, S sequences in B groups of K.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -14,30 +14,7 @@ from plad_fast.checks import check_group_size
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.ops import validation as check
-from plad_fast.ops.backend import LinearProblem
-from plad_fast.ops.logprobs import (
-    checked_head,
-    checked_ignore_index,
-    checked_impl,
-    checked_scratch,
-    checked_spec,
-)
-from plad_fast.ops.preference_autograd import linear_preference_loss
-
-
-class FusedLoss(NamedTuple):
-    """A loss to call `backward()` on, and detached values for metrics."""
-
-    loss: Tensor
-    """() with a graph to hidden, weight and bias."""
-    sums: Tensor
-    """(S,) log-probabilities, divided by count ** length_normalization."""
-    counts: Tensor
-    """(S,) int64, tokens that counted."""
-    group_losses: Tensor
-    """(B,) without the regulariser."""
-    active: Tensor
-    """(B,) bool: the preference loss has a gradient for this group."""
+from plad_fast.ops.preference_autograd import FusedLoss, linear_preference_loss
 
 
 def preference_loss(
@@ -67,12 +44,9 @@ def preference_loss(
         UsageError: as in `Objective.bind`; tensors that do not fit; a number of sequences that
             `group_size` does not divide.
     """
-    check.check_sums(sums)
-    others = {"counts": counts, "scores": scores, "reference_logps": reference_logps}
-    for name, tensor in others.items():
-        check.check_like_sums(name, tensor, sums)
-    for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
-        check.check_denominator(name, count)
+    check.check_sums(sums, counts)
+    check.check_constants(sums.shape, sums.device, scores=scores, reference_logps=reference_logps)
+    check.check_denominators(num_groups=num_groups, num_tokens=num_tokens)
     check_group_size(group_size)
     if sums.ndim == 2 and sums.shape[1] != group_size:
         raise UsageError(f"sums have groups of {sums.shape[1]}, but group_size is {group_size}")
@@ -154,24 +128,16 @@ def fused_linear_preference_loss(
         UsageError: unknown loss or option, sequences that do not form whole groups, or anything
             `linear_sequence_logprobs` refuses.
     """
-    hidden, weight, bias = checked_head(hidden, weight, bias)
-    check.check_targets(targets, len(hidden), hidden.device)
-    check.check_cu_seqlens(cu_seqlens, hidden.device)
-    for name, values in (("scores", scores), ("reference_logps", reference_logps)):
-        check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
-    for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
-        check.check_denominator(name, count)
-    problem = LinearProblem(
-        hidden,
-        weight,
-        bias,
-        targets.long(),
-        cu_seqlens.long(),
-        checked_spec(softcap, logit_scale, temperature),
-        checked_ignore_index(ignore_index),
-        checked_scratch(scratch_bytes),
+    op_options = check.checked_options(
+        softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes
     )
-    check.check_groups(len(cu_seqlens) - 1, group_size)
+    problem = check.checked_problem(hidden, weight, bias, targets, cu_seqlens, op_options)
+    num_sequences, device = len(cu_seqlens) - 1, problem.hidden.device
+    constants = {"scores": scores, "reference_logps": reference_logps}
+    check.check_constants((num_sequences,), device, **constants)
+    check.check_are_detached(**constants)
+    check.check_denominators(num_groups=num_groups, num_tokens=num_tokens)
+    check.check_groups(num_sequences, group_size)
     objective = Objective.bind(
         loss,
         group_size=group_size,
@@ -179,10 +145,9 @@ def fused_linear_preference_loss(
         length_normalization=length_normalization,
         has_scores=scores is not None,
         has_reference=reference_logps is not None,
-        device=hidden.device,
+        device=device,
         **loss_options,
     )
-    results = linear_preference_loss(
-        problem, scores, reference_logps, objective, num_groups, num_tokens, checked_impl(impl)
+    return linear_preference_loss(
+        problem, scores, reference_logps, objective, num_groups, num_tokens
     )
-    return FusedLoss(*results)

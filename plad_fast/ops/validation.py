@@ -3,16 +3,115 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from plad_fast.checks import check_group_size, check_number, is_whole, shown
 from plad_fast.errors import UsageError
+from plad_fast.ops.backend import HeadOptions, LinearProblem
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
+
+
+def checked_problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    options: HeadOptions,
+    *,
+    may_lack_rows: bool = False,
+) -> LinearProblem:
+    """The inputs of an op, as autocast wants them; all but the values of targets and offsets."""
+    check_are_tensors(hidden=hidden, weight=weight, bias=bias)
+    refuse_transforms(hidden, weight, bias)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    _check_head(hidden, weight, bias, may_lack_rows)
+    check_targets(targets, len(hidden), hidden.device)
+    check_cu_seqlens(cu_seqlens, hidden.device)
+    return LinearProblem(hidden, weight, bias, targets.long(), cu_seqlens.long(), options)
+
+
+def autocast_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's inputs in the dtype in which autocast would multiply them; else unchanged."""
+    device = hidden.device.type
+    # No autocast on "meta"; torch 2.8 cannot trace the question whether a device has it.
+    if hidden.is_meta or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def checked_options(
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    impl: str,
+    scratch_bytes: int | None,
+) -> HeadOptions:
+    """The options of every op, each in its range."""
+    for name, number in (
+        ("softcap", 1.0 if softcap is None else softcap),
+        ("logit_scale", logit_scale),
+        ("temperature", temperature),
+    ):
+        check_number(name, number)
+        if not -math.inf < number < math.inf or (number <= 0 and name != "logit_scale"):
+            range_ = "finite" if name == "logit_scale" else "positive and finite"
+            raise UsageError(f"{name} must be {range_}, got {number}")
+    if not is_whole(ignore_index) or not -(2**63) <= ignore_index < 2**63:
+        raise UsageError(
+            f"ignore_index must be a whole number that int64 holds, got {shown(ignore_index)}"
+        )
+    check_impl(impl)
+    if scratch_bytes is not None and (not is_whole(scratch_bytes) or not 0 < scratch_bytes < 2**63):
+        raise UsageError(
+            f"scratch_bytes must be a positive whole number of bytes, got {shown(scratch_bytes)}"
+        )
+    return HeadOptions(
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        float(temperature),
+        int(ignore_index),
+        impl,
+        0 if scratch_bytes is None else int(scratch_bytes),
+    )
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise a UsageError inside of `torch.func` transforms, or for tensors with a tangent."""
+    if torch.compiler.is_compiling():
+        return
+    # torch's own answer, which is no part of its public interface; no where it gives none.
+    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if ask is not None and ask():
+        raise UsageError(
+            "the op does not work inside of torch.func transforms (grad, vmap, jvp, ...); call it "
+            "outside, and take gradients with torch.autograd or backward()"
+        )
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UsageError(
+                "the op has no forward-mode derivative; take gradients with torch.autograd or "
+                "backward()"
+            )
+
+
+def check_impl(impl: str) -> None:
+    """What backends there are is known where one is taken."""
+    if not isinstance(impl, str):
+        raise UsageError(f"impl must be the name of a backend, got {shown(impl)}")
 
 
 def check_are_tensors(**tensors: Tensor | None) -> None:
@@ -22,67 +121,56 @@ def check_are_tensors(**tensors: Tensor | None) -> None:
             _require_tensor(name, tensor)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, may_lack_rows: bool) -> None:
     """hidden (N, D), weight (V, D), bias (V,): shapes, one floating dtype, one device."""
-    _check_tensor("hidden", hidden, 2, "(N, D)")
-    _check_tensor("weight", weight, 2, "(V, D)")
+    for name, tensor, shape in (("hidden", hidden, "(N, D)"), ("weight", weight, "(V, D)")):
+        if tensor.ndim != 2:
+            raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        _check_tensor(name, tensor, _FLOATING)
     if hidden.shape[1] != weight.shape[1]:
         raise UsageError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must agree in their "
             "last dimension: (N, D) and (V, D)"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not may_lack_rows:
         raise UsageError(
             "weight has no rows: is it a sharded parameter that was not gathered (FSDP, ZeRO-3)?"
         )
     _check_same(hidden, "weight", weight)
     if bias is not None:
-        _check_tensor("bias", bias, 1, "(V,)")
-        if bias.shape[0] != weight.shape[0]:
+        if bias.shape != weight.shape[:1]:
             raise UsageError(
-                f"bias has {bias.shape[0]} entries for a vocabulary of {weight.shape[0]}"
+                f"bias must have an entry for each of {len(weight)} rows of weight, got shape "
+                f"{tuple(bias.shape)}"
             )
         _check_same(hidden, "bias", bias)
 
 
 def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> None:
-    """targets (N,) int64 on the device of the logits."""
-    _require_tensor("targets", targets)
-    if targets.ndim != 1 or targets.shape[0] != num_tokens:
-        raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
-    if targets.dtype not in _INTEGERS:
-        raise UsageError(f"targets must be int64 or int32, got {targets.dtype}")
-    if targets.device != device:
-        raise UsageError(f"targets are on {targets.device}, the logits' inputs on {device}")
+    """targets (N,) integers on the device of the logits."""
+    _check_tensor("targets", targets, _INTEGERS, (num_tokens,), device)
 
 
 def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
     """logits (N, V) with cu_seqlens, or (S, T, V) without; targets of the same leading shape."""
-    _require_tensor("targets", targets)
     if logits.ndim != (2 if has_seqlens else 3):
         raise UsageError(
             "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
             f"{tuple(logits.shape)}"
         )
-    _check_dtype("logits", logits)
-    if targets.shape != logits.shape[:-1]:
-        raise UsageError(
-            f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
-        )
+    _check_tensor("logits", logits, _FLOATING)
+    _check_tensor("targets", targets, _INTEGERS, logits.shape[:-1], logits.device)
     if logits.shape[-1] == 0:
         raise UsageError("logits have a vocabulary of 0 entries")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
     """cu_seqlens (S + 1,) integers on the device of the logits."""
-    _require_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in _INTEGERS:
+    _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS, None, device)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise UsageError(
-            "cu_seqlens must be a vector of S + 1 integers, got "
-            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            f"cu_seqlens must be a vector of S + 1 integers, got shape {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != device:
-        raise UsageError(f"cu_seqlens are on {cu_seqlens.device}, the other tensors on {device}")
 
 
 def check_sequences(
@@ -119,50 +207,30 @@ def check_sequences(
         )
 
 
-def check_constants(
-    name: str, values: Tensor | None, num_sequences: int, device: torch.device
-) -> None:
-    """A constant of every sequence, (S,). Finite is not asked for: a score may be -inf."""
-    if values is None:
-        return
-    _require_tensor(name, values)
-    _require_real(name, values)
-    if values.shape != (num_sequences,):
-        raise UsageError(f"{name} must have shape ({num_sequences},), got {tuple(values.shape)}")
-    if values.device != device:
-        raise UsageError(f"{name} are on {values.device}, the other tensors on {device}")
-    if values.requires_grad:
-        raise UsageError(f"{name} are constants of the loss; detach them")
+def check_constants(shape: Sequence[int], device: torch.device, **constants: Tensor | None) -> None:
+    """A number of every sequence, such as (S,). Finite is not asked for: a score may be -inf."""
+    for name, values in constants.items():
+        if values is not None:
+            _check_tensor(name, values, None, shape, device)
 
 
-def check_scratch(scratch_bytes: int) -> None:
-    if not is_whole(scratch_bytes) or not 0 < scratch_bytes < 2**63:
-        raise UsageError(
-            f"scratch_bytes must be a positive whole number of bytes, got {shown(scratch_bytes)}"
-        )
+def check_are_detached(**constants: Tensor | None) -> None:
+    for name, values in constants.items():
+        if values is not None and values.requires_grad:
+            raise UsageError(f"{name} are constants of the loss; detach them")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if not is_whole(ignore_index) or not -(2**63) <= ignore_index < 2**63:
-        raise UsageError(
-            f"ignore_index must be a whole number that int64 holds, got {shown(ignore_index)}"
-        )
+def check_denominators(**counts: float | Tensor | None) -> None:
+    for name, count in counts.items():
+        _check_denominator(name, count)
 
 
-def check_impl(impl: str) -> None:
-    """What backends there are is known where one is taken."""
-    if not isinstance(impl, str):
-        raise UsageError(f"impl must be the name of a backend, got {shown(impl)}")
-
-
-def check_denominator(name: str, count: float | Tensor | None) -> None:
+def _check_denominator(name: str, count: float | Tensor | None) -> None:
     """None, or a number that is not negative; the value of a scalar on a GPU is not read."""
     if count is None:
         return
     if isinstance(count, Tensor):
-        _require_real(name, count)
-        if count.ndim:
-            raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
+        _check_tensor(name, count, None, ())
         if torch.compiler.is_compiling() or count.device.type != "cpu":
             return
         count = count.item()
@@ -181,27 +249,12 @@ def check_groups(num_sequences: int, group_size: int) -> None:
         )
 
 
-def check_sums(sums: Tensor) -> None:
-    """sums (S,) or (B, K), floating."""
-    _require_tensor("sums", sums)
-    _check_dtype("sums", sums)
+def check_sums(sums: Tensor, counts: Tensor) -> None:
+    """sums (S,) or (B, K), floating; counts of the same shape."""
+    _check_tensor("sums", sums, _FLOATING)
     if sums.ndim not in (1, 2):
         raise UsageError(f"sums must have shape (S,) or (B, K), got {tuple(sums.shape)}")
-
-
-def check_like_sums(name: str, values: Tensor | None, sums: Tensor) -> None:
-    """Counts, scores or a reference: real numbers of the shape and on the device of the sums."""
-    if values is None and name != "counts":
-        return
-    _require_tensor(name, values)
-    assert values is not None
-    _require_real(name, values)
-    if values.shape != sums.shape:
-        raise UsageError(
-            f"{name} must have the shape of sums, {tuple(sums.shape)}, got {tuple(values.shape)}"
-        )
-    if values.device != sums.device:
-        raise UsageError(f"{name} are on {values.device}, sums on {sums.device}")
+    _check_tensor("counts", counts, None, sums.shape, sums.device)
 
 
 def _require_tensor(name: str, tensor: Any) -> None:
@@ -211,21 +264,24 @@ def _require_tensor(name: str, tensor: Any) -> None:
         raise UsageError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
-def _require_real(name: str, tensor: Tensor) -> None:
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+def _check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype] | None,
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """A tensor of one of these dtypes, of any real one for None, and of that shape and device."""
+    _require_tensor(name, tensor)
+    if shape is not None and tensor.shape != tuple(shape):
+        raise UsageError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if dtypes is None and (tensor.is_complex() or tensor.dtype == torch.bool):
         raise UsageError(f"{name} must hold real numbers, got {tensor.dtype}")
-
-
-def _check_tensor(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
-    if tensor.ndim != ndim:
-        raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    _check_dtype(name, tensor)
-
-
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATING:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
+    if dtypes is not None and tensor.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise UsageError(f"{name} must be one of {known}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise UsageError(f"{name} must be on {device} as the others are, got {tensor.device}")
 
 
 def _check_same(hidden: Tensor, name: str, tensor: Tensor) -> None:

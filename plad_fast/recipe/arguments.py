@@ -1,76 +1,299 @@
-"""What was typed after `plad-fast`, with more help than argparse gives for what is mistyped."""
+"""The commands with their flags, and the settings that a command line asks for."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-_BEFORE_A_COMMAND = ("-h", "--help", "--version")
+from plad_fast import __version__
+from plad_fast.recipe.fields import flag
+from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.settings_file import coerce, load_settings
+
+_EPILOG = """\
+`plad-fast COMMAND --help` lists a command's settings. To begin with, run
+`plad-fast quickstart`: the whole recipe, on built-in prompts.
+
+exit status:
+  0    done
+  1    unexpected failure
+  2    bad input, or a disk that is full or refuses to be written
+  75   ended by SIGTERM or SIGHUP
+  130  ended by Ctrl-C
+
+After 75 and 130 the same command goes on from where it was: a training saves a
+checkpoint at the end of its step. A second signal ends it at once.
+"""
+
+_FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
+_GENERATION = ("max_new_tokens", "student_temperature", "top_p", "generation_batch_size")
+_PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
+_ENDPOINT = (
+    *("base_url", "api_key_env", "concurrency", "request_timeout"),
+    *("reasoning_tokens", "token_budget", "cost_budget", "price_in", "price_out"),
+)
+_SELECTION = (
+    *("teacher_samples", "student_samples", "scorer", "select", "list_size", "drop_contradicted"),
+    *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
+)
+_LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
+_RESOURCES = (
+    *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),
+    *("precision", "saves_per_stage"),
+)
+_EVALUATION = ("eval_scorer", "calibration_samples")
+# Of `--help`, in this order.
+_GROUPS = {
+    "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
+    "prompts": (*_PROMPTS, "held_out", "sft_share"),
+    "answers": ("teacher_temperature", *_GENERATION),
+    "scores and pairs": _SELECTION,
+    "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
+    "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS),
+    "evaluation": _EVALUATION,
+    "memory, precision, checkpoints": _RESOURCES,
+    "teacher or judge by endpoint": _ENDPOINT,
+}
+_METAVARS = {"output_dir": "DIR", "pairs": "FILE", "student": "STUDENT", "model": "MODEL"}
+_OF_TYPES = {"int": "N", "float": "X", "str": "TEXT"}
+_OF_MODEL = "hub id, folder or .gguf file, or offline"
 
 
-def parse_command(
-    parser: argparse.ArgumentParser,
-    commands: Mapping[str, argparse.ArgumentParser],
-    typed: Sequence[str],
-) -> argparse.Namespace:
-    """The arguments of a command. Exits with status 2 and its usage for what is none.
+@dataclass(frozen=True)
+class Command:
+    """A command and its settings, which are those of `DistillConfig` where it says nothing else."""
+
+    text: str
+    settings: Sequence[str] = ()
+    needs: Sequence[str] = ()
+    """Settings without a default."""
+    help: Mapping[str, str] = field(default_factory=dict)
+    """Of settings that mean something else than in `distill`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults other than those of `distill`."""
+    overwrite: str = ""
+    """Help of the flag, which a command without a folder lacks."""
+
+
+_EMPTY_FIRST = "empty the folder of an earlier run first"
+
+COMMANDS = {
+    "distill": Command(
+        "The whole recipe: fine-tune, pair, calibrate, evaluate.",
+        settings=tuple(_FIELDS),
+        overwrite=_EMPTY_FIRST,
+    ),
+    "quickstart": Command(
+        "`distill` offline, with short answers.",
+        settings=("output_dir",),
+        defaults={"output_dir": "runs/quickstart"},
+        overwrite=_EMPTY_FIRST,
+    ),
+    "pairs": Command(
+        "Answer prompts with two models and write preference pairs.",
+        needs=("teacher", "student", "output_dir"),
+        settings=(
+            *(*_PROMPTS, "teacher_temperature", *_GENERATION, "seed", "precision"),
+            *(*_SELECTION, *_ENDPOINT),
+        ),
+        help={
+            "teacher": f"{_OF_MODEL}, openai:MODEL, vllm:MODEL, column:NAME, or "
+            "python:MODULE.FUNCTION",
+            "student": _OF_MODEL,
+            "output_dir": "folder for pairs.jsonl, dropped.jsonl and the answers",
+            "seed": "random seed of sampling",
+        },
+        overwrite="discard the answers stored in the folder first",
+    ),
+    "train": Command(
+        "Train a model on preference pairs, or fine-tune on their chosen responses.",
+        needs=("model", "pairs", "output_dir"),
+        settings=("loss", "epochs", "learning_rate", *_LOSS, *_RESOURCES, "seed"),
+        help={
+            "model": f"{_OF_MODEL}; PEFT adapters are merged into their base first",
+            "pairs": "JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected",
+            "output_dir": "folder to make for the trained model",
+            "loss": "preference loss, or sft to fine-tune on the chosen responses alone; "
+            "`plad-fast doctor` lists the losses",
+            "learning_rate": "peak learning rate",
+            "batch_size": "number of pairs per optimizer step",
+            "seed": "random seed of the order of the pairs and of dropout",
+        },
+        defaults={"epochs": 1.0, "learning_rate": 2e-5},
+        overwrite="remove a model that was trained into the folder first",
+    ),
+    "evaluate": Command(
+        "Compare students on held-out pairs; write a report.",
+        needs=("student", "pairs", "output_dir"),
+        settings=(
+            *("length_normalization", *_GENERATION, "seed", "max_length", "precision"),
+            *(*_EVALUATION, *_ENDPOINT),
+        ),
+        help={
+            "student": "a student and its folder; repeat: the first is the baseline, the last the "
+            "one that the report is about; in a --config file `student: {NAME: PATH}`",
+            "pairs": "held-out pairs of prompt, chosen, rejected, as of train",
+            "output_dir": "folder for metrics.json, report.html",
+            "seed": "random seed of sampling",
+            "max_new_tokens": "maximum length of an answer in tokens",
+            "student_temperature": "temperature of the students' samples",
+            "length_normalization": "alpha of s(y) / |y|**alpha: 1 ranks by nat per token "
+            "(default: 1)",
+        },
+        overwrite="discard the answers and scores stored in the folder first",
+    ),
+    "doctor": Command("Versions, devices, and which backend would be used and why."),
+}
+
+
+def parse_command(typed: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command, with its name as `command` and its parser as `parser`.
+
+    Exits with status 2 and a line of usage for what is mistyped.
 
     Args:
-        parser: of everything.
-        commands: the parsers that it has, by name.
         typed: without the program's name.
     """
+    parser, commands = _parsers()
     if not typed:
         parser.error(f"a command is missing; there are {', '.join(commands)}")
-    first = typed[0]
-    if first not in commands and first not in _BEFORE_A_COMMAND:
-        _refuse_command(parser, commands, typed)
+    if typed[0] not in (*commands, "-h", "--help", "--version"):
+        _refuse_command(parser, typed)
     arguments, unknown = parser.parse_known_args(typed)
     if unknown:
-        commands[first].error(_unrecognized(unknown, first, commands))
+        commands[typed[0]].error(_unrecognized(unknown, typed[0], commands))
     return arguments
 
 
-def listed(names: Sequence[str]) -> str:
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given by flags or else in the file of --config, in the types of the settings.
+
+    Exits with status 2 where one that the command needs is missing.
+
+    Raises:
+        UsageError: as `load_settings`, and a value that does not read as its type.
+    """
+    name, command = arguments.command, COMMANDS[arguments.command]
+    known = (*command.needs, *command.settings)
+    raw = ["student"] if name == "evaluate" else []
+    settings = {}
+    if getattr(arguments, "config", None):
+        settings = load_settings(arguments.config, known, command=name, raw=raw)
+    for key, text in vars(arguments).items():
+        if key == "prompt_template":
+            text = _unescape(text)
+        if key in known:
+            settings[key] = text if key in raw else coerce(key, text, flag(key))
+    if missing := [flag(need) for need in command.needs if need not in settings]:
+        arguments.parser.error(
+            f"{name} needs {_listed(missing)}, as flags or in the file of --config"
+        )
+    return settings
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of everything, and those of the commands by their names."""
+    parser = argparse.ArgumentParser(
+        prog="plad-fast",
+        allow_abbrev=False,
+        usage="plad-fast COMMAND [settings]",
+        description="Distil a large language model into a small one from its text alone.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
+    added = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND [settings]")
+    for name, command in COMMANDS.items():
+        usage = [f"{flag(need)} {_METAVARS.get(need, need.upper())}" for need in command.needs]
+        of_command = added.add_parser(
+            name,
+            help=command.text,
+            description=command.text,
+            allow_abbrev=False,
+            prog=f"plad-fast {name}",
+            usage=" ".join(["plad-fast", name, *usage, "[settings]"]),
+        )
+        of_command.set_defaults(parser=of_command)
+        _add_flags(of_command, command)
+    return parser, added.choices
+
+
+def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
+    """What is not given of the settings stays out of the result."""
+    parser.add_argument("--verbose", action="store_true", help="also say what is decided")
+    if command.needs or command.settings:
+        parser.add_argument("--config", help="YAML file with these settings; flags win over it")
+    if command.overwrite:
+        parser.add_argument("--overwrite", action="store_true", help=command.overwrite)
+    for need in command.needs:
+        several: dict[str, Any] = {"metavar": _METAVARS.get(need, need.upper())}
+        if command is COMMANDS["evaluate"] and need == "student":
+            several = {"metavar": "NAME=PATH", "action": "append"}
+        parser.add_argument(
+            flag(need), default=argparse.SUPPRESS, help=command.help[need], **several
+        )
+    for title, members in _GROUPS.items():
+        wanted = [name for name in members if name in command.settings]
+        group = parser.add_argument_group(title) if wanted else None
+        for name in wanted:
+            assert group is not None
+            of_field = _FIELDS[name]
+            default = command.defaults.get(name, of_field.default)
+            text = command.help.get(name, of_field.metadata["help"])
+            text += "" if default is None else f" (default: {default})"
+            kind = str(of_field.type).partition(" ")[0]
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
+            group.add_argument(
+                flag(name),
+                default=argparse.SUPPRESS,
+                metavar=_METAVARS.get(name, _OF_TYPES.get(kind, "true|false")),
+                help=text.replace("%", "%%"),
+                **switch,
+            )
+
+
+def _unescape(text: str) -> str:
+    r"""A line break for \n, which a shell makes hard to type; \\n stays a backslash and an n."""
+    return re.sub(r"(\\?)\\n", lambda found: r"\n" if found[1] else "\n", text)
+
+
+def _listed(names: Sequence[str]) -> str:
     """Such as "--model, --pairs and --output-dir"."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _refuse_command(
-    parser: argparse.ArgumentParser,
-    commands: Mapping[str, argparse.ArgumentParser],
-    typed: Sequence[str],
-) -> NoReturn:
-    named = next((word for word in typed if word in commands), None)
+def _refuse_command(parser: argparse.ArgumentParser, typed: Sequence[str]) -> NoReturn:
+    every = f"there are {', '.join(COMMANDS)}"
     if typed[0].startswith("-"):
-        hint = f"plad-fast {named} ..." if named else f"one of {', '.join(commands)}"
-        parser.error(f"{typed[0]} stands where the command belongs: {hint}, then its flags")
-    close = difflib.get_close_matches(typed[0].lower(), commands, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+        named = next((word for word in typed if word in COMMANDS), None)
+        hint = f"plad-fast {named} ..., then its flags" if named else every
+        parser.error(f"{typed[0]} stands where the command belongs: {hint}")
+    close = difflib.get_close_matches(typed[0].lower(), COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else every
     parser.error(f"unknown command {typed[0]!r}; {hint}")
 
 
 def _unrecognized(
     unknown: Sequence[str], command: str, commands: Mapping[str, argparse.ArgumentParser]
 ) -> str:
+    flags = {name: list(parser._option_string_actions) for name, parser in commands.items()}
     hints = []
-    known = _flags(commands[command])
-    flags = [word.partition("=")[0] for word in unknown if word.lstrip("-")[:1].isalpha()]
-    for name in (word for word in flags if word.startswith("-")):
-        spelt = "--" + name.lstrip("-").replace("_", "-").lower()
-        others = [other for other, parser in commands.items() if spelt in _flags(parser)]
-        if close := difflib.get_close_matches(spelt, known, n=1):
+    for word in unknown:
+        name = word.partition("=")[0].lstrip("-").replace("_", "-").lower()
+        if not word.startswith("-") or not name[:1].isalpha():
+            continue
+        others = [other for other in commands if f"--{name}" in flags[other]]
+        if close := difflib.get_close_matches(f"--{name}", flags[command], n=1):
             hints.append(f"did you mean {close[0]}?")
         elif others:
-            hints.append(f"{spelt} is a flag of {listed(others)}, not of {command}")
+            hints.append(f"--{name} is a flag of {_listed(others)}, not of {command}")
     if not hints and not unknown[0].startswith("-"):
         hints.append("a value with spaces needs quotes")
     hints = hints or [f"plad-fast {command} --help lists the flags"]
     return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *dict.fromkeys(hints)])
-
-
-def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    return [name for action in parser._actions for name in action.option_strings]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,9 @@ from plad_fast.data.files import write_atomically
 from plad_fast.data.places import lies_in
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
-from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
-from plad_fast.evaluation.run_students import (
-    evaluate_models,
-)
+from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
 from plad_fast.models.layer_drop import depth, drop_layers
@@ -36,22 +36,22 @@ from plad_fast.models.loading import (
 )
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.text_model import Answer
-from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_answers, require_learnable
 from plad_fast.recipe.dependencies import scorer_settings, stage_settings, student_settings
+from plad_fast.recipe.doctor import require_packages, versions
+from plad_fast.recipe.fields import flag
 from plad_fast.recipe.inputs import (
+    RunPrompts,
     data_of_run,
     dropped_file,
-    load_recipe_prompts,
     show_findings,
-    split_prompts,
+    show_pairs,
 )
-from plad_fast.recipe.packages import require_packages, versions
+from plad_fast.recipe.pair_settings import OFFLINE_TEACHER
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.scoring import held_out_scoring
-from plad_fast.recipe.settings import OFFLINE_TEACHER, DistillConfig, flag
-from plad_fast.recipe.texts import TEACHER_FILE, RecipeTexts
+from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.texts import Answers, RecipeTexts, sampling_for
 from plad_fast.training.train import train_model
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
+_TEACHER_FILE = "answers/teacher.jsonl"
 # In the folder of a run, with what a kill leaves; what else lies there is the user's.
 _MADE = (
     r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
@@ -83,65 +84,88 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
     require_one_gpu()
     config.require_room()
-    run = _Distillation(config, overwrite, command)
-    try:
-        return run.run()
-    finally:
-        run.folder.close()
+    if not config.has_local_teacher and config.student is None:
+        raise UsageError(
+            f"a student cannot be made of the teacher {config.teacher}, whose weights are not "
+            "here; give a model to start from with --student"
+        )
+    path = Path(config.output_dir)
+    prompts = RunPrompts.of(config)
+    if overwrite:
+        _require_outside(path, config)
+    # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
+    judges: dict[str, ChatEndpoint] = {}
+    scoring = held_out_scoring(config, path / "evaluation", judges)
+    for scorer in scoring["scorers"].values():
+        scorer.check(prompts.held_out)
+    teacher = _LocalTeacher(config)
+    texts = RecipeTexts(
+        config,
+        prompts.all,
+        answers=path / "answers",
+        pairs=path / "pairs",
+        load_teacher=teacher.as_text,
+        judges=judges,
+    )
+    if overwrite or not (path / "student").exists():
+        if config.student is not None:
+            check_loadable(find_model(config.student, "--student"))
+        if config.has_local_teacher:
+            check_loadable(teacher.source)
+    folder = RunFolder(
+        path,
+        texts.teacher_settings(),
+        overwrite=overwrite,
+        is_bound=texts.has_teacher_answers,
+        is_own=lambda name: re.fullmatch(_MADE, name) is not None,
+        # Before the folder keeps settings that an endpoint refuses.
+        check=lambda: texts.try_endpoints(scoring["judge"], overwrite=overwrite),
+    )
+    with closing(folder):
+        write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
+        return _Distillation(config, prompts, teacher, texts, scoring, folder).run(command)
 
 
+class _LocalTeacher:
+    """The teacher's model, loaded once for the student and the answers: a GGUF file takes its
+    time."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        is_offline = config.teacher == OFFLINE_TEACHER
+        self.source = str(offline_teacher_path()) if is_offline else config.teacher
+        self._precision = config.precision
+        self._model: PreTrainedModel | None = None
+
+    def model(self) -> PreTrainedModel:
+        if self._model is None:
+            self._model = load_model(self.source, merge_adapters=True)
+        return self._model
+
+    def as_text(self) -> LocalModel:
+        model = self.model().to(device=best_device(), dtype=autocast_dtype(self._precision))
+        return LocalModel(model, load_tokenizer(self.source), "teacher")
+
+    def release(self) -> None:
+        self._model = None
+
+
+@dataclass(frozen=True)
 class _Distillation:
-    def __init__(self, config: DistillConfig, overwrite: bool, command: str) -> None:
-        self.config = config
-        self.command = command
-        self.prompts = load_recipe_prompts(config)
-        self.train, self.held_out = split_prompts(self.prompts, config.held_out, config.seed)
-        self.sft_prompts = self.train[: max(1, round(len(self.train) * config.sft_share))]
-        # Samples for prompts that fine-tuning has seen come out too close to the teacher's answers.
-        self.pair_prompts = self.train[len(self.sft_prompts) :] or self.train
-        self.teacher_source = (
-            str(offline_teacher_path()) if config.teacher == OFFLINE_TEACHER else config.teacher
-        )
-        self._teacher: PreTrainedModel | None = None
-        if not config.has_local_teacher and config.student is None:
-            raise UsageError(
-                f"a student cannot be made of the teacher {config.teacher}, whose weights are not "
-                "here; give a model to start from with --student"
-            )
-        # Made now, so that what is wrong with it is found out before any work.
-        folder = Path(config.output_dir)
-        if overwrite:
-            _require_outside(folder, config)
-        judges: dict[str, ChatEndpoint] = {}
-        self.scoring = held_out_scoring(config, folder / "evaluation", judges)
-        for scorer in self.scoring["scorers"].values():
-            scorer.check(self.held_out)
-        self.texts = RecipeTexts(config, folder, self.prompts, self._teacher_as_text, judges)
-        if overwrite or not (folder / "student").exists():
-            if config.student is not None:
-                check_loadable(find_model(config.student, "--student"))
-            if config.has_local_teacher:
-                check_loadable(self.teacher_source)
+    """The stages of a run, on what was read and opened for them."""
 
-        def try_them() -> None:
-            self.texts.try_teacher(overwrite=overwrite)
-            try_endpoints(judge=self.scoring["judge"], overwrite=overwrite)
+    config: DistillConfig
+    prompts: RunPrompts
+    teacher: _LocalTeacher
+    texts: RecipeTexts
+    scoring: Mapping[str, Any]
+    folder: RunFolder
 
-        self.folder = RunFolder(
-            config.output_dir,
-            self.texts.teacher_settings(),
-            overwrite=overwrite,
-            is_bound=self.texts.has_teacher_answers,
-            is_own=lambda name: re.fullmatch(_MADE, name) is not None,
-            # Before the folder keeps settings that an endpoint refuses.
-            check=try_them,
-        )
-        write_atomically(self.folder / "config.json", json.dumps(config.as_dict(), indent=2))
-
-    def run(self) -> dict[str, Any]:
+    def run(self, command: str) -> dict[str, Any]:
+        """Runs what is left of the stages, and writes the report."""
+        prompts = self.prompts
         print(
-            f"{len(self.prompts)} prompts: {len(self.train)} to train on "
-            f"({len(self.sft_prompts)} of them for fine-tuning), {len(self.held_out)} held out; "
+            f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
+            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.held_out)} held out; "
             f"run folder {self.folder.path}",
             flush=True,
         )
@@ -150,80 +174,82 @@ class _Distillation:
         for stage in stages:
             self.folder.stage(stage)
         # Cheap, and made of what the stages left: done again by every run.
-        results = self._report()
+        results = self._report(command)
         print(f"\n{comparison_table(results)}\n\nreport: {self.folder / 'report.html'}", flush=True)
         return results
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
-        teacher = f"answers/{TEACHER_FILE}"
-        stages = [
+        rounds = range(1, self.config.rounds + 1)
+        return [
             Stage(
                 "student",
                 self._make_student,
-                student_settings(self.config, self.teacher_source),
+                student_settings(self.config, self.teacher.source),
                 makes=["student"],
             ),
             Stage(
                 "teacher's answers",
                 self._answer,
-                of("teacher's answers", prompts=self.prompts),
-                makes=[teacher],
+                of("teacher's answers", prompts=self.prompts.all),
+                makes=[_TEACHER_FILE],
             ),
             Stage(
                 "fine-tuning",
                 self._fine_tune,
-                of("fine-tuning", prompts=self.sft_prompts),
-                reads=["student", teacher],
+                of("fine-tuning", prompts=self.prompts.sft),
+                reads=["student", _TEACHER_FILE],
                 makes=["sft"],
             ),
-        ]
-        for number in range(1, self.config.rounds + 1):
-            suffix = "" if number == 1 else f", round {number}"
-            # The samples of the first round are also those of the held-out pairs.
-            asked = [*self.pair_prompts, *(self.held_out if number == 1 else ())]
-            samples = f"answers/{_numbered('student', number)}.jsonl"
-            pairs = f"pairs/{_numbered('train', number)}.jsonl"
-            made = [pairs, *(["pairs/held-out.jsonl"] if number == 1 else ())]
-            dropped = [str(PurePosixPath("pairs", dropped_file(Path(f)).name)) for f in made]
-            stages += [
-                Stage(
-                    f"student's samples{suffix}",
-                    partial(self._sample, number),
-                    of("samples", prompts=asked),
-                    reads=[_start(number)],
-                    makes=[samples],
-                ),
-                Stage(
-                    f"pairs{suffix}",
-                    partial(self._pair, number),
-                    of("pairs", prompts=asked, references=True, **self.texts.scorer_settings()),
-                    reads=[_start(number), teacher, samples],
-                    makes=[*made, *dropped],
-                ),
-                Stage(
-                    f"calibration{suffix}",
-                    partial(self._calibrate, number),
-                    of("calibration"),
-                    reads=[_start(number), pairs],
-                    makes=[_numbered("plad", number)],
-                ),
-            ]
-        stages.append(
+            *(stage for number in rounds for stage in self._round(number)),
             Stage(
-                f"evaluation{suffix}",
+                _of_round("evaluation", rounds[-1]),
                 self._evaluate,
                 of(
                     "evaluation",
-                    prompts=self.held_out,
+                    prompts=self.prompts.held_out,
                     references=True,
                     **scorer_settings(self.scoring["scorers"], self.scoring["judge"]),
                 ),
-                reads=[*self._students(), teacher, "pairs/held-out.jsonl"],
+                reads=[*self._students(), _TEACHER_FILE, "pairs/held-out.jsonl"],
                 makes=["evaluation"],
-            )
-        )
-        return stages
+            ),
+        ]
+
+    def _round(self, number: int) -> list[Stage]:
+        of, scorer = partial(stage_settings, self.config), self.texts.scorer
+        start = _start(number)
+        # The samples of the first round are also those of the held-out pairs.
+        is_first = number == 1
+        asked = [*self.prompts.pairs, *(self.prompts.held_out if is_first else ())]
+        samples = f"answers/{_numbered('student', number)}.jsonl"
+        pairs = f"pairs/{_numbered('train', number)}.jsonl"
+        made = [pairs, *(["pairs/held-out.jsonl"] if is_first else ())]
+        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in made]
+        scores = {} if scorer is None else scorer.settings()
+        return [
+            Stage(
+                _of_round("student's samples", number),
+                partial(self._sample, number),
+                of("samples", prompts=asked),
+                reads=[start],
+                makes=[samples],
+            ),
+            Stage(
+                _of_round("pairs", number),
+                partial(self._pair, number),
+                of("pairs", prompts=asked, references=True, **scores),
+                reads=[start, _TEACHER_FILE, samples],
+                makes=[*made, *dropped],
+            ),
+            Stage(
+                _of_round("calibration", number),
+                partial(self._calibrate, number),
+                of("calibration"),
+                reads=[start, pairs],
+                makes=[_numbered("plad", number)],
+            ),
+        ]
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
@@ -231,7 +257,7 @@ class _Distillation:
 
         def fill(folder: Path) -> None:
             if config.student is None:
-                source, model = self.teacher_source, self._load_teacher()
+                source, model = self.teacher.source, self.teacher.model()
             else:
                 source = find_model(config.student, "--student")
                 model = load_model(source, merge_adapters=True)
@@ -252,26 +278,27 @@ class _Distillation:
         return f"{layers} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        failed = self.texts.ask_teacher()
-        self._teacher = None
-        finished = self.texts.best_teacher_answers()
+        self.texts.renew_teacher_answers()
+        answered = self.texts.ask_teacher()
+        self.teacher.release()
+        self.texts.require_all_asked(answered)
+        finished, total = self.texts.best_teacher_answers(), len(self.prompts.all)
         if not finished:
             raise UsageError(
-                f"the teacher finished none of its {len(self.prompts)} answers within "
-                f"--max-new-tokens {self.config.max_new_tokens}; raise it, or ask for short answers"
+                f"the teacher finished none of its {total} answers within --max-new-tokens "
+                f"{self.config.max_new_tokens}; raise it, or ask for short answers"
             )
         findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
         show_findings(findings)
         require_learnable(findings, "take another teacher, or ask other prompts")
-        return (
-            f"{len(finished)} of {len(self.prompts)} answers finished, the others are dropped"
-            + f"; {failed} could not be had" * bool(failed)
-            + self.texts.teacher_usage()
-        )
+        told = [f"{len(finished)} of {total} answers finished, the others are dropped"]
+        if answered.failures:
+            told.append(f"{len(answered.failures)} could not be had")
+        return "; ".join([*told, *filter(None, [self.texts.usage().get("teacher")])])
 
     def _fine_tune(self) -> str:
         rows = self.texts.fine_tuning_rows(
-            self.sft_prompts, load_tokenizer(self.folder / "student")
+            self.prompts.sft, load_tokenizer(self.folder / "student")
         )
         log = self._train(
             "student",
@@ -291,21 +318,21 @@ class _Distillation:
 
     def _pair(self, number: int) -> str:
         samples = self._samples(number)
-        tokenizer = self.folder / "sft"
-        parts = {}
-        name = "train"
+        tokenizer = load_tokenizer(self.folder / "sft")
+        file, name = _numbered("train", number), "train"
+        lines = []
         try:
-            report = self.texts.make_pairs(
-                self.pair_prompts, samples, tokenizer, _numbered("train", number)
-            )
-            parts[name] = report
+            rows, report = self.texts.make_pairs(self.prompts.pairs, samples, tokenizer, file)
+            show_pairs(rows, report, self.texts.pairs_file(file), "training pairs")
+            lines.append(f"train: {report}")
             if number == 1:
-                name = "held-out"
-                parts[name] = self.texts.make_held_out_pairs(self.held_out, samples, tokenizer)
+                name, held_out = "held-out", self.prompts.held_out
+                report = self.texts.make_held_out_pairs(held_out, samples, tokenizer)
+                lines.append(f"held-out: {report}")
         except UsageError as error:
             raise UsageError(f"{name} prompts: {error}") from None
-        lines = [f"{name}: {report}" for name, report in parts.items()]
-        return "; ".join(filter(None, [*lines, self.texts.judge_usage()]))
+        spent = self.texts.usage().get("judge")
+        return "; ".join([*lines, *([] if spent is None else [f"judge: {spent}"])])
 
     def _calibrate(self, number: int) -> str:
         config = self.config
@@ -329,7 +356,7 @@ class _Distillation:
         results, _ = self._measure()
         return f"{results['n_prompts']} prompts, {results['n_pairs']} pairs"
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self, command: str) -> dict[str, Any]:
         config = self.config
         results, outputs = self._measure()
         data = self._data(outputs)
@@ -339,18 +366,16 @@ class _Distillation:
             results,
             outputs,
             self._held_out_data(),
-            title=f"Distillation of {Path(self.teacher_source).stem}",
+            title=f"Distillation of {Path(self.teacher.source).stem}",
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
-                "fine-tuning"
-                if folder == "sft"
-                else _numbered("calibration", number, ", round "): self.folder / folder
+                _of_round("calibration", number) if number else "fine-tuning": self.folder / folder
                 for number, folder in enumerate(self._students())
             },
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             data=data,
-            command=self.command,
+            command=command,
             versions=versions(),
         )
         return results
@@ -358,7 +383,7 @@ class _Distillation:
     def _data(self, outputs: Sequence[StudentOutputs]) -> dict[str, Any]:
         """What became of the prompts, and what to look at in the texts."""
         numbers = range(1, self.config.rounds + 1)
-        files = {_numbered("training pairs", n, ", round "): _numbered("train", n) for n in numbers}
+        files = {_of_round("training pairs", n): _numbered("train", n) for n in numbers}
         files["held-out pairs"] = "held-out"
         return data_of_run(
             {name: self.texts.pairs_file(file) for name, file in files.items()},
@@ -372,7 +397,7 @@ class _Distillation:
             {name: self.folder / folder for folder, name in self._students().items()},
             self._held_out_data(),
             self.folder / "evaluation",
-            sampling=self.texts.student_sampling(),
+            sampling=sampling_for(self.config, "student", n=1),
             length_normalization=self.config.alpha,
             max_length=self.config.max_length,
             precision=self.config.precision,
@@ -399,28 +424,18 @@ class _Distillation:
             **options,
         )
 
-    def _load_teacher(self) -> PreTrainedModel:
-        """Loaded once for the student and the answers: a GGUF file takes its time."""
-        if self._teacher is None:
-            self._teacher = load_model(self.teacher_source, merge_adapters=True)
-        return self._teacher
-
-    def _teacher_as_text(self) -> LocalModel:
-        dtype = autocast_dtype(self.config.precision)
-        model = self._load_teacher().to(device=best_device(), dtype=dtype)
-        return LocalModel(model, load_tokenizer(self.teacher_source), "teacher")
-
-    def _samples(self, number: int) -> dict[str, list[Answer]]:
+    def _samples(self, number: int) -> Answers:
         """For the pairs of a round; in the first one for the held-out pairs too."""
-        source, name = self.folder / _start(number), self._students()[_start(number)]
-        wanted = {
-            "round_number": number,
-            "n": self.config.student_samples,
-        }
-        samples = self.texts.samples(self.pair_prompts, source, name, **wanted)
-        if number == 1:
-            samples |= self.texts.samples(self.held_out, source, name, round_number=number, n=1)
-        return samples
+        folder = _start(number)
+        draw = partial(
+            self.texts.samples,
+            model=self.folder / folder,
+            name=self._students()[folder],
+            round_number=number,
+            others_aside=True,
+        )
+        samples = draw(self.prompts.pairs)
+        return {**samples, **draw(self.prompts.held_out, n=1)} if number == 1 else samples
 
     def _students(self) -> dict[str, str]:
         """Folder -> name of every student that is evaluated, in the order of training."""
@@ -433,7 +448,7 @@ class _Distillation:
 
     def _held_out_data(self) -> HeldOut:
         answers = self.texts.best_teacher_answers()
-        prompts = [p for p in self.held_out if p.id in answers]
+        prompts = [p for p in self.prompts.held_out if p.id in answers]
         texts = {p.id: answers[p.id].text for p in prompts}
         pairs = self.texts.pairs("held-out")
         by_row = {row_id(p.id, 0): p.id for p in prompts}
@@ -459,9 +474,14 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
             )
 
 
-def _numbered(name: str, number: int, joint: str = "-") -> str:
-    """The first round has no number: most runs have no other."""
-    return name if number == 1 else f"{name}{joint}{number}"
+def _numbered(name: str, number: int) -> str:
+    """A file or folder of a round. The first has no number: most runs have no other."""
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _of_round(name: str, number: int) -> str:
+    """In words, as `_numbered`."""
+    return name if number == 1 else f"{name}, round {number}"
 
 
 def _start(number: int) -> str:

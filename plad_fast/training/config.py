@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +12,53 @@ from transformers import TrainingArguments
 
 from plad_fast.checks import check_number, is_whole
 from plad_fast.data.packing import LAYOUTS
-from plad_fast.data.tokenization import check_cut
+from plad_fast.data.text_ids import check_cut
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import get_loss, read_loss_args
 from plad_fast.models.attention.packed import IMPLEMENTATIONS
 from plad_fast.ops.backend import BACKENDS
 
-_IN_BACKWARD = ("layerwise", "lomo")
 NO_PREDICTIONS = (
-    "the trainer makes no predictions that it could be given: logits do not exist here as a whole. "
-    "Leave it out; an evaluation has the metrics that PLaDTrainer lists, and "
+    "the trainer has no predictions to give it: logits are never stored as a whole. Leave it out; "
+    "an evaluation has the metrics that PLaDTrainer lists, and "
     "plad_fast.evaluation.compare.score_pairs gives log-probabilities row by row"
 )
+
+_UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label_smoothing_factor": (bool, "label smoothing is not part of this loss; set it to 0"),
+    "length_column_name": (
+        lambda name: name not in (None, "length"),
+        "the lengths of the rows are counted here, in the column 'length'; leave it out",
+    ),
+    **dict.fromkeys(
+        ("include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics"),
+        (bool, f"it is for compute_metrics, and {NO_PREDICTIONS}"),
+    ),
+    "accelerator_config.dispatch_batches": (
+        bool,
+        "it sends tensors from the first process to the others, and rows become tensors later "
+        "here; leave it out",
+    ),
+    "parallelism_config.non_data_parallel_size": (
+        lambda size: size > 1,
+        "tensor, context and sequence parallelism are not supported",
+    ),
+    "torch_compile": (
+        bool,
+        "the loss would be compiled again for every step; call model.base_model.compile() before "
+        "training instead",
+    ),
+    "optim": (
+        lambda name: any(kind in str(name).lower() for kind in ("layerwise", "lomo")),
+        "it steps inside every backward, and a training step may have several here; choose an "
+        "optimizer that steps once",
+    ),
+}
+"""Settings of `TrainingArguments` that cannot be honoured: which of their values, and why."""
+
+_CHOICES = {"layout": LAYOUTS, "attention": IMPLEMENTATIONS, "impl": BACKENDS}
+"""Known values of the settings that also take "auto"."""
 
 
 @dataclass
@@ -100,63 +135,18 @@ class PLaDConfig(TrainingArguments):
         if is_old and given.gradient_checkpointing and given.gradient_checkpointing_kwargs is None:
             # As in newer transformers: re-entrant checkpoints lose what adapters and routers need.
             given.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        self._require_numbers()
+        self._check_numbers()
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in ("auto", *choices):
+                raise UsageError(f"unknown {name} {value!r}; known: auto, {', '.join(choices)}")
+        self._check_supported()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)
         if self.fine_tunes and self.sft_weight:
             raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be positive, got {self.temperature}")
-        check_cut(self.max_length, self.truncation_side)
-        if self.max_length < 2:
-            raise UsageError(f"max_length must be at least 2 tokens, got {self.max_length}")
-        if self.layout not in ("auto", *LAYOUTS):
-            known = ", ".join(LAYOUTS)
-            raise UsageError(f"unknown layout {self.layout!r}; known: auto, {known}")
-        if self.attention not in ("auto", *IMPLEMENTATIONS):
-            known = ", ".join(IMPLEMENTATIONS)
-            raise UsageError(f"unknown attention {self.attention!r}; known: auto, {known}")
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise UsageError(
-                f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}"
-            )
-        if self.impl != "auto" and self.impl not in BACKENDS:
-            raise UsageError(f"unknown impl {self.impl!r}; known: auto, {', '.join(BACKENDS)}")
-        if self.scratch_mib is not None and self.scratch_mib < 1:
-            raise UsageError(f"scratch_mib must be at least 1, got {self.scratch_mib}")
-        if any(kind in str(self.optim).lower() for kind in _IN_BACKWARD):
-            raise UsageError(
-                f"optim={self.optim} steps inside every backward, and a training step may have "
-                "several here; choose an optimizer that steps once"
-            )
-        if self.neftune_noise_alpha and self.layout != "padded":
-            raise UsageError(
-                "the noise of NEFTune depends on the length of a row, which packing changes; set "
-                "layout='padded', or leave neftune_noise_alpha out, as for an encoder-decoder model"
-            )
-        if self.label_smoothing_factor:
-            raise UsageError("label smoothing is not part of this loss; set it to 0")
-        if self.length_column_name not in (None, "length"):
-            raise UsageError(
-                f"length_column_name is {self.length_column_name!r}, and the lengths of the rows "
-                "are counted here, in the column 'length'; leave it out"
-            )
-        of_metrics = ("include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics")
-        for name in of_metrics:  # transformers 5 has no include_inputs_for_metrics
-            if value := getattr(self, name, None):
-                raise UsageError(f"{name}={value!r} is for compute_metrics, and {NO_PREDICTIONS}")
-        if getattr(self.accelerator_config, "dispatch_batches", None):
-            raise UsageError(
-                "accelerator_config asks for dispatch_batches=True, which sends tensors from the "
-                "first process to the others, and rows become tensors later here; leave it out"
-            )
-        if self.torch_compile:
-            raise UsageError(
-                "torch_compile=True would compile the loss again for every step; call "
-                "model.base_model.compile() before training instead"
-            )
 
-    def _require_numbers(self) -> None:
+    def _check_numbers(self) -> None:
         """Finite numbers, and whole ones for counts: a file of settings may hold anything."""
         for name in ("beta", "sft_weight", "length_normalization", "temperature"):
             value = getattr(self, name)
@@ -165,10 +155,30 @@ class PLaDConfig(TrainingArguments):
             check_number(name, value)
             if not math.isfinite(value):
                 raise UsageError(f"{name} must be a finite number, got {value}")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be positive, got {self.temperature}")
+        check_cut(self.max_length, self.truncation_side)
+        if self.max_length < 2:
+            raise UsageError(f"max_length must be at least 2 tokens, got {self.max_length}")
         for name in ("max_tokens_per_batch", "scratch_mib"):
             value = getattr(self, name)
-            if value is not None and not is_whole(value):
-                raise UsageError(f"{name} must be a whole number or None, got {value!r}")
+            if value is not None and not (is_whole(value) and value >= 1):
+                raise UsageError(f"{name} must be None or a whole number from 1 on, got {value!r}")
+
+    def _check_supported(self) -> None:
+        for path, (refused, reason) in _UNSUPPORTED.items():
+            value: Any = self
+            for name in path.split("."):  # which versions of transformers may lack
+                value = getattr(value, name, None)
+            if value is not None and refused(value):
+                value = getattr(value, "value", value)  # of an enumeration
+                raise UsageError(f"{path}={value!r} is not supported: {reason}")
+        if self.neftune_noise_alpha and self.layout != "padded":
+            raise UsageError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha}: the noise depends on the length "
+                "of a row, which packing changes; set layout='padded', or leave "
+                "neftune_noise_alpha out, as for an encoder-decoder model"
+            )
 
     def objective(self, *, group_size: int) -> Objective:
         """The loss with its options, checked; the data are checked for what it needs of them."""
@@ -181,6 +191,11 @@ class PLaDConfig(TrainingArguments):
             has_reference=True,
             **self.loss_options,
         )
+
+    @property
+    def scratch_bytes(self) -> int | None:
+        """`scratch_mib` in bytes."""
+        return None if self.scratch_mib is None else self.scratch_mib * 2**20
 
     @property
     def fine_tunes(self) -> bool:

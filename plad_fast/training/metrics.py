@@ -6,13 +6,14 @@ B groups of K responses to one prompt, best first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.ops.preference_losses import FusedLoss
 
@@ -26,6 +27,26 @@ class AtBegin(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """For `transformers.Trainer`."""
         self._function()
+
+
+def check_best_metric(wanted: str | None, names: Collection[str], evaluation: Any) -> None:
+    """Raises UsageError for a metric to choose by that no evaluation has.
+
+    Args:
+        wanted: `metric_for_best_model`.
+        names: of `PreferenceMeter`.
+        evaluation: the evaluation set, or several by name.
+    """
+    if wanted is None or evaluation is None:
+        return
+    names = {*names, "runtime", "samples_per_second", "steps_per_second"}
+    if isinstance(evaluation, dict):
+        names = {f"{key}_{name}" for key in evaluation for name in names}
+    if wanted.removeprefix("eval_") not in names:
+        raise UsageError(
+            f"metric_for_best_model is {wanted!r}, and the evaluation has: "
+            f"{', '.join(sorted(names))}"
+        )
 
 
 class PreferenceMeter:

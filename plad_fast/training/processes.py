@@ -1,6 +1,6 @@
-"""Several processes in one training: what they may be, and what they refuse together.
+"""Processes of one training: those that work together, and errors that all of them raise.
 
-A process that raised alone would leave the others waiting for it.
+A process that raised alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from plad_fast.errors import UsageError
@@ -39,6 +39,12 @@ def require_processes(args: PLaDConfig, accelerator: Accelerator, *, deepspeed: 
             "accelerator_config asks for even_batches=False, but the processes have to run "
             "the same number of micro-batches; leave it out"
         )
+
+
+def whole_in_every_process(accelerator: Accelerator) -> bool:
+    """Whether every process has the whole model: one process, or DDP."""
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    return accelerator.distributed_type not in sharded
 
 
 def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""Log-probabilities of a dataset's responses under the reference model, computed once and kept.
+"""Reference log-probabilities of a dataset's responses, computed once and cached.
 
 A loss on a reference needs one number per response that training never changes. It is computed
 before training and, given a folder, written there batch by batch: a killed run goes on where it
@@ -11,51 +11,55 @@ B groups of K responses to one prompt.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from plad_fast.data.packing import PADDED_LAYOUTS, to_device, token_counts
+from plad_fast.data.packing import (
+    PADDED_LAYOUTS,
+    PreferenceCollator,
+    count_tokens,
+    to_device,
+    token_counts,
+)
+from plad_fast.data.plain_rows import plain_rows
 from plad_fast.data.records import digest
 from plad_fast.data.row_sets import (
     longest,
-    plain_rows,
     require_dataset_ids,
     require_rows,
     token_dataset,
 )
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
-from plad_fast.models.adapters import token_limits
+from plad_fast.models.adapters import token_limits, vocabulary_size, without_adapters
 from plad_fast.models.head import causal_lm_logprobs, evaluating
-from plad_fast.training.bins import pack
+from plad_fast.training.config import PLaDConfig
+from plad_fast.training.fingerprint import Autocast, fingerprint
+from plad_fast.training.micro_batches import pack
+from plad_fast.training.processes import whole_in_every_process
+from plad_fast.training.setup import BASE, prepare_layout
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from datasets import Dataset
     from transformers import PreTrainedModel
 
     from plad_fast.data.packing import PreferenceBatch
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], "PreferenceBatch"]
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 Logps = dict[int, list[float]]
 """Row number -> its K log-probabilities."""
 
-_TOKENS = ["prompt_ids", "response_ids"]
-# Entries of a config that do not change what the model computes.
-_SILENT = {
-    *("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype"),
-    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-}
-_BLOCK = 2**20  # entries of a weight hashed at once
+_COLUMNS = ["prompt_ids", "response_ids"]
+_TOKENS = 4096  # of a forward without a backward, where the user set no limit
 
 
 def add_reference_logps(
@@ -103,41 +107,35 @@ def add_reference_logps(
         for index, row in enumerate(dataset):
             _check(row["reference_logps"], len(row["response_ids"]), name, index)
         return given if type(given) is type(dataset) else dataset
-    limits = token_limits(model)
-    try:
-        require_dataset_ids(dataset, limits, name)
-    except UsageError as error:  # the model that is trained may know them
-        raise UsageError(f"under the reference model, {error}") from None
-    rows = dataset.select_columns(_TOKENS).with_format(None)
+    rows = dataset.select_columns(_COLUMNS).with_format(None)
+    layout = getattr(collate, "layout", "padded")
+    _require_known(rows, model, name, encoder_decoder=layout == "encoder_decoder")
     options = {"temperature": temperature, "impl": impl, "scratch_bytes": scratch_bytes}
-    scorer = _Scorer(rows, model, collate, options, autocast or contextlib.nullcontext, name)
+    autocast = autocast or contextlib.nullcontext
+    scorer = _Scorer(rows, model, collate, options, autocast, name, progress)
 
     def read() -> Iterable[Mapping[str, Any]]:
         return tqdm(rows, desc=f"reading {name}", unit="row", leave=False, disable=not progress)
 
-    layout = getattr(collate, "layout", "padded")
-    if limits.positions is not None:
-        _require_positions(rows, limits.positions, layout == "encoder_decoder", name)
     batches = _batches(read(), layout, max_tokens_per_batch)
-    known: Logps | None
+    known: Logps = {}
     if cache is None:
-        known = {}
-        scorer.run(batches, (), known.update, progress)
+        scorer.run(batches, (), known.update)
     else:
-        settings = fingerprint(read(), model, temperature, scorer.autocast)
+        settings = fingerprint(read(), model, temperature, autocast)
         path = Path(cache).expanduser() / f"{digest(settings)}.jsonl"
-        known = _read_finished(path, len(rows))
-        if known is None:
+        known = _read_finished(path)
+        if len(known) != len(rows):
             with RowStore.open(path, settings) as store:
                 done = {int(key) for key in store.done}
-                scorer.run(batches, done, lambda new: store.append(_to_rows(new)), progress)
+                scorer.run(batches, done, lambda new: store.append(_to_rows(new)))
                 known = _from_rows(store.rows.values())
     return dataset.add_column("reference_logps", [known[index] for index in range(len(rows))])
 
 
 def _token_rows(dataset: Any, name: str) -> Dataset:
     rows = plain_rows(dataset, name)
-    missing = sorted(set(_TOKENS) - set(require_rows(rows, name)))
+    missing = sorted(set(_COLUMNS) - set(require_rows(rows, name)))
     if missing:
         raise UsageError(
             f"{name} has no {' and no '.join(missing)}; make token ids of its texts with "
@@ -146,87 +144,24 @@ def _token_rows(dataset: Any, name: str) -> Dataset:
     return token_dataset(rows, name)
 
 
-def _require_positions(
-    rows: Iterable[Mapping[str, Any]], positions: int, encoder_decoder: bool, name: str
+def _require_known(
+    rows: Dataset, model: PreTrainedModel, name: str, *, encoder_decoder: bool
 ) -> None:
+    """Raises UsageError for rows that the trained model may take, and the reference cannot."""
+    limits = token_limits(model)
+    try:
+        require_dataset_ids(rows, limits, name)
+    except UsageError as error:
+        raise UsageError(f"under the reference model, {error}") from None
+    if limits.positions is None:
+        return
     for index, row in enumerate(rows):
         length = longest(row["prompt_ids"], row["response_ids"], encoder_decoder)
-        if length > positions:
+        if length > limits.positions:
             raise UsageError(
                 f"{name}, row {index + 1} has {length} tokens, and the reference model has "
-                f"{positions} positions; cut the prompts to fit, or take another reference"
+                f"{limits.positions} positions; cut the prompts to fit, or take another reference"
             )
-
-
-def fingerprint(
-    rows: Iterable[Mapping[str, Any]],
-    model: PreTrainedModel,
-    temperature: float,
-    autocast: Autocast,
-) -> dict[str, Any]:
-    """What reference log-probabilities depend on but for rounding, as JSON values.
-
-    Batch size, layout and backend change the rounding only and are left out.
-    """
-    device = _device(model).type
-    with autocast():
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _SILENT}
-    hashed = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        hashed.update(json.dumps([row[name] for name in _TOKENS]).encode())
-    return {
-        "model": type(model).__name__,
-        "config": digest(config),
-        "weights": weights_digest(model),
-        "adapters": _adapters(model),
-        "tokens": hashed.hexdigest(),
-        "temperature": temperature,
-        "autocast": None if dtype is None else str(dtype),
-    }
-
-
-def _adapters(model: nn.Module) -> str | None:
-    """Of PEFT's settings and of which adapters are in use, which no weight shows."""
-    settings = getattr(model, "peft_config", None)
-    if not isinstance(settings, Mapping):
-        return None
-    used = [
-        (name, repr(module.active_adapters), repr(getattr(module, "scaling", None)))
-        for name, module in model.named_modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "adapter_layer_names")
-    ]
-    return digest([_ordered({name: vars(config) for name, config in settings.items()}), used])
-
-
-def _ordered(value: Any) -> Any:
-    """Sets, whose order differs from process to process, as sorted lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _ordered(value[key]) for key in value}
-    if isinstance(value, (set, frozenset, list, tuple)):
-        items = [_ordered(item) for item in value]
-        return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Of names, dtypes, shapes and bytes of all weights, read a block at a time.
-
-    Adapters that are switched off (PEFT's `disable_adapter`) count as absent.
-    """
-    absent = tuple(
-        f"{name}.{part}."
-        for name, module in model.named_modules()
-        if getattr(module, "disable_adapters", False)
-        for part in getattr(module, "adapter_layer_names", ())
-    )
-    hashed = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
-        if not name.startswith(absent):
-            hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-            for block in weight.reshape(-1).split(_BLOCK):
-                hashed.update(block.cpu().view(torch.uint8).numpy())
-    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -239,13 +174,13 @@ class _Scorer:
     options: Mapping[str, Any]
     autocast: Autocast
     name: str
+    progress: bool
 
     def run(
         self,
         batches: Sequence[Sequence[int]],
         done: Container[int],
         keep: Callable[[Logps], Any],
-        progress: bool,
     ) -> None:
         """Hands `keep` the result of every batch of which a row is not done.
 
@@ -260,7 +195,7 @@ class _Scorer:
                 initial=total - sum(map(len, pending)),
                 desc=f"reference log-probs of {self.name}",
                 unit="row",
-                disable=not progress,
+                disable=not self.progress,
             ) as bar,
         ):
             for batch in pending:
@@ -271,10 +206,9 @@ class _Scorer:
     @torch.no_grad()
     def _score(self, batch: Sequence[int]) -> Logps:
         inputs = self.collate([self.rows[index] for index in batch])
+        device = next(self.model.parameters()).device
         with self.autocast():
-            found = causal_lm_logprobs(
-                self.model, to_device(inputs, _device(self.model)), **self.options
-            )
+            found = causal_lm_logprobs(self.model, to_device(inputs, device), **self.options)
         groups = found.sums.view(len(batch), -1).tolist()
         for index, logps in zip(batch, groups, strict=True):
             _check(logps, len(logps), self.name, index)
@@ -299,14 +233,13 @@ def _check(logps: Sequence[float], count: int, name: str, index: int) -> None:
         )
 
 
-def _read_finished(path: Path, count: int) -> Logps | None:
-    """The rows of a complete file. The lock of `RowStore` would keep other readers out."""
+def _read_finished(path: Path) -> Logps:
+    """The rows of a file. The lock of `RowStore` would keep other readers out."""
     try:
         _, *lines = path.read_bytes().splitlines()
-        known = _from_rows(map(json.loads, lines))
+        return _from_rows(map(json.loads, lines))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # the store tells a file to go on with from a damaged one
-    return known if len(known) == count else None
+        return {}  # the store tells a file to go on with from a damaged one
 
 
 def _to_rows(logps: Logps) -> list[dict[str, Any]]:
@@ -317,5 +250,112 @@ def _from_rows(rows: Any) -> Logps:
     return {int(row["id"]): row["logps"] for row in rows}
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+@dataclass(frozen=True)
+class ReferencePass:
+    """The reference of a training: every process scores its share of the rows, once.
+
+    Args:
+        args, accelerator, collate: of the training.
+        reference: a model, `BASE`, or None for the model that is trained, as it is.
+    """
+
+    args: PLaDConfig
+    accelerator: Accelerator
+    collate: PreferenceCollator
+    reference: PreTrainedModel | str | None
+
+    def add_to(
+        self, dataset: Dataset, name: str, model: PreTrainedModel, *, trained: bool
+    ) -> Dataset:
+        """The dataset with the column `reference_logps`; one that has it is checked.
+
+        Args:
+            model: that is trained.
+            trained: whether it is not what it was before training.
+        """
+        if "reference_logps" in dataset.column_names:
+            return self._add(model, dataset, name)
+        if not whole_in_every_process(self.accelerator):
+            raise UsageError(
+                f"{name} has no reference_logps, and a model that FSDP or DeepSpeed shards is not "
+                "whole in any process to compute them; add them to the rows beforehand, in one "
+                "process, with plad_fast.training.reference_logps.add_reference_logps"
+            )
+        if self.reference is None and trained:
+            raise UsageError(
+                f"{name} has no reference_logps, and the model is not what it was before "
+                "training; pass the data to the constructor, or a reference_model"
+            )
+        if self.reference is None:
+            return self._score(model, dataset, name)
+        if self.reference == BASE:
+            with without_adapters(model):
+                return self._score(model, dataset, name)
+        return self._score_with_another(self.reference, dataset, name)
+
+    def _score_with_another(self, model: Any, dataset: Dataset, name: str) -> Dataset:
+        """With a model that is not trained: it is on the device only meanwhile."""
+        home = model.device
+        # A model that accelerate has spread over devices stays there.
+        moves = getattr(model, "hf_device_map", None) is None
+        if moves:
+            model.to(self.args.device)
+        try:
+            wanted = "padded" if self.collate.layout == "padded" else "auto"
+            layout = prepare_layout(model, wanted, self.args, self.accelerator)
+            if "encoder_decoder" in {layout, self.collate.layout} and layout != self.collate.layout:
+                raise UsageError(
+                    f"of the model and its reference, {type(model).__name__}, one alone is an "
+                    "encoder-decoder model, and they read the same token ids; pass a reference of "
+                    "the model's kind, or add reference_logps to the rows"
+                )
+            collate = PreferenceCollator(
+                min(self.collate.pad_token_id, vocabulary_size(model) - 1),
+                self.collate.group_size,
+                layout=layout,
+                decoder_start_token_id=self.collate.decoder_start_token_id,
+            )
+            return replace(self, collate=collate)._score(model, dataset, name)
+        finally:
+            if moves:
+                model.to(home)
+
+    def _score(self, model: PreTrainedModel, dataset: Dataset, name: str) -> Dataset:
+        """Raises a UsageError in every process if one of them has an error."""
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if count == 1:
+            return self._add(model, dataset, name)
+        scored, error = [], None
+        try:
+            share = dataset.select(range(rank, len(dataset), count))
+            if len(share):
+                label = f"{name}, of which every {count}th row from {rank + 1} on"
+                added = self._add(model, share, label, f"{rank + 1}-of-{count}")
+                scored = list(added["reference_logps"])
+        except Exception as caught:  # the others wait for this process
+            error = f"process {rank}: {caught}"
+        shares = gather_object([(scored, error)])
+        errors = [text for _, text in shares if text]
+        if errors:
+            raise UsageError(f"reference log-probabilities of {name}: {'; '.join(errors)}")
+        logps = [shares[i % count][0][i // count] for i in range(len(dataset))]
+        return dataset.add_column("reference_logps", logps)
+
+    def _add(
+        self, model: PreTrainedModel, dataset: Dataset, name: str, folder: str = ""
+    ) -> Dataset:
+        most = max(count_tokens(row, self.collate.layout) for row in dataset)
+        cache = self.args.reference_cache or Path(self.args.output_dir, "reference")
+        return add_reference_logps(
+            dataset,
+            model,
+            collate=self.collate,
+            max_tokens_per_batch=self.args.max_tokens_per_batch or max(_TOKENS, most),
+            cache=Path(cache, folder),
+            temperature=self.args.temperature,
+            impl=self.args.impl,
+            scratch_bytes=self.args.scratch_bytes,
+            name=name,
+            progress=not self.args.disable_tqdm,
+            autocast=self.accelerator.autocast,
+        )

@@ -1,4 +1,4 @@
-"""The data of a training: rows to token ids, and what they must agree on with model and loss."""
+"""Preparation of model and data for training: checks, token ids, layout."""
 
 from __future__ import annotations
 
@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import nn
 
+from plad_fast.data.packing import PADDED_LAYOUTS
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import get_loss
-from plad_fast.models.adapters import require_whole_loss, token_limits, vocabulary_size
-from plad_fast.models.encoder_decoder import decoder_start_token
+from plad_fast.models.adapters import (
+    base_model,
+    require_whole_loss,
+    token_limits,
+    vocabulary_size,
+    without_adapters,
+)
+from plad_fast.models.attention.register import enable
+from plad_fast.models.encoder_decoder import decoder_start_token, is_encoder_decoder
+from plad_fast.models.head import check_architecture
+from plad_fast.models.router import check_router_loss
+from plad_fast.models.sharing import prepare
+from plad_fast.models.wrappers import gathered
 from plad_fast.training.config import PLaDConfig
+from plad_fast.training.processes import of_first_process
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,19 +39,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Rows = Union["Dataset", Sequence[Mapping[str, Any]]]
-Features = list[dict[str, Any]]
+
+BASE = "base"
+"""As the reference model: the model without its adapters."""
 
 
-class Groups:
-    """Rows as they are. What moves batches to devices would go through lists token by token."""
-
-    def __init__(self, features: Features) -> None:
-        self.features = features
-
-
-def as_they_are(features: Features) -> dict[str, Groups]:
-    """A collator: rows become tensors where it is known which of them run together."""
-    return {"groups": Groups(features)}
+def check_inputs(
+    model: PreTrainedModel,
+    args: PLaDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reference_model: PreTrainedModel | str | None,
+) -> None:
+    """Raises UsageError for a model that cannot be trained so; warns of weights of 16 bits."""
+    if not isinstance(args, PLaDConfig):
+        raise UsageError(f"args must be a PLaDConfig, got {type(args).__name__}")
+    require_whole_loss(model)
+    embeddings = vocabulary_size(model)
+    if len(tokenizer) > embeddings:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings; "
+            "pass the model's own tokenizer, or call model.resize_token_embeddings first"
+        )
+    if isinstance(reference_model, str) and reference_model != BASE:
+        raise UsageError(
+            f"reference_model is {reference_model!r}; pass a model, {BASE!r} for a PEFT model "
+            "without its adapters, or None for the model as it is"
+        )
+    if reference_model == BASE:
+        with without_adapters(model):  # says so if it has none
+            pass
+    if args.neftune_noise_alpha and is_encoder_decoder(model):
+        raise UsageError(
+            "neftune_noise_alpha is set, and its noise need not reach the embeddings of an "
+            f"encoder-decoder model such as {type(base_model(model)).__name__}; leave it out"
+        )
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    if narrow := trained & {torch.bfloat16, torch.float16}:
+        logger.warning(
+            "the weights to train are %s: an update below half a unit of a weight's last digit is "
+            "lost, and at the learning rates of calibration many are. Load the model with "
+            "dtype=torch.float32 and set bf16=True, which multiplies in bfloat16 all the same",
+            str(narrow.pop()).removeprefix("torch."),
+        )
 
 
 def of_each(change: Callable[[Any, str], Any], evaluation: Any) -> Any:
@@ -54,43 +97,16 @@ def numbered(dataset: Dataset) -> Dataset:
     return dataset.add_column("index", list(range(len(dataset))))
 
 
-def require_supported(
-    model: PreTrainedModel, args: PLaDConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if not isinstance(args, PLaDConfig):
-        raise UsageError(f"args must be a PLaDConfig, got {type(args).__name__}")
-    require_whole_loss(model)
-    embeddings = vocabulary_size(model)
-    if len(tokenizer) > embeddings:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings; "
-            "pass the model's own tokenizer, or call model.resize_token_embeddings first"
-        )
-    parallelism = args.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        raise UsageError("tensor, context and sequence parallelism are not supported")
-
-
-def warn_of_narrow_weights(model: torch.nn.Module) -> None:
-    """Logs that weights of 16 bits are to be trained, which lose most of what AdamW would add."""
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    narrow = trained & {torch.bfloat16, torch.float16}
-    if narrow:
-        logger.warning(
-            "the weights to train are %s: an update below half a unit of a weight's last digit is "
-            "lost, and at the learning rates of calibration many are. Load the model with "
-            "dtype=torch.float32 and set bf16=True, which multiplies in bfloat16 all the same",
-            str(narrow.pop()).removeprefix("torch."),
-        )
-
-
 def tokenize(
-    rows: Rows,
     model: PreTrainedModel,
     args: PLaDConfig,
     tokenizer: PreTrainedTokenizerBase,
+    rows: Rows | None,
     name: str,
-) -> Dataset:
+) -> Dataset | None:
+    """Rows with the token ids and the columns that the loss takes; None for None."""
+    if rows is None:
+        return None
     spec = get_loss(args.loss)
     # One that can go without takes them where there are some.
     with_scores = None if "scores" in spec.takes and not spec.needs_scores else spec.needs_scores
@@ -135,6 +151,30 @@ def bind_objective(args: PLaDConfig, train: Dataset | None, evaluation: Any) -> 
             "rejected column, or set loss='sft'"
         )
     return args.objective(group_size=group_size)
+
+
+def prepare_model(model: PreTrainedModel, args: PLaDConfig, accelerator: Accelerator) -> str:
+    """The layout, found by the first process: the others may not have their weights yet."""
+
+    def find() -> str:
+        check_architecture(model)
+        check_router_loss(model)
+        return prepare_layout(model, args.layout, args, accelerator)
+
+    with gathered(model):
+        layout = of_first_process(accelerator, find)
+    if accelerator.num_processes > 1 and layout not in PADDED_LAYOUTS:
+        enable(base_model(model), args.attention)
+    return layout
+
+
+def prepare_layout(
+    model: nn.Module, layout: str, args: PLaDConfig, accelerator: Accelerator
+) -> str:
+    """See `plad_fast.models.sharing.prepare`."""
+    # As in training: autocast decides which attention can run, and how it rounds.
+    with accelerator.autocast():
+        return prepare(model, layout, attention=args.attention, check=args.self_check)
 
 
 def disable_dropout(model: nn.Module) -> None:

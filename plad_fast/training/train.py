@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import ProgressCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
-from plad_fast.data.files import publish_folder, write_atomically
 from plad_fast.data.locks import locked
-from plad_fast.data.manifest import require_whole, write_manifest
-from plad_fast.data.records import digest, model_digest, require_equal
+from plad_fast.data.manifest import require_whole
+from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
-from plad_fast.training.checkpoints import (
-    LOG,
-    OF_TRAINING,
-    RECORD,
-    Checkpoints,
-    has_ended,
-    newest_checkpoint,
-    remove_checkpoints,
-    remove_model,
-    require_ours,
-)
+from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.signals import deferred_signals
-
-if TYPE_CHECKING:
-    from plad_fast.training.trainer import PLaDTrainer
+from plad_fast.training.trained_folders import (
+    RECORD,
+    checkpoints_of,
+    discard_checkpoints,
+    found_record,
+    is_trained,
+    log_history,
+    publish,
+    remove_training,
+    require_ours,
+    require_record,
+    write_record,
+)
+from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
 
 _WARMUP_SHARE = 0.1
-_REFERENCE = "reference"  # see `PLaDConfig.reference_cache`
+# transformers 5 has another name for it.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PLaDConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 _NOTICE = "{}: saving a checkpoint after this step, then ending; once more ends at once"
 
 
@@ -107,26 +108,28 @@ def train_model(
     micro = micro_batch_size or batch_size
     if batch_size % micro:
         raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
+    objective = {
+        "loss": loss,
+        "beta": beta,
+        "loss_args": loss_args,
+        "sft_weight": sft_weight,
+        "length_normalization": length_normalization,
+    }
     # What the weights depend on; what is in memory at once changes no more than their rounding.
     record = {
         "source": model_digest(source),
         "rows": f"{len(rows)} rows, {digest(list(rows))}",
-        "loss": loss,
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
         "precision": precision,
         "max_length": max_length,
-        "beta": beta,
-        "loss_args": loss_args,
-        "sft_weight": sft_weight,
-        "length_normalization": length_normalization,
+        **objective,
     }
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
     if is_trained(output):  # a run may be killed between this and its own record of it
-        if not replace or _found_record(output) == record:
-            _require_record(output, record)
+        if not replace or found_record(output) == record:
+            require_record(output, record)
             # Of a run --overwrite would remove all.
             anew = f"delete {output}" if replace else "pass --overwrite"
             require_whole(output, f"{anew} to have it trained again")
@@ -134,18 +137,11 @@ def train_model(
             return log_history(output)
         require_ours(output)
     check_loadable(source)
+    checkpoints = checkpoints_of(output)
     checkpoints.mkdir(parents=True, exist_ok=True)
     with locked(checkpoints):
-        # A training that was refused leaves its record alone, which keeps nobody from another.
-        names = {entry.name for entry in checkpoints.iterdir()} - {RECORD}
-        if any(not name.startswith(".") for name in names):
-            if replace and _found_record(checkpoints) not in (None, record):
-                _remove_training(checkpoints)
-            else:
-                _require_record(checkpoints, record)
-        training = digest(record)
-        last = newest_checkpoint(checkpoints, training)
-        write_atomically(checkpoints / RECORD, json.dumps(record, indent=1))
+        last = _resumable(checkpoints, record, replace=replace)
+        write_record(checkpoints, record)
         # The Trainer would take a step too many from a checkpoint of the last one.
         if last is None or not has_ended(last):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
@@ -153,11 +149,7 @@ def train_model(
                 source,
                 rows,
                 output_dir=str(checkpoints),
-                loss=loss,
-                beta=beta,
-                loss_args=loss_args,
-                sft_weight=sft_weight,
-                length_normalization=length_normalization,
+                **objective,
                 max_length=max_length,
                 num_train_epochs=epochs,
                 learning_rate=learning_rate,
@@ -166,74 +158,37 @@ def train_model(
                 per_device_train_batch_size=micro,
                 gradient_accumulation_steps=batch_size // micro,
                 max_tokens_per_batch=max_tokens_per_batch,
-                **_checkpointing(gradient_checkpointing),
+                **{_CHECKPOINTING: gradient_checkpointing},
                 bf16=autocast_dtype(precision) == torch.bfloat16,
                 seed=seed,
                 save_steps=max(1, math.ceil(steps / saves)),
                 logging_steps=max(1, steps // 20),
             )
             with deferred_signals(_NOTICE) as asked:
-                trainer.add_callback(Checkpoints(checkpoints, training, asked))
+                trainer.add_callback(Checkpoints(checkpoints, digest(record), asked))
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
             last = checkpoints / f"checkpoint-{trainer.state.global_step}"  # saved at the end
             del trainer
             gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
-        _publish(last, output)
+        publish(last, output)
         discard_checkpoints(output)
     return log_history(output)
 
 
-def _publish(checkpoint: Path, output: Path) -> None:
-    """Makes the model's folder of the training's last checkpoint."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*OF_TRAINING))
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    (partial / LOG).write_text(json.dumps(state["log_history"], indent=1), encoding="utf-8")
-    shutil.copy(checkpoint.with_name(RECORD), partial / RECORD)
-    write_manifest(partial)
-    if is_trained(output):  # to be replaced, as was found before
-        remove_model(output)
-    publish_folder(partial, output)
-
-
-def discard_training(output: Path) -> None:
-    """Removes a model that a training made, and the checkpoints of one beside it.
-
-    Raises:
-        UsageError: the folder holds something else, or another process trains there; nothing is
-            removed.
-    """
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
-    if is_trained(output):
-        require_ours(output)
-    with locked(checkpoints) if checkpoints.is_dir() else contextlib.nullcontext():
-        if is_trained(output):
-            remove_model(output)
-        discard_checkpoints(output)
-
-
-def discard_checkpoints(output: Path) -> None:
-    """Removes what a training left beside its model, and nothing that others put there."""
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
-    if not (checkpoints / RECORD).is_file():  # which goes last
-        return
-    with contextlib.suppress(OSError):  # the next call removes the rest
-        _remove_training(checkpoints)
-        for path in [*checkpoints.glob(f".{RECORD}.*"), checkpoints / RECORD]:
-            path.unlink(missing_ok=True)
-        checkpoints.rmdir()
-
-
-def _remove_training(checkpoints: Path) -> None:
-    remove_checkpoints(checkpoints)
-    shutil.rmtree(checkpoints / _REFERENCE, ignore_errors=True)
+def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -> Path | None:
+    """The checkpoint to go on from; those of another training are removed, or refused."""
+    # A training that was refused leaves its record alone, which keeps nobody from another.
+    names = {entry.name for entry in checkpoints.iterdir()} - {RECORD}
+    if any(not name.startswith(".") for name in names):
+        if replace and found_record(checkpoints) not in (None, record):
+            remove_training(checkpoints)
+        else:
+            require_record(checkpoints, record)
+    return newest_checkpoint(checkpoints, digest(record))
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
     """What does not change from one training to another."""
-    from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
-
     config = PLaDConfig(
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,
@@ -251,47 +206,6 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
     return trainer
-
-
-def _checkpointing(wanted: bool) -> dict[str, bool]:
-    """The Trainer's setting, which transformers 5 calls by another name."""
-    from plad_fast.training.trainer import PLaDConfig
-
-    new = hasattr(PLaDConfig, "activation_checkpointing")
-    name = "activation_checkpointing" if new else "gradient_checkpointing"
-    return {name: True} if wanted else {}
-
-
-def is_trained(output: Path) -> bool:
-    """Whether there is something at the place of a trained model."""
-    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
-
-
-def _require_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raises UsageError unless the training of this record made the folder."""
-    found = _found_record(folder)
-    if found is None:
-        is_there = (folder / RECORD).exists()
-        what = f"a damaged {RECORD}" if is_there else f"no record of a training ({RECORD})"
-        advice = "choose another --output-dir" + ", or pass --overwrite to replace it" * is_there
-        raise UsageError(f"{folder} is there already and has {what}; {advice}")
-    advice = "choose another --output-dir, or pass --overwrite to replace it"
-    require_equal(found, json.loads(json.dumps(record)), folder, advice)
-
-
-def _found_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the training that made a folder; None where there is none that can be read."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def log_history(model_folder: Path) -> list[dict[str, Any]]:
-    """The log of the training that made a folder of `train_model`; empty if there is none."""
-    path = model_folder / LOG
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 class _Progress(ProgressCallback):

@@ -7,50 +7,46 @@ over response tokens of everything they cover: micro-batches, gradient accumulat
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
 
-from plad_fast.data.packing import (
-    PADDED_LAYOUTS,
-    PreferenceBatch,
-    PreferenceCollator,
-    count_tokens,
-    to_device,
-    token_counts,
-)
+from plad_fast.data.packing import PreferenceBatch, PreferenceCollator, to_device
 from plad_fast.errors import UsageError
-from plad_fast.models.adapters import pad_token_id, without_adapters
-from plad_fast.models.attention.packed import enable
-from plad_fast.models.encoder_decoder import decoder_start_token, is_encoder_decoder
-from plad_fast.models.head import base_model, call_inside, check_head, through_head, unwrap
-from plad_fast.models.router import asks_for_router_loss, check_router_loss, router_losses
-from plad_fast.models.sharing import prepare
-from plad_fast.models.wrappers import gathered
+from plad_fast.models.adapters import base_model, pad_token_id
+from plad_fast.models.encoder_decoder import decoder_start_token
+from plad_fast.models.head import through_head
+from plad_fast.models.router import asks_for_router_loss, router_losses
+from plad_fast.models.wrappers import call_inside, unwrap
 from plad_fast.ops.preference_losses import FusedLoss, fused_linear_preference_loss
-from plad_fast.training.bins import pack
 from plad_fast.training.config import NO_PREDICTIONS, PLaDConfig
-from plad_fast.training.metrics import AtBegin, PreferenceMeter
-from plad_fast.training.micro_batches import KnownGradients, Satisfied, split_to
-from plad_fast.training.processes import of_first_process, require_finite, require_processes
-from plad_fast.training.reference_pass import Reference
-from plad_fast.training.setup import (
-    Features,
+from plad_fast.training.metrics import AtBegin, PreferenceMeter, check_best_metric
+from plad_fast.training.micro_batches import (
+    BackwardSkipper,
     Groups,
-    Rows,
+    MicroBatches,
     as_they_are,
+)
+from plad_fast.training.processes import (
+    require_finite,
+    require_processes,
+    whole_in_every_process,
+)
+from plad_fast.training.reference_logps import ReferencePass
+from plad_fast.training.setup import (
+    Rows,
     bind_objective,
+    check_inputs,
     disable_dropout,
     numbered,
     of_each,
-    require_supported,
+    prepare_model,
     tokenize,
-    warn_of_narrow_weights,
 )
 
 if TYPE_CHECKING:
@@ -60,9 +56,6 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 __all__ = ["PLaDConfig", "PLaDTrainer"]
-
-BASE = "base"
-"""As the reference model: the model without its adapters."""
 
 
 class PLaDTrainer(Trainer):
@@ -114,38 +107,24 @@ class PLaDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        require_supported(model, args, processing_class)
-        if isinstance(reference_model, str) and reference_model != BASE:
-            raise UsageError(
-                f"reference_model is {reference_model!r}; pass a model, {BASE!r} for a PEFT model "
-                "without its adapters, or None for the model as it is"
-            )
-        if reference_model == BASE:
-            with without_adapters(model):  # says so if it has none
-                pass
-        if args.neftune_noise_alpha and is_encoder_decoder(model):
-            raise UsageError(
-                "neftune_noise_alpha is set, and its noise need not reach the embeddings of an "
-                f"encoder-decoder model such as {type(base_model(model)).__name__}; leave it out"
-            )
+        check_inputs(model, args, processing_class, reference_model)
         if args.disable_dropout and not args.fine_tunes:
             disable_dropout(model)
-        warn_of_narrow_weights(model)
-        self._has_router_loss = asks_for_router_loss(model)
-
-        def encode(rows: Rows | None, name: str) -> Dataset | None:
-            return None if rows is None else tokenize(rows, model, args, processing_class, name)
-
+        encode = functools.partial(tokenize, model, args, processing_class)
         with args.main_process_first(desc="tokenising"):
             train = encode(train_dataset, "train_dataset")
             evaluation = of_each(encode, eval_dataset)
         train = train if train is None else numbered(train)
         self._objective = bind_objective(args, train, evaluation)
+        self._has_router_loss = asks_for_router_loss(model)
         self._train_meter, self._eval_meter = (
             PreferenceMeter(self._objective, router_loss=self._has_router_loss) for _ in range(2)
         )
-        self._require_best_metric(args, evaluation, callbacks or [])
-        self._begin()
+        # A method or a callback of the caller's may add metrics of its own.
+        own = type(self).evaluation_loop is PLaDTrainer.evaluation_loop
+        own &= type(self).evaluate is Trainer.evaluate
+        if own and all(isinstance(each, EarlyStoppingCallback) for each in callbacks or []):
+            check_best_metric(args.metric_for_best_model, self._eval_meter.names, evaluation)
         super().__init__(
             model=model,
             args=args,
@@ -153,50 +132,34 @@ class PLaDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), Satisfied(), AtBegin(self._begin)],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         require_processes(self.args, self.accelerator, deepspeed=self.is_deepspeed_enabled)
         # The loss is normalised over the accumulation window: the Trainer must not do it again.
         self.model_accepts_loss_kwargs = True
-        self.layout = self._prepare_model()
-        self._collate = PreferenceCollator(
+        always = self._objective.sft_weight or args.fine_tunes or self._has_router_loss
+        self._skipper = BackwardSkipper(
+            self.accelerator, may_be_inactive=not always, wanted=args.skip_inactive
+        )
+        self.add_callback(self._skipper.rows)
+        self.add_callback(AtBegin(self._begin))
+        self.layout = prepare_model(self.model, self.args, self.accelerator)
+        collate = PreferenceCollator(
             pad_token_id(processing_class, model),
             self._objective.group_size,
             layout=self.layout,
             decoder_start_token_id=decoder_start_token(self.model),
         )
-        self._reference_model = reference_model
+        self._batches = MicroBatches(collate, args.max_tokens_per_batch, self.accelerator)
+        self._reference = ReferencePass(args, self.accelerator, collate, reference_model)
         self.train_dataset = self._with_reference(train, "train_dataset")
         self.eval_dataset = of_each(self._with_reference, evaluation)
 
     def _begin(self) -> None:
-        """Leaves behind what a training before this one has counted."""
+        """Drops what a training before this one has counted."""
         self._train_meter.reset()
-        self._gradients = KnownGradients()
-        self._backwards = [0, 0]  # micro-batches since the last log, and those without a backward
-        self._may_skip = False  # in the micro-batch at hand
-        self._skipped = False  # in the accumulation window
-
-    def _require_best_metric(
-        self, args: PLaDConfig, evaluation: Any, callbacks: Sequence[TrainerCallback]
-    ) -> None:
-        """Raises UsageError for a metric to choose by that no evaluation has."""
-        wanted = args.metric_for_best_model
-        # A method or a callback of the caller's may add metrics of its own.
-        known = type(self).evaluate is Trainer.evaluate
-        known &= type(self).evaluation_loop is PLaDTrainer.evaluation_loop
-        known &= all(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
-        if wanted is None or evaluation is None or not known:
-            return
-        names = self._eval_meter.names | {"runtime", "samples_per_second", "steps_per_second"}
-        if isinstance(evaluation, dict):
-            names = {f"{key}_{name}" for key in evaluation for name in names}
-        if wanted.removeprefix("eval_") not in names:
-            raise UsageError(
-                f"metric_for_best_model is {wanted!r}, and the evaluation has: "
-                f"{', '.join(sorted(names))}"
-            )
+        self._skipper.begin(self.callback_handler.callbacks)
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""
@@ -206,109 +169,47 @@ class PLaDTrainer(Trainer):
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""
         return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset"))
 
+    def _tokenized(self, rows: Rows | str | None, name: str) -> Any:
+        # None is the constructor's dataset, and a text names one of several.
+        if rows is None or isinstance(rows, str):
+            return rows
+        with self.args.main_process_first(desc="tokenising"):
+            tokenized = tokenize(self.model, self.args, self.processing_class, rows, name)
+        return self._with_reference(tokenized, name)
+
+    def _with_reference(self, dataset: Dataset | None, name: str) -> Dataset | None:
+        if dataset is None or not self._objective.needs_reference:
+            return dataset
+        trained = self.state.global_step > 0
+        return self._reference.add_to(dataset, name, self.model, trained=trained)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[PreferenceBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PreferenceBatch], Tensor | None]:
-        """Adds how many groups and best-response tokens the window has over all processes, (2,)."""
+        """Adds the window's numbers of groups and best-response tokens over all processes, (2,)."""
         self._train_meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        if self.args.include_num_input_tokens_seen != "no":
-            for batch in batches:
-                self._show_tokens(batch)
+        for batch in batches if self.args.include_num_input_tokens_seen != "no" else []:
+            # The Trainer counts the tokens seen on tensors of these names.
+            count = self._batches.count_tokens(batch["groups"].features)
+            shown = torch.ones(count, dtype=torch.long)
+            batch[getattr(self.model, "main_input_name", "input_ids")] = shown
+            batch["attention_mask"] = shown
         groups = [feature for batch in batches for feature in batch["groups"].features]
         tokens = sum(len(feature["response_ids"][0]) for feature in groups)
         totals = torch.tensor([len(groups), tokens], dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(totals, "sum")
 
-    def _show_tokens(self, batch: dict[str, Any]) -> None:
-        """Something of the shape that the Trainer's count of tokens seen is taken from."""
-        count = sum(map(self._num_tokens, batch["groups"].features))
-        batch[getattr(self.model, "main_input_name", "input_ids")] = torch.ones(count).long()
-        batch["attention_mask"] = torch.ones(count).long()
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of forward and backward, by the rule of 6 a parameter and token."""
+        parameters = base_model(unwrap(self.model)).num_parameters(exclude_embeddings=True)
+        return 6 * self._batches.count_tokens(inputs["groups"].features) * parameters
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Groups],
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
-        """The batch in micro-batches, each with its backward unless it has no gradient."""
-        micro_batches = self._micro_batches(inputs["groups"].features)
-        losses = []
-        for index, features in enumerate(micro_batches):
-            # DDP adds the gradients of all processes once, in the last backward. (FSDP does it in
-            # every one: gradients that wait for it are whole, and take the memory of the model.)
-            last = index == len(micro_batches) - 1
-            several = self.accelerator.num_processes > 1
-            waits = several and not last and self._is_plain
-            sums = last and several and self.accelerator.sync_gradients
-            self._may_skip = self.args.skip_inactive and not sums and bool(self._gradients)
-            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                batch: Any = self._batch(features)
-                losses.append(super().training_step(model, batch, num_items_in_batch))
-            self._gradients.remember(unwrap(model))
-        if self.accelerator.sync_gradients and self._skipped:
-            self._gradients.fill()
-            self._skipped = False
-        return torch.stack(losses).sum()
-
-    def _micro_batches(self, features: Features) -> list[Features]:
-        """Groups that run together; as many micro-batches in every process."""
-        rows = self._satisfied.rows if self._may_have_none else set()
-        satisfied = [i for i, feature in enumerate(features) if feature.get("index") in rows]
-        active = [i for i, feature in enumerate(features) if feature.get("index") not in rows]
-        # Also where no backward is skipped: whether one is changes no bit.
-        parts = [satisfied, active]
-        return [[features[i] for i in packed] for packed in self._pack(features, parts)]
-
-    def _pack(self, features: Features, parts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Indices of features that run together; those of different parts never do.
-
-        There are as many in every process: forwards under FSDP, and under DDP those of models with
-        buffers, are for all of them.
-        """
-        bins = []
-        for part in parts:
-            lengths = [token_counts(features[i], self.layout) for i in part]
-            budget, padded = self.args.max_tokens_per_batch, self.layout in PADDED_LAYOUTS
-            bins += [[part[i] for i in packed] for packed in pack(lengths, budget, padded=padded)]
-        if self.accelerator.num_processes > 1:
-            count = torch.tensor([len(bins)], device=self.accelerator.device)
-            bins = split_to(bins, int(self.accelerator.gather(count).max()))
-        return bins
-
-    @property
-    def _satisfied(self) -> Satisfied:
-        # Among the callbacks, since a checkpoint's may take the place of the one made here.
-        found = (cb for cb in self.callback_handler.callbacks if isinstance(cb, Satisfied))
-        satisfied = next(found, None)
-        if satisfied is None:
-            satisfied = Satisfied()
-            self.add_callback(satisfied)
-        return satisfied
-
-    @property
-    def _may_have_none(self) -> bool:
-        """Whether there are groups without a gradient, and a backward may be left out for them."""
-        always = self._objective.sft_weight or self.args.fine_tunes or self._has_router_loss
-        return not always and self._is_plain
-
-    @property
-    def _is_plain(self) -> bool:
-        """One process, or DDP: every process has the whole model."""
-        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-        return self.accelerator.distributed_type not in sharded
-
-    def _num_tokens(self, feature: Mapping[str, Any]) -> int:
-        return count_tokens(feature, self.layout)
-
-    def _batch(self, features: Features) -> PreferenceBatch:
-        batch = self._collate(features)
-        if "index" in features[0]:
-            batch["index"] = [feature["index"] for feature in features]
-        return batch
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "response_ids", "scores", "length", "index"]
+        self._signature_columns.append("reference_logps")
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # That of DeepSpeed would round scores and reference log-probabilities to 16 bits.
@@ -316,10 +217,32 @@ class PLaDTrainer(Trainer):
             return to_device(inputs, self.args.device)
         return super()._prepare_inputs(inputs)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of forward and backward, by the rule of 6 a parameter and token."""
-        tokens = sum(map(self._num_tokens, inputs["groups"].features))
-        return 6 * tokens * base_model(unwrap(self.model)).num_parameters(exclude_embeddings=True)
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Groups],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Forward and backward of the batch in micro-batches; those without a gradient skip it."""
+        features = inputs["groups"].features
+        micro_batches = self._batches.pack(features, self._skipper.parts(features))
+        several = self.accelerator.num_processes > 1
+        losses = []
+        for index, numbers in enumerate(micro_batches):
+            # DDP adds the gradients of all processes once, in the last backward. (FSDP does it in
+            # every one: gradients that wait for it are whole, and take the memory of the model.)
+            last = index == len(micro_batches) - 1
+            waits = several and not last and whole_in_every_process(self.accelerator)
+            reduces = several and last and self.accelerator.sync_gradients
+            with (
+                self.accelerator.no_sync(model) if waits else contextlib.nullcontext(),
+                self._skipper.micro_batch(unwrap(model), reduces=reduces),
+            ):
+                batch: Any = self._batches.collate(features, numbers)
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        if self.accelerator.sync_gradients:
+            self._skipper.end_step()
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -328,7 +251,7 @@ class PLaDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,  # (2,) groups, tokens
     ) -> Any:
-        """The loss of a micro-batch, as its share in the window's loss when that is known."""
+        """The loss of a micro-batch: its share of the window's loss in training."""
         module = unwrap(model)
         groups, tokens = (None, None) if num_items_in_batch is None else num_items_in_batch
 
@@ -356,7 +279,7 @@ class PLaDTrainer(Trainer):
                 num_groups=groups,
                 num_tokens=tokens,
                 impl=self.args.impl,
-                scratch_bytes=self._scratch_bytes,
+                scratch_bytes=self.args.scratch_bytes,
                 **self.args.loss_options,
             )
 
@@ -367,8 +290,8 @@ class PLaDTrainer(Trainer):
         if num_items_in_batch is not None:
             require_finite(loss, module, self.accelerator, self.state.global_step)
             self._train_meter.add(rows)
-            if self._may_have_none and "index" in inputs:
-                loss = self._without_gradient(loss, active, inputs)
+            if "index" in inputs:
+                loss = self._skipper.loss_to_run(loss, active, inputs["index"])
             # DDP, FSDP and DeepSpeed average gradients over processes; this loss wants their sum.
             loss = loss * self.accelerator.num_processes
         return (loss, rows) if return_outputs else loss
@@ -383,13 +306,13 @@ class PLaDTrainer(Trainer):
         """Measures one evaluation batch; there are no predictions to hand on."""
         features = inputs["groups"].features
         losses, parts, order = [], [], []
-        for packed in self._pack(features, [range(len(features))]):
-            batch = self._prepare_inputs(self._batch([features[i] for i in packed]))
+        for numbers in self._batches.pack(features, [list(range(len(features)))]):
+            batch = self._prepare_inputs(self._batches.collate(features, numbers))
             with torch.no_grad():
                 loss, rows = self.compute_loss(model, batch, return_outputs=True)
-            losses.append(loss.detach() * len(packed))
+            losses.append(loss.detach() * len(numbers))
             parts.append(rows)
-            order += packed
+            order += numbers
         rows = torch.cat(parts)[torch.tensor(order).argsort().to(loss.device)]
         # Drops the rows by which the last batch was filled up for all processes.
         self._eval_meter.add(self.accelerator.gather_for_metrics(rows))
@@ -413,96 +336,8 @@ class PLaDTrainer(Trainer):
         """Adds the metrics since the last training log."""
         if "loss" in logs and self._train_meter.total is not None:
             total = self.accelerator.reduce(self._train_meter.total, "sum")
-            metrics = self._train_meter.summary(total)
+            metrics = self._train_meter.summary(total) | self._skipper.metrics()
             del metrics["loss"]  # the Trainer's own is the mean over optimizer steps
-            if self._may_have_none and self.args.skip_inactive:
-                counts = torch.tensor(self._backwards, device=self.accelerator.device)
-                ran, skipped = self.accelerator.reduce(counts, "sum").tolist()
-                metrics["skipped_backwards"] = skipped / max(ran, 1)
-                self._backwards = [0, 0]
             logs.update(metrics)
             self._train_meter.reset()
         super().log(logs, start_time)
-
-    def _without_gradient(self, loss: Tensor, active: Tensor, inputs: PreferenceBatch) -> Tensor:
-        """The loss, or one of the same value and no backward to speak of, where it may be skipped.
-
-        The groups' activity is noted, by all processes for all of them: the next epoch deals the
-        rows out anew.
-        """
-        notes = torch.stack([torch.tensor(inputs["index"], device=active.device), active.long()], 1)
-        if self.accelerator.num_processes > 1:
-            notes = self.accelerator.pad_across_processes(notes, pad_index=-1)
-            notes = self.accelerator.gather(notes)
-            notes = notes[notes[:, 0] >= 0]
-        rows, flags = notes.T.tolist()
-        self._satisfied.note(rows, map(bool, flags))
-        self._backwards[0] += 1
-        # What counts is the gradient in any process: they run a backward together.
-        if any(flags) or not self._may_skip:
-            return loss
-        self._backwards[1] += 1
-        self._skipped = True
-        return loss.detach() + torch.zeros_like(loss, requires_grad=True)
-
-    def _prepare_model(self) -> str:
-        """The layout, found by the first process: the others may not have their weights yet."""
-
-        def find() -> str:
-            check_head(self.model)
-            check_router_loss(self.model)
-            return self._prepare(self.model, self.args.layout)
-
-        with gathered(self.model):
-            layout = of_first_process(self.accelerator, find)
-        if self.accelerator.num_processes > 1 and layout not in PADDED_LAYOUTS:
-            enable(base_model(self.model), self.args.attention)
-        return layout
-
-    def _prepare(self, model: nn.Module, layout: str) -> str:
-        # As in training: autocast decides which attention can run, and how it rounds.
-        with self.accelerator.autocast():
-            return prepare(model, layout, attention=self.args.attention, check=self.args.self_check)
-
-    def _with_reference(self, dataset: Dataset | None, name: str) -> Dataset | None:
-        """The dataset with reference log-probabilities, if the loss needs them and it has none."""
-        if dataset is None or not self._objective.needs_reference:
-            return dataset
-        has_none = "reference_logps" not in dataset.column_names
-        if has_none and not self._is_plain:
-            raise UsageError(
-                f"{name} has no reference_logps, and a model that FSDP or DeepSpeed shards is not "
-                "whole in any process to compute them; add them to the rows beforehand, in one "
-                "process, with plad_fast.training.reference_logps.add_reference_logps"
-            )
-        if has_none and self._reference_model is None and self.state.global_step:
-            raise UsageError(
-                f"{name} has no reference_logps, and the model is not what it was before "
-                "training; pass the data to the constructor, or a reference_model"
-            )
-        reference = Reference(
-            self.args, self.accelerator, self._collate, self._scratch_bytes, self._prepare
-        )
-        if has_none and isinstance(self._reference_model, str):
-            with without_adapters(self.model):
-                return reference.score(self.model, dataset, name)
-        if has_none and self._reference_model is not None:
-            return reference.score_with_another(self._reference_model, dataset, name)
-        return reference.score(self.model, dataset, name)
-
-    @property
-    def _scratch_bytes(self) -> int | None:
-        mib = self.args.scratch_mib
-        return None if mib is None else mib * 2**20
-
-    def _tokenized(self, rows: Rows | str | None, name: str) -> Any:
-        # None is the constructor's dataset, and a text names one of several.
-        if rows is None or isinstance(rows, str):
-            return rows
-        with self.args.main_process_first(desc="tokenising"):
-            tokenized = tokenize(rows, self.model, self.args, self.processing_class, name)
-        return self._with_reference(tokenized, name)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "response_ids", "scores", "length", "index"]
-        self._signature_columns.append("reference_logps")

@@ -38,9 +38,8 @@ from plad_fast import fused_linear_preference_loss
 from plad_fast.data.packing import PreferenceBatch, PreferenceCollator
 from plad_fast.models.head import head_arguments
 from plad_fast.models.sharing import prepare
-from plad_fast.ops.backend import _MAX_CUDA_SCRATCH_BYTES
+from plad_fast.ops.backend import _MAX_CUDA_SCRATCH_BYTES, HeadOptions
 from plad_fast.ops.impl.workspace import Workspace
-from plad_fast.ops.logit_spec import LogitSpec
 from plad_fast.training.config import PLaDConfig
 
 ROOT = Path(__file__).parents[2]
@@ -172,8 +171,9 @@ def test_products_of_pairs_longer_than_the_buffer() -> None:
 def test_rows_of_the_scratch_are_those_of_the_op() -> None:
     for budget in (10_000, 100_000, 1_000_000):
         hidden, weight = torch.empty(10_000, TINY.hidden), torch.empty(TINY.vocab, TINY.hidden)
-        space = Workspace(hidden, weight, None, LogitSpec(), budget, for_gradient=True)
-        assert space.rows == scratch_rows(TINY, budget, 4)
+        options = HeadOptions(scratch_bytes=budget)
+        workspace = Workspace((hidden, weight, None), options, len(hidden), for_gradient=True)
+        assert workspace.rows == scratch_rows(TINY, budget, 4)
     assert _MAX_CUDA_SCRATCH_BYTES == SCRATCH_BYTES
 
 

@@ -202,9 +202,9 @@ def test_templates_that_write_none_get_an_empty_content():
     prompt = [*USER, *says(None, tool_calls=[CALL]), {"role": "tool", "content": "18 C"}]
     tokenizer = load(byte_level(), TEMPLATES["qwen"], eos="<|im_end|>")
     assert "None" not in trained(tokenizer, prompt, "ok")[0]
-    with pytest.raises(UsageError, match="whose content is null"):
+    with pytest.raises(UsageError, match="whose content is None"):
         encode_group(tokenizer, says(None, tool_calls=None), ["x"], max_length=500)
-    with pytest.raises(UsageError, match="whose content is null"):
+    with pytest.raises(UsageError, match="whose content is None"):
         encode_group(
             tokenizer, [{"role": "user", "content": None, "name": "a"}], ["x"], max_length=500
         )

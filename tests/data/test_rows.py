@@ -114,7 +114,7 @@ def test_conversations_that_part_early_share_what_comes_before(tiny_tokenizer):
     with pytest.raises(UsageError, match=r"row 1: .* not the prompt; move the earlier turns"):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
     row["rejected"] = [says("no")]
-    with pytest.raises(UsageError, match=r"row 1: prompt is null, .* do not begin with the same"):
+    with pytest.raises(UsageError, match=r"row 1: prompt is None, .* do not begin with the same"):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
 
 

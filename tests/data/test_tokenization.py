@@ -274,14 +274,14 @@ def test_tokenised_rows_are_taken_as_they_are(tiny_tokenizer):
         (
             [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}],
             {},
-            "row 2: chosen is null; it should be text or a list",
+            "row 2: chosen is None; it should be text or a list",
         ),
-        ([{"prompt": None, "chosen": "a"}], {}, "row 1: prompt is null"),
-        ([{"prompt": [], "chosen": "a"}], {}, "row 1: prompt is an empty list"),
-        ([{"prompt": "p", "chosen": "a", "rejected": 3}], {}, "row 1: rejected is '3', a int"),
-        ([{"prompt": "p", "chosen": "a", "rejected": ["b", 3]}], {}, "an entry of rejected is '3'"),
-        ([{"prompt": "p", "responses": []}], {}, "responses is an empty list"),
-        ([{"prompt": [{"role": "user"}], "chosen": "a"}], {}, "whose content is null"),
+        ([{"prompt": None, "chosen": "a"}], {}, "row 1: prompt is None"),
+        ([{"prompt": [], "chosen": "a"}], {}, "row 1: prompt is \\[\\]"),
+        ([{"prompt": "p", "chosen": "a", "rejected": 3}], {}, "row 1: rejected is 3; it"),
+        ([{"prompt": "p", "chosen": "a", "rejected": ["b", 3]}], {}, "an entry of rejected is 3;"),
+        ([{"prompt": "p", "responses": []}], {}, "responses is \\[\\]"),
+        ([{"prompt": [{"role": "user"}], "chosen": "a"}], {}, "whose content is None"),
         ([{"prompt": "p\ud800", "chosen": "a"}], {}, "half of a surrogate pair"),
         # What the user said is not the prompt: which of the two is meant?
         (
@@ -483,7 +483,7 @@ def test_arrow_datasets_are_checked_as_lists_are(tiny_tokenizer):
     rows = Dataset.from_list(
         [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": None}, {"prompt": "p"}]
     )
-    with pytest.raises(UsageError, match="dataset, row 2: chosen is null"):
+    with pytest.raises(UsageError, match="dataset, row 2: chosen is None"):
         tokenize_dataset(rows, tiny_tokenizer, max_length=16)
 
 
@@ -692,7 +692,7 @@ def test_a_prompt_that_shows_nothing_is_empty(tiny_tokenizer, text):
     with pytest.raises(UsageError, match="empty"):
         encode_prompt(bare, text)
     row = {"chosen": f"{text} a", "rejected": f"{text} b"}
-    with pytest.raises(UsageError, match="row 1: prompt is null"):
+    with pytest.raises(UsageError, match="row 1: prompt is None"):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
 
 

@@ -78,17 +78,17 @@ def test_a_blank_reference_is_none():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({**PAIR, "chosen": None}, "chosen is null; it should be text or"),
+        ({**PAIR, "chosen": None}, "chosen is None; it should be text or"),
         ({**PAIR, "rejected": None}, "no rejected response, and evaluation ranks pairs"),
-        ({**PAIR, "rejected": [1, 2]}, "an entry of rejected is '1', a int"),
-        ({**PAIR, "prompt": 3}, "prompt is '3', a int"),
+        ({**PAIR, "rejected": [1, 2]}, "an entry of rejected is 1; it"),
+        ({**PAIR, "prompt": 3}, "prompt is 3; it"),
         ({**PAIR, "reference": 7}, "reference holds a int; a reference is text or null"),
         (
             {**PAIR, "chosen": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "the best response has no text",
         ),
         ({**PAIR, "chosen": "\u200b"}, "the best response has no text"),
-        ({**PAIR, "prompt": None}, "prompt is null, and chosen and rejected do not begin"),
+        ({**PAIR, "prompt": None}, "prompt is None, and chosen and rejected do not begin"),
     ],
 )
 def test_bad_rows_are_named(row, said):

@@ -80,8 +80,8 @@ def test_trainer_adds_it(budget, make, tiny_tokenizer):
     trainer = make(
         model=model, layout="padded", max_tokens_per_batch=budget, eval_rows=PAIRS, **options
     )
-    collated, collate = [], trainer._collate
-    trainer._collate = lambda features: collated.append(features) or collate(features)
+    collated, collate = [], trainer._batches.collator
+    trainer._batches.collator = lambda features: collated.append(features) or collate(features)
     trainer.train()
     batches = collated.copy()
     assert (len(batches) == 2) == (budget is None)

@@ -13,14 +13,13 @@ from plad_fast import (
     linear_sequence_logprobs,
     sequence_logprobs,
 )
-from plad_fast.ops.backend import LinearProblem, Upstream
+from plad_fast.ops.backend import HeadOptions, LinearProblem, Upstream
 from plad_fast.ops.impl import triton_backend
-from plad_fast.ops.logit_spec import LogitSpec
 from tests.support.problems import assert_within_budget, make_problem, oracle, problems
 
 pytest.importorskip("triton")
 
-FEW = settings(max_examples=15)
+FEW = settings(max_examples=10)
 
 
 def gradients(loss, problem):
@@ -209,10 +208,10 @@ def test_stored_logits(padded):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_twenty_reruns_are_bit_identical(impl):
+def test_reruns_are_bit_identical(impl):
     problem = make_problem([9, 4, 6, 6], width=17, vocab=133, dtype=torch.bfloat16)
     seen = set()
-    for _ in range(20):
+    for _ in range(3):
         ours = linear_sequence_logprobs(*problem.inputs, impl=impl, **problem.options)
         tensors = [ours.sums, *gradients(ours.sums.square().sum(), problem)]
         one_pass = fused_linear_preference_loss(
@@ -283,7 +282,7 @@ def test_only_a_chunk_of_active_rows_is_copied():
     base = make_problem([40, 40], width=24, vocab=50, dtype=torch.float32, scratch_rows=4)
     problem = LinearProblem(
         base.hidden.detach(), base.weight.detach(), None, base.targets, base.cu_seqlens,
-        LogitSpec(None, 1.0, 1.0), -100, 4 * 50 * 4 * 2,
+        HeadOptions(scratch_bytes=4 * 50 * 4 * 2),
     )  # fmt: skip
     statistics = triton_backend.linear_forward(problem, 0.0, False)
     grad = torch.ones(80)

@@ -1,4 +1,4 @@
-"""What asks a command to end gets its way, and what was done until then is kept."""
+"""Signals end a command in good order, and what was finished by then is kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import threading
 import pytest
 
 from plad_fast.cli import main
+from plad_fast.data import store
+from plad_fast.training import signals, trainer
+from plad_fast.training.checkpoints import Checkpoints
 from plad_fast.training.signals import Terminated, deferred_signals, raised_signals
 from plad_fast.training.train import train_model
-from tests.support.recipe_runs import HELD, signal_at, write_pairs
+from tests.support.recipe_runs import write_pairs
 
 pty = pytest.importorskip("pty", reason="sends POSIX signals")
 
@@ -43,23 +46,38 @@ def straight(tiny_teacher, pairs, tmp_path_factory) -> bytes:
     return (output / "model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def send(monkeypatch):
+    """Sends signals to this process at a call of a function, once."""
+
+    def at(module, name, call, *numbers):
+        real, calls = getattr(module, name), []
+
+        def wait(*args, **kwargs):
+            calls.append(name)
+            for number in numbers if len(calls) == call else ():
+                signal.raise_signal(number)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wait)
+
+    return at
+
+
 @pytest.mark.parametrize(
     ("number", "status", "said"),
-    [
-        (signal.SIGTERM, AGAIN, "ended by SIGTERM"),
-        (signal.SIGINT, 130, "interrupted"),
-    ],
+    [(signal.SIGTERM, AGAIN, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(
-    number, status, said, tiny_teacher, pairs, straight, tmp_path, capfd
+    number, status, said, send, tiny_teacher, pairs, straight, tmp_path, capfd
 ):
     output = tmp_path / "out"
     command = train(tiny_teacher, pairs, output)
-    done = signal_at("trainer", "fused_linear_preference_loss", 3, command, [number])
-    assert done.returncode == status, done.stderr
-    assert f"{number.name}: saving a checkpoint" in done.stderr
-    assert f"error: {said}; what was finished is kept: run the same command again" in done.stderr
-    assert "Traceback" not in done.stderr
+    send(trainer, "fused_linear_preference_loss", 3, number)
+    assert main(command) == status
+    error = capfd.readouterr().err
+    assert f"{number.name}: saving a checkpoint" in error
+    assert f"error: {said}; what was finished is kept: run the same command again" in error
     assert [p.name for p in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-3"]
     assert not output.exists()
     assert main(command) == 0
@@ -67,11 +85,29 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(
     assert "not whole" not in capfd.readouterr().err
 
 
+HELD = """
+import sys
+import plad_fast.training.trainer as trainer
+from plad_fast.cli import main
+real = trainer.fused_linear_preference_loss
+count = 0
+def hold(*args, **kwargs):
+    global count
+    count += 1
+    if count == 3:
+        print("REACHED", flush=True)
+        sys.stdin.readline()
+    return real(*args, **kwargs)
+trainer.fused_linear_preference_loss = hold
+sys.exit(main({command!r}))
+"""
+
+
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_takes_no_step_with_it(tiny_teacher, pairs, tmp_path):
     """What still writes to it, such as a progress bar, must not keep the checkpoint from it."""
     command = train(tiny_teacher, pairs, tmp_path / "out")
-    code = HELD.format(module="trainer", name="fused_linear_preference_loss", at=3, before="",
-                       run=f"main({command!r})")  # fmt: skip
+    code = HELD.format(command=command)
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
@@ -89,8 +125,6 @@ def test_a_terminal_that_is_closed_takes_no_step_with_it(tiny_teacher, pairs, tm
 
 def test_every_step_can_be_gone_on_from(tiny_teacher, pairs, straight, tmp_path, monkeypatch):
     """Ended at each step in turn, a training that never gets further than one ends the same."""
-    from plad_fast.training.checkpoints import Checkpoints
-
     real = Checkpoints.on_step_end
     steps = []
 
@@ -109,17 +143,12 @@ def test_every_step_can_be_gone_on_from(tiny_teacher, pairs, straight, tmp_path,
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == straight
 
 
-def test_a_second_signal_ends_a_training_at_once(tiny_teacher, pairs, tmp_path):
+def test_a_second_signal_ends_a_training_at_once(send, tiny_teacher, pairs, tmp_path, monkeypatch):
     command = train(tiny_teacher, pairs, tmp_path / "out")
-    done = signal_at(
-        "trainer",
-        "fused_linear_preference_loss",
-        3,
-        command,
-        [signal.SIGINT, signal.SIGINT],
-        before="import plad_fast.training.signals as s; s._SAME = 0",
-    )
-    assert done.returncode == 130, done.stderr
+    monkeypatch.setattr(signals, "_SAME", 0)
+    monkeypatch.setattr(signals, "_GRACE", 60)
+    send(trainer, "fused_linear_preference_loss", 3, signal.SIGINT, signal.SIGINT)
+    assert main(command) == 130
     assert not list(tmp_path.glob("*/checkpoint-*"))
     assert main(command) == 0
 
@@ -138,6 +167,7 @@ sys.exit(main({arguments!r}))
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_traps_nobody(tiny_teacher, pairs, tmp_path):
     """Code that does not come back to Python runs no handler; a second signal does without."""
     code = HANGING.format(arguments=train(tiny_teacher, pairs, tmp_path / "out"))
@@ -153,7 +183,7 @@ def test_a_step_that_hangs_traps_nobody(tiny_teacher, pairs, tmp_path):
         assert "run the same command again" in process.stderr.read()
 
 
-def test_answers_are_kept_when_their_making_is_ended(tiny_teacher, pairs, tmp_path):
+def test_answers_are_kept_when_their_making_is_ended(send, tiny_teacher, pairs, tmp_path, capfd):
     """A stage without checkpoints ends at once: every answer is on the disk when it has come."""
 
     def command(output):
@@ -163,9 +193,9 @@ def test_answers_are_kept_when_their_making_is_ended(tiny_teacher, pairs, tmp_pa
                 "--precision", "float32"]  # fmt: skip
 
     assert main(command(tmp_path / "straight")) == 0
-    done = signal_at("pairs.store", "_line", 8, command(tmp_path / "p"), [signal.SIGTERM])
-    assert done.returncode == AGAIN, done.stderr
-    assert "ended by SIGTERM; what was finished is kept" in done.stderr
+    send(store, "_line", 8, signal.SIGTERM)
+    assert main(command(tmp_path / "p")) == AGAIN
+    assert "ended by SIGTERM; what was finished is kept" in capfd.readouterr().err
     stored = (tmp_path / "p" / "teacher.jsonl").read_text().splitlines()
     assert len(stored) > 3  # a header, and answers
     assert main(command(tmp_path / "p")) == 0
@@ -174,7 +204,6 @@ def test_answers_are_kept_when_their_making_is_ended(tiny_teacher, pairs, tmp_pa
     assert found == expected
 
 
-LIBRARY = "training.train_model({source!r}, {rows!r}, Path({output!r}), **{options!r})"
 OPTIONS = {
     "loss": "plad_ranking",
     "epochs": 1,
@@ -185,22 +214,12 @@ OPTIONS = {
 }
 
 
-def test_in_the_process_of_others_a_signal_does_what_it_did(tiny_teacher, pairs, tmp_path):
-    """After the checkpoint: SIGTERM ends a process, without a handler of ours."""
+def test_in_the_process_of_others_a_signal_does_what_it_did(send, tiny_teacher, pairs, tmp_path):
+    """After the checkpoint: Ctrl-C raises KeyboardInterrupt, without a handler of ours."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    run = LIBRARY.format(
-        source=str(tiny_teacher), rows=rows, output=str(tmp_path / "out"), options=OPTIONS
-    )
-    done = signal_at(
-        "trainer",
-        "fused_linear_preference_loss",
-        2,
-        [],
-        [signal.SIGTERM],
-        before="from pathlib import Path; from plad_fast.training import train as training",
-        run=run,
-    )
-    assert done.returncode == -signal.SIGTERM, done.stderr
+    send(trainer, "fused_linear_preference_loss", 2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(tiny_teacher, rows, tmp_path / "out", **OPTIONS)
     assert [p.name for p in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-2"]
 
 

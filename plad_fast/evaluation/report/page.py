@@ -1,89 +1,145 @@
-"""Template and style sheet of the HTML report."""
+"""The HTML report of a run: one file that needs no network and no other file."""
 
 from __future__ import annotations
 
-# The policy is a second fence behind the escaping: no script, no request, whatever the text.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header><h1>{title}</h1><p class="headline">{headline}</p></header>
-{body}</main>
-</body>
-</html>
-"""
+import base64
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-STYLE = """
-:root { --ink: #1d2126; --soft: #5a6470; --line: #dde1e6; --page: #ffffff; --panel: #f5f6f8;
-  --blue: #0072b2; --orange: #b87400; --good: #00684a; --bad: #a8320a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a2abb5; --line: #383e46; --page: #16191d; --panel: #20242a;
-    --blue: #6ab7ea; --orange: #f0b646; --good: #4cc9a0; --bad: #ff9a73; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: .85rem; margin: 0 0 .25rem; color: var(--soft); }
-.headline { font-size: 1.1rem; max-width: 46em; margin: 0; padding: .9rem 1.1rem;
-  background: var(--panel); border-left: 4px solid var(--blue); overflow-wrap: anywhere; }
-.note { color: var(--soft); font-size: .875rem; max-width: 52em; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; font-weight: normal; }
-thead th { font-weight: 600; vertical-align: bottom; }
-.numbers td, .numbers thead * + th { text-align: right; font-variant-numeric: tabular-nums; }
-.numbers small { display: block; color: var(--soft); font-size: .8rem; font-weight: normal; }
-.numbers td { white-space: nowrap; }
-.wins { margin-bottom: 1rem; }
-.wins th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .8rem; }
-td.up { color: var(--good); font-weight: 600; }
-td.down { color: var(--bad); font-weight: 600; }
-tfoot th, tfoot td { font-weight: 600; border-bottom: 0; }
-.stages td:nth-child(2) { white-space: nowrap; text-align: right; }
-.settings { width: 100%; font-size: .85rem; }
-.settings th { width: 40%; }
-.settings th, .settings td, .stages td:last-child { overflow-wrap: anywhere; }
-section.plots { columns: 26rem; column-gap: 1.5rem; }
-section.plots h2 { column-span: all; }
-figure { margin: 0 0 1.5rem; break-inside: avoid; }
-img { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; }
-article { background: var(--panel); border-radius: 8px; padding: 1rem; margin-bottom: 1rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .75rem; }
-.answers { display: grid; margin-top: .75rem; gap: .5rem 1.25rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
-.answers > div { border-top: 3px solid var(--line); padding-top: .5rem; }
-.answers > .first { border-color: var(--orange); }
-.answers > .last { border-color: var(--blue); }
-summary { cursor: pointer; overflow-wrap: anywhere; white-space: pre-wrap; }
-details[open] .start { display: none; }
-pre { background: var(--panel); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
-@media (max-width: 600px) {
-  main { padding: 1rem .75rem 3rem; }
-  h1 { font-size: 1.35rem; }
-  .headline { font-size: 1rem; padding: .75rem .9rem; }
-  th, td { padding: .4rem .3rem; }
-  .numbers { font-size: .82rem; }
-  .numbers small { font-size: .72rem; }
-  .numbers td:last-child small { white-space: normal; }
-  .numbers th, .numbers td { padding: .4rem .2rem; }
-  .numbers th[scope=row] { min-width: 5.2rem; overflow-wrap: anywhere; position: sticky; left: 0;
-    background: var(--page); }
-}
-@media print { details { display: block; } }
-"""
+import jinja2
+
+from plad_fast.data.chat import written_out
+from plad_fast.data.files import write_atomically
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.report.tables import (
+    calibration_table,
+    judge_line,
+    measures_table,
+    pair_counts,
+    wins_tables,
+)
+from plad_fast.evaluation.report.tiles import tiles
+
+_SECRET = re.compile(
+    r"api_?key(?!_env$)|secret|password|credential|(?:^|hub_|hf_|auth_|access_)token$",
+    re.IGNORECASE,
+)
+_SECRET_OPTION = re.compile(
+    r"(--[\w-]*(?:api[-_]?key|secret|password|credential|token)[=\s]+)\S+", re.IGNORECASE
+)
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    config: Mapping[str, Any],
+    stages: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
+    examples: Sequence[Mapping[str, Any]] = (),
+    margin_unit: str = "nat",
+    command: str = "",
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the report of one run as a single HTML file.
+
+    All text is escaped, and the page forbids itself scripts and requests. Values of `config` and
+    options of `command` that are named like a key or a password are masked.
+
+    Args:
+        path: of the HTML file; it is complete or not there.
+        title, config, stages, data, command, versions: see `write_results`.
+        metrics: from `evaluate_students` or `evaluate_models`.
+        plots: (caption, PNG file), embedded.
+        examples: `{"prompt", "teacher", "students"}` and optionally `reference`, `badge` (won, tied
+            or lost), `group` (a heading) and `cut_off` (names of students): texts, or chat messages
+            for the prompt; `students` maps the name of each to its answer, in order.
+        margin_unit: of the margins in `metrics`, such as "nat per token".
+
+    Returns:
+        `path`.
+
+    Raises:
+        UsageError: a plot that is missing or not a PNG file.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": _duration, "setting": _setting, "plain": _plain}
+    calibration = metrics.get("calibration")
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        metrics=metrics,
+        tiles=tiles(metrics),
+        data={"findings": (), "funnels": {}, **(data or {})},
+        table=measures_table(metrics, margin_unit),
+        pair_counts=pair_counts(metrics),
+        wins=wins_tables(metrics),
+        judge=judge_line(metrics["judge"]) if metrics.get("judge") else None,
+        calibration=calibration,
+        calibration_table=calibration and calibration_table(calibration),
+        plots=[(caption, *_image(file)) for caption, file in plots],
+        examples=[{"badge": None, "group": None, "cut_off": (), **e} for e in examples],
+        stages=stages,
+        command=_SECRET_OPTION.sub(r"\1***", command),
+        versions=versions or {},
+        settings=_flatten(config),
+    )
+    return write_atomically(path, page)
+
+
+def _image(file: str | os.PathLike[str]) -> tuple[int, int, str]:
+    """Width, height and content of a PNG file."""
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the plot {file} ({error.strerror}); draw it first"
+        ) from error
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise UsageError(f"the plot {file} is not a PNG file; save it as PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height, base64.b64encode(data).decode()
+
+
+def _plain(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return content if isinstance(content, str) else written_out(content)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", "***" if value and _SECRET.search(str(key)) else value))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.evaluation.report import plots
 from plad_fast.evaluation.report.plots import plot_reliability
-from plad_fast.training.train import log_history
+from plad_fast.training.trained_folders import log_history
 
 if TYPE_CHECKING:
     from plad_fast.evaluation.held_out import HeldOut

@@ -7,27 +7,27 @@ student is orange, the last one blue, the teacher grey.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.intervals import FloatArray
 from plad_fast.evaluation.metrics import margins
+from plad_fast.evaluation.students import StudentOutputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from plad_fast.evaluation.students import StudentOutputs
-
+_Panel = TypeVar("_Panel")
 
 _FIRST, _LAST, _TEACHER = "#E69F00", "#0072B2", "#555555"
 _BETWEEN = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-INK, FAINT = "#333333", "#d9d9d9"
+_INK, _FAINT = "#333333", "#d9d9d9"
 _WIDTH = 5.0  # inches; shown 350 px wide on a phone, 10 pt is still 10 px high
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -36,10 +36,14 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.axisbelow": True,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
     "legend.frameon": False,
     "figure.dpi": 140,
     "figure.facecolor": "white",
@@ -52,23 +56,29 @@ _CURVES = (
     ("teacher's lead over the student", "margin [nat]", "margin"),
     ("pairs that still push the model", "share of pairs", "active_pairs"),
 )
+# Key, title, axis label, and where a student would be that cannot tell.
+_COMPARED = (
+    (
+        "ranking_accuracy",
+        "Prefers the teacher's answer",
+        "share of pairs (dotted: chance)",
+        0.5,
+    ),
+    ("rougeL_teacher", "Likeness to the teacher's answer", "ROUGE-L F-measure", None),
+    ("rougeL_reference", "Likeness to the reference", "ROUGE-L F-measure", None),
+)
+_LONG = 20  # steps; longer curves are smoothed
 
 
 def plot_training(
     stages: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
 ) -> Path:
-    """Curves over the optimizer steps of each training stage.
+    """Curves over the optimizer steps of each training stage, smoothed where they are long.
 
     Args:
         stages: stage name -> the trainer's `state.log_history`. What is drawn where it was logged:
             loss, ranking accuracy, margin, share of active pairs; dashed for `eval_...` values.
         path: of the PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: nothing was logged, or matplotlib is not installed.
     """
     panels = [
         (stage, title, label, series)
@@ -76,23 +86,20 @@ def plot_training(
         for title, label, key in _CURVES
         if (series := _series(history, key))
     ]
-    if not panels:
-        raise UsageError("no training step was logged; set logging_steps to a smaller number")
+    nothing = "no training step was logged; set logging_steps to a smaller number"
     last_of_stage = {stage: title for stage, title, _, _ in panels}.items()
-    with drawing(path, [1.35] * len(panels)) as axes:
-        for axis, (stage, title, label, series) in zip(axes, panels, strict=True):
+    with _drawing(path, panels, nothing, lambda panel: 1.35) as drawn:
+        for axis, (stage, title, label, series) in drawn:
             for name, (steps, values) in series.items():
-                held_out = name == "eval"
-                axis.plot(
-                    steps,
-                    values,
-                    color=_FIRST if held_out else _LAST,
-                    linestyle="--" if held_out else "-",
-                    marker="o" if held_out or len(steps) < 20 else None,
-                    markersize=3.5,
-                    linewidth=1.6,
-                    label="held-out" if held_out else "training",
-                )
+                look: dict[str, Any] = {"color": _LAST, "label": "training"}
+                if name == "eval":
+                    look = {"color": _FIRST, "label": "held-out", "linestyle": "--", "marker": "o"}
+                elif len(steps) < _LONG:
+                    look["marker"] = "o"
+                else:
+                    axis.plot(steps, values, color=_LAST, alpha=0.25, linewidth=0.8)
+                    values = _smoothed(values)
+                axis.plot(steps, values, markersize=3.5, **look)
             axis.set_title(f"{stage}: {title}")
             axis.set_ylabel(label)
             if (stage, title) in last_of_stage:
@@ -106,108 +113,170 @@ def plot_training(
 
 
 def plot_margins(
-    students: Sequence[StudentOutputs],
-    path: str | os.PathLike[str],
-    *,
-    unit: str = "nat",
+    students: Sequence[StudentOutputs], path: str | os.PathLike[str], *, unit: str = "nat"
 ) -> Path:
-    """Histograms of the margins on the held-out pairs, one per student.
+    """Histograms of the margins on the held-out pairs, one for each student that has pairs.
 
     Args:
-        students: in the order of training; those without pairs are left out.
+        students: in the order of training.
         path: of the PNG file to write.
         unit: of the log-probabilities, such as "nat per token".
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: no student has pairs, or matplotlib is not installed.
     """
-    colours = colours_of([student.name for student in students])
+    colours = _colours([student.name for student in students])
     values = {
         student.name: margins(student.chosen_logps, student.rejected_logps)
         for student in students
         if len(student.pair_ids)
     }
-    if not values:
-        raise UsageError("no student was scored on held-out pairs; run score_pairs first")
-    pooled = np.concatenate(list(values.values()))
-    edges = _edges(pooled, _num_bins(len(pooled) // len(values)))
-    with drawing(path, [1.5] * len(values), share_x=True, share_y=True) as axes:
-        for axis, (name, vector) in zip(axes, values.items(), strict=True):
+    edges = _edges(list(values.values()))
+    nothing = "no student was scored on held-out pairs; run score_pairs first"
+    with _drawing(
+        path, list(values.items()), nothing, lambda panel: 1.5, sharex=True, sharey=True
+    ) as drawn:
+        for axis, (name, vector) in drawn:
             axis.hist(
                 np.clip(vector, edges[0], edges[-1]), bins=edges, color=colours[name], alpha=0.85
             )
-            axis.axvline(0.0, color=INK, linewidth=1)
+            axis.axvline(0.0, color=_INK, linewidth=1)
             median = float(np.median(vector))
-            axis.axvline(median, color=INK, linewidth=1, linestyle=":")
+            axis.axvline(median, color=_INK, linewidth=1, linestyle=":")
             right = float(np.mean(np.sign(vector) + 1) / 2)
             axis.set_title(f"{name}: {right:.0%} right of zero, median {median:+.2f}")
             axis.set_ylabel("pairs")
             axis.locator_params(axis="y", integer=True)
-        axes[-1].set_xlabel(f"log p(teacher's answer) \u2212 log p(rejected answer)  [{unit}]")
+        axis.set_xlabel(f"log p(teacher's answer) \u2212 log p(rejected answer)  [{unit}]")
     return Path(path)
 
 
 def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Dots with 95 % intervals: ranking accuracy and ROUGE-L of every student, and the teacher.
-
-    Args:
-        metrics: from `evaluation.evaluate_students`.
-        path: of the PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: there is neither a ranking accuracy nor a ROUGE-L, or matplotlib is missing.
-    """
+    """Dots with 95 % intervals: ranking accuracy and ROUGE-L of every student, and the teacher."""
     students = metrics["students"]
-    colours = colours_of([row["name"] for row in students])
+    colours = _colours([row["name"] for row in students])
     rows = [*students[::-1], metrics["teacher"]]  # drawn from the bottom up
     panels = [
-        (title, label, [(row["name"], row[key]) for row in rows if row[key] is not None], chance)
-        for key, title, label, chance in (
-            (
-                "ranking_accuracy",
-                "Prefers the teacher's answer",
-                "share of pairs (dotted: chance)",
-                0.5,
-            ),
-            ("rougeL_teacher", "Likeness to the teacher's answer", "ROUGE-L F-measure", None),
-            ("rougeL_reference", "Likeness to the reference", "ROUGE-L F-measure", None),
-        )
-        if any(row[key] is not None for row in rows)
+        (title, label, dots, chance)
+        for key, title, label, chance in _COMPARED
+        if (dots := [(row["name"], row[key]) for row in rows if row[key] is not None])
     ]
-    if not panels:
-        raise UsageError("the metrics hold no ranking accuracy and no ROUGE-L; nothing to draw")
-    with drawing(path, [0.75 + 0.27 * len(dots) for _, _, dots, _ in panels]) as axes:
-        for axis, (title, label, dots, chance) in zip(axes, panels, strict=True):
+    nothing = "the metrics hold no ranking accuracy and no ROUGE-L; nothing to draw"
+    with _drawing(path, panels, nothing, lambda panel: 0.75 + 0.27 * len(panel[2])) as drawn:
+        for axis, (title, label, dots, chance) in drawn:
             for height, (name, interval) in enumerate(dots):
                 axis.errorbar(
                     interval["mean"],
                     height,
-                    xerr=[
-                        [interval["mean"] - interval["low"]],
-                        [interval["high"] - interval["mean"]],
-                    ],
+                    xerr=_errors([interval]),
                     fmt="o",
                     color=colours.get(name, _TEACHER),
                     capsize=4,
-                    linewidth=2,
+                    elinewidth=2,
                     markersize=7,
                 )
             if chance is not None:
-                axis.axvline(chance, color=INK, linewidth=1, linestyle=":")
+                axis.axvline(chance, color=_INK, linewidth=1, linestyle=":")
                 axis.set_xlim(-0.02, 1.02)
             axis.set_title(title)
             axis.set_yticks(range(len(dots)), [name for name, _ in dots])
             axis.set_ylim(-0.6, len(dots) - 0.4)
             axis.set_xlabel(f"{label}, with 95 % interval")
-            axis.grid(axis="x", color=FAINT, linewidth=0.6)
-            axis.set_axisbelow(True)
+            axis.grid(axis="x")
     return Path(path)
+
+
+def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Mean quality of samples of like log-probability, one curve with 95 % intervals per student.
+
+    Above by the place of a sample among those of its prompt, below by its log-probability.
+    """
+    rows = calibration["students"]
+    colours = _colours([row["name"] for row in rows])
+    panels = [
+        (by, title, label)
+        for by, title, label in (
+            ("rank", "Among the samples of a prompt", "place by likelihood"),
+            ("quantile", "Among all samples", "log-probability [nat per token]"),
+        )
+        if any(row["reliability"][by] for row in rows)
+    ]
+    nothing = "no student has samples to draw; sample two or more answers to a prompt"
+    with _drawing(path, panels, nothing, lambda panel: 2.4) as drawn:
+        for axis, (by, title, label) in drawn:
+            for number, row in enumerate(rows):
+                bins = [b for b in row["reliability"][by] if b["quality"] is not None]
+                places = [b["logp"] for b in bins]
+                if by == "rank":
+                    # Points at one place would hide each other's intervals.
+                    shift = 0.006 * (number - (len(rows) - 1) / 2)
+                    places = [(b["low"] + b["high"]) / 2 + shift for b in bins]
+                axis.errorbar(
+                    places,
+                    [b["quality"]["mean"] for b in bins],
+                    yerr=_errors([b["quality"] for b in bins]),
+                    fmt="o-",
+                    color=colours[row["name"]],
+                    capsize=3,
+                    markersize=5,
+                    label=row["name"],
+                )
+            axis.set_title(title)
+            axis.set_xlabel(label)
+            axis.set_ylabel("mean quality")
+            axis.grid(axis="y")
+            if by == "rank":
+                axis.set_xlim(-0.02, 1.02)
+                axis.set_xticks([0, 0.5, 1], ["least likely", "median", "likeliest"])
+        drawn[0][0].legend()
+    return Path(path)
+
+
+@contextmanager
+def _drawing(
+    path: str | os.PathLike[str],
+    panels: Sequence[_Panel],
+    nothing: str,
+    height: Callable[[_Panel], float],
+    **options: Any,
+) -> Iterator[list[tuple[Axes, _Panel]]]:
+    """Panels one above the other, of a height in inches each; written to `path` at the end.
+
+    Raises:
+        UsageError: there are no panels, and it says `nothing`; or matplotlib is not installed.
+    """
+    if not panels:
+        raise UsageError(nothing)
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from PIL import Image
+    except ImportError as error:
+        raise UsageError(
+            'plots need the package matplotlib; run: pip install "plad-fast[eval]"'
+        ) from error
+    with matplotlib.rc_context(_STYLE):
+        # Figure without pyplot: no window system, no global list of figures to leak into.
+        heights = [height(panel) for panel in panels]
+        figure = Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")
+        axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights, **options)
+        yield list(zip(axes[:, 0], panels, strict=True))
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # Line art needs few colours; a palette makes the file three times smaller.
+    Image.open(buffer).convert("RGB").quantize(64).save(path, format="PNG", optimize=True)
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Name -> colour, of students in the order of training."""
+    between = [_BETWEEN[index % len(_BETWEEN)] for index in range(max(0, len(names) - 2))]
+    return dict(zip(names, [_FIRST, *between, _LAST] if len(names) > 1 else [_LAST], strict=True))
+
+
+def _errors(intervals: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """Lengths of the error bars, down and up."""
+    return [
+        [interval["mean"] - interval["low"] for interval in intervals],
+        [interval["high"] - interval["mean"] for interval in intervals],
+    ]
 
 
 def _series(
@@ -222,131 +291,28 @@ def _series(
     return series
 
 
-def colours_of(names: Sequence[str]) -> dict[str, str]:
-    """Name -> colour, of students in the order of training."""
-    between = [_BETWEEN[index % len(_BETWEEN)] for index in range(max(0, len(names) - 2))]
-    return dict(zip(names, [_FIRST, *between, _LAST] if len(names) > 1 else [_LAST], strict=True))
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Running means over a tenth of the curve; towards its ends, over as much as is there."""
+    widest = len(values) // 20
+    means = []
+    for place in range(len(values)):
+        reach = min(widest, place, len(values) - 1 - place)
+        means.append(float(np.mean(values[place - reach : place + reach + 1])))
+    return means
 
 
-def _edges(values: FloatArray, num_bins: int) -> list[float]:
-    """Edges of equal bars, one of them at zero.
+def _edges(vectors: Sequence[FloatArray]) -> list[float]:
+    """Edges of equal bars, one of them at zero; of no vectors, none.
 
     A few far outliers would squeeze all others into one bar, so they count in the outermost ones.
     """
-    low, high = np.quantile(values, [0.005, 0.995])
+    if not vectors:
+        return []
+    pooled = np.concatenate(vectors)
+    n_bars = int(np.clip(2 * round((len(pooled) // len(vectors)) ** 0.5), 8, 40))
+    low, high = np.quantile(pooled, [0.005, 0.995])
     low, high = min(low, 0.0), max(high, 0.0)
-    width = (high - low) / num_bins or 1.0
+    width = (high - low) / n_bars or 1.0
     first = int(np.floor(low / width))
     last = max(int(np.ceil(high / width)), first + 1)
     return [width * index for index in range(first, last + 1)]
-
-
-def _num_bins(n: int) -> int:
-    return int(np.clip(2 * round(n ** (1 / 2)), 8, 40))
-
-
-@contextmanager
-def drawing(
-    path: str | os.PathLike[str],
-    heights: Sequence[float],
-    *,
-    share_x: bool = False,
-    share_y: bool = False,
-) -> Iterator[list[Axes]]:
-    """Panels of these heights in inches, one above the other; written to `path` at the end."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from PIL import Image
-    except ImportError as error:
-        raise UsageError(
-            'plots need the package matplotlib; run: pip install "plad-fast[eval]"'
-        ) from error
-    with matplotlib.rc_context(_STYLE):
-        # Figure without pyplot: no window system, no global list of figures to leak into.
-        figure = Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")
-        axes = figure.subplots(
-            len(heights),
-            1,
-            squeeze=False,
-            sharex=share_x,
-            sharey=share_y,
-            gridspec_kw={"height_ratios": list(heights)},
-        )
-        yield list(axes[:, 0])
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # Line art needs few colours; a palette makes the file three times smaller.
-    Image.open(buffer).convert("RGB").quantize(64).save(path, format="PNG", optimize=True)
-
-
-def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Mean quality of samples of like log-probability, one curve with 95 % intervals per student.
-
-    Above by the place of a sample among those of its prompt, below by its log-probability.
-
-    Args:
-        calibration: from `calibration.evaluate_calibration`; `quality`, if there, names the axis.
-        path: of the PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: there is no curve, or matplotlib is not installed.
-    """
-    rows = calibration["students"]
-    colours = colours_of([row["name"] for row in rows])
-    panels = [
-        (by, title, label)
-        for by, title, label in (
-            ("rank", "Among the samples of a prompt", "place by likelihood"),
-            ("quantile", "Among all samples", "log-probability [nat per token]"),
-        )
-        if any(row["reliability"][by] for row in rows)
-    ]
-    if not panels:
-        raise UsageError("no student has samples to draw; sample two or more answers to a prompt")
-    with drawing(path, [2.4] * len(panels)) as axes:
-        for axis, (by, title, label) in zip(axes, panels, strict=True):
-            for number, row in enumerate(rows):
-                curve = row["reliability"][by]
-                # Points at one place would hide each other's intervals.
-                shift = 0.0 if by == "quantile" else 0.006 * (number - (len(rows) - 1) / 2)
-                drawn = [b for b in curve if b["quality"] is not None]
-                places = [_place(b, by) + shift for b in drawn]
-                axis.errorbar(
-                    places,
-                    [b["quality"]["mean"] for b in drawn],
-                    yerr=_errors(drawn),
-                    fmt="o-",
-                    color=colours[row["name"]],
-                    capsize=3,
-                    linewidth=1.6,
-                    markersize=5,
-                    label=row["name"],
-                )
-            axis.set_title(title)
-            axis.set_xlabel(label)
-            axis.set_ylabel("mean quality")
-            axis.grid(axis="y", color=FAINT, linewidth=0.6)
-            axis.set_axisbelow(True)
-            if by == "rank":
-                axis.set_xlim(-0.02, 1.02)
-                axis.set_xticks([0, 0.5, 1], ["least likely", "median", "likeliest"])
-                axis.tick_params(axis="x", labelcolor=INK)
-        axes[0].legend()
-    return Path(path)
-
-
-def _place(point: Mapping[str, Any], by: str) -> float:
-    return (point["low"] + point["high"]) / 2 if by == "rank" else point["logp"]
-
-
-def _errors(points: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    intervals = [point["quality"] for point in points]
-    return [
-        [interval["mean"] - interval["low"] for interval in intervals],
-        [interval["high"] - interval["mean"] for interval in intervals],
-    ]

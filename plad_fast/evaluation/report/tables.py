@@ -1,78 +1,122 @@
-"""An evaluation as plain text for a terminal."""
+"""Tables of a report: measures of every student, who wins, and calibration."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from plad_fast.evaluation.report.headline import p_text, pair_counts
+PERCENT = -1
+"""In place of a number of decimals."""
+NOTHING = "\u2013"
+"""In place of a value that there is none of."""
 
-# Key, title, decimals.
-_COLUMNS = (
-    ("ranking_accuracy", "rank acc.", 3),
-    ("margin", "margin", 2),
-    ("rougeL_teacher", "R-L teacher", 3),
-    ("rougeL_reference", "R-L reference", 3),
-    ("mean_words", "words", 0),
-    ("distinct_2", "dist-2", 2),
-    ("repetition_4", "rep-4", 2),
+
+class _Measure(NamedTuple):
+    key: str
+    label: str
+    decimals: int
+    better: int = 1
+    """1 where more is better, -1 where less is, 0 where neither."""
+
+
+_MEASURES = (
+    _Measure("ranking_accuracy", "Prefers the teacher's answer", PERCENT),
+    _Measure("own_ranking_accuracy", "Prefers it to its own answer", PERCENT),
+    _Measure("margin", "Margin", 2),
+    _Measure("rouge1_teacher", "ROUGE-1 to the teacher", 3),
+    _Measure("rouge2_teacher", "ROUGE-2 to the teacher", 3),
+    _Measure("rougeL_teacher", "ROUGE-L to the teacher", 3),
+    _Measure("rouge1_reference", "ROUGE-1 to the reference", 3),
+    _Measure("rouge2_reference", "ROUGE-2 to the reference", 3),
+    _Measure("rougeL_reference", "ROUGE-L to the reference", 3),
+    _Measure("score", "Score", 3),
+    _Measure("mean_words", "Words in an answer", 1, 0),
+    _Measure("distinct_1", "Distinct words", 3),
+    _Measure("distinct_2", "Distinct word pairs", 3),
+    _Measure("repetition_4", "Repetition", 3, -1),
 )
-_COMPARISON_PARTS = (
-    ("ranking_accuracy", "ranking accuracy", 3),
-    ("margin", "margin", 2),
-    ("rougeL_teacher", "ROUGE-L to the teacher", 3),
-    ("rougeL_reference", "ROUGE-L to the reference", 3),
-    ("mean_words", "words", 1),
-    ("repetition_4", "repetition", 3),
+_CALIBRATION = (
+    _Measure("auroc_within", "Better of two samples is likelier", PERCENT),
+    _Measure("spearman_within", "Spearman, within prompts", 2),
+    _Measure("kendall_within", "Kendall, within prompts", 2),
+    _Measure("likeliest_gain", "Gain by taking the likeliest", 3),
+    _Measure("auroc_teacher", "Teacher's answer is likelier", PERCENT),
+    _Measure("auroc_pooled", "Better of any two is likelier", PERCENT),
+    _Measure("spearman_pooled", "Spearman, all samples", 2),
+    _Measure("kendall_pooled", "Kendall, all samples", 2),
+    _Measure("mean_quality", "Quality of a sample", 3),
 )
-_CALIBRATION_PARTS = (
-    ("auroc_within", "better sample is likelier", 3),
-    ("kendall_within", "Kendall, within prompts", 3),
-)
 
 
-def comparison_table(results: Mapping[str, Any]) -> str:
-    """The result of `evaluate_students` as plain text for a terminal, at most 100 columns wide.
+class Cell(NamedTuple):
+    text: str
+    small: str = ""
+    kind: str = ""
+    """up or down for a change for the better or the worse, same for neither."""
 
-    A mean stands with half the width of its 95 % interval. Columns that nobody has a value for are
-    left out. Below the table, the last student is compared with each one before it.
-    """
-    rows = [results["teacher"], *results["students"]]
-    table = [["", *(_shorten(row["name"], 16) for row in rows)]]
-    for key, title, decimals in _COLUMNS:
-        if any(row[key] is not None for row in rows):
-            table.append([title, *(_cell(row[key], decimals) for row in rows)])
-    widths = [max(map(len, column)) for column in table]
-    lines = []
-    for line in zip(*table, strict=True):
-        cells = [
-            line[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-        ]
-        lines.append("  ".join(cells).rstrip())
-    last = results["students"][-1]["name"]
-    for entry in results["comparisons"]:
-        if entry["candidate"] != last:
-            continue
-        lines += ["", f"{_shorten(last, 40)} compared with {_shorten(entry['baseline'], 40)}:"]
-        for key, title, decimals in _COMPARISON_PARTS:
-            if entry[key] is not None:
-                lines.append(f"  {title:<26}{_bracket(entry[key], decimals, sign='+')}")
-        lines += _wins("win rate", entry)
-        for name, scores in entry["scores"].items():
-            lines += _wins(f"win rate, {name}", scores)
-        calibration = (results.get("calibration") or {}).get("comparisons", ())
-        for change in calibration:
-            if all(change[key] == entry[key] for key in ("candidate", "baseline")):
-                for key, title, decimals in _CALIBRATION_PARTS:
-                    if change[key] is not None:
-                        lines.append(f"  {title:<26}{_bracket(change[key], decimals, sign='+')}")
-    counts = f"{results['n_prompts']} held-out prompts, {pair_counts(results)}"
-    lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
-    if results.get("judge"):
-        lines += textwrap.wrap(judge_line(results["judge"]), 100, subsequent_indent="  ")
-    return "\n".join(lines)
+
+class Table(NamedTuple):
+    """Measures down, students across, and in the last column what changed."""
+
+    names: list[str]
+    change: Mapping[str, Any] | None
+    rows: list[tuple[str, list[Cell]]]
+
+
+def measures_table(metrics: Mapping[str, Any], margin_unit: str) -> Table:
+    """The measures in the result of `evaluate_students`."""
+    systems = [metrics["teacher"], *metrics["students"]]
+    change = metrics["comparisons"][0] if metrics["comparisons"] else None
+    lines: list[tuple[_Measure, list[Any], Any]] = []
+    for measure in _MEASURES:
+        values = [row.get("intervals", {}).get(measure.key) or row[measure.key] for row in systems]
+        if measure.key == "score":
+            copies = ("rougeL_teacher", "rougeL_reference")
+            if any(all(row["score"] == row[key] for row in systems) for key in copies):
+                continue
+            measure = measure._replace(label=f"Score: {metrics['scored_by']}")
+        elif measure.key == "margin":
+            measure = measure._replace(label=f"Margin [{margin_unit}]")
+        lines.append((measure, values, change and change.get(measure.key)))
+    for name in metrics["scorers"]:
+        values = [row["scores"][name]["score"] for row in systems]
+        gain = change and change["scores"][name]["difference"]
+        lines.append((_Measure("", f"Score: {name}", 3), values, gain))
+    return _table([row["name"] for row in systems], lines, change)
+
+
+def calibration_table(calibration: Mapping[str, Any]) -> Table:
+    """The result of `evaluate_calibration`."""
+    students = calibration["students"]
+    change = calibration["comparisons"][0] if calibration["comparisons"] else None
+    lines = [
+        (measure, [row[measure.key] for row in students], change and change.get(measure.key))
+        for measure in _CALIBRATION
+    ]
+    return _table([row["name"] for row in students], lines, change)
+
+
+def wins_tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, list[Cell]]]]]:
+    """By whom wins are judged, and who won against whom: the last student against all before, and
+    each student against the teacher."""
+    last = metrics["students"][-1]["name"]
+    against = [entry for entry in metrics["comparisons"] if entry["candidate"] == last]
+    tables = []
+    for judged_by, scorer in ((metrics["score"], None), *((n, n) for n in metrics["scorers"])):
+        lines = []
+        for name, other, entry, suffix in (
+            *((last, entry["baseline"], entry, "") for entry in against),
+            *((row["name"], "the teacher", row, "_teacher") for row in metrics["students"]),
+        ):
+            found = entry if scorer is None else entry["scores"][scorer]
+            rate, wins = found[f"win_rate{suffix}"], found[f"wins{suffix}"]
+            if rate is not None:
+                counts = "\u2009/\u2009".join(str(wins[k]) for k in ("wins", "ties", "losses"))
+                share = _marked(rate, 0.5, number(rate["mean"]), bounds(rate))
+                lines.append((name, other, [share, Cell(counts), Cell(p_text(wins["p_value"]))]))
+        if lines:
+            tables.append((judged_by, lines))
+    return tables
 
 
 def judge_line(summary: Mapping[str, Any]) -> str:
@@ -92,28 +136,73 @@ def judge_line(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _wins(title: str, scores: Mapping[str, Any]) -> list[str]:
-    if scores["win_rate"] is None:
-        return []
-    counts = "{wins} won, {ties} tied, {losses} lost".format_map(scores["wins"])
-    p_value = p_text(scores["wins"]["p_value"])
-    rate = _bracket(scores["win_rate"], 3)
-    return [f"  {_shorten(title, 25):<26}{rate}  {counts}, {p_value}"]
+def number(value: float, decimals: int = PERCENT, signed: bool = False) -> str:
+    """With a minus sign as wide as a plus."""
+    kind = ".0%" if decimals == PERCENT else f".{decimals}f"
+    return format(value, f"{'+' * signed}{kind}").replace("-", "\u2212")
 
 
-def _cell(value: Mapping[str, float] | float | None, decimals: int) -> str:
+def bounds(interval: Mapping[str, float], decimals: int = PERCENT) -> str:
+    """Such as "53% to 71%"."""
+    return f"{number(interval['low'], decimals)} to {number(interval['high'], decimals)}"
+
+
+def difference(interval: Mapping[str, float], decimals: int = PERCENT) -> tuple[str, str]:
+    """Such as "+12 pts" and "+3 to +21": percentages differ by percentage points."""
+    mean, low, high = (number(interval[k], decimals, signed=True) for k in ("mean", "low", "high"))
+    return mean.replace("%", " pts"), f"{low} to {high}".replace("%", "")
+
+
+def verdict(interval: Mapping[str, float] | None, neutral: float) -> int:
+    """1 or -1 where the interval lies above or below `neutral`, else 0."""
+    if interval is None or interval["low"] <= neutral <= interval["high"]:
+        return 0
+    return 1 if interval["mean"] > neutral else -1
+
+
+def p_text(p_value: float) -> str:
+    """Such as "p = 0.012" or "p < 0.001"."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def pair_counts(metrics: Mapping[str, Any]) -> str:
+    """Such as "60 pairs", or "60 pairs of 20 prompts" where some have several."""
+    pairs, prompts = metrics["n_pairs"], metrics["n_pair_prompts"]
+    return f"{pairs} pairs" + f" of {prompts} prompts" * (prompts < pairs)
+
+
+def _table(
+    names: list[str],
+    lines: Iterable[tuple[_Measure, Sequence[Any], Mapping[str, float] | None]],
+    change: Mapping[str, Any] | None,
+) -> Table:
+    rows = []
+    for measure, values, gain in lines:
+        if any(value is not None for value in values):
+            cells = [_cell(value, measure.decimals) for value in values]
+            if change is not None and gain is None:
+                cells.append(Cell(NOTHING))
+            elif gain is not None:
+                cells.append(
+                    _marked(gain, 0.0, *difference(gain, measure.decimals), measure.better)
+                )
+            rows.append((measure.label, cells))
+    return Table(names, change, rows)
+
+
+def _cell(value: Mapping[str, float] | float | None, decimals: int) -> Cell:
     if value is None:
-        return "-"
-    if isinstance(value, Mapping):
-        half = (value["high"] - value["low"]) / 2
-        return f"{value['mean']:.{decimals}f} ±{half:.{decimals}f}"
-    return f"{value:.{decimals}f}"
+        return Cell(NOTHING)
+    if not isinstance(value, Mapping):
+        return Cell(number(value, decimals))
+    half = (value["high"] - value["low"]) / 2
+    return Cell(number(value["mean"], decimals), f"±{number(half, decimals)}")
 
 
-def _bracket(value: Mapping[str, float], decimals: int, sign: str = "") -> str:
-    mean, low, high = (f"{value[name]:{sign}.{decimals}f}" for name in ("mean", "low", "high"))
-    return f"{mean}  [{low}, {high}]"
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "~"
+def _marked(
+    interval: Mapping[str, float], neutral: float, text: str, small: str, better: int = 1
+) -> Cell:
+    """With an arrow where the interval excludes `neutral`."""
+    direction = verdict(interval, neutral)
+    kind = ("same", "up", "down")[direction * better]
+    return Cell(("", "▲ ", "▼ ")[direction] + text, small, kind)

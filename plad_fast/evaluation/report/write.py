@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from plad_fast.evaluation.compare import write_metrics
-from plad_fast.evaluation.report.html import write_report
-from plad_fast.evaluation.report.parts import draw_plots, example_answers, margin_unit
+from plad_fast.evaluation.held_out import HeldOut
+from plad_fast.evaluation.report.page import write_report
+from plad_fast.evaluation.report.plots import (
+    plot_comparison,
+    plot_margins,
+    plot_reliability,
+    plot_training,
+)
+from plad_fast.evaluation.students import StudentOutputs
+from plad_fast.training.train import log_history
 
-if TYPE_CHECKING:
-    from plad_fast.evaluation.held_out import HeldOut
-    from plad_fast.evaluation.students import StudentOutputs
+_EXTREMES, _OTHERS = 2, 4
+"""Examples shown: of the biggest wins and of the biggest losses each, and beside them."""
 
 
 def write_results(
@@ -49,14 +56,9 @@ def write_results(
     Returns:
         The path of the report.
     """
+    unit = margin_unit(length_normalization)
     write_metrics(results, folder / "metrics.json")
-    drawn = draw_plots(
-        results,
-        outputs,
-        trainings or {},
-        folder / "plots",
-        length_normalization=length_normalization,
-    )
+    drawn = draw_plots(results, outputs, trainings or {}, folder / "plots", unit=unit)
     return write_report(
         folder / "report.html",
         title=title,
@@ -65,8 +67,82 @@ def write_results(
         metrics=results,
         data=data,
         plots=drawn,
-        examples=example_answers(held_out, outputs),
-        margin_unit=margin_unit(length_normalization),
+        examples=example_answers(held_out, outputs, results),
+        margin_unit=unit,
         command=command,
         versions=versions,
     )
+
+
+def draw_plots(
+    results: Mapping[str, Any],
+    outputs: Sequence[StudentOutputs],
+    trainings: Mapping[str, Path],
+    folder: Path,
+    *,
+    unit: str,
+) -> list[tuple[str, Path]]:
+    """Draw a run's plots as PNG files and return them with their captions; see `write_results`."""
+    drawn = [
+        (
+            "Held-out results with 95 % intervals.",
+            plot_comparison(results, folder / "comparison.png"),
+        ),
+        (
+            "How far each student puts the teacher's answer above the rejected one.",
+            plot_margins(outputs, folder / "margins.png", unit=unit),
+        ),
+    ]
+    if results.get("calibration"):
+        caption = (
+            "Reliability: mean quality of a student's samples from the least likely to the "
+            "likeliest, with 95 % intervals. For a calibrated student it rises."
+        )
+        drawn.append(
+            (caption, plot_reliability(results["calibration"], folder / "reliability.png"))
+        )
+    if logs := {name: log for name, path in trainings.items() if (log := log_history(path))}:
+        caption = "Training logs; long curves are smoothed over the faint values."
+        drawn.append((caption, plot_training(logs, folder / "training.png")))
+    return drawn
+
+
+def margin_unit(length_normalization: float) -> str:
+    """The unit of s(y) / |y|**alpha."""
+    named = {0.0: "nat", 1.0: "nat per token"}
+    return named.get(length_normalization, f"nat per token^{length_normalization:g}")
+
+
+def example_answers(
+    held_out: HeldOut, outputs: Sequence[StudentOutputs], results: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Prompts with the teacher's and the students' answers, for `write_report`.
+
+    The prompts that the last student won and lost by most, then the first of the others.
+    """
+    by_prompt = results["by_prompt"]
+    badges = {1.0: "won", 0.5: "tied", 0.0: "lost"}
+
+    def largest(outcome: float, sign: int) -> list[str]:
+        found = {k: e["difference"] or 0.0 for k, e in by_prompt.items() if e["outcome"] == outcome}
+        return sorted(found, key=lambda key: sign * found[key])[:_EXTREMES]
+
+    groups = {"Biggest wins": largest(1.0, -1), "Biggest losses": largest(0.0, 1)}
+    taken = {key for keys in groups.values() for key in keys}
+    groups["Other prompts" if taken else ""] = [
+        prompt.id for prompt in held_out.prompts if prompt.id not in taken
+    ][: _OTHERS if taken else _OTHERS + 2 * _EXTREMES]
+    prompts = {prompt.id: prompt for prompt in held_out.prompts}
+    return [
+        {
+            "group": group,
+            "badge": badges.get(by_prompt.get(key, {}).get("outcome")),
+            "prompt": prompts[key].content,
+            "reference": prompts[key].reference,
+            "teacher": held_out.teacher_answers[key],
+            "students": {student.name: student.answers[key] for student in outputs},
+            "cut_off": [student.name for student in outputs if key in student.cut_off],
+        }
+        for group, keys in groups.items()
+        for key in keys
+    ]

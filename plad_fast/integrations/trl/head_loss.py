@@ -1,4 +1,4 @@
-"""One forward of a wrapped model, from token ids to a preference loss and what is logged beside it.
+"""Forward of a wrapped model to the preference loss and the metrics logged beside it.
 
 S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from plad_fast.data.packing import PreferenceBatch
-from plad_fast.models.head import call_inside, head_arguments, unwrap
-from plad_fast.ops.logprobs import autocast_head, linear_sequence_logprobs
+from plad_fast.models.head import head_arguments
+from plad_fast.models.wrappers import call_inside, unwrap
+from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.reference import transform_logits
+from plad_fast.ops.validation import autocast_head
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +30,9 @@ _CHUNK_BYTES = 2**26
 
 METRICS = ("fast", "all")
 Loss = str | Callable[..., Tensor]
+Translated = tuple[str, Mapping[str, Any], float]
+_ATTRIBUTES = {"loss_type": "loss_types"}
+"""Names of options and those of the trainer's attributes, where these differ."""
 
 
 class Measured(NamedTuple):
@@ -40,26 +45,49 @@ class Measured(NamedTuple):
     """(N,) each: "mean_logit" if it is to be had, "entropy" and "is_top1" on request."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadLoss:
     """How a trainer's loss is computed.
 
     Args:
-        loss, options, sft_weight: of `fused_linear_preference_loss`.
+        translate: options of TRL's trainer to the loss, its options and `sft_weight`.
+        names: of those options.
         layout: of the batches, see `plad_fast.data.packing`.
         metrics: "fast", or "all" at the price of another pass, see `use_plad_fast`.
         impl, scratch_bytes: of the op.
         vocabulary: of `pair_batch`.
     """
 
-    loss: Loss
-    options: Mapping[str, Any] = field(default_factory=dict)
-    sft_weight: float = 0.0
+    translate: Callable[[Mapping[str, Any]], Translated]
+    names: Collection[str]
     layout: str = "padded"
     metrics: str = "fast"
     impl: str = "auto"
     scratch_bytes: int | None = None
     vocabulary: int | None = None
+    loss: Loss = field(init=False)
+    options: Mapping[str, Any] = field(init=False)
+    sft_weight: float = field(init=False)
+    _seen: dict[str, Any] | None = field(default=None, init=False)
+
+    def follow(self, trainer: Any) -> HeadLoss:
+        """Translates the trainer's options again where they have changed.
+
+        An option counts as the trainer itself keeps it, else as its arguments have it.
+
+        Raises:
+            UsageError: options that do not work here.
+        """
+        own = vars(trainer)
+        present = {}
+        for name in self.names:
+            attribute = _ATTRIBUTES.get(name, name)
+            attribute = attribute if attribute in own else name
+            present[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
+        if present != self._seen:
+            self.loss, self.options, self.sft_weight = self.translate(present)
+            self._seen = copy.deepcopy(present)
+        return self
 
     def measure(
         self,
@@ -181,45 +209,3 @@ def _chunks(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
 def _head_of(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states (N, D), weight (V, D) and bias (V,), rounded to what they are multiplied in."""
     return autocast_head(*(arguments[name] for name in ("hidden", "weight", "bias")))
-
-
-Translated = tuple[str, Mapping[str, Any], float]
-
-_ATTRIBUTES = {"loss_type": "loss_types"}
-"""Names of options and those of the trainer's attributes, where these differ."""
-
-
-def present_options(trainer: Any, names: Collection[str]) -> dict[str, Any]:
-    """Values of options: the trainer's own where it keeps one, else those of its arguments."""
-    own = vars(trainer)
-    found = {}
-    for name in names:
-        attribute = _ATTRIBUTES.get(name, name)
-        attribute = attribute if attribute in own else name
-        found[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
-    return found
-
-
-@dataclass
-class LiveLoss:
-    """A trainer's loss, translated again where the trainer's options have changed.
-
-    Args:
-        translate: options of TRL's trainer to the loss, its options and `sft_weight`.
-        names: of the options.
-        head_loss: how the loss is computed; its loss is found here.
-    """
-
-    translate: Callable[[Mapping[str, Any]], Translated]
-    names: Collection[str]
-    head_loss: HeadLoss
-    _seen: dict[str, Any] = field(default_factory=dict)
-
-    def of(self, trainer: Any) -> HeadLoss:
-        """Raises UsageError for options that do not work here."""
-        options = present_options(trainer, self.names)
-        if options != self._seen:
-            loss, own, sft_weight = self.translate(options)
-            self.head_loss = replace(self.head_loss, loss=loss, options=own, sft_weight=sft_weight)
-            self._seen = copy.deepcopy(options)
-        return self.head_loss

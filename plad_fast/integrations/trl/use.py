@@ -19,26 +19,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from plad_fast.checks import is_whole
 from plad_fast.data.row_sets import require_column_ids
 from plad_fast.data.rows import TokenLimits
 from plad_fast.errors import UsageError
-from plad_fast.integrations.trl.head_loss import (
-    METRICS,
-    HeadLoss,
-    LiveLoss,
-    Translated,
-    present_options,
-)
+from plad_fast.integrations.trl.head_loss import METRICS, HeadLoss, Translated
 from plad_fast.losses.trl_options import translate_cpo, translate_dpo, translate_orpo
 from plad_fast.models.adapters import token_limits
-from plad_fast.models.head import check_head, find_head
+from plad_fast.models.head import check_architecture
+from plad_fast.models.lm_head import find_head
 from plad_fast.models.sharing import prepare
 from plad_fast.ops.backend import get_backend
-from plad_fast.ops.logprobs import checked_impl
+from plad_fast.ops.validation import check_impl
 
 try:
     import pyarrow.compute
@@ -134,7 +129,7 @@ def use_plad_fast(
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
             a decoder-only model of text; in one process, or several under DDP.
         layout: "shared", "packed", "padded", or "auto"; see `plad_fast.models.sharing.prepare`.
-        attention: see `plad_fast.models.attention.packed.enable`.
+        attention: see `plad_fast.models.attention.register.enable`.
         metrics: "all" has all of TRL's. "fast" leaves out what takes another pass: with DPO
             `entropy` and `mean_token_accuracy`, and `logits/*` too for models with a softcap,
             which are another product of the head; with CPO and ORPO `logits/*`, which are means
@@ -154,39 +149,39 @@ def use_plad_fast(
         raise UsageError(f"unknown metrics {metrics!r}; known: {', '.join(METRICS)}")
     if scratch_mib is not None and not (is_whole(scratch_mib) and 0 < scratch_mib < 2**43):
         raise UsageError(f"scratch_mib must be a positive whole number, got {scratch_mib!r}")
-    checked_impl(impl)
+    check_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
-    _check_setup(trainer)
+    if what := next(_unsupported(trainer), None):
+        raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
     _check_methods(trainer, kind)
     if metrics == "fast":
         _check_best_metric(trainer, kind)
     _check_options(trainer, kind)
-    loss, options, sft_weight = kind.translate(present_options(trainer, kind.loss_options))
-    _check_prompts(trainer)
     model: Any = trainer.model
     limits = token_limits(model)
+    head_loss = HeadLoss(
+        kind.translate,
+        kind.loss_options,
+        metrics=metrics,
+        impl=impl,
+        scratch_bytes=None if scratch_mib is None else scratch_mib * 2**20,
+        vocabulary=limits.inputs,
+    ).follow(trainer)
+    _check_prompts(trainer)
     _check_tokens(trainer, limits)
-    check_head(model)
+    check_architecture(model)
     get_backend(impl, find_head(model).weight)
     with trainer.accelerator.autocast():
-        found = prepare(model, layout, attention=attention)
+        head_loss.layout = prepare(model, layout, attention=attention)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             reference = trainer.accelerator.unwrap_model(reference)
-            check_head(reference)
-            prepare(reference, found, attention=attention)
+            check_architecture(reference)
+            prepare(reference, head_loss.layout, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
-    scratch_bytes = None if scratch_mib is None else scratch_mib * 2**20
-    trainer._live_loss = LiveLoss(
-        kind.translate,
-        kind.loss_options,
-        HeadLoss(
-            *(loss, options, sft_weight, found, metrics, impl, scratch_bytes),
-            vocabulary=limits.inputs,
-        ),
-    )
+    trainer._own_head_loss = head_loss
     return trainer
 
 
@@ -234,45 +229,41 @@ def _check_options(trainer: Any, kind: _Kind) -> None:
             )
 
 
-def _check_setup(trainer: Any) -> None:
-    """Raises UsageError for what would change the loss, or how the model is called."""
+def _unsupported(trainer: Any) -> Iterator[str]:
+    """What would change the loss, or how the model is called."""
     args, model, accelerator = trainer.args, trainer.model, trainer.accelerator
-    processor = trainer.processing_class
-    device_map = getattr(model, "hf_device_map", None) or {}
-    peft = getattr(model, "peft_config", {})
-    kind = accelerator.distributed_type.value
-    refused = {
-        "use_liger_kernel=True: two libraries would take the place of one head": (
-            args.use_liger_kernel
-        ),
-        "torch_compile=True": args.torch_compile,
-        "neftune_noise_alpha: its noise depends on how rows are packed": (
-            args.neftune_noise_alpha is not None
-        ),
-        "activation_offloading=True": getattr(args, "activation_offloading", False),
-        "a model that is split over devices (device_map)": len(set(device_map.values())) > 1,
-        f"distributed training of the kind {kind}; DDP works": (
-            kind not in ("NO", "MULTI_GPU", "MULTI_CPU")
-        ),
-        "context, sequence or tensor parallelism": accelerator.parallelism_config is not None,
-        "a vision-language model or processor": (
-            isinstance(processor, ProcessorMixin) or getattr(trainer, "_is_vlm", False)
-        ),
-        "an encoder-decoder model": getattr(model.config, "is_encoder_decoder", False),
-        "the auxiliary loss of a mixture of experts; set router_aux_loss_coef=0.0 in the "
-        "arguments, or for CPO and ORPO output_router_logits=False in the model's config": (
-            trainer.aux_loss_enabled
-        ),
-        "truncation_mode='keep_end' with loss_type 'ipo' or 'sigmoid_norm', whose length counts a "
-        "token without a predecessor in TRL where the prompt is cut off as a whole": (
-            getattr(args, "truncation_mode", "") == "keep_end"
-            and bool(fast.DIVIDING_BY_LENGTH & set(args.loss_type))
-        ),
-        "a PEFT method that learns a prompt": any(c.is_prompt_learning for c in peft.values()),
-    }
-    for what, is_set in refused.items():
-        if is_set:
-            raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
+    if args.use_liger_kernel:
+        yield "use_liger_kernel=True: two libraries would take the place of one head"
+    if args.torch_compile:
+        yield "torch_compile=True"
+    if args.neftune_noise_alpha is not None:
+        yield "neftune_noise_alpha: its noise depends on how rows are packed"
+    if getattr(args, "activation_offloading", False):
+        yield "activation_offloading=True"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        yield "a model that is split over devices (device_map)"
+    if (kind := accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        yield f"distributed training of the kind {kind}; DDP works"
+    if accelerator.parallelism_config is not None:
+        yield "context, sequence or tensor parallelism"
+    if isinstance(trainer.processing_class, ProcessorMixin) or getattr(trainer, "_is_vlm", False):
+        yield "a vision-language model or processor"
+    if getattr(model.config, "is_encoder_decoder", False):
+        yield "an encoder-decoder model"
+    if trainer.aux_loss_enabled:
+        yield (
+            "the auxiliary loss of a mixture of experts; set router_aux_loss_coef=0.0 in the "
+            "arguments, or for CPO and ORPO output_router_logits=False in the model's config"
+        )
+    if getattr(args, "truncation_mode", "") == "keep_end" and (
+        fast.DIVIDING_BY_LENGTH & set(args.loss_type)
+    ):
+        yield (
+            "truncation_mode='keep_end' with loss_type 'ipo' or 'sigmoid_norm', whose length "
+            "counts a token without a predecessor in TRL where the prompt is cut off as a whole"
+        )
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        yield "a PEFT method that learns a prompt"
 
 
 def _check_methods(trainer: Any, kind: _Kind) -> None:

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
-from plad_fast.ops.backend import HeadGradient, LinearProblem, LinearStatistics, Upstream
+from plad_fast.ops.backend import (
+    HeadGradient,
+    HeadOptions,
+    LinearProblem,
+    LinearStatistics,
+    Needs,
+    Upstream,
+)
 from plad_fast.ops.impl.onepass import linear_preference_loss
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
-from plad_fast.ops.logit_spec import LogitSpec
 
 __all__ = [
     "linear_backward",
@@ -45,10 +51,10 @@ def preferred(tensor: Tensor) -> bool:
 def linear_forward(
     problem: LinearProblem, length_normalization: float, with_entropy: bool
 ) -> LinearStatistics:
-    hidden, weight, bias, targets, cu_seqlens, spec, ignore_index, scratch_bytes = problem
-    keep = targets != ignore_index
+    hidden, _, _, targets, cu_seqlens, options = problem
+    keep = targets != options.ignore_index
     rows = keep.nonzero().squeeze(1)
-    space = Workspace(hidden[: len(rows)], weight, bias, spec, scratch_bytes, for_gradient=False)
+    space = Workspace(problem.head, options, len(rows), for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=space.products.dtype)
     lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
     entropy = torch.zeros_like(token_logprobs) if with_entropy else None
@@ -73,21 +79,14 @@ def linear_backward(
     tail: Tensor,  # (N,)
     miss: Tensor,  # (N,)
     upstream: Upstream,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     skip_inactive: bool,
 ) -> HeadGradient:
-    hidden, weight, bias, targets, _, spec, ignore_index, scratch_bytes = problem
-    active = upstream.active() if skip_inactive else targets != ignore_index
+    hidden, weight, _, targets, _, options = problem
+    active = upstream.active() if skip_inactive else targets != options.ignore_index
     active_rows = active.nonzero().squeeze(1)
-    space = Workspace(
-        hidden[: len(active_rows)], weight, bias, spec, scratch_bytes, for_gradient=True
-    )
-    grads = HeadGradients(
-        hidden if needs[0] else None,
-        weight if needs[1] else None,
-        bias if needs[2] else None,
-        space.products,
-    )
+    space = Workspace(problem.head, options, len(active_rows), for_gradient=True)
+    grads = HeadGradients(problem.head, needs, space.products)
     for chunk in space.chunks(0, len(active_rows)):
         rows = _slice_if_whole(active_rows[chunk], chunk, len(hidden) == len(active_rows))
         h, t = hidden[rows], targets[rows]
@@ -105,20 +104,18 @@ def _slice_if_whole(rows: Tensor, chunk: slice, whole: bool) -> Tensor | slice:
 def stored_forward(
     logits: Tensor,  # (N, V) or (S, T, V), of any strides
     targets: Tensor,  # (N,) or (S, T)
-    spec: LogitSpec,
-    ignore_index: int,
-    scratch_bytes: int,
+    options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, lse, a tail of 0, and miss of every target, 0 where it is ignored."""
     dtype = accumulation_dtype(logits.dtype)
     token_logprobs, lse, tail, miss = (
         logits.new_zeros(targets.shape, dtype=dtype) for _ in range(4)
     )
-    scratch = logits.new_empty(_block_rows(logits, scratch_bytes), logits.shape[-1], dtype=dtype)
-    for block in _blocks(logits, scratch_bytes):
-        keep = targets[block] != ignore_index
+    scratch = logits.new_empty(_block_rows(logits, options), logits.shape[-1], dtype=dtype)
+    for block in _blocks(logits, options):
+        keep = targets[block] != options.ignore_index
         buffer = scratch[: len(keep)].copy_(logits[block])
-        part = softmax_rows_(buffer, targets[block].where(keep, 0), spec)
+        part = softmax_rows_(buffer, targets[block].where(keep, 0), options)
         token_logprobs[block] = part.token_logprobs.where(keep, 0)
         lse[block] = (part.row_max + part.sum_exp.log()).where(keep, 0)
         miss[block] = part.miss.where(keep, 0)
@@ -133,18 +130,16 @@ def stored_backward(
     tail: Tensor,
     miss: Tensor,
     grad: Tensor,  # of the targets' shape
-    spec: LogitSpec,
-    ignore_index: int,
-    scratch_bytes: int,
+    options: HeadOptions,
 ) -> Tensor:
     """The gradient of the logits. Rows without one are left at 0, whatever their logits hold."""
     d_logits = torch.zeros_like(logits)
-    shape = _block_rows(logits, scratch_bytes), logits.shape[-1]
+    shape = _block_rows(logits, options), logits.shape[-1]
     scratch = logits.new_empty(shape, dtype=grad.dtype)
     rounded = scratch if logits.dtype == grad.dtype else logits.new_empty(shape)
-    slopes = None if spec.softcap is None else torch.empty_like(scratch)
-    for block in _blocks(logits, scratch_bytes):
-        rows = grad[block].where(targets[block] != ignore_index, 0).nonzero().squeeze(1)
+    slopes = None if options.softcap is None else torch.empty_like(scratch)
+    for block in _blocks(logits, options):
+        rows = grad[block].where(targets[block] != options.ignore_index, 0).nonzero().squeeze(1)
         n = len(rows)
         if not n:
             continue
@@ -152,24 +147,24 @@ def stored_backward(
         buffer = scratch[:n].copy_(rounded[:n])
         block_targets = targets[block][rows]
         slope = None if slopes is None else slopes[:n]
-        part = softmax_rows_(buffer, block_targets, spec, tanh_slope=slope)
-        logits_gradient_(buffer, block_targets, spec, part, grad[block][rows], tanh_slope=slope)
+        part = softmax_rows_(buffer, block_targets, options, tanh_slope=slope)
+        logits_gradient_(buffer, block_targets, options, part, grad[block][rows], tanh_slope=slope)
         d_logits[block].index_copy_(0, rows, rounded[:n].copy_(buffer))
     return d_logits
 
 
-def _blocks(logits: Tensor, scratch_bytes: int) -> Iterator[tuple[int | slice, ...]]:
+def _blocks(logits: Tensor, options: HeadOptions) -> Iterator[tuple[int | slice, ...]]:
     """Indices of blocks of rows, which never cross from one sequence of a batch to the next."""
     *batch, num_tokens, _ = logits.shape
-    step = _block_rows(logits, scratch_bytes)
+    step = _block_rows(logits, options)
     for sequence in range(*batch) if batch else [None]:
         for start in range(0, num_tokens, step):
             rows = slice(start, start + step)
             yield (rows,) if sequence is None else (sequence, rows)
 
 
-def _block_rows(logits: Tensor, scratch_bytes: int) -> int:
+def _block_rows(logits: Tensor, options: HeadOptions) -> int:
     """With softcap and a rounded result a row takes up to three times its size in float32."""
     *_, num_tokens, vocab = logits.shape
     row_bytes = 3 * vocab * accumulation_dtype(logits.dtype).itemsize
-    return max(1, min(num_tokens, scratch_bytes // max(row_bytes, 1)))
+    return max(1, min(num_tokens, options.scratch_on(logits.device) // max(row_bytes, 1)))

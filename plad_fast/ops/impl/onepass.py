@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.objective import Objective, refuse_outside_gradients
-from plad_fast.ops.backend import Denominators, HeadGradient, LinearProblem
+from plad_fast.ops.backend import Denominators, HeadGradient, LinearProblem, Needs
 from plad_fast.ops.impl.workspace import HeadGradients, TokenStatistics, Workspace, compacting_order
 
 
@@ -31,30 +31,32 @@ def linear_preference_loss(
     reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
-    needs: tuple[bool, bool, bool],
-    workspace: Callable[..., Workspace] = Workspace,
+    needs: Needs,
+    make_workspace: Callable[..., Workspace] = Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
     """Loss (), sums (S,), group losses (B,), whether a group is active (B,), and gradients.
 
-    See `plad_fast.ops.backend.Backend`. `workspace` computes rows of logits and their gradients.
+    See `plad_fast.ops.backend.Backend`.
+
+    Args:
+        make_workspace: what computes rows of logits and their gradients.
     """
-    hidden, weight, bias, targets, cu_seqlens, spec, _, scratch_bytes = problem
-    space = workspace(hidden, weight, bias, spec, scratch_bytes, for_gradient=any(needs))
+    hidden, weight, *_ = problem.head
+    workspace = make_workspace(problem.head, problem.options, len(hidden), for_gradient=any(needs))
+    wide = workspace.products.dtype
     # float16 keeps float32 until backward: a loss scale comes only with the upstream.
     half = hidden.dtype == torch.float16
     grads = HeadGradients(
-        hidden if needs[0] else None,
-        weight if needs[1] else None,
-        bias if needs[2] else None,
-        space.products,
-        hidden_dtype=torch.float32 if half else space.grad_hidden_dtype or hidden.dtype,
+        problem.head,
+        needs,
+        workspace.products,
+        hidden_dtype=torch.float32 if half else workspace.grad_hidden_dtype or hidden.dtype,
     )
-    sequences = _GroupLosses(cu_seqlens, scores, reference_logps, objective, denominators)
-    for first, last in _packed_groups(sequences.group_bounds, space.rows):
-        _run_groups(space, grads, sequences, hidden, targets, first, last)
-    results = sequences.results(hidden, space.products.dtype)
-    wide = space.products.dtype
-    del space  # the scratch is free before a second copy of the gradient is made
+    losses = _GroupLosses(problem.cu_seqlens, scores, reference_logps, objective, denominators)
+    for first, last in _packed_groups(losses.group_bounds, workspace.rows):
+        _run_groups(workspace, grads, losses, problem, first, last)
+    results = losses.results(hidden, wide)
+    del workspace  # the scratch is free before a second copy of the gradient is made
     return *results, grads.finish(wide if half else weight.dtype)
 
 
@@ -156,28 +158,28 @@ def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
 
 
 def _run_groups(
-    space: Workspace,
+    workspace: Workspace,
     grads: HeadGradients,
-    sequences: _GroupLosses,
-    hidden: Tensor,  # (N, D)
-    targets: Tensor,  # (N,)
+    losses: _GroupLosses,
+    problem: LinearProblem,
     first: int,
     last: int,
 ) -> None:
     """Forward, loss and gradients of groups [first, last)."""
-    start, stop = sequences.group_bounds[first], sequences.group_bounds[last]
-    chunks = _chunks_with_full_last(start, stop, space.rows)
-    parts = [space.forward(hidden[rows], targets[rows]) for rows in chunks]
-    offsets = sequences.offsets(first, last)
-    empty = hidden.new_empty(0, dtype=space.products.dtype)
+    hidden, targets = problem.hidden, problem.targets
+    start, stop = losses.group_bounds[first], losses.group_bounds[last]
+    chunks = _chunks_with_full_last(start, stop, workspace.rows)
+    parts = [workspace.forward(hidden[rows], targets[rows]) for rows in chunks]
+    offsets = losses.offsets(first, last)
+    empty = hidden.new_empty(0, dtype=workspace.products.dtype)
     token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
-    step = sequences.step(first, last, space.segment_sums(token_logprobs, offsets))
+    step = losses.step(first, last, workspace.segment_sums(token_logprobs, offsets))
     if not (chunks and grads.wanted and step.any_active):
         return
     grad = step.grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
     kept = chunks[-1].start - start
-    _backward_in_place(space, grads, parts[-1], grad[kept:], hidden, targets, start + kept)
-    _backward_anew(space, grads, grad[:kept], hidden, targets, start)
+    _backward_in_place(workspace, grads, parts[-1], grad[kept:], problem, start + kept)
+    _backward_anew(workspace, grads, grad[:kept], problem, start)
 
 
 def _chunks_with_full_last(start: int, stop: int, rows: int) -> list[slice]:
@@ -187,17 +189,15 @@ def _chunks_with_full_last(start: int, stop: int, rows: int) -> list[slice]:
 
 
 def _backward_in_place(
-    space: Workspace,
+    workspace: Workspace,
     grads: HeadGradients,
     statistics: TokenStatistics,
     grad: Tensor,  # (n,)
-    hidden: Tensor,
-    targets: Tensor,
+    problem: LinearProblem,
     start: int,
 ) -> None:
     """The exponentials of all n rows are still in the buffer."""
     active = grad != 0
-    of_chunk = targets[start : start + len(grad)]
     rows: Tensor | slice = slice(start, start + len(grad))
     order = None
     if not active.all():
@@ -205,22 +205,23 @@ def _backward_in_place(
         if not len(order):
             return
         rows = start + order
-    d_logits = space.gradient(of_chunk, statistics, grad, order=order)
-    grads.add(d_logits, hidden[rows], rows)
+    targets = problem.targets[start : start + len(grad)]
+    d_logits = workspace.gradient(targets, statistics, grad, order=order)
+    grads.add(d_logits, problem.hidden[rows], rows)
 
 
 def _backward_anew(
-    space: Workspace,
+    workspace: Workspace,
     grads: HeadGradients,
     grad: Tensor,  # (n,)
-    hidden: Tensor,
-    targets: Tensor,
+    problem: LinearProblem,
     start: int,
 ) -> None:
     """The buffer has moved on: of these n rows the active ones are computed a second time."""
     active = (grad != 0).nonzero().squeeze(1)
-    for chunk in space.chunks(0, len(active)):
+    for chunk in workspace.chunks(0, len(active)):
         local = active[chunk]
         rows = start + local
-        statistics = space.forward(hidden[rows], targets[rows])
-        grads.add(space.gradient(targets[rows], statistics, grad[local]), hidden[rows], rows)
+        hidden, targets = problem.hidden[rows], problem.targets[rows]
+        statistics = workspace.forward(hidden, targets)
+        grads.add(workspace.gradient(targets, statistics, grad[local]), hidden, rows)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.ops.backend import HeadOptions
 
 
 class RowStatistics(NamedTuple):
@@ -30,7 +30,7 @@ class RowStatistics(NamedTuple):
 def softmax_rows_(
     buffer: Tensor,  # (n, V): raw product on entry, exp(z - max z) on return, 0 at the target
     targets: Tensor,  # (n,)
-    spec: LogitSpec,
+    options: HeadOptions,
     bias: Tensor | None = None,  # (V,)
     tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
     entropy_rows: int = 0,
@@ -40,7 +40,7 @@ def softmax_rows_(
     log p(target) is (z_t - max) - log(sum of exp): for a confident target both terms are near 0
     and keep their digits, which the difference z_t - lse would lose.
     """
-    logits_(buffer, spec, bias, tanh_slope)
+    logits_(buffer, options, bias, tanh_slope)
     row_max = buffer.amax(dim=1)
     buffer.sub_(row_max.unsqueeze(1))
     centred_target = buffer.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -60,21 +60,21 @@ def softmax_rows_(
 
 def logits_(
     buffer: Tensor,  # (n, V): raw product on entry, logits on return
-    spec: LogitSpec,
+    options: HeadOptions,
     bias: Tensor | None = None,  # (V,)
     tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
 ) -> None:
     """Turn raw products into logits."""
     if bias is not None:
         buffer.add_(bias)
-    if spec.softcap is None:
-        if spec.slope != 1:
-            buffer.mul_(spec.slope)
+    if options.softcap is None:
+        if options.slope != 1:
+            buffer.mul_(options.slope)
     else:
-        buffer.mul_(spec.logit_scale / spec.softcap).tanh_()
+        buffer.mul_(options.logit_scale / options.softcap).tanh_()
         if tanh_slope is not None:
             torch.mul(buffer, buffer, out=tanh_slope).neg_().add_(1)
-        buffer.mul_(spec.softcap / spec.temperature)
+        buffer.mul_(options.softcap / options.temperature)
 
 
 def exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
@@ -91,7 +91,7 @@ def exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
 def logits_gradient_(
     buffer: Tensor,  # (n, V): as softmax_rows_ left it; d raw product on return
     targets: Tensor,  # (n,)
-    spec: LogitSpec,
+    options: HeadOptions,
     statistics: RowStatistics,  # of the same rows
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None = None,  # (n,)
@@ -115,5 +115,5 @@ def logits_gradient_(
     buffer.scatter_(1, column, at_target.unsqueeze(1))
     if tanh_slope is not None:
         buffer.mul_(tanh_slope)
-    if spec.slope != 1:
-        buffer.mul_(spec.slope)
+    if options.slope != 1:
+        buffer.mul_(options.slope)

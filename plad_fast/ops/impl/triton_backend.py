@@ -1,7 +1,8 @@
 """The Triton backend: kernels that never store logits, library products for the gradients.
 
 Two-phase: the forward keeps each token's lse; the backward recomputes logits a chunk of rows at a
-time, straight into the gradient of the logits, which two products then multiply on.
+time, straight into the gradient of the logits, which two products then multiply on. One pass:
+library products around row kernels. Kernels are imported where they run: Triton may be missing.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,21 @@ from plad_fast.losses.objective import Objective
 from plad_fast.ops.backend import (
     Denominators,
     HeadGradient,
+    HeadOptions,
     LinearProblem,
     LinearStatistics,
+    Needs,
     Upstream,
 )
 from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.products import Operand, products_for
-from plad_fast.ops.impl.workspace import HeadGradients
-from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.ops.impl.workspace import BLOCK_SHARE, HeadGradients, TokenStatistics, Workspace
+
+if TYPE_CHECKING:
+    from plad_fast.kernels.logits_rows import RowStatistics
 
 _OLDEST_TRITON = (3, 4)
-_BLOCK_SHARE = 16  # of the scratch budget, for blocks of products
+_NO_TARGET = -1  # every row of a workspace counts
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -74,14 +79,11 @@ def linear_forward(
 ) -> LinearStatistics:
     from plad_fast.kernels.linear_forward import linear_forward as kernel
 
+    *tensors, options = problem
     return LinearStatistics(
         *kernel(
-            problem.hidden,
-            problem.weight,
-            problem.bias,
-            problem.targets,
-            problem.cu_seqlens,
-            **_logit_options(problem.spec, problem.ignore_index),
+            *tensors,
+            **_logit_options(options),
             length_normalization=length_normalization,
             with_entropy=with_entropy,
         )
@@ -94,25 +96,20 @@ def linear_backward(
     tail: Tensor,  # (N,)
     miss: Tensor,  # (N,)
     upstream: Upstream,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     skip_inactive: bool,
 ) -> HeadGradient:
     from plad_fast.kernels.linear_backward import logits_gradient
 
-    hidden, weight, bias, targets, _, spec, ignore_index, scratch_bytes = problem
+    hidden, weight, bias, targets, _, options = problem
+    scratch_bytes = options.scratch_on(hidden.device)
     grad, grad_lse = upstream
     active_rows = upstream.active().nonzero().squeeze(1) if skip_inactive else None
     count = len(hidden) if active_rows is None else len(active_rows)
-    products = products_for(weight, scratch_bytes // _BLOCK_SHARE)
-    grads = HeadGradients(
-        hidden if needs[0] else None,
-        weight if needs[1] else None,
-        bias if needs[2] else None,
-        products,
-    )
+    products = products_for(weight, scratch_bytes // BLOCK_SHARE)
+    grads = HeadGradients(problem.head, needs, products)
     if count:
-        bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
-        scale = products.operand_scale(bound.max() * abs(spec.slope))
+        scale = products.operand_scale(_bound(grad, grad_lse, options))
         out = _scratch(products.operand_dtype, count, weight, scratch_bytes)
         for start in range(0, count, len(out)):
             chunk = slice(start, min(start + len(out), count))
@@ -130,13 +127,13 @@ def linear_backward(
                 miss[rows],
                 grad[rows],
                 None if grad_lse is None else grad_lse[rows],
-                **_logit_options(spec, ignore_index),
+                **_logit_options(options),
                 out=out[: chunk.stop - chunk.start],
                 scale=scale,
             )
             if not skip_inactive:
                 # Whatever an ignored token holds, even if it is not finite, adds nothing.
-                h = h.masked_fill((t == ignore_index)[:, None], 0)
+                h = h.masked_fill((t == options.ignore_index)[:, None], 0)
             grads.add(Operand(d_logits, scale), h, rows)
     return grads.finish(weight.dtype)
 
@@ -144,7 +141,7 @@ def linear_backward(
 def _scratch(dtype: torch.dtype, count: int, weight: Tensor, scratch_bytes: int) -> Tensor:
     """Room for the gradient of as many of the rows of logits as the budget allows, (rows, V)."""
     vocab, width = weight.shape
-    budget = scratch_bytes - scratch_bytes // _BLOCK_SHARE
+    budget = scratch_bytes - scratch_bytes // BLOCK_SHARE
     # Beside its logits a row may have a copy of its hidden state and its gradient in float32.
     rows = max(1, budget // (vocab * dtype.itemsize + (4 + weight.dtype.itemsize) * width))
     # Chunks of nearly the same length: a short last one would leave a GPU idle.
@@ -158,38 +155,88 @@ def linear_preference_loss(
     reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-    from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
-
     return onepass.linear_preference_loss(
-        problem,
-        scores,
-        reference_logps,
-        objective,
-        denominators,
-        needs,
-        workspace=KernelWorkspace,
+        problem, scores, reference_logps, objective, denominators, needs, KernelWorkspace
     )
 
 
+class KernelWorkspace(Workspace):
+    """A workspace whose buffer keeps the raw products: one kernel reads them for the statistics,
+    and one turns them into the operand of the next two products, compacting rows on the way.
+    """
+
+    keeps_slope = False
+    _operands: Tensor | None = None
+
+    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
+        from plad_fast.kernels.logits_rows import logits_rows_forward
+
+        buffer = self._buffer[: len(hidden)]
+        self.products.logits(hidden, out=buffer)
+        return logits_rows_forward(
+            buffer, targets, bias=self.bias, **self._logit_options, with_entropy=with_entropy
+        )
+
+    def gradient(
+        self,
+        targets: Tensor,
+        statistics: TokenStatistics,
+        grad_logprobs: Tensor,
+        grad_lse: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Operand:
+        from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward
+
+        assert isinstance(statistics, RowStatistics)
+        count = len(targets) if order is None else len(order)
+        scale = self.products.operand_scale(_bound(grad_logprobs, grad_lse, self.options))
+        buffer = self._buffer[: len(targets)]
+        dtype = self.products.operand_dtype
+        # In place of the logits where the dtype is theirs.
+        out = self._buffer if dtype == buffer.dtype else self._operand_buffer(dtype)
+        values = logits_rows_backward(
+            buffer,
+            targets,
+            statistics.lse,
+            statistics.tail,
+            statistics.miss,
+            grad_logprobs,
+            grad_lse,
+            bias=self.bias,
+            **self._logit_options,
+            out=out[:count],
+            rows=order,
+            scale=scale,
+        )
+        return Operand(values, scale)
+
+    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        from plad_fast.kernels.segments import segment_sums
+
+        return segment_sums(values, cu_seqlens)
+
+    def _operand_buffer(self, dtype: torch.dtype) -> Tensor:
+        """Allocated when the first gradient is wanted, and kept."""
+        if self._operands is None:
+            self._operands = torch.empty_like(self._buffer, dtype=dtype)
+        return self._operands
+
+    @property
+    def _logit_options(self) -> dict[str, Any]:
+        return _logit_options(self.options._replace(ignore_index=_NO_TARGET))
+
+
 def stored_forward(
-    logits: Tensor,
-    targets: Tensor,
-    spec: LogitSpec,
-    ignore_index: int,
-    scratch_bytes: int,
+    logits: Tensor, targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from plad_fast.kernels.logits_rows import logits_rows_forward
 
     statistics = logits_rows_forward(
-        logits,
-        targets,
-        bias=None,
-        **_logit_options(spec, ignore_index),
-        with_entropy=False,
+        logits, targets, bias=None, **_logit_options(options), with_entropy=False
     )
-    return statistics.token_logprobs, statistics.lse, statistics.tail, statistics.miss
+    return statistics[:4]
 
 
 def stored_backward(
@@ -199,9 +246,7 @@ def stored_backward(
     tail: Tensor,
     miss: Tensor,
     grad: Tensor,
-    spec: LogitSpec,
-    ignore_index: int,
-    scratch_bytes: int,
+    options: HeadOptions,
 ) -> Tensor:
     from plad_fast.kernels.logits_rows import logits_rows_backward
 
@@ -214,16 +259,22 @@ def stored_backward(
         grad.contiguous(),
         None,
         bias=None,
-        **_logit_options(spec, ignore_index),
+        **_logit_options(options),
         out=torch.empty_like(logits),
         rows=None,
     )
 
 
-def _logit_options(spec: LogitSpec, ignore_index: int) -> dict[str, Any]:
+def _bound(grad: Tensor, grad_lse: Tensor | None, options: HeadOptions) -> Tensor:  # ()
+    """What no entry of the gradient of the raw products exceeds, in magnitude."""
+    bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
+    return bound.max() * abs(options.slope)
+
+
+def _logit_options(options: HeadOptions) -> dict[str, Any]:
     return {
-        "softcap": spec.softcap,
-        "logit_scale": spec.logit_scale,
-        "temperature": spec.temperature,
-        "ignore_index": ignore_index,
+        "softcap": options.softcap,
+        "logit_scale": options.logit_scale,
+        "temperature": options.temperature,
+        "ignore_index": options.ignore_index,
     }

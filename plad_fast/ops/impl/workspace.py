@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.terms import segment_sums
-from plad_fast.ops.backend import HeadGradient
+from plad_fast.ops.backend import Head, HeadGradient, HeadOptions, Needs
 from plad_fast.ops.impl.products import Operand, Products, accumulation_dtype, products_for
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
-from plad_fast.ops.logit_spec import LogitSpec
 
-# The share of the budget that goes to blocks of the weight; the rest holds logits.
-_BLOCK_SHARE = 16
+BLOCK_SHARE = 16
+"""The share of the budget that goes to blocks of the weight; the rest holds logits."""
 
 
 class TokenStatistics(Protocol):
@@ -29,11 +28,10 @@ class Workspace:
     """Logits of `rows` tokens at a time, and what is done with them.
 
     Args:
-        hidden: (N, D). Only its dtype, device and N are used.
-        weight: (V, D).
-        bias: (V,) or None.
-        spec: softcap, scale and temperature of the logits.
-        scratch_bytes: what all temporaries together may take; at least one row of logits is used.
+        head: hidden (N, D), of which dtype and device are used, weight (V, D) and bias (V,).
+        options: their budget is what all temporaries together may take; at least one row of logits
+            is used.
+        num_rows: how many rows there are to compute, at most.
         for_gradient: whether `gradient` will be called, which softcapped logits pay extra for.
     """
 
@@ -44,28 +42,22 @@ class Workspace:
     """In which the gradient of the hidden states is kept; None for their own."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: LogitSpec,
-        scratch_bytes: int,
-        *,
-        for_gradient: bool,
+        self, head: Head, options: HeadOptions, num_rows: int, *, for_gradient: bool
     ) -> None:
-        block_bytes = scratch_bytes // _BLOCK_SHARE
+        hidden, weight, self.bias = head
+        self.options = options
+        scratch_bytes = options.scratch_on(hidden.device)
+        block_bytes = scratch_bytes // BLOCK_SHARE
         self.products: Products = products_for(weight, block_bytes)
-        self.spec = spec
-        self.bias = bias
         vocab = weight.shape[0]
         dtype = self.products.dtype
-        keep_slope = for_gradient and spec.softcap is not None and self.keeps_slope
+        keep_slope = for_gradient and options.softcap is not None and self.keeps_slope
         bytes_per_logit = dtype.itemsize * (2 if keep_slope else 1)
         bytes_per_logit += self.products.extra_bytes_per_logit
         # Beside its logits a row has its hidden state, its gradient, and a copy in another dtype.
         bytes_per_row = vocab * bytes_per_logit + 3 * weight.shape[1] * dtype.itemsize
         budget = (scratch_bytes - block_bytes) // max(bytes_per_row, 1)
-        self.rows = max(1, min(budget, hidden.shape[0]))
+        self.rows = max(1, min(budget, num_rows))
         # Rows handled together where another copy of their logits is unavoidable.
         self.block_rows = max(1, block_bytes // max(3 * vocab * dtype.itemsize, 1))
         self._buffer = hidden.new_empty(self.rows, vocab, dtype=dtype)
@@ -85,17 +77,10 @@ class Workspace:
         with_entropy: bool = False,
     ) -> RowStatistics:
         """Statistics of n <= rows tokens; their exponentials stay in the buffer."""
-        n = hidden.shape[0]
-        buffer = self._buffer[:n]
+        buffer, slope = self._buffers(len(hidden))
         self.products.logits(hidden, out=buffer)
-        return softmax_rows_(
-            buffer,
-            targets,
-            self.spec,
-            self.bias,
-            None if self._slope is None else self._slope[:n],
-            self.block_rows if with_entropy else 0,
-        )
+        entropy_rows = self.block_rows if with_entropy else 0
+        return softmax_rows_(buffer, targets, self.options, self.bias, slope, entropy_rows)
 
     def gradient(
         self,
@@ -115,17 +100,21 @@ class Workspace:
             targets, grad_logprobs = targets[order], grad_logprobs[order]
             statistics = statistics.take(order)
             grad_lse = None if grad_lse is None else grad_lse[order]
-        buffer = self._buffer[: len(targets)]
-        logits_gradient_(
-            buffer,
-            targets,
-            self.spec,
-            statistics,
-            grad_logprobs,
-            grad_lse,
-            None if self._slope is None else self._slope[: len(targets)],
-        )
+        buffer, slope = self._buffers(len(targets))
+        if buffer.shape[1]:
+            columns, owned = self._columns(targets)
+            logits_gradient_(
+                buffer, columns, self.options, statistics, grad_logprobs, grad_lse, slope, owned
+            )
         return buffer
+
+    def _columns(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where in the buffer the targets are, and which of them; None for all."""
+        return targets, None
+
+    def _buffers(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The first rows of the buffer, and of the one for the derivative of the cap."""
+        return self._buffer[:count], None if self._slope is None else self._slope[:count]
 
     def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:  # (N,), (S + 1,)
         """Sums of consecutive values, in a fixed order."""
@@ -163,13 +152,15 @@ class HeadGradients:
 
     def __init__(
         self,
-        hidden: Tensor | None,  # (N, D)
-        weight: Tensor | None,  # (V, D)
-        bias: Tensor | None,  # (V,)
+        head: Head,
+        needs: Needs,
         products: Products,
         *,
         hidden_dtype: torch.dtype | None = None,
     ) -> None:
+        hidden, weight, bias = (
+            leaf if need else None for leaf, need in zip(head, needs, strict=True)
+        )
         self.products = products
         self.hidden = None if hidden is None else torch.zeros_like(hidden, dtype=hidden_dtype)
         self.weight = None if weight is None else torch.empty_like(weight, dtype=products.dtype)

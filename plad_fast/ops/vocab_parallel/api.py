@@ -31,12 +31,10 @@ from plad_fast.checks import check_flag, check_length_normalization
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.terms import length_normalized, segment_sums
 from plad_fast.ops import validation as check
-from plad_fast.ops.first_order import stub
-from plad_fast.ops.logit_spec import LogitSpec
-from plad_fast.ops.logprobs import SequenceLogProbs, checked_spec
-from plad_fast.ops.preference_losses import FusedLoss
-from plad_fast.ops.vocab_parallel.autograd import ShardedPreference, ShardedTokens
-from plad_fast.ops.vocab_parallel.call import Inputs, agreed_call
+from plad_fast.ops.logprobs import SequenceLogProbs
+from plad_fast.ops.preference_autograd import FusedLoss
+from plad_fast.ops.vocab_parallel.autograd import ShardedTokens, sharded_preference_loss
+from plad_fast.ops.vocab_parallel.call import Sharding, agreed_call
 from plad_fast.ops.vocab_parallel.group import check_group
 
 if TYPE_CHECKING:
@@ -96,29 +94,22 @@ def vocab_parallel_sequence_logprobs(
             they must be (numbers of tokens, targets, offsets, options); says which.
     """
     check_group(group)
-    options = length_normalization, ignore_index, softcap, logit_scale, temperature
 
-    def checked() -> LogitSpec:
+    def check_rest() -> None:
         check_length_normalization(length_normalization)
         check_flag("return_lse", return_lse)
         check_flag("return_entropy", return_entropy)
-        return checked_spec(softcap, logit_scale, temperature)
 
     call = agreed_call(
         "vocab_parallel_sequence_logprobs",
-        Inputs(hidden, weight, bias, targets, cu_seqlens),
-        group,
-        checked,
-        (*options, return_entropy),
-        {},
-        vocab_size=vocab_size,
-        reduce_hidden_grad=reduce_hidden_grad,
-        ignore_index=ignore_index,
-        impl=impl,
-        scratch_bytes=scratch_bytes,
+        (hidden, weight, bias, targets, cu_seqlens),
+        (softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes),
+        Sharding(group, vocab_size, reduce_hidden_grad),
+        check_rest,
+        (length_normalization, return_entropy),
     )
     kept = ShardedTokens.apply(
-        call.hidden, call.weight, call.bias, call.targets, call.head, return_entropy
+        *call.problem.head, call.problem.targets, call.sharded, return_entropy
     )
     token_logprobs, lse, entropy = (call.spread(values) for values in kept)
     sums = length_normalized(
@@ -178,14 +169,15 @@ def vocab_parallel_preference_loss(
     """
     check_group(group)
     constants = {"scores": scores, "reference_logps": reference_logps}
+    denominators = {"num_groups": num_groups, "num_tokens": num_tokens}
 
-    def checked() -> tuple[LogitSpec, Objective]:
-        for name, values in constants.items():
-            check.check_constants(name, values, len(cu_seqlens) - 1, hidden.device)
-        for name, count in (("num_groups", num_groups), ("num_tokens", num_tokens)):
-            check.check_denominator(name, count)
-        check.check_groups(len(cu_seqlens) - 1, group_size)
-        objective = Objective.bind(
+    def bind() -> Objective:
+        num_sequences = len(cu_seqlens) - 1
+        check.check_constants((num_sequences,), hidden.device, **constants)
+        check.check_are_detached(**constants)
+        check.check_denominators(**denominators)
+        check.check_groups(num_sequences, group_size)
+        return Objective.bind(
             loss,
             group_size=group_size,
             sft_weight=sft_weight,
@@ -195,36 +187,22 @@ def vocab_parallel_preference_loss(
             device=hidden.device,
             **loss_options,
         )
-        return checked_spec(softcap, logit_scale, temperature), objective
 
-    options = length_normalization, ignore_index, softcap, logit_scale, temperature
     call = agreed_call(
         "vocab_parallel_preference_loss",
-        Inputs(hidden, weight, bias, targets, cu_seqlens),
-        group,
-        checked,
-        (*options, group_size, sft_weight, loss, loss_options),
-        {**constants, "num_groups": num_groups, "num_tokens": num_tokens},
-        vocab_size=vocab_size,
-        reduce_hidden_grad=reduce_hidden_grad,
-        ignore_index=ignore_index,
-        impl=impl,
-        scratch_bytes=scratch_bytes,
+        (hidden, weight, bias, targets, cu_seqlens),
+        (softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes),
+        Sharding(group, vocab_size, reduce_hidden_grad),
+        bind,
+        (length_normalization, group_size, sft_weight, loss, loss_options),
+        {**constants, **denominators},
     )
-    _, objective = call.checked
-    counts = call.counts.reshape(-1, group_size)
-    leaves = call.hidden, call.weight, call.bias
-    enabled = torch.is_grad_enabled()
-    value, sums, group_losses, active = ShardedPreference.apply(
-        *leaves,
-        call.targets,
-        torch.nn.functional.pad(call.counts.cumsum(0), (1, 0)),
+    objective: Objective = call.checked
+    return sharded_preference_loss(
+        call.problem,
         scores,
         reference_logps,
         objective,
-        objective.denominators(counts, num_groups, num_tokens),
-        tuple(enabled and leaf is not None and leaf.requires_grad for leaf in leaves),
-        tuple(stub(leaf) for leaf in leaves) if enabled else (),
-        call.head,
+        objective.denominators(call.counts.reshape(-1, group_size), num_groups, num_tokens),
+        call.sharded,
     )
-    return FusedLoss(value, sums, call.counts, group_losses, active)

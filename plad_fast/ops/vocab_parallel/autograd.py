@@ -12,36 +12,49 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.terms import length_normalized
-from plad_fast.ops.autograd import alone_on
-from plad_fast.ops.backend import Denominators, LinearProblem
-from plad_fast.ops.first_order import first_order_only, refuse_batched
+from plad_fast.ops.autograd import alone_on, first_order_only, is_batched
+from plad_fast.ops.backend import (
+    Denominators,
+    HeadGradient,
+    HeadOptions,
+    LinearProblem,
+    Needs,
+    Upstream,
+)
 from plad_fast.ops.impl import onepass
-from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.softmax_rows import RowStatistics
-from plad_fast.ops.impl.workspace import HeadGradients, scaled_gradient
-from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.ops.impl.workspace import HeadGradients
+from plad_fast.ops.preference_autograd import FusedLoss, differentiable
 from plad_fast.ops.vocab_parallel.group import Shards
-from plad_fast.ops.vocab_parallel.workspace import ShardStatistics, ShardWorkspace, whole_statistics
+from plad_fast.ops.vocab_parallel.workspace import (
+    WIDTH,
+    WIDTH_WITH_ENTROPY,
+    ShardWorkspace,
+    seen_by_shard,
+    whole_statistics,
+)
 
 
 class ShardedHead(NamedTuple):
     """What is done with a shard of the head, beside its tensors."""
 
     shards: Shards
-    spec: LogitSpec
-    scratch_bytes: int
+    options: HeadOptions
     reduce_hidden_grad: bool
 
     def workspace(self, *, together: bool) -> Callable[..., ShardWorkspace]:
         return functools.partial(ShardWorkspace, shards=self.shards, together=together)
 
-    def reduced(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient of the hidden states, summed over the ranks before it is rounded."""
-        if self.reduce_hidden_grad and grad.numel():
-            self.shards.sum_(grad)
-        return grad.to(dtype)
+    def reduced(self, grads: HeadGradient, dtype: torch.dtype) -> HeadGradient:
+        """The gradient of the hidden states summed over the ranks, before it is rounded."""
+        if grads.hidden is None:
+            return grads
+        if self.reduce_hidden_grad and grads.hidden.numel():
+            self.shards.sum_(grads.hidden)
+        return grads._replace(hidden=grads.hidden.to(dtype))
 
 
 class ShardedTokens(torch.autograd.Function):
@@ -54,22 +67,22 @@ class ShardedTokens(torch.autograd.Function):
         weight: Tensor,  # (V, D)
         bias: Tensor | None,  # (V,)
         targets: Tensor,  # (N,) of the whole vocabulary
-        head: ShardedHead,
+        sharded: ShardedHead,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with alone_on(hidden):
-            make = head.workspace(together=False)
-            space = make(hidden, weight, bias, head.spec, head.scratch_bytes, for_gradient=False)
-            empty = hidden.new_empty(0, 5 if with_entropy else 3, dtype=space.products.dtype)
+            workspace = sharded.workspace(together=False)(
+                (hidden, weight, bias), sharded.options, len(hidden), for_gradient=False
+            )
+            width = WIDTH_WITH_ENTROPY if with_entropy else WIDTH
+            empty = hidden.new_empty(0, width, dtype=workspace.products.dtype)
             parts = [
-                space.part(hidden[chunk], targets[chunk], with_entropy)
-                for chunk in space.chunks(0, len(hidden))
+                workspace.part(hidden[chunk], targets[chunk], with_entropy)
+                for chunk in workspace.chunks(0, len(hidden))
             ]
-            whole = whole_statistics(head.shards.gather(torch.cat([empty, *parts])))
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, whole.row_max, whole.sum_exp, whole.miss
-        )
-        ctx.head = head
+            whole = whole_statistics(sharded.shards.gather(torch.cat([empty, *parts])))
+        ctx.save_for_backward(hidden, weight, bias, targets, *whole[:2], whole.miss)
+        ctx.sharded = sharded
         ctx.set_materialize_grads(False)
         entropy = whole.row_max.new_empty(0) if whole.entropy is None else whole.entropy
         ctx.mark_non_differentiable(entropy)
@@ -80,98 +93,68 @@ class ShardedTokens(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        refuse_batched(grad, grad_lse)
+        _refuse_batched(grad, grad_lse)
         hidden, weight, bias, targets, row_max, sum_exp, miss = ctx.saved_tensors
-        head: ShardedHead = ctx.head
-        grad = torch.zeros_like(miss) if grad is None else grad
-        active = grad != 0 if grad_lse is None else (grad != 0) | (grad_lse != 0)
-        active_rows = active.nonzero().squeeze(1)
+        sharded: ShardedHead = ctx.sharded
+        head = hidden, weight, bias
+        upstream = Upstream(torch.zeros_like(miss) if grad is None else grad, grad_lse)
+        active_rows = upstream.active().nonzero().squeeze(1)
         with alone_on(hidden):
-            make = head.workspace(together=False)
-            space = make(
-                hidden[: len(active_rows)],
-                weight,
-                bias,
-                head.spec,
-                head.scratch_bytes,
-                for_gradient=True,
+            workspace = sharded.workspace(together=False)(
+                head, sharded.options, len(active_rows), for_gradient=True
             )
-            needs = ctx.needs_input_grad
             grads = HeadGradients(
-                hidden if needs[0] else None,
-                weight if needs[1] else None,
-                bias if needs[2] else None,
-                space.products,
-                hidden_dtype=space.grad_hidden_dtype,
+                head,
+                ctx.needs_input_grad[:3],
+                workspace.products,
+                hidden_dtype=workspace.grad_hidden_dtype,
             )
-            for chunk in space.chunks(0, len(active_rows)):
+            for chunk in workspace.chunks(0, len(active_rows)):
                 rows = active_rows[chunk]
                 h, t = hidden[rows], targets[rows]
-                part = space.part(h, t)
                 whole = RowStatistics(row_max[rows], sum_exp[rows], miss[rows], miss[rows], None)
-                statistics = ShardStatistics(whole, part[:, 0])
+                statistics = seen_by_shard(whole, workspace.part(h, t))
                 of_lse = None if grad_lse is None else grad_lse[rows]
-                grads.add(space.gradient(t, statistics, grad[rows], of_lse), h, rows)
-            del space
-            of_hidden, of_weight, of_bias = grads.finish(weight.dtype)
-            if of_hidden is not None:
-                of_hidden = head.reduced(of_hidden, hidden.dtype)
-        return of_hidden, of_weight, of_bias, None, None, None
+                d_logits = workspace.gradient(t, statistics, upstream.logprobs[rows], of_lse)
+                grads.add(d_logits, h, rows)
+            del workspace
+            return *sharded.reduced(grads.finish(weight.dtype), hidden.dtype), None, None, None
 
 
-class ShardedPreference(torch.autograd.Function):
-    """(hidden, weight, bias) to loss (), sums (S,), group losses (B,) and active (B,).
+def sharded_preference_loss(
+    problem: LinearProblem,  # none of its targets is ignored
+    scores: Tensor | None,  # (S,)
+    reference_logps: Tensor | None,  # (S,)
+    objective: Objective,
+    denominators: Denominators,
+    sharded: ShardedHead,
+) -> FusedLoss:
+    hidden, counts = problem.hidden, problem.cu_seqlens.diff()
 
-    The gradients are made in the forward, for an upstream of 1.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None,  # (V,)
-        targets: Tensor,  # (N,) of the whole vocabulary
-        cu_seqlens: Tensor,  # (S + 1,)
-        scores: Tensor | None,  # (S,)
-        reference_logps: Tensor | None,  # (S,)
-        objective: Objective,
-        denominators: Denominators,
-        needs: tuple[bool, bool, bool],
-        stubs: tuple[Tensor | None, ...],  # of hidden, weight and bias
-        head: ShardedHead,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        no_index = -1  # nothing is ignored
-        problem = LinearProblem(
-            hidden, weight, bias, targets, cu_seqlens, head.spec, no_index, head.scratch_bytes
-        )
+    def run(needs: Needs) -> tuple[FusedLoss, HeadGradient]:
         with alone_on(hidden):
-            value, sums, group_losses, active, grads = onepass.linear_preference_loss(
+            loss, sums, group_losses, active, grads = onepass.linear_preference_loss(
                 problem,
                 scores,
                 reference_logps,
                 objective,
                 denominators,
                 needs,
-                workspace=head.workspace(together=True),
+                sharded.workspace(together=True),
             )
-            if grads.hidden is not None:
-                # float16 stays float32 until a loss scale has come with the upstream.
-                half = hidden.dtype == torch.float16
-                dtype = accumulation_dtype(hidden.dtype) if half else hidden.dtype
-                grads = grads._replace(hidden=head.reduced(grads.hidden, dtype))
-        ctx.save_for_backward(*grads, *stubs)
-        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
-        sums = length_normalized(sums, cu_seqlens.diff(), objective.length_normalization)
-        ctx.mark_non_differentiable(sums, group_losses, active)
-        return value, sums, group_losses, active
+            # float16 stays float32 until a loss scale has come with the upstream.
+            half = hidden.dtype == torch.float16
+            grads = sharded.reduced(grads, torch.float32 if half else hidden.dtype)
+        sums = length_normalized(sums, counts, objective.length_normalization)
+        return FusedLoss(loss, sums, counts, group_losses, active), grads
 
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_batched(grad_loss)
-        scaled = (
-            None if grad is None else scaled_gradient(grad, grad_loss, dtype)
-            for grad, dtype in zip(ctx.saved_tensors[:3], ctx.dtypes, strict=True)
+    return differentiable(problem.head, run)
+
+
+def _refuse_batched(*upstream: Tensor | None) -> None:
+    """Several gradients at a time would be several collectives."""
+    if any(map(is_batched, upstream)):
+        raise UsageError(
+            "the vocabulary-parallel op does not work under is_grads_batched=True (nor under a "
+            "vectorised jacobian); call torch.autograd.grad once for each gradient"
         )
-        return *scaled, *[None] * 9

@@ -9,30 +9,24 @@ n rows, V columns of one shard, W shards.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from plad_fast.ops.impl.softmax_rows import (
-    RowStatistics,
-    exp_with_expectation_,
-    logits_,
-    logits_gradient_,
-)
-from plad_fast.ops.impl.workspace import TokenStatistics, Workspace
-from plad_fast.ops.logit_spec import LogitSpec
+from plad_fast.ops.backend import Head, HeadOptions
+from plad_fast.ops.impl.softmax_rows import RowStatistics, exp_with_expectation_, logits_
+from plad_fast.ops.impl.workspace import Workspace
 from plad_fast.ops.vocab_parallel.group import Shards
 
-_WIDTH = 3
-_WIDTH_WITH_ENTROPY = 5
+WIDTH = 3
+WIDTH_WITH_ENTROPY = 5
+"""Numbers of a part."""
 
 
 def shard_part_(
     buffer: Tensor,  # (n, V): raw product on entry; exp(z - max z of the shard) on return
     columns: Tensor,  # (n,) of the targets in this shard; any column where another shard has it
     owned: Tensor,  # (n,) bool: the target is in this shard; its entry is 0 on return
-    spec: LogitSpec,
+    options: HeadOptions,
     bias: Tensor | None = None,  # (V,)
     tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
     entropy_rows: int = 0,
@@ -41,10 +35,10 @@ def shard_part_(
     with entropy the sum of (z - max) exp(z - max) and of exp(z - max), target included.
     """
     if not buffer.shape[1]:
-        part = buffer.new_zeros(len(buffer), _WIDTH_WITH_ENTROPY if entropy_rows else _WIDTH)
+        part = buffer.new_zeros(len(buffer), WIDTH_WITH_ENTROPY if entropy_rows else WIDTH)
         part[:, 0] = -torch.inf
         return part
-    logits_(buffer, spec, bias, tanh_slope)
+    logits_(buffer, options, bias, tanh_slope)
     shard_max = buffer.amax(dim=1)
     column = columns.unsqueeze(1)
     target = buffer.gather(1, column).squeeze(1)
@@ -78,23 +72,12 @@ def whole_statistics(parts: Tensor) -> RowStatistics:  # (W, n, 3 or 5)
     return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
 
 
-def as_seen_by_shard(
-    statistics: RowStatistics,
-    shard_max: Tensor,  # (n,)
+def seen_by_shard(
+    whole: RowStatistics,
+    part: Tensor,  # (n, 3 or 5)
 ) -> RowStatistics:
     """The sum of exponentials counted from the shard's own maximum, as its buffer is."""
-    return statistics._replace(sum_exp=statistics.sum_exp * (statistics.row_max - shard_max).exp())
-
-
-class ShardStatistics(NamedTuple):
-    """Of rows of logits."""
-
-    whole: RowStatistics
-    shard_max: Tensor  # (n,)
-
-    @property
-    def token_logprobs(self) -> Tensor:  # (n,)
-        return self.whole.token_logprobs
+    return whole._replace(sum_exp=whole.sum_exp * (whole.row_max - part[:, 0]).exp())
 
 
 class ShardWorkspace(Workspace):
@@ -109,22 +92,20 @@ class ShardWorkspace(Workspace):
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: LogitSpec,
-        scratch_bytes: int,
+        head: Head,
+        options: HeadOptions,
+        num_rows: int,
         *,
+        for_gradient: bool,
         shards: Shards,
         together: bool,
-        for_gradient: bool,
     ) -> None:
-        super().__init__(hidden, weight, bias, spec, scratch_bytes, for_gradient=for_gradient)
+        super().__init__(head, options, num_rows, for_gradient=for_gradient)
         self.shards = shards
         # A part of a sum over the ranks, to be rounded after it.
         self.grad_hidden_dtype = self.products.dtype
         if together:
-            self.rows = shards.smallest(self.rows, hidden.device)
+            self.rows = shards.smallest(self.rows, head[0].device)
 
     def part(
         self,
@@ -133,57 +114,18 @@ class ShardWorkspace(Workspace):
         with_entropy: bool = False,
     ) -> Tensor:  # (n, 3 or 5)
         """This rank's part of the statistics of n <= rows tokens; see `shard_part_`."""
-        n = len(hidden)
-        buffer = self._buffer[:n]
+        buffer, slope = self._buffers(len(hidden))
         self.products.logits(hidden, out=buffer)
-        return shard_part_(
-            buffer,
-            *self._places(targets),
-            self.spec,
-            self.bias,
-            None if self._slope is None else self._slope[:n],
-            self.block_rows if with_entropy else 0,
-        )
+        entropy_rows = self.block_rows if with_entropy else 0
+        columns, owned = self._columns(targets)
+        return shard_part_(buffer, columns, owned, self.options, self.bias, slope, entropy_rows)
 
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor, with_entropy: bool = False
-    ) -> ShardStatistics:
+    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
         """One collective."""
         part = self.part(hidden, targets, with_entropy)
-        return ShardStatistics(whole_statistics(self.shards.gather(part)), part[:, 0])
+        return seen_by_shard(whole_statistics(self.shards.gather(part)), part)
 
-    def gradient(
-        self,
-        targets: Tensor,
-        statistics: TokenStatistics,
-        grad_logprobs: Tensor,
-        grad_lse: Tensor | None = None,
-        order: Tensor | None = None,
-    ) -> Tensor:
-        assert isinstance(statistics, ShardStatistics)
-        whole, shard_max = statistics
-        if order is not None:
-            self._keep_rows_(order)
-            targets, grad_logprobs = targets[order], grad_logprobs[order]
-            whole, shard_max = whole.take(order), shard_max[order]
-            grad_lse = None if grad_lse is None else grad_lse[order]
-        buffer = self._buffer[: len(targets)]
-        if not buffer.shape[1]:
-            return buffer
-        columns, owned = self._places(targets)
-        logits_gradient_(
-            buffer,
-            columns,
-            self.spec,
-            as_seen_by_shard(whole, shard_max),
-            grad_logprobs,
-            grad_lse,
-            None if self._slope is None else self._slope[: len(targets)],
-            owned,
-        )
-        return buffer
-
-    def _places(self, targets: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
+    def _columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
         """Column of each target in this shard, and whether it has one there."""
         columns = targets - self.shards.start
         owned = (columns >= 0) & (columns < self.shards.rows)

@@ -16,26 +16,11 @@ from transformers import TrainerCallback
 
 from plad_fast.errors import UsageError
 from plad_fast.training import reference_logps
-from plad_fast.training.bins import pack
-from plad_fast.training.micro_batches import split_to
+from plad_fast.training.micro_batches import pack, split_to
 from plad_fast.training.trainer import PLaDTrainer
 from tests.support.trainings import PAIRS, RANKED, assert_same_weights, last_log, weights
 
 ADAM = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 3e-3}
-
-
-@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 60) | st.none(), st.booleans())
-def test_packing_keeps_to_the_budget(lengths, budget, padded):
-    bins = pack(lengths, budget, padded=padded)
-    assert sorted(i for indices in bins for i in indices) == list(range(len(lengths)))
-    for indices in bins:
-        of_bin = [lengths[i] for i in indices]
-        total = len(of_bin) * max(of_bin) if padded else sum(of_bin)
-        assert budget is None or total <= budget or len(indices) == 1
-    # First fit leaves no two bins that would fit into one.
-    if budget is not None and not padded:
-        sums = sorted(sum(lengths[i] for i in indices) for indices in bins)
-        assert len(sums) < 2 or sums[0] + sums[1] > budget
 
 
 def first_fit(lengths, budget, padded):
@@ -55,9 +40,12 @@ def first_fit(lengths, budget, padded):
 
 @given(st.integers(1, 2), st.integers(1, 90), st.booleans(), st.data())
 def test_packing_is_first_fit(parts, budget, padded, data):
+    """Which keeps to the budget, and leaves no two bins that would fit into one."""
     length = st.tuples(st.integers(1, 30), *[st.integers(0, 30)] * (parts - 1))
     lengths = data.draw(st.lists(length, max_size=20))
     assert pack(lengths, budget, padded=padded) == first_fit(lengths, budget, padded)
+    one = [list(range(len(lengths)))] if lengths else []
+    assert pack(lengths, None, padded=padded) == one
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -95,12 +83,12 @@ def losses(trainer):
     ids=["pairs", "three-responses", "sft"],
 )
 def test_layouts_give_one_loss_curve(make, rows, options):
-    """30 steps of SGD; the tiny differences of rounding must not grow into something."""
+    """15 steps of SGD; the tiny differences of rounding must not grow into something."""
     runs = {}
     for layout in ("padded", "packed", "shared"):
         budget = 60 if layout == "shared" else None
         runs[layout] = make(
-            rows, layout=layout, max_tokens_per_batch=budget, max_steps=30,
+            rows, layout=layout, max_tokens_per_batch=budget, max_steps=15,
             per_device_train_batch_size=4, learning_rate=1e-3, **options,
         )  # fmt: skip
         runs[layout].train()
@@ -118,14 +106,14 @@ def count_backwards(trainer):
     return calls
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_skipped_backwards_change_no_bit(make, accumulation):
+@pytest.mark.parametrize(("accumulation", "steps"), [(1, 40), (4, 16)])
+def test_skipped_backwards_change_no_bit(make, accumulation, steps):
     """One group at a time, so that nothing is packed otherwise. All become satisfied on the way:
     from there on weight decay and momentum alone move the weights, and must go on to do so."""
     options = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 40,
+        "max_steps": steps,
         "beta": 1.0,
         **ADAM,
     }
@@ -134,7 +122,7 @@ def test_skipped_backwards_change_no_bit(make, accumulation):
     for trainer in (skipping, plain):
         trainer.train()
     real, all_of_them = (len(ran[id(trainer)]) for trainer in (skipping, plain))
-    assert all_of_them == 40 * accumulation
+    assert all_of_them == steps * accumulation
     assert 0 < real < 0.9 * all_of_them
     assert_same_weights(weights(skipping), weights(plain), rtol=0, atol=0)
     assert last_log(skipping)["skipped_backwards"] > 0
@@ -142,7 +130,7 @@ def test_skipped_backwards_change_no_bit(make, accumulation):
 
 
 def test_satisfied_groups_run_together_and_without_a_backward(make):
-    options = {"per_device_train_batch_size": 8, "max_steps": 30, "beta": 4.0, **ADAM}
+    options = {"per_device_train_batch_size": 8, "max_steps": 20, "beta": 4.0, **ADAM}
     skipping, plain = (make(skip_inactive=skip, **options) for skip in (True, False))
     for trainer in (skipping, plain):
         trainer.train()
@@ -163,26 +151,32 @@ def test_a_regulariser_keeps_every_backward(make, options):
     assert len(ran) == 4
 
 
-def test_resumed_run_remembers_who_was_satisfied(make, tmp_path):
+@pytest.mark.parametrize("restored", [False, True])
+def test_resumed_run_remembers_who_was_satisfied(make, tmp_path, restored):
+    """Also where transformers puts a callback of its own making in the place of ours."""
     options = {
         **ADAM,
         "beta": 4.0,
         "per_device_train_batch_size": 4,
-        "max_steps": 12,
-        "save_steps": 6,
+        "max_steps": 8,
+        "save_steps": 4,
         "trainer": PLaDTrainer,  # in random order, which the checkpoint has to restore
-        "dataloader_num_workers": 0,
+        "restore_callback_states_from_checkpoint": restored,
     }
     straight = make(output=tmp_path / "a", save_strategy="steps", **options)
     straight.train()
-    checkpoint = tmp_path / "a" / "checkpoint-6"
+    checkpoint = tmp_path / "a" / "checkpoint-4"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["Satisfied"]["attributes"]["listed"]
+    assert state["stateful_callbacks"]["InactiveRows"]["attributes"]["listed"]
     resumed = make(output=tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed._skipper.rows.numbers == straight._skipper.rows.numbers != set()
     assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
+    if restored:
+        return
     again = []
-    resumed.add_callback(OnStep(lambda trainer=resumed: again.append(set(trainer._satisfied.rows))))
+    rows = resumed._skipper.rows
+    resumed.add_callback(OnStep(lambda: again.append(set(rows.numbers))))
     resumed.train()  # from the start: nothing is satisfied yet
     assert again[0] == set()
 
@@ -217,23 +211,11 @@ def test_a_layer_frozen_on_the_way_stays_where_it_is(make):
     assert_same_weights(trained[True], trained[False], rtol=0, atol=0)
 
 
-def test_restored_callbacks_go_on_remembering(make, tmp_path):
-    """transformers may put a callback of its own making in the place of ours."""
-    options = {**ADAM, "beta": 4.0, "max_steps": 12, "save_steps": 6}
-    options |= {"per_device_train_batch_size": 4, "restore_callback_states_from_checkpoint": True}
-    straight = make(output=tmp_path / "a", save_strategy="steps", **options)
-    straight.train()
-    resumed = make(output=tmp_path / "b", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
-    assert resumed._satisfied.rows == straight._satisfied.rows != set()
-    assert_same_weights(weights(resumed), weights(straight), rtol=0, atol=0)
-
-
 def test_batches_are_not_rounded_on_their_way(make):
     """DeepSpeed's own way of moving them casts what is of floating point."""
     trainer = make(loss="dpo", bf16=False)
     trainer.is_deepspeed_enabled = True  # the cast would need a plugin, which is not there
-    batch = trainer._batch([trainer.train_dataset[i] for i in range(2)])
+    batch = trainer._batches.collate(trainer.train_dataset, range(2))
     moved = trainer._prepare_inputs(batch)
     assert torch.equal(moved["reference_logps"], batch["reference_logps"])
 
@@ -241,36 +223,33 @@ def test_batches_are_not_rounded_on_their_way(make):
 def test_token_budget_makes_micro_batches(make):
     """Memory is that of the largest; the step is that of all."""
     whole, parts = (
-        make(per_device_train_batch_size=8, beta=50.0, max_tokens_per_batch=budget)
+        make(
+            eval_rows=PAIRS,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=5,
+            beta=50.0,
+            max_tokens_per_batch=budget,
+        )
         for budget in (None, 70)
     )
     sizes = []
-    collate = parts._collate
+    collate = parts._batches.collator
 
     def watched(features):
         batch = collate(features)
         sizes.append(batch["input_ids"].numel())
         return batch
 
-    parts._collate = watched
+    parts._batches.collator = watched
     for trainer in (whole, parts):
         trainer.train()
     assert len(sizes) > 2
     assert max(sizes) <= 70
     assert last_log(parts)["loss"] == pytest.approx(last_log(whole)["loss"], rel=1e-5)
     assert_same_weights(weights(parts), weights(whole), rtol=1e-4, atol=1e-6)
-    assert parts.evaluate(PAIRS)["eval_loss"] == pytest.approx(
-        whole.evaluate(PAIRS)["eval_loss"], rel=1e-5
-    )
-
-
-def test_evaluation_under_a_budget_is_the_same(make):
-    whole, parts = (
-        make(eval_rows=PAIRS, per_device_eval_batch_size=5, max_tokens_per_batch=budget).evaluate()
-        for budget in (None, 60)
-    )
+    found, expected = parts.evaluate(), whole.evaluate()
     for key in ("eval_loss", "eval_nll", "eval_margin", "eval_active_pairs", "eval_saved_tokens"):
-        assert parts[key] == pytest.approx(whole[key], rel=1e-5), key
+        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
 def test_saved_tokens(make):

@@ -1,0 +1,117 @@
+"""Fields of settings: their help, the type and the range of their values, and how these are read.
+
+A field's annotation says its type and its rule the range; flags, files of settings and calls from
+Python are all read by them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from plad_fast.checks import shown
+from plad_fast.errors import UsageError
+
+
+class Rule(NamedTuple):
+    """A range of values, in words and as a test."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Rule("must be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Rule("must be at least 0", lambda value: value >= 0)
+POSITIVE = Rule("must be positive", lambda value: value > 0)
+SHARE = Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1)
+SEED = Rule("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+def one_of(*values: str) -> Rule:
+    return Rule(f"must be one of {values}", lambda value: value in values)
+
+
+def setting(
+    default: Any, help_text: str, rule: Rule | None = None, *, affects_results: bool = True
+) -> Any:
+    """A field with its one-line help; `affects_results=False` may change between restarts."""
+    metadata = {"help": help_text, "rule": rule, "affects_results": affects_results}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value in the type of its field, and in its range.
+
+    Raises:
+        UsageError: it is not; names the flag and the value.
+    """
+    value = read_value(str(field.type), value, flag(field.name))
+    rule = field.metadata["rule"]
+    if value is not None and rule is not None and not rule.holds(value):
+        raise UsageError(f"{flag(field.name)} {rule.text}, got {shown(value)}")
+    return value
+
+
+def read_value(kind: str, value: Any, where: str) -> Any:
+    """A value from a flag, a file or a call, in the type of its setting.
+
+    Args:
+        kind: annotation of the setting.
+        value: as it was given.
+        where: begins the message.
+
+    Raises:
+        UsageError: it does not read as one.
+    """
+    if value is None:
+        if "None" not in kind:
+            raise UsageError(f"{where} needs a value")
+        return None
+    if kind.startswith("str"):
+        if not isinstance(value, str):  # of 007, "no" or a date YAML keeps no spelling
+            raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
+        return value
+    for name, read, what in (
+        ("tuple", _layers, "a whole number or several"),
+        ("int", _whole, "a whole number"),
+        ("float", _finite, "a finite number"),
+        ("bool", _truth, "true or false"),
+    ):
+        if name in kind:
+            try:
+                return read(value)
+            except (TypeError, ValueError, OverflowError, KeyError):
+                raise UsageError(f"{where} must be {what}, got {shown(value)}") from None
+    raise AssertionError(kind)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    """Also from "1e3", which YAML takes for text."""
+    number = _finite(value)
+    if number != int(number):
+        raise ValueError
+    # Of integers beyond 2**53 a float knows only a neighbour.
+    return value if isinstance(value, int) else int(number)
+
+
+def _truth(value: Any) -> bool:
+    return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
+
+
+def _layers(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, str) and "," in value:
+        value = value.split(",")
+    return tuple(map(_whole, value)) if isinstance(value, (list, tuple)) else _whole(value)

@@ -1,0 +1,167 @@
+"""The folder of a trained model: its record and log, and replacing nothing but its own files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from plad_fast.data.files import publish_folder
+from plad_fast.data.locks import locked
+from plad_fast.data.manifest import NAME as MANIFEST
+from plad_fast.data.manifest import listed_files, write_manifest
+from plad_fast.data.records import RecordFormat, as_json, require_equal
+from plad_fast.errors import UsageError
+from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
+
+RECORD = "training.json"
+"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
+
+_FORMAT = RecordFormat("plad-fast training", 1)
+
+LOG = "log_history.json"
+
+REFERENCE = "reference"  # see `PLaDConfig.reference_cache`
+
+# What transformers writes beside a model, where the list of our files cannot be read.
+_OF_MODELS = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "chat_template*", "training_args.bin"),
+)
+
+
+def is_trained(output: Path) -> bool:
+    """Whether there is something at the place of a trained model."""
+    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
+
+
+def checkpoints_of(output: Path) -> Path:
+    """The folder of the checkpoints of the training that makes `output`."""
+    return output.with_name(f"{output.name}.checkpoints")
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Says which training a folder is of."""
+    _FORMAT.write(folder / RECORD, **record)
+
+
+def found_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the training that made a folder; None where there is none that can be read."""
+    try:
+        found = _FORMAT.read(folder / RECORD)
+    except OSError:
+        return None
+    fields = {name: value for name, value in found.fields.items() if name not in _FORMAT.header}
+    return None if found.problem else fields
+
+
+def require_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises UsageError unless the training of this record made the folder."""
+    found = found_record(folder)
+    if found is None:
+        is_there = (folder / RECORD).exists()
+        what = f"a damaged {RECORD}" if is_there else f"no record of a training ({RECORD})"
+        advice = "choose another --output-dir" + ", or pass --overwrite to replace it" * is_there
+        raise UsageError(f"{folder} is there already and has {what}; {advice}")
+    advice = "choose another --output-dir, or pass --overwrite to replace it"
+    require_equal(found, as_json(record), folder, advice)
+
+
+def log_history(model_folder: Path) -> list[dict[str, Any]]:
+    """The log of the training that made a folder of `train_model`; empty if there is none."""
+    path = model_folder / LOG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def publish(checkpoint: Path, output: Path) -> None:
+    """Makes the model's folder of the training's last checkpoint."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*OF_TRAINING))
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    (partial / LOG).write_text(json.dumps(state["log_history"], indent=1), encoding="utf-8")
+    shutil.copy(checkpoint.with_name(RECORD), partial / RECORD)
+    write_manifest(partial)
+    if is_trained(output):  # to be replaced, as was found before
+        remove_model(output)
+    publish_folder(partial, output)
+
+
+def require_ours(model: Path) -> None:
+    """Raises UsageError unless a folder holds a model that we trained, and nothing else."""
+    if not model.is_dir() or not any((model / name).exists() for name in (RECORD, MANIFEST)):
+        raise UsageError(
+            f"{model} is there already and has no record of a training ({RECORD}), so it is not "
+            "replaced; choose another --output-dir"
+        )
+    others = sorted(set(_files(model)) - set(_ours(model)))
+    if others:
+        raise UsageError(
+            f"{model} also holds {others[0]}, which the training did not make, so it is not "
+            "replaced; move that elsewhere, or choose another --output-dir"
+        )
+
+
+def remove_model(model: Path) -> None:
+    """Empties a folder that `require_ours` found to be ours; whoever holds it goes on to."""
+    # The record goes last: what a kill leaves is still known.
+    for name in sorted(_ours(model), key=lambda name: name in (RECORD, MANIFEST)):
+        (model / name).unlink(missing_ok=True)
+    for folder in sorted((path for path in model.rglob("*") if path.is_dir()), reverse=True):
+        folder.rmdir()
+
+
+def _files(model: Path) -> list[str]:
+    return [p.relative_to(model).as_posix() for p in model.rglob("*") if not p.is_dir()]
+
+
+def _ours(model: Path) -> list[str]:
+    known = {RECORD, LOG, MANIFEST, *listed_files(model)}
+    return [
+        name
+        for name in _files(model)
+        if name in known
+        or any(fnmatch(name, pattern) for pattern in _OF_MODELS)
+        or name.startswith((f".{RECORD}.", f".{MANIFEST}."))
+    ]
+
+
+def discard_training(output: Path) -> None:
+    """Removes a model that a training made, and the checkpoints of one beside it.
+
+    Raises:
+        UsageError: the folder holds something else, or another process trains there; nothing is
+            removed.
+    """
+    checkpoints = checkpoints_of(output)
+    if is_trained(output):
+        require_ours(output)
+    with locked(checkpoints) if checkpoints.is_dir() else contextlib.nullcontext():
+        if is_trained(output):
+            remove_model(output)
+        discard_checkpoints(output)
+
+
+def discard_checkpoints(output: Path) -> None:
+    """Removes what a training left beside its model, and nothing that others put there."""
+    checkpoints = checkpoints_of(output)
+    if not (checkpoints / RECORD).is_file():  # which goes last
+        return
+    with contextlib.suppress(OSError):  # the next call removes the rest
+        remove_training(checkpoints)
+        for path in [*checkpoints.glob(f".{RECORD}.*"), checkpoints / RECORD]:
+            path.unlink(missing_ok=True)
+        checkpoints.rmdir()
+
+
+def remove_training(checkpoints: Path) -> None:
+    """Removes the checkpoints of a training, and what it knows of its reference."""
+    remove_checkpoints(checkpoints)
+    shutil.rmtree(checkpoints / REFERENCE, ignore_errors=True)
