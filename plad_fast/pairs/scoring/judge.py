@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
+from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore, has_rows, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
 from plad_fast.pairs.generation.endpoint.model import FIRST_SPENT
-from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, key_of
+from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class Judge(Scorer):
             "scorer": "judge",
             "judge": dict(self.endpoint.settings()),
             "criteria": self.criteria,
-            "template": key_of(TEMPLATE, REMINDER)[:16],
+            "template": digest([TEMPLATE, REMINDER]),
             "max_tokens": self.max_tokens,
         }
 
@@ -126,7 +127,7 @@ class Judge(Scorer):
         if self.store is not None and has_rows(self.store) and not overwrite:
             return
         texts = ("Name a colour.", "Blue.", "A colour.")
-        question = self._question(key_of(*texts), *texts)
+        question = self._question(digest(texts), *texts)
         if self.endpoint.try_out(self._request(question)).choices[0].is_spent:
             raise UsageError(f"{self.name}: asked for a verdict, {self._spent()}")
 
@@ -199,7 +200,8 @@ class Judge(Scorer):
 
     def _outcomes(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
         keys = [
-            (key_of(prompt.content, a, b), key_of(prompt.content, b, a)) for prompt, a, b in items
+            (digest([prompt.content, a, b]), digest([prompt.content, b, a]))
+            for prompt, a, b in items
         ]
         wanted: dict[str, Messages] = {}
         for (prompt, a, b), orders in zip(items, keys, strict=True):
