@@ -1,4 +1,4 @@
-"""Whole replies of a bounded size, from the server that was asked, until nobody reads on."""
+"""Bounded replies from the server that was asked, until nobody reads on."""
 
 from __future__ import annotations
 

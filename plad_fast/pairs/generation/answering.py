@@ -1,4 +1,4 @@
-"""From prompts to stored answers, in one process or in several."""
+"""Stored answers to prompts, by one process or by several."""
 
 from __future__ import annotations
 
