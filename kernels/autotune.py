@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from plad_fast.kernels.launch import LinearConfig, RowsConfig, SegmentsConfig, dot_precision
+from plad_fast.kernels import launch
+from plad_fast.kernels.launch import LinearConfig, RowsConfig, SegmentsConfig
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -84,22 +85,33 @@ def tuned(
     return config
 
 
-def tuned_linear(
+def linear_config(
     launcher: Callable[..., Any],
-    candidates: Sequence[LinearConfig],
-    *arguments: Any,  # hidden, weight and what else comes by position
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    *arguments: Any,
     **options: Any,
 ) -> LinearConfig:
-    """The fastest of the candidates for these arguments of a launcher on `logits_tile`."""
-    hidden, weight = arguments[:2]
+    """For these arguments of a launcher on `logits_tile`: the heuristic's choice, or, where that is
+    wanted, the fastest of its neighbours.
+    """
     (num_tokens, width), vocab = hidden.shape, len(weight)
+    device = launch.device_of(hidden)
+    loads = launch.load_kind(device, hidden, weight)
+    lean = launch.is_lean(bias, options["softcap"], vocab)
+    if not num_tokens or not wanted(hidden):
+        return launch.linear_config(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
+    candidates = launch.linear_candidates(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     # What the launcher tells apart has the heuristic's choice in common: the first candidate.
     flags = [name for name, value in options.items() if value is True]
-    flags.append(dot_precision(hidden.dtype))
+    flags.append(launch.dot_precision(hidden.dtype))
     key = f"{key_of(hidden, N=num_tokens, D=width, V=vocab)}, {candidates[0]}, {' '.join(flags)}"
 
     def bench(config: LinearConfig) -> float:
-        return triton.testing.do_bench(lambda: launcher(*arguments, **options, config=config))
+        return triton.testing.do_bench(
+            lambda: launcher(hidden, weight, bias, *arguments, **options, config=config)
+        )
 
     return tuned(launcher.__name__, key, candidates, bench)
 

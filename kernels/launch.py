@@ -11,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -181,14 +181,46 @@ def is_lean(bias: Tensor | None, softcap: float | None, vocab: int) -> bool:
     return bias is None and softcap is None and vocab % 16 == 0
 
 
-def operands(hidden: Tensor, weight: Tensor, config: LinearConfig, loads: str) -> tuple[Any, Any]:
-    """Hidden and weight as a kernel takes them: tensor descriptors of their blocks, or tensors."""
+def operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, config: LinearConfig, loads: str
+) -> tuple[Any, Any, Tensor]:
+    """Hidden, weight and bias as a kernel takes them: of the former two tensors or, for TMA,
+    descriptors of their blocks; any tensor in place of no bias.
+    """
+    bias = hidden if bias is None else bias
     if loads != "tma":
-        return hidden, weight
+        return hidden, weight, bias
     return (
         TensorDescriptor.from_tensor(hidden, [config.BLOCK_N, config.BLOCK_D]),
         TensorDescriptor.from_tensor(weight, [config.BLOCK_V, config.BLOCK_D]),
+        bias,
     )
+
+
+def head_strides(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """stride_hn, stride_hd, stride_wv, stride_wd, stride_b."""
+    return *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
+
+
+def linear_constants(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    config: LinearConfig,
+    loads: str,
+) -> dict[str, Any]:
+    """What kernels on `logits_tile` are compiled for."""
+    return {
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "EVEN_D": hidden.shape[1] % config.BLOCK_D == 0,
+        "EVEN_V": len(weight) % config.BLOCK_V == 0,
+        "USE_TMA": loads == "tma",
+        "PRECISION": dot_precision(hidden.dtype),
+        "WIDEN": must_widen(hidden.dtype),
+        **asdict(config),
+    }
 
 
 def gradient_factors(

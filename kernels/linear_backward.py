@@ -141,36 +141,25 @@ def logits_gradient(
     assert out.stride(1) == 1 or vocab == 1
     if num_tokens == 0:
         return out
-    device = launch.device_of(hidden)
-    loads = launch.load_kind(device, hidden, weight)
-    kind = {"loads": loads, "lean": launch.is_lean(bias, softcap, vocab)}
-    if config is None and autotune.wanted(hidden):
-        config = autotune.tuned_linear(
-            logits_gradient,
-            launch.linear_candidates(hidden.dtype, num_tokens, device, **kind),
-            hidden,
-            weight,
-            bias,
-            targets,
-            lse,
-            tail,
-            miss,
-            grad_logprobs,
-            grad_lse,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            out=out,
-            scale=scale,
-        )
-    config = config or launch.linear_config(hidden.dtype, num_tokens, device, **kind)
+    config = config or autotune.linear_config(
+        logits_gradient,
+        hidden,
+        weight,
+        bias,
+        *(targets, lse, tail, miss, grad_logprobs, grad_lse),
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        out=out,
+        scale=scale,
+    )
+    loads = launch.load_kind(launch.device_of(hidden), hidden, weight)
     active, at_target, of_others = launch.gradient_factors(tail, miss, grad_logprobs, grad_lse)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
-        *launch.operands(hidden, weight, config, loads),
-        hidden if bias is None else bias,
+        *launch.operands(hidden, weight, bias, config, loads),
         targets.contiguous(),
         active.view(torch.uint8),
         lse.contiguous(),
@@ -181,28 +170,13 @@ def logits_gradient(
         num_tokens,
         vocab,
         width,
-        hidden.stride(0),
-        hidden.stride(1),
-        weight.stride(0),
-        weight.stride(1),
-        0 if bias is None else bias.stride(0),
+        *launch.head_strides(hidden, weight, bias),
         out.stride(0),
         cap_scale,
         z_scale,
         logit_scale / temperature,
         ignore_index,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
         HAS_SCALE=scale is not None,
-        EVEN_D=width % config.BLOCK_D == 0,
-        EVEN_V=vocab % config.BLOCK_V == 0,
-        USE_TMA=loads == "tma",
-        PRECISION=launch.dot_precision(hidden.dtype),
-        WIDEN=launch.must_widen(hidden.dtype),
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_V=config.BLOCK_V,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **launch.linear_constants(hidden, weight, bias, softcap, config, loads),
     )
     return out

@@ -287,26 +287,19 @@ def linear_forward(
     """Statistics of every token and sequence; nothing waits for the device."""
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
+    options = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "length_normalization": length_normalization,
+        "with_entropy": with_entropy,
+    }
+    config = config or autotune.linear_config(
+        linear_forward, hidden, weight, bias, targets, cu_seqlens, **options
+    )
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
-    kind = {"loads": loads, "lean": launch.is_lean(bias, softcap, vocab)}
-    if config is None and num_tokens and autotune.wanted(hidden):
-        config = autotune.tuned_linear(
-            linear_forward,
-            launch.linear_candidates(hidden.dtype, num_tokens, device, **kind),
-            hidden,
-            weight,
-            bias,
-            targets,
-            cu_seqlens,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            length_normalization=length_normalization,
-            with_entropy=with_entropy,
-        )
-    config = config or launch.linear_config(hidden.dtype, num_tokens, device, **kind)
     targets, cu_seqlens = targets.contiguous(), cu_seqlens.contiguous()
 
     def per_token() -> Tensor:
@@ -332,8 +325,7 @@ def linear_forward(
         z_target = per_token()
         cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
         _linear_forward_kernel[(triton.cdiv(num_tokens, config.BLOCK_N) * splits,)](
-            *launch.operands(hidden, weight, config, loads),
-            hidden if bias is None else bias,
+            *launch.operands(hidden, weight, bias, config, loads),
             targets,
             row_max,
             rest,
@@ -343,27 +335,12 @@ def linear_forward(
             vocab,
             width,
             tiles_per_split,
-            hidden.stride(0),
-            hidden.stride(1),
-            weight.stride(0),
-            weight.stride(1),
-            0 if bias is None else bias.stride(0),
+            *launch.head_strides(hidden, weight, bias),
             cap_scale,
             z_scale,
             ignore_index,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
             WITH_ENTROPY=with_entropy,
-            EVEN_D=width % config.BLOCK_D == 0,
-            EVEN_V=vocab % config.BLOCK_V == 0,
-            USE_TMA=loads == "tma",
-            PRECISION=launch.dot_precision(hidden.dtype),
-            WIDEN=launch.must_widen(hidden.dtype),
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_V=config.BLOCK_V,
-            BLOCK_D=config.BLOCK_D,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch.linear_constants(hidden, weight, bias, softcap, config, loads),
         )
     if num_sequences:
         _combine_kernel[(num_sequences,)](

@@ -81,40 +81,30 @@ def _instruction(guard: str | None, opcode: str, rest: str) -> Instruction:
 
 def find_loops(blocks: Sequence[Block]) -> list[frozenset[int]]:
     """Natural loops as sets of blocks, one for each backward edge: loops may share a header."""
-    predecessors: dict[int, list[int]] = {i: [] for i in range(len(blocks))}
-    order, seen, stack = [], {0}, [(0, iter(blocks[0].successors))]
-    while stack:
-        index, rest = stack[-1]
-        following = next(rest, None)
-        if following is None:
-            order.append(index)
-            stack.pop()
-            continue
-        predecessors[following].append(index)
-        if following not in seen:
-            seen.add(following)
-            stack.append((following, iter(blocks[following].successors)))
-    order.reverse()
-    dominators = {i: set(order) for i in order}
-    dominators[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for i in order[1:]:
-            new = set.intersection(*(dominators[p] for p in predecessors[i])) | {i}
-            changed |= new != dominators[i]
-            dominators[i] = new
-    loops = []
-    for i in order:
-        for header in set(blocks[i].successors) & dominators[i]:
-            body, pending = {header}, [i]
-            while pending:
-                block = pending.pop()
-                if block not in body:
-                    body.add(block)
-                    pending += predecessors[block]
-            loops.append(frozenset(body))
-    return loops
+    successors = [block.successors for block in blocks]
+    predecessors: list[list[int]] = [[] for _ in blocks]
+    running = sorted(_reached(successors, 0))
+    for i in running:
+        for following in successors[i]:
+            predecessors[following].append(i)
+    return [
+        frozenset({header} | _reached(predecessors, i, avoiding=header))
+        for i in running
+        for header in set(successors[i])
+        # It dominates the block that jumps back: no way leads there around it.
+        if i not in _reached(successors, 0, avoiding=header)
+    ]
+
+
+def _reached(edges: Sequence[Sequence[int]], start: int, avoiding: int | None = None) -> set[int]:
+    seen: set[int] = set()
+    pending = [start]
+    while pending:
+        index = pending.pop()
+        if index != avoiding and index not in seen:
+            seen.add(index)
+            pending += edges[index]
+    return seen
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What DDP, FSDP and DeepSpeed put around a model and its modules, and calls that go through it.
+"""Wrappers of DDP, FSDP and DeepSpeed: the model inside, and calls that go through them.
 
 They gather weights and prepare gradients in hooks around a module's forward: work done outside of
 it meets sharded weights, or leaves gradients unreduced.

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -148,24 +149,16 @@ class _LocalTeacher:
         self._model = None
 
 
+@dataclass(frozen=True)
 class _Distillation:
-    """The stages of a run, by what was read and opened for them."""
+    """The stages of a run, on what was read and opened for them."""
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        prompts: RunPrompts,
-        teacher: _LocalTeacher,
-        texts: RecipeTexts,
-        scoring: Mapping[str, Any],
-        folder: RunFolder,
-    ) -> None:
-        self.config = config
-        self.prompts = prompts
-        self.teacher = teacher
-        self.texts = texts
-        self.scoring = scoring
-        self.folder = folder
+    config: DistillConfig
+    prompts: RunPrompts
+    teacher: _LocalTeacher
+    texts: RecipeTexts
+    scoring: Mapping[str, Any]
+    folder: RunFolder
 
     def run(self, command: str) -> dict[str, Any]:
         """Runs what is left of the stages, and writes the report."""

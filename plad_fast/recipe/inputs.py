@@ -283,7 +283,7 @@ def data_of_run(
         if dropped.exists():
             # Held-out pairs are one of each prompt, whatever is trained on.
             kind = "prompts" if file.stem == "held-out" else unit
-            report = PairReport.of_rows(len(rows), read_jsonl(dropped), unit=kind)
+            report = PairReport(len(rows), read_jsonl(dropped), kind)
             funnels[name] = report.funnel()
             findings += check_drops(report.drops, report.total, f"{kind} ({name})")
         findings += check_rows(rows, name)

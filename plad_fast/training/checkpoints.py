@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole, of this training, and the newest two of them."""
+"""Checkpoints that are verified before a training resumes from them; the newest two are kept."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several processes in one training: what they may be, and what they refuse together.
+"""Processes of one training: those that work together, and errors that all of them raise.
 
-A process that raised alone would leave the others waiting for it.
+A process that raised alone would leave the others waiting.
 """
 
 from __future__ import annotations

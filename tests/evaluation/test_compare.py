@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 
-from plad_fast.data.chat import render_response
-from plad_fast.data.tokenization import encode_prompt
+from plad_fast.data.tokenization import encode_group
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.compare import evaluate_students, write_metrics
 from plad_fast.evaluation.students import StudentOutputs
@@ -53,9 +52,8 @@ def plad(**changes):
 
 
 def naive_logp(model, tokenizer, prompt, response, alpha):
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    text = render_response(tokenizer, prompt, response)
-    response_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    group = encode_group(tokenizer, prompt, [response], max_length=1000)
+    prompt_ids, [response_ids] = group["prompt_ids"], group["response_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()
     rows = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)

@@ -27,7 +27,7 @@ from plad_fast.kernels.aot.resources import (
 from plad_fast.kernels.aot.sass import Code, analyse, find_loops, parse_sass
 from plad_fast.kernels.launch import LinearConfig
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 LOG = """
 ptxas info    : 11 bytes gmem, 8 bytes cmem[4]
@@ -187,7 +187,7 @@ def test_prediction_of_a_product_that_hides_its_epilogue():
 def aot(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process without the interpreter that this one's kernels run in."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join(filter(None, (str(TESTS), inherited.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(SUPPORT), inherited.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-m", "plad_fast.kernels.aot", *arguments],
         capture_output=True,

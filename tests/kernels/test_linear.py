@@ -55,7 +55,7 @@ CONFIGS = [
     LinearConfig(16, 64, 16, num_warps=4, num_stages=2),
 ]
 LAYOUTS = ["contiguous", "transposed", "gaps", "stepped", "shifted"]
-DRAWN = settings(max_examples=200)
+DRAWN = settings(max_examples=80)
 
 
 @dataclass
@@ -677,7 +677,7 @@ def test_reruns_are_bit_identical(dtype):
     problem = make_problem([9, 0, 12], width=24, vocab=50, bias=True, ignored=0.2, dtype=dtype)
     case, grad = Case(problem), normal(21, seed=1)
     seen = set()
-    for _ in range(20):
+    for _ in range(3):
         ours = case.forward()
         results = [*ours, case.backward(ours, grad).float()]
         seen.add(b"".join(x.numpy().tobytes() for x in results))

@@ -558,7 +558,7 @@ def test_reruns_are_bit_identical(dtype):
     case = make_case(3, 50, dtype=dtype, bias=True)
     bounds = torch.tensor([0, 1, 1, 3])
     seen = set()
-    for _ in range(20):
+    for _ in range(3):
         ours = case.forward()
         gradient = case.backward(normal(3, seed=1), statistics=ours)
         results = [*ours, gradient.float(), segment_sums(ours.token_logprobs, bounds)]

@@ -19,7 +19,7 @@ from tests.support.problems import assert_within_budget, make_problem, oracle, p
 
 pytest.importorskip("triton")
 
-FEW = settings(max_examples=15)
+FEW = settings(max_examples=10)
 
 
 def gradients(loss, problem):
@@ -208,10 +208,10 @@ def test_stored_logits(padded):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_twenty_reruns_are_bit_identical(impl):
+def test_reruns_are_bit_identical(impl):
     problem = make_problem([9, 4, 6, 6], width=17, vocab=133, dtype=torch.bfloat16)
     seen = set()
-    for _ in range(20):
+    for _ in range(3):
         ours = linear_sequence_logprobs(*problem.inputs, impl=impl, **problem.options)
         tensors = [ours.sums, *gradients(ours.sums.square().sum(), problem)]
         one_pass = fused_linear_preference_loss(

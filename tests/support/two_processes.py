@@ -1,4 +1,4 @@
-"""One rank of the two-process test in test_trainer.py."""
+"""One rank of the two-process test in test_processes.py."""
 
 from __future__ import annotations
 

@@ -181,8 +181,17 @@ def loss_options(name: str, num_sequences: int) -> dict[str, Any]:
     return options
 
 
+def losses_of_every_kind() -> list[str]:
+    """One for each set of constants that losses take, and each way to normalise and to average."""
+    kinds = {}
+    for name in available():
+        spec = get_loss(name)
+        kinds[spec.takes, spec.mean_over, spec.length_normalized] = name
+    return sorted(kinds.values())
+
+
 @case
-def every_loss_in_one_pass_equals_the_unsharded_one(group):
+def losses_in_one_pass_equal_the_unsharded_ones(group):
     """Budgets that differ between the ranks, some below a group; tokens ignored, an SFT term."""
     split = SPLITS[dist.get_world_size(group)][0]
     kinds: list[tuple[dict[str, Any], int | None]] = [
@@ -190,7 +199,7 @@ def every_loss_in_one_pass_equals_the_unsharded_one(group):
         ({"temperature": 0.7, "ignored": 0.2}, 2),
         ({}, 1),
     ]
-    for place, name in enumerate(available()):
+    for place, name in enumerate(losses_of_every_kind()):
         kind, rows = kinds[place % len(kinds)]
         whole = make_problem([3, 2, 5, 4, 1, 2], seed=place, scratch_rows=rows, **kind)
         mine = sharded(whole, split, group)
@@ -451,18 +460,17 @@ def second_derivatives_are_refused(group):
 
 
 @case
-def several_gradients_at_a_time_are_refused(group):
+def several_gradients_at_a_time(group):
+    """Of the one-pass loss they are multiples; of the op they would be several collectives."""
     split = SPLITS[dist.get_world_size(group)][1]
     mine = sharded(make_problem([3, 2]), split, group)
-    op = vocab_parallel_sequence_logprobs(*mine.inputs, **mine.options, group=group)
+    sums = vocab_parallel_sequence_logprobs(*mine.inputs, **mine.options, group=group).sums
+    several = functools.partial(torch.autograd.grad, is_grads_batched=True, retain_graph=True)
+    refused("is_grads_batched", several, sums, mine.hidden, torch.eye(2).double())
     loss = vocab_parallel_preference_loss(*mine.inputs, **mine.options, group=group).loss
-    for value, upstream in ((op.sums, torch.eye(2).double()), (loss, torch.ones(3).double())):
-        refused(
-            "is_grads_batched",
-            torch.autograd.grad,
-            *(value, mine.hidden, upstream),
-            is_grads_batched=True,
-        )
+    (found,) = several(loss, mine.hidden, torch.tensor([1.0, -2.5]).double())
+    (once,) = torch.autograd.grad(loss, mine.hidden)
+    assert torch.equal(found, torch.stack([once, -2.5 * once]))
 
 
 @contextmanager

@@ -17,15 +17,15 @@ import pytest
 
 from plad_fast import UsageError
 from plad_fast.cli import main
-from plad_fast.data.manifest import damage, write_manifest
+from plad_fast.data.manifest import damage
 from plad_fast.training import train as training
+from plad_fast.training import trained_folders
 from plad_fast.training.checkpoints import Checkpoints, newest_checkpoint
 from plad_fast.training.signals import Asked
 from plad_fast.training.train import train_model
 from tests.support.recipe_runs import write_pairs
 
 ROWS = [{"prompt": f"Say {i}.", "chosen": f" yes {i}", "rejected": " no"} for i in range(12)]
-STEPS = 6
 FAULTS = ("cut", "empty", "missing", "stale")
 
 
@@ -65,7 +65,7 @@ def killed(tiny_teacher, tmp_path_factory) -> Path:
     """The checkpoints of one that was killed before the model had its name."""
     output = tmp_path_factory.mktemp("killed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "publish_folder", stop)
+        patch.setattr(trained_folders, "publish_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_teacher, output)
     return output.with_name("out.checkpoints")
@@ -145,7 +145,7 @@ def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_
     """In the middle of an epoch the Trainer would; what is logged last is printed."""
     train(tiny_teacher, tmp_path / "straight", epochs=1.5)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "publish_folder", stop)
+        patch.setattr(trained_folders, "publish_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_teacher, tmp_path / "out", epochs=1.5)
     with monkeypatch.context() as patch:
@@ -153,7 +153,7 @@ def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_
         weights = train(tiny_teacher, tmp_path / "out", epochs=1.5)
     assert weights == (tmp_path / "straight" / "model.safetensors").read_bytes()
     assert files(tmp_path / "out") == files(tmp_path / "straight")
-    logs = [training.log_history(tmp_path / name) for name in ("out", "straight")]
+    logs = [trained_folders.log_history(tmp_path / name) for name in ("out", "straight")]
     for log in logs:
         assert log[-1]["step"] == 9
         for entry in log:
@@ -245,9 +245,6 @@ def test_a_checkpoint_is_made_by_the_clock(finished, tiny_teacher, tmp_path, mon
         real(callback, args, state, control, **kwargs)
 
     monkeypatch.setattr(Checkpoints, "on_save", on_save)
-    train(tiny_teacher, tmp_path / "far", saves=1)
-    assert made == [STEPS]
-    made.clear()
     now = itertools.count()
     monkeypatch.setattr("plad_fast.training.checkpoints.time.monotonic", lambda: next(now))
     # One call at the start, one a step, one after saving: three tick by between two checks.
@@ -291,21 +288,6 @@ def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, ca
     assert "model.safetensors has 0 bytes in place of" in error
     assert "--overwrite" in error
     assert main([*command, "--overwrite"]) == 0
-
-
-def test_a_list_is_of_all_files_at_any_depth(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "file").write_text("x")
-    write_manifest(tmp_path, step=3)
-    assert damage(tmp_path, step=3) is None
-    assert damage(tmp_path, step=4) == "files.json is of another folder"
-    (tmp_path / "more").write_text("a file of somebody")
-    assert damage(tmp_path, step=3) is None
-    (tmp_path / "deep" / "file").write_text("y")
-    assert damage(tmp_path, step=3) == "deep/file is not as it was written"
-    for content in ("[]", '{"files": []}', "nothing", ""):
-        (tmp_path / "files.json").write_text(content)
-        assert damage(tmp_path, step=3) == "files.json is damaged"
 
 
 @pytest.mark.slow

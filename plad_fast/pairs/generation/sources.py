@@ -15,7 +15,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there, shown
+from plad_fast.checks import shown
+from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from plad_fast.checks import shown
 from plad_fast.data.chat import is_blank
-from plad_fast.data.places import require_there, shown
+from plad_fast.data.places import require_there
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
