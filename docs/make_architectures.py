@@ -39,7 +39,8 @@ differ by 1e-3 nats plus a relative 1e-4.
   prompts, and `layout="auto"` takes padded rows.
 * **right, one encoding a prompt**: equal, with one pass of the encoder for all responses to a
   prompt.
-* **refused**: `check_head`, which the trainer calls first, raises a `UsageError` with the reason.
+* **refused**: `check_architecture`, which the trainer calls first, raises a `UsageError` with the
+  reason.
 * **not tried**: no small model was built. The same checks run when such a model is trained.
 
 {counts}

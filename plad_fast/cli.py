@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast.checks import shown
 from plad_fast.data.files import disk_advice
-from plad_fast.data.places import shown
 from plad_fast.errors import UsageError
 from plad_fast.recipe.arguments import COMMANDS, given_settings, parse_command
 from plad_fast.recipe.settings import DistillConfig

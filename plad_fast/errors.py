@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Iterator
 
@@ -15,6 +16,23 @@ class UsageError(ValueError):
 
 
 _LONGEST = 400
+
+
+@contextlib.contextmanager
+def reported_as(problem: str, library: str = "transformers") -> Iterator[None]:
+    """Turns whatever a library makes of a foreign or a damaged file into a `UsageError`.
+
+    Args:
+        problem: what failed, and what to do about it.
+        library: whose words follow in the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = type(error).__name__
+        if isinstance(error, (UsageError, MemoryError)) or kind == "OutOfMemoryError":  # of torch
+            raise
+        raise UsageError(f"{problem} ({library} says: {reason_of(error)})") from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -101,6 +101,25 @@ def tiny_teacher(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """For tests that run a recipe again and again: plots take most of the time of one that is
+    done already."""
+    monkeypatch.setattr("plad_fast.evaluation.report.write.draw_plots", lambda *_, **__: [])
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_teacher, tmp_path_factory):
+    """The folder of a run that `arguments(tiny_teacher, folder)` filled; tests read it, or copy it
+    first."""
+    from plad_fast.cli import main
+    from tests.support.recipe_runs import arguments
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(arguments(tiny_teacher, folder)) == 0
+    return folder
+
+
+@pytest.fixture
 def make(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     """Makes trainers on copies of the tiny model; see `tests.support.trainings.build`."""
     from tests.support.trainings import build

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from plad_fast.data.chat_template import (
     Whole,
@@ -107,33 +107,14 @@ def render_group(
     return head, [whole_conversation(tokenizer, prompt, a, head, template) for a in answers]
 
 
-def render_response(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    response: Content,
-    template: Mapping[str, Any] | None = None,
-) -> str:
-    """The text a model would produce after `render_prompt`, up to and with its end-of-turn mark.
-
-    For chat messages this is the part of the rendered conversation that follows the prompt, so a
-    template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
-    marks no end of a turn, the EOS token is added. Where the conversation does not begin with the
-    prompt (its generation prompt opens a thought, and the answer has none), it is the part that
-    follows their common start. For plain text it is the response and the EOS token, which a
-    response may bring along.
-
-    Raises:
-        UsageError: as `as_conversation` and `render_group`.
-    """
-    prompt, [answer] = as_conversation(prompt, [response])
-    if isinstance(prompt, str):
-        return with_eos(tokenizer, cast(str, answer))
-    head, [whole] = render_group(tokenizer, prompt, [cast(Message, answer)], template)
-    return answer_text(tokenizer, head, whole)
-
-
 def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
-    """What follows the common start of a rendered prompt and a conversation, with its end."""
+    """What a model would write behind a rendered prompt, up to and with its end-of-turn mark.
+
+    A template whose turn ends in something other than the EOS token (Gemma) is honoured; where it
+    marks no end of a turn, the EOS token is added. Where the conversation does not begin with the
+    prompt (its generation prompt opens a thought, and the answer has none), it is what follows
+    their common start.
+    """
     tail = whole.text[common_length(head, whole.text) :]
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     ended = bool(ids) and ends_turn(
@@ -187,7 +168,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
 def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: str) -> str:
     """A prompt with its answer, letter for letter as the chat template writes them.
 
-    This is what a reward model has seen; `render_response` is what a student learns to write.
+    This is what a reward model has seen; `answer_text` is what a student learns to write.
 
     Raises:
         UsageError: as `render_prompt`.

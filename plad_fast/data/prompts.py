@@ -139,11 +139,6 @@ def as_messages(tokenizer: PreTrainedTokenizerBase, content: Content) -> Content
     return content
 
 
-def content_digest(content: Content) -> str:
-    """Sixteen hexadecimal digits that identify a prompt's content on any machine."""
-    return digest(content)
-
-
 def require_unique_ids(prompts: Sequence[Prompt]) -> None:
     """Raises UsageError if two prompts have the same id, since answers are matched by it."""
     counts = Counter(prompt.id for prompt in prompts)

@@ -51,7 +51,7 @@ class RecordFormat(NamedTuple):
 
     def write(self, path: Path, **fields: Any) -> None:
         """Replace the file at `path`, durably; raises OSError."""
-        write_atomically(path, json.dumps({**self.header, **fields, **self.header}, indent=1))
+        write_atomically(path, json.dumps({**self.header, **fields, **self.header}, indent=2))
 
     def read(self, path: Path, **fields: type) -> Found:
         """The record at `path`, if it has these fields, each of its type.
@@ -76,9 +76,10 @@ class RecordFormat(NamedTuple):
 
         That is its beginning, nothing at all, or zeros.
         """
-        start = b"".join(json.dumps({"format": self.name}).encode()[:-1].split())
-        head = b"".join(content[: 4 * len(start)].rstrip(b"\0").split())
-        return head.startswith(start) or start.startswith(head)
+        head = content.rstrip(b"\0")
+        form = {"format": self.name}
+        starts = (json.dumps(form)[:-1], json.dumps(form, indent=2)[:-2])
+        return any(head.startswith(s) or s.startswith(head) for s in map(str.encode, starts))
 
 
 def digest(value: Any) -> str:

@@ -10,7 +10,8 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,28 @@ Row = dict[str, Any]
 
 
 class RowStore:
-    """Rows by id. Make one with `open`; it is a context manager that closes the file."""
+    """Rows by id. Make one with `open`; it is a context manager that closes the file.
 
-    def __init__(self, path: Path, file: Any) -> None:
+    Raises:
+        UsageError: the file cannot be written, is no store, or is open in another process.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = file
         self._rows: dict[str, Row] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: after a failed write nothing is left behind to be written later.
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        with self._closed_on_error():
+            lock(self._file.fileno(), path)
+            self._file.seek(0)
+            self._content = self._file.read()
+            # Nothing of a file that is not ours is ever cut off or overwritten.
+            if not FORMAT.begins(self._content):
+                raise UsageError(f"{path} is not a store of rows; choose another output folder")
 
     @classmethod
     def open(
@@ -62,28 +79,9 @@ class RowStore:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
                 process, or holds rows that were made with another fingerprint.
         """
-        store = cls._locked(Path(path).expanduser())
-        try:
+        store = cls(Path(path).expanduser())
+        with store._closed_on_error():
             store._load(as_json(fingerprint), overwrite)
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-    @classmethod
-    def _locked(cls, path: Path) -> RowStore:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: after a failed write nothing is left behind to be written later.
-            file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        store = cls(path, file)
-        try:
-            lock(file.fileno(), path)
-        except BaseException:
-            store.close()
-            raise
         return store
 
     @property
@@ -121,24 +119,27 @@ class RowStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
         header = {**FORMAT.header, "fingerprint": settings}
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._require_store(content)
-        if overwrite or not whole:
-            self._file.truncate(0)
-            self._write(_line(header))
-            return
-        first, *lines = whole.split(b"\n")[:-1]
-        found = self._parse(first, 1, ("version", "fingerprint"))
-        if found["version"] != FORMAT.version:
+        content, self._content = self._content, b""
+        first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
+        found = (
+            self._parse(first, 1, ("version", "fingerprint")) if first and not overwrite else None
+        )
+        if found is not None and found["version"] != FORMAT.version:
             raise UsageError(
                 f"{self.path} has format version {found['version']}, this plad_fast writes version "
                 f"{FORMAT.version}; {_OR_ANEW}"
             )
-        if not lines and found != header:
+        if found is None or (not lines and found != header):
             self._file.truncate(0)
             self._write(_line(header))
             return
@@ -146,14 +147,9 @@ class RowStore:
         for number, line in enumerate(lines, start=2):
             row = self._parse(line, number, ("id",))
             self._rows.setdefault(row["id"], row)
-        if len(whole) < len(content):
+        if not content.endswith(b"\n"):
             logger.info("%s: cut off an unfinished last line", self.path)
-            self._file.truncate(len(whole))
-
-    def _require_store(self, content: bytes) -> None:
-        """Nothing of a file that is not ours is ever cut off or overwritten."""
-        if not FORMAT.begins(content):
-            raise UsageError(f"{self.path} is not a store of rows; choose another output folder")
+            self._file.truncate(content.rfind(b"\n") + 1)
 
     def _parse(self, line: bytes, number: int, keys: Sequence[str]) -> Row:
         try:
@@ -198,22 +194,6 @@ def require_rows(store: RowStore, fits: Callable[[Row], bool]) -> None:
                 f"{store.path}: the line with the id {shown(row['id'])} is damaged; delete that "
                 "line, or pass --overwrite to start anew"
             )
-
-
-def locked_store(path: Path) -> RowStore:
-    """A store of any fingerprint that no other process can open, and of which nothing is read.
-
-    Raises:
-        UsageError: the file is no store, or is open in another process.
-    """
-    store = RowStore._locked(path)
-    try:
-        store._file.seek(0)
-        store._require_store(store._file.read())
-    except BaseException:
-        store.close()
-        raise
-    return store
 
 
 def has_rows(path: str | os.PathLike[str]) -> bool:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.places import expanded, is_there, names_path, nothing_at, shown
+from plad_fast.checks import shown
+from plad_fast.data.places import expanded, is_there, names_path, nothing_at
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.errors import UsageError
 
@@ -122,20 +123,20 @@ def _text(path: Path) -> str:
 
 
 def _parse(text: str, path: Path, *, first_line: int) -> Any:
+    def integer(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:
+            what = f"a number of {len(digits)} digits"
+            raise json.JSONDecodeError(what, text, text.index(digits))
+        return int(digits)
+
     try:
-        value = json.loads(text, parse_int=_integer)
+        value = json.loads(text, parse_int=integer)
         if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
             raise RecursionError
         return value
     except RecursionError:
         raise UsageError(
             f"{path}, line {first_line} is nested more than {_DEEPEST} deep; flatten it"
-        ) from None
-    except _LongNumberError as error:
-        line = first_line + text.count("\n", 0, text.index(str(error)))
-        raise UsageError(
-            f"{path}, line {line} holds a number of {len(str(error))} digits; write it as text, or "
-            "leave it out"
         ) from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
@@ -154,16 +155,6 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
-
-
-class _LongNumberError(ValueError):
-    """A number that nothing can compute with; the message is its digits."""
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise _LongNumberError(digits)
-    return int(digits)
 
 
 def _read_csv(path: Path) -> list[Row]:

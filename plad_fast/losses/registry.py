@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plad_fast.checks import check_length_normalization, check_weight
+from plad_fast.checks import check_length_normalization, check_weight, shown
 from plad_fast.errors import UsageError
 
 _FROM_THE_CALL = ("scores", "counts", "reference_logps", "length_normalization")
-_LONGEST = 80  # characters of a value in a message
 # Other arguments of the ops: an option of this name would never reach the loss.
 _RESERVED = {
     *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
@@ -175,33 +174,25 @@ def read_loss_args(
             given = json.loads(given)
         except (ValueError, RecursionError):
             raise UsageError(
-                f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {_shown(given)}'
+                f'loss_args must be a JSON object such as {{"gamma": 0.5}}, got {shown(given)}'
             ) from None
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise UsageError(f"loss_args must map names of options to values, got {_shown(given)}")
+        raise UsageError(f"loss_args must map names of options to values, got {shown(given)}")
     if "beta" in given and beta is not None:
         raise UsageError("beta is set both by itself and in loss_args; set it once")
     get_loss(loss).check_options({"beta": beta, **given} if beta is not None else given)
     return dict(given)
 
 
-def _shown(value: Any) -> str:
-    """For a message: of a long text its beginning, and of what may be nested deeply its type."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= _LONGEST else value[:_LONGEST] + "…")
-    is_plain = value is None or isinstance(value, (bool, int, float, Tensor))
-    return repr(value) if is_plain else f"a {type(value).__name__}"
-
-
 def _check_kind(what: str, default: Any, value: Any) -> None:
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise UsageError(f"{what} must be True or False, got {_shown(value)}")
+            raise UsageError(f"{what} must be True or False, got {shown(value)}")
     elif isinstance(default, str):
         if not isinstance(value, str):
-            raise UsageError(f"{what} is a name, got {_shown(value)}")
+            raise UsageError(f"{what} is a name, got {shown(value)}")
     elif isinstance(default, (int, float)):
         if isinstance(value, Tensor):
             if value.ndim or value.is_complex():
@@ -211,7 +202,7 @@ def _check_kind(what: str, default: Any, value: Any) -> None:
                 )
             value = value.item() if value.device.type == "cpu" else 0.0  # a GPU is not waited for
         elif isinstance(value, bool) or not isinstance(value, Real):
-            raise UsageError(f"{what} must be a number, got {_shown(value)}")
+            raise UsageError(f"{what} must be a number, got {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{what} must be a finite number, got {value}")
 

@@ -1,14 +1,14 @@
 from .encoder_decoder import decoder_hidden as decoder_hidden
 from .encoder_decoder import is_encoder_decoder as is_encoder_decoder
-from .head import LMHead as LMHead
 from .head import backbone_hidden as backbone_hidden
 from .head import causal_lm_logprobs as causal_lm_logprobs
-from .head import check_head as check_head
-from .head import find_head as find_head
+from .head import check_architecture as check_architecture
 from .head import head_arguments as head_arguments
 from .head import through_head as through_head
 from .layer_drop import depth as depth
 from .layer_drop import drop_layers as drop_layers
+from .lm_head import LMHead as LMHead
+from .lm_head import find_head as find_head
 from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
 from .loading import offline_teacher_path as offline_teacher_path

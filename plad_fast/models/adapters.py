@@ -1,8 +1,10 @@
-"""Sees through PEFT: the transformers model inside, and what an adapted linear layer computes."""
+"""PEFT seen through: the transformers model inside, what an adapted linear layer computes, and
+saved adapters as part of their base model's weights."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plad_fast.data.rows import TokenLimits
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, reported_as
 from plad_fast.models.wrappers import own_class
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class LowRank:
     scale: float
 
     def inputs(self, x: Tensor) -> Tensor:  # (N, D) -> (N, r)
-        """What `up`'s weight is multiplied by, with the scale in it."""
+        """The factor of `up`'s weight, with the scale in it."""
         return self.down(self.dropout(x.to(self.down.weight.dtype))) * self.scale
 
 
@@ -51,9 +53,7 @@ class Layer:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model of a PEFT model, with its adapters in place; else the model.
 
-    Raises:
-        UsageError: another kind of model, or an adapter that acts in PEFT's own forward, around
-            the model and not in its layers.
+    An adapter that acts in PEFT's own forward, around the model and not in its layers, is refused.
     """
     get_base_model = getattr(model, "get_base_model", None)
     base: Any = model if get_base_model is None else get_base_model()
@@ -65,12 +65,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many tokens a model's input embeddings have, also under adapters or sharded."""
+    """The number of tokens in a model's input embeddings, also under adapters or sharded."""
     return _rows_of(base_model(model).get_input_embeddings(), "num_embeddings")
 
 
 def token_limits(model: nn.Module) -> TokenLimits:
-    """Which token ids a model can take, and how many of them in a row."""
+    """The token ids that a model can take, and how many of them in a row."""
     base: Any = base_model(model)
     embeddings, head = vocabulary_size(base), base.get_output_embeddings()
     outputs = embeddings  # of a head that `find_head` will not know
@@ -85,9 +85,7 @@ def token_limits(model: nn.Module) -> TokenLimits:
 def _rows_of(layer: Any, name: str) -> int:
     """The size of an embedding or a head, by the attribute that says so where it is not adapted."""
     while not hasattr(layer, name):
-        inner = getattr(layer, "base_layer", None)
-        if inner is None:
-            inner = getattr(layer, "original_module", None)
+        inner = getattr(layer, "base_layer", getattr(layer, "original_module", None))
         if inner is None:
             return len(layer.weight)
         layer = inner
@@ -100,10 +98,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a PEFT model, or one to which transformers' own `add_adapter` or `load_adapter` gave
-            its adapters.
-
-    Raises:
-        UsageError: the model has no adapters, or is not the original one without them.
+            its adapters; one that is not the original model without them is refused.
     """
     disable = getattr(model, "disable_adapter", None)
     if disable is None and not getattr(model, "_hf_peft_config_loaded", False):
@@ -124,7 +119,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _disabled_layers(model: nn.Module) -> Iterator[None]:
     # Layer by layer: transformers' `enable_adapters` does not undo all of its `disable_adapters`.
-    layers: list[Any] = [module for module in model.modules() if _names(module) & _ADAPTED]
+    layers: list[Any] = [module for module in model.modules() if _names(type(module)) & _ADAPTED]
     layers = [layer for layer in layers if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
@@ -149,36 +144,30 @@ def _require_original_base(model: nn.Module) -> None:
 
 
 def effective_layer(head: nn.Module, name: str) -> Layer:
-    """What an `nn.Linear`, or PEFT's wrapper of one, computes at present.
+    """The product that an `nn.Linear`, or PEFT's wrapper of one, computes at present.
 
     Args:
         name: what to call it in messages.
-
-    Raises:
-        UsageError: it is something else, or under an adapter that is not known.
     """
-    kinds = _names(head)
-    if isinstance(head, nn.Linear) and own_class(head) is nn.Linear:
-        return Layer(head.weight, head.bias)
     module: Any = head
-    if kinds >= {"peft.ModulesToSaveWrapper"}:
+    kinds, inner = _names(type(head)), getattr(head, "base_layer", None)
+    if own_class(head) is nn.Linear:
+        return Layer(module.weight, module.bias)
+    if "peft.ModulesToSaveWrapper" in kinds:
         active = _active(module, module.modules_to_save)
-        return effective_layer(
-            module.modules_to_save[active[0]] if active else module.original_module, name
-        )
-    if kinds >= {"peft.TrainableTokensWrapper"}:
+        copy = module.modules_to_save[active[0]] if active else module.original_module
+        return effective_layer(copy, name)
+    if "peft.TrainableTokensWrapper" in kinds:
         return effective_layer(module.token_adapter, name)
-    if kinds >= {"peft.TrainableTokensLayer"} and own_class(module.base_layer) is nn.Linear:
-        active = _active(module, module.trainable_tokens_delta)
-        base = module.base_layer
-        # Not `active_adapters` itself: a layer may have no rows of some of them.
-        weight = module.get_merged_weights(active) if active else base.weight
-        return Layer(weight, base.bias)
-    if kinds >= {"peft.LoraLayer"} and own_class(module.base_layer) is nn.Linear:
-        return _with_lora(module, name)
-    kind = type(head)
-    inner = getattr(head, "base_layer", None)
-    around = "" if inner is None else f" around a {type(inner).__name__}"
+    if inner is not None and own_class(inner) is nn.Linear:
+        if "peft.TrainableTokensLayer" in kinds:
+            active = _active(module, module.trainable_tokens_delta)
+            # Not `active_adapters` itself: a layer may have no rows of some of them.
+            weight = module.get_merged_weights(active) if active else inner.weight
+            return Layer(weight, inner.bias)
+        if "peft.LoraLayer" in kinds:
+            return _with_lora(module, name)
+    kind, around = type(head), "" if inner is None else f" around a {type(inner).__name__}"
     raise UsageError(
         f"{name} is a {kind.__module__}.{kind.__name__}{around}, which the op does not know; it "
         f"needs a plain nn.Linear: {_ADVICE}"
@@ -189,34 +178,22 @@ def _with_lora(module: Any, name: str) -> Layer:
     base = module.base_layer
     if module.merged and module.disable_adapters:
         module.unmerge()  # as its own forward does
-    active = [] if module.merged else _active(module, module.lora_A)
-    for adapter in active:
+    adapters = []
+    for adapter in [] if module.merged else _active(module, module.lora_A):
         variant = getattr(module, "lora_variant", {}).get(adapter)
-        kind = None if variant is None else type(variant).__name__
-        if getattr(module, "use_dora", {}).get(adapter):
-            kind = kind or "DoRA"
-        if (
-            kind is None and own_class(module).__name__ != "Linear"
-        ):  # a subclass adds to the forward
-            kind = own_class(module).__name__
-        if kind is not None:
+        kind = type(variant).__name__ if variant is not None else own_class(module).__name__
+        if variant is None and getattr(module, "use_dora", {}).get(adapter):
+            kind = "DoRA"
+        if kind != "Linear":  # a subclass adds to the forward
             raise UsageError(
                 f"{name} is under {kind}, which is more than the plain LoRA that the op knows; "
                 f"use plain LoRA there, or {_ADVICE}"
             )
-    return Layer(
-        base.weight,
-        base.bias,
-        tuple(
-            LowRank(
-                module.lora_A[adapter],
-                module.lora_B[adapter],
-                module.lora_dropout[adapter],
-                float(module.scaling[adapter]),
-            )
-            for adapter in active
-        ),
-    )
+        down, up, dropout = (
+            part[adapter] for part in (module.lora_A, module.lora_B, module.lora_dropout)
+        )
+        adapters.append(LowRank(down, up, dropout, float(module.scaling[adapter])))
+    return Layer(base.weight, base.bias, tuple(adapters))
 
 
 def _active(module: Any, known: Any) -> Sequence[str]:
@@ -226,13 +203,9 @@ def _active(module: Any, known: Any) -> Sequence[str]:
     return [adapter for adapter in module.active_adapters if adapter in known]
 
 
-def _names(module: nn.Module) -> frozenset[str]:
-    """Of a module's classes, as package.Class: PEFT need not be installed to know them."""
-    return _names_of(type(module))
-
-
 @torch.compiler.assume_constant_result  # torch 2.8 cannot trace the name of a class's module
-def _names_of(kind: type) -> frozenset[str]:
+def _names(kind: type) -> frozenset[str]:
+    """Of a class and its bases, as package.Class: PEFT need not be installed to know them."""
     return frozenset(f"{x.__module__.partition('.')[0]}.{x.__name__}" for x in kind.__mro__)
 
 
@@ -275,3 +248,75 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> 
     """Some token that the model has an embedding for: it is masked wherever it stands."""
     ids, known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0), vocabulary_size(model)
     return next(token for token in ids if token is not None and 0 <= token < known)
+
+
+def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the adapters in `source` merged into it, as ordinary weights.
+
+    Args:
+        source: folder or hub id of the adapters.
+        model: their base, which is changed.
+    """
+    from peft import PeftModel
+
+    adapters = os.fspath(source)
+    advice = (
+        "merge them yourself, with peft's merge_and_unload, and pass the folder that "
+        "save_pretrained writes"
+    )
+    problem = f"cannot merge the adapters of {adapters!r} into their base model; {advice}"
+    with reported_as(problem, "peft"):
+        adapted = PeftModel.from_pretrained(model, adapters)
+        if _on_some_of_tied_weights(adapted.get_base_model()):
+            raise UsageError(
+                f"the adapters of {adapters!r} are on an LM head or on embeddings whose weights "
+                "are those of another layer, which merging would change as well; untie them in "
+                f"the base model, or {advice}"
+            )
+        merged = adapted.merge_and_unload()
+        if untied := _no_longer_tied(merged):
+            raise UsageError(
+                f"the adapters of {adapters!r} make {untied[0]!r} differ from the weight that it "
+                "is tied to, and a saved model would be loaded with one of the two; untie them in "
+                "the base model, or train both alike (ensure_weight_tying of peft)"
+            )
+    merged.requires_grad_(True)  # PEFT froze them
+    return merged.eval()
+
+
+def _on_some_of_tied_weights(model: PreTrainedModel) -> bool:
+    """Whether merging would change a weight that a layer without these adapters has, too."""
+    modules: list[Any] = list(model.modules())
+    replaced = {id(part.original_module) for part in modules if hasattr(part, "modules_to_save")}
+    adapters = {id(part.base_layer): part for part in modules if hasattr(part, "base_layer")}
+    changes: dict[int, set[int | None]] = {}  # of each weight, by the adapters of its layers
+    for part in modules:
+        weight = part._parameters.get("weight")
+        if weight is None or id(part) in replaced:
+            continue
+        adapter = adapters.get(id(part))
+        # Rows of tokens that are trained at one place and followed at another are those of both.
+        adapter = getattr(adapter, "tied_adapter", None) or adapter
+        changes.setdefault(id(weight), set()).add(adapter and id(adapter))
+    return any(len(different) > 1 for different in changes.values())
+
+
+def _no_longer_tied(model: PreTrainedModel) -> list[str]:
+    """Weights that loading would tie to another one, from which they differ."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    tied: Any = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:  # transformers 4 lists the names alone
+        first: Any = model.get_input_embeddings()
+        sources = [name for name, weight in weights.items() if weight is first.weight][:1]
+        tied = {name: sources[0] for name in model._tied_weights_keys or () if sources}
+    head = model.get_output_embeddings()
+    untied = not model.config.tie_word_embeddings
+    free = {f"{name}.weight" for name, part in model.named_modules() if untied and part is head}
+    return [
+        name
+        for name, source in tied.items()
+        if name in weights
+        and source in weights
+        and name not in free
+        and not torch.equal(weights[name], weights[source])
+    ]

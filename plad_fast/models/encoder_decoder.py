@@ -29,11 +29,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def decoder_start_token(model: nn.Module) -> int | None:
-    """The token before a response in the decoder; None if the model has no encoder.
-
-    Raises:
-        UsageError: the configuration of an encoder-decoder model names none.
-    """
+    """The token before a response in the decoder; None if the model has no encoder."""
     if not is_encoder_decoder(model):
         return None
     lm = base_model(model)
@@ -66,7 +62,13 @@ def decoder_hidden(
     Raises:
         UsageError: the model reads no text, or has no encoder and decoder apart from its head.
     """
-    encoder, decoder = _halves(base_model(model))
+    lm = base_model(model)
+    family = type(lm).__name__
+    if lm.main_input_name != "input_ids":
+        raise UsageError(f"the encoder of {family} reads {lm.main_input_name}; pass one of text")
+    encoder, decoder = lm.get_encoder(), lm.get_decoder()
+    if lm in (encoder, decoder) or encoder is None or decoder is None:
+        raise UsageError(f"{family} has no encoder and decoder apart from its LM head")
     encoded = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)[0]
     group_size = len(decoder_input_ids) // len(input_ids)
     output = decoder(
@@ -81,14 +83,13 @@ def decoder_hidden(
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise UsageError(
-            f"{type(base_model(model)).__name__} has no decoder apart from its LM head; this model "
-            "is not supported"
+            f"{family} has no decoder apart from its LM head; this model is not supported"
         )
     return hidden
 
 
 def output_scale(lm: PreTrainedModel) -> float:
-    """What T5 and its kin multiply the decoder's output by before the head; others: 1."""
+    """The factor of T5 and its kin on the decoder's output before the head; others: 1."""
     config = lm.config
     if not is_encoder_decoder(lm) or config.model_type not in _SCALED_IF_TIED:
         return 1.0
@@ -99,7 +100,7 @@ def output_scale(lm: PreTrainedModel) -> float:
 
 
 def output_bias(lm: PreTrainedModel) -> Tensor | None:  # (V,)
-    """What BART and its kin add to the logits, a buffer; others: None."""
+    """The buffer that BART and its kin add to the logits; others: None."""
     bias = getattr(lm, "final_logits_bias", None)
     return bias[0] if is_encoder_decoder(lm) and isinstance(bias, Tensor) else None
 
@@ -109,16 +110,6 @@ def _is_mt5_of_transformers_5(lm: PreTrainedModel) -> bool:
     import transformers
 
     return lm.config.model_type == "mt5" and int(transformers.__version__.split(".")[0]) >= 5
-
-
-def _halves(lm: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    family = type(lm).__name__
-    if lm.main_input_name != "input_ids":
-        raise UsageError(f"the encoder of {family} reads {lm.main_input_name}; pass one of text")
-    encoder, decoder = lm.get_encoder(), lm.get_decoder()
-    if lm in (encoder, decoder) or encoder is None or decoder is None:
-        raise UsageError(f"{family} has no encoder and decoder apart from its LM head")
-    return encoder, decoder
 
 
 def _for_each_response(prompts: Tensor, group_size: int) -> Tensor:  # (B, ...) -> (S, ...)

@@ -1,4 +1,4 @@
-"""Runs a Hugging Face language model up to its LM head, and the op in place of the head."""
+"""A Hugging Face language model run up to its LM head, and the op in place of the head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_hidden, is_encoder_decoder
-from plad_fast.models.lm_head import LMHead, find_head
-from plad_fast.models.tensor_parallel import holds_vocab_rows, whole_hidden
-from plad_fast.models.wrappers import call_inside, unwrap
+from plad_fast.models.lm_head import find_head, holds_vocab_rows, whole_hidden
+from plad_fast.models.wrappers import call_inside
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.reference import reference_logits
 from plad_fast.ops.vocab_parallel.api import vocab_parallel_sequence_logprobs
@@ -25,22 +24,6 @@ if TYPE_CHECKING:
 
     from plad_fast.data.packing import PreferenceBatch
     from plad_fast.ops.logprobs import SequenceLogProbs
-
-__all__ = [
-    "LMHead",
-    "backbone_hidden",
-    "base_model",
-    "batch_hidden",
-    "call_inside",
-    "causal_lm_logprobs",
-    "check_head",
-    "evaluating",
-    "find_backbone",
-    "find_head",
-    "head_arguments",
-    "through_head",
-    "unwrap",
-]
 
 Result = TypeVar("Result")
 
@@ -80,11 +63,7 @@ def backbone_hidden(
 
 
 def find_backbone(lm: PreTrainedModel) -> nn.Module:
-    """The part of a causal LM whose last hidden states its LM head reads.
-
-    Raises:
-        UsageError: there is none apart from the head.
-    """
+    """The part of a causal LM whose last hidden states its LM head reads."""
     backbone = lm.base_model
     if backbone is lm:  # Gemma 3 of transformers 4
         backbone = lm.get_decoder()
@@ -95,7 +74,7 @@ def find_backbone(lm: PreTrainedModel) -> nn.Module:
     return backbone
 
 
-def check_head(model: nn.Module) -> None:
+def check_architecture(model: nn.Module) -> None:
     """Runs four tokens through the model and through `find_head`: the logits must agree.
 
     Nor may padding change hidden states, or tokens see those that come after them.
@@ -106,40 +85,40 @@ def check_head(model: nn.Module) -> None:
     Raises:
         UsageError: they do not agree, or as in `find_head`.
     """
-    head = find_head(model)
+    head, family = find_head(model), type(base_model(model)).__name__
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]
     try:
         with evaluating(model), torch.no_grad():
-            hidden, expected = _hidden_and_logits(model, input_ids)
+            expected = model(**_inputs(model, input_ids)).logits[0].float()
+            hidden = _hidden(model, input_ids)[0]
             _require_causal(model, input_ids)
-            found = reference_logits(**head.arguments(hidden)).float()
+            arguments = head.arguments(hidden)
+            found = reference_logits(**arguments).float()
     except UsageError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # one asks for pixels, say
         raise UsageError(
-            f"{type(base_model(model)).__name__} does not run on token ids alone "
-            f"({type(error).__name__}: {error}); this model is not supported"
+            f"{family} does not run on token ids alone ({type(error).__name__}: {error}); this "
+            "model is not supported"
         ) from error
     if not expected.isfinite().all():
         raise UsageError(
-            f"the logits of {type(base_model(model)).__name__} are not finite: its weights are "
-            f"broken, or too large for {head.weight.dtype}; load it again, in bf16 or float32"
+            f"the logits of {family} are not finite: its weights are broken, or too large for "
+            f"{head.weight.dtype}; load it again, in bf16 or float32"
         )
-    if not _agree(found, expected):
-        arguments = head.arguments(hidden)
-        if arguments["bias"] is not None and _agree(
-            reference_logits(**{**arguments, "bias": None}).float(), expected
-        ):
-            raise UsageError(
-                f"{type(base_model(model)).__name__} has a bias in its head, and its logits go "
-                "without, as PEFT's trainable tokens leave it out: the loss would be of another "
-                "model than the one you began with; leave lm_head out of trainable_token_indices, "
-                "or untie the head from the embeddings"
-            )
+    if _agree(found, expected):
+        return
+    without_bias = reference_logits(**{**arguments, "bias": None}).float()
+    if head.bias is not None and _agree(without_bias, expected):
         raise UsageError(
-            f"{type(base_model(model)).__name__} does more to its logits than the fused loss "
-            "knows (a scale, a further layer, a cut vocabulary); this model is not supported"
+            f"{family} has a bias in its head, and its logits go without, as PEFT's trainable "
+            "tokens leave it out: the loss would be of another model than the one you began with; "
+            "leave lm_head out of trainable_token_indices, or untie the head from the embeddings"
         )
+    raise UsageError(
+        f"{family} does more to its logits than the fused loss knows (a scale, a further layer, a "
+        "cut vocabulary); this model is not supported"
+    )
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
@@ -149,37 +128,30 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-def _hidden_and_logits(
-    model: nn.Module,
-    input_ids: Tensor,  # (1, 4)
-) -> tuple[Tensor, Tensor]:  # (4, D), (4, V)
-    """What goes into the head, and what comes out of the model."""
+def _inputs(model: nn.Module, input_ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    """Arguments of a forward; an encoder reads the last row, and the decoder answers with each."""
     if not is_encoder_decoder(model):
-        logits = model(input_ids=input_ids).logits[0]
-        return backbone_hidden(model, input_ids)[0], logits.float()
-    ones = torch.ones_like(input_ids)
-    hidden = decoder_hidden(model, input_ids, ones, input_ids, ones)[0]
-    logits = model(  # with masks, or some models take pad tokens for padding
-        input_ids=input_ids,
-        attention_mask=ones,
-        decoder_input_ids=input_ids,
-        decoder_attention_mask=ones,
-    ).logits[0]
-    return hidden, logits.float()
+        return {"input_ids": input_ids, "attention_mask": mask}
+    mask = torch.ones_like(input_ids) if mask is None else mask  # or some take pads for padding
+    return {
+        "input_ids": input_ids[-1:],
+        "attention_mask": mask[-1:],
+        "decoder_input_ids": input_ids,
+        "decoder_attention_mask": mask,
+    }
+
+
+def _hidden(model: nn.Module, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    run = decoder_hidden if is_encoder_decoder(model) else backbone_hidden
+    return run(model, **_inputs(model, input_ids, mask))
 
 
 def _require_causal(model: nn.Module, input_ids: Tensor) -> None:  # (1, 4)
-    """Two tokens alone, before padding, and before others: the same hidden states."""
-    start, twice = input_ids[:, :2], input_ids.repeat(2, 1)
+    """Two tokens alone, before others, and before padding: the same hidden states."""
+    alone, twice = _hidden(model, input_ids[:, :2])[0], input_ids.repeat(2, 1)
     mask = torch.ones_like(twice)
     mask[1, 2:] = 0
-    if is_encoder_decoder(model):  # the prompt before padding
-        ones = torch.ones_like(start)
-        alone = decoder_hidden(model, start, ones, start, ones)[0]
-        rows = decoder_hidden(model, input_ids, mask[1:], twice, mask)
-    else:
-        alone, rows = backbone_hidden(model, start)[0], backbone_hidden(model, twice, mask)
-    for row in rows:
+    for row in _hidden(model, twice, mask):
         # In the mean, and roughly: rounding differs with the shape, and may choose other experts.
         if (row[:2] - alone).abs().mean() > 0.1 * alone.abs().mean():
             raise UsageError(
@@ -241,13 +213,11 @@ def through_head(
     """
     rows = _predicting_rows(model, batch, tensor_parallel)
     head = base_model(model).get_output_embeddings()
-    if head is None:
-        find_head(model)  # says what is wrong
 
     def forward(rows: Tensor) -> Result:
         return op(**_arguments(model, rows, batch, tensor_parallel))
 
-    if holds_vocab_rows(getattr(head, "weight", None), tensor_parallel):
+    if head is None or holds_vocab_rows(getattr(head, "weight", None), tensor_parallel):
         return forward(rows)
     return call_inside(head, head, forward, rows)
 
@@ -291,29 +261,20 @@ def _arguments(
 
 
 def batch_hidden(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (R, T, D)
-    """Hidden states of a batch in any layout.
-
-    Raises:
-        UsageError: a packed batch for a model whose attention does not know packed rows, or a batch
-            for an encoder-decoder model and another one for the model.
-    """
+    """Hidden states of a batch in any layout."""
+    family = type(base_model(model)).__name__
     if is_encoder_decoder(model) != ("decoder_input_ids" in batch):
         raise UsageError(
-            f"the batch and {type(base_model(model)).__name__} do not go together: layout "
+            f"the batch and {family} do not go together: layout "
             "'encoder_decoder' is for encoder-decoder models, which take no other; collate with "
             "what plad_fast.models.sharing.prepare(model) returns"
         )
     if "decoder_input_ids" in batch:
-        return decoder_hidden(
-            model,
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["decoder_input_ids"],
-            batch["decoder_attention_mask"],
-        )
+        answers = batch["decoder_input_ids"], batch["decoder_attention_mask"]
+        return decoder_hidden(model, batch["input_ids"], batch["attention_mask"], *answers)
     if "row_layout" not in batch:
         return backbone_hidden(model, batch["input_ids"], batch["attention_mask"])
-    from plad_fast.models.attention.packed import (  # brings in transformers
+    from plad_fast.models.attention.register import (  # brings in transformers
         is_enabled,
         packed_forward,
     )

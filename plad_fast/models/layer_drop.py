@@ -9,7 +9,7 @@ for as well (shrink and fine-tune, arXiv 2010.13002).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +33,7 @@ _DEPTHS = {
 
 
 def depth(model: PreTrainedModel) -> int:
-    """How many layers a model has; of an encoder-decoder model, its decoder.
-
-    Raises:
-        UsageError: as `drop_layers`.
-    """
+    """The number of a model's layers; of an encoder-decoder model, its decoder's."""
     half = "decoder" if model.config.is_encoder_decoder else None
     return len(_find_layers(model, half)[1])
 
@@ -64,23 +60,18 @@ def drop_layers(
     Raises:
         UsageError: no such layers, or an architecture whose depth cannot be changed this way.
     """
-    if not teacher.config.is_encoder_decoder:
+    wanted: dict[str | None, int | Sequence[int]] = {None: keep}  # by half; None is all of it
+    if teacher.config.is_encoder_decoder:
+        wanted = {"decoder": keep}
         if keep_encoder is not None:
-            raise UsageError(
-                f"keep_encoder is {keep_encoder}, and {type(teacher).__name__} has no encoder; "
-                "leave it out"
-            )
-        return _drop(teacher, {None: keep})
-    wanted: dict[str | None, int | Sequence[int]] = {"decoder": keep}
-    return _drop(teacher, wanted if keep_encoder is None else {**wanted, "encoder": keep_encoder})
-
-
-def _drop(
-    teacher: PreTrainedModel, wanted: Mapping[str | None, int | Sequence[int]]
-) -> PreTrainedModel:
-    """`drop_layers` by half of the model; None is all of it."""
+            wanted["encoder"] = keep_encoder
+    elif keep_encoder is not None:
+        raise UsageError(
+            f"keep_encoder is {keep_encoder}, and {type(teacher).__name__} has no encoder; "
+            "leave it out"
+        )
     found = {half: _find_layers(teacher, half) for half in wanted}
-    kept = {half: _kept_indices(keep, len(found[half][1])) for half, keep in wanted.items()}
+    kept = {half: _kept_indices(number, len(found[half][1])) for half, number in wanted.items()}
     # The deep copy meets a stand-in for every dropped layer, so their weights are never copied.
     stand_in = nn.Identity()
     dropped = [
@@ -176,23 +167,15 @@ def _require_rebuildable(student: PreTrainedModel) -> None:
     """
     with torch.device("meta"):
         rebuilt = type(student)(copy.deepcopy(student.config))
-    differing = _first_difference(_parts(student), _parts(rebuilt))
-    if differing is None:
+    differing = {name for name, _ in _parts(student).items() ^ _parts(rebuilt).items()}
+    if not differing:
         ours, theirs = _settings(student), _settings(rebuilt)
-        differing = _first_difference(
-            {key: ours[key] for key in ours.keys() & theirs.keys()},
-            {key: theirs[key] for key in ours.keys() & theirs.keys()},
-        )
-    if differing is not None:
+        differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    if differing:
         raise UsageError(
             f"{type(student).__name__} cannot lose these layers: saved and loaded again, its "
-            f"{differing} would differ; keep other layers, or choose another student"
+            f"{min(differing)} would differ; keep other layers, or choose another student"
         )
-
-
-def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    keys = sorted(ours.keys() | theirs.keys())
-    return next((key for key in keys if ours.get(key) != theirs.get(key)), None)
 
 
 def _parts(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,13 @@
-"""What a Hugging Face language model does between its last hidden state and its logits.
+"""The LM head of a Hugging Face model: everything between its last hidden state and its logits.
 
 The op replaces the head's product, so all of it has to be known. Where it is not, the model is
 refused by name: a wrong scale trains without complaint.
+
+A head may be sharded over its rows by tensor parallelism, as a DTensor. FSDP2 leaves DTensors with
+the same placement on its own mesh, whose ranks hold other data: taking its shards for the
+vocabulary's would be wrong. The name of the mesh's dimension tells them apart, which is "tp" in
+transformers and torchtitan, or the caller names the mesh. Under both, a weight is sharded in two
+dimensions, except inside the wrapped forward, where that of tensor parallelism is left.
 
 V vocabulary, D hidden, N tokens, r the ranks of a head's adapters together.
 """
@@ -17,7 +23,6 @@ from torch import Tensor, nn
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import LowRank, base_model, effective_layer
 from plad_fast.models.encoder_decoder import output_bias, output_scale
-from plad_fast.models.tensor_parallel import vocab_rows
 from plad_fast.models.wrappers import own_class
 
 if TYPE_CHECKING:
@@ -45,6 +50,8 @@ _AS_THEIR_TEXT_MODEL = (
     *("HyperCLOVAXVision", "Inkling", "MistralLarge4", "Muse", "PaliGemma", "T5Gemma"),
 )
 _PLAIN = ("AyaVision", "Cohere2Vision", "Gemma3For")
+
+_TENSOR_PARALLEL = "tp"
 
 
 @dataclass(frozen=True)
@@ -113,38 +120,30 @@ def find_head(model: nn.Module, *, tensor_parallel: bool | DeviceMesh = False) -
     if head is None:
         raise UsageError(f"{family} has no LM head; load it with AutoModelForCausalLM")
     layer = effective_layer(head, f"the LM head of {family}")
-    weight, bias, group = vocab_rows(layer.weight, layer.bias, tensor_parallel, family)
-    for tensor in (weight, bias):
-        if group is None:
-            _require_whole(tensor, family)
-    for adapter in layer.adapters:
-        _require_whole(adapter.up.weight, family)
-    if layer.adapters:
-        ups = [adapter.up.weight.to(weight.dtype) for adapter in layer.adapters]
-        weight = torch.cat([weight, *ups], dim=1)
-        bias = _total_bias(bias, layer.adapters, weight.dtype)
+    weight, bias, group = _vocab_rows(layer.weight, layer.bias, tensor_parallel, family)
+    ups = [adapter.up for adapter in layer.adapters]
+    for tensor in (*((weight, bias) if group is None else ()), *(up.weight for up in ups)):
+        _require_whole(tensor, family)
     more = output_bias(lm)
-    if group is not None and (layer.adapters or more is not None):
+    if group is not None and (ups or more is not None):
         raise UsageError(
             f"the LM head of {family} is sharded by tensor parallelism and has adapters or a "
             "further bias; leave lm_head out of the LoRA target modules"
         )
-    if more is not None:
-        bias = more if bias is None else bias + more
+    if ups:
+        weight = torch.cat([weight, *(up.weight.to(weight.dtype) for up in ups)], dim=1)
+    further = [
+        (adapter.scale * adapter.up.bias).to(weight.dtype)
+        for adapter in layer.adapters
+        if adapter.up.bias is not None
+    ]
+    for term in (*further, more):
+        if term is not None:
+            bias = term if bias is None else bias + term
     before = output_scale(lm)
     if bias is not None and before != 1:
         bias = bias / before  # it is added to what the head makes of scaled hidden states
     return LMHead(weight, bias, _softcap(lm), _logit_scale(lm) * before, layer.adapters, group)
-
-
-def _total_bias(
-    bias: Tensor | None, adapters: tuple[LowRank, ...], dtype: torch.dtype
-) -> Tensor | None:
-    for adapter in adapters:
-        if adapter.up.bias is not None:
-            more = (adapter.scale * adapter.up.bias).to(dtype)
-            bias = more if bias is None else bias + more
-    return bias
 
 
 def _require_whole(tensor: Tensor | None, family: str) -> None:
@@ -154,8 +153,7 @@ def _require_whole(tensor: Tensor | None, family: str) -> None:
         raise UsageError(
             f"the LM head of {family} has no data (meta device); load the model without offloading"
         )
-    # A DTensor says so by this attribute; a ZeRO-3 shard has no elements.
-    if tensor.numel() == 0 or hasattr(tensor, "device_mesh"):
+    if tensor.numel() == 0 or _is_dtensor(tensor):  # a ZeRO-3 shard has no elements
         raise UsageError(
             f"the LM head of {family} is sharded; compute the loss inside the wrapped forward "
             "(models.call_inside) and the head's own (models.through_head), and "
@@ -202,3 +200,110 @@ def _heeds(lm: PreTrainedModel, name: str, value: Any) -> bool:
         f"the text config's {name} is {value}, and it is not known what {family} does with it; "
         "this model is not supported"
     )
+
+
+def holds_vocab_rows(weight: Tensor | None, accepted: bool | DeviceMesh) -> bool:
+    """Whether a head is sharded by tensor parallelism alone.
+
+    One that is sharded by FSDP too is refused: the head's own forward, which takes tensors apart
+    for tensor parallelism as well, cannot undo that.
+    """
+    if not accepted or weight is None or not _is_dtensor(weight):
+        return False
+    names = weight.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+    if len(names) > 1 and _TENSOR_PARALLEL in names:
+        raise UsageError(
+            f"the LM head is sharded over the dimensions {names} of a mesh: call this inside the "
+            "wrapped forward (plad_fast.models.call_inside), and let fully_shard take the head "
+            "with the whole model, not by itself"
+        )
+    return _is_accepted(weight, accepted)
+
+
+def _vocab_rows(
+    weight: Tensor, bias: Tensor | None, accepted: bool | DeviceMesh, family: str
+) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
+    """This rank's rows of a head sharded by tensor parallelism, and the group that has them all.
+
+    Gradients come back as DTensors. A weight that is no DTensor is returned as it is.
+    """
+    if not accepted or not _is_dtensor(weight):
+        return weight, bias, None
+    from torch.distributed.tensor import Shard
+
+    what = f"the LM head of {family}"
+    mesh = _accepted_mesh(weight, accepted, what)
+    local: list[Any] = []
+    for tensor in (weight, bias):
+        if tensor is None:
+            local.append(None)
+            continue
+        (placement,) = getattr(tensor, "placements", ("of one device",))
+        # A subclass of Shard splits in another order.
+        if type(placement) is not Shard or placement.dim % tensor.ndim != 0:
+            raise UsageError(
+                f"{what} has a weight or bias with placement {placement}; vocabulary-parallel "
+                "losses need both sharded by rows (Shard(0), which ColwiseParallel gives)"
+            )
+        local.append(tensor.to_local(grad_placements=[Shard(0)]))  # type: ignore[attr-defined]
+    if bias is not None and bias.device_mesh != mesh:  # type: ignore[attr-defined]
+        raise UsageError(f"weight and bias of {what} lie on different meshes")
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise UsageError(f"the mesh of {what} must list its ranks in ascending order, got {ranks}")
+    return local[0], local[1], mesh.get_group()
+
+
+def whole_hidden(
+    hidden: Tensor,  # (R, T, D)
+    accepted: bool | DeviceMesh,
+    tokens: Tensor,  # (R, T)
+) -> Tensor:  # (R, T, D)
+    """Hidden states of all tokens as a plain tensor; those sharded over the sequence are gathered.
+
+    Its gradient must be whole on every rank, as it is by default of the vocabulary-parallel ops.
+    """
+    if accepted and hidden.shape[:2] != tokens.shape:
+        raise UsageError(
+            f"the hidden states have {tuple(hidden.shape[:2])} tokens, the batch "
+            f"{tuple(tokens.shape)}; if they are sharded over the sequence, let the last norm take "
+            "and return DTensors (SequenceParallel(use_local_output=False))"
+        )
+    if not _is_dtensor(hidden):
+        return hidden
+    from torch.distributed.tensor import Replicate, Shard
+
+    _accepted_mesh(hidden, accepted, "the model's hidden states")
+    whole = hidden.placements[0]  # type: ignore[attr-defined]
+    if whole not in (Replicate(), Shard(1)):
+        raise UsageError(
+            f"the hidden states have placement {whole}; vocabulary-parallel losses take "
+            "Replicate(), or Shard(1), over the sequence"
+        )
+    everywhere = hidden.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
+    return everywhere.to_local(grad_placements=[Replicate()])
+
+
+def _accepted_mesh(tensor: Any, accepted: bool | DeviceMesh, what: str) -> DeviceMesh:
+    mesh = tensor.device_mesh
+    if _is_accepted(tensor, accepted):
+        return mesh
+    raise UsageError(
+        f"{what} lies on a mesh of dimensions {mesh.mesh_dim_names}, which is not known to be one "
+        "of tensor parallelism. Sharded by FSDP, it is whole inside the wrapped forward only "
+        "(plad_fast.models.call_inside); for tensor parallelism name the dimension "
+        f"{_TENSOR_PARALLEL!r}, or pass tensor_parallel=mesh"
+    )
+
+
+def _is_accepted(tensor: Any, accepted: bool | DeviceMesh) -> bool:
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1:
+        return False
+    if isinstance(accepted, bool):
+        return mesh.mesh_dim_names == (_TENSOR_PARALLEL,)
+    return accepted == mesh
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")  # without loading torch.distributed.tensor

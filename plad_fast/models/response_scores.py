@@ -1,9 +1,9 @@
-"""What a model thinks of responses: their log-probabilities."""
+"""Log-probabilities of given responses under a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,17 +11,31 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from plad_fast.data.chat import Content
+from plad_fast.data.packing import PreferenceCollator, to_device
 from plad_fast.data.plain_rows import plain_rows, without_nulls
-from plad_fast.data.rows import read_row
+from plad_fast.data.row_sets import longest, require_ids
+from plad_fast.data.rows import TokenLimits, read_row
+from plad_fast.data.text_ids import EncodedGroup, TextIds
+from plad_fast.data.tokenization import report_texts
 from plad_fast.errors import UsageError
+from plad_fast.models.adapters import pad_token_id, token_limits
+from plad_fast.models.encoder_decoder import decoder_start_token
+from plad_fast.models.head import causal_lm_logprobs, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from plad_fast.data.text_ids import EncodedGroup
-
 _TOLD: set[tuple[str, str]] = set()
 """Tokenizers of whose texts one was warned already."""
+
+
+class _Row(NamedTuple):
+    name: str
+    """In messages: "pair 3", say."""
+    prompt: Content
+    responses: Sequence[Content]
+    template: Mapping[str, Any]
+    """What the chat template gets beside messages, such as `tools`."""
 
 
 def score_pairs(
@@ -48,18 +62,15 @@ def score_pairs(
     Raises:
         UsageError: a pair that is not as above, or as `score_responses`.
     """
-    names, rows, templates = _read_pairs(pairs)
-    logps = score_responses(
+    logps = _score(
         model,
         tokenizer,
-        rows,
+        _read_pairs(pairs),
+        unit="pair",
         length_normalization=length_normalization,
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
-        unit="pair",
-        names=names,
-        templates=templates,
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
@@ -78,40 +89,22 @@ def check_pairs(
         tokenizer, pairs, max_length: as `score_pairs` will get them.
         encoder_decoder: whether the model is one.
     """
-    names, rows, templates = _read_pairs(pairs)
-    _encode(
-        tokenizer,
-        rows,
-        max_length=max_length,
-        encoder_decoder=encoder_decoder,
-        unit="pair",
-        names=names,
-        templates=templates,
-    )
+    _encode(tokenizer, _read_pairs(pairs), "pair", max_length, encoder_decoder)
 
 
-def _read_pairs(
-    pairs: Sequence[Mapping[str, Any]],
-) -> tuple[list[str], list[tuple[Content, list[Content]]], list[Mapping[str, Any]]]:
-    """Names of the pairs for messages, what is in them, and what chat templates get of each."""
+def _read_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
     found = plain_rows(pairs, "pairs")
-    pairs = found if isinstance(found, list) else list(map(without_nulls, found))
-    if not pairs:
-        raise UsageError("there are no pairs to score; pass at least one")
-    names = [str(pair.get("id", f"number {index}")) for index, pair in enumerate(pairs)]
-    rows, templates = [], []
-    for name, pair in zip(names, pairs, strict=True):
+    rows = []
+    for index, pair in enumerate(found if isinstance(found, list) else map(without_nulls, found)):
+        name = f"pair {pair.get('id', f'number {index}')}"
         try:
-            row = read_row(pair)
-            if len(row.responses) != 2:
-                raise UsageError(
-                    f"{len(row.responses)} responses; give one chosen and one rejected"
-                )
+            prompt, responses, template = read_row(pair)
+            if len(responses) != 2:
+                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
         except UsageError as error:
-            raise UsageError(f"pair {name}: {error}") from None
-        rows.append((row.prompt, row.responses))
-        templates.append(row.template)
-    return names, rows, templates
+            raise UsageError(f"{name}: {error}") from None
+        rows.append(_Row(name, prompt, responses, template))
+    return rows
 
 
 def score_responses(
@@ -123,9 +116,7 @@ def score_responses(
     batch_size: int = 8,
     max_length: int = 1024,
     progress: bool = True,
-    unit: str = "prompt",
     names: Sequence[str] | None = None,
-    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[NDArray[np.float64]]:
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
@@ -138,9 +129,7 @@ def score_responses(
         max_length: tokens of prompt and response, of an encoder-decoder model of each; a longer
             prompt loses its beginning.
         progress: show a progress bar.
-        unit: what to call a row in messages.
-        names: of the rows in messages; by default their numbers.
-        templates: what the chat template gets for each row beside messages, such as `tools`.
+        names: of the prompts in messages; by default their numbers.
 
     Returns:
         For each row a float64 array with one log-probability a response, in nats.
@@ -149,28 +138,36 @@ def score_responses(
         UsageError: no rows, one that is not as above, a response longer than `max_length`, or a
             log-probability that is not finite.
     """
-    from plad_fast.data.packing import PreferenceCollator, to_device
-    from plad_fast.models.adapters import pad_token_id
-    from plad_fast.models.encoder_decoder import decoder_start_token
-    from plad_fast.models.head import causal_lm_logprobs, evaluating
-    from plad_fast.models.sharing import prepare
+    named = names or [f"number {index}" for index in range(len(rows))]
+    return _score(
+        model,
+        tokenizer,
+        [_Row(f"prompt {name}", *row, {}) for name, row in zip(named, rows, strict=True)],
+        unit="prompt",
+        length_normalization=length_normalization,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+    )
 
-    if not rows:
-        raise UsageError(f"there are no {unit}s to score; pass at least one")
+
+def _score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[_Row],
+    *,
+    unit: str,
+    length_normalization: float,
+    batch_size: int,
+    max_length: int,
+    progress: bool,
+) -> list[NDArray[np.float64]]:
+    from plad_fast.models.sharing import prepare  # brings in transformers
+
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
-    names = [f"number {index}" for index in range(len(rows))] if names is None else names
     start = decoder_start_token(model)
-    features = _encode(
-        tokenizer,
-        rows,
-        max_length=max_length,
-        encoder_decoder=start is not None,
-        unit=unit,
-        names=names,
-        templates=templates,
-    )
-    _require_room(features, model, encoder_decoder=start is not None, unit=unit, names=names)
+    features = _encode(tokenizer, rows, unit, max_length, start is not None, token_limits(model))
     pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device
     logps: dict[int, NDArray[np.float64]] = {}
@@ -192,7 +189,7 @@ def score_responses(
     if bad:
         raise UsageError(
             f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
-            f"first is {unit} {names[bad[0]]}; the model has diverged or overflows "
+            f"first is {rows[bad[0]].name}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
     return [logps[index] for index in range(len(rows))]
@@ -200,35 +197,33 @@ def score_responses(
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[Content, Sequence[Content]]],
-    *,
+    rows: Sequence[_Row],
+    unit: str,
     max_length: int,
     encoder_decoder: bool,
-    unit: str,
-    names: Sequence[str],
-    templates: Sequence[Mapping[str, Any]] | None,
+    limits: TokenLimits | None = None,
 ) -> list[EncodedGroup]:
-    """Rows as token ids; raises UsageError for one that is not as in `score_responses`."""
-    from plad_fast.data.text_ids import TextIds
-    from plad_fast.data.tokenization import report_texts
-
+    """Rows as token ids that fit; with limits, ids and lengths that the model has weights for."""
+    if not rows:
+        raise UsageError(f"there are no {unit}s to score; pass at least one")
     encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
     features = []
-    templates = [{}] * len(rows) if templates is None else templates
-    for name, (prompt, responses), template in zip(names, rows, templates, strict=True):
+    for name, prompt, responses, template in rows:
         try:
             group = encoder.encode(prompt, responses, max_length=max_length, template=template)
+            if limits is not None:
+                _require_room(group, limits, encoder_decoder)
         except UsageError as error:
-            raise UsageError(f"{unit} {name}: {error}") from None
+            raise UsageError(f"{name}: {error}") from None
         features.append(group)
-    too_long = [name for name, feature in zip(names, features, strict=True) if not feature["fits"]]
+    too_long = [row for row, group in zip(rows, features, strict=True) if not group["fits"]]
     if too_long:
         raise UsageError(
             f"{len(too_long)} of {len(rows)} {unit}s hold a response longer than "
-            f"max_length={max_length} tokens, the first is {unit} {too_long[0]}; "
+            f"max_length={max_length} tokens, the first is {too_long[0].name}; "
             f"raise max_length, or leave those {unit}s out"
         )
-    moved, split = ([feature[key] for feature in features] for key in ("moved", "split"))
+    moved, split = ([group[key] for group in features] for key in ("moved", "split"))
     told = (unit, tokenizer.name_or_path)
     if told not in _TOLD and any([*moved, *split]):
         _TOLD.add(told)  # a scorer asks batch by batch
@@ -236,31 +231,15 @@ def _encode(
     return features
 
 
-def _require_room(
-    features: Sequence[EncodedGroup],
-    model: PreTrainedModel,
-    *,
-    encoder_decoder: bool,
-    unit: str,
-    names: Sequence[str],
-) -> None:
-    """Raises UsageError for token ids or a length that the model has no weights for."""
-    from plad_fast.data.row_sets import longest, require_ids
-    from plad_fast.models.adapters import token_limits
-
-    limits = token_limits(model)
-    for name, feature in zip(names, features, strict=True):
-        prompt, responses = feature["prompt_ids"], feature["response_ids"]
-        try:
-            require_ids(prompt, responses, limits)
-        except UsageError as error:
-            raise UsageError(f"{unit} {name}: {error}") from None
-        length = longest(prompt, responses, encoder_decoder)
-        if limits.positions is not None and length > limits.positions:
-            raise UsageError(
-                f"{unit} {name} has {length} tokens, and the model has {limits.positions} "
-                f"positions; set max_length={limits.positions} or less"
-            )
+def _require_room(group: EncodedGroup, limits: TokenLimits, encoder_decoder: bool) -> None:
+    prompt, responses = group["prompt_ids"], group["response_ids"]
+    require_ids(prompt, responses, limits)
+    length = longest(prompt, responses, encoder_decoder)
+    if group["fits"] and limits.positions is not None and length > limits.positions:
+        raise UsageError(
+            f"{length} tokens, and the model has {limits.positions} positions; set "
+            f"max_length={limits.positions} or less"
+        )
 
 
 def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tuple[int, list[int]]]:

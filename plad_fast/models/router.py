@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixtures of experts, as the model itself would add it to its own.
+"""Router losses: the load-balancing term that a mixture of experts would add to its own loss.
 
 A causal LM adds it behind its head, which the fused loss does not run. So the backbone is listened
 to, and what it put out goes through the model's own forward once more, with one token a row left
@@ -47,10 +47,6 @@ def router_losses(model: nn.Module, *, wanted: bool | None = None) -> Iterator[l
     Yields:
         A list, filled when the context is left: one scalar with its graph for every forward;
         none if they are not wanted.
-
-    Raises:
-        UsageError: they are wanted, and the model has none, or re-entrant checkpointing would take
-            their gradient away.
     """
     losses: list[Tensor] = []
     if not (asks_for_router_loss(model) if wanted is None else wanted):
@@ -127,9 +123,8 @@ def _own_loss(
             use_cache=False,
             return_dict=True,
         )
-    loss = getattr(found, "aux_loss", None)
-    config = lm.config.get_text_config()
-    named = (getattr(config, name, None) for name in _COEFFICIENTS)
+    loss, config = getattr(found, "aux_loss", None), lm.config.get_text_config()
+    named = [getattr(config, name, None) for name in _COEFFICIENTS]
     coefficient = next((value for value in named if value is not None), None)
     if not isinstance(loss, Tensor) or coefficient is None:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Whether a model can take packed rows and shared prompts: found out, not believed.
+"""Packed rows and shared prompts for a model: found to work, or refused.
 
 A wrong attention trains without complaint. So the structure is looked at (does every layer ask the
 registered attention, with the window its config names?), and the result is compared with that of
@@ -12,27 +12,17 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from plad_fast.data.packing import LAYOUTS, PreferenceBatch, PreferenceCollator, to_device
 from plad_fast.data.row_layout import Attended, RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.models.adapters import token_limits, vocabulary_size
+from plad_fast.models.adapters import base_model, token_limits
 from plad_fast.models.attention.flash import working_dtype
-from plad_fast.models.attention.packed import (
-    NotPackedError,
-    check_implementation,
-    enable,
-    is_enabled,
-)
+from plad_fast.models.attention.packed import NotPackedError, check_implementation
+from plad_fast.models.attention.register import enable, is_enabled
 from plad_fast.models.encoder_decoder import is_encoder_decoder
-from plad_fast.models.head import (
-    base_model,
-    batch_hidden,
-    causal_lm_logprobs,
-    evaluating,
-    find_head,
-)
+from plad_fast.models.head import batch_hidden, causal_lm_logprobs, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +45,7 @@ def prepare(
         layout: "shared", "packed", "padded", or "auto": shared if the model can, else padded, with
             a warning that says why. An encoder-decoder model has a layout of its own, which "auto"
             and "encoder_decoder" ask for.
-        attention: see `plad_fast.models.attention.packed.enable`.
+        attention: see `plad_fast.models.attention.register.enable`.
         check: compare log-probabilities of a short group in the two layouts, which takes a few
             forward passes.
 
@@ -69,27 +59,26 @@ def prepare(
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
     check_implementation(attention)
+    lm = base_model(model)
+    family = type(lm).__name__
     if is_encoder_decoder(model):
         if layout not in ("auto", "encoder_decoder"):
             raise UsageError(
-                f"layout {layout!r} puts prompt and response into one row, and "
-                f"{type(base_model(model)).__name__} is an encoder-decoder model; use layout='auto'"
+                f"layout {layout!r} puts prompt and response into one row, and {family} is an "
+                "encoder-decoder model; use layout='auto'"
             )
         return "encoder_decoder"
     if layout == "encoder_decoder":
         raise UsageError(
-            f"layout {layout!r} needs an encoder, which {type(base_model(model)).__name__} has "
-            "not; use layout='auto'"
+            f"layout {layout!r} needs an encoder, which {family} has not; use layout='auto'"
         )
     if layout == "padded":
         return layout
-    lm = base_model(model)
     before = lm.config._attn_implementation
+    reason: str | None = f"{family} does not use transformers' attention interface"
     if lm._can_set_attn_implementation():
         enable(lm, attention)
         reason = _why_not_packed(model, attention)
-    else:
-        reason = f"{type(lm).__name__} does not use transformers' attention interface"
     if reason is not None:
         if is_enabled(lm):
             lm.set_attn_implementation(before)
@@ -106,20 +95,18 @@ def prepare(
 
 
 def _why_not_packed(model: nn.Module, attention: str) -> str | None:
-    """None, or what in the model's structure stands against packed rows."""
+    """The trait of the model's structure that stands against packed rows, or None."""
     lm = base_model(model)
-    config = lm.config.get_text_config()
+    family, config = type(lm).__name__, lm.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or []
     unknown = sorted(set(kinds) - _KNOWN_LAYERS)
     if unknown:
-        return f"{type(lm).__name__} has layers of the kind {', '.join(unknown)}"
+        return f"{family} has layers of the kind {', '.join(unknown)}"
     if getattr(config, "attention_chunk_size", None):
-        return f"{type(lm).__name__} attends in chunks"
+        return f"{family} attends in chunks"
     # Not in all of the model: convolutions of an audio tower never meet a token.
     if any(isinstance(module, nn.Conv1d) for module in (lm.get_decoder() or lm).modules()):
-        return (
-            f"{type(lm).__name__} has convolutions, which see across the borders of a row's parts"
-        )
+        return f"{family} has convolutions, which see across the borders of a row's parts"
     trace: list[Attended] = []
     layout = RowLayout(((2, 1, 2), (1, 1)), trace)
     batch = PreferenceBatch(
@@ -137,38 +124,36 @@ def _why_not_packed(model: nn.Module, attention: str) -> str | None:
     except Exception as error:  # a forward that takes no further arguments, say
         if attention != "auto":
             raise
-        return f"{type(lm).__name__} does not run on them ({type(error).__name__}: {error})"
+        return f"{family} does not run on them ({type(error).__name__}: {error})"
     depth = config.num_hidden_layers
     if len(trace) != depth:
         return (
-            f"{len(trace)} of the {depth} layers of {type(lm).__name__} use transformers' "
-            "attention interface"
+            f"{len(trace)} of the {depth} layers of {family} use transformers' attention interface"
         )
     windowed = [kind == "sliding_attention" for kind in kinds] or [_slides(config)] * depth
     if any(slides and note.window is None for slides, note in zip(windowed, trace, strict=True)):
-        return f"{type(lm).__name__} keeps the width of its sliding window to itself"
+        return f"{family} keeps the width of its sliding window to itself"
     return None
 
 
 def _slides(config: Any) -> bool:
     """Whether all layers have a sliding window, in a config that does not list its layers."""
-    return bool(getattr(config, "sliding_window", None)) and bool(
-        getattr(config, "use_sliding_window", True)
-    )
+    used = getattr(config, "use_sliding_window", True)
+    return bool(getattr(config, "sliding_window", None) and used)
 
 
 def _check(model: nn.Module, layout: str) -> None:
-    """Raises UsageError unless two short groups have the same log-probabilities either way."""
-    # Tokens that go in and come out: there may be more embeddings than rows of the head.
-    vocab = min(vocabulary_size(model), len(find_head(model, tensor_parallel=True).weight))
-    draw = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(vocab, (count,), generator=draw).tolist()
-
-    room = (token_limits(model).positions or math.inf) - max(map(max, _RESPONSES))
+    """Refuses a model that gives two short groups other log-probabilities than in padded rows."""
+    limits, draw = token_limits(model), torch.Generator().manual_seed(0)
+    room = (limits.positions or math.inf) - max(map(max, _RESPONSES))
     if room < 1:  # a model of so few positions trains on nothing longer either
         return
+
+    def tokens(count: int) -> list[int]:
+        # Ids that go in and come out: there may be more embeddings than rows of the head.
+        vocab = min(limits.inputs, limits.outputs)
+        return torch.randint(vocab, (count,), generator=draw).tolist()
+
     groups = [
         {
             "prompt_ids": tokens(int(min(prompt, room))),
@@ -176,15 +161,17 @@ def _check(model: nn.Module, layout: str) -> None:
         }
         for prompt, responses in zip(_PROMPTS, _RESPONSES, strict=True)
     ]
-    found, expected = (
-        _logprobs(model, PreferenceCollator(0, 2, layout=name)(groups))
-        for name in (layout, "padded")
-    )
+    batches = [PreferenceCollator(0, 2, layout=name)(groups) for name in (layout, "padded")]
+    with evaluating(model), torch.no_grad():
+        found, expected = (
+            causal_lm_logprobs(model, to_device(batch, _device_of(model))).token_logprobs.double()
+            for batch in batches
+        )
     difference = float((found - expected).abs().mean())
     dtype = working_dtype(next(model.parameters()))
     if dtype == torch.float32 and _rounds_products():
         dtype = torch.bfloat16  # TF32 has no more digits to speak of
-    # NaN passes: `check_head` and the training report it.
+    # NaN passes: `check_architecture` and the training report it.
     if difference > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT):
         raise UsageError(
             f"{type(base_model(model)).__name__} gives other log-probabilities in the {layout} "
@@ -199,13 +186,6 @@ def _rounds_products() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # it was set for a backend, by the newer names
         return True
-
-
-def _logprobs(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N,)
-    with evaluating(model), torch.no_grad():
-        return causal_lm_logprobs(
-            model, to_device(batch, _device_of(model))
-        ).token_logprobs.double()
 
 
 def _device_of(model: nn.Module) -> torch.device:

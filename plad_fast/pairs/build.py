@@ -1,4 +1,4 @@
-"""From two models' answers to preference rows."""
+"""Preference rows of two models' answers, and the report on those that gave none."""
 
 from __future__ import annotations
 
@@ -29,24 +29,22 @@ if TYPE_CHECKING:
 
 Answers = Mapping[str, Answer] | Mapping[str, Sequence[Answer]]
 
-_ADVICE = {
-    "missing": "let both models answer the same prompts",
-    "empty": "check that the prompts fit the models' chat template",
-    "truncated": "raise max_new_tokens",
-    "identical": "give the student another seed or a higher temperature, or take a smaller student",
-    "unscored": "score all answers that are neither blank nor cut off",
-    "contradicted": "take a better teacher or another scorer, or keep such pairs",
-    "close": "lower min_gap, or take more samples and the best and worst of them",
-    "uneven": "raise max_length_ratio",
-    "repetitive": "raise max_repetition, or sample the teacher at another temperature",
-    "similar": "raise max_overlap, or sample the student at a higher temperature",
-    "few": "lower list_size, or take more samples",
-}
-_STEPS = {
-    "answered": ("missing", "empty"),
-    "finished": ("truncated",),
-    "paired": ("identical", "few", "unscored"),
-    "kept": ("contradicted", "close", "uneven", "repetitive", "similar"),
+# Reason why there is no pair -> the step that finds it, and what to do where it is the first one.
+_REASONS = {
+    "missing": ("answered", "let both models answer the same prompts"),
+    "empty": ("answered", "check that the prompts fit the models' chat template"),
+    "truncated": ("finished", "raise max_new_tokens"),
+    "identical": (
+        "paired",
+        "give the student another seed or a higher temperature, or take a smaller student",
+    ),
+    "few": ("paired", "lower list_size, or take more samples"),
+    "unscored": ("paired", "score all answers that are neither blank nor cut off"),
+    "contradicted": ("kept", "take a better teacher or another scorer, or keep such pairs"),
+    "close": ("kept", "lower min_gap, or take more samples and the best and worst of them"),
+    "uneven": ("kept", "raise max_length_ratio"),
+    "repetitive": ("kept", "raise max_repetition, or sample the teacher at another temperature"),
+    "similar": ("kept", "raise max_overlap, or sample the student at a higher temperature"),
 }
 
 _SOURCES = {
@@ -62,7 +60,11 @@ class NoPairsError(UsageError):
     """No row is left; `report` says why."""
 
     def __init__(self, report: PairReport) -> None:
-        super().__init__(f"no pair is left: {report}; {_advice(report)}")
+        dropped = report.dropped
+        advice = "give at least one prompt"
+        if dropped:
+            _, advice = _REASONS[max(dropped, key=lambda reason: dropped[reason])]
+        super().__init__(f"no pair is left: {report}; {advice}")
         self.report = report
 
 
@@ -73,51 +75,31 @@ class PairReport:
     Where a prompt may give several pairs, each of them counts.
     """
 
-    total: int
-    identical: int = 0
-    empty: int = 0
-    truncated: int = 0
-    missing: int = 0
-    unscored: int = 0
-    contradicted: int = 0
-    close: int = 0
-    uneven: int = 0
-    repetitive: int = 0
-    similar: int = 0
-    few: int = 0
-    unit: str = "prompts"
-    drops: Sequence[Mapping[str, Any]] = field(default=(), repr=False, compare=False)
+    kept: int
+    """Prompts with a row, or pairs."""
+
+    drops: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """What was dropped, a record each: `id`, `prompt`, the answers of `teacher` and `student` (a
     text, null where there is none, or a list of several), `reason`, and `of`, whose answer it was
     that was missing, empty or truncated."""
 
-    @classmethod
-    def of_rows(
-        cls, kept: int, drops: Sequence[Mapping[str, Any]], *, unit: str = "prompts"
-    ) -> PairReport:
-        """The report of so many rows and of the records of what was dropped.
-
-        Reasons that this version does not know are left out.
-        """
-        counts = Counter(str(drop.get("reason")) for drop in drops)
-        known = {name: n for name, n in counts.items() if name in cls(0).dropped}
-        return cls(kept + sum(known.values()), **known, unit=unit, drops=drops)
+    unit: str = "prompts"
 
     @property
-    def kept(self) -> int:
-        """Prompts with a row, or pairs."""
-        return self.total - sum(self.dropped.values())
+    def total(self) -> int:
+        """Prompts with a row and without, or pairs."""
+        return self.kept + sum(self.dropped.values())
 
     @property
     def dropped(self) -> dict[str, int]:
         """Prompts without a row, or pairs that are none, by reason.
 
         The reasons are those of `filters.drop_reason` and `PairFilters.reason`, and `unscored` (an
-        answer has no score) and `few` (too few different answers for a list).
+        answer has no score) and `few` (too few different answers for a list). Those that this
+        version does not know are left out.
         """
-        counts = dict(vars(self))
-        del counts["total"], counts["unit"], counts["drops"]
-        return counts
+        counts = Counter(str(drop.get("reason")) for drop in self.drops)
+        return {reason: counts[reason] for reason in _REASONS if counts[reason]}
 
     def funnel(self) -> list[tuple[str, int, dict[str, int]]]:
         """(Step, what is left of `total` after it, what it dropped by reason), from first to last.
@@ -127,23 +109,15 @@ class PairReport:
         """
         left = self.total
         steps: list[tuple[str, int, dict[str, int]]] = [(self.unit, left, {})]
-        dropped = self.dropped
-        for step, reasons in _STEPS.items():
-            lost = {reason: dropped[reason] for reason in reasons if dropped[reason]}
+        for step in dict.fromkeys(step for step, _ in _REASONS.values()):
+            lost = {why: n for why, n in self.dropped.items() if _REASONS[why][0] == step}
             left -= sum(lost.values())
             steps.append((step, left, lost))
         return steps
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items() if n)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
         return f"kept {self.kept} of {self.total} {self.unit}" + (f": {reasons}" if reasons else "")
-
-
-def _advice(report: PairReport) -> str:
-    if not report.total:
-        return "give at least one prompt"
-    reason, _ = max(report.dropped.items(), key=lambda item: item[1])
-    return _ADVICE[reason]
 
 
 def build_pairs(
@@ -208,7 +182,7 @@ def build_pairs(
             else:
                 rows.append(_row(prompt, item, select, source, tokenizer))
     unit = "pairs" if select == "all" else "prompts"
-    report = PairReport.of_rows(len(rows), drops, unit=unit)
+    report = PairReport(len(rows), drops, unit)
     if not rows:
         raise NoPairsError(report)
     return rows, report

@@ -1,4 +1,4 @@
-"""Data from which little or nothing can be learned, said before the hours that it would cost.
+"""Checks for data from which little or nothing can be learned, before the hours it would cost.
 
 Each check gives findings: a line with a count and an example. Nothing here reads a file.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plad_fast.data.places import shown
+from plad_fast.checks import shown
 from plad_fast.data.rows import read_row
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics

@@ -1,4 +1,5 @@
-"""What each stage of the recipe depends on, besides the files it reads.
+"""Dependencies of the recipe's stages: the settings each of them depends on, besides the files it
+reads.
 
 A setting that no stage is listed with belongs to all of them: better anew than stale.
 """

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from plad_fast.data.files import write_atomically
 from plad_fast.data.places import lies_in
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
-from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs
@@ -148,24 +149,16 @@ class _LocalTeacher:
         self._model = None
 
 
+@dataclass(frozen=True)
 class _Distillation:
-    """The stages of a run, by what was read and opened for them."""
+    """The stages of a run, on what was read and opened for them."""
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        prompts: RunPrompts,
-        teacher: _LocalTeacher,
-        texts: RecipeTexts,
-        scoring: Mapping[str, Any],
-        folder: RunFolder,
-    ) -> None:
-        self.config = config
-        self.prompts = prompts
-        self.teacher = teacher
-        self.texts = texts
-        self.scoring = scoring
-        self.folder = folder
+    config: DistillConfig
+    prompts: RunPrompts
+    teacher: _LocalTeacher
+    texts: RecipeTexts
+    scoring: Mapping[str, Any]
+    folder: RunFolder
 
     def run(self, command: str) -> dict[str, Any]:
         """Runs what is left of the stages, and writes the report."""

@@ -11,7 +11,7 @@ from typing import Any
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut, read_held_out
-from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import (
     evaluate_models,
@@ -25,6 +25,7 @@ from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_rows
+from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.inputs import check_students, read_pairs, show_findings
 from plad_fast.recipe.scoring import JUDGE_STORE, held_out_scoring
@@ -33,11 +34,6 @@ from plad_fast.recipe.stage_folder import claim_folder, held_by_first
 from plad_fast.recipe.texts import sampling_for
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
-
-_SETTINGS = (
-    *("length_normalization", "max_new_tokens", "student_temperature", "top_p", "seed"),
-    *("max_length", "precision", "eval_scorer", "calibration_samples"),
-)
 
 
 def evaluate_on_pairs(
@@ -100,12 +96,11 @@ def _evaluate_on_pairs(
         for file in (file for own in files for file in (own.logps, own.calibration)):
             file.unlink(missing_ok=True)
 
-    of_results = config.results_settings()
     claim_folder(
         folder,
         "evaluate",
         {
-            **{name: of_results[name] for name in _SETTINGS},
+            **stage_settings(config, "evaluation"),
             "students": list(models),
             **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
             "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",

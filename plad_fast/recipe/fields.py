@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from plad_fast.data.places import shown
+from plad_fast.checks import shown
 from plad_fast.errors import UsageError
 
 

@@ -1,4 +1,4 @@
-"""Who rates held-out answers, beside ROUGE, which always does."""
+"""Scorers of the held-out answers, beside ROUGE, which always rates them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _JUDGE = "judge:"
 def held_out_scoring(
     config: DistillConfig, folder: Path, judges: dict[str, ChatEndpoint] | None = None
 ) -> dict[str, Any]:
-    """The options of `held_out.evaluate_models` that the settings ask for.
+    """The options of `evaluate_models` that the settings ask for.
 
     The scorer that pairs were chosen by stands beside the one that they were not. A judge compares
     students' answers with each other; any other scorer rates every answer by itself.

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.places import expanded, is_there, nothing_at, shown
+from plad_fast.checks import shown
+from plad_fast.data.places import expanded, is_there, nothing_at
 from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.settings import DistillConfig

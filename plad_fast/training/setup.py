@@ -1,4 +1,4 @@
-"""Model and data of a training before its first step: token ids, layout, and what must agree."""
+"""Preparation of model and data for training: checks, token ids, layout."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from plad_fast.models.adapters import (
     vocabulary_size,
     without_adapters,
 )
-from plad_fast.models.attention.packed import enable
+from plad_fast.models.attention.register import enable
 from plad_fast.models.encoder_decoder import decoder_start_token, is_encoder_decoder
-from plad_fast.models.head import check_head
+from plad_fast.models.head import check_architecture
 from plad_fast.models.router import check_router_loss
 from plad_fast.models.sharing import prepare
 from plad_fast.models.wrappers import gathered
@@ -84,7 +84,7 @@ def check_inputs(
 
 
 def of_each(change: Callable[[Any, str], Any], evaluation: Any) -> Any:
-    """What `change` makes of the evaluation set, or of each one of several by name."""
+    """Applies `change` to the evaluation set, or to each one of several by name."""
     if not isinstance(evaluation, dict):
         return change(evaluation, "eval_dataset")
     return {key: change(rows, f"eval_dataset[{key!r}]") for key, rows in evaluation.items()}
@@ -157,7 +157,7 @@ def prepare_model(model: PreTrainedModel, args: PLaDConfig, accelerator: Acceler
     """The layout, found by the first process: the others may not have their weights yet."""
 
     def find() -> str:
-        check_head(model)
+        check_architecture(model)
         check_router_loss(model)
         return prepare_layout(model, args.layout, args, accelerator)
 

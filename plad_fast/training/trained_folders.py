@@ -1,4 +1,4 @@
-"""The folder of a trained model: its record, its log, and what of it may be replaced."""
+"""The folder of a trained model: its record and log, and replacing nothing but its own files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import NAME as MANIFEST
 from plad_fast.data.manifest import listed_files, write_manifest
-from plad_fast.data.records import require_equal
+from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
 
 RECORD = "training.json"
-"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
+"""Settings that the weights depend on; in the folder of the model, and of its checkpoints."""
+
+_FORMAT = RecordFormat("plad-fast training", 1)
 
 LOG = "log_history.json"
 
@@ -45,13 +47,19 @@ def checkpoints_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.checkpoints")
 
 
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Says which training a folder is of."""
+    _FORMAT.write(folder / RECORD, **record)
+
+
 def found_record(folder: Path) -> dict[str, Any] | None:
     """The record of the training that made a folder; None where there is none that can be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = _FORMAT.read(folder / RECORD)
+    except OSError:
         return None
-    return record if isinstance(record, dict) else None
+    fields = {name: value for name, value in found.fields.items() if name not in _FORMAT.header}
+    return None if found.problem else fields
 
 
 def require_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -63,7 +71,7 @@ def require_record(folder: Path, record: Mapping[str, Any]) -> None:
         advice = "choose another --output-dir" + ", or pass --overwrite to replace it" * is_there
         raise UsageError(f"{folder} is there already and has {what}; {advice}")
     advice = "choose another --output-dir, or pass --overwrite to replace it"
-    require_equal(found, json.loads(json.dumps(record)), folder, advice)
+    require_equal(found, as_json(record), folder, advice)
 
 
 def log_history(model_folder: Path) -> list[dict[str, Any]]:
@@ -128,9 +136,8 @@ def _ours(model: Path) -> list[str]:
 def discard_training(output: Path) -> None:
     """Removes a model that a training made, and the checkpoints of one beside it.
 
-    Raises:
-        UsageError: the folder holds something else, or another process trains there; nothing is
-            removed.
+    Nothing is removed, and a UsageError raised, where the folder holds something else or another
+    process trains there.
     """
     checkpoints = checkpoints_of(output)
     if is_trained(output):

@@ -280,8 +280,16 @@ def test_bad_files(tmp_path, name, text, expected):
         ("p.jsonl", b'{"prompt": "a"}\n{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 2"),
         ("p.jsonl", b'{"prompt": "a", "x": ' + b"[" * 300 + b"]" * 300 + b"}", "line 1 is nested"),
         ("p.json", b"[" * 200_000, "nested more than"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "n": ' + b"7" * 5000 + b"}", "line 2 holds"),
-        ("p.json", b'[{"prompt": "a"},\n{"n": -' + b"7" * 5000 + b"}]", "line 2 holds a number of"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "b", "n": ' + b"7" * 5000 + b"}",
+            "column 22 is not valid",
+        ),
+        (
+            "p.json",
+            b'[{"prompt": "a"},\n{"n": -' + b"7" * 5000 + b"}]",
+            "line 2, column 7 is not valid JSON: a number of 5001",
+        ),
         ("p.csv", b"prompt,id,prompt\na,1,b\n", "several are named 'prompt'"),
         ("p.csv", "prompt\na\n".encode("utf-16-le"), "NUL bytes, as UTF-16 does"),
         ("p.jsonl", b"\x1f\x8b\x08\x00\x00", "a gzip archive"),

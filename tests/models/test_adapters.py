@@ -1,4 +1,4 @@
-"""What PEFT does to a model, seen through: adapters in the body, on the head, and switched off.
+"""PEFT seen through: adapters in the body, on the head, and switched off.
 
 The yardstick is what PEFT's own forward computes: its logits, and the gradients of autograd.
 """
@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity
 from plad_fast import fused_linear_preference_loss, linear_sequence_logprobs
 from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.models.head import causal_lm_logprobs, check_head, find_head, head_arguments
+from plad_fast.models.head import causal_lm_logprobs, check_architecture, head_arguments
+from plad_fast.models.lm_head import find_head
 from tests.models.test_head import FEATURES, build, naive_sums
 
 peft = pytest.importorskip("peft")
@@ -47,7 +48,7 @@ def shift(model):
 
 
 def assert_as_peft_computes(model, batch):
-    check_head(model)
+    check_architecture(model)
     ours, theirs = causal_lm_logprobs(model, batch).sums, naive_sums(model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

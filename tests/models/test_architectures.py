@@ -17,7 +17,8 @@ import transformers
 from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.models.head import causal_lm_logprobs, check_head, find_head
+from plad_fast.models.head import causal_lm_logprobs, check_architecture
+from plad_fast.models.lm_head import find_head
 from plad_fast.models.sharing import prepare
 from tests.models.test_head import naive_sums
 from tests.support.architectures import (
@@ -123,9 +124,9 @@ def test_fused_log_probs_are_those_of_the_models_own_logits(architecture):
         pytest.skip(f"this transformers builds none: {error}")
     if (refused := entry(REFUSED, architecture)) is not None:
         with pytest.raises(UsageError, match=refused.message):
-            check_head(model)
+            check_architecture(model)
         return
-    check_head(model)
+    check_architecture(model)
     if model_type == "recurrent_gemma" and not IS_NEW:
         pytest.skip("its own logits are others with use_cache=False, in transformers 4")
     collator = PreferenceCollator(
@@ -170,7 +171,7 @@ def test_scale_of_t5_and_its_kin(model_type, tied, monkeypatch):
     monkeypatch.setitem(SPECIAL, model_type, {"tie_word_embeddings": tied})
     [architecture] = [a for a in architectures() if a[:2] == (TWO_HALVES, model_type)]
     model = make_causal_lm(model_type, architecture.class_name, is_decoder=False)
-    check_head(model)
+    check_architecture(model)
     if model_type == "t5":
         assert find_head(model).logit_scale == pytest.approx(32**-0.5 if tied else 1.0)
 

@@ -1,7 +1,8 @@
-"""A student must be the same model after saving and loading, and must leave its teacher alone."""
+"""Models and tokenizers from folders, hub ids and GGUF files, or a message that helps."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -9,21 +10,9 @@ import pickle
 
 import pytest
 import torch
-import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-)
 
 from plad_fast.data.places import holds_model
 from plad_fast.errors import UsageError, reason_of
-from plad_fast.models.layer_drop import drop_layers
 from plad_fast.models.loading import (
     check_loadable,
     is_encoder_decoder,
@@ -33,151 +22,8 @@ from plad_fast.models.loading import (
 )
 from plad_fast.pairs.scoring.models import read_reward_config
 
-COMMON = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LLAMA_LIKE = {**COMMON, "num_key_value_heads": 2}
-GPT2_SHAPE = {"vocab_size": 61, "n_embd": 16, "n_layer": 5, "n_head": 2, "n_positions": 32}
-MOE_SHAPE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-TOKENS = torch.arange(3, 15)[None]
-
-
-def random_model(config):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True), id="llama-tied"),
-        # Windows differ from layer to layer: `layer_types` has to follow the layers.
-        pytest.param(Gemma2Config(**LLAMA_LIKE, head_dim=8, sliding_window=3), id="gemma2"),
-        pytest.param(
-            Qwen2Config(
-                **LLAMA_LIKE, use_sliding_window=True, sliding_window=3, max_window_layers=2
-            ),
-            id="qwen2-windows",
-        ),
-        pytest.param(GPT2Config(**GPT2_SHAPE, bos_token_id=1, eos_token_id=2), id="gpt2"),
-        pytest.param(GPTNeoXConfig(**COMMON), id="gpt-neox"),
-        pytest.param(OPTConfig(**COMMON, ffn_dim=24, word_embed_proj_dim=16), id="opt-nested"),
-        # As many experts as layers: the list of experts must not be taken for the layers.
-        pytest.param(
-            Qwen2MoeConfig(**LLAMA_LIKE, **MOE_SHAPE, shared_expert_intermediate_size=8), id="moe"
-        ),
-    ],
-)
-def test_student_survives_saving(config, tmp_path):
-    teacher = random_model(config)
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    student = drop_layers(teacher, [0, 1, 4])
-    student.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(student(TOKENS).logits, loaded(TOKENS).logits)
-        # Generation reads the cache by layer number.
-        assert torch.equal(
-            student.generate(TOKENS, max_new_tokens=3, do_sample=False),
-            loaded.generate(TOKENS, max_new_tokens=3, do_sample=False),
-        )
-    assert student.config.num_hidden_layers == 3
-    assert teacher.config.num_hidden_layers == 5
-    for name, tensor in teacher.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    owned = {parameter.data_ptr() for parameter in teacher.parameters()}
-    assert owned.isdisjoint(parameter.data_ptr() for parameter in student.parameters())
-
-
-def test_tied_embeddings_stay_tied():
-    student = drop_layers(random_model(LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True)), 2)
-    assert student.lm_head.weight is student.model.embed_tokens.weight
-
-
-def test_all_layers_kept_is_the_teacher():
-    teacher = random_model(LlamaConfig(**LLAMA_LIKE))
-    with torch.no_grad():
-        assert torch.equal(drop_layers(teacher, 5)(TOKENS).logits, teacher(TOKENS).logits)
-
-
-@pytest.mark.parametrize(
-    ("keep", "kept"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), ([1, 3], [1, 3])]
-)
-def test_which_layers_are_kept(keep, kept):
-    """Evenly spaced, with the first and the last among them."""
-    teacher = random_model(LlamaConfig(**LLAMA_LIKE))
-    student = drop_layers(teacher, keep)
-    for layer, index in zip(student.model.layers, kept, strict=True):
-        ours, theirs = layer.mlp.up_proj.weight, teacher.model.layers[index].mlp.up_proj.weight
-        assert torch.equal(ours, theirs)
-
-
-def test_dropped_layers_are_never_copied(monkeypatch):
-    """A 30-layer teacher with a 2-layer student must not need the memory of two teachers."""
-    teacher = random_model(LlamaConfig(**LLAMA_LIKE))
-    copied = []
-    original = torch.nn.Parameter.__deepcopy__
-
-    def spy(self, memo):
-        copied.append(id(self))
-        return original(self, memo)
-
-    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", spy)
-    drop_layers(teacher, [0, 4])
-    assert copied
-    assert not {id(p) for layer in teacher.model.layers[1:4] for p in layer.parameters()} & set(
-        copied
-    )
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        # Every other layer has experts, told by its number: the last would lose or gain them.
-        pytest.param(
-            Qwen2MoeConfig(
-                **LLAMA_LIKE,
-                **MOE_SHAPE,
-                shared_expert_intermediate_size=8,
-                decoder_sparse_step=2,
-            ),
-            r"layers\.1\.mlp.* would differ",
-            id="kind",
-        ),
-        # Attention is scaled by a number that the layer keeps from when it was built.
-        pytest.param(
-            GPT2Config(**GPT2_SHAPE, scale_attn_by_inverse_layer_idx=True),
-            "scaling would differ",
-            id="scale",
-            marks=pytest.mark.skipif(
-                transformers.__version__ < "5", reason="GPT-2 takes the layer's current number"
-            ),
-        ),
-    ],
-)
-def test_a_student_its_config_cannot_rebuild_is_refused(config, message):
-    """Renumbered layers would be others when the student is loaded again."""
-    with pytest.raises(UsageError, match=message):
-        drop_layers(random_model(config), [0, 4])
-
-
-@pytest.mark.parametrize("keep", [0, 6, -1, [], [0, 0], [3, 1], [0, 5], [-1, 2]])
-def test_bad_layers_are_refused(keep):
-    with pytest.raises(UsageError, match="keep"):
-        drop_layers(random_model(LlamaConfig(**LLAMA_LIKE)), keep)
-
 
 def test_tokenizer_gets_a_pad_token_and_keeps_its_side(tiny_tokenizer, tmp_path):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.pad_token = None
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -196,13 +42,13 @@ def test_dtype_is_the_checkpoints_unless_asked(tiny_model, tmp_path):
 def test_unusable_sources_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no file"):
         load_model(tmp_path / "missing.gguf")
-    with pytest.raises(UsageError, match="cannot load a causal language model"):
+    with pytest.raises(UsageError, match="cannot load a language model"):
         load_model(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match=r"2 \.gguf files"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UsageError, match="cannot load a causal language model"):
+    with pytest.raises(UsageError, match="cannot load a language model"):
         load_model("no-such-organisation/no-such-model")
     with pytest.raises(UsageError, match="cannot load a tokenizer"):
         load_tokenizer("no-such-organisation/no-such-model")
@@ -229,7 +75,7 @@ def test_what_cannot_be_loaded_is_known_without_loading(tiny_model, tmp_path):
     with pytest.raises(UsageError, match="holds no weights"):
         check_loadable(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UsageError, match="cannot load a causal language model"):
+    with pytest.raises(UsageError, match="cannot load a language model"):
         check_loadable(tmp_path)
 
 
@@ -250,7 +96,7 @@ def _of_another_shape(weights):
     [
         (_without_a_layer, r"lacks 9 of .*'model\.layers\.1\.input_layernorm\.weight'"),
         (_without_head, r"lacks 1 of .*'lm_head\.weight'"),
-        (_of_another_shape, "cannot load a causal language model"),
+        (_of_another_shape, "cannot load a language model"),
     ],
 )
 def test_checkpoints_that_lack_weights_are_refused(damage, message, tiny_model, tmp_path):
@@ -268,7 +114,7 @@ def test_a_half_written_checkpoint_is_refused(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UsageError, match="cannot load a causal language model"):
+    with pytest.raises(UsageError, match="cannot load a language model"):
         load_model(tmp_path)
 
 
@@ -295,11 +141,13 @@ def _pickled(state):
 
 
 @pytest.mark.parametrize("kind", PICKLED)
-def test_pickled_weights_are_refused_without_advice_to_trust_them(kind, tmp_path, capsys):
-    random_model(LlamaConfig(**LLAMA_LIKE)).save_pretrained(tmp_path)
+def test_pickled_weights_are_refused_without_advice_to_trust_them(
+    kind, tiny_model, tmp_path, capsys
+):
+    tiny_model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(PICKLED[kind]())
-    with pytest.raises(UsageError, match="cannot load a causal") as caught:
+    with pytest.raises(UsageError, match="cannot load a language model") as caught:
         load_model(tmp_path)
     message = str(caught.value)
     assert "weights_only" not in message
@@ -331,7 +179,7 @@ def test_code_of_the_models_own_is_not_advertised():
     assert reason_of(ValueError("no such file")) == "no such file"
 
 
-@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.99])
 def test_a_gguf_file_that_is_cut_short_is_refused(share, tiny_gguf):
     content = tiny_gguf.read_bytes()
     tiny_gguf.write_bytes(content[: int(share * len(content))])
@@ -439,15 +287,15 @@ def test_offline_is_a_student_wherever_one_can_be_named(tiny_teacher, tmp_path, 
     rows = [{"prompt": f"Say {i}.", "chosen": f" {i}", "rejected": " x"} for i in range(8)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for module, name, command in (
-        ("distill", "load_model", ["distill", "--held-out=3", "--prompts=p.jsonl"]),
+        ("distillation", "load_model", ["distill", "--held-out=3", "--prompts=p.jsonl"]),
         ("stages", "load_tokenizer", ["pairs", "--prompts=p.jsonl"]),
-        ("evaluation_stage", "load_tokenizer", ["evaluate", "--pairs=p.jsonl"]),
+        ("evaluate", "load_tokenizer", ["evaluate", "--pairs=p.jsonl"]),
         ("stages", "train_model", ["train", "--pairs=p.jsonl"]),
     ):
         flags = {"evaluate": "--student=A=offline", "train": "--model=offline"}
         teacher = [] if command[0] in flags else [f"--teacher={tiny_teacher}"]
         student = flags.get(command[0], "--student=offline")
         with monkeypatch.context() as patch:
-            patch.setattr(f"plad_fast.{module}.{name}", load)
+            patch.setattr(f"plad_fast.recipe.{module}.{name}", load)
             assert main([*command, *teacher, student, "--output-dir=out"]) == 2
     assert loaded == [str(tiny_teacher)] * 4

@@ -199,12 +199,6 @@ def test_training_starts_from_the_merged_model(adapters, pairs, tmp_path):
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     expected = logits(load_model(adapters))
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), expected, rtol=1e-3, atol=1e-3)
-    assert main([*command, str(tmp_path / "more"), "--learning-rate", "1e-3"]) == 0
-    first, second = (
-        load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
-        for name in ("out", "more")
-    )
-    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("role", ["--student", "--teacher"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import plad_fast.models.attention.packed
+import plad_fast.models.attention.register
 from plad_fast.data.packing import PreferenceCollator
 from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.packed import is_enabled
+from plad_fast.models.attention.register import is_enabled
 from plad_fast.models.head import batch_hidden, causal_lm_logprobs
 from plad_fast.models.sharing import prepare
 from tests.support.naive import (
@@ -40,7 +40,7 @@ VISIBLE = 1e-2
 # lengths; the last group's responses are longer than its prompt.
 PAIRS = features([9, 7, 3], [(5, 3), (1, 4), (6, 6)])
 FOURS = features([8, 5], [(3, 1, 4, 2), (2, 6, 1, 3)])
-GROUPS = {"pair": PAIRS[:1], "pairs": PAIRS, "four": FOURS[:1], "fours": FOURS}
+GROUPS = {"pairs": PAIRS, "fours": FOURS}
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def test_log_probs_loss_and_gradients_equal_the_naive_forward(name, groups):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])  # softcap and windows; sinks and experts
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     model = ready(name)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -241,12 +241,12 @@ def test_planted_faults_in_the_batch_are_seen(name, fault):
 )
 def test_planted_faults_in_the_attention_are_seen(name, argument, monkeypatch):
     model = ready(name)
-    whole = plad_fast.models.attention.packed.packed_attention
+    whole = plad_fast.models.attention.register.packed_attention
 
     def without(*args, **kwargs):
         return whole(*args, **{**kwargs, argument: None})
 
-    monkeypatch.setattr(plad_fast.models.attention.packed, "packed_attention", without)
+    monkeypatch.setattr(plad_fast.models.attention.register, "packed_attention", without)
     found = our_step(model, collate(PAIRS, "shared"), 2)
     assert largest_error(found, naive_step_of(name, "pairs")) > VISIBLE
 
@@ -321,24 +321,23 @@ def test_self_check_stops_a_model_that_ignores_positions(name, layout, chosen):
     assert prepare(model, layout, check=False) == chosen
 
 
-@pytest.mark.parametrize("attention", ["auto", "eager"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_self_check_allows_for_the_rounding_of_autocast(name, attention):
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_self_check_allows_for_the_rounding_of_autocast(name):
     """Weights are float32 in mixed precision; numbers are as far apart as in 16 bits."""
     with torch.autocast("cpu", torch.bfloat16):
-        assert prepare(make_model(name), attention=attention) == "shared"
+        assert prepare(make_model(name)) == "shared"
 
 
 def test_self_check_sees_a_leak(monkeypatch):
     """A mask that lets responses see each other, in whatever layer."""
-    whole = plad_fast.models.attention.packed.packed_attention
+    whole = plad_fast.models.attention.register.packed_attention
 
     def leak(module, query, key, value, row_layout, **kwargs):
         if module.layer_idx == 2 and row_layout.trace is None:
             row_layout = replace(row_layout, groups=tuple((sum(g),) for g in row_layout.groups))
         return whole(module, query, key, value, row_layout, **kwargs)
 
-    monkeypatch.setattr(plad_fast.models.attention.packed, "packed_attention", leak)
+    monkeypatch.setattr(plad_fast.models.attention.register, "packed_attention", leak)
     with pytest.raises(UsageError, match="other log-probabilities"):
         prepare(make_model("llama"))
 

@@ -10,21 +10,15 @@ import shutil
 import pytest
 import torch
 
-from plad_fast.data.chat import render_prompt, render_response
+from plad_fast.data.chat import render_prompt
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.models.response_scores import score_pairs
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.models import Likelihood, RewardModel
-from plad_fast.pairs.scoring.scorers import (
-    FunctionScorer,
-    Length,
-    Rouge,
-    open_scorer,
-    score_answers,
-    stored_scores,
-)
+from plad_fast.pairs.scoring.scorers import FunctionScorer, Length, Rouge, open_scorer
+from plad_fast.pairs.scoring.stored import score_answers, stored_scores
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 PROMPTS = [
@@ -72,8 +66,7 @@ def naive_mean_logp(model, tokenizer, prompt, text):
     if isinstance(content, str):
         content = [{"role": "user", "content": content}]
     head = tokenizer(render_prompt(tokenizer, content), add_special_tokens=False)["input_ids"]
-    tail = render_response(tokenizer, content, text)
-    tail = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([head + tail])).logits[0].double()
     rows = logits[len(head) - 1 : -1].log_softmax(-1)

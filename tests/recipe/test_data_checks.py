@@ -1,4 +1,4 @@
-"""What is said of data from which little can be learned, and when it is refused."""
+"""Data from which little can be learned: findings, and refusals."""
 
 from __future__ import annotations
 

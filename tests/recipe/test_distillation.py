@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,20 +19,21 @@ from plad_fast.recipe.dependencies import STAGES as SETTINGS_OF
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig
-from tests.support.recipe_runs import arguments, kill_at
+from tests.support.recipe_runs import arguments, content, kill_at
 
 STAGES = [
     "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
     "evaluation",
 ]  # fmt: skip
+LOSS = "training.trainer.fused_linear_preference_loss"
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_teacher, tmp_path_factory):
-    """A run folder that the command line filled."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    assert main(arguments(tiny_teacher, folder)) == 0
-    return folder
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+@pytest.fixture
+def finished(finished_run):
+    return finished_run
 
 
 def test_the_run_folder_holds_what_was_promised(finished):
@@ -74,29 +78,11 @@ def test_what_became_of_every_prompt_is_told(finished):
         assert len(drops) + len(kept) == total
         assert len({row["id"] for row in [*drops, *kept]}) == total
         summary = json.loads((finished / "run.json").read_text())["stages"]["pairs"]["summary"]
-        assert str(PairReport.of_rows(len(kept), drops)) in summary
+        assert str(PairReport(len(kept), drops)) in summary
         table = report.split(f"<caption>{name}</caption>")[1].split("</table>")[0]
-        assert f"<tr><th scope=row>prompts</th><td>{total}</td>" in table
-        assert f"<tr><th scope=row>kept</th><td>{len(kept)}</td>" in table
+        assert f">prompts</th><td>{total}</td>" in table
+        assert f">kept</th><td>{len(kept)}</td>" in table
     assert "the number of training pairs is" in report
-
-
-def test_a_finished_run_is_not_done_again(finished, tiny_teacher, capsys, monkeypatch):
-    """No model is loaded; tables and report come from the files."""
-    monkeypatch.setattr("plad_fast.recipe.distillation.load_model", None)
-    monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
-    before = (finished / "metrics.json").read_text()
-    assert main(arguments(tiny_teacher, finished)) == 0
-    out = capsys.readouterr().out
-    assert out.count("done before") == len(STAGES)
-    assert (finished / "metrics.json").read_text() == before
-
-
-def test_two_runs_give_the_same_numbers(finished, tiny_teacher, tmp_path):
-    assert main(arguments(tiny_teacher, tmp_path / "again")) == 0
-    names = ("metrics.json", "pairs/train.jsonl", "answers/student.jsonl")
-    for name in names:
-        assert (tmp_path / "again" / name).read_text() == (finished / name).read_text(), name
 
 
 def copy_of(run, tmp_path):
@@ -107,44 +93,44 @@ def copy_of(run, tmp_path):
 def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, tmp_path, capsys):
     """Its answers may have been paid for; everything else would be made anew all the same."""
     folder = copy_of(finished, tmp_path)
-    before = contents(folder)
+    before = content(folder)
     assert main(arguments(tiny_teacher, folder, "--max-new-tokens", "50")) == 2
     error = capsys.readouterr().err
     assert "max_new_tokens was 60 and is 50" in error
     assert "--overwrite" in error
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signal")
 @pytest.mark.parametrize(
-    ("module", "name", "at", "stage"),
+    ("function", "at", "stage"),
     [
-        ("pairs.store", "_line", 12, "teacher's answers"),
-        ("trainer", "fused_linear_preference_loss", 6, "fine-tuning"),
-        ("pairs.store", "_line", 38, "student's samples"),
-        ("trainer", "fused_linear_preference_loss", 14, "calibration"),
-        ("held_out", "score_pairs", 3, "evaluation"),
+        ("data.store._line", 12, "teacher's answers"),
+        pytest.param(LOSS, 6, "fine-tuning", marks=pytest.mark.slow),
+        pytest.param("data.store._line", 38, "student's samples", marks=pytest.mark.slow),
+        (LOSS, 14, "calibration"),
+        ("evaluation.run_students.score_pairs", 3, "evaluation"),
         # The model is in its place, and run.json does not know yet.
-        ("run_folder", "write_atomically", 4, "fine-tuning"),
+        ("recipe.run_folder.RunFolder._write", 4, "fine-tuning"),
     ],
     ids=["pairs", "sft", "samples", "calibration", "evaluation", "unrecorded"],
 )
-def test_kill_and_go_on(module, name, at, stage, finished, tiny_teacher, tmp_path, capfd):
+def test_kill_and_go_on(function, at, stage, finished, tiny_teacher, tmp_path, capfd):
     """After kill -9 in any stage the same command ends with the numbers of a run left alone."""
     folder = tmp_path / "run"
     command = arguments(tiny_teacher, folder, "--generation-batch-size", "4")
-    kill_at(module, name, at, command)
+    kill_at(function, at, command)
     done = json.loads((folder / "run.json").read_text())["stages"]
     assert list(done) == STAGES[: STAGES.index(stage)]
     stored = sum(len(path.read_text().splitlines()) for path in folder.rglob("*.jsonl"))
     checkpoints = list(folder.glob("*.checkpoints/checkpoint-4/trainer_state.json"))
-    assert (folder / "sft").is_dir() == (stage not in STAGES[:3] or module == "run_folder")
+    assert (folder / "sft").is_dir() == (stage not in STAGES[:3] or "run_folder" in function)
     assert main(command) == 0
     out = capfd.readouterr().out
     assert out.count("done before") == len(done)
     if stage in ("teacher's answers", "student's samples"):
         assert stored > 4  # what had been answered was kept
-    if module == "trainer":
+    if function == LOSS:
         assert checkpoints  # there was something to go on from
     for file in ("metrics.json", "pairs/train.jsonl"):
         assert (folder / file).read_text() == (finished / file).read_text(), file
@@ -175,12 +161,17 @@ def test_the_stages_alone(finished, tiny_teacher, tmp_path, capsys):
     assert (tmp_path / "e" / "report.html").is_file()
 
 
-def test_a_finished_run_may_be_moved(finished, tiny_teacher, tmp_path, capsys, monkeypatch):
-    """A copy has other times and another path; nothing is computed again, nothing refused."""
-    shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
+def test_a_finished_run_may_be_moved_and_is_not_done_again(
+    finished, tiny_teacher, tmp_path, capsys, monkeypatch
+):
+    """A copy has other times and another path; no model is loaded, tables and report come from the
+    files."""
+    moved = shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
+    monkeypatch.setattr("plad_fast.recipe.distillation.load_model", None)
     monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
-    assert main(arguments(tiny_teacher, tmp_path / "moved")) == 0
+    assert main(arguments(tiny_teacher, moved)) == 0
     assert capsys.readouterr().out.count("done before") == len(STAGES)
+    assert (moved / "metrics.json").read_text() == (finished / "metrics.json").read_text()
 
 
 def test_answers_to_prompts_that_are_still_there_are_kept(
@@ -221,10 +212,6 @@ def stop(*_):
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def contents(folder) -> dict:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_changed_setting_makes_anew_what_depends_on_it(finished, tiny_teacher, tmp_path, capsys):
@@ -276,7 +263,7 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
     assert capsys.readouterr().out.count("done before") == len(STAGES)
 
     # What would make the file anew is refused before anything is done.
-    before = contents(folder)
+    before = content(folder)
     assert main(arguments(tiny_teacher, folder, "--sft-epochs", "1")) == 2
     error = capsys.readouterr().err
     assert "train.jsonl was edited" in error
@@ -286,7 +273,7 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
     assert main(arguments(tiny_teacher, folder)) == 2
     assert f"has 2 of its {len(rows) - 1} rows" in capsys.readouterr().err
     file.write_text(edited)
-    assert contents(folder) == before
+    assert content(folder) == before
     file.unlink()
     assert main(arguments(tiny_teacher, folder)) == 0
     assert (folder / "metrics.json").read_text() == (finished / "metrics.json").read_text()
@@ -352,3 +339,65 @@ def test_nothing_is_emptied_for_a_model_that_is_not_there(option, tiny_teacher, 
     assert main([*arguments(tiny_teacher, run), option, place, "--overwrite"]) == 2
     assert place in capsys.readouterr().err
     assert (run / "sft").exists()
+
+
+PAIR_FILES = ("train.jsonl", "train-2.jsonl", "held-out.jsonl")
+
+
+def pairs(folder):
+    return {name: (folder / "pairs" / name).read_bytes() for name in PAIR_FILES}
+
+
+@pytest.fixture(scope="module")
+def two_rounds(finished_run, tiny_teacher, tmp_path_factory):
+    """A run of one round that was then asked for another."""
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("rounds") / "run")
+    assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
+    for name in ("train.jsonl", "held-out.jsonl"):
+        assert pairs(folder)[name] == (finished_run / "pairs" / name).read_bytes()
+    return folder
+
+
+def test_every_round_is_kept_apart(two_rounds):
+    """Samples, pairs and models of both; the second round samples the first one's student anew."""
+    stages = json.loads((two_rounds / "run.json").read_text())["stages"]
+    assert list(stages)[-4:] == [
+        "student's samples, round 2", "pairs, round 2", "calibration, round 2",
+        "evaluation, round 2",
+    ]  # fmt: skip
+    first, second = (
+        [json.loads(line) for line in (two_rounds / "pairs" / name).read_text().splitlines()]
+        for name in PAIR_FILES[:2]
+    )
+    shared = {row["id"]: row for row in first}
+    rejected = [(row["rejected"], shared[row["id"]]["rejected"]) for row in second]
+    assert rejected
+    assert all(new != old for new, old in rejected)
+    assert (two_rounds / "plad" / "config.json").is_file()
+    record = json.loads((two_rounds / "plad-2" / "training.json").read_text())
+    assert (
+        record["source"]
+        != json.loads((two_rounds / "plad" / "training.json").read_text())["source"]
+    )
+    metrics = json.loads((two_rounds / "metrics.json").read_text())
+    names = [row["name"] for row in metrics["students"]]
+    assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
+
+
+@pytest.mark.slow
+def test_three_kills_at_random_change_no_byte_of_the_pairs(two_rounds, tiny_teacher, tmp_path):
+    """Whatever the moment after loading: the moments differ from run to run of this test."""
+    folder = tmp_path / "run"
+    run = [sys.executable, "-m", "plad_fast.cli", *arguments(tiny_teacher, folder, "--rounds", "2")]
+    kills = 0
+    while kills < 3:
+        with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout.readline()  # loading libraries takes a while
+            time.sleep(random.uniform(0, 3))
+            if process.poll() is not None:
+                break
+            process.kill()
+            kills += 1
+    assert kills, "every run ended before it could be killed"
+    assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
+    assert pairs(folder) == pairs(two_rounds)

@@ -1,11 +1,13 @@
-"""`plad-fast train`: what its help says is what it trains with."""
+"""`plad-fast train`: its settings, and the trainings that are recognised, resumed or refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from transformers import PreTrainedModel
 
 from plad_fast import PLaDConfig, PLaDTrainer, losses
 from plad_fast.cli import main
+from plad_fast.data.locks import locked
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.recipe.settings import DistillConfig, flag
 from plad_fast.training.train import train_model
 from tests.support.loss_options import REQUIRED
-from tests.support.recipe_runs import write_pairs
+from tests.support.recipe_runs import changed_copy, content, kill_at, train, write_pairs
 from tests.support.trainings import PAIRS
 
 # Of what the weights depend on; --epochs and --learning-rate are the command's own.
@@ -27,7 +30,7 @@ RECORDED = ("batch_size", "max_length", "precision", "seed")
 
 @pytest.fixture
 def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs.jsonl", 4)
+    return write_pairs(tmp_path / "pairs.jsonl", 6)
 
 
 def recorded(model, pairs, output, *extra: str) -> dict:
@@ -149,3 +152,81 @@ def test_a_folder_of_ours_is_no_file_of_pairs(tiny_teacher, tmp_path, capsys):
         command = ["train", "--model", str(tiny_teacher), "--pairs", str(folder)]
         assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
         assert f"give the file {folder / name}" in capsys.readouterr().err
+
+
+def test_a_finished_training_is_recognised_and_another_refused(
+    tiny_teacher, pairs, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert main(train(tiny_teacher, pairs, output)) == 0
+    assert "done before" not in capsys.readouterr().out
+    weights = (output / "model.safetensors").read_bytes()
+    # Micro-batches and checkpoints change memory and safety, not the model.
+    same = train(tiny_teacher, pairs, output, "--micro-batch-size", "1", "--saves-per-stage", "1")
+    assert main(same) == 0
+    assert "done before" in capsys.readouterr().out
+
+    more = write_pairs(tmp_path / "more.jsonl", 7)
+    retrained = changed_copy(tiny_teacher, tmp_path / "retrained")
+    others = {
+        "beta was None and is 3.0": train(tiny_teacher, pairs, output, "--beta", "3"),
+        "rows was '6 rows, .* and is '7 rows, ": train(tiny_teacher, more, output),
+        "source was ": train(retrained, pairs, output),
+    }
+    for message, command in others.items():
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error)
+        assert "choose another --output-dir, or pass --overwrite" in error
+    assert (output / "model.safetensors").read_bytes() == weights
+    assert main([*train(tiny_teacher, pairs, output, "--beta", "3"), "--overwrite"]) == 0
+    assert json.loads((output / "training.json").read_text())["beta"] == 3.0
+
+
+def test_checkpoints_of_another_training_are_not_resumed(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "out"
+    loss = "training.trainer.fused_linear_preference_loss"
+    kill_at(loss, 3, train(tiny_teacher, pairs, output))
+    assert list(output.with_name("out.checkpoints").glob("checkpoint-*"))
+    assert main(train(tiny_teacher, pairs, output, "--epochs", "2")) == 2
+    assert "epochs was 1.0 and is 2.0" in capsys.readouterr().err
+    (tmp_path / "out.checkpoints" / "training.json").unlink()
+    assert main(train(tiny_teacher, pairs, output)) == 2
+    assert "out.checkpoints is there already and has no record" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_training_that_was_refused_keeps_nobody_from_another(
+    tiny_teacher, pairs, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    broken = changed_copy(tiny_teacher, tmp_path / "broken")
+    os.truncate(broken / "model.safetensors", 1000)
+    assert main(train(broken, pairs, output)) == 2
+    assert "cannot load" in capsys.readouterr().err
+    assert main(train(tiny_teacher, pairs, output)) == 0
+
+
+def test_two_trainings_cannot_share_a_folder(tiny_teacher, pairs, tmp_path, capsys):
+    (tmp_path / "out.checkpoints").mkdir()
+    with locked(tmp_path / "out.checkpoints"):
+        assert main(train(tiny_teacher, pairs, tmp_path / "out")) == 2
+    assert "being filled by another process" in capsys.readouterr().err
+
+
+def test_only_a_model_that_was_trained_here_is_overwritten(tiny_teacher, pairs, tmp_path, capsys):
+    """Nobody is advised to delete what is not ours, and nothing of it is removed."""
+    foreign, mixed = tmp_path / "foreign", tmp_path / "mixed"
+    shutil.copytree(tiny_teacher, foreign)
+    assert main(train(tiny_teacher, pairs, mixed)) == 0
+    (mixed / "notes.txt").write_text("of somebody")
+    before = content(tmp_path)
+    for folder, what in ((foreign, "training.json"), (mixed, "notes.txt")):
+        for extra in (["--epochs", "2"], ["--epochs", "2", "--overwrite"]):
+            assert main(train(tiny_teacher, pairs, folder, *extra)) == 2
+            assert "delete" not in (error := capsys.readouterr().err)
+        assert what in error
+    command = train(foreign, pairs, foreign, "--overwrite")
+    assert main(command) == 2
+    assert "--model and --output-dir are both" in capsys.readouterr().err
+    assert content(tmp_path) == before

@@ -77,7 +77,7 @@ REFUSED: dict[str, dict[str, Reason]] = {
         "paligemma": _NOT_CAUSAL,
     },
 }
-"""Kind -> model type -> why `check_head` or `find_head` refuses it."""
+"""Kind -> model type -> why `check_architecture` or `find_head` refuses it."""
 
 _OWN_ATTENTION = Reason(
     "does not use transformers' attention interface", "has an attention of its own"

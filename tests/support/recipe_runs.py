@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from plad_fast.models.loading import load_model
 
 
 def arguments(teacher, output, *extra: str) -> list[str]:
@@ -28,11 +32,43 @@ def write_pairs(path: Path, count: int) -> Path:
     return path
 
 
+def train(model, pairs, output, *extra: str) -> list[str]:
+    return ["train", "--model", str(model), "--pairs", str(pairs), "--output-dir", str(output),
+            "--batch-size", "2", "--precision", "float32", *extra]  # fmt: skip
+
+
+def evaluate(student, pairs, output, *extra: str) -> list[str]:
+    return ["evaluate", "--student", f"A={student}", "--pairs", str(pairs), "--output-dir",
+            str(output), "--max-new-tokens", "20", "--precision", "float32", *extra]  # fmt: skip
+
+
+def pair(teacher, student, prompts, output, *extra: str) -> list[str]:
+    return ["pairs", "--teacher", str(teacher), "--student", str(student), "--prompts",
+            str(prompts), "--output-dir", str(output), "--max-new-tokens", "60", "--precision",
+            "float32", "--teacher-temperature", "1", *extra]  # fmt: skip
+
+
+def changed_copy(model_folder, copy):
+    """The same model in every size, with one other number."""
+    shutil.copytree(model_folder, copy)
+    model = load_model(copy)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(copy)
+    return copy
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    """Every file of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 KILLABLE = """
-import sys, time
-import plad_fast.{module} as module
+import pkgutil, sys, time
 from plad_fast.cli import main
-real = module.{name}
+owner, _, name = "plad_fast.{function}".rpartition(".")
+owner = pkgutil.resolve_name(owner)
+real = getattr(owner, name)
 count = 0
 def wait(*args, **kwargs):
     global count
@@ -41,14 +77,14 @@ def wait(*args, **kwargs):
         print("REACHED", flush=True)
         time.sleep(60)
     return real(*args, **kwargs)
-module.{name} = wait
+setattr(owner, name, wait)
 sys.exit(main({arguments!r}))
 """
 
 
-def kill_at(module: str, name: str, at: int, arguments: list[str]) -> None:
-    """Run a command and kill -9 it at the given call of a function."""
-    code = KILLABLE.format(module=module, name=name, at=at, arguments=arguments)
+def kill_at(function: str, at: int, arguments: list[str]) -> None:
+    """Run a command and kill -9 it at the given call of a function of `plad_fast`."""
+    code = KILLABLE.format(function=function, at=at, arguments=arguments)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -56,6 +92,6 @@ def kill_at(module: str, name: str, at: int, arguments: list[str]) -> None:
             if "REACHED" in line:
                 break
         else:
-            pytest.fail(f"{name} was never called {at} times: {process.stderr.read()}")
+            pytest.fail(f"{function} was never called {at} times: {process.stderr.read()}")
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()

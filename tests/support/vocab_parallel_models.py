@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from plad_fast.data.packing import PreferenceCollator
-from plad_fast.models.head import call_inside, causal_lm_logprobs, find_head, head_arguments
+from plad_fast.models.head import causal_lm_logprobs, head_arguments
+from plad_fast.models.lm_head import find_head
+from plad_fast.models.wrappers import call_inside
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.vocab_parallel.api import vocab_parallel_preference_loss
 from tests.support.naive import features

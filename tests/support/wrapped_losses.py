@@ -18,15 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from plad_fast.data.packing import PreferenceCollator
 from plad_fast.errors import UsageError
-from plad_fast.models.head import (
-    base_model,
-    call_inside,
-    causal_lm_logprobs,
-    find_head,
-    through_head,
-    unwrap,
-)
+from plad_fast.models.adapters import base_model
+from plad_fast.models.head import causal_lm_logprobs, through_head
+from plad_fast.models.lm_head import find_head
 from plad_fast.models.sharing import prepare
+from plad_fast.models.wrappers import call_inside, unwrap
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from tests.support.tiny_models import make_model
 

@@ -339,7 +339,7 @@ def test_a_missing_library_is_named_with_its_pip_line():
 
 
 def test_help_needs_no_heavy_import():
-    code = without("transformers", "datasets", "matplotlib")
+    code = without("torch", "transformers", "datasets", "matplotlib", "yaml")
     done = run_python(code + "from plad_fast.cli import main\nmain(['distill', '--help'])")
     assert done.returncode == 0, done.stderr
     assert "--prompt-template" in done.stdout

@@ -13,6 +13,8 @@ from plad_fast.errors import UsageError
 from tests.support.fault_server import FaultServer, Step, reasoning, said
 from tests.support.recipe_runs import arguments
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 KEY = "sk-planted-0123456789"
 
 
@@ -94,7 +96,7 @@ def test_a_teacher_that_reasons(tiny_teacher, tmp_path, capsys, monkeypatch):
     """What it refuses is found before any work, and the same folder then takes what the messages
     say to give."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation.run", lambda run: {})
+    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation.run", lambda *_: {})
     rows = write_rows(tmp_path / "prompts.jsonl", 12)
     with FaultServer(reasoning(500)) as running:
         extra = ["--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(running)]
@@ -242,7 +244,7 @@ def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch
     """The judge of the pairs and that of the evaluation."""
     runs = []
     monkeypatch.setattr(
-        "plad_fast.recipe.distillation._Distillation.run", lambda run: runs.append(run)
+        "plad_fast.recipe.distillation._Distillation.run", lambda run, _: runs.append(run)
     )
     with FaultServer(lambda *_: Step(choices=[said("Verdict: tie")])) as running:
         extra = [
@@ -250,7 +252,7 @@ def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch
             *("--token-budget", "40", "--concurrency", "1", *endpoint(running)),
         ]
         assert main(arguments(tiny_teacher, tmp_path / "run", *extra)) == 0
-        judges = [runs[0].texts._scorer, runs[0].scoring["judge"]]
+        judges = [runs[0].texts.scorer, runs[0].scoring["judge"]]
         items = [(Prompt("p", "?"), "x", f"{n}") for n in range(9)]
         judges[0].compare(items[:1])
         judges[1].compare(items)

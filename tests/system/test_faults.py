@@ -15,6 +15,8 @@ import pytest
 from plad_fast.cli import main
 from tests.support.recipe_runs import arguments, write_pairs
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 FAULTS = ("half", "empty", "missing", "rows", "stale")
 NUMBERS = ("metrics.json", "pairs/train.jsonl", "pairs/held-out.jsonl")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -15,19 +15,30 @@ from tests.support.recipe_runs import KILLABLE, arguments, write_pairs
 
 # Before anything is written, in the middle of the work, and while the results are written.
 MOMENTS = {
-    "distill": ("run_folder.shutil.disk_usage", "held_out.load_model", "distill.write_metrics"),
-    "pairs": ("stages.load_recipe_prompts", "pairs.answering.ask", "_pair_data.write_jsonl"),
+    "distill": (
+        "recipe.run_folder.shutil.disk_usage",
+        "evaluation.run_students.load_model",
+        "evaluation.report.write.write_metrics",
+    ),
+    "pairs": (
+        "recipe.stages.load_recipe_prompts",
+        "pairs.generation.answering._ask",
+        "recipe.inputs.write_jsonl",
+    ),
     "train": (
-        "training.newest_checkpoint",
-        "trainer.fused_linear_preference_loss",
-        "training.publish_folder",
+        "training.train.newest_checkpoint",
+        "training.trainer.fused_linear_preference_loss",
+        "training.trained_folders.publish_folder",
     ),
     "evaluate": (
-        "evaluation_stage.read_held_out",
-        "held_out.load_model",
-        "evaluation_stage.write_metrics",
+        "recipe.evaluate.read_held_out",
+        "evaluation.run_students.load_model",
+        "evaluation.report.write.write_metrics",
     ),
 }
+
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture
@@ -72,32 +83,23 @@ def test_the_second_command_changes_nothing(first, commands, tmp_path, monkeypat
         assert set((tmp_path / "out").parent.iterdir()) == there, moment
 
     for moment in MOMENTS[first]:
-        target = f"plad_fast.{moment}"
-        module, _, name = target.rpartition(".")
-        real = getattr(resolved(module), name)
+        owner, _, name = f"plad_fast.{moment}".rpartition(".")
+        real = getattr(pkgutil.resolve_name(owner), name)
 
         def hooked(*args, real=real, moment=moment, **kwargs):
             meet(moment)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(target, hooked)
+        monkeypatch.setattr(f"plad_fast.{moment}", hooked)
     assert main(plain[first]) == 0
     assert tuple(met) == MOMENTS[first]
-
-
-def resolved(path):
-    try:
-        return importlib.import_module(path)
-    except ImportError:
-        module, _, name = path.rpartition(".")
-        return getattr(resolved(module), name)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")
 def test_paid_answers_are_safe_from_another_process(commands, tmp_path, capsys):
     """Its --overwrite discards nothing, its settings are not recorded, and the first goes on."""
     plain, _ = commands
-    code = KILLABLE.format(module="_pair_data", name="write_jsonl", at=1, arguments=plain["pairs"])
+    code = KILLABLE.format(function="recipe.inputs.write_jsonl", at=1, arguments=plain["pairs"])
     code = code.replace("time.sleep(60)", "sys.stdin.readline()")
     with subprocess.Popen(
         [sys.executable, "-c", code],

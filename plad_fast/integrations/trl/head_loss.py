@@ -1,4 +1,4 @@
-"""One forward of a wrapped model, from token ids to a preference loss and what is logged beside it.
+"""Forward of a wrapped model to the preference loss and the metrics logged beside it.
 
 S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from plad_fast.data.packing import PreferenceBatch
-from plad_fast.models.head import call_inside, head_arguments, unwrap
+from plad_fast.models.head import head_arguments
+from plad_fast.models.wrappers import call_inside, unwrap
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.reference import transform_logits
@@ -77,11 +78,12 @@ class HeadLoss:
         Raises:
             UsageError: options that do not work here.
         """
+        own = vars(trainer)
         present = {}
         for name in self.names:
             attribute = _ATTRIBUTES.get(name, name)
-            attribute = attribute if attribute in vars(trainer) else name
-            present[name] = vars(trainer).get(attribute, getattr(trainer.args, name))
+            attribute = attribute if attribute in own else name
+            present[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
         if present != self._seen:
             self.loss, self.options, self.sft_weight = self.translate(present)
             self._seen = copy.deepcopy(present)

@@ -1,9 +1,4 @@
-"""TRL's preference trainers on this library's loss.
-
-    from plad_fast.integrations.trl import use_plad_fast
-
-    trainer = use_plad_fast(DPOTrainer(model, args=args, train_dataset=pairs))
-    trainer.train()
+"""TRL's preference trainers on this library's loss; docs/trl.md has an example.
 
 The trainer stays what it was: its data, reference model, accumulation, logging and checkpoints are
 TRL's, and a step has TRL's loss and gradients. What changes is how they are computed. The tokens
@@ -29,7 +24,8 @@ from plad_fast.errors import UsageError
 from plad_fast.integrations.trl.head_loss import METRICS, HeadLoss, Translated
 from plad_fast.losses.trl_options import translate_cpo, translate_dpo, translate_orpo
 from plad_fast.models.adapters import token_limits
-from plad_fast.models.head import check_head, find_head
+from plad_fast.models.head import check_architecture
+from plad_fast.models.lm_head import find_head
 from plad_fast.models.sharing import prepare
 from plad_fast.ops.backend import get_backend
 from plad_fast.ops.validation import check_impl
@@ -128,7 +124,7 @@ def use_plad_fast(
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
             a decoder-only model of text; in one process, or several under DDP.
         layout: "shared", "packed", "padded", or "auto"; see `plad_fast.models.sharing.prepare`.
-        attention: see `plad_fast.models.attention.packed.enable`.
+        attention: see `plad_fast.models.attention.register.enable`.
         metrics: "all" has all of TRL's. "fast" leaves out what takes another pass: with DPO
             `entropy` and `mean_token_accuracy`, and `logits/*` too for models with a softcap,
             which are another product of the head; with CPO and ORPO `logits/*`, which are means
@@ -151,7 +147,7 @@ def use_plad_fast(
     check_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
-    for what in _unsupported(trainer):
+    if what := next(_unsupported(trainer), None):
         raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
     _check_methods(trainer, kind)
     if metrics == "fast":
@@ -169,18 +165,18 @@ def use_plad_fast(
     ).follow(trainer)
     _check_prompts(trainer)
     _check_tokens(trainer, limits)
-    check_head(model)
+    check_architecture(model)
     get_backend(impl, find_head(model).weight)
     with trainer.accelerator.autocast():
         head_loss.layout = prepare(model, layout, attention=attention)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             reference = trainer.accelerator.unwrap_model(reference)
-            check_head(reference)
+            check_architecture(reference)
             prepare(reference, head_loss.layout, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
-    trainer._followed = head_loss
+    trainer._own_head_loss = head_loss
     return trainer
 
 
@@ -229,7 +225,7 @@ def _check_options(trainer: Any, kind: _Kind) -> None:
 
 
 def _unsupported(trainer: Any) -> Iterator[str]:
-    """What would change the loss, or how the model is called."""
+    """Setups that would change the loss, or how the model is called."""
     args, model, accelerator = trainer.args, trainer.model, trainer.accelerator
     if args.use_liger_kernel:
         yield "use_liger_kernel=True: two libraries would take the place of one head"

@@ -93,9 +93,6 @@ def flash_varlen(
 
     Keys and values of a trunk stand there once for every span that sees them. The call is
     deterministic where the version has the option.
-
-    Raises:
-        UsageError: tensors that are not of 16 bits, or an option that the version lacks.
     """
     attend = load_flash(from_hub=True)
     assert attend is not None
@@ -106,14 +103,15 @@ def flash_varlen(
             "take attention='auto'"
         )
     spans = row_layout.varlen(query.device)
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
-    if window is not None:
+    asked = {
+        "softmax_scale": scale,
+        "causal": True,
         # flash-attn counts the keys before the query's own.
-        options["window_size"] = (window - 1, 0)
-    if softcap is not None:
-        options["softcap"] = softcap
-    if dropout:
-        options["dropout_p"] = dropout
+        "window_size": None if window is None else (window - 1, 0),
+        "softcap": softcap,
+        "dropout_p": dropout or None,
+    }
+    options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
     lacking = _lacking(attend, **options)
     if lacking:
         raise UsageError(

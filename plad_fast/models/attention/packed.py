@@ -1,8 +1,4 @@
-"""Attention over packed rows, registered with transformers' `AttentionInterface`.
-
-`enable(model)` puts it in the place of the model's own attention function. A call whose keyword
-arguments carry a `row_layout` is computed here, without a mask over the row; every other call, of
-`generate` for example, goes to the function that was there before.
+"""Attention over a packed row, span by span, without a mask over the row.
 
 Implementations, all of the same result:
 
@@ -17,30 +13,21 @@ T tokens in the row, H heads of the queries, G of the keys (H is a multiple of G
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from plad_fast.data.row_layout import Attended, RowLayout, Span
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.flash import can_flash, flash_varlen, load_flash
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from plad_fast.models.attention.flash import can_flash, flash_varlen
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("sdpa", "flash", "flex", "eager")
-_PREFIX = "plad_fast_"
 # What transformers may hand to an attention function and what changes its result.
 _UNKNOWN = (
     "position_bias", "alibi", "head_mask", "cache", "block_table", "indices", "block_indices",
@@ -48,131 +35,14 @@ _UNKNOWN = (
 )  # fmt: skip
 
 
-_SOFTCAP = "attn_logit_softcapping"
-
-
 class NotPackedError(UsageError):
     """A layer asks for what packed rows do not have."""
 
 
 def check_implementation(name: str) -> None:
-    """Raise a UsageError unless there is an implementation of that name, installed or not."""
+    """Refuses what no implementation is called, installed or not."""
     if name not in ("auto", *IMPLEMENTATIONS):
         raise UsageError(f"unknown attention {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
-
-
-def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
-    """Lets a model's attention take packed rows; see the module. Calling it again changes the
-    implementation.
-
-    Args:
-        model: a transformers model whose attention goes through `AttentionInterface`; whether it
-            does, `plad_fast.models.sharing.prepare` finds out.
-        implementation: "sdpa", "flash", "flex", "eager", or "auto": flash where it is installed
-            and the tensors allow it, sdpa where that knows what the model asks for, else eager.
-
-    Raises:
-        UsageError: an unknown implementation, or flash where it is not installed.
-    """
-    check_implementation(implementation)
-    if implementation == "flash" and load_flash(from_hub=True) is None:
-        raise UsageError(
-            "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "
-            "newer; `pip install flash-attn`, or take attention='auto'"
-        )
-    original = model.config.get_text_config()._attn_implementation or "eager"
-    if original.startswith(_PREFIX):
-        original = _ORIGINALS[original]
-    if original == "sdpa" and getattr(model.config.get_text_config(), _SOFTCAP, None) is not None:
-        # transformers 4 loads such models with sdpa, which leaves the softcap out.
-        original = "eager"
-    # Neither "flash" nor "sdpa" may be in the name: transformers would take it for its own.
-    name = f"{_PREFIX}{len(_NAMES)}"
-    name = _NAMES.setdefault((implementation, original), name)
-    _ORIGINALS[name] = original
-    AttentionInterface.register(name, _attention_of(implementation, original))
-    # Without a mask function of its own the model makes none: right for packed rows, and for the
-    # rest the one of the original.
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
-    if make_mask is not None:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _without_packed(make_mask))
-    model.set_attn_implementation(name)
-
-
-_NAMES: dict[tuple[str, str], str] = {}
-_ORIGINALS: dict[str, str] = {}
-_packed_forward = False
-
-
-class packed_forward:  # noqa: N801 (a context manager, as those of torch)
-    """Within it models build no attention mask."""
-
-    def __enter__(self) -> None:
-        global _packed_forward
-        self._before, _packed_forward = _packed_forward, True
-
-    def __exit__(self, *_: object) -> None:
-        global _packed_forward
-        _packed_forward = self._before
-
-
-def _without_packed(make_mask: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(make_mask)
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        return None if _packed_forward else make_mask(*args, **kwargs)
-
-    return mask
-
-
-def is_enabled(model: PreTrainedModel) -> bool:
-    """Whether `enable` was called on the model."""
-    return (model.config.get_text_config()._attn_implementation or "").startswith(_PREFIX)
-
-
-def _attention_of(implementation: str, original: str) -> Callable[..., tuple[Tensor, Any]]:
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        row_layout: RowLayout | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Any]:
-        if row_layout is None:
-            with _under_its_name(original, module):
-                attend = _original(original, module)
-                return attend(module, query, key, value, attention_mask, **kwargs)
-        return packed_attention(
-            module, query, key, value, row_layout, implementation=implementation, **kwargs
-        ), None
-
-    return attention
-
-
-@contextlib.contextmanager
-def _under_its_name(name: str, module: nn.Module) -> Iterator[None]:
-    """transformers loads the flash-attn that the config names, in the middle of the call."""
-    if "flash" not in name:
-        yield
-        return
-    config: Any = module.config
-    before, config._attn_implementation_internal = config._attn_implementation_internal, name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
-
-
-def _original(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function of that name; each modelling file has an "eager" of its own."""
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[name]
-    for kind in type(module).__mro__:  # a class of the user's may derive from the model's
-        if found := getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None):
-            return found
-    raise UsageError(f"{type(module).__name__} has no eager attention; load the model with sdpa")
 
 
 @torch.compiler.disable
@@ -201,10 +71,6 @@ def packed_attention(
             the row.
         softcap: c in c * tanh(products / c).
         s_aux: a logit for every head beside those of the keys (a sink).
-
-    Raises:
-        UsageError: an argument that has no meaning here (a position bias, say), a row of another
-            length, or an implementation that lacks what was asked for.
     """
     asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if asked or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
@@ -231,23 +97,29 @@ def packed_attention(
             "asks for; use attention='auto'"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = (query, key, value, row_layout)
     if name == "flash":
-        return flash_varlen(*arguments, scale, dropout, sliding_window, softcap)
+        return flash_varlen(query, key, value, row_layout, scale, dropout, sliding_window, softcap)
     if name == "flex":
-        return _flex(*arguments, scale, sliding_window, softcap)
+        return _flex(query, key, value, row_layout, scale, sliding_window, softcap)
     attend = functools.partial(_sdpa, scale=scale, dropout=dropout)
     if name == "eager":
         attend = functools.partial(
             _eager, scale=scale, dropout=dropout, softcap=softcap, sinks=s_aux
         )
-    return _by_spans(*arguments, sliding_window, attend)
+    spans = row_layout.spans
+    queries = query.split([span.stop - span.start for span in spans], dim=2)
+    seen = zip(queries, row_layout.by_span(key), row_layout.by_span(value), strict=True)
+    outputs = [
+        attend(q, k, v, _mask_of(span, row_layout, sliding_window, q.device))
+        for span, (q, k, v) in zip(spans, seen, strict=True)
+    ]
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
 def _choose(
     query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, dropout: float
 ) -> str:
-    """What "auto" stands for."""
+    """The implementation that "auto" stands for."""
     if sinks is None and can_flash(query, value, softcap, dropout):
         return _told("flash")
     return _told("eager" if sinks is not None or softcap is not None else "sdpa")
@@ -257,25 +129,6 @@ def _choose(
 def _told(name: str) -> str:
     logger.info("attention over packed rows: %s", name)
     return name
-
-
-def _by_spans(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_layout: RowLayout,
-    window: int | None,
-    attend: Callable[..., Tensor],
-) -> Tensor:
-    """A call of `attend` for every span."""
-    spans = row_layout.spans
-    queries = query.split([span.stop - span.start for span in spans], dim=2)
-    seen = zip(queries, row_layout.by_span(key), row_layout.by_span(value), strict=True)
-    outputs = [
-        attend(q, k, v, _mask_of(span, row_layout, window, q.device))
-        for span, (q, k, v) in zip(spans, seen, strict=True)
-    ]
-    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
 def _mask_of(

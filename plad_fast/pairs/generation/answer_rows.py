@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from plad_fast.data.prompts import Prompt, content_digest, require_unique_ids
+from plad_fast.data.prompts import Prompt, require_unique_ids
+from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.sampling import Sampling
@@ -48,7 +49,7 @@ def missing_from(
     """
     require_unique_ids(prompts)
     require_rows(store, _is_answer)
-    digests = {prompt.id: content_digest(prompt.content) for prompt in prompts}
+    digests = {prompt.id: digest(prompt.content) for prompt in prompts}
     missing = {}
     for key, (prompt, sample) in all_wanted(prompts, sampling).items():
         row = store.rows.get(key)

@@ -1,4 +1,4 @@
-"""From prompts to stored answers, in one process or in several."""
+"""Stored answers to prompts, by one process or by several."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.prompts import Prompt, content_digest
-from plad_fast.data.store import Row, RowStore, locked_store
+from plad_fast.data.prompts import Prompt
+from plad_fast.data.records import digest
+from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answer_rows import (
     Answered,
@@ -33,13 +34,7 @@ from plad_fast.pairs.generation.ranks import (
 )
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
-from plad_fast.pairs.generation.text_model import (
-    Answer,
-    Failure,
-    SampleModel,
-    TextModel,
-    Wanted,
-)
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +127,7 @@ def discard_answers(*paths: str | os.PathLike[str]) -> None:
     with ExitStack() as held:
         files = [f for store in stores for f in (store, *shard_paths(store)) if f.exists()]
         for file in files:
-            held.enter_context(locked_store(file))
+            held.enter_context(RowStore(file))
         for file in files:
             file.unlink()
         for store in stores:
@@ -153,7 +148,7 @@ def renew_answers(
         settings: the store's whole fingerprint.
     """
     wanted = all_wanted(prompts, sampling)
-    digests = {key: content_digest(prompt.content) for key, (prompt, _) in wanted.items()}
+    digests = {key: digest(prompt.content) for key, (prompt, _) in wanted.items()}
 
     def is_current(row: Row) -> bool:
         prompt = row.get("prompt")  # of a damaged row there is none, which is said later
@@ -249,7 +244,7 @@ def _ask(
     """
     from tqdm import tqdm
 
-    digests = {prompt.id: content_digest(prompt.content) for prompt, _ in wanted}
+    digests = {prompt.id: digest(prompt.content) for prompt, _ in wanted}
     failures: dict[str, Failure] = {}
     watched = to_the_end and bool(wanted) and not _is_limit_judged(model.name, store, sampling)
     with tqdm(

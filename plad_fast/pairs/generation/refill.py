@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.errors import UsageError
-from plad_fast.models.adapters import vocabulary_size
-from plad_fast.models.head import base_model
+from plad_fast.models.adapters import base_model, vocabulary_size
 from plad_fast.pairs.generation.sampling import Sampling, TokenSampler, row_uniforms
 
 

@@ -15,7 +15,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there, shown
+from plad_fast.checks import shown
+from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
@@ -31,13 +32,7 @@ from plad_fast.pairs.generation.given import (
 )
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import (
-    Answer,
-    Failure,
-    SampleModel,
-    TextModel,
-    Wanted,
-)
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -113,8 +108,7 @@ def teacher_fingerprint(
 def split_spec(spec: str) -> tuple[str, str]:
     """Kind and what follows the colon; for a local model, "local" and where it lies.
 
-    Raises:
-        UsageError: an unknown kind, or nothing after it.
+    Raises UsageError for an unknown kind, or nothing after it.
     """
     if spec == OFFLINE:
         from plad_fast.models.loading import offline_teacher_path  # brings in transformers

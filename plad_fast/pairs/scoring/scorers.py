@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from plad_fast.checks import shown
 from plad_fast.data.chat import is_blank
-from plad_fast.data.places import require_there, shown
+from plad_fast.data.places import require_there
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
@@ -196,8 +195,3 @@ def by_prompt(items: Sequence[Item]) -> list[list[int]]:
     for index, (prompt, _) in enumerate(items):
         groups.setdefault(prompt.id, []).append(index)
     return list(groups.values())
-
-
-def key_of(*parts: Any) -> str:
-    """Thirty-two hexadecimal digits that identify JSON values on any machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
