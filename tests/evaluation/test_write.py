@@ -10,7 +10,7 @@ import pytest
 from plad_fast.data.prompts import Prompt
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.report.write import example_answers, margin_unit, write_results
-from plad_fast.training.train import LOG
+from plad_fast.training.trained_folders import LOG
 from tests.support.evaluations import (
     PLAD,
     SFT,
