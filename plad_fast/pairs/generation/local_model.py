@@ -132,7 +132,7 @@ class LocalModel(SampleModel):
         try:
             if rows and self._can_refill(config, pad):
                 refill = None
-                # Whoever takes the answers finds the model in its own mode each time.
+                # The model is in its own mode whenever answers are handed out.
                 while refill is None or refill.unfinished:
                     with _generating(self.model, config), torch.inference_mode():
                         refill = refill or Refill(self.model, rows, sampling, ends, pad)
