@@ -11,14 +11,25 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfi
 	--no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 RUN ?= runs/quickstart
+# Quick tests of every room, for `make check`.
+FAST = $(addprefix tests/,losses/test_losses.py losses/test_trl_options.py data/test_rows.py \
+	data/test_packing.py data/test_store.py ops/test_autograd.py models/test_head.py \
+	training/test_checkpoints.py pairs/test_build.py pairs/test_select.py pairs/test_replies.py \
+	pairs/test_given.py evaluation/test_metrics.py evaluation/test_calibration.py \
+	recipe/test_settings.py recipe/test_data_checks.py kernels/test_autotune.py \
+	system/test_imports.py)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-all lint docs site bench study no-dialogues aot clean
+.PHONY: quickstart check test test-all lint docs site bench study no-dialogues aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
+
+# Before a commit: two minutes.
+check: lint
+	$(PYTEST) -m "not slow" $(FAST)
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
@@ -53,7 +64,7 @@ site: $(VENV)/.docs
 	mkdir -p build/pages
 	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' \
 		| tar --null -T - -cf - | tar -xf - -C build/pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench

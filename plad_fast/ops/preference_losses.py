@@ -44,10 +44,8 @@ def preference_loss(
         UsageError: as in `Objective.bind`; tensors that do not fit; a number of sequences that
             `group_size` does not divide.
     """
-    check.check_sums(sums)
-    others = {"counts": counts, "scores": scores, "reference_logps": reference_logps}
-    for name, tensor in others.items():
-        check.check_like_sums(name, tensor, sums)
+    check.check_sums(sums, counts)
+    check.check_constants(sums.shape, sums.device, scores=scores, reference_logps=reference_logps)
     check.check_denominators(num_groups=num_groups, num_tokens=num_tokens)
     check_group_size(group_size)
     if sums.ndim == 2 and sums.shape[1] != group_size:
@@ -135,7 +133,9 @@ def fused_linear_preference_loss(
     )
     problem = check.checked_problem(hidden, weight, bias, targets, cu_seqlens, op_options)
     num_sequences, device = len(cu_seqlens) - 1, problem.hidden.device
-    check.check_constants(num_sequences, device, scores=scores, reference_logps=reference_logps)
+    constants = {"scores": scores, "reference_logps": reference_logps}
+    check.check_constants((num_sequences,), device, **constants)
+    check.check_are_detached(**constants)
     check.check_denominators(num_groups=num_groups, num_tokens=num_tokens)
     check.check_groups(num_sequences, group_size)
     objective = Objective.bind(

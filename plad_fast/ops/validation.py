@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,8 +123,10 @@ def check_are_tensors(**tensors: Tensor | None) -> None:
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, may_lack_rows: bool) -> None:
     """hidden (N, D), weight (V, D), bias (V,): shapes, one floating dtype, one device."""
-    _check_tensor("hidden", hidden, 2, "(N, D)")
-    _check_tensor("weight", weight, 2, "(V, D)")
+    for name, tensor, shape in (("hidden", hidden, "(N, D)"), ("weight", weight, "(V, D)")):
+        if tensor.ndim != 2:
+            raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        _check_tensor(name, tensor, _FLOATING)
     if hidden.shape[1] != weight.shape[1]:
         raise UsageError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must agree in their "
@@ -135,52 +138,39 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, may_lack_ro
         )
     _check_same(hidden, "weight", weight)
     if bias is not None:
-        _check_tensor("bias", bias, 1, "(V,)")
-        if bias.shape[0] != weight.shape[0]:
+        if bias.shape != weight.shape[:1]:
             raise UsageError(
-                f"bias has {bias.shape[0]} entries for a vocabulary of {weight.shape[0]}"
+                f"bias must have an entry for each of {len(weight)} rows of weight, got shape "
+                f"{tuple(bias.shape)}"
             )
         _check_same(hidden, "bias", bias)
 
 
 def check_targets(targets: Tensor, num_tokens: int, device: torch.device) -> None:
-    """targets (N,) int64 on the device of the logits."""
-    _require_tensor("targets", targets)
-    if targets.ndim != 1 or targets.shape[0] != num_tokens:
-        raise UsageError(f"targets must have shape ({num_tokens},), got {tuple(targets.shape)}")
-    if targets.dtype not in _INTEGERS:
-        raise UsageError(f"targets must be int64 or int32, got {targets.dtype}")
-    if targets.device != device:
-        raise UsageError(f"targets are on {targets.device}, the logits' inputs on {device}")
+    """targets (N,) integers on the device of the logits."""
+    _check_tensor("targets", targets, _INTEGERS, (num_tokens,), device)
 
 
 def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
     """logits (N, V) with cu_seqlens, or (S, T, V) without; targets of the same leading shape."""
-    _require_tensor("targets", targets)
     if logits.ndim != (2 if has_seqlens else 3):
         raise UsageError(
             "logits must have shape (N, V) with cu_seqlens, or (S, T, V) without; got "
             f"{tuple(logits.shape)}"
         )
-    _check_dtype("logits", logits)
-    if targets.shape != logits.shape[:-1]:
-        raise UsageError(
-            f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
-        )
+    _check_tensor("logits", logits, _FLOATING)
+    _check_tensor("targets", targets, _INTEGERS, logits.shape[:-1], logits.device)
     if logits.shape[-1] == 0:
         raise UsageError("logits have a vocabulary of 0 entries")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
     """cu_seqlens (S + 1,) integers on the device of the logits."""
-    _require_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in _INTEGERS:
+    _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS, None, device)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise UsageError(
-            "cu_seqlens must be a vector of S + 1 integers, got "
-            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            f"cu_seqlens must be a vector of S + 1 integers, got shape {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != device:
-        raise UsageError(f"cu_seqlens are on {cu_seqlens.device}, the other tensors on {device}")
 
 
 def check_sequences(
@@ -217,19 +207,16 @@ def check_sequences(
         )
 
 
-def check_constants(num_sequences: int, device: torch.device, **constants: Tensor | None) -> None:
-    """A constant of every sequence, (S,). Finite is not asked for: a score may be -inf."""
+def check_constants(shape: Sequence[int], device: torch.device, **constants: Tensor | None) -> None:
+    """A number of every sequence, such as (S,). Finite is not asked for: a score may be -inf."""
     for name, values in constants.items():
-        if values is None:
-            continue
-        _require_real(name, values)
-        if values.shape != (num_sequences,):
-            raise UsageError(
-                f"{name} must have shape ({num_sequences},), got {tuple(values.shape)}"
-            )
-        if values.device != device:
-            raise UsageError(f"{name} are on {values.device}, the other tensors on {device}")
-        if values.requires_grad:
+        if values is not None:
+            _check_tensor(name, values, None, shape, device)
+
+
+def check_are_detached(**constants: Tensor | None) -> None:
+    for name, values in constants.items():
+        if values is not None and values.requires_grad:
             raise UsageError(f"{name} are constants of the loss; detach them")
 
 
@@ -243,9 +230,7 @@ def _check_denominator(name: str, count: float | Tensor | None) -> None:
     if count is None:
         return
     if isinstance(count, Tensor):
-        _require_real(name, count)
-        if count.ndim:
-            raise UsageError(f"{name} must be a number or a scalar, got shape {tuple(count.shape)}")
+        _check_tensor(name, count, None, ())
         if torch.compiler.is_compiling() or count.device.type != "cpu":
             return
         count = count.item()
@@ -264,26 +249,12 @@ def check_groups(num_sequences: int, group_size: int) -> None:
         )
 
 
-def check_sums(sums: Tensor) -> None:
-    """sums (S,) or (B, K), floating."""
-    _require_tensor("sums", sums)
-    _check_dtype("sums", sums)
+def check_sums(sums: Tensor, counts: Tensor) -> None:
+    """sums (S,) or (B, K), floating; counts of the same shape."""
+    _check_tensor("sums", sums, _FLOATING)
     if sums.ndim not in (1, 2):
         raise UsageError(f"sums must have shape (S,) or (B, K), got {tuple(sums.shape)}")
-
-
-def check_like_sums(name: str, values: Tensor | None, sums: Tensor) -> None:
-    """Counts, scores or a reference: real numbers of the shape and on the device of the sums."""
-    if values is None and name != "counts":
-        return
-    _require_real(name, values)
-    assert values is not None
-    if values.shape != sums.shape:
-        raise UsageError(
-            f"{name} must have the shape of sums, {tuple(sums.shape)}, got {tuple(values.shape)}"
-        )
-    if values.device != sums.device:
-        raise UsageError(f"{name} are on {values.device}, sums on {sums.device}")
+    _check_tensor("counts", counts, None, sums.shape, sums.device)
 
 
 def _require_tensor(name: str, tensor: Any) -> None:
@@ -293,22 +264,24 @@ def _require_tensor(name: str, tensor: Any) -> None:
         raise UsageError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
-def _require_real(name: str, tensor: Any) -> None:
+def _check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype] | None,
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """A tensor of one of these dtypes, of any real one for None, and of that shape and device."""
     _require_tensor(name, tensor)
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if shape is not None and tensor.shape != tuple(shape):
+        raise UsageError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if dtypes is None and (tensor.is_complex() or tensor.dtype == torch.bool):
         raise UsageError(f"{name} must hold real numbers, got {tensor.dtype}")
-
-
-def _check_tensor(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
-    if tensor.ndim != ndim:
-        raise UsageError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    _check_dtype(name, tensor)
-
-
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATING:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATING)
+    if dtypes is not None and tensor.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise UsageError(f"{name} must be one of {known}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise UsageError(f"{name} must be on {device} as the others are, got {tensor.device}")
 
 
 def _check_same(hidden: Tensor, name: str, tensor: Tensor) -> None:

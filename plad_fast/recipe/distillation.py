@@ -21,7 +21,7 @@ from plad_fast.data.files import write_atomically
 from plad_fast.data.places import lies_in
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
-from plad_fast.evaluation.report.tables import comparison_table
+from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs

@@ -32,7 +32,7 @@ def fingerprint(
     temperature: float,
     autocast: Autocast,
 ) -> dict[str, Any]:
-    """What reference log-probabilities depend on but for rounding, as JSON values.
+    """Everything that reference log-probabilities depend on except rounding, as JSON values.
 
     Batch size, layout and backend change the rounding only and are left out.
     """
@@ -71,10 +71,9 @@ def _ordered(value: Any) -> Any:
     """Sets, whose order differs from process to process, as sorted lists."""
     if isinstance(value, Mapping):
         return {str(key): _ordered(value[key]) for key in value}
-    if isinstance(value, (set, frozenset, list, tuple)):
-        items = [_ordered(item) for item in value]
-        return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    return [_ordered(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
-"""Micro-batches under a budget of tokens, and backwards that are left out where no gradient is.
+"""Micro-batches within a token budget, and backward passes skipped where the gradient is zero.
 
-Under a hinge a satisfied group has no gradient. A micro-batch of such groups alone needs no
-backward at all, so groups that were inactive at their last visit are packed together.
+A group that satisfies its hinge has no gradient, and a micro-batch of such groups alone needs no
+backward pass. So groups that were inactive at their last visit are packed together.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Features = list[dict[str, Any]]
 
 
 class Groups:
-    """Rows as they are. What moves batches to devices would go through lists token by token."""
+    """Rows as they are, hidden from what moves batches to devices: it would visit every token."""
 
     def __init__(self, features: Features) -> None:
         self.features = features
 
 
 def as_they_are(features: Features) -> dict[str, Groups]:
-    """A collator: rows become tensors where it is known which of them run together."""
+    """Collator of a device's batch: rows become tensors once they are packed into micro-batches."""
     return {"groups": Groups(features)}
 
 
@@ -123,12 +123,12 @@ class InactiveRows(TrainerCallback, ExportableState):
 
 
 class BackwardSkipper:
-    """Leaves out the backward of a micro-batch whose gradient is exactly zero.
+    """Skips the backward pass of a micro-batch whose gradient is exactly zero.
 
-    An optimizer passes over a parameter without a gradient, but moves one whose gradient is zero:
-    momentum and weight decay go on. So a step with skipped backwards gets the zeros that these
-    would have left, in the parameters that the backwards of the training reach. (Not known is which
-    experts a skipped micro-batch routes to, where each is a module of its own, as in
+    An optimizer ignores a parameter without a gradient, but moves one whose gradient is zero:
+    momentum and weight decay go on. So after skipped backward passes a step gets the zeros that
+    they would have left, in every parameter that the training has reached. (The experts that a
+    skipped micro-batch routes to are not known where each is a module of its own, as in
     transformers 4.)
 
     Args:
@@ -145,11 +145,9 @@ class BackwardSkipper:
         self.begin([])
 
     def begin(self, callbacks: Iterable[TrainerCallback]) -> None:
-        """Forgets a training before this one.
+        """Starts a training, with nothing of one before it.
 
-        Args:
-            callbacks: of the trainer; one restored from a checkpoint may have taken the place of
-                `rows`.
+        Of the trainer's callbacks one restored from a checkpoint may have taken the place of ours.
         """
         self.rows = next((cb for cb in callbacks if isinstance(cb, InactiveRows)), self.rows)
         self._reached: dict[nn.Parameter, None] = {}
@@ -166,11 +164,9 @@ class BackwardSkipper:
 
     @contextlib.contextmanager
     def micro_batch(self, model: nn.Module, *, reduces: bool) -> Iterator[None]:
-        """Around forward and backward of one.
+        """Around forward and backward of one, of a model that is not wrapped.
 
-        Args:
-            model: not wrapped.
-            reduces: whether its backward adds the gradients of all processes, and must run.
+        A backward that `reduces` adds up the gradients of all processes, and must run.
         """
         self._allowed = self._wanted and not reduces and bool(self._reached)
         yield
@@ -185,10 +181,9 @@ class BackwardSkipper:
         self._skipped = False
 
     def loss_to_run(self, loss: Tensor, active: Tensor, rows: Sequence[int]) -> Tensor:  # ()
-        """The loss, or one of the same value and no backward to speak of, where it is skipped.
+        """The loss to run the backward pass on: detached from the model where it is skipped.
 
-        The groups' activity is noted, by all processes for all of them: the next epoch deals the
-        rows out anew.
+        Every process notes the activity of all groups: the next epoch distributes the rows anew.
 
         Args:
             active: (B,) whether a group has a gradient.

@@ -1,4 +1,4 @@
-"""Log-probabilities of a dataset's responses under the reference model, computed once and kept.
+"""Reference log-probabilities of a dataset's responses, computed once and cached.
 
 A loss on a reference needs one number per response that training never changes. It is computed
 before training and, given a folder, written there batch by batch: a killed run goes on where it

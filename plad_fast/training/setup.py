@@ -1,4 +1,4 @@
-"""Model and data of a training before its first step: token ids, layout, and what must agree."""
+"""Preparation of model and data for training: checks, token ids, layout."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def check_inputs(
 
 
 def of_each(change: Callable[[Any, str], Any], evaluation: Any) -> Any:
-    """What `change` makes of the evaluation set, or of each one of several by name."""
+    """Applies `change` to the evaluation set, or to each one of several by name."""
     if not isinstance(evaluation, dict):
         return change(evaluation, "eval_dataset")
     return {key: change(rows, f"eval_dataset[{key!r}]") for key, rows in evaluation.items()}

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: in good order first, at once when they come again.
+"""Graceful exit on SIGTERM, SIGHUP and Ctrl-C; a second signal ends the process at once.
 
 SIGTERM is what schedulers send some seconds before they kill, SIGHUP what a closed terminal leaves
 behind. Handlers are set in the main thread only, over the system's and Python's own, and put back.

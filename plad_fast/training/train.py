@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import ProgressCallback
@@ -19,9 +19,9 @@ from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
+from plad_fast.training.config import PLaDConfig
 from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
-    FORMAT,
     RECORD,
     checkpoints_of,
     discard_checkpoints,
@@ -32,12 +32,17 @@ from plad_fast.training.trained_folders import (
     remove_training,
     require_ours,
     require_record,
+    write_record,
 )
-
-if TYPE_CHECKING:
-    from plad_fast.training.trainer import PLaDTrainer
+from plad_fast.training.trainer import PLaDTrainer
 
 _WARMUP_SHARE = 0.1
+# transformers 5 has another name for it.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PLaDConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 _NOTICE = "{}: saving a checkpoint after this step, then ending; once more ends at once"
 
 
@@ -137,7 +142,7 @@ def train_model(
     checkpoints.mkdir(parents=True, exist_ok=True)
     with locked(checkpoints):
         last = _resumable(checkpoints, record, replace=replace)
-        FORMAT.write(checkpoints / RECORD, **record)
+        write_record(checkpoints, record)
         # The Trainer would take a step too many from a checkpoint of the last one.
         if last is None or not has_ended(last):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
@@ -154,7 +159,7 @@ def train_model(
                 per_device_train_batch_size=micro,
                 gradient_accumulation_steps=batch_size // micro,
                 max_tokens_per_batch=max_tokens_per_batch,
-                **_checkpointing(gradient_checkpointing),
+                **{_CHECKPOINTING: gradient_checkpointing},
                 bf16=autocast_dtype(precision) == torch.bfloat16,
                 seed=seed,
                 save_steps=max(1, math.ceil(steps / saves)),
@@ -184,9 +189,7 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
-    """What does not change from one training to another."""
-    from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
-
+    """A trainer with the settings that all trainings share."""
     config = PLaDConfig(
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,
@@ -204,15 +207,6 @@ def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: A
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
     return trainer
-
-
-def _checkpointing(wanted: bool) -> dict[str, bool]:
-    """The Trainer's setting, which transformers 5 calls by another name."""
-    from plad_fast.training.trainer import PLaDConfig
-
-    new = hasattr(PLaDConfig, "activation_checkpointing")
-    name = "activation_checkpointing" if new else "gradient_checkpointing"
-    return {name: True} if wanted else {}
 
 
 class _Progress(ProgressCallback):

@@ -1,4 +1,4 @@
-"""The folder of a trained model: its record, its log, and what of it may be replaced."""
+"""The folder of a trained model: its record and log, and replacing nothing but its own files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from plad_fast.errors import UsageError
 from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
 
 RECORD = "training.json"
-"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
+"""Settings that the weights depend on; in the folder of the model, and of its checkpoints."""
 
-FORMAT = RecordFormat("plad-fast training", 1)
+_FORMAT = RecordFormat("plad-fast training", 1)
 
 LOG = "log_history.json"
 
@@ -47,13 +47,19 @@ def checkpoints_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.checkpoints")
 
 
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Says which training a folder is of."""
+    _FORMAT.write(folder / RECORD, **record)
+
+
 def found_record(folder: Path) -> dict[str, Any] | None:
     """The record of the training that made a folder; None where there is none that can be read."""
     try:
-        record, problem = FORMAT.read(folder / RECORD)
+        found = _FORMAT.read(folder / RECORD)
     except OSError:
         return None
-    return None if problem else {k: v for k, v in record.items() if k not in FORMAT.header}
+    fields = {name: value for name, value in found.fields.items() if name not in _FORMAT.header}
+    return None if found.problem else fields
 
 
 def require_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -130,9 +136,8 @@ def _ours(model: Path) -> list[str]:
 def discard_training(output: Path) -> None:
     """Removes a model that a training made, and the checkpoints of one beside it.
 
-    Raises:
-        UsageError: the folder holds something else, or another process trains there; nothing is
-            removed.
+    Nothing is removed, and a UsageError raised, where the folder holds something else or another
+    process trains there.
     """
     checkpoints = checkpoints_of(output)
     if is_trained(output):

@@ -55,8 +55,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_utils import EvalLoopOutput
 
-__all__ = ["PLaDConfig", "PLaDTrainer"]
-
 
 class PLaDTrainer(Trainer):
     """Trains a causal or encoder-decoder LM on preference groups.
@@ -157,11 +155,9 @@ class PLaDTrainer(Trainer):
         self.eval_dataset = of_each(self._with_reference, evaluation)
 
     def _begin(self) -> None:
-        """Leaves behind what a training before this one has counted."""
+        """Drops what a training before this one has counted."""
         self._train_meter.reset()
         self._skipper.begin(self.callback_handler.callbacks)
-
-    # Data: rows to token ids at once, to tensors where it is known which of them run together.
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As in `transformers.Trainer`; rows may also be as those of the constructor."""
@@ -188,13 +184,13 @@ class PLaDTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[PreferenceBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PreferenceBatch], Tensor | None]:
-        """Adds how many groups and best-response tokens the window has over all processes, (2,)."""
+        """Adds the window's numbers of groups and best-response tokens over all processes, (2,)."""
         self._train_meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
         for batch in batches if self.args.include_num_input_tokens_seen != "no" else []:
-            # Something of the shape that the Trainer's count of tokens seen is taken from.
+            # The Trainer counts the tokens seen on tensors of these names.
             count = self._batches.count_tokens(batch["groups"].features)
             shown = torch.ones(count, dtype=torch.long)
             batch[getattr(self.model, "main_input_name", "input_ids")] = shown
@@ -219,15 +215,13 @@ class PLaDTrainer(Trainer):
             return to_device(inputs, self.args.device)
         return super()._prepare_inputs(inputs)
 
-    # Steps.
-
     def training_step(
         self,
         model: nn.Module,
         inputs: dict[str, Groups],
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The batch in micro-batches, each with its backward unless it has no gradient."""
+        """Forward and backward of the batch in micro-batches; those without a gradient skip it."""
         features = inputs["groups"].features
         micro_batches = self._batches.pack(features, self._skipper.parts(features))
         several = self.accelerator.num_processes > 1
@@ -255,7 +249,7 @@ class PLaDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,  # (2,) groups, tokens
     ) -> Any:
-        """The loss of a micro-batch, as its share in the window's loss when that is known."""
+        """The loss of a micro-batch: its share of the window's loss in training."""
         module = unwrap(model)
         groups, tokens = (None, None) if num_items_in_batch is None else num_items_in_batch
 
@@ -299,8 +293,6 @@ class PLaDTrainer(Trainer):
             # DDP, FSDP and DeepSpeed average gradients over processes; this loss wants their sum.
             loss = loss * self.accelerator.num_processes
         return (loss, rows) if return_outputs else loss
-
-    # Metrics.
 
     def prediction_step(
         self,

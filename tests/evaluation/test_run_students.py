@@ -12,7 +12,6 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import run_students as module
 from plad_fast.evaluation.held_out import HeldOut
-from plad_fast.evaluation.report.parts import draw_plots
 from plad_fast.evaluation.run_students import (
     evaluate_models,
     scorer_file,
@@ -157,14 +156,6 @@ def test_scorers_are_asked_once(finished, tiny_teacher, tmp_path):
     assert count == len(set(asked))
     assert evaluate(tmp_path, tiny_teacher, **options)[0] == results
     assert len(asked) == count
-
-
-def test_plots(finished, tmp_path):
-    _, results, outputs = finished
-    drawn = draw_plots(results, outputs, {}, tmp_path, length_normalization=0.0)
-    assert [file.name for _, file in drawn] == [
-        "comparison.png", "margins.png", "reliability.png",
-    ]  # fmt: skip
 
 
 def test_a_student_that_never_ends_has_no_calibration(tiny_teacher, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""One rank of the two-process test in test_trainer.py."""
+"""One rank of the two-process test in test_processes.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.utils.data import SequentialSampler
 
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.training.config import PLaDConfig
+from plad_fast.training.trainer import PLaDTrainer
 
 
 class InOrder(PLaDTrainer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import os
@@ -276,24 +275,13 @@ def test_a_public_name_exists_and_has_a_docstring(door):
 
 def test_the_feature_table_names_tests_that_exist():
     """Only what is missing goes without one."""
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     rows = re.findall(r"^\| (?!feature|-)(.+) \|$", (DOCS / "features.md").read_text("utf-8"), re.M)
     assert len(rows) > 30
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         assert len(cells) == 6, row
-        named = re.fullmatch(r"`(test_\w+\.py)((?:::\w+)+)`", cells[5])
         if not cells[4].startswith(("no", "none")) or cells[5]:
-            assert named, row
-            files = list((ROOT / "tests").rglob(named[1]))
-            assert any(holds(file, named[2].split("::")[1:]) for file in files), cells[5]
-
-
-def holds(file: Path, path: list[str]) -> bool:
-    """Has the file a test at that path of classes?"""
-    node: ast.Module | ast.ClassDef | ast.FunctionDef = ast.parse(file.read_text("utf-8"))
-    for part in path:
-        inside = {n.name: n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
-        if part not in inside:
-            return False
-        node = inside[part]
-    return isinstance(node, ast.FunctionDef)
+            name = re.fullmatch(r"`(test_\w+)`", cells[5])
+            assert name, row
+            assert f"def {name[1]}(" in tests, name[1]

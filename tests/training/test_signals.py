@@ -1,4 +1,4 @@
-"""What asks a command to end gets its way, and what was done until then is kept."""
+"""Signals end a command in good order, and what was finished by then is kept."""
 
 from __future__ import annotations
 

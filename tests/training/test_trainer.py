@@ -6,31 +6,23 @@ Plain SGD is used wherever a scale could be wrong: Adam does not notice one.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
-    HfArgumentParser,
-    TrainerCallback,
 )
 
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import pad_token_id
-from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.training.trainer import PLaDTrainer
 from tests.support.trainings import (
     PAIRS,
     RANKED,
@@ -217,13 +209,6 @@ def test_a_second_training_logs_nothing_of_the_first(make):
     assert again["tokens_per_second"] > first["tokens_per_second"] / 5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_weights_of_16_bits_get_a_warning(dtype, make, tiny_model, caplog):
-    make(model=copy.deepcopy(tiny_model).to(dtype))
-    warned = "dtype=torch.float32 and set bf16=True" in caplog.text
-    assert warned == (dtype != torch.float32)
-
-
 @pytest.mark.parametrize("kind", ["all", "non_padding"])
 def test_tokens_seen_are_counted(kind, make, tiny_tokenizer, caplog):
     """Those that entered the model: a shared prompt once, no padding."""
@@ -337,53 +322,6 @@ def test_loss_that_is_not_finite_stops_before_the_step(make, tiny_model, tiny_to
         trainer.train()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": "nonsense"}, "unknown loss 'nonsense'"),
-        ({"beta": -1.0}, "at least 0"),
-        ({"loss": "sft", "beta": 1.0}, "no option 'beta'"),
-        ({"loss": "sft", "sft_weight": 1.0}, "sft_weight"),
-        ({"sft_weight": -1.0}, "sft_weight"),
-        ({"length_normalization": -0.5}, "length_normalization"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": math.nan}, "temperature must be a finite number"),
-        ({"sft_weight": math.nan}, "sft_weight must be a finite number"),
-        ({"beta": math.nan}, "beta must be a finite number"),
-        ({"length_normalization": math.inf}, "length_normalization must be a finite number"),
-        ({"max_length": 1}, "max_length"),
-        ({"truncation_side": "middle"}, "truncation_side"),
-        ({"impl": "magic"}, "unknown impl 'magic'"),
-        ({"scratch_mib": 0}, "scratch_mib"),
-        ({"label_smoothing_factor": 0.1}, "label smoothing"),
-        ({"torch_compile": True}, "model.base_model.compile"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
-        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=.'inputs'.* predictions"),
-        ({"include_for_metrics": ["loss"]}, r"include_for_metrics=.'loss'.* predictions"),
-        ({"batch_eval_metrics": True}, r"batch_eval_metrics=True .* predictions"),
-        ({"length_column_name": "len"}, "length_column_name='len'"),
-    ],
-)
-def test_bad_settings_are_refused(options, message, tmp_path):
-    with pytest.raises(UsageError, match=message):
-        PLaDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-
-
-@pytest.mark.parametrize(
-    ("rows", "eval_rows", "options", "message"),
-    [
-        (None, None, {}, "nothing to train on"),
-        ([{"prompt": "p", "chosen": "c"}], None, {}, "one response each"),
-        (PAIRS, RANKED, {}, "train_dataset: 2, eval_dataset: 3"),
-        (PAIRS, None, {"loss": "plad_margin"}, "chosen_score"),
-        ([{**PAIRS[0], "prompt": "p" * 300}], None, {}, "256 positions"),
-    ],
-)
-def test_unusable_data_is_refused(rows, eval_rows, options, message, make):
-    with pytest.raises(UsageError, match=message):
-        make(rows, eval_rows=eval_rows, **options)
-
-
 def test_a_loss_that_can_go_without_scores_sees_those_of_text_rows(make, tiny_tokenizer):
     """kto takes a response for desirable by its score, and without scores the first one."""
     rows = [{**row, "scores": [1.0, 1.0, -1.0]} for row in RANKED]
@@ -433,74 +371,11 @@ def test_dropout_is_off_where_responses_are_compared(kind, make, tiny_model, tin
         assert (abs(last_log(trainer)["loss"] - math.log(2)) < 1e-4) == disable
 
 
-def test_fine_tuning_keeps_dropout(make, tiny_model):
-    model = copy.deepcopy(tiny_model)
-    model.model.layers[0].self_attn.attention_dropout = 0.5
-    make(model=model, loss="sft")
-    assert model.model.layers[0].self_attn.attention_dropout == 0.5
-    make(model=model)
-    assert model.model.layers[0].self_attn.attention_dropout == 0.0
-
-
-BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "several", "known"),
-    [
-        ("eval_margin", False, True),
-        ("nll", False, True),
-        ("loss", False, True),
-        ("rewards/accuracies", False, False),
-        ("b_margin", True, True),
-        ("loss", True, False),
-        (None, True, False),  # with load_best_model_at_end it is the loss
-    ],
-)
-def test_a_best_metric_that_no_evaluation_has_is_refused_at_once(make, wanted, several, known):
-    rows = {"a": PAIRS, "b": PAIRS[:2]} if several else PAIRS
-    options = {**BEST, "metric_for_best_model": wanted, "load_best_model_at_end": True}
-    if not known:
-        with pytest.raises(UsageError, match=r"metric_for_best_model is .*: .*margin"):
-            make(eval_rows=rows, **options)
-        return
-    trainer = make(eval_rows=rows, max_steps=2, **options)
-    trainer.train()
-    assert trainer.state.best_metric is not None
-
-
-def test_callbacks_may_bring_the_best_metric(make):
-    class Own(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            metrics["eval_own"] = state.global_step
-
-    options = {**BEST, "metric_for_best_model": "own", "load_best_model_at_end": True}
-    trainer = make(eval_rows=PAIRS, callbacks=[Own()], max_steps=2, **options)
-    trainer.train()
-    assert trainer.state.best_metric == 2
-
-
 def test_metrics_of_predictions_are_refused(make):
     trainer = make(eval_rows=PAIRS)
     trainer.compute_metrics = lambda prediction: {}
     with pytest.raises(UsageError, match="compute_metrics is set"):
         trainer.evaluate()
-
-
-@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "reference"])
-def test_token_ids_that_the_model_lacks_are_refused_before_a_step(make, tiny_model, where):
-    """Of a tokenizer whose ids have gaps, or of rows that another one made; 262 are known."""
-    good = {"prompt_ids": [5], "response_ids": [[7], [8]]}
-    bad = {"prompt_ids": [5], "response_ids": [[7], [8, 262]]}
-    options = {}
-    if where == "reference":  # with fewer embeddings than the model
-        options["reference_model"] = copy.deepcopy(tiny_model)
-        options["reference_model"].resize_token_embeddings(100)
-        options["loss"], bad = "dpo", {"prompt_ids": [5], "response_ids": [[7], [100]]}
-        where = "train_dataset"
-    train, held_out = ([good, bad], [good]) if where == "train_dataset" else ([good], [good, bad])
-    with pytest.raises(UsageError, match=rf"{where}, row 2: the response has the token id"):
-        make(train, eval_rows=held_out, **options)
 
 
 def test_a_pad_token_that_the_model_lacks_pads_nothing(make, tiny_model, tiny_tokenizer):
@@ -510,129 +385,3 @@ def test_a_pad_token_that_the_model_lacks_pads_nothing(make, tiny_model, tiny_to
     tokenizer.add_special_tokens({"pad_token": "<another>"})
     assert tokenizer.pad_token_id == len(tiny_tokenizer)
     assert pad_token_id(tokenizer, tiny_model) == tiny_tokenizer.eos_token_id
-
-
-def test_unusable_models_are_refused(make, tiny_model, tiny_tokenizer):
-    model = copy.deepcopy(tiny_model)
-    model.resize_token_embeddings(len(tiny_tokenizer) - 1)
-    with pytest.raises(UsageError, match="resize_token_embeddings"):
-        make(model=model)
-
-    model = copy.deepcopy(tiny_model)
-    model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(UsageError, match="Sequential"):
-        make(model=model)
-
-    model = copy.deepcopy(tiny_model)
-    model.config.output_router_logits = True
-    with pytest.raises(UsageError, match="router loss"):
-        make(model=model)
-
-
-def test_config_is_an_argument_parser_away(tmp_path):
-    [config] = HfArgumentParser(PLaDConfig).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "--loss", "sft", "--max_length", "99"]
-    )
-    assert (config.loss, config.max_length, config.beta) == ("sft", 99, None)
-    assert config.report_to == []
-    assert json.loads(config.to_json_string())["loss"] == "sft"
-
-
-@pytest.mark.parametrize("name", ["nll", "eval_nll", "eval_dev_nll"])
-def test_the_best_nll_is_the_lowest(name, tmp_path):
-    def is_greater(**options):
-        return PLaDConfig(str(tmp_path), use_cpu=True, **options).greater_is_better
-
-    assert is_greater(metric_for_best_model=name) is False
-    assert is_greater(metric_for_best_model=name, greater_is_better=True) is True
-    assert is_greater(metric_for_best_model="eval_margin") is True
-    assert is_greater(metric_for_best_model="eval_loss") is False
-    assert is_greater() is None
-
-
-def test_options_of_the_loss(tmp_path):
-    """As a mapping or, from a command line, as JSON; names that the loss lacks are refused."""
-    line = ["--output_dir", str(tmp_path), "--use_cpu", "--loss", "simpo", "--beta", "2"]
-    [config] = HfArgumentParser(PLaDConfig).parse_args_into_dataclasses(
-        [*line, "--loss_args", '{"gamma": 0.5}']
-    )
-    assert config.objective(group_size=2).options == {"beta": 2.0, "gamma": 0.5}
-    for given, message in (
-        ({"gama": 1}, "simpo' has no option 'gama'; it has: beta, gamma"),
-        ({"beta": 1}, "set it once"),
-        ("gamma=1", "JSON object"),
-        ([1], "map names"),
-        ({"gamma": -1}, "gamma"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            PLaDConfig(str(tmp_path), use_cpu=True, loss="simpo", beta=2.0, loss_args=given)
-
-
-def run_two_processes(folder, options):
-    """Both ranks of `two_processes.py`; if one fails, the other is not waited for."""
-    logs = [folder / f"rank{rank}.log" for rank in range(2)]
-    workers = []
-    for rank, log in enumerate(logs):
-        environment = {
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1",
-            "PLAD_TEST_OPTIONS": json.dumps(options),
-        }
-        with log.open("w") as output:
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.support.two_processes", str(folder)],
-                    env={**os.environ, **environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    deadline = time.monotonic() + 300
-    try:
-        while (codes := [worker.poll() for worker in workers]) != [0, 0]:
-            if any(codes) or time.monotonic() > deadline:
-                said = "\n".join(log.read_text()[-3000:] for log in logs)
-                pytest.fail(f"the ranks ended with {codes}:\n{said}")
-            time.sleep(0.05)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sft_weight": 0.5, "max_steps": 2, "gradient_accumulation_steps": 2},
-        # Some pairs are satisfied, in one process or in both; some micro-batches have no gradient.
-        {"beta": 0.5, "max_steps": 4, "max_tokens_per_batch": 40, "optim": "adamw_torch",
-         "learning_rate": 3e-3, "per_device_train_batch_size": 4},
-        {"loss": "dpo", "max_steps": 2},
-    ],
-    ids=["regulariser", "hinge", "reference"],
-)  # fmt: skip
-def test_two_processes_equal_one(options, make, tiny_model, tiny_tokenizer, tmp_path):
-    """Denominators are summed over processes, and DDP's average of gradients is made up for."""
-    options = {"per_device_train_batch_size": 1, **options}
-    both = {**options, "per_device_train_batch_size": 2 * options["per_device_train_batch_size"]}
-    single = make(PAIRS, eval_rows=PAIRS[:7], **both)
-    single.train()
-    expected = single.evaluate()
-
-    tiny_model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.json").write_text(json.dumps(PAIRS))
-    run_two_processes(tmp_path, options)
-    result = torch.load(tmp_path / "result.pt")
-    assert_same_weights(result["weights"], weights(single), rtol=1e-4, atol=1e-5)
-    for key in ("loss", "margin", "nll"):
-        assert result["logged"][key] == near(last_log(single)[key])
-        assert result["evaluated"][f"eval_{key}"] == pytest.approx(
-            expected[f"eval_{key}"], rel=1e-4
-        )
-    if "optim" in options:
-        assert result["logged"]["skipped_backwards"] > 0

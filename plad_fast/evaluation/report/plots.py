@@ -7,11 +7,11 @@ student is orange, the last one blue, the teacher grey.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from plad_fast.evaluation.students import StudentOutputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_Panel = TypeVar("_Panel")
 
 _FIRST, _LAST, _TEACHER = "#E69F00", "#0072B2", "#555555"
 _BETWEEN = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -77,12 +79,6 @@ def plot_training(
         stages: stage name -> the trainer's `state.log_history`. What is drawn where it was logged:
             loss, ranking accuracy, margin, share of active pairs; dashed for `eval_...` values.
         path: of the PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: nothing was logged, or matplotlib is not installed.
     """
     panels = [
         (stage, title, label, series)
@@ -90,11 +86,10 @@ def plot_training(
         for title, label, key in _CURVES
         if (series := _series(history, key))
     ]
-    if not panels:
-        raise UsageError("no training step was logged; set logging_steps to a smaller number")
+    nothing = "no training step was logged; set logging_steps to a smaller number"
     last_of_stage = {stage: title for stage, title, _, _ in panels}.items()
-    with _drawing(path, [1.35] * len(panels)) as axes:
-        for axis, (stage, title, label, series) in zip(axes, panels, strict=True):
+    with _drawing(path, panels, nothing, lambda panel: 1.35) as drawn:
+        for axis, (stage, title, label, series) in drawn:
             for name, (steps, values) in series.items():
                 look: dict[str, Any] = {"color": _LAST, "label": "training"}
                 if name == "eval":
@@ -120,18 +115,12 @@ def plot_training(
 def plot_margins(
     students: Sequence[StudentOutputs], path: str | os.PathLike[str], *, unit: str = "nat"
 ) -> Path:
-    """Histograms of the margins on the held-out pairs, one per student.
+    """Histograms of the margins on the held-out pairs, one for each student that has pairs.
 
     Args:
-        students: in the order of training; those without pairs are left out.
+        students: in the order of training.
         path: of the PNG file to write.
         unit: of the log-probabilities, such as "nat per token".
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: no student has pairs, or matplotlib is not installed.
     """
     colours = _colours([student.name for student in students])
     values = {
@@ -139,11 +128,12 @@ def plot_margins(
         for student in students
         if len(student.pair_ids)
     }
-    if not values:
-        raise UsageError("no student was scored on held-out pairs; run score_pairs first")
-    edges = _edges(np.concatenate(list(values.values())), len(values))
-    with _drawing(path, [1.5] * len(values), sharex=True, sharey=True) as axes:
-        for axis, (name, vector) in zip(axes, values.items(), strict=True):
+    edges = _edges(list(values.values()))
+    nothing = "no student was scored on held-out pairs; run score_pairs first"
+    with _drawing(
+        path, list(values.items()), nothing, lambda panel: 1.5, sharex=True, sharey=True
+    ) as drawn:
+        for axis, (name, vector) in drawn:
             axis.hist(
                 np.clip(vector, edges[0], edges[-1]), bins=edges, color=colours[name], alpha=0.85
             )
@@ -154,23 +144,12 @@ def plot_margins(
             axis.set_title(f"{name}: {right:.0%} right of zero, median {median:+.2f}")
             axis.set_ylabel("pairs")
             axis.locator_params(axis="y", integer=True)
-        axes[-1].set_xlabel(f"log p(teacher's answer) \u2212 log p(rejected answer)  [{unit}]")
+        axis.set_xlabel(f"log p(teacher's answer) \u2212 log p(rejected answer)  [{unit}]")
     return Path(path)
 
 
 def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Dots with 95 % intervals: ranking accuracy and ROUGE-L of every student, and the teacher.
-
-    Args:
-        metrics: from `evaluation.evaluate_students`.
-        path: of the PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: there is neither a ranking accuracy nor a ROUGE-L, or matplotlib is missing.
-    """
+    """Dots with 95 % intervals: ranking accuracy and ROUGE-L of every student, and the teacher."""
     students = metrics["students"]
     colours = _colours([row["name"] for row in students])
     rows = [*students[::-1], metrics["teacher"]]  # drawn from the bottom up
@@ -179,10 +158,9 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
         for key, title, label, chance in _COMPARED
         if (dots := [(row["name"], row[key]) for row in rows if row[key] is not None])
     ]
-    if not panels:
-        raise UsageError("the metrics hold no ranking accuracy and no ROUGE-L; nothing to draw")
-    with _drawing(path, [0.75 + 0.27 * len(dots) for _, _, dots, _ in panels]) as axes:
-        for axis, (title, label, dots, chance) in zip(axes, panels, strict=True):
+    nothing = "the metrics hold no ranking accuracy and no ROUGE-L; nothing to draw"
+    with _drawing(path, panels, nothing, lambda panel: 0.75 + 0.27 * len(panel[2])) as drawn:
+        for axis, (title, label, dots, chance) in drawn:
             for height, (name, interval) in enumerate(dots):
                 axis.errorbar(
                     interval["mean"],
@@ -209,16 +187,6 @@ def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str
     """Mean quality of samples of like log-probability, one curve with 95 % intervals per student.
 
     Above by the place of a sample among those of its prompt, below by its log-probability.
-
-    Args:
-        calibration: from `calibration.evaluate_calibration`.
-        path: of the PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: there is no curve, or matplotlib is not installed.
     """
     rows = calibration["students"]
     colours = _colours([row["name"] for row in rows])
@@ -230,10 +198,9 @@ def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str
         )
         if any(row["reliability"][by] for row in rows)
     ]
-    if not panels:
-        raise UsageError("no student has samples to draw; sample two or more answers to a prompt")
-    with _drawing(path, [2.4] * len(panels)) as axes:
-        for axis, (by, title, label) in zip(axes, panels, strict=True):
+    nothing = "no student has samples to draw; sample two or more answers to a prompt"
+    with _drawing(path, panels, nothing, lambda panel: 2.4) as drawn:
+        for axis, (by, title, label) in drawn:
             for number, row in enumerate(rows):
                 bins = [b for b in row["reliability"][by] if b["quality"] is not None]
                 places = [b["logp"] for b in bins]
@@ -258,15 +225,25 @@ def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str
             if by == "rank":
                 axis.set_xlim(-0.02, 1.02)
                 axis.set_xticks([0, 0.5, 1], ["least likely", "median", "likeliest"])
-        axes[0].legend()
+        drawn[0][0].legend()
     return Path(path)
 
 
 @contextmanager
 def _drawing(
-    path: str | os.PathLike[str], heights: Sequence[float], **options: Any
-) -> Iterator[list[Axes]]:
-    """Panels of these heights in inches, one above the other; written to `path` at the end."""
+    path: str | os.PathLike[str],
+    panels: Sequence[_Panel],
+    nothing: str,
+    height: Callable[[_Panel], float],
+    **options: Any,
+) -> Iterator[list[tuple[Axes, _Panel]]]:
+    """Panels one above the other, of a height in inches each; written to `path` at the end.
+
+    Raises:
+        UsageError: there are no panels, and it says `nothing`; or matplotlib is not installed.
+    """
+    if not panels:
+        raise UsageError(nothing)
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -277,9 +254,10 @@ def _drawing(
         ) from error
     with matplotlib.rc_context(_STYLE):
         # Figure without pyplot: no window system, no global list of figures to leak into.
+        heights = [height(panel) for panel in panels]
         figure = Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")
         axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights, **options)
-        yield list(axes[:, 0])
+        yield list(zip(axes[:, 0], panels, strict=True))
         buffer = BytesIO()
         figure.savefig(buffer, format="png")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -314,18 +292,24 @@ def _series(
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Running means over a tenth of the curve, of fewer values at its ends."""
-    window = np.ones(2 * (len(values) // 20) + 1)
-    sums = np.convolve(values, window, "same")
-    return list(sums / np.convolve(np.ones(len(values)), window, "same"))
+    """Running means over a tenth of the curve; towards its ends, over as much as is there."""
+    widest = len(values) // 20
+    means = []
+    for place in range(len(values)):
+        reach = min(widest, place, len(values) - 1 - place)
+        means.append(float(np.mean(values[place - reach : place + reach + 1])))
+    return means
 
 
-def _edges(pooled: FloatArray, n_students: int) -> list[float]:
-    """Edges of equal bars, one of them at zero.
+def _edges(vectors: Sequence[FloatArray]) -> list[float]:
+    """Edges of equal bars, one of them at zero; of no vectors, none.
 
     A few far outliers would squeeze all others into one bar, so they count in the outermost ones.
     """
-    n_bars = int(np.clip(2 * round((len(pooled) // n_students) ** 0.5), 8, 40))
+    if not vectors:
+        return []
+    pooled = np.concatenate(vectors)
+    n_bars = int(np.clip(2 * round((len(pooled) // len(vectors)) ** 0.5), 8, 40))
     low, high = np.quantile(pooled, [0.005, 0.995])
     low, high = min(low, 0.0), max(high, 0.0)
     width = (high - low) / n_bars or 1.0

@@ -1,8 +1,7 @@
-"""Tables of an evaluation: cells for the report, and plain text for a terminal."""
+"""Tables of a report: measures of every student, who wins, and calibration."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,35 +45,6 @@ _CALIBRATION = (
     _Measure("spearman_pooled", "Spearman, all samples", 2),
     _Measure("kendall_pooled", "Kendall, all samples", 2),
     _Measure("mean_quality", "Quality of a sample", 3),
-)
-
-
-# Of the text for a terminal: key, title, decimals.
-_COLUMNS = (
-    ("ranking_accuracy", "rank acc.", 3),
-    ("margin", "margin", 2),
-    ("rougeL_teacher", "R-L teacher", 3),
-    ("rougeL_reference", "R-L reference", 3),
-    ("mean_words", "words", 0),
-    ("distinct_2", "dist-2", 2),
-    ("repetition_4", "rep-4", 2),
-)
-_LEGEND = (
-    "rank acc.: share of pairs in which the teacher's answer is likelier than the rejected one; "
-    "R-L: ROUGE-L; dist-2: different word pairs divided by all word pairs; "
-    "rep-4: share of four-word runs that stood before in the same answer"
-)
-_COMPARED = (
-    ("ranking_accuracy", "ranking accuracy", 3),
-    ("margin", "margin", 2),
-    ("rougeL_teacher", "ROUGE-L to the teacher", 3),
-    ("rougeL_reference", "ROUGE-L to the reference", 3),
-    ("mean_words", "words", 1),
-    ("repetition_4", "repetition", 3),
-)
-_CALIBRATION_COMPARED = (
-    ("auroc_within", "better sample is likelier", 3),
-    ("kendall_within", "Kendall, within prompts", 3),
 )
 
 
@@ -147,50 +117,6 @@ def wins_tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, s
         if lines:
             tables.append((judged_by, lines))
     return tables
-
-
-def comparison_table(results: Mapping[str, Any]) -> str:
-    """The result of `evaluate_students` as plain text for a terminal, at most 100 columns wide.
-
-    A mean stands with half the width of its 95 % interval. Columns that nobody has a value for are
-    left out. Below the table, the last student is compared with each one before it.
-    """
-    rows = [results["teacher"], *results["students"]]
-    table = [["", *(_shorten(row["name"], 16) for row in rows)]]
-    for key, title, decimals in _COLUMNS:
-        if any(row[key] is not None for row in rows):
-            table.append([title, *(_plain_cell(row[key], decimals) for row in rows)])
-    widths = [max(map(len, column)) for column in table]
-    lines = []
-    for line in zip(*table, strict=True):
-        cells = [
-            line[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-        ]
-        lines.append("  ".join(cells).rstrip())
-    last = results["students"][-1]["name"]
-    for entry in results["comparisons"]:
-        if entry["candidate"] != last:
-            continue
-        lines += ["", f"{_shorten(last, 40)} compared with {_shorten(entry['baseline'], 40)}:"]
-        for key, title, decimals in _COMPARED:
-            if entry[key] is not None:
-                lines.append(f"  {title:<26}{_bracket(entry[key], decimals, sign='+')}")
-        lines += _wins("win rate", entry)
-        for name, scores in entry["scores"].items():
-            lines += _wins(f"win rate, {name}", scores)
-        calibration = (results.get("calibration") or {}).get("comparisons", ())
-        for change in calibration:
-            if all(change[key] == entry[key] for key in ("candidate", "baseline")):
-                for key, title, decimals in _CALIBRATION_COMPARED:
-                    if change[key] is not None:
-                        lines.append(f"  {title:<26}{_bracket(change[key], decimals, sign='+')}")
-    counts = f"{results['n_prompts']} held-out prompts, {pair_counts(results)}"
-    lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
-    if results.get("judge"):
-        lines += textwrap.wrap(judge_line(results["judge"]), 100, subsequent_indent="  ")
-    lines += textwrap.wrap(_LEGEND, 100, subsequent_indent="  ")
-    return "\n".join(lines)
 
 
 def judge_line(summary: Mapping[str, Any]) -> str:
@@ -280,30 +206,3 @@ def _marked(
     direction = verdict(interval, neutral)
     kind = ("same", "up", "down")[direction * better]
     return Cell(("", "▲ ", "▼ ")[direction] + text, small, kind)
-
-
-def _wins(title: str, scores: Mapping[str, Any]) -> list[str]:
-    if scores["win_rate"] is None:
-        return []
-    counts = "{wins} won, {ties} tied, {losses} lost".format_map(scores["wins"])
-    p_value = p_text(scores["wins"]["p_value"])
-    rate = _bracket(scores["win_rate"], 3)
-    return [f"  {_shorten(title, 25):<26}{rate}  {counts}, {p_value}"]
-
-
-def _plain_cell(value: Mapping[str, float] | float | None, decimals: int) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, Mapping):
-        half = (value["high"] - value["low"]) / 2
-        return f"{value['mean']:.{decimals}f} ±{half:.{decimals}f}"
-    return f"{value:.{decimals}f}"
-
-
-def _bracket(value: Mapping[str, float], decimals: int, sign: str = "") -> str:
-    mean, low, high = (f"{value[name]:{sign}.{decimals}f}" for name in ("mean", "low", "high"))
-    return f"{mean}  [{low}, {high}]"
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "~"

@@ -16,7 +16,7 @@ from plad_fast.evaluation.report.plots import (
     plot_training,
 )
 from plad_fast.evaluation.students import StudentOutputs
-from plad_fast.training.train import log_history
+from plad_fast.training.trained_folders import log_history
 
 _EXTREMES, _OTHERS = 2, 4
 """Examples shown: of the biggest wins and of the biggest losses each, and beside them."""

@@ -1,4 +1,4 @@
-"""One forward of a wrapped model, from token ids to a preference loss and what is logged beside it.
+"""Forward of a wrapped model to the preference loss and the metrics logged beside it.
 
 S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
 """
@@ -78,11 +78,12 @@ class HeadLoss:
         Raises:
             UsageError: options that do not work here.
         """
+        own = vars(trainer)
         present = {}
         for name in self.names:
             attribute = _ATTRIBUTES.get(name, name)
-            attribute = attribute if attribute in vars(trainer) else name
-            present[name] = vars(trainer).get(attribute, getattr(trainer.args, name))
+            attribute = attribute if attribute in own else name
+            present[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
         if present != self._seen:
             self.loss, self.options, self.sft_weight = self.translate(present)
             self._seen = copy.deepcopy(present)

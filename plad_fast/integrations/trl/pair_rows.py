@@ -1,4 +1,4 @@
-"""Padded pairs, as TRL's collators make them, as rows in which a pair's common start stands once.
+"""TRL's padded pairs as rows that hold the common beginning of a pair once.
 
 B pairs of chosen and rejected; T the width of the padded batch; N tokens that are scored.
 """

@@ -1,4 +1,4 @@
-"""What replaces TRL's loss in its trainers; `plad_fast.integrations.trl.use` mixes it in.
+"""Fronts for TRL's trainers with the fused loss in place of theirs; `use` mixes them in.
 
 Every class stands in front of one of TRL's and keeps all the rest of it: data, reference model,
 accumulation, logging, checkpoints. B pairs in a batch.
@@ -52,7 +52,7 @@ NO_PROMPT = (
 
 
 class WithHeadLoss(Trainer):
-    _followed: HeadLoss
+    _own_head_loss: HeadLoss
     args: Any
     accelerator: Any
 
@@ -60,7 +60,7 @@ class WithHeadLoss(Trainer):
 
     @property
     def _head_loss(self) -> HeadLoss:
-        return self._followed.follow(self)
+        return self._own_head_loss.follow(self)
 
     def _say_once(self, padded: Tensor, batch: PreferenceBatch) -> None:
         """Prints what is done to the first batch, of which TRL would run the `padded` rows."""
@@ -184,7 +184,7 @@ class FastDPO(WithHeadLoss):
 
 
 class _FastConcatenated(WithHeadLoss):
-    """What CPO's and ORPO's trainers have in common."""
+    """Common parts of the fronts of CPO's and ORPO's trainers."""
 
     pad_token_id: int
     concatenated_inputs: Any

@@ -1,9 +1,4 @@
-"""TRL's preference trainers on this library's loss.
-
-    from plad_fast.integrations.trl import use_plad_fast
-
-    trainer = use_plad_fast(DPOTrainer(model, args=args, train_dataset=pairs))
-    trainer.train()
+"""TRL's preference trainers on this library's loss; docs/trl.md has an example.
 
 The trainer stays what it was: its data, reference model, accumulation, logging and checkpoints are
 TRL's, and a step has TRL's loss and gradients. What changes is how they are computed. The tokens
@@ -152,7 +147,7 @@ def use_plad_fast(
     check_impl(impl)
     _check_version()
     kind = _kind_of(trainer)
-    for what in _unsupported(trainer):
+    if what := next(_unsupported(trainer), None):
         raise UsageError(f"plad_fast in {type(trainer).__name__} does not support {what}")
     _check_methods(trainer, kind)
     if metrics == "fast":
@@ -181,7 +176,7 @@ def use_plad_fast(
             prepare(reference, head_loss.layout, attention=attention)
     cls = type(trainer)
     trainer.__class__ = type(f"{kind.front.__name__}{cls.__name__}", (kind.front, cls), {})
-    trainer._followed = head_loss
+    trainer._own_head_loss = head_loss
     return trainer
 
 
@@ -230,7 +225,7 @@ def _check_options(trainer: Any, kind: _Kind) -> None:
 
 
 def _unsupported(trainer: Any) -> Iterator[str]:
-    """What would change the loss, or how the model is called."""
+    """Setups that would change the loss, or how the model is called."""
     args, model, accelerator = trainer.args, trainer.model, trainer.accelerator
     if args.use_liger_kernel:
         yield "use_liger_kernel=True: two libraries would take the place of one head"

@@ -173,7 +173,8 @@ def vocab_parallel_preference_loss(
 
     def bind() -> Objective:
         num_sequences = len(cu_seqlens) - 1
-        check.check_constants(num_sequences, hidden.device, **constants)
+        check.check_constants((num_sequences,), hidden.device, **constants)
+        check.check_are_detached(**constants)
         check.check_denominators(**denominators)
         check.check_groups(num_sequences, group_size)
         return Objective.bind(

@@ -1,4 +1,4 @@
-"""A run against an endpoint that fails in every way: each prompt is answered once, or listed."""
+"""Runs against an endpoint that fails in every way: each prompt is answered once, or listed."""
 
 from __future__ import annotations
 
@@ -18,28 +18,21 @@ pytest.importorskip("openai")
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import RowStore
 from plad_fast.pairs.generation.answering import generate_answers
-from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.sampling import Sampling
-from tests.support.fault_server import FAULTS, FaultServer, Step, answer_to, schedule
+from plad_fast.pairs.generation.text_model import Answer
+from tests.support.endpoints import KEY, answers, generate, teacher
+from tests.support.fault_server import FAULTS, FaultServer, Step, answer_to, said, schedule
 
-KEY = "sk-planted-0123456789"
 PROMPTS = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
 QUESTION = {prompt.id: prompt.content for prompt in PROMPTS}
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     # Nobody listens there: a request for loopback must not go through it.
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
-
-
-def model(server, **options):
-    options = {"max_retries": 6, "timeout": 10, "first_pause": 0.005, **options}
-    endpoint = Endpoint("m", base_url=server.url, api_key_env="TEACHER_KEY", **options)
-    return EndpointModel(endpoint, "teacher")
 
 
 def run(teacher, path, prompts=PROMPTS, **sampling):
@@ -57,7 +50,7 @@ def test_200_prompts_through_every_fault(tmp_path, caplog, capfd):
     never = frozenset({"question 3", "question 77", "question 150"})
     path = tmp_path / "run" / "teacher.jsonl"
     with FaultServer(schedule(0, never=never)) as server:
-        result = run(model(server, concurrency=8, timeout=0.3), path)
+        result = run(teacher(server, concurrency=8, timeout=0.3, max_retries=6), path)
         assert set(server.faults) >= set(FAULTS)  # each one happened
         assert 2 <= server.most_at_once <= 8
         assert server.keys == {KEY}
@@ -77,7 +70,7 @@ def test_200_prompts_through_every_fault(tmp_path, caplog, capfd):
 
         server.asked.clear()
         server.step = lambda question, tries, body: Step()
-        assert run(model(server), path).failures == []
+        assert run(teacher(server), path).failures == []
         assert server.asked == dict.fromkeys(never, 1)
         assert not path.with_suffix(".failed.jsonl").exists()
     assert len(stored(path)) == 200
@@ -127,7 +120,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(ending, tmp_path):
 
         server.asked.clear()
         server.step = lambda question, tries, body: Step()
-        result = run(model(server), path)
+        result = run(teacher(server), path)
     assert len(result.answers) == 200
     assert set(server.asked) == {QUESTION[i] for i in set(QUESTION) - before}
     assert Counter(row["id"] for row in stored(path)) == Counter(list(QUESTION))
@@ -143,15 +136,15 @@ def test_a_run_that_was_ended_goes_on_where_it_was(ending, tmp_path):
 def test_when_a_budget_is_spent_no_request_starts(budget, answers, tmp_path):
     path = tmp_path / "teacher.jsonl"
     with FaultServer(lambda *_: Step(delay=0.01)) as server:
-        teacher = model(server, concurrency=4, **budget)
-        result = run(teacher, path)
+        model = teacher(server, concurrency=4, **budget)
+        result = run(model, path)
         # Four were under way when the last token was spent.
         assert answers <= len(result.answers) <= answers + 3
         assert sum(server.asked.values()) == len(result.answers)
         assert len(result.failures) == 200 - len(result.answers)
         assert "budget" in result.failures[0].reason
-        assert teacher.endpoint.usage.tokens == 8 * len(result.answers)
-        run(model(server), path)  # without a budget
+        assert model.endpoint.usage.tokens == 8 * len(result.answers)
+        run(teacher(server, concurrency=8), path)  # without a budget
     assert set(server.asked.values()) == {1}
     assert len(stored(path)) == 200
 
@@ -164,7 +157,7 @@ def test_a_dead_endpoint_is_not_asked_for_hours(tmp_path):
         return Step() if sum(server.answered.values()) < 50 else Step("cut")
 
     with FaultServer(step) as server:
-        result = run(model(server, max_retries=1), path)
+        result = run(teacher(server, max_retries=1, concurrency=8), path)
         assert len(result.answers) + len(result.failures) == 200
         assert 50 <= len(result.answers) < 60
         assert sum(server.asked.values()) < 100
@@ -175,7 +168,46 @@ def test_a_dead_endpoint_is_not_asked_for_hours(tmp_path):
 def test_failures_among_answers_do_not_end_a_run(tmp_path):
     never = frozenset(f"question {i}" for i in range(0, 60, 2))
     with FaultServer(schedule(0, share=0, never=never)) as server:
-        teacher = model(server, max_retries=1, concurrency=2)
-        result = run(teacher, tmp_path / "teacher.jsonl", PROMPTS[:60])
+        model = teacher(server, max_retries=1, concurrency=2)
+        result = run(model, tmp_path / "teacher.jsonl", PROMPTS[:60])
     assert len(result.answers) == len(result.failures) == 30
     assert all("given up" in failure.reason for failure in result.failures)
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (Step("hang"), {"timeout": 0.2}),
+        (Step("malformed"), {}),
+        (Step("cut"), {}),
+        (Step(body={"choices": []}), {}),
+    ],
+)
+def test_what_was_paid_for_and_did_not_come_counts_at_an_estimate(step, options):
+    with FaultServer(lambda *_: step) as server:
+        model = teacher(server, token_budget=500, max_retries=9, **options)
+        found = generate(model, "ab", Sampling(200))
+        # A prompt of a few tokens and 200 of an answer: three are more than the budget.
+        assert sum(server.asked.values()) == 3
+    assert "budget of 500 is spent" in found[0].reason
+    usage = model.endpoint.usage
+    assert usage.lost == 3
+    assert 600 < usage.tokens < 700
+    assert "3 without a reply that could be read" in str(usage)
+
+
+def test_what_cannot_have_been_paid_for_costs_nothing():
+    with FaultServer(lambda *_: Step("status", 503)) as server:
+        model = teacher(server, token_budget=500, max_retries=2)
+        generate(model, "ab", Sampling(200))
+    assert model.endpoint.usage.tokens == 0
+
+
+def test_replies_without_usage_count_no_tokens_and_keep_no_budget():
+    """A budget that cannot be kept spends nothing more than the requests under way."""
+    body = {"choices": [said("x")]}
+    with FaultServer(lambda *_: Step(body=body)) as server:
+        assert answers(server)["a", 0] == Answer("a", "x", "stop", 0)
+        items = answers(server, ["b", "c", "d"], token_budget=10**6, concurrency=1)
+    assert items["b", 0].text == "x"
+    assert "no count of tokens" in items["d", 0].reason
