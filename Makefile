@@ -64,7 +64,7 @@ site: $(VENV)/.docs
 	mkdir -p build/pages
 	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' \
 		| tar --null -T - -cf - | tar -xf - -C build/pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl adds the cases on its dialogues.
 bench: $(VENV)/.bench

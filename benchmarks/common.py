@@ -1,4 +1,4 @@
-"""What every benchmark shares: fresh processes, time and memory, facts of the machine, tables.
+"""Fresh processes, time and memory, facts of the machine and tables, shared by all benchmarks.
 
 A measurement is taken in a process of its own: allocator pools, compiled code and library buffers
 of one implementation must not help or hurt the next one.

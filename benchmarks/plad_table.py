@@ -1,4 +1,4 @@
-"""What the small PLaD experiment says: numbers with intervals over seeds and prompts, and a plot.
+"""Results of the small PLaD experiment, with intervals over seeds and prompts, and their plot.
 
 S seeds, P prompts, K samples to a prompt. An interval comes from resampling the seeds and, in each,
 the prompts (the same for an arm and its baseline).

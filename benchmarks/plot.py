@@ -1,4 +1,4 @@
-"""Draws the CSV of `benchmarks.loss`: time against peak memory, one panel per head and dtype.
+"""Picture of the CSV of `benchmarks.loss`: time against peak memory, one panel per head and dtype.
 
 python -m benchmarks.plot [CSV] [PNG]
 """

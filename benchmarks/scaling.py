@@ -1,4 +1,4 @@
-"""What a training step of 1B, 8B and 70B students takes on 1 to 64 GPUs, on paper.
+"""Predicted time and memory of a training step for 1B, 8B and 70B students on 1 to 64 GPUs.
 
     python -m benchmarks.scaling                    # prints; results/scaling.csv and .png
     python -m benchmarks.scaling --markdown         # the tables of docs/scaling.md

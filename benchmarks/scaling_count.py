@@ -1,4 +1,4 @@
-"""What one training step computes, stores and sends, counted from the shapes of a Llama.
+"""Operations, stored bytes and sent bytes of one training step, counted from a Llama's shapes.
 
 Every function here is compared with a measurement in tests/benchmarks/test_scaling.py: parameters
 with transformers' own count, products with those that torch's profiler sees in a real step,

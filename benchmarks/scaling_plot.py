@@ -1,4 +1,4 @@
-"""Draws results/scaling.csv: memory of a GPU and pairs a second against the number of GPUs.
+"""Picture of results/scaling.csv: memory of a GPU and pairs a second against the number of GPUs.
 
 python -m benchmarks.scaling_plot [CSV] [PNG]
 """

@@ -1,4 +1,4 @@
-"""What the scale plan assumes: GPUs as their data sheets have them, and shares of their rates."""
+"""Assumptions of the scaling page: GPUs by their data sheets, and shares of their rates."""
 
 from __future__ import annotations
 

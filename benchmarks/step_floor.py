@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and the least it could take: one step of plad_fast, profiled.
+"""Time of a step by kind of work, and its lower bound: one step of plad_fast, profiled.
 
     python -m benchmarks.step_floor                   # 4 pairs, prompt 256, responses 48
     python -m benchmarks.step_floor --kind short-prompt --max-tokens 1408

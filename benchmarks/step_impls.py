@@ -170,7 +170,8 @@ def plad_fast(
     """In the padded layout a step is one forward and backward of all pairs; `one_pair` keeps the
     activations of one pair in memory, as the leaner setting of TRL does.
     """
-    from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+    from plad_fast.training.config import PLaDConfig
+    from plad_fast.training.trainer import PLaDTrainer
 
     max_tokens = None if layout == "padded" else job.max_tokens
     if one_pair:

@@ -1,4 +1,4 @@
-"""What is taken down while an implementation trains: times, memory, the first step's gradients."""
+"""Times, memory and the gradients of the first step, recorded while an implementation trains."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def run(steps: int, *, layers: int, hidden: int, progress: bool = True) -> list[
     """Trains, and returns a record of every step."""
     from transformers import TrainerCallback
 
-    from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+    from plad_fast.training.config import PLaDConfig
+    from plad_fast.training.trainer import PLaDTrainer
 
     records: list[Record] = []
 

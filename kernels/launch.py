@@ -1,5 +1,5 @@
-"""How kernels are launched: block sizes, warps and stages, chosen here and nowhere else, and what
-launchers share.
+"""Block sizes, warps and stages of every launch, chosen here and nowhere else, and helpers of the
+launchers.
 
 Configurations are frozen. They follow from dtype, shapes and compute capability by the two
 functions below; `python -m plad_fast.kernels.aot` compiles what these return.

@@ -1,5 +1,5 @@
-"""What users call, as kernels to compile: the launchers run on tensors without memory, and what
-they would launch is recorded. So `aot` compiles what runs, with the same constants and the same
+"""Calls of users, as kernels to compile: the launchers run on tensors without memory, and their
+launches are recorded. `aot` therefore compiles what runs, with the same constants and the same
 knowledge of what is divisible by 16.
 """
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a GPU: registers, spills, shared memory, blocks per SM.
+"""Resources of a compiled kernel: registers, spills, shared memory, blocks per SM.
 
 From the log of `ptxas -v` and from the SASS; the tools come with Triton.
 """

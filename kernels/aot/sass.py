@@ -1,4 +1,4 @@
-"""What a compiled kernel consists of, read from its disassembly.
+"""Loops and instructions of a compiled kernel, read from its disassembly.
 
 Loops are found as a compiler finds them: backward edges of the control flow graph to a block that
 dominates their start. (A branch to a lower address is not enough: waits are moved to the end of a

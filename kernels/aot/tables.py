@@ -1,4 +1,4 @@
-"""What `aot` found and what `predict` makes of it, as tables."""
+"""Tables of the findings of `aot` and the predictions made from them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ State = dict[str, Any]
 their number, "digests": eight hexadecimal digits for each}, and "store": True where the first line
 is a header and the order of the rows, which is that in which answers came, says nothing; "torn":
 True where the last line has no end and cannot be read; "unread": the number of another such line,
-after which nothing is counted. Of any other file: {"digest": of its bytes}."""
+after which nothing is counted. Of any other file: {"bytes": their number, "sha256": of them}."""
 
 _DIGITS = 8  # of a row
 
@@ -75,10 +75,14 @@ def changes(name: str, path: Path, recorded: Mapping[str, Any], *, grown: bool) 
 def _compare(name: str, now: State | None, then: Mapping[str, Any], grown: bool) -> Change | None:
     if now == then:
         return None
-    if now is None:
+    if now is None or "files" in now:
         return Change(name, "missing", f"{name} is missing")
     if "rows" not in then or "rows" not in now:
-        return Change(name, "damaged", f"{name} is not what it was: cut, damaged or replaced")
+        sizes = now.get("bytes"), then.get("bytes")
+        how = "is not as it was written"
+        if sizes[0] != sizes[1]:
+            how = f"has {sizes[0]} bytes in place of {sizes[1]}"
+        return Change(name, "damaged", f"{name} {how}")
     before, rows = _split(then["digests"]), _split(now["digests"])
     if then.get("store"):
         if grown and not Counter(before) - Counter(rows) and "unread" not in now:
@@ -107,7 +111,7 @@ def _split(digests: str) -> list[str]:
 
 def _of_file(path: Path) -> State:
     if path.suffix != ".jsonl":
-        return {"digest": file_digest(path)}
+        return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     state = path.stat()
     return dict(_of_rows(path, state.st_size, state.st_mtime_ns))
 

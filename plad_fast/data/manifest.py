@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.records import RecordFormat, file_digest
+from plad_fast.data.file_states import State, changes, state_of
+from plad_fast.data.records import RecordFormat
 from plad_fast.errors import UsageError
 
 NAME = "files.json"
@@ -14,24 +15,19 @@ _FORMAT = RecordFormat("plad-fast files", 1)
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
-    """Write `files.json`: names, sizes and digests of all files in the folder, at any depth.
+    """Write `files.json`: the states (`state_of`) of all files in the folder, at any depth.
 
     Args:
         folder: that nobody writes to any more; `sync_tree` or `publish_folder` make it durable.
         about: what else to record, as JSON values.
     """
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": file_digest(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / NAME
-    }
+    states = state_of(folder)
+    assert states is not None
+    files = {name: state for name, state in states["files"].items() if name != NAME}
     _FORMAT.write(folder / NAME, **about, files=files)
 
 
-def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+def listed_files(folder: Path) -> dict[str, State]:
     """Names of files with what is recorded of each; empty where there is no list to be read."""
     try:
         return _FORMAT.read(folder / NAME, files=dict).fields.get("files", {})
@@ -61,16 +57,12 @@ def damage(folder: Path, **about: Any) -> str | None:
         return f"{NAME} is {what}"
     if any(record[name] != value for name, value in about.items()):
         return f"{NAME} is of another folder"
-    for name, recorded in record["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        found = path.stat().st_size
-        if found != recorded["bytes"]:
-            return f"{name} has {found} bytes in place of {recorded['bytes']}"
-        if file_digest(path) != recorded["sha256"]:
-            return f"{name} is not as it was written"
-    return None
+    found = (
+        change.text
+        for name, state in record["files"].items()
+        for change in changes(name, folder / name, state, grown=False)
+    )
+    return next(found, None)
 
 
 def require_whole(folder: Path, advice: str) -> None:

@@ -81,6 +81,7 @@ def refuse_template_options(row: Mapping[str, Any], name: str) -> None:
     )
 
 
+_MOST_LISTED = 20  # columns in a message
 _RESPONSE = 'text or a list of {"role", "content"} messages'
 
 
@@ -107,7 +108,8 @@ class TokenLimits(NamedTuple):
 def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -> None:
     """Raises UsageError if no row of these columns can be read; see `tokenize_dataset`."""
     there = set(columns)
-    found = f"{name} has the columns {', '.join(sorted(there))}"
+    listed = ", ".join(sorted(map(str, there))[:_MOST_LISTED]) + ", …" * (len(there) > _MOST_LISTED)
+    found = f"{name} has the columns {listed}"
     with_prompt = "prompt" in there and there & {"responses", "chosen", "completion"}
     if not with_prompt and not there >= {"chosen", "rejected"}:
         raise UsageError(

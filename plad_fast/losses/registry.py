@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -116,9 +116,11 @@ def register_loss(
     def register(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _REGISTRY:
             raise ValueError(f"a loss named {name!r} is registered already")
-        spec = _spec_of(name, fn, mean_over, length_normalized)
-        _REGISTRY[name] = replace(
-            spec,
+        _REGISTRY[name] = _spec_of(
+            name,
+            fn,
+            mean_over=mean_over,
+            length_normalized=length_normalized,
             reference_if=reference_if,
             sft_weight=sft_weight,
             length_normalization=length_normalization,
@@ -143,7 +145,7 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
         for spec in _REGISTRY.values():
             if spec.fn is loss:
                 return spec
-        return _spec_of(getattr(loss, "__name__", "custom"), loss, "groups", True)
+        return _spec_of(getattr(loss, "__name__", "custom"), loss)
     if not isinstance(loss, str):
         raise UsageError(
             f"loss must be the name of a loss or a function, got {loss!r}; known losses: "
@@ -205,9 +207,7 @@ def _check_kind(what: str, default: Any, value: Any) -> None:
         raise UsageError(f"{what} must be a finite number, got {value}")
 
 
-def _spec_of(
-    name: str, fn: Callable[..., Tensor], mean_over: str, length_normalized: bool
-) -> LossSpec:
+def _spec_of(name: str, fn: Callable[..., Tensor], **declared: Any) -> LossSpec:
     try:
         parameters = list(inspect.signature(fn).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -227,6 +227,5 @@ def _spec_of(
         takes=tuple(key for key in named if key in _FROM_THE_CALL),
         needs_scores=named.get("scores") is inspect.Parameter.empty,
         needs_reference=named.get("reference_logps") is inspect.Parameter.empty,
-        mean_over=mean_over,
-        length_normalized=length_normalized,
+        **declared,
     )

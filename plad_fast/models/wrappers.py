@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map, tree_structure
 
 Result = TypeVar("Result")
 
@@ -88,12 +88,9 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def _unrounded(shown: Any, made: Any) -> Any:
     """`shown`, with the tensors of `made` where the two differ in dtype."""
-    seen, structure = tree_flatten(shown)
-    exact, own_structure = tree_flatten(made)
-    if structure != own_structure:  # a hook made something else of it
+    if tree_structure(shown) != tree_structure(made):  # a hook made something else of it
         return shown
-    leaves = [_keep(*pair) for pair in zip(seen, exact, strict=True)]
-    return tree_unflatten(leaves, structure)
+    return tree_map(_keep, shown, made)
 
 
 def _keep(shown: Any, exact: Any) -> Any:

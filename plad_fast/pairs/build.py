@@ -1,4 +1,4 @@
-"""From two models' answers to preference rows."""
+"""Preference rows of two models' answers, and the report on those that gave none."""
 
 from __future__ import annotations
 

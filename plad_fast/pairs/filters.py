@@ -53,9 +53,8 @@ class PairFilters:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, (int, float)) or not low <= value <= high:
+            fits = isinstance(value, (int, float)) and low <= value <= high
+            if value is not None and not fits:
                 raise UsageError(f"{name} must be from {low} to {high}, not {value!r}")
 
     @property
@@ -66,11 +65,8 @@ class PairFilters:
     def reason(self, chosen: str, rejected: str, gap: float | None = None) -> FilterReason | None:
         """Why to drop a pair, or None; the first that applies, in the order of the fields.
 
-        * `contradicted`: the rejected answer has the higher score;
-        * `close`: the scores are closer than `min_gap`;
-        * `uneven`: one answer is too much longer;
-        * `repetitive`: an answer repeats itself;
-        * `similar`: the answers share too many of their words.
+        They are `contradicted`, `close` (the scores), `uneven` (the lengths), `repetitive` (an
+        answer) and `similar` (the answers).
 
         Args:
             chosen, rejected: the texts.

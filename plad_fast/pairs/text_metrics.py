@@ -12,11 +12,8 @@ from plad_fast.errors import UsageError
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
-
 # Scripts written without spaces (Thai, Lao, kana, Han) count character by character.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-
-
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['\u2019][^\W{_UNSPACED}]+)*")
 
 

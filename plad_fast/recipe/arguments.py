@@ -59,8 +59,8 @@ _GROUPS = {
     "memory, precision, checkpoints": _RESOURCES,
     "teacher or judge by endpoint": _ENDPOINT,
 }
-_METAVARS = {"output_dir": "DIR", "pairs": "FILE", "student": "STUDENT", "model": "MODEL"}
-_OF_TYPES = {"int": "N", "float": "X", "str": "TEXT"}
+_METAVARS = {"output_dir": "DIR", "pairs": "FILE"}
+_OF_TYPES = {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}
 _OF_MODEL = "hub id, folder or .gguf file, or offline"
 
 
@@ -137,7 +137,7 @@ COMMANDS = {
         help={
             "student": "a student and its folder; repeat: the first is the baseline, the last the "
             "one that the report is about; in a --config file `student: {NAME: PATH}`",
-            "pairs": "held-out pairs of prompt, chosen, rejected, as of train",
+            "pairs": "held-out pairs of prompt, chosen, rejected, in files as train takes",
             "output_dir": "folder for metrics.json, report.html",
             "seed": "random seed of sampling",
             "max_new_tokens": "maximum length of an answer in tokens",
@@ -209,7 +209,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser.add_argument("--version", action="version", version=f"plad-fast {__version__}")
     added = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND [settings]")
     for name, command in COMMANDS.items():
-        usage = [f"{flag(need)} {_METAVARS.get(need, need.upper())}" for need in command.needs]
+        usage = [f"{flag(need)} {_metavar(name, need)}" for need in command.needs]
         of_command = added.add_parser(
             name,
             help=command.text,
@@ -219,39 +219,50 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             usage=" ".join(["plad-fast", name, *usage, "[settings]"]),
         )
         of_command.set_defaults(parser=of_command)
-        _add_flags(of_command, command)
+        _add_flags(of_command, name, command)
     return parser, added.choices
 
 
-def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
+def _metavar(command: str, name: str, kind: str = "") -> str:
+    if (command, name) == ("evaluate", "student"):
+        return "NAME=PATH"
+    return _METAVARS.get(name) or _OF_TYPES.get(kind) or name.upper()
+
+
+def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
     """What is not given of the settings stays out of the result."""
-    parser.add_argument("--verbose", action="store_true", help="also say what is decided")
+    parser.add_argument(
+        "--verbose", action="store_true", help="log decisions, such as the backend taken"
+    )
     if command.needs or command.settings:
-        parser.add_argument("--config", help="YAML file with these settings; flags win over it")
+        parser.add_argument(
+            "--config", metavar="FILE", help="YAML file with these settings; flags win over it"
+        )
     if command.overwrite:
         parser.add_argument("--overwrite", action="store_true", help=command.overwrite)
     for need in command.needs:
-        several: dict[str, Any] = {"metavar": _METAVARS.get(need, need.upper())}
-        if command is COMMANDS["evaluate"] and need == "student":
-            several = {"metavar": "NAME=PATH", "action": "append"}
         parser.add_argument(
-            flag(need), default=argparse.SUPPRESS, help=command.help[need], **several
+            flag(need),
+            action="append" if (name, need) == ("evaluate", "student") else "store",
+            default=argparse.SUPPRESS,
+            metavar=_metavar(name, need),
+            help=command.help[need],
         )
     for title, members in _GROUPS.items():
-        wanted = [name for name in members if name in command.settings]
+        wanted = [member for member in members if member in command.settings]
         group = parser.add_argument_group(title) if wanted else None
-        for name in wanted:
+        for member in wanted:
             assert group is not None
-            of_field = _FIELDS[name]
-            default = command.defaults.get(name, of_field.default)
-            text = command.help.get(name, of_field.metadata["help"])
+            of_field = _FIELDS[member]
+            default = command.defaults.get(member, of_field.default)
+            text = command.help.get(member, of_field.metadata["help"])
             text += "" if default is None else f" (default: {default})"
             kind = str(of_field.type).partition(" ")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
             group.add_argument(
-                flag(name),
+                flag(member),
                 default=argparse.SUPPRESS,
-                metavar=_METAVARS.get(name, _OF_TYPES.get(kind, "true|false")),
+                metavar=_metavar(name, member, kind),
                 help=text.replace("%", "%%"),
                 **switch,
             )

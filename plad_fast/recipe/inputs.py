@@ -15,6 +15,7 @@ from plad_fast.data.files import write_atomically
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
 from plad_fast.data.records import digest
+from plad_fast.data.rows import require_columns
 from plad_fast.data.tables import read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 
 _FEWEST = 2
-_LONGEST_LIST = 300  # characters of a list in a message
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
@@ -152,16 +152,7 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     """
     require_whole(Path(path).expanduser())
     table = read_table(path, "train")
-    columns = set(table.columns)
-    # Of messages and texts that begin with their prompt, both responses tell what it is.
-    if not columns >= {"chosen", "rejected"} and not (
-        "prompt" in columns and columns & {"chosen", "completion", "responses"}
-    ):
-        listed = ", ".join(map(str, table.columns))[:_LONGEST_LIST]
-        raise UsageError(
-            f"{path} has the columns {listed}: pairs have prompt, chosen and rejected, and lists "
-            "have prompt and responses"
-        )
+    require_columns(table.columns, with_scores=False, name=path)
     rows = [dict(row) for row in table.rows]
     if not isinstance(table.rows, list):  # of the hub, by way of Arrow
         rows = [without_nulls(row) for row in rows]

@@ -31,14 +31,7 @@ def newest_checkpoint(folder: Path, training: str) -> Path | None:
 
     Newer ones that are not are removed, and a warning says which and why: a run that was killed
     while it saved leaves one behind, a power cut or a full disk may. What has not the name of a
-    checkpoint is left alone.
-
-    Args:
-        folder: of the checkpoints.
-        training: what tells this training from others, as given to `Checkpoints`.
-
-    Raises:
-        OSError: one is there and cannot be read or removed.
+    checkpoint is left alone. `training` is as `Checkpoints` has it.
     """
     found, broken = None, []
     for step, path in reversed(_checkpoints(folder)):

@@ -32,7 +32,7 @@ def fingerprint(
     temperature: float,
     autocast: Autocast,
 ) -> dict[str, Any]:
-    """What reference log-probabilities depend on but for rounding, as JSON values.
+    """Everything that reference log-probabilities depend on except rounding, as JSON values.
 
     Batch size, layout and backend change the rounding only and are left out.
     """

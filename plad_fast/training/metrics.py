@@ -30,13 +30,7 @@ class AtBegin(TrainerCallback):
 
 
 def check_best_metric(wanted: str | None, names: Collection[str], evaluation: Any) -> None:
-    """Raises UsageError for a metric to choose by that no evaluation has.
-
-    Args:
-        wanted: `metric_for_best_model`.
-        names: of `PreferenceMeter`.
-        evaluation: the evaluation set, or several by name.
-    """
+    """Raises UsageError for a `metric_for_best_model` that no evaluation has."""
     if wanted is None or evaluation is None:
         return
     names = {*names, "runtime", "samples_per_second", "steps_per_second"}
@@ -68,7 +62,7 @@ class PreferenceMeter:
 
     @property
     def names(self) -> set[str]:
-        """What `summary` returns."""
+        """Names of the metrics in a `summary`."""
         inner = {"groups", "nll_tokens", "tokens"}
         return {*self._columns, "tokens_per_second"} - inner
 

@@ -147,9 +147,7 @@ class BackwardSkipper:
     def begin(self, callbacks: Iterable[TrainerCallback]) -> None:
         """Starts a training, with nothing of one before it.
 
-        Args:
-            callbacks: of the trainer; one restored from a checkpoint may have taken the place of
-                `rows`.
+        Of the trainer's callbacks one restored from a checkpoint may have taken the place of ours.
         """
         self.rows = next((cb for cb in callbacks if isinstance(cb, InactiveRows)), self.rows)
         self._reached: dict[nn.Parameter, None] = {}
@@ -166,11 +164,9 @@ class BackwardSkipper:
 
     @contextlib.contextmanager
     def micro_batch(self, model: nn.Module, *, reduces: bool) -> Iterator[None]:
-        """Around forward and backward of one.
+        """Around forward and backward of one, of a model that is not wrapped.
 
-        Args:
-            model: not wrapped.
-            reduces: whether its backward adds the gradients of all processes, and must run.
+        A backward that `reduces` adds up the gradients of all processes, and must run.
         """
         self._allowed = self._wanted and not reduces and bool(self._reached)
         yield

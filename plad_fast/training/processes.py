@@ -48,10 +48,9 @@ def whole_in_every_process(accelerator: Accelerator) -> bool:
 
 
 def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Result:
-    """What `find` returns in the first process, which alone calls it, for all of them.
+    """The result of `find`, which the first process alone calls, for all of them.
 
-    Raises:
-        Exception: what it raised there; in the other processes a UsageError with that text.
+    An error that it raises there is raised in the other processes as a UsageError.
     """
     found, error = None, None
     if accelerator.is_main_process:
@@ -72,10 +71,7 @@ def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Re
 def require_finite(loss: Tensor, module: nn.Module, accelerator: Accelerator, step: int) -> None:
     """Raise a UsageError in all processes if the loss of one of them is not finite.
 
-    Args:
-        loss: (), before its backward.
-        module: the model, which may be sharded.
-        step: optimizer steps before this one.
+    Called before the backward of the optimizer step numbered `step`; the model may be sharded.
     """
     finite = torch.isfinite(loss.detach())
     if accelerator.num_processes == 1:

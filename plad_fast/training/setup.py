@@ -84,7 +84,7 @@ def check_inputs(
 
 
 def of_each(change: Callable[[Any, str], Any], evaluation: Any) -> Any:
-    """What `change` makes of the evaluation set, or of each one of several by name."""
+    """Applies `change` to the evaluation set, or to each one of several by name."""
     if not isinstance(evaluation, dict):
         return change(evaluation, "eval_dataset")
     return {key: change(rows, f"eval_dataset[{key!r}]") for key, rows in evaluation.items()}

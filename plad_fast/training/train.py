@@ -19,6 +19,7 @@ from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
+from plad_fast.training.config import PLaDConfig
 from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
     RECORD,
@@ -33,7 +34,7 @@ from plad_fast.training.trained_folders import (
     require_record,
     write_record,
 )
-from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.training.trainer import PLaDTrainer
 
 _WARMUP_SHARE = 0.1
 # transformers 5 has another name for it.
@@ -188,7 +189,7 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
-    """What does not change from one training to another."""
+    """A trainer with the settings that all trainings share."""
     config = PLaDConfig(
         use_cpu=best_device() == "cpu",
         dataloader_pin_memory=False,

@@ -21,7 +21,7 @@ from plad_fast.errors import UsageError
 from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
 
 RECORD = "training.json"
-"""What the weights depend on; in the folder of the model, and in that of its checkpoints."""
+"""Settings that the weights depend on; in the folder of the model, and of its checkpoints."""
 
 _FORMAT = RecordFormat("plad-fast training", 1)
 
@@ -136,9 +136,8 @@ def _ours(model: Path) -> list[str]:
 def discard_training(output: Path) -> None:
     """Removes a model that a training made, and the checkpoints of one beside it.
 
-    Raises:
-        UsageError: the folder holds something else, or another process trains there; nothing is
-            removed.
+    Nothing is removed, and a UsageError raised, where the folder holds something else or another
+    process trains there.
     """
     checkpoints = checkpoints_of(output)
     if is_trained(output):

@@ -55,8 +55,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_utils import EvalLoopOutput
 
-__all__ = ["PLaDConfig", "PLaDTrainer"]
-
 
 class PLaDTrainer(Trainer):
     """Trains a causal or encoder-decoder LM on preference groups.

@@ -135,3 +135,29 @@ def test_batches_go_through_a_data_loader(layout):
             assert (
                 torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
             )
+
+
+def test_collator_rows_predict_their_targets():
+    """Checked against the definition: row s * T + t of the batch predicts token t + 1 of s."""
+    features = [
+        {"prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6]], "scores": [0.5, 0.25]},
+        {"prompt_ids": [7], "response_ids": [[8, 9, 10, 11], []], "scores": [1.0, 0.0]},
+    ]
+    batch = PreferenceCollator(pad_token_id=0, group_size=2)(features)
+    assert batch["input_ids"].tolist() == [
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 6, 0],
+        [7, 8, 9, 10, 11],
+        [7, 0, 0, 0, 0],
+    ]
+    assert batch["attention_mask"].tolist() == (batch["input_ids"] != 0).long().tolist()
+    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 7, 7]
+    predicted = batch["input_ids"].flatten()[batch["loss_rows"] + 1]
+    assert torch.equal(predicted, batch["targets"])
+    assert batch["loss_rows"].tolist() == [2, 3, 7, 10, 11, 12, 13]
+    assert torch.equal(batch["scores"], torch.tensor([0.5, 0.25, 1.0, 0.0]))
+
+
+def test_collator_refuses_another_group_size():
+    with pytest.raises(UsageError, match="3 responses"):
+        PreferenceCollator(0, 2)([{"prompt_ids": [1], "response_ids": [[1], [2], [3]]}])

@@ -7,16 +7,10 @@ import json
 import logging
 import math
 
-import datasets
-import numpy as np
-import pandas
-import pyarrow
 import pytest
-import torch
 from datasets import Dataset
 
 from plad_fast.data.chat import is_blank
-from plad_fast.data.packing import PreferenceCollator
 from plad_fast.data.rows import TokenLimits
 from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
 from plad_fast.errors import UsageError
@@ -106,32 +100,6 @@ def test_empty_prompt_without_bos_is_refused(tiny_tokenizer):
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     with pytest.raises(UsageError, match="empty"):
         encode_prompt(tokenizer, "")
-
-
-def test_collator_rows_predict_their_targets():
-    """Checked against the definition: row s * T + t of the batch predicts token t + 1 of s."""
-    features = [
-        {"prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6]], "scores": [0.5, 0.25]},
-        {"prompt_ids": [7], "response_ids": [[8, 9, 10, 11], []], "scores": [1.0, 0.0]},
-    ]
-    batch = PreferenceCollator(pad_token_id=0, group_size=2)(features)
-    assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 4, 5],
-        [1, 2, 3, 6, 0],
-        [7, 8, 9, 10, 11],
-        [7, 0, 0, 0, 0],
-    ]
-    assert batch["attention_mask"].tolist() == (batch["input_ids"] != 0).long().tolist()
-    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 7, 7]
-    predicted = batch["input_ids"].flatten()[batch["loss_rows"] + 1]
-    assert torch.equal(predicted, batch["targets"])
-    assert batch["loss_rows"].tolist() == [2, 3, 7, 10, 11, 12, 13]
-    assert torch.equal(batch["scores"], torch.tensor([0.5, 0.25, 1.0, 0.0]))
-
-
-def test_collator_refuses_another_group_size():
-    with pytest.raises(UsageError, match="3 responses"):
-        PreferenceCollator(0, 2)([{"prompt_ids": [1], "response_ids": [[1], [2], [3]]}])
 
 
 @pytest.mark.parametrize(
@@ -297,108 +265,6 @@ def test_usage_errors(tiny_tokenizer, rows, options, message):
         tokenize_dataset(rows, tiny_tokenizer, **{"max_length": 16, **options})
 
 
-DRESSED = [
-    {
-        "prompt": [{"role": "user", "content": "What is 2?"}],
-        "chosen": [{"role": "assistant", "content": "two"}],
-        "rejected": [{"role": "assistant", "content": "three"}],
-        "chosen_score": 0.75,
-        "rejected_score": 0.25,
-        "reference_logps": [-1.0, -2.5],
-    },
-    {
-        "prompt": CHAT,
-        "chosen": [{"role": "assistant", "content": "yes"}],
-        "rejected": [{"role": "assistant", "content": "no"}],
-        "chosen_score": 0.5,
-        "rejected_score": -0.5,
-        "reference_logps": [-3.0, -2.0],
-    },
-]
-
-
-def frame():
-    return Dataset.from_list(DRESSED).to_pandas()
-
-
-class Indexed:
-    """As a map-style dataset of torch: no sequence, no iterator."""
-
-    def __len__(self):
-        return len(DRESSED)
-
-    def __getitem__(self, index):
-        return DRESSED[index]
-
-
-DRESSES = {
-    **{
-        name: lambda name=name: Dataset.from_list(DRESSED).with_format(name)
-        for name in ("torch", "numpy", "pandas", "arrow")
-    },
-    "one column shown": lambda: Dataset.from_list(DRESSED).with_format("numpy", ["chosen_score"]),
-    "transform": lambda: Dataset.from_list(DRESSED).with_transform(
-        lambda batch: {**batch, "chosen_score": np.array(batch["chosen_score"])}
-    ),
-    "frame": frame,
-    "rows of a frame": lambda: frame().to_dict("records"),
-    "table": lambda: pyarrow.Table.from_pylist(DRESSED),
-    "scalars of arrow": lambda: [
-        {key: pyarrow.scalar(value) for key, value in row.items()} for row in DRESSED
-    ],
-    "scalars of numpy": lambda: [
-        {**row, "chosen_score": np.float32(row["chosen_score"])} for row in DRESSED
-    ],
-    "tensors": lambda: [
-        {
-            **row,
-            "rejected_score": torch.tensor(row["rejected_score"]),
-            "reference_logps": torch.tensor(row["reference_logps"]),
-        }
-        for row in DRESSED
-    ],
-    "tuples": lambda: tuple({**row, "prompt": tuple(row["prompt"])} for row in DRESSED),
-    "map style": Indexed,
-    "values of a dict": lambda: dict(enumerate(DRESSED)).values(),
-}
-
-
-@pytest.mark.parametrize("dress", DRESSES)
-def test_rows_are_what_they_are_in_any_dress(tiny_model, tiny_tokenizer, dress):
-    want = tokenize_dataset(DRESSED, tiny_tokenizer, max_length=64, with_scores=True)
-    found = tokenize_dataset(DRESSES[dress](), tiny_tokenizer, max_length=64, with_scores=True)
-    assert found.to_list() == want.to_list()
-    scores = (
-        score_pairs(tiny_model, tiny_tokenizer, rows, progress=False)["chosen"].tolist()
-        for rows in (DRESSES[dress](), DRESSED)
-    )
-    assert next(scores) == next(scores)
-
-
-@pytest.mark.parametrize("of_frame", [True, False])
-def test_what_pandas_has_for_nothing_is_nothing(tiny_tokenizer, of_frame):
-    """A column that one row lacks is NaN in the others; a score that is NaN is no score."""
-    rows = [
-        {"prompt": "p", "chosen": "a", "rejected": "b", "tools": None},
-        {"prompt": None, "chosen": "p a", "rejected": "p b"},
-    ]
-    data = pandas.DataFrame([*rows, {"prompt": np.nan, "chosen": "p c", "rejected": "p d"}])
-    data["chosen_score"] = np.nan
-    if not of_frame:
-        data = data.drop(columns="chosen_score").to_dict("records")
-    found = tokenize_dataset(data, tiny_tokenizer, max_length=64, with_scores=None)
-    want = tokenize_dataset(
-        [*rows, {"chosen": "p c", "rejected": "p d"}], tiny_tokenizer, max_length=64
-    )
-    assert found.to_list() == want.to_list()
-
-
-def test_token_ids_are_taken_from_tensors(tiny_tokenizer):
-    row = {"prompt_ids": torch.tensor([1, 5]), "response_ids": [np.array([2]), np.array([3, 4])]}
-    [found] = tokenize_dataset([row], tiny_tokenizer, max_length=9).to_list()
-    assert found == {"prompt_ids": [1, 5], "response_ids": [[2], [3, 4]], "length": 4}
-
-
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -423,30 +289,6 @@ def test_what_a_chat_template_raises_is_a_refusal_with_the_row(tiny_tokenizer, t
     with pytest.raises(UsageError, match=r"data, row 2: .* some/model .* roles user") as caught:
         tokenize_dataset(rows, tokenizer, max_length=64, name="data")
     assert said in str(caught.value)
-
-
-NO_ROWS = [
-    (lambda data: datasets.DatasetDict(train=data, test=data), "the splits 'train', 'test'"),
-    (lambda data: data.to_iterable_dataset(), "IterableDataset, a stream"),
-    (lambda data: (row for row in data), "a generator, which can be read once"),
-    (lambda data: data.to_dict(), "data is a dict; pass a datasets.Dataset"),
-    (lambda data: len(data), "data is a int; pass"),
-]
-
-
-@pytest.mark.parametrize(("make", "message"), NO_ROWS, ids=[m for _, m in NO_ROWS])
-def test_what_is_no_collection_of_rows_is_refused_by_name(tiny_tokenizer, make, message):
-    with pytest.raises(UsageError, match=message):
-        tokenize_dataset(
-            make(Dataset.from_list(DRESSED)), tiny_tokenizer, max_length=64, name="data"
-        )
-
-
-@pytest.mark.parametrize("score", [True, "0.5", np.bool_(True), math.nan, None])
-def test_a_score_that_is_no_number_is_refused(tiny_tokenizer, score):
-    rows = [DRESSED[0], {**DRESSED[1], "chosen_score": score}]
-    with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
-        tokenize_dataset(rows, tiny_tokenizer, max_length=64, with_scores=True)
 
 
 @pytest.mark.parametrize(
@@ -716,7 +558,6 @@ def test_parquet_adds_no_nulls_to_what_is_nested(tmp_path):
 
 
 def test_a_dataset_of_pairs_is_scored_as_its_rows_are(tiny_model, tool_tokenizer):
-    from plad_fast.models.response_scores import score_pairs
 
     rows = [
         {"prompt": CHAT, "chosen": "a", "rejected": "b", "tools": [{"name": "f", key: 1}]}

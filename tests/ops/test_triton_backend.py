@@ -19,7 +19,7 @@ from tests.support.problems import assert_within_budget, make_problem, oracle, p
 
 pytest.importorskip("triton")
 
-FEW = settings(max_examples=10)
+FEW = settings(max_examples=8)
 
 
 def gradients(loss, problem):
@@ -66,10 +66,9 @@ def test_gradients_of_large_logits_keep_their_digits(offset):
     assert_within_budget(*results, f"gradient at {offset}")
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_gradients_of_a_head_with_large_logits_meet_the_budget(seed):
+def test_gradients_of_a_head_with_large_logits_meet_the_budget():
     """Two-phase and one pass. The products are exact, so that the lse alone is rounded."""
-    problem = make_problem([7, 9], width=40, vocab=200, dtype=torch.float32, scale=6.0, seed=seed)
+    problem = make_problem([7, 9], width=40, vocab=200, dtype=torch.float32, scale=6.0)
     for leaf in problem.leaves:
         leaf.data.mul_(16).round_().div_(16)
     truth, same = (gradients(oracle(p)[0].sum(), p) for p in (problem.to(torch.float64), problem))
@@ -103,12 +102,14 @@ def test_one_pass_equals_the_torch_backend(problem):
         torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("scratch_rows", [3, None])
+@pytest.mark.parametrize(
+    ("dtype", "scratch_rows"),
+    [(torch.bfloat16, 3), (torch.float16, 3), (torch.float32, 3), (torch.float16, None)],
+)
 def test_error_budget_of_16_bits(dtype, scratch_rows):
     """Both ways, and the losses in them: chunks of three rows, and one of all."""
     base = make_problem(
-        [9, 7, 8, 11], width=48, vocab=301, bias=True, softcap=20.0, scratch_rows=scratch_rows
+        [5, 4, 3, 6], width=48, vocab=140, bias=True, softcap=20.0, scratch_rows=scratch_rows
     )
     rounded = base.to(dtype)
     truth = rounded.to(torch.float64)

@@ -14,15 +14,7 @@ from plad_fast.pairs.generation.endpoint.access import check_variable, one_line,
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.recipe.settings import DistillConfig
-from tests.support.endpoints import (
-    CHAT,
-    KEY,
-    NOBODY,
-    endpoint,
-    generate,
-    refused,
-    teacher,
-)
+from tests.support.endpoints import CHAT, KEY, NOBODY, endpoint, generate, refused, teacher
 from tests.support.fault_server import FaultServer, answer_to
 
 pytestmark = pytest.mark.usefixtures("key")

@@ -1,4 +1,4 @@
-"""From prompts to pairs: resuming, what is dropped, and the format of the rows."""
+"""Pairs of stored answers: resuming, what is dropped, and the format of the rows."""
 
 from __future__ import annotations
 

@@ -20,20 +20,8 @@ from plad_fast.data.store import RowStore
 from plad_fast.pairs.generation.answering import generate_answers
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer
-from tests.support.endpoints import (
-    KEY,
-    answers,
-    generate,
-    teacher,
-)
-from tests.support.fault_server import (
-    FAULTS,
-    FaultServer,
-    Step,
-    answer_to,
-    said,
-    schedule,
-)
+from tests.support.endpoints import KEY, answers, generate, teacher
+from tests.support.fault_server import FAULTS, FaultServer, Step, answer_to, said, schedule
 
 PROMPTS = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
 QUESTION = {prompt.id: prompt.content for prompt in PROMPTS}
@@ -156,7 +144,7 @@ def test_when_a_budget_is_spent_no_request_starts(budget, answers, tmp_path):
         assert len(result.failures) == 200 - len(result.answers)
         assert "budget" in result.failures[0].reason
         assert model.endpoint.usage.tokens == 8 * len(result.answers)
-        run(teacher(server), path)  # without a budget
+        run(teacher(server, concurrency=8), path)  # without a budget
     assert set(server.asked.values()) == {1}
     assert len(stored(path)) == 200
 

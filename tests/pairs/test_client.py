@@ -1,4 +1,4 @@
-"""Whole replies of a bounded size, from the server that was asked, until nobody reads on."""
+"""Bounded replies from the server that was asked, until nobody reads on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.client import most_bytes
-from tests.support.endpoints import (
-    NOBODY,
-    PAUSE,
-    endpoint,
-    generate,
-    teacher,
-)
+from tests.support.endpoints import NOBODY, PAUSE, endpoint, generate, teacher
 from tests.support.fault_server import FaultServer, Step, answer_to
 from tests.support.reply_fuzz import PIECE, Fuzzed, any_reply, bomb, install
 

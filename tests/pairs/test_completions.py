@@ -7,9 +7,7 @@ import pytest
 pytest.importorskip("openai")
 
 from plad_fast.pairs.generation.completions import after_thought, holds_thought, known_end
-from tests.support.endpoints import (
-    replied,
-)
+from tests.support.endpoints import replied
 from tests.support.fault_server import said
 
 pytestmark = pytest.mark.usefixtures("key")

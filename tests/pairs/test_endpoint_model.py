@@ -14,19 +14,8 @@ from plad_fast.pairs.generation.endpoint.model import EndpointModel, request_see
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
 from plad_fast.pairs.scoring.trials import try_endpoints
-from tests.support.endpoints import (
-    CHAT,
-    answers,
-    endpoint,
-    replied,
-)
-from tests.support.fault_server import (
-    FaultServer,
-    Step,
-    answer_to,
-    reasoning,
-    said,
-)
+from tests.support.endpoints import CHAT, answers, endpoint, replied
+from tests.support.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 pytestmark = pytest.mark.usefixtures("key")
 

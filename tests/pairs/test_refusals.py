@@ -11,15 +11,7 @@ from plad_fast.pairs.generation.endpoint.chat import ChatRequest
 from plad_fast.pairs.generation.endpoint.refusals import find_refusal
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from tests.support.endpoints import (
-    CHAT,
-    answers,
-    endpoint,
-    generate,
-    refused,
-    refusing,
-    teacher,
-)
+from tests.support.endpoints import CHAT, answers, endpoint, generate, refused, refusing, teacher
 from tests.support.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 pytestmark = pytest.mark.usefixtures("key")

@@ -13,18 +13,8 @@ from plad_fast.data.store import RowStore
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from tests.support.endpoints import (
-    KEY,
-    answers,
-    replied,
-    teacher,
-)
-from tests.support.fault_server import (
-    FaultServer,
-    Step,
-    answer_to,
-    said,
-)
+from tests.support.endpoints import KEY, answers, replied, teacher
+from tests.support.fault_server import FaultServer, Step, answer_to, said
 
 pytestmark = pytest.mark.usefixtures("key")
 

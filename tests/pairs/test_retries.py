@@ -20,15 +20,7 @@ from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.endpoint.retries import LONGEST_ASKED, pause, retry_after
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from tests.support.endpoints import (
-    CHAT,
-    KEY,
-    NOBODY,
-    PAUSE,
-    answers,
-    generate,
-    teacher,
-)
+from tests.support.endpoints import CHAT, KEY, NOBODY, PAUSE, answers, generate, refused, teacher
 from tests.support.fault_server import FaultServer, Step, answer_to, said
 from tests.support.reply_fuzz import Fuzzed, install
 
@@ -223,3 +215,17 @@ def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypat
     teacher.endpoint._is_reached = True
     list(teacher.endpoint.complete([ChatRequest(CHAT, 5)]))
     assert asked[1:] == [60.0] * 7
+
+
+def test_retries_of_the_client_itself_would_keep_to_no_long_wait():
+    """Why they are off: told to wait for minutes, or of a spent quota of the day, it asks on."""
+    import openai
+
+    day = refused("requests per day: limit 200", 429)
+    full = Step("status", 429, day.body, headers={"retry-after": "90"})
+    with FaultServer(lambda *_: full) as server:
+        client = openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=1)
+        with pytest.raises(openai.RateLimitError):
+            client.chat.completions.create(model="m", messages=CHAT)
+        assert sum(server.asked.values()) == 2
+        assert server.times[1] - server.times[0] < 30

@@ -17,12 +17,7 @@ from plad_fast.models.response_scores import score_pairs
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.models import Likelihood, RewardModel
-from plad_fast.pairs.scoring.scorers import (
-    FunctionScorer,
-    Length,
-    Rouge,
-    open_scorer,
-)
+from plad_fast.pairs.scoring.scorers import FunctionScorer, Length, Rouge, open_scorer
 from plad_fast.pairs.scoring.stored import score_answers, stored_scores
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]

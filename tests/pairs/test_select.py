@@ -1,4 +1,4 @@
-"""Which answers make pairs and lists, and which pairs the filters leave out: small tables."""
+"""Pairs and lists that are selected, and pairs that filters leave out: small tables."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def test_what_became_of_every_prompt_is_told(finished):
         summary = json.loads((finished / "run.json").read_text())["stages"]["pairs"]["summary"]
         assert str(PairReport(len(kept), drops)) in summary
         table = report.split(f"<caption>{name}</caption>")[1].split("</table>")[0]
-        assert f'<tr><th scope="row">prompts</th><td>{total}</td>' in table
-        assert f'<tr><th scope="row">kept</th><td>{len(kept)}</td>' in table
+        assert f">prompts</th><td>{total}</td>" in table
+        assert f">kept</th><td>{len(kept)}</td>" in table
     assert "the number of training pairs is" in report
 
 

@@ -1,4 +1,4 @@
-"""What no public call may take: for every argument, values that must be refused by its name."""
+"""Values that each argument of the public calls must refuse, by the argument's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a registered loss cannot be called without."""
+"""Options without which a registered loss cannot be called."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from plad_fast.training.trainer import PLaDConfig
+from plad_fast.training.config import PLaDConfig
 from tests.support.two_processes import InOrder
 
 # Lengths differ on purpose: a mean of batch means would not be the mean.

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.utils.data import SequentialSampler
 
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.training.trainer import PLaDConfig, PLaDTrainer
+from plad_fast.training.config import PLaDConfig
+from plad_fast.training.trainer import PLaDTrainer
 
 
 class InOrder(PLaDTrainer):

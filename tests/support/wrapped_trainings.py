@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plad_fast.errors import UsageError
 from plad_fast.models.wrappers import gathered
-from plad_fast.training.trainer import PLaDConfig
+from plad_fast.training.config import PLaDConfig
 from tests.support.two_processes import InOrder
 
 BATCH = 4

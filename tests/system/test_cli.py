@@ -148,7 +148,7 @@ BAD_INPUTS = {
     ),
     "pairs without the columns of pairs": (
         [*TRAIN, "--pairs", "{data}/question.jsonl"],
-        "has the columns question: pairs have",
+        "has the columns question; it needs",
     ),
     "no epochs": (
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--epochs", "0"],

@@ -22,7 +22,7 @@ MOMENTS = {
     ),
     "pairs": (
         "recipe.stages.load_recipe_prompts",
-        "pairs.generation.answering.ask",
+        "pairs.generation.answering._ask",
         "recipe.inputs.write_jsonl",
     ),
     "train": (

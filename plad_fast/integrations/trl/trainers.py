@@ -184,7 +184,7 @@ class FastDPO(WithHeadLoss):
 
 
 class _FastConcatenated(WithHeadLoss):
-    """What CPO's and ORPO's trainers have in common."""
+    """Common parts of the fronts of CPO's and ORPO's trainers."""
 
     pad_token_id: int
     concatenated_inputs: Any

@@ -1,9 +1,4 @@
-"""TRL's preference trainers on this library's loss.
-
-    from plad_fast.integrations.trl import use_plad_fast
-
-    trainer = use_plad_fast(DPOTrainer(model, args=args, train_dataset=pairs))
-    trainer.train()
+"""TRL's preference trainers on this library's loss; docs/trl.md has an example.
 
 The trainer stays what it was: its data, reference model, accumulation, logging and checkpoints are
 TRL's, and a step has TRL's loss and gradients. What changes is how they are computed. The tokens
@@ -230,7 +225,7 @@ def _check_options(trainer: Any, kind: _Kind) -> None:
 
 
 def _unsupported(trainer: Any) -> Iterator[str]:
-    """What would change the loss, or how the model is called."""
+    """Setups that would change the loss, or how the model is called."""
     args, model, accelerator = trainer.args, trainer.model, trainer.accelerator
     if args.use_liger_kernel:
         yield "use_liger_kernel=True: two libraries would take the place of one head"

@@ -41,73 +41,90 @@ def linear_preference_loss(
     Args:
         make_workspace: what computes rows of logits and their gradients.
     """
-    hidden, weight, *_ = problem.head
-    workspace = make_workspace(problem.head, problem.options, len(hidden), for_gradient=any(needs))
-    wide = workspace.products.dtype
-    # float16 keeps float32 until backward: a loss scale comes only with the upstream.
-    half = hidden.dtype == torch.float16
-    grads = HeadGradients(
-        problem.head,
-        needs,
-        workspace.products,
-        hidden_dtype=torch.float32 if half else workspace.grad_hidden_dtype or hidden.dtype,
+    workspace = make_workspace(
+        problem.head, problem.options, len(problem.hidden), for_gradient=any(needs)
     )
-    losses = _GroupLosses(problem.cu_seqlens, scores, reference_logps, objective, denominators)
-    for first, last in _packed_groups(losses.group_bounds, workspace.rows):
-        _run_groups(workspace, grads, losses, problem, first, last)
-    results = losses.results(hidden, wide)
-    del workspace  # the scratch is free before a second copy of the gradient is made
-    return *results, grads.finish(wide if half else weight.dtype)
+    call = _OnePass(problem, (scores, reference_logps), objective, denominators, needs, workspace)
+    for first, last in _packed_groups(call.group_bounds, workspace.rows):
+        call.run(first, last)
+    wide = workspace.products.dtype
+    results = call.results(wide)
+    del workspace, call.workspace  # the scratch is free before the gradient is copied
+    return *results, call.grads.finish(wide if call.half else problem.weight.dtype)
 
 
-class _Step(NamedTuple):
-    """Upstream gradients of the sequences of some groups."""
+class _Found(NamedTuple):
+    """Of some groups, detached."""
 
-    grad_sums: Tensor  # (sequences,)
-    any_active: bool
+    value: Tensor  # ()
+    sums: Tensor  # (sequences,)
+    losses: Tensor  # (groups,)
+    active: Tensor  # (groups,) bool
 
 
-class _GroupLosses:
-    """The loss side: takes sums of whole groups, gives their gradients, collects the results."""
+class _OnePass:
+    """A call in progress."""
 
     def __init__(
         self,
-        cu_seqlens: Tensor,  # (S + 1,)
-        scores: Tensor | None,  # (S,)
-        reference_logps: Tensor | None,  # (S,)
+        problem: LinearProblem,
+        constants: tuple[Tensor | None, Tensor | None],  # scores and reference_logps, (S,)
         objective: Objective,
         denominators: Denominators,
+        needs: Needs,
+        workspace: Workspace,
     ) -> None:
-        self.cu_seqlens = cu_seqlens
-        self.constants = scores, reference_logps
+        self.problem = problem
+        self.constants = constants
         self.objective = objective
         self.denominators = denominators
-        self.group_bounds: list[int] = cu_seqlens[:: objective.group_size].tolist()
-        self._sums: list[Tensor] = []
-        self._losses: list[Tensor] = []
-        self._active: list[Tensor] = []
-        self._value: list[Tensor] = []
+        self.workspace = workspace
+        dtype = problem.hidden.dtype
+        # float16 keeps float32 until backward: a loss scale comes only with the upstream.
+        self.half = dtype == torch.float16
+        hidden_dtype = torch.float32 if self.half else workspace.grad_hidden_dtype or dtype
+        self.grads = HeadGradients(
+            problem.head, needs, workspace.products, hidden_dtype=hidden_dtype
+        )
+        self.group_bounds: list[int] = problem.cu_seqlens[:: objective.group_size].tolist()
+        self._found: list[_Found] = []
 
-    def offsets(self, first: int, last: int) -> Tensor:
-        """cu_seqlens of groups [first, last), counted from their first row."""
+    def run(self, first: int, last: int) -> None:
+        """Forward, loss and gradients of groups [first, last)."""
+        hidden, targets, workspace = self.problem.hidden, self.problem.targets, self.workspace
         size = self.objective.group_size
-        offsets = self.cu_seqlens[first * size : last * size + 1]
-        return offsets - offsets[0]
+        start, stop = self.group_bounds[first], self.group_bounds[last]
+        chunks = _chunks_with_full_last(start, stop, workspace.rows)
+        parts = [workspace.forward(hidden[rows], targets[rows]) for rows in chunks]
+        offsets = self.problem.cu_seqlens[first * size : last * size + 1]
+        offsets = offsets - offsets[0]
+        empty = hidden.new_empty(0, dtype=workspace.products.dtype)
+        token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
+        sums = workspace.segment_sums(token_logprobs, offsets)
+        grad_sums = self._differentiate(slice(first * size, last * size), sums, offsets.diff())
+        if not (chunks and self.grads.wanted and (grad_sums != 0).any()):
+            return
+        grad = grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
+        kept = chunks[-1].start - start
+        self._backward_in_place(parts[-1], grad[kept:], start + kept)
+        self._backward_anew(grad[:kept], start)
 
-    def step(self, first: int, last: int, sums: Tensor) -> _Step:
-        """Evaluate the loss of groups [first, last) and differentiate it by their sums."""
-        size = self.objective.group_size
-        shape = (-1, size)
-        span = slice(first * size, last * size)
+    def _differentiate(
+        self,
+        span: slice,  # of the S sequences
+        sums: Tensor,  # (sequences,)
+        counts: Tensor,  # (sequences,)
+    ) -> Tensor:  # (sequences,)
+        """Evaluate the loss of some groups and differentiate it by their sums."""
+        shape = (-1, self.objective.group_size)
         # Also under inference mode: which groups are active is told by their gradients.
         with torch.inference_mode(False), torch.enable_grad():
             leaf = sums.clone().reshape(shape).requires_grad_()
-            counts = self.offsets(first, last).diff().reshape(shape)
             constants = (
                 None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
                 for c in self.constants
             )
-            losses = self.objective.group_losses(leaf, counts, *constants)
+            losses = self.objective.group_losses(leaf, counts.reshape(shape), *constants)
             refuse_outside_gradients(losses, leaf)
             of_losses = _gradient(losses, leaf)
         # The value is linear in the group losses and in the first sums: the rest is arithmetic.
@@ -115,21 +132,54 @@ class _GroupLosses:
         grad = of_losses / of_groups
         if self.objective.sft_weight:
             grad[:, 0] -= self.objective.sft_weight / of_tokens
-        value = self.objective.value(losses.detach(), leaf.detach(), self.denominators)
-        self._sums.append(sums)
-        self._losses.append(losses.detach())
-        self._active.append((of_losses != 0).any(dim=1))
-        self._value.append(value)
-        return _Step(grad.reshape(-1), bool((grad != 0).any()))
+        losses = losses.detach()
+        value = self.objective.value(losses, leaf.detach(), self.denominators)
+        self._found.append(_Found(value, sums, losses, (of_losses != 0).any(dim=1)))
+        return grad.reshape(-1)
 
-    def results(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss (), sums (S,), group losses (B,), active (B,) of all groups seen, in order."""
-        empty = hidden.new_empty(0, dtype=dtype)
+    def _backward_in_place(
+        self,
+        statistics: TokenStatistics,
+        grad: Tensor,  # (n,)
+        start: int,
+    ) -> None:
+        """The exponentials of all n rows are still in the buffer."""
+        active = grad != 0
+        rows: Tensor | slice = slice(start, start + len(grad))
+        targets = self.problem.targets[rows]
+        order = None
+        if not active.all():
+            order = compacting_order(active)
+            if not len(order):
+                return
+            rows = start + order
+        d_logits = self.workspace.gradient(targets, statistics, grad, order=order)
+        self.grads.add(d_logits, self.problem.hidden[rows], rows)
+
+    def _backward_anew(
+        self,
+        grad: Tensor,  # (n,)
+        start: int,
+    ) -> None:
+        """The buffer has moved on: of these n rows the active ones are computed a second time."""
+        active = (grad != 0).nonzero().squeeze(1)
+        for chunk in self.workspace.chunks(0, len(active)):
+            local = active[chunk]
+            rows = start + local
+            hidden, targets = self.problem.hidden[rows], self.problem.targets[rows]
+            statistics = self.workspace.forward(hidden, targets)
+            d_logits = self.workspace.gradient(targets, statistics, grad[local])
+            self.grads.add(d_logits, hidden, rows)
+
+    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss (), sums (S,), group losses (B,), active (B,) of all groups, in order."""
+        empty = self.problem.hidden.new_empty(0, dtype=dtype)
+        values, sums, losses, active = zip(*self._found, strict=True) if self._found else [()] * 4
         return (
-            torch.stack(self._value).sum() if self._value else hidden.new_zeros((), dtype=dtype),
-            torch.cat([empty, *self._sums]),
-            torch.cat([empty, *self._losses]),
-            torch.cat([empty.bool(), *self._active]),
+            torch.stack(values).sum() if values else empty.sum(),
+            torch.cat([empty, *sums]),
+            torch.cat([empty, *losses]),
+            torch.cat([empty.bool(), *active]),
         )
 
 
@@ -157,71 +207,7 @@ def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _run_groups(
-    workspace: Workspace,
-    grads: HeadGradients,
-    losses: _GroupLosses,
-    problem: LinearProblem,
-    first: int,
-    last: int,
-) -> None:
-    """Forward, loss and gradients of groups [first, last)."""
-    hidden, targets = problem.hidden, problem.targets
-    start, stop = losses.group_bounds[first], losses.group_bounds[last]
-    chunks = _chunks_with_full_last(start, stop, workspace.rows)
-    parts = [workspace.forward(hidden[rows], targets[rows]) for rows in chunks]
-    offsets = losses.offsets(first, last)
-    empty = hidden.new_empty(0, dtype=workspace.products.dtype)
-    token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
-    step = losses.step(first, last, workspace.segment_sums(token_logprobs, offsets))
-    if not (chunks and grads.wanted and step.any_active):
-        return
-    grad = step.grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
-    kept = chunks[-1].start - start
-    _backward_in_place(workspace, grads, parts[-1], grad[kept:], problem, start + kept)
-    _backward_anew(workspace, grads, grad[:kept], problem, start)
-
-
 def _chunks_with_full_last(start: int, stop: int, rows: int) -> list[slice]:
     """Slices of `rows`, the first one shorter: the rows of the last need no second product."""
     bounds = [*range(stop, start, -rows), start]
     return [slice(a, b) for b, a in itertools.pairwise(bounds)][::-1] if stop > start else []
-
-
-def _backward_in_place(
-    workspace: Workspace,
-    grads: HeadGradients,
-    statistics: TokenStatistics,
-    grad: Tensor,  # (n,)
-    problem: LinearProblem,
-    start: int,
-) -> None:
-    """The exponentials of all n rows are still in the buffer."""
-    active = grad != 0
-    rows: Tensor | slice = slice(start, start + len(grad))
-    order = None
-    if not active.all():
-        order = compacting_order(active)
-        if not len(order):
-            return
-        rows = start + order
-    targets = problem.targets[start : start + len(grad)]
-    d_logits = workspace.gradient(targets, statistics, grad, order=order)
-    grads.add(d_logits, problem.hidden[rows], rows)
-
-
-def _backward_anew(
-    workspace: Workspace,
-    grads: HeadGradients,
-    grad: Tensor,  # (n,)
-    problem: LinearProblem,
-    start: int,
-) -> None:
-    """The buffer has moved on: of these n rows the active ones are computed a second time."""
-    active = (grad != 0).nonzero().squeeze(1)
-    for chunk in workspace.chunks(0, len(active)):
-        local = active[chunk]
-        rows = start + local
-        hidden, targets = problem.hidden[rows], problem.targets[rows]
-        statistics = workspace.forward(hidden, targets)
-        grads.add(workspace.gradient(targets, statistics, grad[local]), hidden, rows)

@@ -1,4 +1,4 @@
-"""From prompts to stored answers, in one process or in several."""
+"""Stored answers to prompts, by one process or by several."""
 
 from __future__ import annotations
 
@@ -34,13 +34,7 @@ from plad_fast.pairs.generation.ranks import (
 )
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
-from plad_fast.pairs.generation.text_model import (
-    Answer,
-    Failure,
-    SampleModel,
-    TextModel,
-    Wanted,
-)
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
 
 logger = logging.getLogger(__name__)
 

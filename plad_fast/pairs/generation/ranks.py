@@ -1,4 +1,4 @@
-"""One run of several processes: who answers which prompts, and whose files are put together.
+"""Processes of one run: their shares of the prompts, and their files put together.
 
 `torchrun` and `accelerate launch` start the same program several times. Each process answers its
 share into a file of its own, beside the store; the first one puts them together. On several
@@ -86,20 +86,14 @@ def joined() -> Iterator[Ranks]:
     """The processes of this run, on speaking terms until the block ends.
 
     A process that leaves the block by an exception hangs up, and the others get a UsageError where
-    they wait for it.
-
-    Raises:
-        UsageError: the environment speaks of several processes, which cannot be reached.
+    they wait for it, as all do where the environment speaks of processes that cannot be reached.
     """
     if not _several():
         yield Ranks()
         return
     # Its own group: the training's may be one that only sends from GPU to GPU.
-    ranks = Ranks(
-        dist.get_rank(),
-        dist.get_world_size(),
-        dist.new_group(backend="gloo", timeout=_PATIENCE),
-    )
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), group)
     try:
         yield ranks
         # Nobody hangs up on one who still reads.
@@ -163,15 +157,11 @@ def shard_paths(store: Path) -> list[Path]:
 
 
 def merge_shards(store: RowStore, fingerprint: Mapping[str, Any], order: Mapping[str, int]) -> None:
-    """Moves all shares into the store.
+    """Moves all shares into the store; raises UsageError for one of another run, or still open.
 
     Args:
-        store: the one they belong to.
-        fingerprint: of the store; a share of another run is refused.
+        fingerprint: of the store.
         order: row id -> its place among the rows that are added; others come last.
-
-    Raises:
-        UsageError: as `RowStore.open`, such as when a process of a killed run still writes.
     """
     paths = shard_paths(store.path)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Stored rows that are not wanted now and may be again, or were paid for: kept, out of the way."""
+"""Rows out of a store's way that are not wanted now, and may be again or were paid for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.files import sync_folder
-from plad_fast.data.records import digest
+from plad_fast.data.records import as_json, digest
 from plad_fast.data.store import FORMAT, Row, RowStore, has_rows
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,9 @@ def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> N
 
     Args:
         path: of the store, which nobody has open.
-        fingerprint: as of `RowStore.open`.
     """
     path = Path(path).expanduser()
-    wanted = json.loads(json.dumps(dict(fingerprint)))
+    wanted = as_json(fingerprint)
     found = _fingerprint(path)
     if found == wanted:
         return
@@ -53,11 +52,10 @@ def set_rows_aside(
 
     Args:
         path: of the store, which nobody has open.
-        fingerprint: as of `RowStore.open`; a store of another is left alone.
-        is_current: of a row.
+        fingerprint: a store of another one is left alone.
     """
     path = Path(path).expanduser()
-    if _fingerprint(path) != json.loads(json.dumps(dict(fingerprint))):
+    if _fingerprint(path) != as_json(fingerprint):
         return
     with RowStore.open(path, fingerprint) as store:
         kept = [row for row in store.rows.values() if is_current(row)]
@@ -69,12 +67,10 @@ def set_rows_aside(
     with RowStore.open(old, fingerprint) as store:
         # Of one id there may be several, each to another prompt.
         taken = {row["id"] for row in moved if store.rows.get(row["id"], row) != row}
-        store.append(
-            [
-                {**row, "id": f"{row['id']}\t{row['prompt']}"} if row["id"] in taken else row
-                for row in moved
-            ]
-        )
+        for row in moved:
+            if row["id"] in taken:
+                row["id"] += f"\t{row['prompt']}"
+        store.append(moved)
     whole = path.with_name(f".{path.name}.tmp")
     whole.unlink(missing_ok=True)
     with RowStore.open(whole, fingerprint) as store:

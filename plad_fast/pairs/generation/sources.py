@@ -32,13 +32,7 @@ from plad_fast.pairs.generation.given import (
 )
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import (
-    Answer,
-    Failure,
-    SampleModel,
-    TextModel,
-    Wanted,
-)
+from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -114,8 +108,7 @@ def teacher_fingerprint(
 def split_spec(spec: str) -> tuple[str, str]:
     """Kind and what follows the colon; for a local model, "local" and where it lies.
 
-    Raises:
-        UsageError: an unknown kind, or nothing after it.
+    Raises UsageError for an unknown kind, or nothing after it.
     """
     if spec == OFFLINE:
         from plad_fast.models.loading import offline_teacher_path  # brings in transformers

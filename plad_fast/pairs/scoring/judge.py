@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
+from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore, has_rows, require_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
 from plad_fast.pairs.generation.endpoint.model import FIRST_SPENT
-from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, key_of
+from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class Judge(Scorer):
             "scorer": "judge",
             "judge": dict(self.endpoint.settings()),
             "criteria": self.criteria,
-            "template": key_of(TEMPLATE, REMINDER)[:16],
+            "template": digest([TEMPLATE, REMINDER]),
             "max_tokens": self.max_tokens,
         }
 
@@ -126,7 +127,7 @@ class Judge(Scorer):
         if self.store is not None and has_rows(self.store) and not overwrite:
             return
         texts = ("Name a colour.", "Blue.", "A colour.")
-        question = self._question(key_of(*texts), *texts)
+        question = self._question(digest(texts), *texts)
         if self.endpoint.try_out(self._request(question)).choices[0].is_spent:
             raise UsageError(f"{self.name}: asked for a verdict, {self._spent()}")
 
@@ -139,35 +140,38 @@ class Judge(Scorer):
         Raises:
             UsageError: no reply came at all, or as `RowStore.open`.
         """
-        return [math.nan if outcome is None else outcome for outcome in self._outcomes(items)]
+        wanted: dict[str, Messages] = {}
+        keys: list[tuple[str, str] | None] = []  # of both orders; None: equal texts need no judge
+        for prompt, a, b in items:
+            if normalize_whitespace(a) == normalize_whitespace(b):
+                keys.append(None)
+                continue
+            first, swapped = digest([prompt.content, a, b]), digest([prompt.content, b, a])
+            wanted[first] = self._question(first, prompt.content, a, b)
+            wanted[swapped] = self._question(swapped, prompt.content, b, a)
+            keys.append((first, swapped))
+        with self._stored() as store:
+            new = {key: text for key, text in wanted.items() if key not in self._known}
+            failures = self._ask(new, store)
+        if wanted and not wanted.keys() & self._known.keys():
+            raise UsageError(
+                f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
+                "endpoint works, and run again"
+            )
+        return [self._outcome(both) for both in keys]
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Shares of wins in [0, 1]; 0.5 for an answer without rivals."""
-        groups = by_prompt(items)
-        rivals = []
-        for group in groups:
-            prompt = items[group[0]][0]
-            different = {normalize_whitespace(items[i][1]): items[i][1] for i in group}
-            rivals.append((prompt, list(different.values())))
-        matches = [
-            (prompt, first, second)
-            for prompt, texts in rivals
-            for first, second in itertools.combinations(texts, 2)
-        ]
-        outcomes = iter(self._outcomes(matches))
-        scores = [0.5] * len(items)
-        for group, (_, texts) in zip(groups, rivals, strict=True):
-            wins: dict[str, list[float]] = {normalize_whitespace(text): [] for text in texts}
-            for first, second in itertools.combinations(wins, 2):
-                outcome = next(outcomes)
-                won = math.nan if outcome is None else outcome
-                wins[first].append(won)
-                wins[second].append(1 - won)
-            for index in group:
-                # NaN where one is missing: a share of fewer matches would be another score.
-                if shares := wins[normalize_whitespace(items[index][1])]:
-                    scores[index] = sum(shares) / len(shares)
-        return scores
+        texts = [(prompt.id, normalize_whitespace(text)) for prompt, text in items]
+        rivals = ({texts[i]: i for i in group}.values() for group in by_prompt(items))
+        matches = [match for group in rivals for match in itertools.combinations(group, 2)]
+        won = self.compare([(*items[i], items[j][1]) for i, j in matches])
+        wins: dict[tuple[str, str], list[float]] = {text: [] for text in texts}
+        for (i, j), outcome in zip(matches, won, strict=True):
+            wins[texts[i]].append(outcome)
+            wins[texts[j]].append(1 - outcome)
+        # NaN where one is missing: a share of fewer matches would be another score.
+        return [sum(wins[t]) / len(wins[t]) if wins[t] else 0.5 for t in texts]
 
     def summary(self) -> dict[str, Any]:
         """The report's counts, and what the verdicts behind them cost, as JSON values.
@@ -197,36 +201,17 @@ class Judge(Scorer):
         self.report = JudgeReport()
         self._used = set()
 
-    def _outcomes(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
-        keys = [
-            (key_of(prompt.content, a, b), key_of(prompt.content, b, a)) for prompt, a, b in items
-        ]
-        wanted: dict[str, Messages] = {}
-        for (prompt, a, b), orders in zip(items, keys, strict=True):
-            if normalize_whitespace(a) != normalize_whitespace(b):
-                for key, texts in zip(orders, ((a, b), (b, a)), strict=True):
-                    wanted[key] = self._question(key, prompt.content, *texts)
-        with self._stored() as store:
-            new = {key: text for key, text in wanted.items() if key not in self._known}
-            failures = self._ask(new, store)
-        if wanted and not wanted.keys() & self._known.keys():
-            raise UsageError(
-                f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
-                "endpoint works, and run again"
-            )
-        return [self._outcome(*orders, same=orders[0] not in wanted) for orders in keys]
-
-    def _outcome(self, key: str, swapped: str, *, same: bool) -> float | None:
+    def _outcome(self, keys: tuple[str, str] | None) -> float:
         report = self.report
         report.comparisons += 1
-        if same:  # equal texts need no judge
+        if keys is None:
             report.ties += 1
             return 0.5
-        if key not in self._known or swapped not in self._known:
+        if not self._known.keys() >= set(keys):
             report.failed += 1
-            return None
-        self._used |= {key, swapped}
-        verdicts = self._known[key]["verdict"], self._known[swapped]["verdict"]
+            return math.nan
+        self._used |= set(keys)
+        verdicts = [self._known[key]["verdict"] for key in keys]
         first, second = _WORTH[verdicts[0]], 1 - _WORTH[verdicts[1]]
         report.unparsable += "unparsable" in verdicts
         report.order_dependent += first != second and "unparsable" not in verdicts

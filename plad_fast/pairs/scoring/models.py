@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from plad_fast.data.records import model_digest
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError, reason_of
 from plad_fast.pairs.build import as_response
-from plad_fast.pairs.scoring.scorers import Item, by_prompt, finite_scores
+from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, finite_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class _ModelScorer(ABC):
+class _ModelScorer(Scorer):
     """A model that is loaded when it is first needed, and kept as long as the scorer.
 
     Args:
@@ -36,8 +37,6 @@ class _ModelScorer(ABC):
     """
 
     kind: str
-    uses_reference = False
-    relative = False
 
     def __init__(
         self,
@@ -100,11 +99,11 @@ class Likelihood(_ModelScorer):
             return []
         model, tokenizer = self._model()
         groups = by_prompt(items)
-        rows = []
-        for group in groups:
-            prompt = items[group[0]][0]
-            content = as_messages(tokenizer, prompt.content)
-            rows.append((content, [as_response(content, items[index][1]) for index in group]))
+        contents = [as_messages(tokenizer, items[group[0]][0].content) for group in groups]
+        rows = [
+            (content, [as_response(content, items[index][1]) for index in group])
+            for content, group in zip(contents, groups, strict=True)
+        ]
         logps = score_responses(
             model,
             tokenizer,
@@ -115,11 +114,12 @@ class Likelihood(_ModelScorer):
             progress=False,
             names=[repr(items[group[0]][0].id) for group in groups],
         )
-        scores = [0.0] * len(items)
-        for group, values in zip(groups, logps, strict=True):
-            for index, value in zip(group, values, strict=True):
-                scores[index] = float(value)
-        return scores
+        found = {
+            i: float(x)
+            for group, xs in zip(groups, logps, strict=True)
+            for i, x in zip(group, xs, strict=True)
+        }
+        return [found[index] for index in range(len(items))]
 
     def _load(self, source: str, device: str) -> LoadedModel:
         from plad_fast.models.loading import load_model, load_tokenizer
@@ -218,17 +218,10 @@ class RewardModel(_ModelScorer):
 
         from plad_fast.models.loading import load_tokenizer
 
-        try:
+        with _loading(source):
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
             )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a library makes of a foreign or a damaged file
-            raise UsageError(
-                f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
-                f"sequence-classification model (transformers says: {reason_of(error)})"
-            ) from error
         if loading["missing_keys"]:
             raise UsageError(
                 f"{source!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, "
@@ -262,6 +255,19 @@ def _positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library makes of a foreign or a damaged file
+        raise UsageError(
+            f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
+            f"sequence-classification model (transformers says: {reason_of(error)})"
+        ) from error
+
+
 _KIND = "ForSequenceClassification"
 
 
@@ -281,8 +287,7 @@ def split_label(rest: str) -> tuple[str, int | str | None]:
 def read_reward_config(source: str) -> PretrainedConfig | None:
     """The config of a sequence-classification model; None for adapters, which have none.
 
-    Raises:
-        UsageError: there is none, or it is of a model of another kind.
+    Raises UsageError where there is none, or it is of a model of another kind.
     """
     import transformers
 
@@ -290,13 +295,8 @@ def read_reward_config(source: str) -> PretrainedConfig | None:
     folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return None
-    try:
+    with _loading(source):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever a library makes of a foreign or a damaged file
-        raise UsageError(
-            f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
-            f"sequence-classification model (transformers says: {reason_of(error)})"
-        ) from error
     names = list(config.architectures or ())
     # A name that transformers does not know may be somebody's own for a model that it can load.
     known = [name for name in names if hasattr(transformers, name)]

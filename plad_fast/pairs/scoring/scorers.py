@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -197,8 +195,3 @@ def by_prompt(items: Sequence[Item]) -> list[list[int]]:
     for index, (prompt, _) in enumerate(items):
         groups.setdefault(prompt.id, []).append(index)
     return list(groups.values())
-
-
-def key_of(*parts: Any) -> str:
-    """Thirty-two hexadecimal digits that identify JSON values on any machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

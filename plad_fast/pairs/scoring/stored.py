@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from plad_fast.data.prompts import Prompt, require_unique_ids
+from plad_fast.data.records import digest
 from plad_fast.data.store import RowStore, require_rows
 from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.text_model import Answer
-from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, key_of
+from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.select import Scores
 
 
@@ -112,7 +113,7 @@ def _keys(scorer: Scorer, items: Sequence[Item]) -> list[str]:
         for index in group:
             prompt, text = items[index]
             reference = prompt.reference if scorer.uses_reference else None
-            keys[index] = key_of(prompt.content, reference, text, rivals)
+            keys[index] = digest([prompt.content, reference, text, rivals])
     return keys
 
 

@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -128,9 +128,8 @@ class Endpoint:
             UsageError: from the iterator: the endpoint refuses the key or the model, or all
                 requests.
         """
-        return iterate_in_thread(
-            lambda: self._replies(requests, read_key(self.api_key_env, self._url))
-        )
+        key = read_key(self.api_key_env, self._url)
+        return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
     def try_out(self, request: ChatRequest) -> Reply:
         """The reply to one plain request, by which to find out early whether any will be taken.
@@ -153,23 +152,22 @@ class Endpoint:
         self._trials += 1
         return reply
 
-    async def _replies(
-        self, requests: Sequence[ChatRequest], key: str
-    ) -> AsyncGenerator[tuple[int, Reply | str], None]:
+    async def _answer_all(
+        self,
+        requests: Sequence[ChatRequest],
+        key: str,
+        emit: Callable[[tuple[int, Reply | str]], None],
+    ) -> None:
         self._given_up_in_a_row = 0  # the endpoint may be back
         self.stopped = ""
-        done: asyncio.Queue[tuple[int, Reply | str] | Exception] = asyncio.Queue()
         waiting = iter(enumerate(requests))
         halted = asyncio.Event()
 
         async def work(client: Any) -> None:
-            try:
-                for index, request in waiting:
-                    done.put_nowait((index, await self._ask(client, request, key, halted)))
-                    if halted.is_set():
-                        return
-            except Exception as error:
-                done.put_nowait(error)
+            for index, request in waiting:
+                emit((index, await self._ask(client, request, key, halted)))
+                if halted.is_set():
+                    return
 
         limits = [r.n * (r.max_tokens + self.reasoning_tokens) for r in requests]
         async with open_client(
@@ -186,19 +184,12 @@ class Endpoint:
                 for _ in range(min(self.concurrency, len(requests)))
             ]
             try:
-                for _ in requests:
-                    item = await done.get()
-                    if not isinstance(item, Exception):
-                        yield item
-                        continue
-                    halted.set()
-                    if self.usage.replies:  # those under way may bring more, and are paid for
-                        await asyncio.wait(workers)
-                        while not done.empty():
-                            other = done.get_nowait()
-                            if not isinstance(other, Exception):
-                                yield other
-                    raise item
+                await asyncio.gather(*workers)
+            except Exception:
+                halted.set()
+                if self.usage.replies:  # those under way may bring more, and are paid for
+                    await asyncio.gather(*workers, return_exceptions=True)
+                raise
             finally:
                 # Until all have ended: `wait_for` loses a cancellation that meets a reply.
                 while left := [worker for worker in workers if not worker.done()]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plad_fast.pairs.generation.endpoint.retries import BadReplyError
@@ -106,22 +106,18 @@ def _origin(request: Any) -> tuple[str, str, int | None]:
     return request.url.scheme, request.url.host, port
 
 
-def iterate_in_thread(make: Callable[[], AsyncGenerator[T, None]]) -> Iterator[T]:
-    """Yields what the asynchronous generator yields, and raises what it raises.
+def iterate_in_thread(
+    work: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]],
+) -> Iterator[T]:
+    """Yields what asynchronous work hands to its argument, and raises what it raises.
 
     Its thread has an event loop of its own, so it does not matter whether the caller has one, as
-    notebooks do. When the reader stops early (`close`, an exception, Ctrl-C), the generator is
-    cancelled at once, wherever it waits.
+    notebooks do. When the reader stops early (`close`, an exception, Ctrl-C), the work is cancelled
+    at once, wherever it waits.
     """
     items: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
-
-    async def pump() -> None:
-        async with contextlib.aclosing(make()) as source:
-            async for value in source:
-                items.put((value,))
-
-    task = loop.create_task(pump())
+    task = loop.create_task(work(lambda value: items.put((value,))))
 
     def run() -> None:
         end: BaseException | None = None

@@ -1,0 +1,149 @@
+"""A training goes on from a whole checkpoint or from none, and a damaged model is not "done".
+
+What is damaged comes from the lists of files that a real training wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from plad_fast import UsageError
+from plad_fast.cli import main
+from plad_fast.training import train as training
+from plad_fast.training import trained_folders
+from tests.support.recipe_runs import write_pairs
+from tests.support.saved_trainings import FAULTS, ROWS, damaged, files, steps_of, stop, train
+
+
+def test_a_training_with_a_damaged_checkpoint_ends_with_the_same_weights(
+    killed, finished, tiny_teacher, tmp_path
+):
+    """The checkpoint before takes its place."""
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    damaged(folder / "checkpoint-6" / "optimizer.pt", "cut", folder / "checkpoint-4")
+    output = tmp_path / "out"
+    assert train(tiny_teacher, output) == (finished / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_a_whole_checkpoint_a_training_starts_anew(
+    killed, finished, tiny_teacher, tmp_path, caplog
+):
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    for step in (4, 6):
+        (folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    assert train(tiny_teacher, tmp_path / "out") == (finished / "model.safetensors").read_bytes()
+    for words in ("checkpoint-6 (optimizer.pt is", "checkpoint-4 (optimizer.pt is", "its start"):
+        assert words in steps_of(caplog)
+
+
+def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_path, monkeypatch):
+    """In the middle of an epoch the Trainer would; what is logged last is printed."""
+    train(tiny_teacher, tmp_path / "straight", epochs=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_folders, "publish_folder", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_teacher, tmp_path / "out", epochs=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_model", stop)
+        weights = train(tiny_teacher, tmp_path / "out", epochs=1.5)
+    assert weights == (tmp_path / "straight" / "model.safetensors").read_bytes()
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    logs = [trained_folders.log_history(tmp_path / name) for name in ("out", "straight")]
+    for log in logs:
+        assert log[-1]["step"] == 9
+        for entry in log:
+            del entry["tokens_per_second"]
+    assert logs[0] == logs[1]
+
+
+def test_what_is_no_checkpoint_is_left_alone(killed, finished, tiny_teacher, tmp_path):
+    """Also by the training's end, which removes what it made itself."""
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    strange = ["checkpoint-abc", "checkpoint-6.tmp", "checkpoint-", "checkpoint-٣", "checkpoint-06"]
+    for name in strange:
+        shutil.copytree(folder / "checkpoint-4", folder / name)
+    (folder / "checkpoint-99").write_text("a file")
+    (folder / "checkpoint-999999").mkdir()  # what a kill at the start of saving leaves
+    assert train(tiny_teacher, tmp_path / "out") == (finished / "model.safetensors").read_bytes()
+    assert {path.name for path in folder.iterdir()} == {*strange, "checkpoint-99"}
+
+
+def test_what_a_kill_left_beside_a_finished_model_is_removed(
+    killed, finished, tiny_teacher, tmp_path
+):
+    output = shutil.copytree(finished, tmp_path / "out")
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    train(tiny_teacher, output)
+    assert not folder.exists()
+    # Without a record it may be anybody's.
+    shutil.copytree(killed, folder)
+    (folder / "training.json").unlink()
+    train(tiny_teacher, output)
+    assert (folder / "checkpoint-6").is_dir()
+
+
+def test_a_finished_model_that_is_damaged_is_not_done(finished, killed, tiny_teacher, tmp_path):
+    """Either the call is refused, naming the file, or the model is what it was."""
+    names = files(finished)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "training.json"} < set(names)
+    refused = []
+    for name, fault in itertools.product(names, FAULTS):
+        output = shutil.copytree(finished, tmp_path / f"{name}-{fault}" / "out")
+        if not damaged(output / name, fault, killed / "checkpoint-4" / name):
+            continue
+        with pytest.raises(UsageError, match=name):
+            train(tiny_teacher, output)
+        refused.append(name)
+    assert set(refused) == set(names)
+
+
+def test_the_command_says_what_is_damaged_in_one_line(tiny_teacher, tmp_path, capsys):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 4)
+    command = ["train", "--model", str(tiny_teacher), "--pairs", str(pairs)]
+    command += ["--output-dir", str(tmp_path / "out"), "--precision", "float32"]
+    assert main(command) == 0
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "model.safetensors has 0 bytes in place of" in error
+    assert "--overwrite" in error
+    assert main([*command, "--overwrite"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by POSIX means")
+def test_a_disk_that_fills_up_in_torch_save(killed, finished, tiny_teacher, tmp_path):
+    """The size limit on files stands in for it: the weights fit, the optimizer's state does not."""
+    sizes = [(killed / "checkpoint-6" / name).stat().st_size
+             for name in ("model.safetensors", "optimizer.pt")]  # fmt: skip
+    limit = sum(sizes) // 2
+    assert sizes[0] < limit < sizes[1]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = ["train", "--model", str(tiny_teacher), "--pairs", str(pairs), "--batch-size", "2",
+               "--learning-rate", "1e-3", "--saves-per-stage", "3", "--precision", "float32",
+               "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"from plad_fast.cli import main; sys.exit(main({command!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "what was finished is kept: make room and run the same command" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out.checkpoints" / "checkpoint-2" / "model.safetensors").is_file()
+    assert main(command) == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert weights == (finished / "model.safetensors").read_bytes()
