@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from plad_fast.data.records import RecordFormat, changed_settings, digest, stored_scores
+from plad_fast.data.records import RecordFormat, changed_settings, digest, recorded_scores
 from plad_fast.errors import UsageError
 
 FORMAT = RecordFormat("plad-fast test", 2)
@@ -71,7 +71,9 @@ def test_scores_are_computed_once_and_again_where_they_are_not_what_was_written(
     made = []
 
     def scores(fingerprint, **options):
-        found = stored_scores(path, fingerprint, lambda: made.append(1) or {"a": [1.5]}, **options)
+        found = recorded_scores(
+            path, fingerprint, lambda: made.append(1) or {"a": [1.5]}, **options
+        )
         assert found == {"a": [1.5]}
         return len(made)
 
