@@ -18,8 +18,9 @@ from plad_fast.evaluation.report.plots import (
 from plad_fast.evaluation.students import StudentOutputs
 from plad_fast.training.trained_folders import log_history
 
-_EXTREMES, _OTHERS = 2, 4
-"""Examples shown: of the biggest wins and of the biggest losses each, and beside them."""
+_EXAMPLES = 8
+_EXTREMES = 2
+"""Of them, of the biggest wins and of the biggest losses each."""
 
 
 def write_results(
@@ -129,9 +130,8 @@ def example_answers(
 
     groups = {"Biggest wins": largest(1.0, -1), "Biggest losses": largest(0.0, 1)}
     taken = {key for keys in groups.values() for key in keys}
-    groups["Other prompts" if taken else ""] = [
-        prompt.id for prompt in held_out.prompts if prompt.id not in taken
-    ][: _OTHERS if taken else _OTHERS + 2 * _EXTREMES]
+    others = [prompt.id for prompt in held_out.prompts if prompt.id not in taken]
+    groups["Other prompts" if taken else ""] = others[: _EXAMPLES - len(taken)]
     prompts = {prompt.id: prompt for prompt in held_out.prompts}
     return [
         {

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
-from plad_fast.data.store import Row, RowStore, has_rows, require_rows
+from plad_fast.data.store import Row, RowStore, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
@@ -237,7 +237,7 @@ class Judge(Scorer):
             yield None
             return
         with RowStore.open(self.store, self.settings()) as store:
-            require_rows(store, _is_verdict)
+            store.require(_is_verdict)
             self._known |= store.rows
             yield store
 
