@@ -17,8 +17,7 @@ from typing import Any
 
 from benchmarks.plad_arms import Arm, slug
 from plad_fast.data.prompts import Prompt, as_messages
-from plad_fast.data.records import digest, model_digest
-from plad_fast.data.records import stored_scores as stored_file_scores
+from plad_fast.data.records import digest, model_digest, recorded_scores
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.layer_drop import drop_layers
@@ -249,7 +248,7 @@ class Study:
 
         made_by = {"weights": model_digest(model), "rows": digest(rows)}
         file = self.folder / "evaluation" / f"{stem}.json"
-        return stored_file_scores(file, made_by, compute)["logps"]
+        return recorded_scores(file, made_by, compute)["logps"]
 
     def _answers(
         self, model: Path, name: str, prompts: Sequence[Prompt], sampling: Sampling

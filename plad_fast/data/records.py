@@ -173,7 +173,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 _SCORES = RecordFormat("plad-fast scores", 3)
 
 
-def stored_scores(
+def recorded_scores(
     file: Path,
     fingerprint: Mapping[str, Any],
     compute: Callable[[], dict[str, Any]],

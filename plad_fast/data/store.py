@@ -109,6 +109,19 @@ class RowStore:
         self._write(b"".join(map(_line, new.values())))
         self._rows.update(new)
 
+    def require(self, fits: Callable[[Row], bool]) -> None:
+        """Raises UsageError for a stored row that lacks what rows of its kind have.
+
+        Args:
+            fits: whether a row has all of that; none has passed a check but that it has an id.
+        """
+        for row in self._rows.values():
+            if not fits(row):
+                raise UsageError(
+                    f"{self.path}: the line with the id {shown(row['id'])} is damaged; delete that "
+                    "line, or pass --overwrite to start anew"
+                )
+
     def close(self) -> None:
         """Closes the file, and lets other processes have it."""
         self._file.close()
@@ -179,21 +192,6 @@ class RowStore:
             if isinstance(error, OSError):
                 raise _unwritable(self.path, error) from error
             raise
-
-
-def require_rows(store: RowStore, fits: Callable[[Row], bool]) -> None:
-    """Raises UsageError for a row that is no row of such a store.
-
-    Args:
-        store: whose rows have passed no check but that they have an id.
-        fits: whether a row has all that rows of this kind have.
-    """
-    for row in store.rows.values():
-        if not fits(row):
-            raise UsageError(
-                f"{store.path}: the line with the id {shown(row['id'])} is damaged; delete that "
-                "line, or pass --overwrite to start anew"
-            )
 
 
 def has_rows(path: str | os.PathLike[str]) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from plad_fast.data.chat import is_blank
 from plad_fast.data.prompts import as_messages
-from plad_fast.data.records import digest, model_digest, stored_scores
+from plad_fast.data.records import digest, model_digest, recorded_scores
 from plad_fast.evaluation.compare import evaluate_students
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.samples import (
@@ -209,7 +209,7 @@ class _Runner:
         own = [sampled.first[prompt_id] for prompt_id in held_out.prompts_of_pairs()]
         fingerprint = {**made_by, "max_length": self.max_length, **sampling.settings()}
         score = partial(model.pairs, length_normalization=self.length_normalization)
-        logps = stored_scores(
+        logps = recorded_scores(
             files.logps,
             {
                 **fingerprint,

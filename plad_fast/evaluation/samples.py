@@ -11,7 +11,7 @@ import numpy as np
 
 from plad_fast.data.chat import Content, is_blank
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.records import digest, stored_scores
+from plad_fast.data.records import digest, recorded_scores
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration
 from plad_fast.evaluation.held_out import HeldOut
@@ -23,7 +23,7 @@ from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring import scorers as scoring
-from plad_fast.pairs.scoring import stored
+from plad_fast.pairs.scoring.stored import stored_scores
 from plad_fast.pairs.text_metrics import rouge
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class StoredScorer:
             set_aside(file, scorer.settings())
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[float]:
-        return stored.stored_scores(self._scorer, items, self._file)
+        return stored_scores(self._scorer, items, self._file)
 
 
 def require_samples(count: int, sampling: Sampling) -> None:
@@ -105,7 +105,7 @@ def score_samples(
         quality: rates the samples; it is asked anew each time, for all prompts at once.
 
     Raises:
-        UsageError: from scoring, and as `stored_scores`.
+        UsageError: from scoring, and as `recorded_scores`.
     """
     prompts = held_out.prompts
     teacher = [held_out.teacher_answers[p.id] for p in prompts]
@@ -120,7 +120,7 @@ def score_samples(
     # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.
     texts = [list(dict.fromkeys([*own, best])) for own, best in zip(finished, teacher, strict=True)]
     contents = [content_of(p) for p in prompts]
-    stored = stored_scores(
+    stored = recorded_scores(
         file,
         {**fingerprint, "texts": f"{sum(map(len, texts))} answers, {digest([contents, texts])}"},
         lambda: {"logps": _score_texts(score_responses, contents, texts)},

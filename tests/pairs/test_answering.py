@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
+from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.answering import generate_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
@@ -185,3 +187,99 @@ def test_stored_answers_can_be_discarded(tmp_path):
     ask(again, fingerprint={"model": "new"}, overwrite=True)
     assert len(again.asked) == len(PROMPTS)
     assert not (tmp_path / "a.failed.jsonl").exists()
+
+
+class Batches:
+    """Answers prompts in batches of two, and can be made to fail; remembers what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, fail_at=None, mute=()):
+        self.asked = []
+        self.fail_at = fail_at
+        self.mute = mute
+
+    def generate(self, prompts, sampling):
+        for start in range(0, len(prompts), 2):
+            if start == self.fail_at:
+                raise KeyboardInterrupt
+            batch = [p for p in prompts[start : start + 2] if p.id not in self.mute]
+            self.asked += [p.id for p in batch]
+            yield [Answer(p.id, f"to {p.content}", "stop", 3) for p in batch]
+
+
+SIX = [Prompt(str(i), f"prompt {i}") for i in range(6)]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = Batches(fail_at=4)
+    with RowStore.open(path, {}) as store, pytest.raises(KeyboardInterrupt):
+        generate_answers(first, SIX, store, Sampling(), progress=False)
+    second = Batches()
+    with RowStore.open(path, {}) as store:
+        answers = generate_answers(second, SIX, store, Sampling(), progress=False).first
+    assert first.asked + second.asked == [p.id for p in SIX]
+    assert answers == {p.id: Answer(p.id, f"to prompt {p.id}", "stop", 3) for p in SIX}
+
+    third = Batches()
+    with RowStore.open(path, {}) as store:
+        assert list(generate_answers(third, SIX[4:1:-1], store, Sampling()).first) == [
+            "4",
+            "3",
+            "2",
+        ]
+    assert third.asked == []
+
+
+def test_a_resumed_local_run_equals_an_uninterrupted_one(tmp_path, tiny_model, tiny_tokenizer):
+    model = LocalModel(tiny_model, tiny_tokenizer, "tiny")
+    sampling = Sampling(max_new_tokens=8, batch_size=4)
+    with RowStore.open(tmp_path / "whole.jsonl", {}) as store:
+        whole = generate_answers(model, SIX, store, sampling, progress=False)
+    with RowStore.open(tmp_path / "parts.jsonl", {}) as store:
+        generate_answers(model, SIX[1:3], store, sampling, progress=False)
+        assert generate_answers(model, SIX, store, sampling, progress=False) == whole
+
+
+def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
+    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
+        generate_answers(Batches(), SIX, store, Sampling())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "scripted: 100%" in err
+    assert "6/6" in err
+    assert "prompt/s" in err
+
+
+def test_answers_to_other_prompts_are_not_taken(tmp_path):
+    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
+        generate_answers(Batches(), SIX[:1], store, Sampling(), progress=False)
+        with pytest.raises(UsageError, match="prompt '0' is not the one that"):
+            generate_answers(Batches(), [Prompt("0", "edited")], store, Sampling())
+
+
+def test_nor_where_all_of_them_are_stored(tmp_path):
+    """No model is loaded then, but the prompts are compared all the same."""
+    ask = functools.partial(
+        stored_answers,
+        Batches,
+        path=tmp_path / "answers.jsonl",
+        sampling=Sampling(),
+        fingerprint={},
+        progress=False,
+    )
+    ask(SIX[:1])
+    with pytest.raises(UsageError, match="prompt '0' is not the one that"):
+        ask([Prompt("0", "edited")])
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    twice = [SIX[0], SIX[0]]
+    with (
+        RowStore.open(tmp_path / "answers.jsonl", {}) as store,
+        pytest.raises(UsageError, match="used more than once"),
+    ):
+        generate_answers(Batches(), twice, store, Sampling())
+    with pytest.raises(UsageError, match="used more than once"):
+        build_pairs(twice, {}, {})

@@ -1,22 +1,17 @@
-"""Pairs of stored answers: resuming, what is dropped, and the format of the rows."""
+"""Preference rows of answers, and what is dropped."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from dataclasses import replace
 
 import pytest
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import PairReport, build_pairs
-from plad_fast.pairs.filters import PairFilters, drop_reason
-from plad_fast.pairs.generation.answering import generate_answers, stored_answers
-from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.filters import PairFilters
 from plad_fast.pairs.generation.text_model import Answer
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -24,121 +19,6 @@ CHAT = [{"role": "user", "content": "Hi"}]
 
 def answer(prompt_id, text, finish_reason="stop"):
     return Answer(prompt_id, text, finish_reason, 3)
-
-
-class Scripted:
-    """Answers prompts in batches of two, and can be made to fail; remembers what it was asked."""
-
-    name = "scripted"
-
-    def __init__(self, fail_at=None, mute=()):
-        self.asked = []
-        self.fail_at = fail_at
-        self.mute = mute
-
-    def generate(self, prompts, sampling):
-        for start in range(0, len(prompts), 2):
-            if start == self.fail_at:
-                raise KeyboardInterrupt
-            batch = [p for p in prompts[start : start + 2] if p.id not in self.mute]
-            self.asked += [p.id for p in batch]
-            yield [answer(p.id, f"to {p.content}") for p in batch]
-
-
-PROMPTS = [Prompt(str(i), f"prompt {i}") for i in range(6)]
-
-
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    first = Scripted(fail_at=4)
-    with RowStore.open(path, {}) as store, pytest.raises(KeyboardInterrupt):
-        generate_answers(first, PROMPTS, store, Sampling(), progress=False)
-    second = Scripted()
-    with RowStore.open(path, {}) as store:
-        answers = generate_answers(second, PROMPTS, store, Sampling(), progress=False).first
-    assert first.asked + second.asked == [p.id for p in PROMPTS]
-    assert answers == {p.id: answer(p.id, f"to prompt {p.id}") for p in PROMPTS}
-
-    third = Scripted()
-    with RowStore.open(path, {}) as store:
-        assert list(generate_answers(third, PROMPTS[4:1:-1], store, Sampling()).first) == [
-            "4",
-            "3",
-            "2",
-        ]
-    assert third.asked == []
-
-
-def test_a_resumed_local_run_equals_an_uninterrupted_one(tmp_path, tiny_model, tiny_tokenizer):
-    model = LocalModel(tiny_model, tiny_tokenizer, "tiny")
-    sampling = Sampling(max_new_tokens=8, batch_size=4)
-    with RowStore.open(tmp_path / "whole.jsonl", {}) as store:
-        whole = generate_answers(model, PROMPTS, store, sampling, progress=False)
-    with RowStore.open(tmp_path / "parts.jsonl", {}) as store:
-        generate_answers(model, PROMPTS[1:3], store, sampling, progress=False)
-        assert generate_answers(model, PROMPTS, store, sampling, progress=False) == whole
-
-
-def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
-    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
-        generate_answers(Scripted(), PROMPTS, store, Sampling())
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "scripted: 100%" in err
-    assert "6/6" in err
-    assert "prompt/s" in err
-
-
-def test_answers_to_other_prompts_are_not_taken(tmp_path):
-    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
-        generate_answers(Scripted(), PROMPTS[:1], store, Sampling(), progress=False)
-        with pytest.raises(UsageError, match="prompt '0' is not the one that"):
-            generate_answers(Scripted(), [Prompt("0", "edited")], store, Sampling())
-
-
-def test_nor_where_all_of_them_are_stored(tmp_path):
-    """No model is loaded then, but the prompts are compared all the same."""
-    ask = functools.partial(
-        stored_answers,
-        Scripted,
-        path=tmp_path / "answers.jsonl",
-        sampling=Sampling(),
-        fingerprint={},
-        progress=False,
-    )
-    ask(PROMPTS[:1])
-    with pytest.raises(UsageError, match="prompt '0' is not the one that"):
-        ask([Prompt("0", "edited")])
-
-
-def test_repeated_ids_are_refused(tmp_path):
-    twice = [PROMPTS[0], PROMPTS[0]]
-    with (
-        RowStore.open(tmp_path / "answers.jsonl", {}) as store,
-        pytest.raises(UsageError, match="used more than once"),
-    ):
-        generate_answers(Scripted(), twice, store, Sampling())
-    with pytest.raises(UsageError, match="used more than once"):
-        build_pairs(twice, {}, {})
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student", "expected"),
-    [
-        (answer("p", "a"), answer("p", "b"), None),
-        (answer("p", "a"), answer("p", "A"), None),
-        (answer("p", "a  b\n"), answer("p", " a b"), "identical"),
-        (answer("p", " \n"), answer("p", "b"), "empty"),
-        (answer("p", "a"), answer("p", "\u200b \ufeff\u2060"), "empty"),  # nothing to be seen
-        (answer("p", "a"), answer("p", "", "length"), "empty"),
-        (answer("p", "a", "length"), answer("p", "b"), "truncated"),
-        (answer("p", "a"), answer("p", "b", "length"), "truncated"),
-        (answer("p", "a"), None, "missing"),
-        (None, answer("p", "b"), "missing"),
-    ],
-)
-def test_drop_reason(teacher, student, expected):
-    assert drop_reason(teacher, student) == expected
 
 
 def test_pairs_and_report():

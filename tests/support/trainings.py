@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.utils.data import SequentialSampler
 
 from plad_fast.training.config import PLaDConfig
-from tests.support.two_processes import InOrder
+from plad_fast.training.trainer import PLaDTrainer
 
 # Lengths differ on purpose: a mean of batch means would not be the mean.
 PAIRS = [
@@ -22,6 +23,13 @@ PAIRS = [
 ]
 SCORED = [{**row, "chosen_score": i + 1.0, "rejected_score": -0.5} for i, row in enumerate(PAIRS)]
 RANKED = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"], "zz"]} for r in PAIRS]
+
+
+class InOrder(PLaDTrainer):
+    """Takes the rows as they come; only transformers 5 has a setting for it."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
 
 
 def build(

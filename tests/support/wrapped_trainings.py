@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plad_fast.errors import UsageError
 from plad_fast.models.wrappers import gathered
 from plad_fast.training.config import PLaDConfig
-from tests.support.two_processes import InOrder
+from tests.support.trainings import InOrder
 
 BATCH = 4
 """Rows of all processes together, so that the batches are the same ones for any number of them."""
@@ -198,6 +198,8 @@ HINGE = {
     "optim": "adamw_torch",
     "learning_rate": 3e-3,
 }
+# Every process scores its share of the rows under the reference.
+REFERENCE = {**HINGE, "loss": "dpo_hinge", "beta": 0.2, "gradient_accumulation_steps": 2}
 BEST = {
     "max_steps": 3,
     "learning_rate": 0.3,
@@ -234,8 +236,8 @@ def _named(trainings, prefix="", **more):
     }
 
 
-SINGLE = _named(_TRAININGS)
-TRAININGS = _named(_TRAININGS)
+SINGLE = _named(_TRAININGS) | _named({"reference": (train, REFERENCE)})
+TRAININGS = dict(SINGLE)
 RESUMED = {"saved": functools.partial(train, name="again", resume="saved-2/checkpoint-2", **LONG)}
 RESUMED_ALONE = dict(RESUMED)
 REFUSED = {"head": refused_head, "infinite": infinite_loss_in_the_last_process}

@@ -66,7 +66,10 @@ BAD_INPUTS = {
     ),
     "empty data": ([*DISTILL, "--prompts", "{data}/empty.jsonl"], "has no rows; give a file"),
     "broken JSON": ([*DISTILL, "--prompts", "{data}/broken.jsonl"], "line 2"),
-    "prompts that are not text": ([*DISTILL, "--prompts", "{data}/numbers.jsonl"], "a int where"),
+    "prompts that are not text": (
+        [*DISTILL, "--prompts", "{data}/numbers.jsonl"],
+        "row 1, column 'prompt' is 3",
+    ),
     "too few prompts to hold any out": (
         [*DISTILL, "--prompts", "{data}/good.jsonl", "--held-out", "0.05"],
         "each needs at least 2",

@@ -85,7 +85,7 @@ def test_the_recipe_with_an_endpoint(server, tiny_teacher, tmp_path, capfd):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["scorers"]) == ["length", "brevity"]
     assert metrics["calibration"] is not None
-    assert "reliability" in (folder / "report.html").read_text().lower()
+    assert 'class="calibration"' in (folder / "report.html").read_text()
     assert "TEACHER_KEY" in (folder / "report.html").read_text()
     streams = capfd.readouterr()
     assert KEY not in streams.out + streams.err

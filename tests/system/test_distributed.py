@@ -79,6 +79,8 @@ def test_training_in_two_processes_equals_one(case, ran):
     ours = results(ran, "TRAININGS", 2, case)[0]
     assert ("FSDP" in ours["kind"]) == case.startswith("fsdp-")
     assert_same_training(ours, results(ran, "SINGLE", 1, case.removeprefix("fsdp-"))[0])
+    if case == "reference":
+        assert ours["logged"]["skipped_backwards"] > 0
 
 
 @needs_fsdp2
@@ -136,6 +138,8 @@ def test_loss_and_gradients_in_four_processes_equal_those_of_one(case, ran_in_fo
 def test_training_in_four_processes_equals_one(case, ran, ran_in_four):
     ours = results(ran_in_four, "TRAININGS", 4, case)[0]
     assert_same_training(ours, results(ran, "SINGLE", 1, case.removeprefix("fsdp-"))[0])
+    if case == "reference":
+        assert ours["logged"]["skipped_backwards"] > 0
 
 
 @pytest.fixture(scope="module")

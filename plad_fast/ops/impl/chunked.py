@@ -54,13 +54,13 @@ def linear_forward(
     hidden, _, _, targets, cu_seqlens, options = problem
     keep = targets != options.ignore_index
     rows = keep.nonzero().squeeze(1)
-    space = Workspace(problem.head, options, len(rows), for_gradient=False)
-    token_logprobs = hidden.new_zeros(len(hidden), dtype=space.products.dtype)
+    workspace = Workspace(problem.head, options, len(rows), for_gradient=False)
+    token_logprobs = hidden.new_zeros(len(hidden), dtype=workspace.products.dtype)
     lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
     entropy = torch.zeros_like(token_logprobs) if with_entropy else None
-    for chunk in space.chunks(0, len(rows)):
+    for chunk in workspace.chunks(len(rows)):
         at = _slice_if_whole(rows[chunk], chunk, len(hidden) == len(rows))
-        part = space.forward(hidden[at], targets[at], with_entropy)
+        part = workspace.forward(hidden[at], targets[at], with_entropy)
         token_logprobs[at] = part.token_logprobs
         lse[at] = part.row_max + part.sum_exp.log()
         miss[at] = part.miss
@@ -85,14 +85,14 @@ def linear_backward(
     hidden, weight, _, targets, _, options = problem
     active = upstream.active() if skip_inactive else targets != options.ignore_index
     active_rows = active.nonzero().squeeze(1)
-    space = Workspace(problem.head, options, len(active_rows), for_gradient=True)
-    grads = HeadGradients(problem.head, needs, space.products)
-    for chunk in space.chunks(0, len(active_rows)):
+    workspace = Workspace(problem.head, options, len(active_rows), for_gradient=True)
+    grads = HeadGradients(problem.head, needs, workspace.products)
+    for chunk in workspace.chunks(len(active_rows)):
         rows = _slice_if_whole(active_rows[chunk], chunk, len(hidden) == len(active_rows))
         h, t = hidden[rows], targets[rows]
-        statistics: RowStatistics = space.forward(h, t)
+        statistics: RowStatistics = workspace.forward(h, t)
         grad_lse = None if upstream.lse is None else upstream.lse[rows]
-        grads.add(space.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
+        grads.add(workspace.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
     return grads.finish(weight.dtype)
 
 

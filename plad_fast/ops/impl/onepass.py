@@ -163,7 +163,7 @@ class _OnePass:
     ) -> None:
         """The buffer has moved on: of these n rows the active ones are computed a second time."""
         active = (grad != 0).nonzero().squeeze(1)
-        for chunk in self.workspace.chunks(0, len(active)):
+        for chunk in self.workspace.chunks(len(active)):
             local = active[chunk]
             rows = start + local
             hidden, targets = self.problem.hidden[rows], self.problem.targets[rows]

@@ -63,12 +63,11 @@ class Workspace:
         self._buffer = hidden.new_empty(self.rows, vocab, dtype=dtype)
         self._slope = torch.empty_like(self._buffer) if keep_slope else None
 
-    def chunks(self, start: int, stop: int) -> Iterator[slice]:
-        """Slices of [start, stop) that fit, all of nearly the same length."""
-        count = -(-(stop - start) // self.rows)
+    def chunks(self, num_rows: int) -> Iterator[slice]:
+        """Slices of [0, num_rows) that fit, all of nearly the same length."""
+        count = -(-num_rows // self.rows)
         for i in range(count):
-            length = stop - start
-            yield slice(start + i * length // count, start + (i + 1) * length // count)
+            yield slice(i * num_rows // count, (i + 1) * num_rows // count)
 
     def forward(
         self,

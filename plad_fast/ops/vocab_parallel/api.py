@@ -107,6 +107,7 @@ def vocab_parallel_sequence_logprobs(
         Sharding(group, vocab_size, reduce_hidden_grad),
         check_rest,
         (length_normalization, return_entropy),
+        {},
     )
     kept = ShardedTokens.apply(
         *call.problem.head, call.problem.targets, call.sharded, return_entropy

@@ -78,7 +78,7 @@ class ShardedTokens(torch.autograd.Function):
             empty = hidden.new_empty(0, width, dtype=workspace.products.dtype)
             parts = [
                 workspace.part(hidden[chunk], targets[chunk], with_entropy)
-                for chunk in workspace.chunks(0, len(hidden))
+                for chunk in workspace.chunks(len(hidden))
             ]
             whole = whole_statistics(sharded.shards.gather(torch.cat([empty, *parts])))
         ctx.save_for_backward(hidden, weight, bias, targets, *whole[:2], whole.miss)
@@ -109,7 +109,7 @@ class ShardedTokens(torch.autograd.Function):
                 workspace.products,
                 hidden_dtype=workspace.grad_hidden_dtype,
             )
-            for chunk in workspace.chunks(0, len(active_rows)):
+            for chunk in workspace.chunks(len(active_rows)):
                 rows = active_rows[chunk]
                 h, t = hidden[rows], targets[rows]
                 whole = RowStatistics(row_max[rows], sum_exp[rows], miss[rows], miss[rows], None)

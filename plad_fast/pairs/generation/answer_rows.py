@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from plad_fast.data.prompts import Prompt, require_unique_ids
 from plad_fast.data.records import digest
-from plad_fast.data.store import Row, RowStore, require_rows
+from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
@@ -48,7 +48,7 @@ def missing_from(
     an answer to another prompt.
     """
     require_unique_ids(prompts)
-    require_rows(store, _is_answer)
+    store.require(_is_answer)
     digests = {prompt.id: digest(prompt.content) for prompt in prompts}
     missing = {}
     for key, (prompt, sample) in all_wanted(prompts, sampling).items():

@@ -143,7 +143,7 @@ def renew_answers(
     """Moves answers to what prompts were before out of a store; see `set_rows_aside`.
 
     Args:
-        path: of the store, which nobody has open.
+        path: of the store, which is not open.
         prompts, sampling: see `generate_answers`.
         settings: the store's whole fingerprint.
     """

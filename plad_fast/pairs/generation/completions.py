@@ -1,7 +1,6 @@
-"""Ends and thoughts of completions, in the words and marks of the servers that are about.
+"""Finish reasons and thoughts of completions, as the various servers write them.
 
-Only ends that are known count: of a word nobody knows it cannot be said whether the text before it
-is whole.
+Only known finish reasons count: after an unknown one the text may not be whole.
 """
 
 from __future__ import annotations
@@ -60,12 +59,12 @@ _CLOSE = re.compile(
 
 
 def is_told(reason: Any) -> bool:
-    """Whether a reply says how it ended, if only in a word that nobody knows."""
+    """Whether a reply gives a finish reason, be it an unknown one."""
     return not (reason is None or (isinstance(reason, str) and _plain(reason) in _NOTHING))
 
 
 def known_end(reason: Any) -> Finish | None:
-    """The end that a word stands for; None for one that is not known, or is no word."""
+    """The finish reason that a server's word stands for; None for an unknown one."""
     if not isinstance(reason, str):
         return None
     plain = _plain(reason)

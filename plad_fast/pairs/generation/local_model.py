@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,7 +14,7 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, why_not_refill
+from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, padded, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
 from plad_fast.pairs.generation.text_model import Answer, SampleModel, Wanted
 
@@ -132,7 +132,7 @@ class LocalModel(SampleModel):
         try:
             if rows and self._can_refill(config, pad):
                 refill = None
-                # Whoever takes the answers finds the model in its own mode each time.
+                # The model is in its own mode whenever answers are handed out.
                 while refill is None or refill.unfinished:
                     with _generating(self.model, config), torch.inference_mode():
                         refill = refill or Refill(self.model, rows, sampling, ends, pad)
@@ -179,25 +179,18 @@ class LocalModel(SampleModel):
         """Sets the tokens of all rows, by transformers' `generate`; what follows an end is pad."""
         from transformers import LogitsProcessorList
 
-        lengths = [len(row.prompt) for row in rows]
-        width = max(lengths)
-        gaps = [[config.pad_token_id] * (width - length) for length in lengths]
-        if self._start_token is None:
-            padded = [gap + row.prompt for gap, row in zip(gaps, rows, strict=True)]
-            mask = [[0] * (width - length) + [1] * length for length in lengths]
-            before = width  # tokens in front of an answer in what `generate` gives
-        else:
-            padded = [row.prompt + gap for gap, row in zip(gaps, rows, strict=True)]
-            mask = [[1] * length + [0] * (width - length) for length in lengths]
-            before = 1
         device = self.model.device
+        side: Literal["left", "right"] = "left" if self._start_token is None else "right"
+        prompts, mask = padded([row.prompt for row in rows], config.pad_token_id, side, device)
+        # Tokens in front of an answer in what `generate` gives.
+        before = prompts.shape[1] if self._start_token is None else 1
         ids, samples = [row.prompt_id for row in rows], [row.sample for row in rows]
         sampler = RowSampler(sampling, ids, before, device, samples)
         generate: Any = self.model.generate
         with _generating(self.model, config), torch.inference_mode():
             output = generate(  # by name, as PEFT's takes them
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                input_ids=prompts,
+                attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 **_cache(self.model),

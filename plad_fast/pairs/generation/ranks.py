@@ -13,7 +13,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +23,11 @@ import torch.distributed as dist
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.text_model import Wanted
 
 T = TypeVar("T")
 
-# Nobody is done before the slowest: a process that dies closes its connections, which is noticed.
+# All wait for the slowest: a process that dies closes its connections, which is noticed.
 _PATIENCE = datetime.timedelta(days=30)
 
 
@@ -66,7 +67,7 @@ class Ranks:
             self._talk(lambda: dist.barrier(group=self._group))
 
     def leave(self) -> None:
-        """Hangs up. The group is not kept, not even by the traceback of an exception: one whose
+        """Leaves the group, which is not kept, not even by the traceback of an exception: one whose
         threads still run when the interpreter ends aborts it."""
         dist.destroy_process_group(self._group)
         self._group = None
@@ -83,10 +84,10 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes of this run, on speaking terms until the block ends.
+    """The processes of this run, connected until the block ends.
 
-    A process that leaves the block by an exception hangs up, and the others get a UsageError where
-    they wait for it, as all do where the environment speaks of processes that cannot be reached.
+    A process that leaves the block by an exception disconnects, and the others get a UsageError
+    where they wait for it, as all do where the environment names processes that do not answer.
     """
     if not _several():
         yield Ranks()
@@ -96,7 +97,7 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), group)
     try:
         yield ranks
-        # Nobody hangs up on one who still reads.
+        # No process disconnects while another one still reads.
         ranks.wait()
     finally:
         ranks.leave()
@@ -128,9 +129,8 @@ def _hang_up() -> None:
         dist.destroy_process_group()
 
 
-def share(wanted: Sequence[tuple[Prompt, int]], rank: int, size: int) -> list[tuple[Prompt, int]]:
-    """What one process answers of (prompt, sample)s: about as many, about as long, and all samples
-    of a prompt."""
+def share(wanted: Wanted, rank: int, size: int) -> list[tuple[Prompt, int]]:
+    """The part of one process: about as many, about as long, and all samples of a prompt."""
     by_prompt: dict[str, list[tuple[Prompt, int]]] = {}
     for item in wanted:
         by_prompt.setdefault(item[0].id, []).append(item)
@@ -138,7 +138,7 @@ def share(wanted: Sequence[tuple[Prompt, int]], rank: int, size: int) -> list[tu
         by_prompt.values(),
         key=lambda group: (-len(json.dumps(group[0][0].content)), group[0][0].id),
     )
-    # To and fro: always in the same direction would give the first process the longer ones.
+    # Back and forth: in one direction alone the first process would get the longer ones.
     order = [*range(size), *reversed(range(size))]
     mine = [group for i, group in enumerate(groups) if order[i % len(order)] == rank]
     return [item for group in mine for item in group]

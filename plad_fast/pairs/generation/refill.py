@@ -9,13 +9,15 @@ Letters: R rows in use, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model, vocabulary_size
@@ -31,6 +33,16 @@ class Row:
     sample: int = 0
     tokens: list[int] = field(default_factory=list)
     uniforms: list[float] = field(default_factory=list)
+
+
+def padded(
+    rows: Sequence[list[int]], pad: int, side: Literal["left", "right"], device: torch.device
+) -> tuple[Tensor, Tensor]:  # (B, T) each
+    """Rows of tokens as one tensor, and 1 where there is one of theirs."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    batch = pad_sequence(ids, True, pad, side), pad_sequence(masks, True, 0, side)
+    return batch[0].to(device), batch[1].to(device)
 
 
 class UnsuitableError(Exception):
@@ -66,20 +78,15 @@ class RowDecoder:
         """
         from transformers import DynamicCache
 
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        padded = [[self._pad] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = self._tensor([[0] * (width - n) + [1] * n for n in lengths])
+        ids, mask = padded(prompts, self._pad, "left", self._device)
         prefilled = DynamicCache()
-        logits = self._forward(
-            self._tensor(padded), mask, (mask.cumsum(-1) - 1).clamp(min=0), prefilled
-        )
+        logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), prefilled)
         depth = base_model(self._model).config.get_text_config().num_hidden_layers
         filled = [layer.get_seq_length() for layer in prefilled.layers]
-        if filled != [width] * depth:
+        if filled != [ids.shape[1]] * depth:
             raise UnsuitableError("its layers do not all keep keys and values of every token")
         sources = [i for i, count in enumerate(copies) for _ in range(count)]
-        new = [lengths[i] for i in sources]
+        new = [len(prompts[i]) for i in sources]
         self.cache.insert(prefilled, sources, new)
         self._lengths += new
         return logits
@@ -164,16 +171,8 @@ class Refill:
 
     def _admit(self, free: int) -> list[Row]:
         new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        prompts: list[list[int]] = []
-        copies: list[int] = []
-        before = None
-        for row in new:
-            if row.prompt_id == before:
-                copies[-1] += 1
-            else:
-                prompts.append(row.prompt)
-                copies.append(1)
-            before = row.prompt_id
+        samples = [[*rows] for _, rows in itertools.groupby(new, lambda row: row.prompt_id)]
+        copies = [len(rows) for rows in samples]
         if self._sampling.temperature:
             uniforms = row_uniforms(
                 self._sampling.seed,
@@ -183,7 +182,7 @@ class Refill:
             )
             for row, numbers in zip(new, uniforms.tolist(), strict=True):
                 row.uniforms = numbers
-        logits = self._decoder.admit(prompts, copies)
+        logits = self._decoder.admit([rows[0].prompt for rows in samples], copies)
         first = len(self._running)
         self._running += new
         return self._extend(

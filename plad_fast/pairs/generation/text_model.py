@@ -24,7 +24,7 @@ class Answer:
     """`stop`: the model ended its answer itself. `length`: it was cut off."""
 
     n_tokens: int
-    """Tokens generated, the end token included; 0 where nobody counted them."""
+    """Tokens generated, the end token included; 0 where they were not counted."""
 
     sample: int = 0
     """Which of a prompt's `Sampling.n` answers this is, from 0."""
@@ -37,7 +37,7 @@ class Failure:
     prompt_id: str
 
     reason: str
-    """For the user, in a line, without anything secret."""
+    """One line for the user, without secrets."""
 
     sample: int = 0
 

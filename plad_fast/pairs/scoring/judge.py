@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
-from plad_fast.data.store import Row, RowStore, has_rows, require_rows
+from plad_fast.data.store import Row, RowStore, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
@@ -68,7 +68,7 @@ class Judge(Scorer):
     """Compares answers pair by pair, each pair in both orders, at temperature 0.
 
     An endpoint that refuses this temperature is asked at its own; the verdicts that it gives so are
-    marked in the store, for asked anew it may give others.
+    marked in the store, since asking again may give others.
 
     A verdict that changes with the order is a tie. As a scorer, an answer's score is its mean share
     of wins against the other different answers to its prompt; K of them take K (K - 1) requests.
@@ -192,12 +192,12 @@ class Judge(Scorer):
         }
 
     def spent(self) -> str:
-        """The report, and what the endpoint spent in this run, in a line."""
+        """One line: the report, and what the endpoint spent in this run."""
         usage = getattr(self.endpoint, "usage", None)
         return str(self.report) if usage is None else f"{self.report}; {usage}"
 
     def restart(self) -> None:
-        """Counts anew: the report and the summary are of what follows."""
+        """Resets the counts of the report and the summary."""
         self.report = JudgeReport()
         self._used = set()
 
@@ -237,7 +237,7 @@ class Judge(Scorer):
             yield None
             return
         with RowStore.open(self.store, self.settings()) as store:
-            require_rows(store, _is_verdict)
+            store.require(_is_verdict)
             self._known |= store.rows
             yield store
 

@@ -16,6 +16,7 @@ from plad_fast.data.records import model_digest
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError, reason_of
 from plad_fast.pairs.build import as_response
+from plad_fast.pairs.generation.refill import padded
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, finite_scores
 
 if TYPE_CHECKING:
@@ -240,12 +241,10 @@ def _logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:  # (
     given = config.pad_token_id
     there = {token for row in rows for token in row}
     pad = next(t for t in range(len(there) + 1) if t not in there) if given is None else given
-    width = max(map(len, rows))
-    padded = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids, mask = padded(rows, pad, "right", model.device)
     config.pad_token_id = pad
     try:
-        output = model(padded.to(model.device), attention_mask=mask.to(model.device))
+        output = model(ids, attention_mask=mask)
     finally:
         config.pad_token_id = given
     return output.logits.float()

@@ -9,7 +9,7 @@ from typing import Any
 
 from plad_fast.data.prompts import Prompt, require_unique_ids
 from plad_fast.data.records import digest
-from plad_fast.data.store import RowStore, require_rows
+from plad_fast.data.store import RowStore
 from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
@@ -89,7 +89,7 @@ def stored_scores(
         RowStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
         tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
     ):
-        require_rows(store, lambda row: type(row.get("score")) in (int, float))
+        store.require(lambda row: type(row.get("score")) in (int, float))
         for batch in _batches(items, batch_size):
             if any(keys[index] not in store.done for index in batch):
                 unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]

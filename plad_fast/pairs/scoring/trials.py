@@ -19,10 +19,10 @@ def try_endpoints(
     judge: object = None,
     overwrite: bool = False,
 ) -> None:
-    """Asks teacher and judge one thing each, where they are behind endpoints.
+    """Makes one request each to teacher and judge, where they are behind endpoints.
 
-    Whoever has answered before is not asked: it worked, and may have nothing left to do. In
-    a run of several processes all are to call this, and the first one asks.
+    An endpoint that has answered before is not asked again. In a run of several processes all are
+    to call this, and the first one asks.
 
     Args:
         teacher: with an `EndpointModel` come `sampling` and the store of `answers`.

@@ -42,7 +42,7 @@ def one_line(text: str, *secrets: str) -> str:
     Besides the secrets named, those in environment variables with the usual names are masked.
     """
     found = (value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name))
-    # Nobody reads beyond the first page, and some servers send books.
+    # Some servers send long pages.
     line = " ".join(without_controls(mask(text[:_LONGEST_READ], *secrets, *found)).split())
     return line if len(line) <= _LONGEST_MESSAGE else line[: _LONGEST_MESSAGE - 1] + "…"
 

@@ -42,7 +42,7 @@ from plad_fast.pairs.generation.endpoint.retries import Trouble, judge, pause, r
 
 logger = logging.getLogger(__name__)
 
-_UNCLEAR = 3  # refusals nobody can explain before any reply, after which all will be refused
+_UNCLEAR = 3  # unexplained refusals before any reply, after which the run ends
 _LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, credit, quota
 _FIRST_CONNECTION = 4.0  # seconds for a server to take its first connection
 
@@ -270,7 +270,7 @@ class Endpoint:
         if trouble.then != "again":
             return 0
         if trouble.unreachable and not self._is_reached:
-            # Nobody is there: that is told at once, rather than after all the pauses.
+            # No server there: said at once, rather than after all the pauses.
             return min(self.max_retries, 0 if trouble.reason.endswith("in time") else 1)
         return self.max_retries
 

@@ -42,7 +42,7 @@ class EndpointModel(SampleModel):
         """Set, also from outside, where the first replies need no watching any more."""
 
     def try_out(self, sampling: Sampling) -> None:
-        """Asks for a word, to find out before long work whether such requests are answered.
+        """Makes one short request, to find out before long work whether such requests are answered.
 
         Raises:
             UsageError: the endpoint cannot be reached, refuses the key, the model or the sampling,

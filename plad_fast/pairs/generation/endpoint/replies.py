@@ -1,4 +1,4 @@
-"""Reading of replies. Any server's, of any shape: a JSON value that nobody has validated."""
+"""Validation of replies, which may be of any shape."""
 
 from __future__ import annotations
 

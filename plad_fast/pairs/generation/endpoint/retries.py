@@ -125,7 +125,7 @@ def _of_transport(error: Exception) -> Trouble:
     if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
         return _of_reply(bad)
     names = {type(cause).__name__ for cause in causes}
-    # A connection that was never made: nobody there, no such name, a proxy that refuses.
+    # A connection that was never made: no server, no such name, a proxy that refuses.
     unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
     if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
         what = "no connection in time" if unreachable else "no reply in time"
