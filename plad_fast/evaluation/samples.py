@@ -99,7 +99,7 @@ def score_samples(
         held_out: the prompts, in the order of the result, and the teacher's answers, which are
             scored beside the samples.
         samples: prompt id -> answers of the student.
-        file, fingerprint, replace: see `stored_scores`; it adds the texts and the prompts.
+        file, fingerprint, replace: see `recorded_scores`; it adds the texts and the prompts.
         content_of: a prompt as the student was given it.
         score_responses: prompts and their answers -> log-probabilities of these, per token.
         quality: rates the samples; it is asked anew each time, for all prompts at once.
