@@ -279,13 +279,7 @@ class Endpoint:
             tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause
         )
         if seconds > 1.2 * self.longest_pause:
-            logger.warning(
-                "%s at %s asks to wait for %.0f s (%s)",
-                self.model,
-                self._url,
-                seconds,
-                trouble.reason,
-            )
+            logger.warning("%r asks to wait for %.0f s (%s)", self, seconds, trouble.reason)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(halted.wait(), seconds)
 
@@ -293,22 +287,17 @@ class Endpoint:
         if trouble.parameter in self._refused:
             return
         self._refused.add(trouble.parameter)
-        if trouble.parameter == "temperature" and request.temperature != 1:
+        name, reason = trouble.parameter, trouble.reason
+        if name == "temperature" and request.temperature != 1:
             logger.warning(
-                "%s at %s takes no temperature of %g: going on at its own, where replies are "
-                "samples, which come out otherwise when they are asked for anew (%s)",
-                self.model,
-                self._url,
+                "%r takes no temperature of %g: going on at its own, where replies are samples, "
+                "which come out otherwise when they are asked for again (%s)",
+                self,
                 request.temperature,
-                trouble.reason,
+                reason,
             )
-            return
-        logger.info(
-            "%s takes no %s: going on without (%s)",
-            self._url,
-            trouble.parameter,
-            trouble.reason,
-        )
+        else:
+            logger.info("%r takes no %s: going on without (%s)", self, name, reason)
 
     def _give_up(self, trouble: Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
@@ -317,16 +306,15 @@ class Endpoint:
         # A server that has answered may refuse one request by any status; not so its key, the
         # credit and the quota, nor for a wait of hours.
         lasts = trouble.status in _LASTING or trouble.retry_after is not None
-        if trouble.then == "stop" and (lasts or not self.usage.replies):
+        self._unclear += trouble.then == "unclear" and self.usage.replies == self._trials
+        ends = {
+            "stop": lasts or not self.usage.replies,
+            "once": bool(trouble.advice) and not self.usage.replies,
+            "unclear": self._unclear >= _UNCLEAR and self.usage.replies == self._trials,
+        }.get(trouble.then, False)
+        # In a trial a refused parameter is the length limit: no prompt is too long for it there.
+        if ends or (self._is_trial and trouble.parameter):
             raise error from None
-        if trouble.then == "once" and trouble.advice and not self.usage.replies:
-            raise error from None
-        if trouble.then == "unclear" and self.usage.replies == self._trials:
-            self._unclear += 1
-            if self._unclear >= _UNCLEAR:
-                raise error from None
-        if self._is_trial and trouble.parameter:
-            raise error from None  # of the length limit, which no prompt is too long for here
         if trouble.then in ("again", "once", "stop") and not trouble.parameter:
             self._given_up_in_a_row += 1
         if trouble.then in ("again", "once"):
