@@ -63,48 +63,21 @@ def as_conversation(
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Content, template: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, template: Mapping[str, Any] | None = None
 ) -> str:
-    """The text after which the model starts to answer.
+    """The text after which the model starts to answer chat messages.
 
     Args:
-        tokenizer: its chat template is used for a prompt of messages.
-        prompt: plain text, which is returned as it is, or chat messages.
+        tokenizer: with a chat template.
+        prompt: not ending in the assistant's message.
         template: what the chat template gets beside the messages, such as `tools`.
-
-    Raises:
-        UsageError: messages for a tokenizer that has no chat template, or that its template
-            refuses, or that end in the assistant's.
     """
-    if isinstance(prompt, str):
-        return prompt
     if prompt[-1]["role"] == "assistant":
         raise UsageError(
             "the prompt ends in an assistant message, which leaves nothing to answer; cut it off, "
             "and put its text at the start of the responses if they go on from there"
         )
     return apply_template(tokenizer, prompt, template, generation_prompt=True)
-
-
-def render_group(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Messages,
-    answers: Messages,
-    template: Mapping[str, Any] | None = None,
-) -> tuple[str, list[Whole]]:
-    """The text of `render_prompt`, and the conversation with each one of the answers.
-
-    A conversation need not begin with the former: see `whole_conversation`.
-
-    Args:
-        tokenizer, prompt, template: as for `render_prompt`.
-        answers: a message of the assistant each; all of its keys go to the template.
-
-    Raises:
-        UsageError: as `render_prompt`, and for a key of an answer that the template does not show.
-    """
-    head = render_prompt(tokenizer, prompt, template)
-    return head, [whole_conversation(tokenizer, prompt, a, head, template) for a in answers]
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
@@ -143,9 +116,10 @@ def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]
 
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that closes an answer in the chat template, if it is one added for its meaning."""
-    head, [whole] = render_group(
-        tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}]
-    )
+    prompt = [{"role": "user", "content": "a"}]
+    head = render_prompt(tokenizer, prompt)
+    answer = {"role": "assistant", "content": "a"}
+    whole = whole_conversation(tokenizer, prompt, answer, head, None)
     # Without an EOS token, a template that marks no end closes with the answer itself.
     ids = tokenizer(answer_text(tokenizer, head, whole), add_special_tokens=False)["input_ids"]
     return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
@@ -169,9 +143,6 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, re
     """A prompt with its answer, letter for letter as the chat template writes them.
 
     This is what a reward model has seen; `answer_text` is what a student learns to write.
-
-    Raises:
-        UsageError: as `render_prompt`.
     """
     return apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
 

@@ -19,11 +19,10 @@ from plad_fast.data.chat import (
     as_conversation,
     ends_turn,
     is_blank,
-    render_group,
     render_prompt,
     with_eos,
 )
-from plad_fast.data.chat_template import common_length
+from plad_fast.data.chat_template import common_length, whole_conversation
 from plad_fast.data.rows import read_content, read_contents
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError
@@ -149,10 +148,11 @@ class TextIds:
             if self.encoder_decoder:
                 return _whole(self.prompt(prompt), [self._target(text) for text in texts])
             return self._split(*self._plain(prompt, texts))
-        messages: list[Message] = self._hidden(list(answers))
-        head, wholes = render_group(
-            self.tokenizer, self._hidden(prompt), messages, self._hidden(template)
-        )
+        turns, messages, template = map(self._hidden, (prompt, list(answers), template))
+        head = render_prompt(self.tokenizer, turns, template)
+        wholes = [
+            whole_conversation(self.tokenizer, turns, answer, head, template) for answer in messages
+        ]
         texts = [head, *(whole.text for whole in wholes)]
         split = self._text.first_in(texts)
         if self.encoder_decoder:

@@ -53,6 +53,10 @@ def test_evaluation_by_hand():
     assert change["margin"]["mean"] == 3.0
     assert change["rougeL_teacher"]["mean"] == pytest.approx(0.5)
     assert change["win_rate"]["mean"] == 0.75  # a win and a tie
+    assert results["by_prompt"] == {
+        "p1": {"outcome": 1.0, "difference": 1.0},
+        "p2": {"outcome": 0.5, "difference": 0.0},
+    }
     assert results["score"] == "ROUGE-L to the teacher's answer"
 
 
@@ -188,7 +192,9 @@ def test_a_judge_decides_the_wins():
 
 def test_what_a_judge_cannot_decide_is_left_out():
     judge = Judge(lambda a, b: None if a == "a dog" else 0.0)
-    row = evaluate_students([sft()], TEACHER, judge=judge, prompts=TEACHER)["students"][0]
+    results = evaluate_students([plad(), sft()], TEACHER, judge=judge, prompts=TEACHER)
+    assert [e["outcome"] for e in results["by_prompt"].values()] == [None, 0.5]
+    row = results["students"][1]
     assert row["wins_teacher"] == {"wins": 0, "ties": 0, "losses": 1, "p_value": 1.0}
 
 

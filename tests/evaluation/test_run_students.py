@@ -14,6 +14,7 @@ from plad_fast.evaluation import run_students as module
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.run_students import (
     evaluate_models,
+    file_stem,
     scorer_file,
     student_files,
 )
@@ -160,8 +161,9 @@ def test_scorers_are_asked_once(finished, tiny_teacher, tmp_path):
 
 def test_a_student_that_never_ends_has_no_calibration(tiny_teacher, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        results, _ = evaluate(tmp_path, tiny_teacher, sampling=Sampling(1, seed=0))
+        results, outputs = evaluate(tmp_path, tiny_teacher, sampling=Sampling(1, seed=0))
     assert results["calibration"] is None
+    assert outputs[0].cut_off == set(TEACHER)
     assert "finished none of its samples" in caplog.text
 
 
@@ -184,3 +186,9 @@ def test_no_two_names_share_a_file(tmp_path):
     files = [file for name in students for file in student_files(name, tmp_path)]
     files += [scorer_file(name, tmp_path) for name in ("greedy", "a", "length-sampled")]
     assert len({file.name for file in files}) == len(files)
+
+
+def test_names_that_a_file_system_may_confuse_have_one_file():
+    assert {file_stem(name) for name in ("A b", "a-B", "a  b ", "a/b", "a?b")} == {"a-b"}
+    assert file_stem("e\u0301") == file_stem("\u00c9")
+    assert file_stem("学生") == "学生"

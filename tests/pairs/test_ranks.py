@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from plad_fast.cli import main
-from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_model, load_tokenizer
@@ -20,8 +20,9 @@ from plad_fast.pairs.generation.answering import discard_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.ranks import share
 from plad_fast.pairs.generation.sampling import Sampling
+from tests.support import two_answerers
+from tests.support.two_answerers import PROMPTS
 
-PROMPTS = [Prompt(f"p{i}", "word " * (i % 5 + 1) + str(i)) for i in range(11)]
 SETTINGS = {"max_new_tokens": 10, "batch_size": 3, "n": 2}
 
 
@@ -59,31 +60,27 @@ def environment(**more: str) -> dict[str, str]:
     } | more
 
 
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["tests.support.two_answerers"])  # imported once for all
+
+
 def two_processes(folder, **more):
     """Exit statuses and what the two wrote to stderr."""
     rendezvous = {"PLAD_TEST_RENDEZVOUS": (folder / f"meet{len(os.listdir(folder))}").as_uri()}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.two_answerers",
-        str(folder),
-        json.dumps(SETTINGS),
-    ]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment(RANK=str(rank), WORLD_SIZE="2", **rendezvous, **more),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    logs = [folder.parent / f"stderr{rank}" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        variables = environment(RANK=str(rank), WORLD_SIZE="2", **rendezvous, **more)
+        given = (folder, json.dumps(SETTINGS), variables, log)
+        processes.append(SPAWN.Process(target=two_answerers.run, args=given))
+        processes[-1].start()
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        for process in processes:
+            process.join(timeout=120)
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], errors
+    return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
 def results(folder):

@@ -1,4 +1,4 @@
-"""One process of the tests in test_sharding.py: answers prompts with a tiny model, or fails."""
+"""One process of the tests in test_ranks.py: answers prompts with a tiny model, or fails."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from plad_fast.data.prompts import Prompt
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from tests.pairs.test_ranks import PROMPTS
+
+PROMPTS = [Prompt(f"p{i}", "word " * (i % 5 + 1) + str(i)) for i in range(11)]
 
 
 class Failing(LocalModel):
@@ -49,6 +53,20 @@ def main(folder: Path, settings: str) -> None:
     )
     rows = [vars(a) for answers in answered.answers.values() for a in answers]
     (folder / f"result{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+def run(folder: Path, settings: str, environment: dict[str, str], log: Path) -> None:
+    """As a process of its own would run `main`, with its standard error stream in a file."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with log.open("w") as sys.stderr:
+        try:
+            main(folder, settings)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -159,15 +159,14 @@ class RewardModel(_ModelScorer):
         special = SpecialText(tokenizer)
         rows = [self._encode(special, *item) for item in items]
         positions = _positions(model)
-        longest = max(range(len(rows)), key=lambda index: len(rows[index]), default=0)
-        if positions and rows and len(rows[longest]) > positions:
+        # Rows of like length share a batch, the longest first: a lack of memory shows at once.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        if positions and order and len(rows[order[0]]) > positions:
             raise UsageError(
-                f"an answer to prompt {items[longest][0].id!r} has {len(rows[longest])} tokens "
+                f"an answer to prompt {items[order[0]][0].id!r} has {len(rows[order[0]])} tokens "
                 f"with its prompt, and {self.name} has {positions} positions; drop long prompts, "
                 "or choose another scorer"
             )
-        # Rows of like length share a batch, the longest first: a lack of memory shows at once.
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         values: dict[int, float] = {}
         with evaluating(model), torch.inference_mode():
             for start in range(0, len(order), self.batch_size):

@@ -37,8 +37,8 @@ def open_client(
     """A client for some requests; it is an asynchronous context manager.
 
     A redirection is followed within the server that was asked, and no further: the next one would
-    get the prompts. The client's own retries are off: it waits for no Retry-After above a minute,
-    asks again where a quota of a day is spent, and keeps no budget.
+    get the prompts. The client's own retries are off: it waits for no Retry-After of more than two
+    minutes, asks again where a quota of a day is spent, and keeps no budget.
 
     Args:
         timeout: seconds for each phase of a request.

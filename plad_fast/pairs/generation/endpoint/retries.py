@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
+import math
 import random
 import re
 import time
@@ -266,26 +268,15 @@ def refusal(trouble: Trouble, model: str, url: str, variable: str) -> UsageError
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks to wait for, from any of the forms in use."""
-    if (value := _seconds(headers.get("retry-after-ms"))) is not None:
-        return value / 1000
-    header = headers.get("retry-after")
-    if (value := _seconds(header)) is not None:
-        return value
-    if header is None:
-        return None
-    try:
-        date = email.utils.parsedate_to_datetime(header)
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(KeyError, ValueError):
+            seconds = float(headers[name]) / unit
+            if 0 <= seconds < math.inf:
+                return seconds
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+        date = email.utils.parsedate_to_datetime(headers["retry-after"])
         return max(0.0, date.timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        value = float(header) if header is not None else -1.0
-    except ValueError:
-        return None
-    return value if 0 <= value < float("inf") else None
+    return None
 
 
 def pause(tries: int, asked: float | None, *, first: float, longest: float) -> float:
