@@ -336,7 +336,7 @@ def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
         (["--student-samples", "2", "--student-temperature", "0"], "raise it"),
         (["--min-gap", "1"], "needs scores"),
         (["--max-length-ratio", "0.5"], "max_length_ratio"),
-        (["--reasoning-tokens", "-1"], "--reasoning-tokens must be 0 or more"),
+        (["--reasoning-tokens", "-1"], "--reasoning-tokens must be at least 0, got -1"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--calibration-samples", "1"], "at least 2"),
         (["--calibration-samples", "2", "--student-temperature", "0"], "raise it"),
