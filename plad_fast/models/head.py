@@ -87,10 +87,16 @@ def check_architecture(model: nn.Module) -> None:
     """
     head, family = find_head(model), type(base_model(model)).__name__
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]
+
+    def logits() -> Tensor:  # (4, V)
+        return model(**_inputs(model, input_ids)).logits[0].float()
+
     try:
         with evaluating(model), torch.no_grad():
-            expected = model(**_inputs(model, input_ids)).logits[0].float()
-            hidden = _hidden(model, input_ids)[0]
+            if is_encoder_decoder(model):  # its halves say best what they lack
+                hidden, expected = _hidden(model, input_ids)[0], logits()
+            else:
+                expected, hidden = logits(), _hidden(model, input_ids)[0]
             _require_causal(model, input_ids)
             arguments = head.arguments(hidden)
             found = reference_logits(**arguments).float()
