@@ -45,7 +45,7 @@ def mixture(
         if not isinstance(given, Mapping):
             raise UsageError(f"parts[{name!r}] must map names of options to values, got {given!r}")
         options = {key: value for key, value in given.items() if key != "weight"}
-        spec.check_options(options)
+        spec.check_options(options, beside=["weight"])
         weight = given.get("weight", 1.0)
         check_weight(f"the weight of {name!r} in parts", weight)
         alpha = length_normalization if spec.length_normalized else 0.0

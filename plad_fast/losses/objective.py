@@ -162,7 +162,7 @@ class Objective:
     ) -> tuple[float | Tensor, float | Tensor]:
         """What the group losses and the regulariser are divided by; 1 in place of 0.
 
-        The numbers given have passed `plad_fast.ops.validation.check_denominator`.
+        The numbers given have passed `plad_fast.ops.validation.check_denominators`.
         """
         groups = _denominator(len(counts) if num_groups is None else num_groups)
         tokens = _denominator(counts[:, 0].sum() if num_tokens is None else num_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -69,17 +69,20 @@ class LossSpec:
         """The loss is the likelihood of the best responses, to which `sft_weight` adds nothing."""
         return self.mean_over == "tokens"
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
+    def check_options(self, options: Mapping[str, Any], *, beside: Sequence[str] = ()) -> None:
         """Names, and finite numbers or names as the defaults are; ranges are the loss's business.
 
         A number may also be a tensor ().
+
+        Args:
+            beside: what else may stand with the options, and has been taken out of them.
 
         Raises:
             UsageError: names the option and the loss.
         """
         for name in options:
             if name not in self.options:
-                known = ", ".join(self.options) or "none"
+                known = ", ".join([*beside, *self.options]) or "none"
                 raise UsageError(f"loss {self.name!r} has no option {name!r}; it has: {known}")
         for name, default in self.options.items():
             if name in options:

@@ -22,7 +22,7 @@ from plad_fast.ops.backend import BACKENDS
 NO_PREDICTIONS = (
     "the trainer has no predictions to give it: logits are never stored as a whole. Leave it out; "
     "an evaluation has the metrics that PLaDTrainer lists, and "
-    "plad_fast.evaluation.compare.score_pairs gives log-probabilities row by row"
+    "plad_fast.models.score_pairs gives log-probabilities row by row"
 )
 
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {

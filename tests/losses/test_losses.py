@@ -487,7 +487,7 @@ def mixture(parts):
         (mixture({"dpo": {"beta": "1"}}), "beta of loss 'dpo' must be a number, got '1'"),
         (mixture({"dpo": {"beta": math.inf}}), "beta of loss 'dpo' must be a finite number"),
         (mixture({losses.dpo: {}}), "parts must name registered losses"),
-        (mixture({"dpo": {"tau": 1}}), "loss 'dpo' has no option 'tau'; it has: beta"),
+        (mixture({"dpo": {"tau": 1}}), "loss 'dpo' has no option 'tau'; it has: weight, beta"),
         (mixture({"kto": {}}), "loss 'kto' needs the option kl"),
         ({"loss": "mixture", "parts": {"cpo": {}, "dpo": {}}}, "'mixture' needs reference_logps"),
         (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),

@@ -64,7 +64,9 @@ def batch():
 def test_logprobs_equal_the_models_own(name, options, batch):
     """Values, and the gradient of every parameter; padding included."""
     model = build(name, **options)
-    check_architecture(model)
+    check_architecture(model.train())
+    assert model.training
+    model.eval()
     ours = causal_lm_logprobs(model, batch).sums
     theirs = naive_sums(model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from transformers import HfArgumentParser
 
 from plad_fast.errors import UsageError
 from plad_fast.training.config import PLaDConfig
+
+PARALLEL = SimpleNamespace(non_data_parallel_size=2)  # as with ParallelismConfig(tp_size=2)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,7 @@ from plad_fast.training.config import PLaDConfig
         ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=.'inputs'.* predictions"),
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics=.'loss'.* predictions"),
         ({"batch_eval_metrics": True}, r"batch_eval_metrics=True .* predictions"),
+        ({"parallelism_config": PARALLEL}, "non_data_parallel_size=2 .* parallelism"),
         ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise'"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch .* 0"),

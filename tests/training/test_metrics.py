@@ -30,7 +30,8 @@ def test_a_best_metric_that_no_evaluation_has_is_refused_at_once(make, wanted, s
         with pytest.raises(UsageError, match=r"metric_for_best_model is .*: .*margin"):
             make(eval_rows=rows, **options)
         return
-    make(eval_rows=rows, **options)
+    found = make(eval_rows=rows, **options).evaluate()
+    assert f"eval_{wanted.removeprefix('eval_')}" in found
 
 
 def test_callbacks_may_bring_the_best_metric(make):

@@ -223,6 +223,22 @@ def test_in_the_process_of_others_a_signal_does_what_it_did(send, tiny_teacher, 
     assert [p.name for p in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-2"]
 
 
+DEFERRED = """
+import signal
+from plad_fast.training.signals import deferred_signals
+with deferred_signals("{}: wait"):
+    signal.raise_signal(signal.SIGTERM)
+    print("reached", flush=True)
+print("survived")
+"""
+
+
+def test_a_signal_without_a_handler_ends_the_process_after_the_block():
+    done = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "reached\n"), done.stderr
+    assert "SIGTERM: wait" in done.stderr
+
+
 def test_handlers_are_put_back_and_only_the_main_thread_sets_any(tiny_teacher, pairs, tmp_path):
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
