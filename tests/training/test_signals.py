@@ -103,11 +103,8 @@ sys.exit(main({command!r}))
 """
 
 
-@pytest.mark.slow
-def test_a_terminal_that_is_closed_takes_no_step_with_it(tiny_teacher, pairs, tmp_path):
-    """What still writes to it, such as a progress bar, must not keep the checkpoint from it."""
-    command = train(tiny_teacher, pairs, tmp_path / "out")
-    code = HELD.format(command=command)
+def status_after_the_terminal_is_closed(code) -> int:
+    """Of a program that says REACHED on the terminal and reads a line."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
@@ -119,7 +116,31 @@ def test_a_terminal_that_is_closed_takes_no_step_with_it(tiny_teacher, pairs, tm
         os.close(ours)
         process.send_signal(signal.SIGHUP)
         process.communicate(b"\n")
-    assert process.returncode == AGAIN
+    return process.returncode
+
+
+BAR = """
+import signal, sys
+from plad_fast.training.signals import Terminated, deferred_signals, raised_signals
+try:
+    with raised_signals(lambda number: 1), deferred_signals("{}"):
+        print("REACHED", flush=True)
+        sys.stdin.readline()
+        print("a bar", file=sys.stderr, flush=True)
+except Terminated as error:
+    sys.exit(40 + error.number)
+"""
+
+
+def test_what_is_written_to_a_closed_terminal_is_no_error():
+    assert status_after_the_terminal_is_closed(BAR) == 40 + signal.SIGHUP
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_takes_no_step_with_it(tiny_teacher, pairs, tmp_path):
+    """What still writes to it, such as a progress bar, must not keep the checkpoint from it."""
+    command = train(tiny_teacher, pairs, tmp_path / "out")
+    assert status_after_the_terminal_is_closed(HELD.format(command=command)) == AGAIN
     assert [p.name for p in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-3"]
 
 
