@@ -3,7 +3,7 @@
 A prompt is plain text or a list of chat messages (`{"role": ..., "content": ...}`). A response is
 plain text or messages that end in the assistant's. One rule holds everywhere: plain text is
 continued as it stands, also by a chat model, and messages go through the chat template. To ask a
-chat model a plain-text prompt, make messages of it first (`plad_fast.data.as_messages`).
+chat model a plain-text prompt, make messages of it first (`plad_fast.data.prompts.as_messages`).
 """
 
 from __future__ import annotations

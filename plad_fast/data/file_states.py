@@ -51,6 +51,15 @@ def state_of(path: Path) -> State | None:
     return _of_file(path) if path.is_file() else None
 
 
+def is_state_of_file(value: Any) -> bool:
+    """Whether a value from a record can be the state of a file."""
+    if not isinstance(value, dict):
+        return False
+    if "rows" in value:
+        return isinstance(value.get("digests"), str)
+    return {"bytes", "sha256"} <= value.keys()
+
+
 def changes(name: str, path: Path, recorded: Mapping[str, Any], *, grown: bool) -> list[Change]:
     """What differs in a file, or in those files of a folder that were recorded.
 

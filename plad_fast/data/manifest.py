@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.file_states import State, changes, state_of
+from plad_fast.data.file_states import State, changes, is_state_of_file, state_of
 from plad_fast.data.records import RecordFormat
 from plad_fast.errors import UsageError
 
@@ -55,6 +55,8 @@ def damage(folder: Path, **about: Any) -> str | None:
     if problem:
         what = {"missing": "missing", "damaged": "damaged"}.get(problem, "of another version")
         return f"{NAME} is {what}"
+    if not all(map(is_state_of_file, record["files"].values())):
+        return f"{NAME} is damaged"
     if any(record[name] != value for name, value in about.items()):
         return f"{NAME} is of another folder"
     found = (

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 _PLAIN = {str, int, float, bool, type(None)}
 _NUMBERS = {"chosen_score", "rejected_score", "scores", "reference_logps"}
 """Columns in which NaN is a number that went wrong; elsewhere pandas writes it for nothing."""
+_TABLES = {"datasets", "pandas", "polars", "pyarrow"}
+"""Packages whose structs have the keys of each other, null where a row has none."""
 _ADVICE = "pass a datasets.Dataset, a DataFrame or a list of rows"
 
 
 def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
     """A data set without a format of its own, or a list of rows, with plain values in both.
 
-    Structs of a `Dataset` still have the keys of each other, see `without_nulls`.
+    Structs of a `Dataset` still have the keys of each other, see `without_nulls`. Every row keeps
+    the columns in which it has no value.
 
     Args:
         dataset: a `datasets.Dataset` of any format or transform, a DataFrame of pandas or polars, a
@@ -32,13 +35,13 @@ def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
     Raises:
         UsageError: something else, such as several splits or a stream; says what to pass instead.
     """
-    package = type(dataset).__module__.partition(".")[0]
+    package = _package(dataset)
     if package == "datasets":
-        from datasets import Dataset, IterableDataset
+        from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             return dataset.with_format(None)
-        if isinstance(dataset, Mapping):
+        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
             raise UsageError(
                 f"{name} is a {type(dataset).__name__} with the splits "
                 f"{', '.join(map(repr, dataset))}; pass one of them, as in "
@@ -49,7 +52,8 @@ def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
                 f"{name} is an IterableDataset, a stream, and every row is read before the first "
                 "step; load it without streaming=True, or pass list(data)"
             )
-        rows = list(dataset)  # a transform of the caller's makes them
+        # A transform of the caller's makes them.
+        rows = list(dataset) if isinstance(dataset, Dataset) else _of_a_collection(dataset, name)
     elif package == "pandas" and hasattr(dataset, "to_dict") and hasattr(dataset, "columns"):
         # In a frame a missing number is NaN as well.
         rows = dataset.astype(object).where(dataset.notna(), None).to_dict("records")
@@ -69,8 +73,15 @@ def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
         {str(column): plain(value, nan=column in _NUMBERS) for column, value in dict(row).items()}
         for row in rows
     ]
-    of_arrow = package in ("datasets", "pandas", "polars", "pyarrow") or made_by_arrow(rows)
-    return [without_nulls(row) for row in rows] if of_arrow else rows
+    if not package and not made_by_arrow(rows):
+        return rows
+    return [{column: without_nulls(value) for column, value in row.items()} for row in rows]
+
+
+def _package(dataset: Any) -> str:
+    """The library of tables that the class of a data set is of, or is derived from; "" for none."""
+    packages = (kind.__module__.partition(".")[0] for kind in type(dataset).__mro__)
+    return next((package for package in packages if package in _TABLES), "")
 
 
 def _of_a_collection(dataset: Any, name: str) -> list[Any]:

@@ -237,7 +237,8 @@ def _as_content(value: Any, where: str) -> Content:
             )
         if any(message["content"] is None for message in content):
             raise UsageError(f"{where} has a message without content; every turn needs a text")
-        asked = [m["content"] for m in content if m["role"] != "system"] or [content[0]["content"]]
+        asked = [message["content"] for message in content if message["role"] != "system"]
+        asked = asked or [message["content"] for message in content]
     if all(map(is_blank, asked)):
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     return content

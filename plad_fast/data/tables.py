@@ -125,8 +125,11 @@ def _text(path: Path) -> str:
 def _parse(text: str, path: Path, *, first_line: int) -> Any:
     def integer(digits: str) -> int:
         if len(digits) > _MOST_DIGITS:
-            what = f"a number of {len(digits)} digits"
-            raise json.JSONDecodeError(what, text, text.index(digits))
+            line = first_line + text.count("\n", 0, text.index(digits))
+            raise UsageError(
+                f"{path}, line {line} holds a number of {len(digits)} digits; write it as text, or "
+                "leave it out"
+            )
         return int(digits)
 
     try:

@@ -17,7 +17,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
 
 FEW_PAIRS = 20
-"""Below this many pairs a result is noise more than anything; `tiles` counts prompts alike."""
+"""Below this many pairs a result is noise more than anything; the report counts prompts alike."""
 
 _MOST_ALIKE = 0.5  # share of answers that are one and the same
 _ONE_SIDED = 0.95  # share of pairs whose longer answer is on one side

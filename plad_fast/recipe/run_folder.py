@@ -97,7 +97,7 @@ class RunFolder:
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
         """What finished so far, in order: name -> "seconds", "summary", the "settings", and the
-        states (`data.file_states`) of what it "read" and "made"; "edited" names what was since, and
+        states (`state_of`) of what it "read" and "made"; "edited" names what was since, and
         "earlier" has digests of states that it made before these."""
         return self._record["stages"]
 

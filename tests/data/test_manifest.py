@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from plad_fast.data.manifest import damage, write_manifest
 
 
@@ -15,6 +17,12 @@ def test_a_list_is_of_all_files_at_any_depth(tmp_path):
     assert damage(tmp_path, step=3) is None
     (tmp_path / "deep" / "file").write_text("y")
     assert damage(tmp_path, step=3) == "deep/file is not as it was written"
+    states = [3, None, [1], "x", {}, {"bytes": 1}, {"rows": 1}, {"rows": 1, "digests": 1}]
+    for state in states:
+        record = json.loads((tmp_path / "files.json").read_text())
+        record["files"] = {"deep/file": state}
+        (tmp_path / "files.json").write_text(json.dumps(record))
+        assert damage(tmp_path, step=3) == "files.json is damaged", state
     for content in ("[]", '{"files": []}', "nothing", ""):
         (tmp_path / "files.json").write_text(content)
         assert damage(tmp_path, step=3) == "files.json is damaged"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from plad_fast.data.plain_rows import plain_rows
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.models.response_scores import score_pairs
@@ -121,8 +122,40 @@ def test_token_ids_are_taken_from_tensors(tiny_tokenizer):
     assert found == {"prompt_ids": [1, 5], "response_ids": [[2], [3, 4]], "length": 4}
 
 
+def test_a_column_stays_where_the_first_row_has_no_value_in_it(tiny_tokenizer):
+    """The ids would else be scored anew, and the values of the other rows be lost."""
+    rows = [
+        {"prompt_ids": [1, 5], "response_ids": [[2], [3, 4]], "reference_logps": logps}
+        for logps in (None, [-1.0, -2.0])
+    ]
+    for data in (rows, pandas.DataFrame(rows), pyarrow.Table.from_pylist(rows)):
+        found = tokenize_dataset(data, tiny_tokenizer, max_length=9)
+        assert found["reference_logps"][:] == [None, [-1.0, -2.0]]
+
+
+class OwnDataset(Dataset):
+    """As of a library that builds on datasets."""
+
+
+class OwnFrame(pandas.DataFrame):
+    """As of a library that builds on pandas."""
+
+
+class OwnSplits(datasets.DatasetDict):
+    """Splits, of such a library."""
+
+
+def test_a_class_of_its_own_is_what_it_is_derived_from():
+    data = Dataset.from_list(DRESSED)
+    assert isinstance(plain_rows(OwnDataset(data.data), "data"), OwnDataset)
+    assert plain_rows(OwnFrame(frame()), "data") == plain_rows(frame(), "data")
+
+
 NO_ROWS = [
     (lambda data: datasets.DatasetDict(train=data, test=data), "the splits 'train', 'test'"),
+    (lambda data: OwnSplits(train=data), "OwnSplits with the splits 'train'"),
+    (lambda data: data.info, "data is a DatasetInfo; pass a datasets.Dataset"),
+    (lambda data: data.features, "data is a Features; pass a datasets.Dataset"),
     (lambda data: data.to_iterable_dataset(), "IterableDataset, a stream"),
     (lambda data: (row for row in data), "a generator, which can be read once"),
     (lambda data: data.to_dict(), "data is a dict; pass a datasets.Dataset"),

@@ -283,3 +283,19 @@ def test_repeated_ids_are_refused(tmp_path):
         generate_answers(Batches(), twice, store, Sampling())
     with pytest.raises(UsageError, match="used more than once"):
         build_pairs(twice, {}, {})
+
+
+class BySample(Scripted):
+    """Derived from nothing of ours: what it can do is told by its methods."""
+
+    def generate_samples(self, wanted, sampling):
+        self.asked += [(prompt.id, k) for prompt, k in wanted]
+        yield [Answer(prompt.id, f"{prompt.id}/{k}", "stop", 3, k) for prompt, k in wanted]
+
+
+def test_a_model_of_the_user_is_asked_for_the_missing_samples_alone(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    run(path, Scripted(fails=[("1", 1)]), n=2)
+    model = BySample()
+    assert texts(run(path, model, n=2))["1"] == ["1/0", "1/1"]
+    assert model.asked == [("1", 1)]

@@ -388,7 +388,7 @@ def test_every_round_is_kept_apart(two_rounds):
 def test_three_kills_at_random_change_no_byte_of_the_pairs(two_rounds, tiny_teacher, tmp_path):
     """Whatever the moment after loading: the moments differ from run to run of this test."""
     folder = tmp_path / "run"
-    run = [sys.executable, "-m", "plad_fast.cli", *arguments(tiny_teacher, folder, "--rounds", "2")]
+    run = [sys.executable, "-m", "plad_fast", *arguments(tiny_teacher, folder, "--rounds", "2")]
     kills = 0
     while kills < 3:
         with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

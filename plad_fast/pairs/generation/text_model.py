@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.sampling import Sampling
@@ -63,8 +63,12 @@ class TextModel(Protocol):
         ...
 
 
-class SampleModel(ABC):
-    """A `TextModel` that can be asked for some of a prompt's samples rather than for all."""
+@runtime_checkable
+class SampleModel(Protocol):
+    """A `TextModel` that can be asked for some of a prompt's samples rather than for all.
+
+    Any class with both methods is one; a class derived from this one needs `generate_samples` only.
+    """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling
