@@ -257,7 +257,7 @@ def measuring(draw: Draw) -> Case:
                 want = sum(shares) / len(shares)
             assert math.isclose(found, want, abs_tol=1e-12), f"{found}, not {want}"
 
-        return plain(which, getattr(metrics, which), (texts, n), {}, check_share, names)
+        return plain(which, getattr(text_metrics, which), (texts, n), {}, check_share, names)
     values: Any = [draw.choice([0.0, 0.5, 1.0]) for _ in range(count)]
     names = ()
     fault = draw.choice(["", "", "values", "other", "n_resamples", "seed"])

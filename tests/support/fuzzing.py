@@ -52,7 +52,7 @@ class Draw(random.Random):
 
 def make_case(number: int) -> Case:
     """The case of that number, the same on every machine."""
-    from tests import fuzz_data, fuzz_ops
+    from tests.support import fuzz_data, fuzz_ops
 
     draw = Draw(number)
     makers: list[tuple[Callable[[Draw], Case], int]] = [*fuzz_ops.MAKERS, *fuzz_data.MAKERS]
