@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from plad_fast.evaluation.compare import evaluate_students
 from plad_fast.evaluation.report.tiles import tiles
 from plad_fast.evaluation.students import StudentOutputs
 from tests.support.evaluations import SFT, evaluate, student
@@ -91,3 +92,6 @@ def test_what_was_not_measured_is_said():
     assert (ranking.value, ranking.finding) == ("\u2013", "There were no pairs to rank.")
     wins, _, texts = tiles(evaluate(SFT, pairs_only))
     assert (wins.value, texts.value) == ("\u2013", "\u2013")
+    assert tiles(evaluate(texts_only, SFT))[1].finding == "texts ranked no pairs to compare with."
+    metrics = evaluate_students([pairs_only, SFT], SFT.answers, n_resamples=20)
+    assert tiles(metrics)[2].finding == "pairs wrote no answers to compare with."

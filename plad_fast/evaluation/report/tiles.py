@@ -86,7 +86,7 @@ def _ranking(metrics: Mapping[str, Any], change: Mapping[str, Any] | None) -> Ti
         f"probability than the rejected one ({_interval(row['ranking_accuracy'])})"
     )
     if change is None or (gain := change["ranking_accuracy"]) is None:
-        return Tile(title, value, "There is no other student to compare with.", f"{details}.")
+        return Tile(title, value, _alone(change, "ranked no pairs"), f"{details}.")
     new, old = change["candidate"], change["baseline"]
     finding, direction = _finding(
         gain,
@@ -113,7 +113,7 @@ def _texts(metrics: Mapping[str, Any], change: Mapping[str, Any] | None) -> Tile
         f"Words in an answer ({', '.join(words)}). {number(row['repetition_4'])} of its runs of "
         f"four words stood before in the same answer ({', '.join(repeated)})."
     )
-    finding, direction = "There is no other student to compare with.", 0
+    finding, direction = _alone(change, "wrote no answers"), 0
     if change is not None and change["mean_words"] is not None:
         old = change["baseline"]
         finding, _ = _finding(
@@ -129,6 +129,13 @@ def _texts(metrics: Mapping[str, Any], change: Mapping[str, Any] | None) -> Tile
             more = ("more repetition", "no measurable change in repetition", "less repetition")
             finding += f", {more[direction + 1]}."
     return Tile(title, f"{row['mean_words']:.0f} words", finding, details, direction)
+
+
+def _alone(change: Mapping[str, Any] | None, lack: str) -> str:
+    """Why there is no comparison: what the other student lacks, or that there is none."""
+    if change is None:
+        return "There is no other student to compare with."
+    return f"{change['baseline']} {lack} to compare with."
 
 
 def _finding(
