@@ -1,4 +1,4 @@
-"""What a stage read and made, in short: enough to tell an edited file from one that was cut.
+"""Short states of files that a stage read and made: enough to tell an edited file from a cut one.
 
 Of JSON lines every row has a digest. A file that holds the first of the recorded rows and no more
 was cut; one that reads as a whole and holds other rows was edited by somebody, on purpose.

@@ -1,4 +1,4 @@
-"""Which token of a packed row attends to which.
+"""Layouts of packed rows: the tokens that each token attends to.
 
 A packed row holds groups one behind the other. A group is a trunk and its branches: the trunk is
 the prompt, the branches are the responses, which see the trunk and themselves but not each other.

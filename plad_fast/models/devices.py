@@ -1,4 +1,4 @@
-"""Where models run, and in which precision."""
+"""Device and precision that models run in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend is: a module with the functions of `Backend`, on the types below.
+"""Backends of the ops: modules with the functions of `Backend`, on the types below.
 
 Backends see checked inputs and know nothing of autograd: `plad_fast.ops.autograd` joins forward and
 backward. N tokens, V vocabulary, D hidden, S sequences.

@@ -1,4 +1,4 @@
-"""What bears its name is on the disk: the order in which it is synced and renamed."""
+"""Files that bear their names are on the disk: the order of syncing and renaming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line makes of failures and of bare installations: a status and one line."""
+"""Failures and bare installations on the command line: a status and one line."""
 
 from __future__ import annotations
 

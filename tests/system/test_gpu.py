@@ -1,4 +1,4 @@
-"""What only a real GPU can show: `pytest -m gpu`. Skipped, with the reason, where there is none."""
+"""Tests that need a real GPU: `pytest -m gpu`. Skipped, with the reason, where there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an import costs and needs, and that imports go downward only."""
+"""Imports: their cost, what they need, and that they go downward only."""
 
 from __future__ import annotations
 

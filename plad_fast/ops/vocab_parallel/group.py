@@ -1,4 +1,4 @@
-"""What the ranks of a vocabulary-parallel op tell one another: four small conversations.
+"""Messages between the ranks of a vocabulary-parallel op: four small conversations.
 
 W ranks; rank r holds rows [bounds[r], bounds[r + 1]) of the LM head, in the order of the ranks.
 """
