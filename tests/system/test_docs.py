@@ -179,6 +179,7 @@ def test_pip_lines_name_extras_that_exist():
                 assert re.search(rf'"{name}"[\]:]', setup), f"setup.py has no extra {name}"
 
 
+@pytest.mark.slow  # `tests/benchmarks/test_loss.py` has a smaller run of it
 def test_the_benchmark_command():
     (line,) = commands(DOCS / "evidence.md")
     done = subprocess.run(
