@@ -11,13 +11,18 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfi
 	--no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 RUN ?= runs/quickstart
-# Quick tests of every room, for `make check`.
-FAST = $(addprefix tests/,losses/test_losses.py losses/test_trl_options.py data/test_rows.py \
-	data/test_packing.py data/test_store.py ops/test_autograd.py models/test_head.py \
-	training/test_checkpoints.py pairs/test_build.py pairs/test_select.py pairs/test_replies.py \
-	pairs/test_given.py evaluation/test_metrics.py evaluation/test_calibration.py \
-	recipe/test_settings.py recipe/test_data_checks.py kernels/test_autotune.py \
-	system/test_imports.py)
+# `make check` leaves out files that take more than ten seconds.
+LONG = benchmarks/% data/test_rows integrations/% kernels/test_aot kernels/test_guard_pages \
+	kernels/test_linear kernels/test_logits_rows models/test_architectures \
+	models/test_encoder_decoder models/test_register models/test_router ops/test_autograd \
+	ops/test_triton_backend ops/test_vocab_parallel pairs/test_chat_endpoint pairs/test_ranks \
+	pairs/test_refill recipe/test_distillation recipe/test_stage_folder recipe/test_stages \
+	training/test_checkpoints training/test_micro_batches training/test_peft \
+	training/test_signals training/test_train training/test_trainer system/%
+TRL = tests/integrations/test_trl.py
+FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.py)) \
+	tests/system/test_imports.py $(TRL)::test_orpo_steps_are_those_of_trl \
+	$(TRL)::test_options_that_are_not_supported_are_refused_by_name
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
