@@ -382,3 +382,15 @@ def test_without_an_upstream_gradient_there_is_none():
     undefined.backward()
     assert hidden.grad is None or not hidden.grad.any()
     assert weight.grad is None or not weight.grad.any()
+
+
+def test_a_group_is_active_where_any_of_its_responses_has_a_gradient():
+    """Of three responses the last is far below the first, and the second above it."""
+    weight = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    hidden = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [-50.0, 0.0, 0.0]]).double()
+    out = fused_linear_preference_loss(
+        hidden, weight, torch.zeros(3).long(), torch.arange(4), loss="plad_ranking", beta=1.0,
+        sft_weight=0.0, group_size=3,
+    )  # fmt: skip
+    assert out.sums[0] - out.sums[2] > 1 > out.sums[0] - out.sums[1]
+    assert out.active.tolist() == [True]
