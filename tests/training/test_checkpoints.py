@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from plad_fast.data.manifest import damage
-from plad_fast.training.checkpoints import Checkpoints, newest_checkpoint
+from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.signals import Asked
 from tests.support.saved_trainings import FAULTS, damaged, files, steps_of, stop, train
 
@@ -113,3 +113,10 @@ def test_a_checkpoint_is_made_by_the_clock(finished, tiny_teacher, tmp_path, mon
     monkeypatch.setattr("plad_fast.training.checkpoints._SHARE", 1 / 3)
     train(tiny_teacher, tmp_path / "costly", saves=1)
     assert made == [2, 5, 6]
+
+
+@pytest.mark.parametrize(("step", "ended"), [(4, False), (5, True)])
+def test_a_checkpoint_of_the_last_step_has_ended(step, ended, tmp_path):
+    state = {"global_step": step, "max_steps": 5}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert has_ended(tmp_path) is ended
