@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         fused_linear_preference_loss,
         preference_loss,
     )
-    from plad_fast.training.trainer import PLaDConfig as PLaDConfig
+    from plad_fast.training.config import PLaDConfig as PLaDConfig
     from plad_fast.training.trainer import PLaDTrainer as PLaDTrainer
 
 
