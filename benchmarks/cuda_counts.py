@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda_recorder import H100, Device, Launch, Recorder, counting
-from benchmarks.cuda_rules import target_for
+from benchmarks.cuda_rules import RULES, Rule, target_for
 from plad_fast.losses.registry import get_loss
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
@@ -42,11 +43,6 @@ class Counts:
     """Above hidden states, weight, targets and offsets: results, gradients and scratch."""
     weight_entries: int
     """V D."""
-
-    @classmethod
-    def of(cls, recorder: Recorder, shape: Shape) -> Counts:
-        launches, waits = tuple(recorder.launches), tuple(recorder.waits)
-        return cls(launches, waits, recorder.peak_bytes, shape.vocab * shape.width)
 
     def by_name(self, kind: str | None = None) -> Counter[str]:
         return Counter(x.name for x in self.launches if kind in (None, x.kind))
@@ -88,16 +84,42 @@ class Counts:
         return sum(x.flops for x in self.launches)
 
 
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Of hidden (N, D), weight (V, D), targets (N,), cu_seqlens (S + 1,), and a gradient of the
+sequence sums (S,), 0 for those of a pair that is not active."""
+
+
+def count(
+    run: Run,
+    shape: Shape,
+    *,
+    active: float = 1.0,
+    device: Device = H100,
+    rules: Mapping[str, Rule] = RULES,
+) -> Counts:
+    """Of the second call of a function, with a share of the pairs active."""
+    with counting(device, rules) as recorder:
+        small = Shape(2 * shape.length, 64, 256, shape.length)
+        for case in (small, shape):  # a first call may probe its loss, which waits
+            hidden, weight, targets, bounds = _arguments(recorder, case, active)
+            upstream = active_pairs(case, active).repeat_interleave(2).float()
+            given = recorder.tensor(upstream)
+            recorder.start(weight)
+            run(hidden, weight, targets, bounds, given)
+        launches, waits = tuple(recorder.launches), tuple(recorder.waits)
+        return Counts(launches, waits, recorder.peak_bytes, shape.vocab * shape.width)
+
+
 def count_op(shape: Shape, *, active: float = 1.0, device: Device = H100, **options: Any) -> Counts:
-    """Of `linear_sequence_logprobs`; a share of the pairs has a gradient."""
-    with counting(device) as recorder:
-        hidden, weight, targets, bounds = arguments(recorder, shape, active)
-        upstream = recorder.tensor(active_pairs(shape, active).repeat_interleave(2).float())
-        recorder.start(weight)
-        result = linear_sequence_logprobs(hidden, weight, targets, bounds, **options)
-        grads = torch.autograd.grad(result.sums, (hidden, weight), upstream)
-        del grads, result
-        return Counts.of(recorder, shape)
+    """Of `linear_sequence_logprobs`, forward and backward."""
+
+    def run(
+        hidden: Tensor, weight: Tensor, targets: Tensor, bounds: Tensor, upstream: Tensor
+    ) -> None:
+        sums = linear_sequence_logprobs(hidden, weight, targets, bounds, **options).sums
+        torch.autograd.grad(sums, (hidden, weight), upstream)
+
+    return count(run, shape, active=active, device=device)
 
 
 def count_one_pass(
@@ -108,25 +130,25 @@ def count_one_pass(
     device: Device = H100,
     **options: Any,
 ) -> Counts:
-    """Of `fused_linear_preference_loss`, without a regulariser unless `sft_weight` is given.
+    """Of `fused_linear_preference_loss`, forward and backward, without a regulariser unless
+    `sft_weight` is given.
 
     In a pair that is not active y+ is likelier than y- by 2 nats a token, which satisfies PLaD's
     hinge with its margin of 1. Log-probabilities under a reference are 0.
     """
     options = {"sft_weight": 0.0, **options}
-    with counting(device) as recorder:
-        small = Shape(2 * shape.length, 64, 256, shape.length)
-        for case in (small, shape):  # the first call of a loss probes it, which waits
-            hidden, weight, targets, bounds = arguments(recorder, case, active)
-            if get_loss(loss).needs_reference_for(options):
-                options["reference_logps"] = recorder.tensor(torch.zeros(len(bounds) - 1))
-            recorder.start(weight)
-            result = fused_linear_preference_loss(
-                hidden, weight, targets, bounds, loss=loss, **options
-            )
-            grads = torch.autograd.grad(result.loss, (hidden, weight))
-            del grads, result
-        return Counts.of(recorder, shape)
+    with_reference = get_loss(loss).needs_reference_for(options)
+
+    def run(
+        hidden: Tensor, weight: Tensor, targets: Tensor, bounds: Tensor, upstream: Tensor
+    ) -> None:
+        reference = torch.zeros_like(upstream) if with_reference else None
+        result = fused_linear_preference_loss(
+            hidden, weight, targets, bounds, loss=loss, reference_logps=reference, **options
+        )
+        torch.autograd.grad(result.loss, (hidden, weight))
+
+    return count(run, shape, active=active, device=device)
 
 
 def active_pairs(shape: Shape, active: float) -> Tensor:  # (B,) bool
@@ -135,7 +157,7 @@ def active_pairs(shape: Shape, active: float) -> Tensor:  # (B,) bool
     return (torch.arange(pairs + 1) * active).floor().diff() > 0
 
 
-def arguments(
+def _arguments(
     recorder: Recorder, shape: Shape, active: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden (N, D), weight (V, D), targets (N,) and cu_seqlens (S + 1,) on the device."""

@@ -90,6 +90,8 @@ _WAITING = {
     aten.unique_consecutive.default,
     aten.bincount.default,
 }
+_OPAQUE = ("plad_fast", "torch_nn")
+"""Namespaces of ops made of operations in Python, which are recorded instead of them."""
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_")
 _GATHERING = ("index", "index_select", "gather", "embedding", "take")
@@ -200,7 +202,7 @@ class Recorder(TorchDispatchMode):
         from_device = any(map(on_device, tensors))
         to = kwargs.get("device")
         to_device = to is not None and torch.device(to).type != "cpu"
-        if func.namespace == "plad_fast":  # one of our ops: what is in it is recorded
+        if func.namespace in _OPAQUE:
             with self:
                 return func._op_dk(_implementation(func), *args, **kwargs)
         if not from_device and not to_device:
@@ -478,6 +480,7 @@ def counting(device: Device = H100, rules: Mapping[str, Rule] = RULES) -> Iterat
         (torch.Tensor, "data_ptr", address),
         (torch.Tensor, "__getitem__", item),
         (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device", lambda _: contextlib.nullcontext()),
         (torch.cuda, "get_device_properties", lambda *_: properties),
         (torch.cuda, "get_device_capability", lambda *_: device.capability),

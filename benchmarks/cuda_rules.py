@@ -111,7 +111,7 @@ def invented(arguments: Arguments, known: Callable[[Any], Tensor | None]) -> dic
     found: dict[str, Tensor] = {}
     targets, bounds = known(arguments.get("targets_ptr")), known(arguments.get("cu_seqlens_ptr"))
     values = known(arguments.get("values_ptr"))
-    if targets is not None:
+    if targets is not None and "ignore_index" in arguments:
         counted = targets != arguments["ignore_index"]
         values = torch.where(targets % 2 == 0, _LIKELY, _UNLIKELY).where(counted, 0.0)
         found["logprobs_ptr"] = values
