@@ -111,12 +111,12 @@ class RowLayout:
         spans = self.spans
         own = x.split([span.stop - span.start for span in spans], dim=2)
         seen = []
-        trunk, trunk_start = x[:, :, :0], 0
+        trunk, trunk_start = x.narrow(2, 0, 0), 0
         for span, part in zip(spans, own, strict=True):
             length = span.trunk[1] - span.trunk[0]
             if length:
                 offset = span.trunk[0] - trunk_start
-                part = torch.cat([trunk[:, :, offset : offset + length], part], dim=2)
+                part = torch.cat([trunk.narrow(2, offset, length), part], dim=2)
             else:
                 trunk, trunk_start = part, span.start
             seen.append(part)
