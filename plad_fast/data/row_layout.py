@@ -169,6 +169,16 @@ class RowLayout:
 
         return self.once(("ids", device), make)
 
+    def multiplicities(self, device: torch.device) -> Tensor:  # (T,) int64
+        """In how many sequences every token stands: one of a trunk in those of its branches."""
+
+        def make() -> Tensor:
+            branches = torch.tensor([max(len(group) - 1, 1) for group in self.groups])
+            groups, pieces, _ = self.token_ids(device)
+            return branches.to(device)[groups].where(pieces == 0, 1)
+
+        return self.once(("multiplicities", device), make)
+
 
 class Attended(NamedTuple):
     """What a layer asked of the attention."""
