@@ -64,25 +64,31 @@ def missing_from(
 
 
 def collect(
-    prompts: Iterable[Prompt],
-    store: RowStore,
-    sampling: Sampling,
-    failures: Mapping[str, Failure],
+    prompts: Iterable[Prompt], store: RowStore, sampling: Sampling, failures: Mapping[str, Failure]
 ) -> Answered:
     """The answers to these prompts; a failure counts where there is none."""
     answered = Answered({}, [])
-    for prompt in prompts:
-        ids = [row_id(prompt.id, k) for k in range(sampling.n)]
-        if there := [_from_row(store.rows[i], prompt.id) for i in ids if i in store.done]:
-            answered.answers[prompt.id] = there
-        lost = [i for i in ids if i in failures and i not in store.done]
-        answered.failures.extend(failures[i] for i in lost)
+    for key, (prompt, _) in all_wanted(prompts, sampling).items():
+        if (row := store.rows.get(key)) is not None:
+            answered.answers.setdefault(prompt.id, []).append(
+                Answer(
+                    prompt.id,
+                    row["text"],
+                    row["finish_reason"],
+                    row["n_tokens"],
+                    row.get("sample", 0),
+                )
+            )
+        elif key in failures:
+            answered.failures.append(failures[key])
     return answered
 
 
 def report_failures(answered: Answered, store_path: Path, name: str) -> None:
-    """Logs that there are some, and lists them beside the store; raises UsageError where there is
-    nothing else."""
+    """Logs that there are some, and lists them beside the store.
+
+    Raises UsageError where there is nothing else.
+    """
     path = failure_list(store_path)
     failures = answered.failures
     if not failures:
@@ -93,13 +99,8 @@ def report_failures(answered: Answered, store_path: Path, name: str) -> None:
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     if not answered.answers:
         raise UsageError(f"{name} gave no answer; the first failure: {failures[0].reason}")
-    logger.warning(
-        "%s: %d answers could not be had, listed in %s; the first reason: %s",
-        name,
-        len(failures),
-        path,
-        failures[0].reason,
-    )
+    what = f"{name}: {len(failures)} answers could not be had, listed in {path}"
+    logger.warning("%s; the first reason: %s", what, failures[0].reason)
 
 
 def failure_list(store_path: Path) -> Path:
@@ -131,8 +132,3 @@ def to_row(answer: Answer, prompt_digest: str) -> Row:
         "n_tokens": answer.n_tokens,
         **({"sample": answer.sample} if answer.sample else {}),
     }
-
-
-def _from_row(row: Row, prompt_id: str) -> Answer:
-    sample = row.get("sample", 0)
-    return Answer(prompt_id, row["text"], row["finish_reason"], row["n_tokens"], sample)

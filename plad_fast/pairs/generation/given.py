@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from plad_fast.data.prompts import Prompt, load_prompts
 from plad_fast.data.tables import read_table
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.completions import watched
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
 
 def column_answers(
@@ -39,12 +38,10 @@ def column_answers(
     Raises:
         UsageError: as `load_prompts`, or there is no such column.
     """
-    table = read_table(source, split)
-    if column not in table.columns:
-        raise UsageError(
-            f"{source} has no column {column!r} to take answers from; it has "
-            f"{', '.join(map(repr, table.columns))}"
-        )
+    columns = read_table(source, split).columns
+    if column not in columns:
+        has = ", ".join(map(repr, columns))
+        raise UsageError(f"{source} has no column {column!r} to take answers from; it has {has}")
     prompts = load_prompts(
         source,
         prompt_column=prompt_column,
@@ -55,7 +52,7 @@ def column_answers(
     return {prompt.id: prompt.reference for prompt in prompts}
 
 
-class ColumnModel:
+class ColumnModel(TextModel):
     """Answers that exist already.
 
     Args:
@@ -67,8 +64,8 @@ class ColumnModel:
         self.answers = answers
         self.name = name
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    def generate_samples(
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
         """Yields all answers at once; one that is missing or blank is a failure.
 
@@ -81,11 +78,10 @@ class ColumnModel:
                 "one, or choose another teacher"
             )
         missing = f"{self.name} has no answer to it"
-        found = [_answer(self.answers.get(p.id) or "", p.id, 0, missing) for p in prompts]
-        return watched(self.name, [found])
+        return iter([[_answer(self.answers.get(p.id), p, k, missing) for p, k in wanted]])
 
 
-class CallableModel(SampleModel):
+class CallableModel(TextModel):
     """Any Python function as a source of text.
 
     An exception is the failure of the call's prompts, with its message as the reason; so is what is
@@ -113,8 +109,7 @@ class CallableModel(SampleModel):
     ) -> Iterator[list[Answer | Failure]]:
         """Yields the answers of one call after the other."""
         size = self.batch_size or 1
-        starts = range(0, len(wanted), size)
-        return watched(self.name, (self._call(wanted[i : i + size]) for i in starts))
+        return (self._call(wanted[i : i + size]) for i in range(0, len(wanted), size))
 
     def _call(self, asked: Wanted) -> list[Answer | Failure]:
         contents = [prompt.content for prompt, _ in asked]
@@ -128,18 +123,17 @@ class CallableModel(SampleModel):
         except Exception as error:
             reason = one_line(f"{type(error).__name__}: {error}")
             return [Failure(prompt.id, reason, sample) for prompt, sample in asked]
-        return [
-            _answer(text, prompt.id, sample, "the function returned no text")
-            for text, (prompt, sample) in zip(texts, asked, strict=True)
-        ]
+        missing = "the function returned no text"
+        return [_answer(t, p, k, missing) for t, (p, k) in zip(texts, asked, strict=True)]
 
 
-def _answer(text: Any, prompt_id: str, sample: int, missing: str) -> Answer | Failure:
-    if text is None or (isinstance(text, str) and is_blank(mend(text))):
-        return Failure(prompt_id, missing, sample)
-    if not isinstance(text, str):
-        return Failure(prompt_id, f"the function returned a {type(text).__name__}", sample)
-    return Answer(prompt_id, mend(text).strip(), "stop", 0, sample)
+def _answer(text: Any, prompt: Prompt, sample: int, missing: str) -> Answer | Failure:
+    if not (text is None or isinstance(text, str)):
+        return Failure(prompt.id, f"the function returned a {type(text).__name__}", sample)
+    text = mend(text or "").strip()
+    if is_blank(text):
+        return Failure(prompt.id, missing, sample)
+    return Answer(prompt.id, text, "stop", 0, sample)
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -155,10 +149,10 @@ def import_function(path: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), attribute, None)
     except Exception as error:  # whatever the user's module does when it is imported
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise UsageError(
-            f"cannot import {module_name} for python:{path} "
-            f"({one_line(f'{type(error).__name__}: {error}')}); check the name, and run where the "
-            "module lies or install it"
+            f"cannot import {module_name} for python:{path} ({reason}); run where the module lies, "
+            "or install it"
         ) from error
     if not callable(function):
         raise UsageError(f"{module_name} has no function {attribute!r}; check python:{path}")

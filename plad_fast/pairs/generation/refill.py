@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model, vocabulary_size
-from plad_fast.pairs.generation.sampling import Sampling, TokenSampler, row_uniforms
+from plad_fast.pairs.generation.sampling import Sampling, TokenSampler
 
 
 @dataclass
@@ -174,14 +174,8 @@ class Refill:
         samples = [[*rows] for _, rows in itertools.groupby(new, lambda row: row.prompt_id)]
         copies = [len(rows) for rows in samples]
         if self._sampling.temperature:
-            uniforms = row_uniforms(
-                self._sampling.seed,
-                [row.prompt_id for row in new],
-                self._sampling.max_new_tokens,
-                [row.sample for row in new],
-            )
-            for row, numbers in zip(new, uniforms.tolist(), strict=True):
-                row.uniforms = numbers
+            for row in new:
+                row.uniforms = self._sampling.uniforms(row.prompt_id, row.sample).tolist()
         logits = self._decoder.admit([rows[0].prompt for rows in samples], copies)
         first = len(self._running)
         self._running += new
@@ -217,8 +211,6 @@ class BrokenLogitsError(Exception):
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _KNOWN_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-# Lengths of two prompts and of one that takes the place of the first.
-_PROMPTS = (9, 5, 7)
 # Nats by which log-probabilities may differ in the mean, rounding (TF32 too) and no more: see
 # `plad_fast.models.sharing` for what errors amount to.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
@@ -230,6 +222,8 @@ def why_not_refill(model: Any, pad: int) -> str | None:
 
     Call it in evaluation and inference mode. Takes a few forward passes of a few tokens.
     """
+    from transformers import DynamicCache
+
     lm = base_model(model)
     family = type(lm).__name__
     if lm.config.is_encoder_decoder:
@@ -241,7 +235,8 @@ def why_not_refill(model: Any, pad: int) -> str | None:
     if getattr(config, "attention_chunk_size", None):
         return f"{family} attends in chunks"
     try:
-        unknown = _cache_layers(config) - _KNOWN_CACHES
+        unknown = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        unknown -= _KNOWN_CACHES
         if unknown:
             return f"{family} keeps {', '.join(sorted(unknown))} in its cache"
         difference = _difference(model, pad)
@@ -258,36 +253,22 @@ def why_not_refill(model: Any, pad: int) -> str | None:
     return None
 
 
-def _cache_layers(config: Any) -> set[str]:
-    from transformers import DynamicCache
-
-    return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-
-
 def _difference(model: Any, pad: int) -> float:
     """Mean difference from whole sequences, one at a time and without a cache."""
     vocab = vocabulary_size(model)
     draw = torch.Generator().manual_seed(0)
     first, stays, comes = (
-        torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in _PROMPTS
+        torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in (9, 5, 7)
     )
-    n_first, n_stays, n_comes = _PROMPTS
     decoder = RowDecoder(model, 2, pad, slack=1)
-    found = [decoder.admit([first[:n_first], stays[:n_stays]], [1, 1])]
-    found.append(decoder.step([first[n_first], stays[n_stays]]))
+    found = [decoder.admit([first[:9], stays[:5]], [1, 1]), decoder.step([first[9], stays[5]])]
     decoder.drop(0)
-    found.append(decoder.admit([comes[:n_comes]], [1]))
-    found.append(decoder.step([stays[n_stays + 1], comes[n_comes]]))
-    ends = (
-        first[:n_first], stays[:n_stays], first[: n_first + 1], stays[: n_stays + 1],
-        comes[:n_comes], stays, comes[: n_comes + 1],
-    )  # fmt: skip
-    expected = [_whole(model, ids) for ids in ends]
-    distance = torch.cat(found).float().log_softmax(-1) - torch.stack(expected)
+    found += [decoder.admit([comes[:7]], [1]), decoder.step([stays[6], comes[7]])]
+    read = (first[:9], stays[:5], first[:10], stays[:6], comes[:7], stays, comes[:8])
+    expected = [
+        model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1] for ids in read
+    ]
+    distance = torch.cat(found).float().log_softmax(-1)
+    distance -= torch.stack(expected).float().log_softmax(-1)
     # Masked logits are -inf both ways.
     return float(distance[distance.isfinite()].abs().mean())
-
-
-def _whole(model: Any, ids: list[int]) -> Tensor:  # (V,)
-    logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-    return logits.float().log_softmax(-1)

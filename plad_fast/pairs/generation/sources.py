@@ -11,6 +11,7 @@ anything else       | a hub id, a folder or a .gguf file, run by transformers in
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,6 @@ from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, requi
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.pairs.generation.completions import watched
 from plad_fast.pairs.generation.endpoint.access import find_url
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
@@ -32,7 +32,7 @@ from plad_fast.pairs.generation.given import (
 )
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -142,32 +142,17 @@ def require_teacher(spec: str, option: str = "the teacher") -> None:
         require_there(rest, option)
 
 
-class LazyLocalModel(SampleModel):
-    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers.
-
-    Args:
-        load: makes it.
-        name: for progress and messages.
-    """
+class LazyLocalModel(TextModel):
+    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers."""
 
     sharded = LocalModel.sharded
 
     def __init__(self, load: Callable[[], LocalModel], name: str) -> None:
         self.name = name
-        self._load = load
-        self._model: LocalModel | None = None
+        self._model = functools.cache(load)
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
-        return watched(self.name, self.model.generate_samples(wanted, sampling))
-
-    @property
-    def model(self) -> LocalModel:
-        """The model itself, which is loaded by this."""
-        if self._model is None:
-            self._model = self._load()
-        return self._model
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Iterator[list[Answer]]:
+        return self._model().generate_samples(wanted, sampling)
 
 
 def open_local_model(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
@@ -17,8 +17,9 @@ from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
-from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
-from plad_fast.pairs.generation.endpoint.model import FIRST_SPENT
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, Usage
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.ranks import by_first
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 
@@ -52,18 +53,6 @@ class JudgeReport:
         return f"{line} ({notes})" if notes else line
 
 
-class ChatEndpoint(Protocol):
-    """What a judge needs of an `Endpoint`."""
-
-    reasoning_tokens: int
-
-    def settings(self) -> Mapping[str, Any]: ...
-
-    def try_out(self, request: ChatRequest) -> Reply: ...
-
-    def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]: ...
-
-
 class Judge(Scorer):
     """Compares answers pair by pair, each pair in both orders, at temperature 0.
 
@@ -74,7 +63,7 @@ class Judge(Scorer):
     of wins against the other different answers to its prompt; K of them take K (K - 1) requests.
 
     Args:
-        endpoint: such as an `Endpoint`.
+        endpoint: where to ask.
         name: for messages.
         criteria: what makes an answer the better one, in words for the judge.
         max_tokens: longest reply, in tokens, without the endpoint's `reasoning_tokens`.
@@ -86,7 +75,7 @@ class Judge(Scorer):
 
     def __init__(
         self,
-        endpoint: ChatEndpoint,
+        endpoint: Endpoint,
         name: str = "judge",
         *,
         criteria: str = CRITERIA,
@@ -103,7 +92,6 @@ class Judge(Scorer):
         self.report = JudgeReport()
         self._known: dict[str, Row] = {}
         self._used: set[str] = set()
-        self._has_replied = False
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -118,18 +106,21 @@ class Judge(Scorer):
         """Asks for one verdict, unless the store has some already, to find out before long work
         whether there will be any.
 
+        In a run of several processes all are to call this, and the first one asks.
+
         Args:
             overwrite: the store is about to be discarded.
 
         Raises:
-            UsageError: as `Endpoint.try_out`, or all tokens are spent before a verdict.
+            UsageError: as `Endpoint.try_out`.
         """
-        if self.store is not None and has_rows(self.store) and not overwrite:
-            return
-        texts = ("Name a colour.", "Blue.", "A colour.")
-        question = self._question(digest(texts), *texts)
-        if self.endpoint.try_out(self._request(question)).choices[0].is_spent:
-            raise UsageError(f"{self.name}: asked for a verdict, {self._spent()}")
+
+        def ask() -> None:
+            if overwrite or self.store is None or not has_rows(self.store):
+                texts = ("Name a colour.", "Blue.", "A colour.")
+                self.endpoint.try_out(self._request(self._question(digest(texts), *texts)))
+
+        by_first(ask)
 
     def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """1 where the first text wins, 0 where the second does, 0.5 for a tie.
@@ -180,21 +171,23 @@ class Judge(Scorer):
         and requests that failed do not. `cost` is None where the endpoint knows no prices.
         """
         tokens = [self._known[key].get("tokens", (0, 0)) for key in self._used]
-        prompt_tokens, answer_tokens = (sum(pair[k] for pair in tokens) for k in (0, 1))
-        usage = getattr(self.endpoint, "usage", None)
+        spent = Usage(
+            self.endpoint.usage.prices,
+            prompt_tokens=sum(pair[0] for pair in tokens),
+            answer_tokens=sum(pair[1] for pair in tokens),
+        )
         return {
             "name": self.name,
             **asdict(self.report),
             "verdicts": len(self._used),
-            "prompt_tokens": prompt_tokens,
-            "answer_tokens": answer_tokens,
-            "cost": cost_of(prompt_tokens, answer_tokens, getattr(usage, "prices", None)),
+            "prompt_tokens": spent.prompt_tokens,
+            "answer_tokens": spent.answer_tokens,
+            "cost": spent.cost,
         }
 
     def spent(self) -> str:
         """One line: the report, and what the endpoint spent in this run."""
-        usage = getattr(self.endpoint, "usage", None)
-        return str(self.report) if usage is None else f"{self.report}; {usage}"
+        return f"{self.report}; {self.endpoint.usage}"
 
     def restart(self) -> None:
         """Resets the counts of the report and the summary."""
@@ -224,12 +217,7 @@ class Judge(Scorer):
         return as_question(key[:12], self.criteria, prompt, first, second)
 
     def _request(self, messages: Messages) -> ChatRequest:
-        optional = frozenset({"temperature"})
-        return ChatRequest(messages, self.max_tokens, temperature=0.0, optional=optional)
-
-    def _spent(self) -> str:
-        limit = self.max_tokens + self.endpoint.reasoning_tokens
-        return spent_reason(limit, "verdict", "--reasoning-tokens")
+        return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)
 
     @contextmanager
     def _stored(self) -> Iterator[RowStore | None]:
@@ -245,33 +233,25 @@ class Judge(Scorer):
         """Until every question has a verdict or none for good; why those failed that did."""
         failures: list[str] = []
         unclear: dict[str, Messages] = {}
-        paid: dict[str, tuple[int, int]] = {}
-        for key, reply in self._complete(questions, failures):
-            paid[key] = (reply.prompt_tokens, reply.answer_tokens)
-            choice = reply.choices[0]
-            # The last line of a reply that was cut off is no verdict, whatever it reads.
-            verdict = None if choice.finish_reason == "length" else read_verdict(choice.text)
-            if verdict:
-                self._keep(key, verdict, reply, store)
-            else:
-                said = {"role": "assistant", "content": choice.text or "(nothing)"}
-                again = {"role": "user", "content": REMINDER}
-                unclear[key] = [*questions[key], said, again]
-        for key, reply in self._complete(unclear, failures):
-            choice = reply.choices[0]
-            if choice.finish_reason == "length":
-                failures.append(f"cut off twice before a verdict; {self._spent()}")
-                continue
-            verdict = read_verdict(choice.text) or "unparsable"
-            self._keep(key, verdict, reply, store, paid[key])
+        paid = dict.fromkeys(questions, (0, 0))
+        for asked, is_last in ((questions, False), (unclear, True)):
+            for key, reply in self._complete(asked, failures):
+                paid[key] = (paid[key][0] + reply.prompt_tokens, paid[key][1] + reply.answer_tokens)
+                choice = reply.choices[0]
+                # The last line of a reply that was cut off is no verdict, whatever it reads.
+                is_cut = choice.finish_reason == "length"
+                verdict = None if is_cut else read_verdict(choice.text)
+                if verdict or (is_last and not is_cut):
+                    self._keep(key, verdict or "unparsable", reply, paid[key], store)
+                elif is_last:
+                    failures.append("cut off twice before a verdict; raise --reasoning-tokens")
+                else:
+                    said = {"role": "assistant", "content": choice.text or "(nothing)"}
+                    again = {"role": "user", "content": REMINDER}
+                    unclear[key] = [*questions[key], said, again]
         if failures:
-            logger.warning(
-                "%s: %d of %d replies could not be had; the first reason: %s",
-                self.name,
-                len(failures),
-                len(questions),
-                failures[0],
-            )
+            what = f"{self.name}: {len(failures)} of {len(questions)} replies could not be had"
+            logger.warning("%s; the first reason: %s", what, failures[0])
         return failures
 
     def _complete(
@@ -282,37 +262,24 @@ class Judge(Scorer):
         if not questions:
             return
         keys = list(questions)
+        self.endpoint.has_answered |= bool(self._known)
         replies = self.endpoint.complete([self._request(questions[key]) for key in keys])
         options: dict[str, Any] = {"total": len(keys), "desc": self.name, "unit": "verdict"}
-        empty = 0
         for index, reply in tqdm(replies, disable=not self.progress, **options):
-            if isinstance(reply, str) or reply.choices[0].problem:
-                failures.append(reply if isinstance(reply, str) else reply.choices[0].problem)
-            elif reply.choices[0].is_spent:
-                failures.append(self._spent())
-                empty += 1
+            if problem := reply if isinstance(reply, str) else reply.choices[0].problem:
+                failures.append(problem)
             else:
-                self._has_replied = True
+                assert isinstance(reply, Reply)
                 yield keys[index], reply
-            if empty == FIRST_SPENT and not self._has_replied and not self._known:
-                raise UsageError(
-                    f"{self.name}: of the first {empty} replies each is empty: {self._spent()}"
-                )
 
     def _keep(
-        self,
-        key: str,
-        verdict: str,
-        reply: Reply,
-        store: RowStore | None,
-        before: tuple[int, int] = (0, 0),
+        self, key: str, verdict: str, reply: Reply, tokens: tuple[int, int], store: RowStore | None
     ) -> None:
         row: Row = {"id": key, "verdict": verdict}
-        if "temperature" in reply.left_out:
+        if reply.own_temperature:
             row["temperature"] = None
-        tokens = [reply.prompt_tokens + before[0], reply.answer_tokens + before[1]]
         if any(tokens):
-            row["tokens"] = tokens  # of prompts and of replies
+            row["tokens"] = [*tokens]  # of prompts and of replies
         self._known[key] = row
         if store is not None:
             store.append([row])

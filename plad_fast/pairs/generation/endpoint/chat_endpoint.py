@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from plad_fast.checks import check_weight
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.access import (
     OPENAI_URL,
@@ -24,13 +26,7 @@ from plad_fast.pairs.generation.endpoint.access import (
     read_key,
     warn_of_clear_text,
 )
-from plad_fast.pairs.generation.endpoint.chat import (
-    ChatRequest,
-    Choice,
-    Reply,
-    Usage,
-    estimated_tokens,
-)
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
 from plad_fast.pairs.generation.endpoint.replies import (
     parse_reply,
@@ -38,10 +34,17 @@ from plad_fast.pairs.generation.endpoint.replies import (
     read_usage,
     tells_ends,
 )
-from plad_fast.pairs.generation.endpoint.retries import Trouble, judge, pause, refusal
+from plad_fast.pairs.generation.endpoint.retries import (
+    LONGEST_PAUSE,
+    Trouble,
+    judge,
+    pause,
+    refusal,
+)
 
 logger = logging.getLogger(__name__)
 
+_FIRST_EMPTY = 8  # replies from the first on without an answer, after which no more is paid
 _UNCLEAR = 3  # unexplained refusals before any reply, after which the run ends
 _LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, credit, quota
 _FIRST_CONNECTION = 4.0  # seconds for a server to take its first connection
@@ -81,11 +84,9 @@ class Endpoint:
     it spends on that counts as part of its answer."""
 
     first_pause: float = 0.5
-    """Seconds before the first retry, doubled for each one that follows. What the server asks for
-    by Retry-After is kept to, up to a quarter of an hour; a longer wait ends the run."""
-
-    longest_pause: float = 60.0
-    """The bound of these pauses."""
+    """Seconds before the first retry, doubled for each one that follows, up to a minute. What the
+    server asks for by Retry-After is kept to, up to a quarter of an hour; a longer wait ends the
+    run."""
 
     token_budget: int | None = None
     """Tokens, of prompts and answers, that may be spent over the life of this object. Once they
@@ -103,12 +104,13 @@ class Endpoint:
         self.base_url = self._url = find_url(self.base_url)
         self.usage = Usage(prices=self.prices)
         self.stopped = ""  # why `complete` left requests out the last time, if it did
+        self.has_answered = False  # whether the first replies need no watching any more
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._tells_ends = False  # whether any reply had a finish_reason
         self._is_trial = False
         self._is_reached = False  # whether there ever was a server
+        self._has_replied = False  # to anything but a trial
         self._unclear = 0
-        self._trials = 0  # replies to `try_out`
         self._given_up_in_a_row = 0
         self._check()
 
@@ -126,31 +128,47 @@ class Endpoint:
 
         Raises:
             UsageError: from the iterator: the endpoint refuses the key or the model, or all
-                requests.
+                requests, or the first replies hold no answer at all: their tokens are spent
+                before, or they are a thought or a tool call alone.
         """
-        key = read_key(self.api_key_env, self._url)
-        return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
+        empty = 0
+        with contextlib.closing(self._replies(requests)) as replies:
+            for index, reply in replies:
+                yield index, reply
+                if isinstance(reply, str) or self.has_answered:
+                    continue
+                # What a filter withheld concerns one prompt.
+                self.has_answered = not all(
+                    c.problem and c.finish_reason != "content_filter" for c in reply.choices
+                )
+                empty += not self.has_answered
+                if empty == _FIRST_EMPTY:
+                    raise UsageError(
+                        f"{self!r}: each of the first {empty} replies is empty: "
+                        f"{reply.choices[0].problem}"
+                    )
 
-    def try_out(self, request: ChatRequest) -> Reply:
-        """The reply to one plain request, by which to find out early whether any will be taken.
+    def try_out(self, request: ChatRequest) -> None:
+        """Makes one plain request, to find out early whether any will be answered.
 
         Raises:
-            UsageError: as `complete`, or no reply came.
+            UsageError: as `complete`, no reply came, or all its tokens were spent before an answer.
         """
-        self._unclear = _UNCLEAR - 1  # what is refused here is not refused for its text
         self._is_trial = True
         try:
-            ((_, reply),) = self.complete([request])
+            ((_, reply),) = self._replies([request])
         finally:
-            self._unclear = 0
             self._is_trial = False
-        if isinstance(reply, str):
-            raise UsageError(
-                f"model {self.model!r} at {self._url} gave no reply to a first request "
-                f"({reply}); see that the endpoint works, and run again"
-            )
-        self._trials += 1
-        return reply
+        is_answered = isinstance(reply, Reply) and not reply.choices[0].is_spent
+        if not is_answered:
+            problem = reply if isinstance(reply, str) else reply.choices[0].problem
+            raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+
+    def _replies(
+        self, requests: Sequence[ChatRequest]
+    ) -> Generator[tuple[int, Reply | str], None, None]:
+        key = read_key(self.api_key_env, self._url)
+        return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
     async def _answer_all(
         self,
@@ -201,24 +219,16 @@ class Endpoint:
         self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
     ) -> Reply | str:
         choices: list[Choice] = []
-        spent = [0, 0]  # tokens of the prompt, and of the answers
-        tries = 0
-        last = ""
+        spent = Usage()  # of tokens
+        tries, last, reason = 0, "", ""
         while len(choices) < request.n:
             stop = self._stop_reason()
             if halted.is_set() or stop:
                 self.stopped = stop or self.stopped
                 again = " again" if choices or last else ""
-                reason = stop or "another request ended the run"
-                return _so_far(choices, f"not asked{again}: {reason}" + last, spent)
-            body = request.body(
-                self.model,
-                had=len(choices),
-                refused=self._refused,
-                reasoning_tokens=self.reasoning_tokens,
-                # OpenAI's newer models refuse the old name, other servers the new one.
-                newest=self._url == OPENAI_URL,
-            )
+                reason = f"not asked{again}: {stop or 'another request ended the run'}{last}"
+                break
+            body = self._body(request, len(choices))
             counted = (0, 0)
             try:
                 self.usage.requests += 1
@@ -229,38 +239,69 @@ class Endpoint:
                 counted = read_usage(reply)
                 self._count(counted, spent)
                 self._tells_ends |= tells_ends(reply)
-                missing = request.n - len(choices)
-                found = read_choices(reply, key, n=missing, told=self._tells_ends)
+                choices += read_choices(
+                    reply,
+                    key,
+                    n=request.n - len(choices),
+                    told=self._tells_ends,
+                    limit=_sent_limit(body),
+                )
             except Exception as error:
-                trouble = judge(error, body, self._refused, key, request.optional)
+                trouble = judge(error, body, self._refused, key, request.any_temperature)
                 self._is_reached |= not trouble.unreachable
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
-                    self._count(estimated_tokens(body), spent)
+                    self._count(_estimated_tokens(body), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
-                    continue
-                if tries < self._most_retries(trouble):
+                elif tries < self._most_retries(trouble):
                     logger.debug("%s: trying again: %s", self.model, trouble.reason)
                     last = f"; the last try: {trouble.reason}"
                     self.usage.retries += 1
                     await self._rest(tries, trouble, halted)
                     tries += 1
-                    continue
-                return _so_far(choices, self._give_up(trouble, tries), spent)
-            self._is_reached = True
-            self._given_up_in_a_row = 0
-            self.usage.replies += 1
-            self.usage.uncounted += not any(counted)
-            choices += found
-        left_out = request.optional & self._refused
-        return Reply(choices, "", left_out, prompt_tokens=spent[0], answer_tokens=spent[1])
+                else:
+                    reason = self._give_up(trouble, tries)
+                    break
+            else:
+                self._is_reached = True
+                self._has_replied |= not self._is_trial
+                self._given_up_in_a_row = 0
+                self.usage.replies += 1
+                self.usage.uncounted += not any(counted)
+        if not choices:
+            return reason
+        own_temperature = request.any_temperature and "temperature" in self._refused
+        return Reply(choices, reason, own_temperature, spent.prompt_tokens, spent.answer_tokens)
 
-    def _count(self, tokens: tuple[int, int], spent: list[int]) -> None:
-        self.usage.prompt_tokens += tokens[0]
-        self.usage.answer_tokens += tokens[1]
-        spent[0] += tokens[0]
-        spent[1] += tokens[1]
+    def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
+        """The request for what is left to be asked for, where some choices have come."""
+        limits = ["max_tokens", "max_completion_tokens"]
+        if self._url == OPENAI_URL:  # its newer models refuse the old name, other servers the new
+            limits.reverse()
+        limit = next((name for name in limits if name not in self._refused), limits[0])
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": request.messages,
+            "temperature": request.temperature,
+            limit: request.max_tokens + self.reasoning_tokens,
+        }
+        if request.top_p < 1:
+            body["top_p"] = request.top_p
+        if request.n - had > 1:
+            body["n"] = request.n - had
+        if request.seed is not None:
+            # Servers that take no `n` are asked again, and must not say the same again.
+            body["seed"] = request.seed + had
+        left_out = self._refused - {limit}  # a request without a limit may cost anything
+        if request.temperature != 1 and not request.any_temperature:
+            left_out.discard("temperature")
+        return {name: value for name, value in body.items() if name not in left_out}
+
+    def _count(self, tokens: tuple[int, int], spent: Usage) -> None:
+        for usage in (self.usage, spent):
+            usage.prompt_tokens += tokens[0]
+            usage.answer_tokens += tokens[1]
 
     def _most_retries(self, trouble: Trouble) -> int:
         if trouble.then == "once":
@@ -275,19 +316,17 @@ class Endpoint:
         return self.max_retries
 
     async def _rest(self, tries: int, trouble: Trouble, halted: asyncio.Event) -> None:
-        seconds = pause(
-            tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause
-        )
-        if seconds > 1.2 * self.longest_pause:
+        seconds = pause(tries, trouble.retry_after, first=self.first_pause)
+        if seconds > 1.2 * LONGEST_PAUSE:
             logger.warning("%r asks to wait for %.0f s (%s)", self, seconds, trouble.reason)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(halted.wait(), seconds)
 
     def _adapt(self, trouble: Trouble, request: ChatRequest) -> None:
-        if trouble.parameter in self._refused:
-            return
-        self._refused.add(trouble.parameter)
         name, reason = trouble.parameter, trouble.reason
+        if name in self._refused:
+            return
+        self._refused.add(name)
         if name == "temperature" and request.temperature != 1:
             logger.warning(
                 "%r takes no temperature of %g: going on at its own, where replies are samples, "
@@ -301,20 +340,20 @@ class Endpoint:
 
     def _give_up(self, trouble: Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
-        # `from None`: a traceback would show the client's own error too, which may quote the key.
-        error = refusal(trouble, self.model, self._url, self.api_key_env)
         # A server that has answered may refuse one request by any status; not so its key, the
         # credit and the quota, nor for a wait of hours.
         lasts = trouble.status in _LASTING or trouble.retry_after is not None
-        self._unclear += trouble.then == "unclear" and self.usage.replies == self._trials
+        self._unclear += trouble.then == "unclear" and not self._has_replied
         ends = {
             "stop": lasts or not self.usage.replies,
             "once": bool(trouble.advice) and not self.usage.replies,
-            "unclear": self._unclear >= _UNCLEAR and self.usage.replies == self._trials,
+            # A request that tries the endpoint out is not refused for its text.
+            "unclear": self._is_trial or (self._unclear >= _UNCLEAR and not self._has_replied),
         }.get(trouble.then, False)
         # In a trial a refused parameter is the length limit: no prompt is too long for it there.
         if ends or (self._is_trial and trouble.parameter):
-            raise error from None
+            # `from None`: a traceback would show the client's own error too, with the key, maybe.
+            raise refusal(trouble, self.model, self._url, self.api_key_env) from None
         if trouble.then in ("again", "once", "stop") and not trouble.parameter:
             self._given_up_in_a_row += 1
         if trouble.then in ("again", "once"):
@@ -341,27 +380,31 @@ class Endpoint:
             raise UsageError('endpoints need the openai package; run: pip install "plad-fast[api]"')
         if not self.model:
             raise UsageError("no model is named; write openai:MODEL")
-        for name in ("concurrency", "timeout", "first_pause", "longest_pause"):
+        for name in ("concurrency", "timeout", "first_pause"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("max_retries", "reasoning_tokens"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("token_budget", "cost_budget"):
             if (budget := getattr(self, name)) is not None and not budget > 0:
                 raise UsageError(f"{name} must be positive, not {budget}")
+        for name in ("max_retries", "reasoning_tokens"):
+            check_weight(name, getattr(self, name))
+        for price in self.prices or ():
+            check_weight("prices", price)
         if self.cost_budget is not None and self.prices is None:
-            raise UsageError(
-                "a cost budget needs the prices of a million tokens of prompts and of answers; "
-                "give them, or a token budget instead"
-            )
-        if self.prices is not None and not all(p >= 0 for p in self.prices):
-            raise UsageError(f"prices must be 0 or more, not {self.prices}")
+            raise UsageError("cost_budget needs prices; give them, or a token_budget instead")
         read_key(self.api_key_env, self._url)
         warn_of_clear_text(self._url)
 
 
-def _so_far(choices: list[Choice], reason: str, spent: Sequence[int]) -> Reply | str:
-    if not choices:
-        return reason
-    return Reply(choices, missing=reason, prompt_tokens=spent[0], answer_tokens=spent[1])
+def _sent_limit(body: Mapping[str, Any]) -> int:
+    return body.get("max_tokens") or body.get("max_completion_tokens") or 0
+
+
+def _estimated_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
+    """What a request may have cost whose reply is not there to say so: of prompt and of answers.
+
+    Four bytes make a token, about, and the answers are taken to be as long as they may be: it is
+    the long ones that come too late.
+    """
+    size = len(json.dumps(body["messages"], ensure_ascii=False, default=str))
+    return -(-size // 4), _sent_limit(body) * body.get("n", 1)

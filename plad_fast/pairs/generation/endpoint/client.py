@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plad_fast.pairs.generation.endpoint.retries import BadReplyError
@@ -108,7 +108,7 @@ def _origin(request: Any) -> tuple[str, str, int | None]:
 
 def iterate_in_thread(
     work: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]],
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yields what asynchronous work hands to its argument, and raises what it raises.
 
     Its thread has an event loop of its own, so it does not matter whether the caller has one, as

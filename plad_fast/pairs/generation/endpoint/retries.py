@@ -24,6 +24,7 @@ from plad_fast.pairs.generation.endpoint.refusals import (
 )
 
 _AGAIN = frozenset({408, 409, 425, 429})
+LONGEST_PAUSE = 60.0  # seconds
 LONGEST_ASKED = 900.0
 """Seconds that a server may ask to wait for; a longer wait is the user's."""
 _TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "anyio"})
@@ -49,10 +50,8 @@ _OF_ONE_PROMPT = frozenset(
 class BadReplyError(ValueError):
     """A reply of status 200 that holds no answer; the message says what it is instead.
 
-    Args:
-        lasting: the next reply will be like it.
-        foreign: it is none of a chat API.
-        code: of the error that the reply holds, if it has one.
+    The next one will be like it (`lasting`), it is none of a chat API (`foreign`), or it is an
+    error with a `code`.
     """
 
     def __init__(
@@ -93,11 +92,7 @@ class Trouble:
 
 
 def judge(
-    error: Exception,
-    sent: Mapping[str, Any],
-    refused: Set[str],
-    key: str,
-    optional: Set[str] = frozenset(),
+    error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str, any_temperature: bool
 ) -> Trouble:
     """What to do about whatever was raised while a request was made or its reply was read.
 
@@ -106,13 +101,13 @@ def judge(
         sent: the request's body.
         refused: parameters that are left out or replaced already.
         key: to keep out of the reason.
-        optional: parameters that this request can do without, whatever their value.
+        any_temperature: see `ChatRequest`.
     """
     import openai
 
     try:
         if isinstance(error, openai.APIStatusError):
-            trouble = _of_status(error, sent, refused, optional)
+            trouble = _of_status(error, sent, refused, any_temperature)
         else:
             trouble = _of_transport(error)
         return replace(trouble, reason=one_line(trouble.reason, key))
@@ -163,7 +158,7 @@ def _of_reply(error: BadReplyError) -> Trouble:
 
 
 def _of_status(
-    error: Any, sent: Mapping[str, Any], refused: Set[str], optional: Set[str]
+    error: Any, sent: Mapping[str, Any], refused: Set[str], any_temperature: bool
 ) -> Trouble:
     status: int = error.status_code
     code, named = (v if isinstance(v, str) else "" for v in (error.code, error.param))
@@ -180,14 +175,14 @@ def _of_status(
         if status == 429 and _LONG_QUOTA.search(str(error.body)):
             return Trouble("stop", reason, status, advice=_LATER)
         if wait is not None and wait > LONGEST_ASKED:
-            reason = f"it asks to wait for {_in_words(wait)}, {reason}"
+            reason = f"it asks to wait for {wait / 60:.0f} minutes, {reason}"
             return Trouble("stop", reason, status, retry_after=wait, advice=_LATER)
         return Trouble("again", reason, status, retry_after=wait)
     of_prompt = code in _OF_ONE_PROMPT or status == 413
     bad_request = status in (400, 422)
     refusal = find_refusal(named, said or code, sent) if bad_request else Refusal()
     parameter = refusal.parameter
-    can_drop = bool(parameter) and droppable(refusal, sent, optional)
+    can_drop = droppable(refusal, sent, any_temperature)
     if parameter in LIMITS and not (of_prompt or (refusal.of == "value" and is_of_prompt(said))):
         # Where the other name was refused before, this one is not: the request keeps a limit.
         if can_drop and not refused & (LIMITS - {parameter}):
@@ -209,11 +204,6 @@ _REDIRECTED = (
     "it is not followed, for the key and the prompts would go there: check --base-url, and give "
     "the new address if you trust it"
 )
-
-
-def _in_words(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
 
 
 def _message(error: Any) -> str:
@@ -279,10 +269,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def pause(tries: int, asked: float | None, *, first: float, longest: float) -> float:
+def pause(tries: int, asked: float | None, *, first: float) -> float:
     """Seconds before the next try: twice as long each time, or as long as the server asked.
 
     Jitter keeps requests that failed together from coming back together.
     """
-    backoff = min(longest, first * 2**tries) * random.uniform(0.5, 1.0)
+    backoff = min(LONGEST_PAUSE, first * 2**tries) * random.uniform(0.5, 1.0)
     return backoff if asked is None else min(LONGEST_ASKED, asked) + 0.1 * backoff
