@@ -17,7 +17,7 @@ KEY = "sk-planted-0123456789"
 NOBODY = "http://127.0.0.1:1/v1"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "chat"}]
 NOWHERE = Path("no-answers-yet.jsonl")
-PAUSE = "plad_fast.pairs.generation.endpoint.chat_endpoint.pause"
+PAUSE = "plad_fast.pairs.generation.endpoint.retries.pause"
 
 
 def endpoint(server: FaultServer, **options: Any) -> Endpoint:

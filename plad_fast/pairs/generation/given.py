@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -159,16 +160,14 @@ def import_function(path: str) -> Callable[..., Any]:
     return function
 
 
-def source_digest(function: Callable[..., Any]) -> str | None:
-    """Sixteen hexadecimal digits of the file that a function, or an object's class, is in.
+def source_settings(function: Callable[..., Any]) -> dict[str, str]:
+    """A digest of the file that a function, or an object's class, is in, for a fingerprint.
 
-    None where it is in none. What it imports from other files is not covered.
+    Empty where it is in none. What it imports from other files is not covered.
     """
     function = inspect.unwrap(function)
     for thing in (function, type(function)):
-        try:
+        with contextlib.suppress(TypeError, OSError):
             source = Path(inspect.getsourcefile(thing) or "").read_bytes()
-        except (TypeError, OSError):
-            continue
-        return hashlib.sha256(source).hexdigest()[:16]
-    return None
+            return {"source": hashlib.sha256(source).hexdigest()[:16]}
+    return {}

@@ -28,7 +28,7 @@ from plad_fast.pairs.generation.given import (
     CallableModel,
     ColumnModel,
     import_function,
-    source_digest,
+    source_settings,
 )
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
@@ -68,10 +68,7 @@ def open_teacher(
     if kind == "openai":
         return EndpointModel(Endpoint(rest, base_url=base_url, **endpoint_options), name)
     if base_url is not None:
-        raise UsageError(
-            f"a base URL is given, but the teacher {spec!r} is no endpoint; write openai:MODEL, or "
-            "leave the URL out"
-        )
+        raise UsageError(f"a base URL is given, but the teacher {spec!r} is no endpoint; drop it")
     if kind == "vllm":
         return VllmModel(rest, name)
     if kind == "column":
@@ -95,13 +92,10 @@ def teacher_fingerprint(
     kind, rest = split_spec(spec)
     if kind == "openai":
         return {"teacher": spec, "base_url": find_url(base_url)}
-    if kind == "vllm":
-        return {"teacher": spec, "weights": model_digest(rest)}
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":
-        source = source_digest(import_function(rest))
-        return {"teacher": spec, **({} if source is None else {"source": source})}
+        return {"teacher": spec, **source_settings(import_function(rest))}
     return {"teacher": spec, "weights": model_digest(rest)}
 
 
@@ -167,7 +161,5 @@ def open_local_model(
 
 def _column(column: str, columns: Columns | None) -> Mapping[str, str | None]:
     if columns is None:
-        raise UsageError(
-            f"column:{column} needs data with that column; give a file or data set of prompts"
-        )
+        raise UsageError(f"column:{column} needs data with that column; give a file of prompts")
     return columns(column)

@@ -12,7 +12,7 @@ from plad_fast.data.places import require_there
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
-from plad_fast.pairs.generation.given import import_function, source_digest
+from plad_fast.pairs.generation.given import import_function, source_settings
 
 Item: TypeAlias = tuple[Prompt, str]
 """A prompt and the text of an answer to it."""
@@ -111,8 +111,7 @@ class FunctionScorer(Scorer):
 
     def settings(self) -> dict[str, Any]:
         """The name, and a digest of the file that the function is in, if it is in one."""
-        source = source_digest(self.function)
-        return {"scorer": self.name, **({} if source is None else {"source": source})}
+        return {"scorer": self.name, **source_settings(self.function)}
 
     def score(self, items: Sequence[Item]) -> list[float]:
         values = [self.function(prompt.content, text, prompt.reference) for prompt, text in items]

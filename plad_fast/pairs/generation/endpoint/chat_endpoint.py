@@ -13,34 +13,15 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from plad_fast.checks import check_weight
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.access import (
-    OPENAI_URL,
-    find_url,
-    is_loopback,
-    read_key,
-    warn_of_clear_text,
-)
+from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
-from plad_fast.pairs.generation.endpoint.replies import (
-    parse_reply,
-    read_choices,
-    read_usage,
-    tells_ends,
-)
-from plad_fast.pairs.generation.endpoint.retries import (
-    LONGEST_PAUSE,
-    Trouble,
-    judge,
-    pause,
-    refusal,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +82,7 @@ class Endpoint:
     """Of a million tokens of prompts, and of answers."""
 
     def __post_init__(self) -> None:
-        self.base_url = self._url = find_url(self.base_url)
+        self.base_url = self._url = access.find_url(self.base_url)
         self.usage = Usage(prices=self.prices)
         self.stopped = ""  # why `complete` left requests out the last time, if it did
         self.has_answered = False  # whether the first replies need no watching any more
@@ -132,8 +113,8 @@ class Endpoint:
                 before, or they are a thought or a tool call alone.
         """
         empty = 0
-        with contextlib.closing(self._replies(requests)) as replies:
-            for index, reply in replies:
+        with contextlib.closing(self._replies(requests)) as found:
+            for index, reply in found:
                 yield index, reply
                 if isinstance(reply, str) or self.has_answered:
                     continue
@@ -167,7 +148,7 @@ class Endpoint:
     def _replies(
         self, requests: Sequence[ChatRequest]
     ) -> Generator[tuple[int, Reply | str], None, None]:
-        key = read_key(self.api_key_env, self._url)
+        key = access.read_key(self.api_key_env, self._url)
         return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
     async def _answer_all(
@@ -187,20 +168,17 @@ class Endpoint:
                 if halted.is_set():
                     return
 
-        limits = [r.n * (r.max_tokens + self.reasoning_tokens) for r in requests]
         async with open_client(
             key=key,
             base_url=self._url,
             timeout=self.timeout,
             connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
             # A proxy named in the environment is not meant for this machine itself.
-            proxies=not is_loopback(self._url),
-            tokens=max(limits, default=0),
+            proxies=not access.is_loopback(self._url),
+            tokens=max((r.n * (r.max_tokens + self.reasoning_tokens) for r in requests), default=0),
         ) as client:
-            workers = [
-                asyncio.create_task(work(client))
-                for _ in range(min(self.concurrency, len(requests)))
-            ]
+            count = min(self.concurrency, len(requests))
+            workers = [asyncio.create_task(work(client)) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
             except Exception:
@@ -219,6 +197,7 @@ class Endpoint:
         self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
     ) -> Reply | str:
         choices: list[Choice] = []
+        limit = request.max_tokens + self.reasoning_tokens
         spent = Usage()  # of tokens
         tries, last, reason = 0, "", ""
         while len(choices) < request.n:
@@ -235,23 +214,22 @@ class Endpoint:
                 response = await asyncio.wait_for(
                     client.chat.completions.with_raw_response.create(**body), self.timeout
                 )
-                reply = parse_reply(response.content)
-                counted = read_usage(reply)
+                reply = replies.parse_reply(response.content)
+                counted = replies.read_usage(reply)
                 self._count(counted, spent)
-                self._tells_ends |= tells_ends(reply)
-                choices += read_choices(
-                    reply,
-                    key,
-                    n=request.n - len(choices),
-                    told=self._tells_ends,
-                    limit=_sent_limit(body),
+                self._tells_ends |= replies.tells_ends(reply)
+                choices += replies.read_choices(
+                    reply, key, n=request.n - len(choices), told=self._tells_ends, limit=limit
                 )
             except Exception as error:
-                trouble = judge(error, body, self._refused, key, request.any_temperature)
+                trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
                 self._is_reached |= not trouble.unreachable
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
-                    self._count(_estimated_tokens(body), spent)
+                    # Four bytes make a token, about, and the answers are taken to be as long as
+                    # they may be: it is the long ones that come too late.
+                    size = len(json.dumps(request.messages, ensure_ascii=False, default=str))
+                    self._count((-(-size // 4), limit * body.get("n", 1)), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
                 elif tries < self._most_retries(trouble):
@@ -277,7 +255,7 @@ class Endpoint:
     def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
         """The request for what is left to be asked for, where some choices have come."""
         limits = ["max_tokens", "max_completion_tokens"]
-        if self._url == OPENAI_URL:  # its newer models refuse the old name, other servers the new
+        if self._url == access.OPENAI_URL:  # its newer models refuse the old, other servers the new
             limits.reverse()
         limit = next((name for name in limits if name not in self._refused), limits[0])
         body: dict[str, Any] = {
@@ -303,7 +281,7 @@ class Endpoint:
             usage.prompt_tokens += tokens[0]
             usage.answer_tokens += tokens[1]
 
-    def _most_retries(self, trouble: Trouble) -> int:
+    def _most_retries(self, trouble: retries.Trouble) -> int:
         if trouble.then == "once":
             # Where replies have come, a page or a stream in place of one will pass.
             passes = self.usage.replies and trouble.advice
@@ -315,30 +293,25 @@ class Endpoint:
             return min(self.max_retries, 0 if trouble.reason.endswith("in time") else 1)
         return self.max_retries
 
-    async def _rest(self, tries: int, trouble: Trouble, halted: asyncio.Event) -> None:
-        seconds = pause(tries, trouble.retry_after, first=self.first_pause)
-        if seconds > 1.2 * LONGEST_PAUSE:
+    async def _rest(self, tries: int, trouble: retries.Trouble, halted: asyncio.Event) -> None:
+        seconds = retries.pause(tries, trouble.retry_after, first=self.first_pause)
+        if seconds > 1.2 * retries.LONGEST_PAUSE:
             logger.warning("%r asks to wait for %.0f s (%s)", self, seconds, trouble.reason)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(halted.wait(), seconds)
 
-    def _adapt(self, trouble: Trouble, request: ChatRequest) -> None:
+    def _adapt(self, trouble: retries.Trouble, request: ChatRequest) -> None:
         name, reason = trouble.parameter, trouble.reason
         if name in self._refused:
             return
         self._refused.add(name)
         if name == "temperature" and request.temperature != 1:
-            logger.warning(
-                "%r takes no temperature of %g: going on at its own, where replies are samples, "
-                "which come out otherwise when they are asked for again (%s)",
-                self,
-                request.temperature,
-                reason,
-            )
+            what = f"{self!r} takes no temperature of {request.temperature:g}: going on at its own"
+            logger.warning("%s, so that replies are samples (%s)", what, reason)
         else:
             logger.info("%r takes no %s: going on without (%s)", self, name, reason)
 
-    def _give_up(self, trouble: Trouble, tries: int) -> str:
+    def _give_up(self, trouble: retries.Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
         # A server that has answered may refuse one request by any status; not so its key, the
         # credit and the quota, nor for a wait of hours.
@@ -353,7 +326,7 @@ class Endpoint:
         # In a trial a refused parameter is the length limit: no prompt is too long for it there.
         if ends or (self._is_trial and trouble.parameter):
             # `from None`: a traceback would show the client's own error too, with the key, maybe.
-            raise refusal(trouble, self.model, self._url, self.api_key_env) from None
+            raise retries.refusal(trouble, self.model, self._url, self.api_key_env) from None
         if trouble.then in ("again", "once", "stop") and not trouble.parameter:
             self._given_up_in_a_row += 1
         if trouble.then in ("again", "once"):
@@ -392,19 +365,5 @@ class Endpoint:
             check_weight("prices", price)
         if self.cost_budget is not None and self.prices is None:
             raise UsageError("cost_budget needs prices; give them, or a token_budget instead")
-        read_key(self.api_key_env, self._url)
-        warn_of_clear_text(self._url)
-
-
-def _sent_limit(body: Mapping[str, Any]) -> int:
-    return body.get("max_tokens") or body.get("max_completion_tokens") or 0
-
-
-def _estimated_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
-    """What a request may have cost whose reply is not there to say so: of prompt and of answers.
-
-    Four bytes make a token, about, and the answers are taken to be as long as they may be: it is
-    the long ones that come too late.
-    """
-    size = len(json.dumps(body["messages"], ensure_ascii=False, default=str))
-    return -(-size // 4), _sent_limit(body) * body.get("n", 1)
+        access.read_key(self.api_key_env, self._url)
+        access.warn_of_clear_text(self._url)

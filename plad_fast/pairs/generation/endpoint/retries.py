@@ -17,7 +17,6 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.refusals import (
     LIMITS,
-    Refusal,
     droppable,
     find_refusal,
     is_of_prompt,
@@ -124,18 +123,19 @@ def _of_transport(error: Exception) -> Trouble:
     names = {type(cause).__name__ for cause in causes}
     # A connection that was never made: no server, no such name, a proxy that refuses.
     unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
-    if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
-        what = "no connection in time" if unreachable else "no reply in time"
-        return Trouble("again", what, unreachable=unreachable, lost=not unreachable)
-    if isinstance(error, UnicodeEncodeError):
-        return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
-    if "DecodingError" in names:
-        return Trouble("again", f"the reply cannot be read: {error}", lost=True)
     transport = type(error).__module__.partition(".")[0] in _TRANSPORTS
-    if transport or isinstance(error, (openai.APIConnectionError, OSError)):
+    if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
+        reason = "no connection in time" if unreachable else "no reply in time"
+    elif isinstance(error, UnicodeEncodeError):
+        return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
+    elif "DecodingError" not in names and (
+        transport or isinstance(error, (openai.APIConnectionError, OSError))
+    ):
         reason = f"no connection: {error.__cause__ or error}"
-        return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
-    return Trouble("again", f"the reply cannot be read: {type(error).__name__}: {error}", lost=True)
+    else:
+        reason = f"the reply cannot be read: {type(error).__name__}: {error}"
+        unreachable = False
+    return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -179,31 +179,23 @@ def _of_status(
             return Trouble("stop", reason, status, retry_after=wait, advice=_LATER)
         return Trouble("again", reason, status, retry_after=wait)
     of_prompt = code in _OF_ONE_PROMPT or status == 413
-    bad_request = status in (400, 422)
-    refusal = find_refusal(named, said or code, sent) if bad_request else Refusal()
+    if status not in (400, 422):
+        is_its_own = of_prompt or _FILTERED.search(said) or _TOO_LONG.search(said)
+        return Trouble("skip" if is_its_own else "stop", reason, status)
+    refusal = find_refusal(named, said or code, sent)
     parameter = refusal.parameter
+    trouble = Trouble("unclear", reason, status, parameter=parameter)
     can_drop = droppable(refusal, sent, any_temperature)
     if parameter in LIMITS and not (of_prompt or (refusal.of == "value" and is_of_prompt(said))):
         # Where the other name was refused before, this one is not: the request keeps a limit.
         if can_drop and not refused & (LIMITS - {parameter}):
-            return Trouble("adapt", reason, status, parameter=parameter)
+            return replace(trouble, then="adapt")
         if refusal.of == "value":
-            return Trouble("stop", reason, status, parameter=parameter)
-        return Trouble("unclear", reason, status)
+            return replace(trouble, then="stop")
+        return replace(trouble, parameter="")
     if of_prompt or _FILTERED.search(said) or _TOO_LONG.search(said):
-        return Trouble("skip", reason, status, parameter=parameter)
-    if can_drop and parameter not in LIMITS:
-        return Trouble("adapt", reason, status, parameter=parameter)
-    if bad_request:
-        return Trouble("unclear", reason, status, parameter=parameter)
-    return Trouble("stop", reason, status)
-
-
-_LATER = "run the same command again then, or raise the account's quota: what has come is kept"
-_REDIRECTED = (
-    "it is not followed, for the key and the prompts would go there: check --base-url, and give "
-    "the new address if you trust it"
-)
+        return replace(trouble, then="skip")
+    return replace(trouble, then="adapt") if can_drop and parameter not in LIMITS else trouble
 
 
 def _message(error: Any) -> str:
@@ -218,17 +210,16 @@ def _message(error: Any) -> str:
     return "" if text.lstrip().startswith("<") else text  # a proxy's page
 
 
+_LATER = "run the same command again then, or raise the account's quota: what has come is kept"
+_REDIRECTED = "it is not followed, for the key and the prompts would go there: check --base-url"
 _STREAM = re.compile(r"\bstream(?:ing)?\b", re.IGNORECASE)
-_LOWER = (
-    "lower --max-new-tokens, or --reasoning-tokens: the limit that is sent is their sum (for a "
-    "judge, of 512 and the latter)"
-)
 _OF_PARAMETERS = {
-    **dict.fromkeys(LIMITS, _LOWER),
-    "temperature": (
-        "give --teacher-temperature 1, or another that it takes: answers are then samples, which "
-        "come out otherwise when they are asked for anew"
+    **dict.fromkeys(
+        LIMITS,
+        "lower --max-new-tokens, or --reasoning-tokens: the limit is their sum (for a judge, of "
+        "512 and the latter)",
     ),
+    "temperature": "give --teacher-temperature 1, or another that it takes: answers are samples",
     "top_p": "leave top_p at 1, where it is not sent (--top-p is of the student alone)",
 }
 
@@ -247,12 +238,10 @@ def refusal(trouble: Trouble, model: str, url: str, variable: str) -> UsageError
         404: "check the model's name, and --base-url, which usually ends in /v1",
         429: "raise the account's quota, and run again: what has come is kept",
     }.get(trouble.status or 0, "check the model's name, --base-url and the sampling settings")
-    advice = _OF_PARAMETERS.get(trouble.parameter, advice)
-    if trouble.then == "unclear" and not trouble.parameter and _STREAM.search(trouble.reason):
-        advice = (
-            "plad_fast reads whole replies and no streams: switch the model's thinking off where "
-            "it is served, or choose another model or endpoint"
-        )
+    if trouble.parameter in _OF_PARAMETERS:
+        advice = _OF_PARAMETERS[trouble.parameter]
+    elif trouble.then == "unclear" and not trouble.parameter and _STREAM.search(trouble.reason):
+        advice = "plad_fast reads no streams: switch the model's thinking off, or choose another"
     return UsageError(f"model {model!r} at {url} refuses all requests ({trouble.reason}); {advice}")
 
 
