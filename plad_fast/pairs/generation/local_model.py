@@ -15,7 +15,7 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, padded, why_not_refill
+from plad_fast.pairs.generation.refill import Refill, Row, padded, require_finite, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
 from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
@@ -125,25 +125,19 @@ class LocalModel(TextModel):
         pad = self.tokenizer.pad_token_id
         pad = min(ends, default=0) if pad is None else pad
         config = self._generation_config(sampling, ends, pad)
-        try:
-            if rows and self._can_refill(config, pad):
-                refill = None
-                # The model is in its own mode whenever answers are handed out.
-                while refill is None or refill.unfinished:
-                    with _generating(self.model, config), torch.inference_mode():
-                        refill = refill or Refill(self.model, rows, sampling, ends, pad)
-                        finished = refill.advance()
-                    yield [self._finish(row, ends) for row in finished]
-                return
-            for start in range(0, len(rows), sampling.batch_size):
-                batch = rows[start : start + sampling.batch_size]
-                self._generate_batch(batch, sampling, config)
-                yield [self._finish(row, ends) for row in batch]
-        except BrokenLogitsError as error:
-            raise UsageError(
-                f"model {self.name} produced NaN or infinite logits for prompt {error.args[0]!r}; "
-                "load it in bfloat16 or float32, and check that its training did not diverge"
-            ) from None
+        if rows and self._can_refill(config, pad):
+            refill = None
+            # The model is in its own mode whenever answers are handed out.
+            while refill is None or refill.unfinished:
+                with _generating(self.model, config), torch.inference_mode():
+                    refill = refill or Refill(self.model, rows, sampling, ends, pad)
+                    finished = refill.advance()
+                yield [self._finish(row, ends) for row in finished]
+            return
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = rows[start : start + sampling.batch_size]
+            self._generate_batch(batch, sampling, config)
+            yield [self._finish(row, ends) for row in batch]
 
     def _can_refill(self, config: GenerationConfig, pad: int) -> bool:
         if self._refills is None:
@@ -191,9 +185,7 @@ class LocalModel(TextModel):
                 logits_processor=LogitsProcessorList([sampler]),
                 **_cache(self.model),
             )
-        broken = sampler.broken.tolist()
-        if any(broken):
-            raise BrokenLogitsError(rows[broken.index(True)].prompt_id)
+        require_finite(rows, sampler.broken.tolist())
         for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
             row.tokens = tokens
 
@@ -201,10 +193,10 @@ class LocalModel(TextModel):
         tokens = row.tokens
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         # Not every end token is special to the tokenizer: cut before it rather than skip it.
-        text = decode_answer(self.tokenizer, tokens[:length])
+        text = decode_answer(self.tokenizer, tokens[:length]).strip()
         if length is None:
-            return Answer(row.prompt_id, text.strip(), "length", len(tokens), row.sample)
-        return Answer(row.prompt_id, text.strip(), "stop", length + 1, row.sample)
+            return Answer(row.prompt_id, text, "length", len(tokens), row.sample)
+        return Answer(row.prompt_id, text, "stop", length + 1, row.sample)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -45,8 +45,14 @@ def padded(
     return batch[0].to(device), batch[1].to(device)
 
 
-class UnsuitableError(Exception):
-    """The model's cache is not one of keys and values by token."""
+def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
+    """Raises UsageError for the first row with NaN or infinite logits."""
+    for row, is_broken in zip(rows, broken, strict=True):
+        if is_broken:
+            raise UsageError(
+                f"the model produced NaN or infinite logits for prompt {row.prompt_id!r}; load it in "
+                "bfloat16 or float32, and check that its training did not diverge"
+            )
 
 
 class RowDecoder:
@@ -65,7 +71,6 @@ class RowDecoder:
         self._pad = pad
         self._device = model.device
         self.cache = RowCache(max_rows, slack=slack)
-        self._lengths: list[int] = []
         # No logits of a prompt's tokens but for the last: they would be the largest tensor of all.
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
         self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
@@ -84,31 +89,22 @@ class RowDecoder:
         depth = base_model(self._model).config.get_text_config().num_hidden_layers
         filled = [layer.get_seq_length() for layer in prefilled.layers]
         if filled != [ids.shape[1]] * depth:
-            raise UnsuitableError("its layers do not all keep keys and values of every token")
+            raise ValueError("its layers do not all keep keys and values of every token")
         sources = [i for i, count in enumerate(copies) for _ in range(count)]
-        new = [len(prompts[i]) for i in sources]
-        self.cache.insert(prefilled, sources, new)
-        self._lengths += new
+        self.cache.insert(prefilled, sources, [len(prompts[i]) for i in sources])
         return logits
 
     def step(self, tokens: Sequence[int]) -> Tensor:  # (R, V)
         """Logits of the next token of each row after these."""
-        self.cache.prepare_step()
-        logits = self._forward(
-            self._tensor(tokens)[:, None],
-            self.cache.mask(self._device),
-            self._tensor(self._lengths)[:, None],
-            self.cache,
+        cache = self.cache
+        cache.prepare_step()
+        ids, positions = (
+            torch.tensor(values, device=self._device)[:, None]
+            for values in (tokens, [cache.end - start for start in cache.starts])
         )
-        self.cache.finish_step()
-        self._lengths = [length + 1 for length in self._lengths]
+        logits = self._forward(ids, cache.mask(self._device), positions, cache)
+        cache.finish_step()
         return logits
-
-    def drop(self, row: int) -> None:
-        """Removes a row; the last one takes its place."""
-        self.cache.drop(row)
-        self._lengths[row] = self._lengths[-1]
-        self._lengths.pop()
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         output = self._model(
@@ -120,9 +116,6 @@ class RowDecoder:
             **self._options,
         )
         return output.logits[:, -1]
-
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self._device)
 
 
 class Refill:
@@ -157,7 +150,7 @@ class Refill:
         """Goes on until at least one row is finished, and returns those that are.
 
         Raises:
-            BrokenLogitsError: NaN or infinite logits.
+            UsageError: NaN or infinite logits.
         """
         while True:
             free = self._size - len(self._running)
@@ -189,8 +182,7 @@ class Refill:
         uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in rows]
         drawn = self._choose(logits, torch.tensor(uniforms, device=self._device))
         tokens, broken = torch.stack([part.long() for part in drawn]).tolist()  # one transfer
-        if any(broken):
-            raise BrokenLogitsError(rows[broken.index(1)].prompt_id)
+        require_finite(rows, broken)
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
         finished = []
@@ -198,15 +190,11 @@ class Refill:
         for place in reversed(range(first, len(self._running))):
             row = self._running[place]
             if row.tokens[-1] in self._ends or len(row.tokens) == self._sampling.max_new_tokens:
-                self._decoder.drop(place)
+                self._decoder.cache.drop(place)
                 self._running[place] = self._running[-1]
                 self._running.pop()
                 finished.append(row)
         return finished[::-1]
-
-
-class BrokenLogitsError(Exception):
-    """NaN or infinite logits, for the prompt whose id is the argument."""
 
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -242,8 +230,6 @@ def why_not_refill(model: Any, pad: int) -> str | None:
         difference = _difference(model, pad)
     except (UsageError, torch.OutOfMemoryError):
         raise
-    except UnsuitableError as error:
-        return f"{family}: {error}"
     except Exception as error:  # a forward that takes other arguments, say
         return f"{family} does not decode row by row ({type(error).__name__}: {error})"
     dtype = next(model.parameters()).dtype
@@ -262,7 +248,7 @@ def _difference(model: Any, pad: int) -> float:
     )
     decoder = RowDecoder(model, 2, pad, slack=1)
     found = [decoder.admit([first[:9], stays[:5]], [1, 1]), decoder.step([first[9], stays[5]])]
-    decoder.drop(0)
+    decoder.cache.drop(0)
     found += [decoder.admit([comes[:7]], [1]), decoder.step([stays[6], comes[7]])]
     read = (first[:9], stays[:5], first[:10], stays[:6], comes[:7], stays, comes[:8])
     expected = [

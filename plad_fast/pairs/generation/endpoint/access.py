@@ -36,9 +36,8 @@ def mask(text: str, *secrets: str) -> str:
 
 
 def one_line(text: str, *secrets: str) -> str:
-    """A foreign message for one of ours: masked, then on one line, then cut.
+    """A foreign message for one of ours: masked, on one line, without what a terminal acts on, cut.
 
-    What a terminal would act on is replaced: colours, titles, and turns of the line's direction.
     Besides the secrets named, those in environment variables with the usual names are masked.
     """
     found = (value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name))

@@ -81,15 +81,14 @@ def read_choices(
         raise BadReplyError("the reply holds no answer")
     # With several answers, the reply counts the tokens of all of them together.
     n_tokens = read_usage(body)[1] if len(found) == 1 else 0
-    choices = []
-    first: BadReplyError | None = None
+    choices, bad = [], []
     for choice in found[:n]:
         try:
             choices.append(_read_choice(choice, n_tokens, key, told, limit))
         except BadReplyError as error:
-            first = first or error
-    if not choices and first is not None:
-        raise first
+            bad.append(error)
+    if not choices:
+        raise bad[0]
     return choices
 
 
@@ -100,17 +99,12 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
     inner = message.get("error") if isinstance(message, dict) else None
     if error := choice.get("error") or inner:
         raise BadReplyError(f"the answer is an error: {_shown(error)}", code=_code(error))
-    if is_told(reason):
-        end = known_end(reason)
-        if end is None:
-            raise BadReplyError(
-                f"the answer ended by {_shown(reason)}, which is no end of a whole answer "
-                "(finish_reason)"
-            )
-    elif told:
-        raise BadReplyError("the answer was interrupted: the reply says no finish_reason")
-    else:
-        end = "stop"
+    is_said = is_told(reason)
+    end = known_end(reason) if is_said else None if told else "stop"
+    if end is None:
+        why = f"ended by {_shown(reason)}, which is no end of a whole one"
+        none = "was interrupted: the reply says no finish_reason"
+        raise BadReplyError(f"the answer {why if is_said else none}")
 
     def problem(kind: Finish, why: str) -> Choice:
         # What it is about may stand in the text, and may be the half of an answer.
@@ -127,11 +121,9 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
         named = f"finish_reason {reason!r}" if end == "tool_calls" else "a tool call"
         return problem("tool_calls", f"the model called a tool, and none was offered ({named})")
     text, parts = _text(message.get("content"))
-    text = mask(mend(text).strip(), key)
-    why = ""
-    if is_blank(text):
-        text = ""
+    text = "" if is_blank(mend(text)) else mask(mend(text).strip(), key)
     thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
+    why = ""
     if end == "length" and not after_thought(text):
         why = (
             f"all {limit:,} tokens were spent before any answer (reasoning?); raise "
