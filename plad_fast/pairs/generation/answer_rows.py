@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,51 +34,38 @@ class Answered(NamedTuple):
         return {prompt_id: answers[0] for prompt_id, answers in self.answers.items()}
 
 
-def all_wanted(prompts: Iterable[Prompt], sampling: Sampling) -> dict[str, tuple[Prompt, int]]:
-    """Row id -> prompt and number of the sample."""
+def all_wanted(prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, tuple[Prompt, int]]:
+    """Row id -> prompt and number of the sample; raises UsageError for repeated ids of prompts."""
+    require_unique_ids(prompts)
     return {row_id(p.id, k): (p, k) for p in prompts for k in range(sampling.n)}
 
 
-def missing_from(
-    store: RowStore, prompts: Sequence[Prompt], sampling: Sampling
-) -> dict[str, tuple[Prompt, int]]:
-    """What the store lacks of `all_wanted`.
+def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> list[str]:
+    """Ids of the rows that the store lacks.
 
-    Raises UsageError for repeated ids, for a stored row that is no answer, and where the store has
-    an answer to another prompt.
+    Raises UsageError for a stored row that is no answer, and where the store has an answer to
+    another prompt.
     """
-    require_unique_ids(prompts)
     store.require(_is_answer)
-    digests = {prompt.id: digest(prompt.content) for prompt in prompts}
-    missing = {}
-    for key, (prompt, sample) in all_wanted(prompts, sampling).items():
-        row = store.rows.get(key)
-        if row is None:
-            missing[key] = (prompt, sample)
-        elif row["prompt"] != digests[prompt.id]:
+    for key in wanted.keys() & store.done:
+        prompt, _ = wanted[key]
+        if store.rows[key]["prompt"] != digest(prompt.content):
             raise UsageError(
                 f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
                 "another output folder, or pass --overwrite to start anew"
             )
-    return missing
+    return [key for key in wanted if key not in store.done]
 
 
 def collect(
-    prompts: Iterable[Prompt], store: RowStore, sampling: Sampling, failures: Mapping[str, Failure]
+    prompts: Sequence[Prompt], store: RowStore, sampling: Sampling, failures: Mapping[str, Failure]
 ) -> Answered:
     """The answers to these prompts; a failure counts where there is none."""
     answered = Answered({}, [])
-    for key, (prompt, _) in all_wanted(prompts, sampling).items():
+    for key, (prompt, sample) in all_wanted(prompts, sampling).items():
         if (row := store.rows.get(key)) is not None:
-            answered.answers.setdefault(prompt.id, []).append(
-                Answer(
-                    prompt.id,
-                    row["text"],
-                    row["finish_reason"],
-                    row["n_tokens"],
-                    row.get("sample", 0),
-                )
-            )
+            answer = Answer(prompt.id, row["text"], row["finish_reason"], row["n_tokens"], sample)
+            answered.answers.setdefault(prompt.id, []).append(answer)
         elif key in failures:
             answered.failures.append(failures[key])
     return answered

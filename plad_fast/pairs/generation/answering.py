@@ -93,7 +93,7 @@ def stored_answers(
             renew_answers(path, prompts, sampling, settings)
         store = stack.enter_context(RowStore.open(path, settings))
         merge_shards(store, settings, order)
-        return [*missing_from(store, prompts, sampling)]
+        return missing_from(store, every)
 
     def load_first() -> bool:
         """Tells whether every process is to have a model."""

@@ -23,17 +23,13 @@ from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wa
 
 
 def column_answers(
-    source: str,
-    column: str,
-    *,
-    prompt_column: str | None = None,
-    prompt_template: str | None = None,
-    split: str = "train",
+    source: str, column: str, *, split: str = "train", **prompt_options: str | None
 ) -> dict[str, str | None]:
     """The texts in a column, by the ids that `load_prompts` gives the prompts of the same data.
 
     Args:
-        source, prompt_column, prompt_template, split: as `load_prompts` got them.
+        source, split, prompt_options: as `load_prompts` got them: `prompt_column` or
+            `prompt_template`.
         column: of texts; null where there is none.
 
     Raises:
@@ -43,13 +39,7 @@ def column_answers(
     if column not in columns:
         has = ", ".join(map(repr, columns))
         raise UsageError(f"{source} has no column {column!r} to take answers from; it has {has}")
-    prompts = load_prompts(
-        source,
-        prompt_column=prompt_column,
-        prompt_template=prompt_template,
-        reference_column=column,
-        split=split,
-    )
+    prompts = load_prompts(source, reference_column=column, split=split, **prompt_options)
     return {prompt.id: prompt.reference for prompt in prompts}
 
 

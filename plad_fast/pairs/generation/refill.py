@@ -50,8 +50,8 @@ def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
     for row, is_broken in zip(rows, broken, strict=True):
         if is_broken:
             raise UsageError(
-                f"the model produced NaN or infinite logits for prompt {row.prompt_id!r}; load it in "
-                "bfloat16 or float32, and check that its training did not diverge"
+                f"the model produced NaN or infinite logits for prompt {row.prompt_id!r}; load it "
+                "in bfloat16 or float32, and check that its training did not diverge"
             )
 
 
@@ -79,7 +79,7 @@ class RowDecoder:
         """Reads new prompts and adds rows for them, `copies` of each, after those there are.
 
         Returns:
-            (number of prompts, V): logits of every prompt's first new token.
+            (number of rows, V): logits of their first new tokens.
         """
         from transformers import DynamicCache
 
@@ -92,7 +92,7 @@ class RowDecoder:
             raise ValueError("its layers do not all keep keys and values of every token")
         sources = [i for i, count in enumerate(copies) for _ in range(count)]
         self.cache.insert(prefilled, sources, [len(prompts[i]) for i in sources])
-        return logits
+        return logits[sources]
 
     def step(self, tokens: Sequence[int]) -> Tensor:  # (R, V)
         """Logits of the next token of each row after these."""
@@ -140,7 +140,6 @@ class Refill:
         self._size = size
         # One prompt alone costs nearly as much to read as several together.
         self._newcomers = max(1, size // 4)
-        self._device = model.device
 
     @property
     def unfinished(self) -> bool:
@@ -165,22 +164,18 @@ class Refill:
     def _admit(self, free: int) -> list[Row]:
         new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         samples = [[*rows] for _, rows in itertools.groupby(new, lambda row: row.prompt_id)]
-        copies = [len(rows) for rows in samples]
         if self._sampling.temperature:
             for row in new:
                 row.uniforms = self._sampling.uniforms(row.prompt_id, row.sample).tolist()
-        logits = self._decoder.admit([rows[0].prompt for rows in samples], copies)
-        first = len(self._running)
+        logits = self._decoder.admit([rows[0].prompt for rows in samples], [*map(len, samples)])
         self._running += new
-        return self._extend(
-            first, logits.repeat_interleave(torch.tensor(copies, device=self._device), dim=0)
-        )
+        return self._extend(len(self._running) - len(new), logits)
 
     def _extend(self, first: int, logits: Tensor) -> list[Row]:
         """Adds a token to each row from `first` on, and takes out those that end with it."""
         rows = self._running[first:]
         uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in rows]
-        drawn = self._choose(logits, torch.tensor(uniforms, device=self._device))
+        drawn = self._choose(logits, torch.tensor(uniforms, device=logits.device))
         tokens, broken = torch.stack([part.long() for part in drawn]).tolist()  # one transfer
         require_finite(rows, broken)
         for row, token in zip(rows, tokens, strict=True):
