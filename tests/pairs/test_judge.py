@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from unittest import mock
 
 import pytest
 
@@ -203,15 +202,14 @@ def test_a_judge_that_spends_its_tokens_is_found_out_early_and_takes_more(tmp_pa
 def test_a_judge_with_verdicts_is_not_tried_out(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     Judge(Fake(longer), store=path).compare([(PROMPT, "x", "yy")])
-    endpoint = Fake(None)
-    endpoint.try_out = mock.Mock(return_value=Reply([Choice("Verdict: A", "stop", 5)]))
-    judge = Judge(endpoint, store=path)
-    judge.try_out()
-    assert not endpoint.try_out.called
-    judge.try_out(overwrite=True)
-    path.write_text(path.read_text().partition("\n")[0] + "\n")
-    judge.try_out()
-    assert endpoint.try_out.call_count == 2
+    with FaultServer() as server:
+        judge = Judge(endpoint_like(server), store=path)
+        judge.try_out()
+        assert not server.asked
+        judge.try_out(overwrite=True)
+        path.write_text(path.read_text().partition("\n")[0] + "\n")
+        judge.try_out()
+        assert sum(server.asked.values()) == 2
 
 
 class Vague(Fake):

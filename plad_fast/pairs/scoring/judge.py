@@ -14,12 +14,11 @@ from typing import Any
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
-from plad_fast.data.store import Row, RowStore, has_rows
+from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, Usage
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-from plad_fast.pairs.generation.ranks import by_first
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 
@@ -49,8 +48,7 @@ class JudgeReport:
             "failed": self.failed,
         }
         notes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        line = f"{self.comparisons} comparisons, {self.ties} ties"
-        return f"{line} ({notes})" if notes else line
+        return f"{self.comparisons} comparisons, {self.ties} ties" + (f" ({notes})" * bool(notes))
 
 
 class Judge(Scorer):
@@ -103,24 +101,9 @@ class Judge(Scorer):
         }
 
     def try_out(self, *, overwrite: bool = False) -> None:
-        """Asks for one verdict, unless the store has some already, to find out before long work
-        whether there will be any.
-
-        In a run of several processes all are to call this, and the first one asks.
-
-        Args:
-            overwrite: the store is about to be discarded.
-
-        Raises:
-            UsageError: as `Endpoint.try_out`.
-        """
-
-        def ask() -> None:
-            if overwrite or self.store is None or not has_rows(self.store):
-                texts = ("Name a colour.", "Blue.", "A colour.")
-                self.endpoint.try_out(self._request(self._question(digest(texts), *texts)))
-
-        by_first(ask)
+        """Asks for one verdict, unless the store has some already; see `Endpoint.try_out`."""
+        _, question = self._question("Name a colour.", "Blue.", "A colour.")
+        self.endpoint.try_out(self._request(question), self.store, overwrite=overwrite)
 
     def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """1 where the first text wins, 0 where the second does, 0.5 for a tie.
@@ -131,16 +114,14 @@ class Judge(Scorer):
         Raises:
             UsageError: no reply came at all, or as `RowStore.open`.
         """
-        wanted: dict[str, Messages] = {}
-        keys: list[tuple[str, str] | None] = []  # of both orders; None: equal texts need no judge
-        for prompt, a, b in items:
-            if normalize_whitespace(a) == normalize_whitespace(b):
-                keys.append(None)
-                continue
-            first, swapped = digest([prompt.content, a, b]), digest([prompt.content, b, a])
-            wanted[first] = self._question(first, prompt.content, a, b)
-            wanted[swapped] = self._question(swapped, prompt.content, b, a)
-            keys.append((first, swapped))
+        # In both orders; equal texts need no judge.
+        questions = [
+            []
+            if normalize_whitespace(a) == normalize_whitespace(b)
+            else [self._question(prompt.content, a, b), self._question(prompt.content, b, a)]
+            for prompt, a, b in items
+        ]
+        wanted = {key: messages for both in questions for key, messages in both}
         with self._stored() as store:
             new = {key: text for key, text in wanted.items() if key not in self._known}
             failures = self._ask(new, store)
@@ -149,7 +130,7 @@ class Judge(Scorer):
                 f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
                 "endpoint works, and run again"
             )
-        return [self._outcome(both) for both in keys]
+        return [self._outcome([key for key, _ in both]) for both in questions]
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Shares of wins in [0, 1]; 0.5 for an answer without rivals."""
@@ -194,10 +175,10 @@ class Judge(Scorer):
         self.report = JudgeReport()
         self._used = set()
 
-    def _outcome(self, keys: tuple[str, str] | None) -> float:
+    def _outcome(self, keys: Sequence[str]) -> float:
         report = self.report
         report.comparisons += 1
-        if keys is None:
+        if not keys:
             report.ties += 1
             return 0.5
         if not self._known.keys() >= set(keys):
@@ -212,9 +193,11 @@ class Judge(Scorer):
         report.ties += outcome == 0.5
         return outcome
 
-    def _question(self, key: str, prompt: Content, first: str, second: str) -> Messages:
+    def _question(self, prompt: Content, first: str, second: str) -> tuple[str, Messages]:
+        """Its key, and what is asked."""
+        key = digest([prompt, first, second])
         # No text can hold its own digest, so none can forge the end of its part.
-        return as_question(key[:12], self.criteria, prompt, first, second)
+        return key, as_question(key[:12], self.criteria, prompt, first, second)
 
     def _request(self, messages: Messages) -> ChatRequest:
         return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)

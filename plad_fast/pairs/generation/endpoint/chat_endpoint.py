@@ -13,15 +13,18 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from plad_fast.checks import check_weight
+from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
+from plad_fast.pairs.generation.ranks import by_first
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +94,7 @@ class Endpoint:
         self._is_trial = False
         self._is_reached = False  # whether there ever was a server
         self._has_replied = False  # to anything but a trial
-        self._unclear = 0
-        self._given_up_in_a_row = 0
+        self._unclear = self._empty = self._given_up_in_a_row = 0
         self._check()
 
     def __repr__(self) -> str:
@@ -112,44 +114,40 @@ class Endpoint:
                 requests, or the first replies hold no answer at all: their tokens are spent
                 before, or they are a thought or a tool call alone.
         """
-        empty = 0
-        with contextlib.closing(self._replies(requests)) as found:
-            for index, reply in found:
-                yield index, reply
-                if isinstance(reply, str) or self.has_answered:
-                    continue
-                # What a filter withheld concerns one prompt.
-                self.has_answered = not all(
-                    c.problem and c.finish_reason != "content_filter" for c in reply.choices
-                )
-                empty += not self.has_answered
-                if empty == _FIRST_EMPTY:
-                    raise UsageError(
-                        f"{self!r}: each of the first {empty} replies is empty: "
-                        f"{reply.choices[0].problem}"
-                    )
+        key = access.read_key(self.api_key_env, self._url)
+        return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
-    def try_out(self, request: ChatRequest) -> None:
-        """Makes one plain request, to find out early whether any will be answered.
+    def try_out(
+        self, request: ChatRequest, store: str | os.PathLike[str] | None, *, overwrite: bool
+    ) -> None:
+        """Makes one plain request, to find out before long work whether any will be answered.
+
+        In a run of several processes all are to call this, and the first one asks.
+
+        Args:
+            request: to make, unless there are replies to such requests in the store.
+            store: of rows that are made of replies.
+            overwrite: the store is about to be discarded.
 
         Raises:
             UsageError: as `complete`, no reply came, or all its tokens were spent before an answer.
         """
+        by_first(lambda: self._try_out(request, store, overwrite))
+
+    def _try_out(
+        self, request: ChatRequest, store: str | os.PathLike[str] | None, overwrite: bool
+    ) -> None:
+        self.has_answered = store is not None and has_rows(store) and not overwrite
+        if self.has_answered:
+            return
         self._is_trial = True
         try:
-            ((_, reply),) = self._replies([request])
+            ((_, reply),) = self.complete([request])
         finally:
             self._is_trial = False
-        is_answered = isinstance(reply, Reply) and not reply.choices[0].is_spent
-        if not is_answered:
+        if isinstance(reply, str) or reply.choices[0].is_spent:
             problem = reply if isinstance(reply, str) else reply.choices[0].problem
             raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
-
-    def _replies(
-        self, requests: Sequence[ChatRequest]
-    ) -> Generator[tuple[int, Reply | str], None, None]:
-        key = access.read_key(self.api_key_env, self._url)
-        return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
     async def _answer_all(
         self,
@@ -158,13 +156,17 @@ class Endpoint:
         emit: Callable[[tuple[int, Reply | str]], None],
     ) -> None:
         self._given_up_in_a_row = 0  # the endpoint may be back
+        self._empty = 0
         self.stopped = ""
         waiting = iter(enumerate(requests))
         halted = asyncio.Event()
 
         async def work(client: Any) -> None:
             for index, request in waiting:
-                emit((index, await self._ask(client, request, key, halted)))
+                reply = await self._ask(client, request, key, halted)
+                emit((index, reply))
+                if isinstance(reply, Reply) and not self._is_trial and not self.has_answered:
+                    self._look_for_answer(reply.choices)
                 if halted.is_set():
                     return
 
@@ -192,6 +194,18 @@ class Endpoint:
                     for worker in left:
                         worker.cancel()
                     await asyncio.wait(left, timeout=0.1)
+
+    def _look_for_answer(self, choices: Sequence[Choice]) -> None:
+        """Raises UsageError where the first replies hold none."""
+        # What a filter withheld concerns one prompt.
+        self.has_answered = any(
+            not choice.problem or choice.finish_reason == "content_filter" for choice in choices
+        )
+        self._empty += not self.has_answered
+        if self._empty == _FIRST_EMPTY:
+            raise UsageError(
+                f"{self!r}: each of the first {self._empty} replies is empty: {choices[0].problem}"
+            )
 
     async def _ask(
         self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plad_fast.pairs.generation.endpoint.retries import BadReplyError
@@ -107,7 +107,7 @@ def _way(request: Any) -> tuple[str, str, str, int | None]:
 
 def iterate_in_thread(
     work: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]],
-) -> Generator[T, None, None]:
+) -> Iterator[T]:
     """Yields what asynchronous work hands to its argument, and raises what it raises.
 
     Its thread has an event loop of its own, so it does not matter whether the caller has one, as

@@ -9,11 +9,9 @@ from typing import Literal
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-from plad_fast.pairs.generation.ranks import by_first
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
@@ -34,25 +32,9 @@ class EndpointModel(TextModel):
         self.name = endpoint.model if name is None else name
 
     def try_out(self, sampling: Sampling, store: Path, *, overwrite: bool = False) -> None:
-        """Makes one short request, to find out before long work whether such requests are answered,
-        unless the store has answers already.
-
-        In a run of several processes all are to call this, and the first one asks.
-
-        Args:
-            overwrite: the store is about to be discarded.
-
-        Raises:
-            UsageError: the endpoint cannot be reached, refuses the key, the model or the sampling,
-                or spends all tokens before an answer.
-        """
-
-        def ask() -> None:
-            self.endpoint.has_answered = has_rows(store) and not overwrite
-            if not self.endpoint.has_answered:
-                self.endpoint.try_out(_request(Prompt("", "Say yes."), range(1), sampling))
-
-        by_first(ask)
+        """Asks for a word, unless the store has answers already; see `Endpoint.try_out`."""
+        request = _request(Prompt("", "Say yes."), range(1), sampling)
+        self.endpoint.try_out(request, store, overwrite=overwrite)
 
     def generate_samples(
         self, wanted: Wanted, sampling: Sampling
