@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 from plad_fast.data.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
 from plad_fast.pairs.generation.text_model import Answer
-
-DropReason = Literal["missing", "empty", "truncated", "identical"]
-FilterReason = Literal["contradicted", "close", "uneven", "repetitive", "similar"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class PairFilters:
         """Whether there is nothing to say of a pair without scores."""
         return self.contradicted or self.min_gap is not None
 
-    def reason(self, chosen: str, rejected: str, gap: float | None = None) -> FilterReason | None:
+    def reason(self, chosen: str, rejected: str, gap: float | None = None) -> str | None:
         """Why to drop a pair, or None; the first that applies, in the order of the fields.
 
         They are `contradicted`, `close` (the scores), `uneven` (the lengths), `repetitive` (an
@@ -85,34 +81,33 @@ class PairFilters:
                 return "uneven"
         if self.max_repetition is not None:
             texts = [chosen] if self.rejected_may_repeat else [chosen, rejected]
-            if any(text_metrics.repetition([text]) > self.max_repetition for text in texts):
+            if max(text_metrics.repetition_shares(texts)) > self.max_repetition:
                 return "repetitive"
-        if self.max_overlap is not None and _overlap(*words) > self.max_overlap:
-            return "similar"
+        if self.max_overlap is not None:
+            common = (Counter(words[0]) & Counter(words[1])).total()
+            total = len(words[0]) + len(words[1])
+            if (2 * common / total if total else 1.0) > self.max_overlap:
+                return "similar"
         return None
 
 
 KEEP_ALL = PairFilters()
 
 
-def drop_reason(teacher: Answer | None, student: Answer | None) -> DropReason | None:
+def drop_reason(teacher: Answer | None, student: Answer | None) -> str | None:
     """Why two answers to a prompt make no pair, or None if they make one.
 
-    * `missing`: one of them is not there, for whatever reason: a model may have failed;
-    * `empty`: one of them is blank;
-    * `truncated`: one of them was cut off, so its end says nothing about its author;
-    * `identical`: they are equal up to white space.
-
-    The first reason that applies is given, in this order.
+    The first reason that applies: one is not there (`missing`), is blank (`empty`) or was cut off,
+    so that its end says nothing about its author (`truncated`), or both are equal up to white space
+    (`identical`).
     """
     if teacher is None or student is None:
         return "missing"
-    texts = normalize_whitespace(teacher.text), normalize_whitespace(student.text)
-    if any(map(is_blank, texts)):
+    if is_blank(teacher.text) or is_blank(student.text):
         return "empty"
     if "length" in (teacher.finish_reason, student.finish_reason):
         return "truncated"
-    if texts[0] == texts[1]:
+    if normalize_whitespace(teacher.text) == normalize_whitespace(student.text):
         return "identical"
     return None
 
@@ -125,8 +120,3 @@ def is_usable(answer: Answer) -> bool:
 def normalize_whitespace(text: str) -> str:
     """Every run of white space as one space, none at the ends."""
     return " ".join(text.split())
-
-
-def _overlap(first: list[str], second: list[str]) -> float:
-    total = len(first) + len(second)
-    return 2 * (Counter(first) & Counter(second)).total() / total if total else 1.0

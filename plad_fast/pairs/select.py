@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from plad_fast.pairs.filters import (
-    FilterReason,
-    PairFilters,
-    drop_reason,
-    is_usable,
-    normalize_whitespace,
-)
+from plad_fast.pairs.filters import PairFilters, drop_reason, is_usable, normalize_whitespace
 from plad_fast.pairs.generation.text_model import Answer
 
 SELECTIONS: dict[str, str] = {
@@ -30,23 +24,15 @@ SELECTIONS: dict[str, str] = {
 
 NEED_SCORES = frozenset({"best-worst", "best-worst-pooled", "ranked"})
 
-Reason: TypeAlias = (
-    FilterReason | Literal["missing", "empty", "truncated", "identical", "unscored", "few"]
-)
-
 Scores: TypeAlias = Mapping[tuple[str, str], float]
 """(Prompt id, text of the answer) -> score; larger is better. NaN is as good as missing."""
 
 
 class Candidate(NamedTuple):
-    """An answer and what it is worth."""
+    """An answer and what it is worth; None where it has no score."""
 
     answer: Answer
     score: float | None
-
-    @property
-    def text(self) -> str:
-        return self.answer.text
 
 
 class Pair(NamedTuple):
@@ -62,7 +48,7 @@ def pairs_of(
     scores: Scores | None,
     select: str,
     filters: PairFilters,
-) -> list[Pair | Reason]:
+) -> list[Pair | str]:
     """The pairs of a prompt, or in their place why they are none.
 
     Args:
@@ -71,31 +57,29 @@ def pairs_of(
         select: a key of `SELECTIONS` other than "ranked".
         filters: applied to what was selected; nothing is selected instead.
     """
+    first, rival = next(iter(teacher), None), next(iter(student), None)
     if select == "all":
-        rivals: Sequence[Answer | None] = student or [None]
-        return [_pair(_first(teacher), rival, scores, filters) for rival in rivals]
-    if select == "teacher":
-        return [_pair(_first(teacher), _first(student), scores, filters)]
-    if select == "best-worst":
-        best, worst = _rank(teacher, scores), _rank(student, scores)
-    else:
-        assert select == "best-worst-pooled"
-        best = worst = _rank([*teacher, *student], scores)
-    if any(candidate.score is None for candidate in [*best, *worst]):
-        return ["unscored"]
-    # Where no answer is usable an unusable one takes its place, to say why there is no pair.
-    chosen = best[0].answer if best else _first(teacher)
-    rejected = worst[-1].answer if worst else _first(student)
-    return [_pair(chosen, rejected, scores, filters)]
+        return [_pair(first, other, scores, filters) for other in student or [None]]
+    if select != "teacher":
+        both = [*teacher, *student]
+        pooled = select == "best-worst-pooled"
+        best = _rank(both if pooled else teacher, scores)
+        worst = _rank(both if pooled else student, scores)
+        if any(candidate.score is None for candidate in [*best, *worst]):
+            return ["unscored"]
+        # Where no answer is usable an unusable one takes its place, to say why there is no pair.
+        first = best[0].answer if best else first
+        rival = worst[-1].answer if worst else rival
+    return [_pair(first, rival, scores, filters)]
 
 
 class RankedAnswers(NamedTuple):
     """Different answers to a prompt by falling score, and why there are not more."""
 
     candidates: list[Candidate]
-    reason: Reason
+    reason: str
 
-    def of_size(self, size: int) -> list[Candidate] | Reason:
+    def of_size(self, size: int) -> list[Candidate] | str:
         """The best, the worst, and evenly spaced ones between, or why there are not so many."""
         kept = self.candidates
         if len(kept) < size:
@@ -119,7 +103,7 @@ def rank_answers(
     if any(candidate.score is None for candidate in ranked):
         return RankedAnswers([], "unscored")
     kept: list[Candidate] = []
-    reason: Reason = "few"
+    reason = "few"
     for candidate in ranked:
         if kept and (why := _reason(kept[-1], candidate, filters)):
             reason = why
@@ -151,7 +135,7 @@ def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:
 
 def _pair(
     teacher: Answer | None, student: Answer | None, scores: Scores | None, filters: PairFilters
-) -> Pair | Reason:
+) -> Pair | str:
     reason = drop_reason(teacher, student)
     if reason is not None:
         return reason
@@ -163,10 +147,10 @@ def _pair(
     return _reason(*pair, filters) or pair
 
 
-def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> FilterReason | None:
-    scored = chosen.score is not None and rejected.score is not None
-    gap = _score(chosen) - _score(rejected) if scored else None
-    return filters.reason(chosen.text, rejected.text, gap)
+def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> str | None:
+    unscored = chosen.score is None or rejected.score is None
+    gap = None if unscored else _score(chosen) - _score(rejected)
+    return filters.reason(chosen.answer.text, rejected.answer.text, gap)
 
 
 def _candidate(answer: Answer, scores: Scores | None) -> Candidate:
@@ -176,7 +160,3 @@ def _candidate(answer: Answer, scores: Scores | None) -> Candidate:
 
 def _score(candidate: Candidate) -> float:
     return -math.inf if candidate.score is None else candidate.score
-
-
-def _first(answers: Sequence[Answer]) -> Answer | None:
-    return answers[0] if answers else None

@@ -116,7 +116,7 @@ def test_columns_are_reused_and_grow():
             rows = [[*row, token] for row, token in zip(rows, new, strict=True)]
             torch.testing.assert_close(decoder.step(new), expected(rows), rtol=1e-4, atol=1e-4)
             if turn % 4 == 3:
-                decoder.drop(0)
+                decoder.cache.drop(0)
                 rows[0] = rows[-1]
                 rows.pop()
                 rows.append(tokens(len(rows[0]) + 9 if turn == 7 else 5))

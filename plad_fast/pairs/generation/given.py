@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +17,33 @@ from plad_fast.data.prompts import Prompt, load_prompts
 from plad_fast.data.tables import read_table
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.completions import watched
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
 
 def column_answers(
-    source: str,
-    column: str,
-    *,
-    prompt_column: str | None = None,
-    prompt_template: str | None = None,
-    split: str = "train",
+    source: str, column: str, *, split: str = "train", **prompt_options: str | None
 ) -> dict[str, str | None]:
     """The texts in a column, by the ids that `load_prompts` gives the prompts of the same data.
 
     Args:
-        source, prompt_column, prompt_template, split: as `load_prompts` got them.
+        source, split, prompt_options: as `load_prompts` got them: `prompt_column` or
+            `prompt_template`.
         column: of texts; null where there is none.
 
     Raises:
         UsageError: as `load_prompts`, or there is no such column.
     """
-    table = read_table(source, split)
-    if column not in table.columns:
-        raise UsageError(
-            f"{source} has no column {column!r} to take answers from; it has "
-            f"{', '.join(map(repr, table.columns))}"
-        )
-    prompts = load_prompts(
-        source,
-        prompt_column=prompt_column,
-        prompt_template=prompt_template,
-        reference_column=column,
-        split=split,
-    )
+    columns = read_table(source, split).columns
+    if column not in columns:
+        has = ", ".join(map(repr, columns))
+        raise UsageError(f"{source} has no column {column!r} to take answers from; it has {has}")
+    prompts = load_prompts(source, reference_column=column, split=split, **prompt_options)
     return {prompt.id: prompt.reference for prompt in prompts}
 
 
-class ColumnModel:
+class ColumnModel(TextModel):
     """Answers that exist already.
 
     Args:
@@ -67,8 +55,8 @@ class ColumnModel:
         self.answers = answers
         self.name = name
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    def generate_samples(
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
         """Yields all answers at once; one that is missing or blank is a failure.
 
@@ -81,11 +69,10 @@ class ColumnModel:
                 "one, or choose another teacher"
             )
         missing = f"{self.name} has no answer to it"
-        found = [_answer(self.answers.get(p.id) or "", p.id, 0, missing) for p in prompts]
-        return watched(self.name, [found])
+        return iter([[_answer(self.answers.get(p.id), p, k, missing) for p, k in wanted]])
 
 
-class CallableModel(SampleModel):
+class CallableModel(TextModel):
     """Any Python function as a source of text.
 
     An exception is the failure of the call's prompts, with its message as the reason; so is what is
@@ -113,8 +100,7 @@ class CallableModel(SampleModel):
     ) -> Iterator[list[Answer | Failure]]:
         """Yields the answers of one call after the other."""
         size = self.batch_size or 1
-        starts = range(0, len(wanted), size)
-        return watched(self.name, (self._call(wanted[i : i + size]) for i in starts))
+        return (self._call(wanted[i : i + size]) for i in range(0, len(wanted), size))
 
     def _call(self, asked: Wanted) -> list[Answer | Failure]:
         contents = [prompt.content for prompt, _ in asked]
@@ -128,18 +114,17 @@ class CallableModel(SampleModel):
         except Exception as error:
             reason = one_line(f"{type(error).__name__}: {error}")
             return [Failure(prompt.id, reason, sample) for prompt, sample in asked]
-        return [
-            _answer(text, prompt.id, sample, "the function returned no text")
-            for text, (prompt, sample) in zip(texts, asked, strict=True)
-        ]
+        missing = "the function returned no text"
+        return [_answer(t, p, k, missing) for t, (p, k) in zip(texts, asked, strict=True)]
 
 
-def _answer(text: Any, prompt_id: str, sample: int, missing: str) -> Answer | Failure:
-    if text is None or (isinstance(text, str) and is_blank(mend(text))):
-        return Failure(prompt_id, missing, sample)
-    if not isinstance(text, str):
-        return Failure(prompt_id, f"the function returned a {type(text).__name__}", sample)
-    return Answer(prompt_id, mend(text).strip(), "stop", 0, sample)
+def _answer(text: Any, prompt: Prompt, sample: int, missing: str) -> Answer | Failure:
+    if not (text is None or isinstance(text, str)):
+        return Failure(prompt.id, f"the function returned a {type(text).__name__}", sample)
+    text = mend(text or "").strip()
+    if is_blank(text):
+        return Failure(prompt.id, missing, sample)
+    return Answer(prompt.id, text, "stop", 0, sample)
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -155,26 +140,24 @@ def import_function(path: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), attribute, None)
     except Exception as error:  # whatever the user's module does when it is imported
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise UsageError(
-            f"cannot import {module_name} for python:{path} "
-            f"({one_line(f'{type(error).__name__}: {error}')}); check the name, and run where the "
-            "module lies or install it"
+            f"cannot import {module_name} for python:{path} ({reason}); run where the module lies, "
+            "or install it"
         ) from error
     if not callable(function):
         raise UsageError(f"{module_name} has no function {attribute!r}; check python:{path}")
     return function
 
 
-def source_digest(function: Callable[..., Any]) -> str | None:
-    """Sixteen hexadecimal digits of the file that a function, or an object's class, is in.
+def source_settings(function: Callable[..., Any]) -> dict[str, str]:
+    """A digest of the file that a function, or an object's class, is in, for a fingerprint.
 
-    None where it is in none. What it imports from other files is not covered.
+    Empty where it is in none. What it imports from other files is not covered.
     """
     function = inspect.unwrap(function)
     for thing in (function, type(function)):
-        try:
+        with contextlib.suppress(TypeError, OSError):
             source = Path(inspect.getsourcefile(thing) or "").read_bytes()
-        except (TypeError, OSError):
-            continue
-        return hashlib.sha256(source).hexdigest()[:16]
-    return None
+            return {"source": hashlib.sha256(source).hexdigest()[:16]}
+    return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +15,9 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, padded, why_not_refill
+from plad_fast.pairs.generation.refill import Refill, Row, padded, require_finite, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
-from plad_fast.pairs.generation.text_model import Answer, SampleModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LocalModel(SampleModel):
+class LocalModel(TextModel):
     """A transformers language model in this process, causal or encoder-decoder.
 
     To an encoder-decoder model a prompt is the encoder's text, with the special tokens that its
@@ -95,27 +96,22 @@ class LocalModel(SampleModel):
 
     def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
         config = self.model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and self._start_token is not None:
-            # Prompt and answer have positions of their own.
-            if sampling.max_new_tokens > positions:
-                raise UsageError(
-                    f"max_new_tokens={sampling.max_new_tokens}, and the decoder of model "
-                    f"{self.name} has {positions} positions; lower max_new_tokens"
-                )
-            room, why = positions, f"the encoder has {positions} positions; shorten or drop them"
-        else:
-            room = positions - sampling.max_new_tokens if positions else None
-            why = (
-                f"of {positions} positions max_new_tokens={sampling.max_new_tokens} leaves "
-                f"{max(room or 0, 0)}; shorten or drop these prompts, or lower max_new_tokens"
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
+        limit = sampling.max_new_tokens
+        if limit > positions:
+            raise UsageError(
+                f"max_new_tokens={limit}, and model {self.name} has {positions} positions; lower it"
             )
-        too_long = [row for row in rows if room is not None and len(row[0]) > room]
+        # In an encoder-decoder model prompt and answer have positions of their own.
+        room = positions - (limit if self._start_token is None else 0)
+        too_long = [row for row in rows if len(row[0]) > room]
         if too_long:
             ids, prompt = max(too_long, key=lambda row: len(row[0]))
             raise UsageError(
                 f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
-                f"prompt {prompt.id!r} has {len(ids)} tokens, and {why}"
+                f"prompt {prompt.id!r} has {len(ids)} tokens, and of {positions} positions "
+                f"max_new_tokens={limit} leaves {room}; shorten or drop them, or lower "
+                "max_new_tokens"
             )
         for ids, prompt in rows:
             if max(ids) >= config.vocab_size:
@@ -129,25 +125,19 @@ class LocalModel(SampleModel):
         pad = self.tokenizer.pad_token_id
         pad = min(ends, default=0) if pad is None else pad
         config = self._generation_config(sampling, ends, pad)
-        try:
-            if rows and self._can_refill(config, pad):
-                refill = None
-                # The model is in its own mode whenever answers are handed out.
-                while refill is None or refill.unfinished:
-                    with _generating(self.model, config), torch.inference_mode():
-                        refill = refill or Refill(self.model, rows, sampling, ends, pad)
-                        finished = refill.advance()
-                    yield [self._finish(row, ends) for row in finished]
-                return
-            for start in range(0, len(rows), sampling.batch_size):
-                batch = rows[start : start + sampling.batch_size]
-                self._generate_batch(batch, sampling, config)
-                yield [self._finish(row, ends) for row in batch]
-        except BrokenLogitsError as error:
-            raise UsageError(
-                f"model {self.name} produced NaN or infinite logits for prompt {error.args[0]!r}; "
-                "load it in bfloat16 or float32, and check that its training did not diverge"
-            ) from None
+        if rows and self._can_refill(config, pad):
+            refill = None
+            # The model is in its own mode whenever answers are handed out.
+            while refill is None or refill.unfinished:
+                with _generating(self.model, config), torch.inference_mode():
+                    refill = refill or Refill(self.model, rows, sampling, ends, pad)
+                    finished = refill.advance()
+                yield [self._finish(row, ends) for row in finished]
+            return
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = rows[start : start + sampling.batch_size]
+            self._generate_batch(batch, sampling, config)
+            yield [self._finish(row, ends) for row in batch]
 
     def _can_refill(self, config: GenerationConfig, pad: int) -> bool:
         if self._refills is None:
@@ -184,8 +174,8 @@ class LocalModel(SampleModel):
         prompts, mask = padded([row.prompt for row in rows], config.pad_token_id, side, device)
         # Tokens in front of an answer in what `generate` gives.
         before = prompts.shape[1] if self._start_token is None else 1
-        ids, samples = [row.prompt_id for row in rows], [row.sample for row in rows]
-        sampler = RowSampler(sampling, ids, before, device, samples)
+        uniforms = torch.stack([sampling.uniforms(row.prompt_id, row.sample) for row in rows])
+        sampler = RowSampler(sampling, uniforms.to(device), before)
         generate: Any = self.model.generate
         with _generating(self.model, config), torch.inference_mode():
             output = generate(  # by name, as PEFT's takes them
@@ -195,9 +185,7 @@ class LocalModel(SampleModel):
                 logits_processor=LogitsProcessorList([sampler]),
                 **_cache(self.model),
             )
-        broken = sampler.broken.tolist()
-        if any(broken):
-            raise BrokenLogitsError(ids[broken.index(True)])
+        require_finite(rows, sampler.broken.tolist())
         for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
             row.tokens = tokens
 
@@ -205,10 +193,10 @@ class LocalModel(SampleModel):
         tokens = row.tokens
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         # Not every end token is special to the tokenizer: cut before it rather than skip it.
-        text = decode_answer(self.tokenizer, tokens[:length])
+        text = decode_answer(self.tokenizer, tokens[:length]).strip()
         if length is None:
-            return Answer(row.prompt_id, text.strip(), "length", len(tokens), row.sample)
-        return Answer(row.prompt_id, text.strip(), "stop", length + 1, row.sample)
+            return Answer(row.prompt_id, text, "length", len(tokens), row.sample)
+        return Answer(row.prompt_id, text, "stop", length + 1, row.sample)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -17,13 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
-    """Makes room for rows of this fingerprint where a store holds those of another.
+    """Makes room for rows of this fingerprint where a store, not open, holds those of another.
 
     These may have been paid for: the file is renamed, `answers.1a2b3c4d.jsonl`, and takes its name
     back when its fingerprint comes again.
-
-    Args:
-        path: of the store, which is not open.
     """
     path = Path(path).expanduser()
     wanted = as_json(fingerprint)
@@ -48,18 +45,17 @@ def set_rows_aside(
     fingerprint: Mapping[str, Any],
     is_current: Callable[[Row], bool],
 ) -> None:
-    """Moves rows that are not current out of a store of this fingerprint, to `answers.old.jsonl`.
+    """Moves rows that are not current out of a store, not open, to `answers.old.jsonl`.
 
-    Args:
-        path: of the store, which is not open.
-        fingerprint: a store of another one is left alone.
+    A store of another fingerprint is left alone.
     """
     path = Path(path).expanduser()
     if _fingerprint(path) != as_json(fingerprint):
         return
     with RowStore.open(path, fingerprint) as store:
-        kept = [row for row in store.rows.values() if is_current(row)]
-        moved = [row for row in store.rows.values() if not is_current(row)]
+        rows = list(store.rows.values())
+    kept = [row for row in rows if is_current(row)]
+    moved = [row for row in rows if not is_current(row)]
     if not moved:
         return
     old = path.with_name(f"{path.stem}.old{path.suffix}")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from plad_fast.data.chat import Content, is_blank
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.completions import known_end, watched
+from plad_fast.pairs.generation.completions import known_end
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
 _AT_ONCE = 512  # requests in a call: what a killed run loses, and enough to keep a GPU busy
 
 
-class VllmModel(SampleModel):
+class VllmModel(TextModel):
     """A model for vLLM's `LLM` class, which is loaded when it is first asked.
 
     Plain text is asked as a message of the user if the tokenizer has a chat template, as
@@ -37,8 +37,8 @@ class VllmModel(SampleModel):
     def __init__(self, model: str, name: str | None = None, **engine_options: Any) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UsageError(
-                "vLLM is not installed; run: pip install vllm (on Linux with a GPU), or serve the "
-                "model elsewhere and use openai:MODEL with --base-url"
+                "vLLM is not installed; run: pip install vllm, or serve the model elsewhere and "
+                "use openai:MODEL"
             )
         if not model:
             raise UsageError("no model is named; write vllm:MODEL")
@@ -56,22 +56,16 @@ class VllmModel(SampleModel):
             UsageError: from this call: the model cannot be loaded. From the iterator: vLLM refuses
                 a prompt, such as one too long for the model.
         """
-        self._load()
+        if self._engine is None:
+            try:
+                self._engine = _vllm().LLM(model=self.model, **self._engine_options)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UsageError(
+                    f"vLLM cannot load {self.model!r} ({one_line(str(error))}); check the name and "
+                    "the GPU's free memory"
+                ) from error
         starts = range(0, len(wanted), _AT_ONCE)
-        return watched(
-            self.name, (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
-        )
-
-    def _load(self) -> None:
-        if self._engine is not None:
-            return
-        try:
-            self._engine = _vllm().LLM(model=self.model, **self._engine_options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"vLLM cannot load {self.model!r} ({one_line(str(error))}); check the name and the "
-                "GPU's free memory"
-            ) from error
+        return (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
 
     def _answer(self, asked: Wanted, sampling: Sampling) -> list[Answer | Failure]:
         params = [
@@ -85,21 +79,9 @@ class VllmModel(SampleModel):
             )
             for prompt, sample in asked
         ]
-        tokenizer = self._engine.get_tokenizer()
-        # A tokenizer that brings its own way of chatting (Mistral's) has no such attribute.
-        chats = getattr(tokenizer, "chat_template", True)
-        contents = dict(enumerate(prompt.content for prompt, _ in asked))
-        plain = {i: c for i, c in contents.items() if isinstance(c, str) and not chats}
-        tokens = _as_tokens(tokenizer, {i: c for i, c in contents.items() if i not in plain})
-        rest = {i: as_chat(c) for i, c in contents.items() if i not in plain and i not in tokens}
-        calls: list[tuple[Any, dict[int, Any]]] = [
-            (self._engine.generate, {i: {"prompt_token_ids": ids} for i, ids in tokens.items()}),
-            (self._engine.generate, plain),
-            (self._engine.chat, rest),
-        ]
         outputs: dict[int, Any] = {}
         try:
-            for call, inputs in calls:
+            for call, inputs in self._calls([prompt.content for prompt, _ in asked]):
                 if inputs:
                     found = call([*inputs.values()], [params[i] for i in inputs], use_tqdm=False)
                     outputs |= zip(inputs, found, strict=True)
@@ -110,24 +92,30 @@ class VllmModel(SampleModel):
             ) from error
         return [_read(outputs[i].outputs[0], p.id, sample) for i, (p, sample) in enumerate(asked)]
 
+    def _calls(self, contents: Sequence[Content]) -> list[tuple[Any, dict[int, Any]]]:
+        """The engine's methods, and what each is given of the contents, by their places."""
+        from plad_fast.data.text_ids import TextIds
+
+        tokenizer = self._engine.get_tokenizer()
+        # A tokenizer that brings its own way of chatting (Mistral's) has no such attributes.
+        chats = getattr(tokenizer, "chat_template", True)
+        encoder = TextIds(tokenizer) if hasattr(tokenizer, "added_tokens_decoder") else None
+        tokens, plain, rest = {}, {}, {}
+        for i, content in enumerate(contents):
+            if isinstance(content, str) and not chats:
+                plain[i] = content
+            elif encoder is not None and encoder.holds_special(as_chat(content)):
+                # vLLM would not read special tokens in a message as text, as training does.
+                tokens[i] = {"prompt_token_ids": encoder.prompt(as_chat(content))}
+            else:
+                rest[i] = as_chat(content)
+        engine = self._engine
+        return [(engine.generate, tokens), (engine.generate, plain), (engine.chat, rest)]
+
 
 def _vllm() -> Any:
     """The module, which takes long to import, and is not installed where types are checked."""
     return importlib.import_module("vllm")
-
-
-def _as_tokens(tokenizer: Any, contents: Mapping[int, Content]) -> dict[int, list[int]]:
-    """Token ids of the chats with a special token in a message, which vLLM would not read as text.
-
-    They are those on which a student is trained.
-    """
-    if not hasattr(tokenizer, "added_tokens_decoder"):
-        return {}
-    from plad_fast.data.text_ids import TextIds
-
-    encoder = TextIds(tokenizer)
-    chats = {i: as_chat(content) for i, content in contents.items()}
-    return {i: encoder.prompt(chat) for i, chat in chats.items() if encoder.holds_special(chat)}
 
 
 def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:

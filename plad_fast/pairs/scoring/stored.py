@@ -94,13 +94,11 @@ def stored_scores(
             if any(keys[index] not in store.done for index in batch):
                 unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
                 scores = scorer.score([items[index] for index in unique])
-                store.append(
-                    [
-                        {"id": keys[index], "prompt": items[index][0].id, "score": score}
-                        for index, score in zip(unique, scores, strict=True)
-                        if not math.isnan(score)
-                    ]
-                )
+                rows = [
+                    {"id": keys[index], "prompt": items[index][0].id, "score": score}
+                    for index, score in zip(unique, scores, strict=True)
+                ]
+                store.append([row for row in rows if not math.isnan(row["score"])])
             bar.update(len(batch))
         return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
 

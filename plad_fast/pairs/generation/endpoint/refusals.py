@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
@@ -72,14 +72,14 @@ def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
     return Refusal()
 
 
-def droppable(refusal: Refusal, sent: Mapping[str, Any], optional: Set[str]) -> bool:
+def droppable(refusal: Refusal, sent: Mapping[str, Any], any_temperature: bool) -> bool:
     """Whether the request says the same without the parameter, or by another name of it."""
     name = refusal.parameter
     if name in LIMITS:
         return refusal.of == "name"
     # Left out, the server's own temperature would be used, which is 1 as a rule.
     if name == "temperature":
-        return name in optional or (refusal.of == "name" and sent[name] == 1)
+        return any_temperature or (refusal.of == "name" and sent[name] == 1)
     return name in ("seed", "n")
 
 
