@@ -1,11 +1,10 @@
-"""The gradients of a one-pass loss, made for an upstream of 1, times the upstream that came."""
+"""Gradients times a number, rounded to the dtype of what they belong to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from plad_fast.ops.impl import triton_backend
 from plad_fast.ops.impl.products import accumulation_dtype
 
 _SCALED_AT_ONCE = 2**20  # entries
@@ -19,6 +18,8 @@ def scaled_gradient(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> 
     """
     if factor is None and grad.dtype == dtype:
         return grad
+    from plad_fast.ops.impl import triton_backend  # which scales gradients itself
+
     if triton_backend.preferred(grad) and triton_backend.unavailable(grad) is None:
         from plad_fast.kernels.scaling import scaled
 
