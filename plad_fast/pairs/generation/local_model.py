@@ -75,24 +75,16 @@ class LocalModel(TextModel):
                 produced NaN or infinite logits.
         """
         prompts = {prompt.id: prompt for prompt, _ in wanted}
-        ids = self._encode(prompts.values())
+        ids = prompt_ids(
+            self.tokenizer,
+            prompts.values(),
+            chat=self.chat,
+            encoder_decoder=self._start_token is not None,
+        )
         self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)
         rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
         rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
         return self._batches(rows, sampling)
-
-    def _encode(self, prompts: Iterable[Prompt]) -> dict[str, list[int]]:
-        from plad_fast.data.text_ids import TextIds
-
-        encoder = TextIds(self.tokenizer, encoder_decoder=self._start_token is not None)
-        found = {}
-        for prompt in prompts:
-            content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
-            try:
-                found[prompt.id] = encoder.prompt(content)
-            except UsageError as error:
-                raise UsageError(f"prompt {prompt.id!r}: {error}") from None
-        return found
 
     def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
         config = self.model.config.get_text_config()
@@ -197,6 +189,30 @@ class LocalModel(TextModel):
         if length is None:
             return Answer(row.prompt_id, text, "length", len(tokens), row.sample)
         return Answer(row.prompt_id, text, "stop", length + 1, row.sample)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    *,
+    chat: bool = True,
+    encoder_decoder: bool = False,
+) -> dict[str, list[int]]:
+    """The tokens of prompts by their ids, as a student is trained on them; see `LocalModel`.
+
+    Raises UsageError for a prompt that is empty or cannot be written in the tokenizer's template.
+    """
+    from plad_fast.data.text_ids import TextIds
+
+    encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
+    ids = {}
+    for prompt in prompts:
+        content = as_messages(tokenizer, prompt.content) if chat else prompt.content
+        try:
+            ids[prompt.id] = encoder.prompt(content)
+        except UsageError as error:
+            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+    return ids
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
