@@ -51,11 +51,8 @@ def pairs_of(
 ) -> list[Pair | str]:
     """The pairs of a prompt, or in their place why they are none.
 
-    Args:
-        teacher, student: their answers, by sample number.
-        scores: of the answers, those that are blank or cut off excepted.
-        select: a key of `SELECTIONS` other than "ranked".
-        filters: applied to what was selected; nothing is selected instead.
+    Answers come by sample number, `select` is any but "ranked", and the filters are applied to what
+    was selected: nothing is selected instead.
     """
     first, rival = next(iter(teacher), None), next(iter(student), None)
     if select == "all":

@@ -128,10 +128,7 @@ def _answer(text: Any, prompt: Prompt, sample: int, missing: str) -> Answer | Fa
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The function `package.module.function`; modules in the working directory are found too.
-
-    Raises UsageError where there is none, or its module cannot be imported.
-    """
+    """The function `package.module.function`; modules in the working directory are found too."""
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
         raise UsageError(f"python:{path} names no module; write python:MODULE.FUNCTION")

@@ -198,10 +198,7 @@ def prompt_ids(
     chat: bool = True,
     encoder_decoder: bool = False,
 ) -> dict[str, list[int]]:
-    """The tokens of prompts by their ids, as a student is trained on them; see `LocalModel`.
-
-    Raises UsageError for a prompt that is empty or cannot be written in the tokenizer's template.
-    """
+    """The tokens of prompts by their ids, as a student is trained on them; see `LocalModel`."""
     from plad_fast.data.text_ids import TextIds
 
     encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
@@ -216,11 +213,10 @@ def prompt_ids(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that end an answer.
+    """Ids of the tokens that end an answer: the generation config's, and the tokenizer's EOS.
 
-    They are those of the generation config, the tokenizer's EOS, and the mark that closes an
-    assistant turn in the chat template: a model trained with the template learns to end in that,
-    also where the config still names the EOS of pre-training.
+    And the mark that closes an assistant turn in the chat template: a model trained with it learns
+    to end in that, also where the config still names the EOS of pre-training.
     """
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ends = set(configured if isinstance(configured, list) else [configured])

@@ -58,10 +58,8 @@ def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
 class RowDecoder:
     """Next-token logits of rows that come and go. Call it in evaluation and inference mode.
 
-    Args:
-        model: a causal LM that `why_not_refill` has nothing against.
-        max_rows: most rows at once.
-        pad: any token; it fills up shorter prompts.
+    The model is a causal LM that `why_not_refill` has nothing against; `pad`, which fills up
+    shorter prompts, is any token.
     """
 
     def __init__(self, model: Any, max_rows: int, pad: int, *, slack: int = 64) -> None:
@@ -75,12 +73,8 @@ class RowDecoder:
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
         self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
 
-    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:
-        """Reads new prompts and adds rows for them, `copies` of each, after those there are.
-
-        Returns:
-            (number of rows, V): logits of their first new tokens.
-        """
+    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:  # (new, V)
+        """Reads new prompts and adds rows for them, `copies` of each, after those there are."""
         from transformers import DynamicCache
 
         ids, mask = padded(prompts, self._pad, "left", self._device)
@@ -121,10 +115,7 @@ class RowDecoder:
 class Refill:
     """Answers rows in the order given, `sampling.batch_size` of them at a time.
 
-    Args:
-        model: see `RowDecoder`.
-        rows: the longest prompts first, the samples of a prompt side by side.
-        ends: tokens that end an answer.
+    The longest prompts come first, the samples of a prompt side by side.
     """
 
     def __init__(
@@ -146,11 +137,7 @@ class Refill:
         return bool(self._waiting or self._running)
 
     def advance(self) -> list[Row]:
-        """Goes on until at least one row is finished, and returns those that are.
-
-        Raises:
-            UsageError: NaN or infinite logits.
-        """
+        """Goes on until at least one row is finished, and returns those that are."""
         while True:
             free = self._size - len(self._running)
             if self._waiting and (free >= self._newcomers or free >= len(self._waiting)):

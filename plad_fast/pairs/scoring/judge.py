@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,7 +122,11 @@ class Judge(Scorer):
             for prompt, a, b in items
         ]
         wanted = {key: messages for both in questions for key, messages in both}
-        with self._stored() as store:
+        opened = nullcontext() if self.store is None else RowStore.open(self.store, self.settings())
+        with opened as store:
+            if store is not None:
+                store.require(_is_verdict)
+                self._known |= store.rows
             new = {key: text for key, text in wanted.items() if key not in self._known}
             failures = self._ask(new, store)
         if wanted and not wanted.keys() & self._known.keys():
@@ -201,16 +205,6 @@ class Judge(Scorer):
 
     def _request(self, messages: Messages) -> ChatRequest:
         return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)
-
-    @contextmanager
-    def _stored(self) -> Iterator[RowStore | None]:
-        if self.store is None:
-            yield None
-            return
-        with RowStore.open(self.store, self.settings()) as store:
-            store.require(_is_verdict)
-            self._known |= store.rows
-            yield store
 
     def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""

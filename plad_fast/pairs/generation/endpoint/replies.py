@@ -63,9 +63,7 @@ def tells_ends(body: Mapping[str, Any]) -> bool:
 def read_choices(
     body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int
 ) -> list[Choice]:
-    """The answers in a reply, at least one and at most `n`; those that are bad are left out.
-
-    Raises BadReplyError where there are none.
+    """The answers in a reply, at most `n`; bad ones are left out, and BadReplyError if all are.
 
     Args:
         key: masked in texts: some servers play back what they were sent.

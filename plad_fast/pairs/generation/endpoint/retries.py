@@ -95,12 +95,8 @@ def judge(
 ) -> Trouble:
     """What to do about whatever was raised while a request was made or its reply was read.
 
-    Args:
-        error: from the client, or a `BadReplyError`.
-        sent: the request's body.
-        refused: parameters that are left out or replaced already.
-        key: to keep out of the reason.
-        any_temperature: see `ChatRequest`.
+    `refused` are parameters that are left out or replaced already; the key is kept out of the
+    reason.
     """
     import openai
 
