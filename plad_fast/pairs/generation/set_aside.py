@@ -56,6 +56,7 @@ def set_rows_aside(
     old = {row["id"] for row in rows if row.get("prompt") not in (None, digests.get(row["id"]))}
     old &= digests.keys()  # not rows of other prompts
     moved = [row for row in rows if row["id"] in old]
+    kept = [row for row in rows if row["id"] not in old]
     if not moved:
         return
     beside = path.with_name(f"{path.stem}.old{path.suffix}")
@@ -70,7 +71,7 @@ def set_rows_aside(
     whole = path.with_name(f".{path.name}.tmp")
     whole.unlink(missing_ok=True)
     with RowStore.open(whole, fingerprint) as store:
-        store.append([row for row in rows if row["id"] not in old])
+        store.append(kept)
     os.replace(whole, path)
     sync_folder(path.parent)
 
