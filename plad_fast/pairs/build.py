@@ -47,14 +47,6 @@ _REASONS = {
     "similar": ("kept", "raise max_overlap, or sample the student at a higher temperature"),
 }
 
-_SOURCES = {
-    "teacher": "teacher > student",
-    "all": "teacher > student",
-    "best-worst": "best of teacher > worst of student",
-    "best-worst-pooled": "best > worst",
-    "ranked": "ranked",
-}
-
 
 class NoPairsError(UsageError):
     """No row is left; `report` says why."""
@@ -172,7 +164,7 @@ def build_pairs(
         selected = [[answers.of_size(size)] for answers in ranked]
     else:
         selected = [pairs_of(*answers, scores, select, filters) for answers in given]
-    source = _SOURCES[select] if source is None else source
+    source = SELECTIONS[select] if source is None else source
     rows, drops = [], []
     for prompt, (teacher, student), found in zip(prompts, given, selected, strict=True):
         for number, item in enumerate(found):
@@ -249,7 +241,7 @@ def _row(
     scores = [candidate.score for candidate in found]
     if not isinstance(found, Pair):
         return {"prompt": content, "responses": responses, "scores": scores}
-    row = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
+    row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
     if None not in scores:
         row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row

@@ -13,14 +13,14 @@ from typing import NamedTuple, TypeAlias
 from plad_fast.pairs.filters import PairFilters, drop_reason, is_usable, normalize_whitespace
 from plad_fast.pairs.generation.text_model import Answer
 
-SELECTIONS: dict[str, str] = {
-    "teacher": "the teacher's first answer > the student's first sample",
-    "all": "the teacher's first answer > every sample of the student, a pair each",
-    "best-worst": "the teacher's best-scored answer > the student's worst-scored sample",
-    "best-worst-pooled": "the best-scored > the worst-scored of both models' answers",
-    "ranked": "a list of both models' answers by their scores",
+SELECTIONS = {
+    "teacher": "teacher > student",  # the teacher's first answer, the student's first sample
+    "all": "teacher > student",  # the teacher's first answer, every sample: a pair each
+    "best-worst": "best of teacher > worst of student",
+    "best-worst-pooled": "best > worst",  # of both models' answers
+    "ranked": "ranked",  # a list of both models' answers
 }
-"""What can be selected, with an explanation for the user."""
+"""What can be selected, the last three by scores, and what a row says was preferred to what."""
 
 NEED_SCORES = frozenset({"best-worst", "best-worst-pooled", "ranked"})
 
@@ -56,7 +56,8 @@ def pairs_of(
     """
     first, rival = next(iter(teacher), None), next(iter(student), None)
     if select == "all":
-        return [_pair(first, other, scores, filters) for other in student or [None]]
+        rivals = student if student else [None]
+        return [_pair(first, other, scores, filters) for other in rivals]
     if select != "teacher":
         both = [*teacher, *student]
         pooled = select == "best-worst-pooled"

@@ -16,14 +16,14 @@ from plad_fast.data.chat import is_blank
 from plad_fast.data.prompts import Prompt, load_prompts
 from plad_fast.data.tables import read_table
 from plad_fast.data.unicode import mend
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, reported_as
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
 
 def column_answers(
-    source: str, column: str, *, split: str = "train", **prompt_options: str | None
+    source: str, column: str, *, split: str = "train", **prompt_options: Any
 ) -> dict[str, str | None]:
     """The texts in a column, by the ids that `load_prompts` gives the prompts of the same data.
 
@@ -65,8 +65,7 @@ class ColumnModel(TextModel):
         """
         if sampling.n > 1:
             raise UsageError(
-                f"{self.name} holds one answer to a prompt, and {sampling.n} are wanted; ask for "
-                "one, or choose another teacher"
+                f"{self.name} holds one answer to a prompt, and {sampling.n} are wanted; take one"
             )
         missing = f"{self.name} has no answer to it"
         return iter([[_answer(self.answers.get(p.id), p, k, missing) for p, k in wanted]])
@@ -134,14 +133,9 @@ def import_function(path: str) -> Callable[..., Any]:
         raise UsageError(f"python:{path} names no module; write python:MODULE.FUNCTION")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    problem = f"cannot import {module_name} for python:{path}; run where it lies, or install it"
+    with reported_as(problem, "Python"):
         function = getattr(importlib.import_module(module_name), attribute, None)
-    except Exception as error:  # whatever the user's module does when it is imported
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise UsageError(
-            f"cannot import {module_name} for python:{path} ({reason}); run where the module lies, "
-            "or install it"
-        ) from error
     if not callable(function):
         raise UsageError(f"{module_name} has no function {attribute!r}; check python:{path}")
     return function

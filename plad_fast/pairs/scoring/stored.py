@@ -94,7 +94,7 @@ def stored_scores(
             if any(keys[index] not in store.done for index in batch):
                 unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
                 scores = scorer.score([items[index] for index in unique])
-                rows = [
+                rows: list[dict[str, Any]] = [
                     {"id": keys[index], "prompt": items[index][0].id, "score": score}
                     for index, score in zip(unique, scores, strict=True)
                 ]
