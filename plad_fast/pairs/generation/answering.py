@@ -41,7 +41,6 @@ def stored_answers(
     sampling: Sampling,
     *,
     fingerprint: Mapping[str, Any],
-    overwrite: bool = False,
     others_aside: bool = False,
     progress: bool = True,
     to_the_end: bool = False,
@@ -63,7 +62,6 @@ def stored_answers(
             those that a killed run left are taken in first.
         sampling: how to draw the answers, `n` to a prompt.
         fingerprint: what else the answers depend on, such as the model's name.
-        overwrite: discard what is stored.
         others_aside: keep answers of another fingerprint, and those to what these prompts were
             before, in files beside the store, rather than raise an error; see `set_aside`.
         progress: show a bar on the standard error stream.
@@ -86,8 +84,6 @@ def stored_answers(
     def open_store() -> list[str]:
         """Ids of the rows that it lacks."""
         nonlocal store
-        if overwrite:
-            discard_answers(path)
         if others_aside:
             set_aside(path, settings)
             renew_answers(path, prompts, sampling, settings)
