@@ -15,7 +15,7 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import Refill, Row, padded, require_finite, why_not_refill
+from plad_fast.pairs.generation.refill import Row, padded, refilled, require_finite, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
 from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
@@ -62,7 +62,6 @@ class LocalModel(TextModel):
         self.tokenizer = tokenizer
         self.name = name
         self.chat = chat
-        self.refill = refill
         self._refills: bool | None = None if refill else False
         self._start_token = decoder_start_token(model)
 
@@ -118,14 +117,14 @@ class LocalModel(TextModel):
         pad = min(ends, default=0) if pad is None else pad
         config = self._generation_config(sampling, ends, pad)
         if rows and self._can_refill(config, pad):
-            refill = None
-            # The model is in its own mode whenever answers are handed out.
-            while refill is None or refill.unfinished:
+            batches = refilled(self.model, rows, sampling, ends, pad)
+            while True:
+                # The model is in its own mode whenever answers are handed out.
                 with _generating(self.model, config), torch.inference_mode():
-                    refill = refill or Refill(self.model, rows, sampling, ends, pad)
-                    finished = refill.advance()
+                    finished = next(batches, None)
+                if finished is None:
+                    return
                 yield [self._finish(row, ends) for row in finished]
-            return
         for start in range(0, len(rows), sampling.batch_size):
             batch = rows[start : start + sampling.batch_size]
             self._generate_batch(batch, sampling, config)
