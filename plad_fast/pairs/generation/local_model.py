@@ -101,8 +101,7 @@ class LocalModel(TextModel):
             raise UsageError(
                 f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
                 f"prompt {prompt.id!r} has {len(ids)} tokens, and of {positions} positions "
-                f"max_new_tokens={limit} leaves {room}; shorten or drop them, or lower "
-                "max_new_tokens"
+                f"max_new_tokens={limit} leaves {room}; drop them, or lower max_new_tokens"
             )
         for ids, prompt in rows:
             if max(ids) >= config.vocab_size:
@@ -118,17 +117,15 @@ class LocalModel(TextModel):
         config = self._generation_config(sampling, ends, pad)
         if rows and self._can_refill(config, pad):
             batches = refilled(self.model, rows, sampling, ends, pad)
-            while True:
-                # The model is in its own mode whenever answers are handed out.
-                with _generating(self.model, config), torch.inference_mode():
-                    finished = next(batches, None)
-                if finished is None:
-                    return
-                yield [self._finish(row, ends) for row in finished]
-        for start in range(0, len(rows), sampling.batch_size):
-            batch = rows[start : start + sampling.batch_size]
-            self._generate_batch(batch, sampling, config)
-            yield [self._finish(row, ends) for row in batch]
+        else:
+            batches = self._generated(rows, sampling, config)
+        while True:
+            # The model is in its own mode whenever answers are handed out.
+            with _generating(self.model, config), torch.inference_mode():
+                finished = next(batches, None)
+            if finished is None:
+                return
+            yield [self._finish(row, ends) for row in finished]
 
     def _can_refill(self, config: GenerationConfig, pad: int) -> bool:
         if self._refills is None:
@@ -154,21 +151,22 @@ class LocalModel(TextModel):
             use_cache=True,
         )
 
-    def _generate_batch(
+    def _generated(
         self, rows: list[Row], sampling: Sampling, config: GenerationConfig
-    ) -> None:
-        """Sets the tokens of all rows, by transformers' `generate`; what follows an end is pad."""
+    ) -> Iterator[list[Row]]:
+        """Rows answered by transformers' `generate`, batch by batch; what follows an end is pad."""
         from transformers import LogitsProcessorList
 
         device = self.model.device
         side: Literal["left", "right"] = "left" if self._start_token is None else "right"
-        prompts, mask = padded([row.prompt for row in rows], config.pad_token_id, side, device)
-        # Tokens in front of an answer in what `generate` gives.
-        before = prompts.shape[1] if self._start_token is None else 1
-        uniforms = torch.stack([sampling.uniforms(row.prompt_id, row.sample) for row in rows])
-        sampler = RowSampler(sampling, uniforms.to(device), before)
         generate: Any = self.model.generate
-        with _generating(self.model, config), torch.inference_mode():
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = rows[start : start + sampling.batch_size]
+            prompts, mask = padded([row.prompt for row in batch], config.pad_token_id, side, device)
+            # Tokens in front of an answer in what `generate` gives.
+            before = prompts.shape[1] if self._start_token is None else 1
+            uniforms = torch.stack([sampling.uniforms(row.prompt_id, row.sample) for row in batch])
+            sampler = RowSampler(sampling, uniforms.to(device), before)
             output = generate(  # by name, as PEFT's takes them
                 input_ids=prompts,
                 attention_mask=mask,
@@ -176,9 +174,10 @@ class LocalModel(TextModel):
                 logits_processor=LogitsProcessorList([sampler]),
                 **_cache(self.model),
             )
-        require_finite(rows, sampler.broken.tolist())
-        for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
-            row.tokens = tokens
+            require_finite(batch, sampler.broken.tolist())
+            for row, tokens in zip(batch, output[:, before:].tolist(), strict=True):
+                row.tokens = tokens
+            yield batch
 
     def _finish(self, row: Row, ends: set[int]) -> Answer:
         tokens = row.tokens
