@@ -30,11 +30,8 @@ class PairFilters:
     """Drop a pair one of whose answers has more than so many times the words of the other."""
 
     max_repetition: float | None = None
-    """Drop a pair with more than this share of repeated 4-grams in its chosen answer."""
-
-    rejected_may_repeat: bool = True
-    """False: `max_repetition` holds for the rejected answer too. By default it may be caught in a
-    loop, which is a fault that the student should unlearn."""
+    """Drop a pair with more than this share of repeated 4-grams in its chosen answer. The rejected
+    one may be caught in a loop, which is a fault that the student should unlearn."""
 
     max_overlap: float | None = None
     """Drop a pair whose answers have more than this share of their words in common (F-measure,
@@ -61,8 +58,8 @@ class PairFilters:
     def reason(self, chosen: str, rejected: str, gap: float | None = None) -> str | None:
         """Why to drop a pair, or None; the first that applies, in the order of the fields.
 
-        They are `contradicted`, `close` (the scores), `uneven` (the lengths), `repetitive` (an
-        answer) and `similar` (the answers).
+        They are `contradicted`, `close` (the scores), `uneven` (the lengths), `repetitive` (the
+        chosen answer) and `similar` (the answers).
 
         Args:
             chosen, rejected: the texts.
@@ -79,10 +76,9 @@ class PairFilters:
             shorter, longer = sorted(map(len, words))
             if longer > self.max_length_ratio * shorter:
                 return "uneven"
-        if self.max_repetition is not None:
-            texts = [chosen] if self.rejected_may_repeat else [chosen, rejected]
-            if max(text_metrics.repetition_shares(texts)) > self.max_repetition:
-                return "repetitive"
+        repeated = text_metrics.repetition_shares([chosen])[0]
+        if self.max_repetition is not None and repeated > self.max_repetition:
+            return "repetitive"
         if self.max_overlap is not None:
             common = (Counter(words[0]) & Counter(words[1])).total()
             total = len(words[0]) + len(words[1])

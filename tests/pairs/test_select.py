@@ -167,13 +167,6 @@ WORDS = "one two three four five six"
         ({"max_repetition": 0.33}, WORDS + " " + WORDS, "b", None, "repetitive"),
         ({"max_repetition": 0.34}, WORDS + " " + WORDS, "b", None, None),
         ({"max_repetition": 0.33}, "b", WORDS + " " + WORDS, None, None),
-        (
-            {"max_repetition": 0.33, "rejected_may_repeat": False},
-            "b",
-            WORDS + " " + WORDS,
-            None,
-            "repetitive",
-        ),
         ({"max_overlap": 0.8}, WORDS, "Six! five four three, two one", None, "similar"),
         ({"max_overlap": 0.8}, "a a a a b", "a a a a c", None, None),  # 8 of 10
         ({"max_overlap": 0.79}, "a a a a b", "a a a a c", None, "similar"),

@@ -9,11 +9,11 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, causes_of
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.refusals import (
     LIMITS,
@@ -23,7 +23,7 @@ from plad_fast.pairs.generation.endpoint.refusals import (
 )
 
 _AGAIN = frozenset({408, 409, 425, 429})
-LONGEST_PAUSE = 60.0  # seconds
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 LONGEST_ASKED = 900.0
 """Seconds that a server may ask to wait for; a longer wait is the user's."""
 _TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "anyio"})
@@ -113,7 +113,7 @@ def judge(
 def _of_transport(error: Exception) -> Trouble:
     import openai
 
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
         return _of_reply(bad)
     names = {type(cause).__name__ for cause in causes}
@@ -132,15 +132,6 @@ def _of_transport(error: Exception) -> Trouble:
         reason = f"the reply cannot be read: {type(error).__name__}: {error}"
         unreachable = False
     return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those that it was raised from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _of_reply(error: BadReplyError) -> Trouble:
@@ -254,10 +245,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def pause(tries: int, asked: float | None, *, first: float) -> float:
+def pause(tries: int, asked: float | None) -> float:
     """Seconds before the next try: twice as long each time, or as long as the server asked.
 
     Jitter keeps requests that failed together from coming back together.
     """
-    backoff = min(LONGEST_PAUSE, first * 2**tries) * random.uniform(0.5, 1.0)
+    backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) * random.uniform(0.5, 1.0)
     return backoff if asked is None else min(LONGEST_ASKED, asked) + 0.1 * backoff
