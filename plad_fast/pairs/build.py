@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.chat import Content, is_blank
 from plad_fast.data.prompts import Prompt, as_messages, require_unique_ids
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import KEEP_ALL, PairFilters
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.select import (
+    KEEP_ALL,
     NEED_SCORES,
     SELECTIONS,
     Candidate,
     Pair,
+    PairFilters,
     Scores,
     common_list_size,
     pairs_of,

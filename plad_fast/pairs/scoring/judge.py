@@ -16,11 +16,11 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import normalize_whitespace
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Usage
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
+from plad_fast.pairs.select import normalize_whitespace
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ from typing import Any
 from plad_fast.data.prompts import Prompt, require_unique_ids
 from plad_fast.data.records import digest
 from plad_fast.data.store import RowStore
-from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
-from plad_fast.pairs.select import Scores
+from plad_fast.pairs.select import Scores, is_usable
 
 
 def score_answers(
