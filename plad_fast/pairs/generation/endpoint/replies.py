@@ -35,13 +35,18 @@ def parse_reply(content: bytes) -> dict[str, Any]:
         if not start:
             raise BadReplyError("the reply is empty") from None
         if start.startswith("<"):
-            raise BadReplyError(f"the reply is a web page: {start}", foreign=True) from None
+            raise _foreign(f"a web page: {start}") from None
         if start.startswith(("data:", "event:", "id:", "retry:", ":")):
-            raise BadReplyError(f"the reply is a stream of events: {start}", foreign=True) from None
+            raise _foreign(f"a stream of events: {start}") from None
         raise BadReplyError(f"the reply is not valid JSON: {start}") from None
     if not isinstance(body, dict):
         raise BadReplyError(f"the reply is not valid: {_shown(body)}")
     return body
+
+
+def _foreign(what: str) -> BadReplyError:
+    advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
+    return BadReplyError(f"the reply is {what}", "once", advice=advice)
 
 
 def read_usage(body: Mapping[str, Any]) -> tuple[int, int]:
@@ -146,9 +151,7 @@ def _text(content: Any) -> tuple[str, list[str]]:
         elif isinstance(text, str) and (kind is None or kind in ("text", "output_text")):
             texts.append(text)
         else:
-            raise BadReplyError(
-                f"the reply holds an answer that is not text: {_shown(part)}", lasting=True
-            )
+            raise BadReplyError(f"the answer is not text: {_shown(part)}", "once")
     return "".join(texts), thoughts
 
 

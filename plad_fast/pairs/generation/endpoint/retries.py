@@ -46,22 +46,6 @@ _OF_ONE_PROMPT = frozenset(
 )  # fmt: skip
 
 
-class BadReplyError(ValueError):
-    """A reply of status 200 that holds no answer; the message says what it is instead.
-
-    The next one will be like it (`lasting`), it is none of a chat API (`foreign`), or it is an
-    error with a `code`.
-    """
-
-    def __init__(
-        self, message: str, *, lasting: bool = False, foreign: bool = False, code: Any = None
-    ) -> None:
-        super().__init__(message)
-        self.lasting = lasting
-        self.foreign = foreign
-        self.code = code
-
-
 @dataclass(frozen=True)
 class Trouble:
     """Why a request failed, and what follows from it."""
@@ -90,6 +74,23 @@ class Trouble:
     """The server may have answered, and be paid for it."""
 
 
+class BadReplyError(ValueError):
+    """A reply of status 200 that holds no answer; the message says what it is instead."""
+
+    def __init__(
+        self,
+        reason: str,
+        then: Literal["again", "once"] = "again",
+        *,
+        advice: str = "",
+        code: Any = None,
+    ) -> None:
+        super().__init__(reason)
+        self.trouble = Trouble(then, reason, advice=advice, lost=True)
+        if str(code) == "429" and _LONG_QUOTA.search(reason):
+            self.trouble = Trouble("stop", reason, 429, advice=_LATER)
+
+
 def judge(
     error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str, any_temperature: bool
 ) -> Trouble:
@@ -115,7 +116,7 @@ def _of_transport(error: Exception) -> Trouble:
 
     causes = list(causes_of(error))
     if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
-        return _of_reply(bad)
+        return bad.trouble
     names = {type(cause).__name__ for cause in causes}
     # A connection that was never made: no server, no such name, a proxy that refuses.
     unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
@@ -132,16 +133,6 @@ def _of_transport(error: Exception) -> Trouble:
         reason = f"the reply cannot be read: {type(error).__name__}: {error}"
         unreachable = False
     return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
-
-
-def _of_reply(error: BadReplyError) -> Trouble:
-    reason = str(error)
-    if error.foreign:
-        advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
-        return Trouble("once", reason, advice=advice, lost=True)
-    if str(error.code) == "429" and _LONG_QUOTA.search(reason):
-        return Trouble("stop", reason, 429, advice=_LATER)
-    return Trouble("once" if error.lasting else "again", reason, lost=True)
 
 
 def _of_status(
