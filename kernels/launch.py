@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -223,14 +223,24 @@ def linear_constants(
     }
 
 
+class GradientFactors(NamedTuple):
+    """What the gradient of a row of logits is made of, (n,) each."""
+
+    active: Tensor  # bool, whether there is one
+    at_target: Tensor
+    of_others: Tensor  # per probability
+
+    def take(self, rows: Tensor | slice) -> GradientFactors:
+        return GradientFactors(*(factor[rows] for factor in self))
+
+
 def gradient_factors(
     tail: Tensor,  # (n,)
     miss: Tensor,  # (n,)
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None,  # (n,)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether a row has a gradient (bool); its gradient at the target, and what the gradient is of
-    each other probability. (n,) each.
+) -> GradientFactors:
+    """A row's gradient at its target, and that of each other entry, divided by its probability.
 
     The tail, which rounding took from the lse, is a factor that all probabilities of a row have.
     A row without a gradient has 0, also one of NaN.
@@ -242,7 +252,9 @@ def gradient_factors(
         at_target = at_target + grad_lse * (1 - miss)
         of_others = of_others + grad_lse
     of_others = of_others * torch.exp(-tail)
-    return ~silent, at_target.masked_fill(silent, 0), of_others.masked_fill(silent, 0)
+    return GradientFactors(
+        ~silent, at_target.masked_fill(silent, 0), of_others.masked_fill(silent, 0)
+    )
 
 
 def rows_config(vocab: int) -> RowsConfig:

@@ -12,7 +12,14 @@ from unittest import mock
 
 import torch
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig, SegmentsConfig
+from plad_fast.kernels.launch import (
+    AotEntry,
+    Device,
+    GradientFactors,
+    LinearConfig,
+    RowsConfig,
+    SegmentsConfig,
+)
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
@@ -110,8 +117,8 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
             *operands,
             bias,
             targets,
-            *(tokens, tokens, tokens, tokens),
-            tokens if case.rest else None,
+            tokens,
+            GradientFactors(_empty(n, dtype=torch.bool), tokens, tokens),
             **_options(case),
             out=_empty(n, vocab, dtype=dtype),
             scale=_scale(dtype),

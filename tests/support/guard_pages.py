@@ -96,7 +96,9 @@ class Guard:
         with (
             mock.patch.object(torch, "empty", lambda *a, **k: self.keep(empty(*a, **k))),
             mock.patch.object(
-                launch, "gradient_factors", lambda *a: tuple(map(self.keep, factors(*a)))
+                launch,
+                "gradient_factors",
+                lambda *a: launch.GradientFactors(*map(self.keep, factors(*a))),
             ),
         ):
             yield
@@ -145,10 +147,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
     backward.logits_gradient(
         *operands,
         ours.lse,
-        ours.tail,
-        ours.miss,
-        guard.normal(n),
-        guard.normal(n),
+        launch.gradient_factors(ours.tail, ours.miss, guard.normal(n), guard.normal(n)),
         softcap=3.0 if flip else None,
         **_NO_SCALING,
         out=guard.normal(n, v, dtype=dtype),
