@@ -3,8 +3,6 @@ from .build import PairReport as PairReport
 from .build import as_response as as_response
 from .build import build_answers as build_answers
 from .build import build_pairs as build_pairs
-from .filters import PairFilters as PairFilters
-from .filters import is_usable as is_usable
 from .generation.answer_rows import Answered as Answered
 from .generation.answering import discard_answers as discard_answers
 from .generation.answering import stored_answers as stored_answers
@@ -34,3 +32,5 @@ from .scoring.scorers import Scorer as Scorer
 from .scoring.scorers import open_scorer as open_scorer
 from .scoring.stored import score_answers as score_answers
 from .scoring.stored import stored_scores as stored_scores
+from .select import PairFilters as PairFilters
+from .select import is_usable as is_usable

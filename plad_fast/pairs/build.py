@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.chat import Content, is_blank
 from plad_fast.data.prompts import Prompt, as_messages, require_unique_ids
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import KEEP_ALL, PairFilters
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.select import (
+    KEEP_ALL,
     NEED_SCORES,
     SELECTIONS,
     Candidate,
     Pair,
+    PairFilters,
     Scores,
     common_list_size,
     pairs_of,
@@ -45,14 +46,6 @@ _REASONS = {
     "uneven": ("kept", "raise max_length_ratio"),
     "repetitive": ("kept", "raise max_repetition, or sample the teacher at another temperature"),
     "similar": ("kept", "raise max_overlap, or sample the student at a higher temperature"),
-}
-
-_SOURCES = {
-    "teacher": "teacher > student",
-    "all": "teacher > student",
-    "best-worst": "best of teacher > worst of student",
-    "best-worst-pooled": "best > worst",
-    "ranked": "ranked",
 }
 
 
@@ -172,7 +165,7 @@ def build_pairs(
         selected = [[answers.of_size(size)] for answers in ranked]
     else:
         selected = [pairs_of(*answers, scores, select, filters) for answers in given]
-    source = _SOURCES[select] if source is None else source
+    source = SELECTIONS[select] if source is None else source
     rows, drops = [], []
     for prompt, (teacher, student), found in zip(prompts, given, selected, strict=True):
         for number, item in enumerate(found):
@@ -249,7 +242,7 @@ def _row(
     scores = [candidate.score for candidate in found]
     if not isinstance(found, Pair):
         return {"prompt": content, "responses": responses, "scores": scores}
-    row = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
+    row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
     if None not in scores:
         row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, ND
         ) from error
     letters = [character for text in references for character in text if character.isalpha()]
     mostly_ascii = 2 * sum(character.isascii() for character in letters) >= len(letters)
-    tokenizer = None if mostly_ascii else _UnicodeWords()
+    tokenizer = None if mostly_ascii else SimpleNamespace(tokenize=words)
     scorer = RougeScorer(list(ROUGE_NAMES), use_stemmer=True, tokenizer=tokenizer)
     scores = [
         scorer.score(reference, text)
@@ -89,13 +90,6 @@ def repetition_shares(texts: Sequence[str], n: int = 4) -> NDArray[np.float64]:
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training".
     """
     return np.array([1 - distinct_n([text], n) if _ngrams(text, n) else 0.0 for text in texts])
-
-
-class _UnicodeWords:
-    """The tokenizer interface that `RougeScorer` asks for."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -11,7 +11,6 @@ from plad_fast.data.records import model_digest
 from plad_fast.data.store import RowStore, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError, PairReport, build_answers, build_pairs
-from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
@@ -21,6 +20,7 @@ from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerp
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
+from plad_fast.pairs.select import is_usable
 from plad_fast.recipe.inputs import answer_columns, dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
 

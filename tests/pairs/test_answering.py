@@ -11,7 +11,7 @@ import pytest
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
-from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.answering import discard_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
@@ -184,7 +184,10 @@ def test_stored_answers_can_be_discarded(tmp_path):
     ask(Scripted({("1", 0)}), fingerprint={"model": "old"})
     assert (tmp_path / "a.failed.jsonl").exists()
     again = Scripted()
-    ask(again, fingerprint={"model": "new"}, overwrite=True)
+    with pytest.raises(UsageError, match="model was 'old' and is 'new'"):
+        ask(again, fingerprint={"model": "new"})
+    discard_answers(tmp_path / "a.jsonl")
+    ask(again, fingerprint={"model": "new"})
     assert len(again.asked) == len(PROMPTS)
     assert not (tmp_path / "a.failed.jsonl").exists()
 

@@ -68,19 +68,6 @@ def test_a_function_fails_prompt_by_prompt(monkeypatch):
     assert "returned a int" in items(CallableModel(len, "f"))["a", 0].reason
 
 
-def test_a_function_of_batches():
-    sizes = []
-
-    def function(contents):
-        sizes.append(len(contents))
-        return (c.lower() for c in contents) if "C" not in contents else ["one"] * 9
-
-    found = items(CallableModel(function, "f", batch_size=2))
-    assert sizes == [2, 1]
-    assert [found[i, 0].text for i in "ab"] == ["a", "b"]
-    assert found["c", 0].reason == "ValueError: 9 answers to 1 prompts"
-
-
 def test_ctrl_c_in_a_function_is_no_failure():
     def function(content):
         raise KeyboardInterrupt

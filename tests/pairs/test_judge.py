@@ -258,7 +258,7 @@ def test_a_reply_that_is_not_whole_gives_no_verdict(content, reason, says, reque
     """It stays open, and another run asks for it again."""
     path = tmp_path / "verdicts.jsonl"
     with FaultServer(lambda *_: Step(choices=[said(content, reason)])) as server:
-        endpoint = endpoint_like(server, max_retries=1, first_pause=0.005)
+        endpoint = endpoint_like(server, max_retries=1)
         judge = Judge(endpoint, store=path)
         with pytest.raises(UsageError, match=f"no reply; the first failure: .*{says}"):
             judge.compare([(PROMPT, "four", "4")])

@@ -12,7 +12,7 @@ import transformers
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.refill import Refill, Row, RowDecoder, why_not_refill
+from plad_fast.pairs.generation.refill import Row, RowDecoder, refilled, why_not_refill
 from plad_fast.pairs.generation.sampling import Sampling
 from tests.support.tiny_models import PADDED, SHARED, VOCAB, make_model
 
@@ -133,9 +133,7 @@ def test_a_prompt_is_read_once_for_its_samples():
         with_kwargs=True,
     )
     rows = [Row("a", [5, 6, 7], k) for k in range(4)] + [Row("b", [8, 9], k) for k in range(4)]
-    refill = Refill(model, rows, Sampling(3, n=4, batch_size=8), set(), 0)
     with torch.inference_mode():
-        while refill.unfinished:
-            refill.advance()
+        list(refilled(model, rows, Sampling(3, n=4, batch_size=8), set(), 0))
     assert seen == [(2, 3), (8, 1), (8, 1)]
     assert len({tuple(row.tokens) for row in rows}) == 8

@@ -51,12 +51,12 @@ def test_waits():
     later = email.utils.formatdate(time.time() + 100, usegmt=True)
     assert 97 < retry_after({"retry-after": later}) < 101
     assert retry_after({"retry-after": email.utils.formatdate(0)}) == 0
-    for tries, most in [(0, 1), (1, 2), (2, 4), (9, LONGEST_PAUSE)]:
-        waits = [pause(tries, None, first=1) for _ in range(50)]
+    for tries, most in [(0, 0.005), (1, 0.01), (2, 0.02), (20, LONGEST_PAUSE)]:
+        waits = [pause(tries, None) for _ in range(50)]
         assert most / 2 <= min(waits) <= max(waits) <= most
-    assert 5 <= pause(0, 5, first=1) <= 5.1
-    assert 300 <= pause(0, 300, first=1) <= 301
-    assert pause(0, 1e9, first=1) <= LONGEST_ASKED + 1
+    assert 5 <= pause(0, 5) <= 5.1
+    assert 300 <= pause(0, 300) <= 301
+    assert pause(0, 1e9) <= LONGEST_ASKED + 1
 
 
 def test_the_wait_that_is_asked_for_is_kept_to():
@@ -219,7 +219,7 @@ def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypat
         raise httpx.ConnectTimeout("", request=request)
 
     install(monkeypatch, dropped)
-    teacher = EndpointModel(Endpoint("m", base_url=NOBODY, first_pause=0.001))
+    teacher = EndpointModel(Endpoint("m", base_url=NOBODY))
     with pytest.raises(UsageError, match="no connection in time"):
         teacher.try_out(Sampling(), NOWHERE)
     assert len(asked) == 1

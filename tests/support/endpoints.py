@@ -21,7 +21,7 @@ PAUSE = "plad_fast.pairs.generation.endpoint.retries.pause"
 
 
 def endpoint(server: FaultServer, **options: Any) -> Endpoint:
-    given = {"max_retries": 2, "timeout": 5, "first_pause": 0.005, "concurrency": 1, **options}
+    given = {"max_retries": 2, "timeout": 5, "concurrency": 1, **options}
     return Endpoint("m", base_url=server.url, **given)
 
 

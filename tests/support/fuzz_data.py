@@ -138,9 +138,8 @@ def collating(draw: Draw) -> Case:
 def pairing(draw: Draw) -> Case:
     from plad_fast.data.prompts import Prompt
     from plad_fast.pairs.build import build_pairs
-    from plad_fast.pairs.filters import PairFilters
     from plad_fast.pairs.generation.text_model import Answer
-    from plad_fast.pairs.select import NEED_SCORES, SELECTIONS
+    from plad_fast.pairs.select import NEED_SCORES, SELECTIONS, PairFilters
 
     prompts = [Prompt(str(i), draw.choice(TEXTS)) for i in range(draw.randint(1, 4))]
 

@@ -41,7 +41,6 @@ def stored_answers(
     sampling: Sampling,
     *,
     fingerprint: Mapping[str, Any],
-    overwrite: bool = False,
     others_aside: bool = False,
     progress: bool = True,
     to_the_end: bool = False,
@@ -63,7 +62,6 @@ def stored_answers(
             those that a killed run left are taken in first.
         sampling: how to draw the answers, `n` to a prompt.
         fingerprint: what else the answers depend on, such as the model's name.
-        overwrite: discard what is stored.
         others_aside: keep answers of another fingerprint, and those to what these prompts were
             before, in files beside the store, rather than raise an error; see `set_aside`.
         progress: show a bar on the standard error stream.
@@ -86,8 +84,6 @@ def stored_answers(
     def open_store() -> list[str]:
         """Ids of the rows that it lacks."""
         nonlocal store
-        if overwrite:
-            discard_answers(path)
         if others_aside:
             set_aside(path, settings)
             renew_answers(path, prompts, sampling, settings)
@@ -153,21 +149,10 @@ def renew_answers(
     sampling: Sampling,
     settings: Mapping[str, Any],
 ) -> None:
-    """Moves answers to what prompts were before out of a store; see `set_rows_aside`.
-
-    Args:
-        path: of the store, which is not open.
-        prompts, sampling: see `stored_answers`.
-        settings: the store's whole fingerprint.
-    """
+    """Moves answers to what prompts were before out of a store of this whole fingerprint."""
     wanted = all_wanted(prompts, sampling)
     digests = {key: digest(prompt.content) for key, (prompt, _) in wanted.items()}
-
-    def is_current(row: Row) -> bool:
-        prompt = row.get("prompt")  # of a damaged row there is none, which is said later
-        return prompt in (None, digests.get(row["id"], prompt))
-
-    set_rows_aside(path, settings, is_current)
+    set_rows_aside(path, settings, digests)
 
 
 def _ask(
@@ -209,22 +194,21 @@ def _ask(
             seen += len(new)
             if thoughts and not told and (seen >= _ENOUGH or seen + len(failures) == len(wanted)):
                 told = True
+                what = f"{thoughts} of {seen} answers so far hold the model's thought"
                 logger.warning(
-                    "%s: %d of %d answers so far hold the model's thought beside the answer "
-                    "(<think>, say), and whoever is trained on them learns it; switch its thinking "
-                    "off (a server: give it its reasoning parser), or cut its thoughts off before",
+                    "%s: %s (<think>, say), which a student would learn; switch its thinking off, "
+                    "or give the server its reasoning parser",
                     model.name,
-                    thoughts,
-                    seen,
+                    what,
                 )
             watched = watched and not _is_limit_judged(model.name, store, sampling)
     return failures
 
 
 def _is_limit_judged(name: str, store: RowStore, sampling: Sampling) -> bool:
-    """Whether enough prompts are answered to see if answers fit their limit; warns if most do not.
+    """Whether enough prompts are answered to see if answers fit their limit.
 
-    Raises UsageError if not one of them is answered to the end.
+    Warns if most do not, and raises UsageError if none does.
     """
     finished: dict[str, bool] = {}
     for key, row in store.rows.items():
@@ -237,16 +221,9 @@ def _is_limit_judged(name: str, store: RowStore, sampling: Sampling) -> bool:
     if cut == count:
         raise UsageError(
             f"{name}: the answers to the first {count} prompts are all cut off at {limit}, and "
-            "none is of use; raise --max-new-tokens, or ask for short answers. What is stored "
-            "was made with other settings then: choose another folder, or pass --overwrite"
+            "none is of use; raise --max-new-tokens and choose another folder (or --overwrite)"
         )
     if cut > count / 2:
-        logger.warning(
-            "%s: to %d of the first %d prompts no answer ended within %s, and they make no pairs; "
-            "interrupt and raise --max-new-tokens if that is not meant",
-            name,
-            cut,
-            count,
-            limit,
-        )
+        what = f"to {cut} of the first {count} prompts no answer ended within {limit}"
+        logger.warning("%s: %s, and they make no pairs; raise --max-new-tokens?", name, what)
     return True

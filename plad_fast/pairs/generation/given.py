@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import inspect
 import os
@@ -14,16 +13,17 @@ from typing import Any
 
 from plad_fast.data.chat import is_blank
 from plad_fast.data.prompts import Prompt, load_prompts
+from plad_fast.data.records import file_digest
 from plad_fast.data.tables import read_table
 from plad_fast.data.unicode import mend
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, reported_as
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
 
 def column_answers(
-    source: str, column: str, *, split: str = "train", **prompt_options: str | None
+    source: str, column: str, *, split: str = "train", **prompt_options: Any
 ) -> dict[str, str | None]:
     """The texts in a column, by the ids that `load_prompts` gives the prompts of the same data.
 
@@ -65,8 +65,7 @@ class ColumnModel(TextModel):
         """
         if sampling.n > 1:
             raise UsageError(
-                f"{self.name} holds one answer to a prompt, and {sampling.n} are wanted; ask for "
-                "one, or choose another teacher"
+                f"{self.name} holds one answer to a prompt, and {sampling.n} are wanted; take one"
             )
         missing = f"{self.name} has no answer to it"
         return iter([[_answer(self.answers.get(p.id), p, k, missing) for p, k in wanted]])
@@ -75,47 +74,31 @@ class ColumnModel(TextModel):
 class CallableModel(TextModel):
     """Any Python function as a source of text.
 
-    An exception is the failure of the call's prompts, with its message as the reason; so is what is
-    no text or blank. Ctrl-C ends it as usual.
+    An exception is the failure of the prompt, with its message as the reason; so is what is no text
+    or blank. Ctrl-C ends it as usual.
 
     Args:
-        function: takes a prompt's content, text or chat messages, and returns the answer; or, if
-            `batch_size` is given, takes a list of them and returns a list. It is called anew for
-            every sample, and does its own sampling.
+        function: takes a prompt's content, text or chat messages, and returns the answer. It is
+            called anew for every sample, and does its own sampling.
         name: for progress and messages.
-        batch_size: most prompts in a call; None for a function of one.
     """
 
-    def __init__(
-        self, function: Callable[[Any], Any], name: str, *, batch_size: int | None = None
-    ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    def __init__(self, function: Callable[[Any], Any], name: str) -> None:
         self.function = function
         self.name = name
-        self.batch_size = batch_size
 
     def generate_samples(
         self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[list[Answer | Failure]]:
-        """Yields the answers of one call after the other."""
-        size = self.batch_size or 1
-        return (self._call(wanted[i : i + size]) for i in range(0, len(wanted), size))
+        """Yields an answer at a time."""
+        return ([self._call(prompt, sample)] for prompt, sample in wanted)
 
-    def _call(self, asked: Wanted) -> list[Answer | Failure]:
-        contents = [prompt.content for prompt, _ in asked]
+    def _call(self, prompt: Prompt, sample: int) -> Answer | Failure:
         try:
-            if self.batch_size is None:
-                texts = [self.function(contents[0])]
-            else:
-                texts = list(self.function(contents))
-                if len(texts) != len(asked):
-                    raise ValueError(f"{len(texts)} answers to {len(asked)} prompts")
+            text = self.function(prompt.content)
         except Exception as error:
-            reason = one_line(f"{type(error).__name__}: {error}")
-            return [Failure(prompt.id, reason, sample) for prompt, sample in asked]
-        missing = "the function returned no text"
-        return [_answer(t, p, k, missing) for t, (p, k) in zip(texts, asked, strict=True)]
+            return Failure(prompt.id, one_line(f"{type(error).__name__}: {error}"), sample)
+        return _answer(text, prompt, sample, "the function returned no text")
 
 
 def _answer(text: Any, prompt: Prompt, sample: int, missing: str) -> Answer | Failure:
@@ -128,23 +111,15 @@ def _answer(text: Any, prompt: Prompt, sample: int, missing: str) -> Answer | Fa
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The function `package.module.function`; modules in the working directory are found too.
-
-    Raises UsageError where there is none, or its module cannot be imported.
-    """
+    """The function `package.module.function`; modules in the working directory are found too."""
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
         raise UsageError(f"python:{path} names no module; write python:MODULE.FUNCTION")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    problem = f"cannot import {module_name} for python:{path}; run where it lies, or install it"
+    with reported_as(problem, "Python"):
         function = getattr(importlib.import_module(module_name), attribute, None)
-    except Exception as error:  # whatever the user's module does when it is imported
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise UsageError(
-            f"cannot import {module_name} for python:{path} ({reason}); run where the module lies, "
-            "or install it"
-        ) from error
     if not callable(function):
         raise UsageError(f"{module_name} has no function {attribute!r}; check python:{path}")
     return function
@@ -158,6 +133,5 @@ def source_settings(function: Callable[..., Any]) -> dict[str, str]:
     function = inspect.unwrap(function)
     for thing in (function, type(function)):
         with contextlib.suppress(TypeError, OSError):
-            source = Path(inspect.getsourcefile(thing) or "").read_bytes()
-            return {"source": hashlib.sha256(source).hexdigest()[:16]}
+            return {"source": file_digest(Path(inspect.getsourcefile(thing) or ""))[:16]}
     return {}

@@ -69,7 +69,7 @@ class Ranks:
         except RuntimeError as error:
             raise UsageError(
                 f"process {self.rank} of {self.size} goes no further, since another one has failed "
-                "or was killed: its own message says why; what is stored is safe, run again"
+                "or was killed, as its own message says; what is stored is safe, run again"
             ) from error
 
 
@@ -116,8 +116,7 @@ def _several() -> bool:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         if not dist.is_initialized():
             raise UsageError(
-                f"WORLD_SIZE={size}, but no other process is to be reached; start with torchrun or "
-                "accelerate launch, or unset RANK and WORLD_SIZE"
+                f"WORLD_SIZE={size}, but there is no other process; use torchrun, or unset it"
             )
     return dist.get_world_size() > 1
 

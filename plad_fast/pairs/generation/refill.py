@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,10 +58,8 @@ def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
 class RowDecoder:
     """Next-token logits of rows that come and go. Call it in evaluation and inference mode.
 
-    Args:
-        model: a causal LM that `why_not_refill` has nothing against.
-        max_rows: most rows at once.
-        pad: any token; it fills up shorter prompts.
+    The model is a causal LM that `why_not_refill` has nothing against; `pad`, which fills up
+    shorter prompts, is any token.
     """
 
     def __init__(self, model: Any, max_rows: int, pad: int, *, slack: int = 64) -> None:
@@ -75,12 +73,8 @@ class RowDecoder:
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
         self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
 
-    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:
-        """Reads new prompts and adds rows for them, `copies` of each, after those there are.
-
-        Returns:
-            (number of rows, V): logits of their first new tokens.
-        """
+    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:  # (new, V)
+        """Reads new prompts and adds rows for them, `copies` of each, after those there are."""
         from transformers import DynamicCache
 
         ids, mask = padded(prompts, self._pad, "left", self._device)
@@ -118,78 +112,49 @@ class RowDecoder:
         return output.logits[:, -1]
 
 
-class Refill:
-    """Answers rows in the order given, `sampling.batch_size` of them at a time.
+def refilled(
+    model: Any, rows: Sequence[Row], sampling: Sampling, ends: set[int], pad: int
+) -> Iterator[list[Row]]:
+    """Answers rows in the order given, `sampling.batch_size` at a time; yields what is finished.
 
-    Args:
-        model: see `RowDecoder`.
-        rows: the longest prompts first, the samples of a prompt side by side.
-        ends: tokens that end an answer.
+    The longest prompts come first, the samples of a prompt side by side. Go on in evaluation and
+    inference mode.
     """
-
-    def __init__(
-        self, model: Any, rows: Sequence[Row], sampling: Sampling, ends: set[int], pad: int
-    ) -> None:
-        self._waiting = deque(rows)
-        self._running: list[Row] = []
-        self._sampling = sampling
-        self._ends = ends
-        self._choose = TokenSampler(sampling)
-        size = min(sampling.batch_size, max(1, len(rows)))
-        self._decoder = RowDecoder(model, size, pad)
-        self._size = size
+    waiting = deque(rows)
+    running: list[Row] = []
+    size = min(sampling.batch_size, max(1, len(rows)))
+    decoder, choose = RowDecoder(model, size, pad), TokenSampler(sampling)
+    while waiting or running:
+        free = min(size - len(running), len(waiting))
         # One prompt alone costs nearly as much to read as several together.
-        self._newcomers = max(1, size // 4)
-
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
-
-    def advance(self) -> list[Row]:
-        """Goes on until at least one row is finished, and returns those that are.
-
-        Raises:
-            UsageError: NaN or infinite logits.
-        """
-        while True:
-            free = self._size - len(self._running)
-            if self._waiting and (free >= self._newcomers or free >= len(self._waiting)):
-                finished = self._admit(free)
-            else:
-                logits = self._decoder.step([row.tokens[-1] for row in self._running])
-                finished = self._extend(0, logits)
-            if finished:
-                return finished
-
-    def _admit(self, free: int) -> list[Row]:
-        new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        samples = [[*rows] for _, rows in itertools.groupby(new, lambda row: row.prompt_id)]
-        if self._sampling.temperature:
-            for row in new:
-                row.uniforms = self._sampling.uniforms(row.prompt_id, row.sample).tolist()
-        logits = self._decoder.admit([rows[0].prompt for rows in samples], [*map(len, samples)])
-        self._running += new
-        return self._extend(len(self._running) - len(new), logits)
-
-    def _extend(self, first: int, logits: Tensor) -> list[Row]:
-        """Adds a token to each row from `first` on, and takes out those that end with it."""
-        rows = self._running[first:]
-        uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in rows]
-        drawn = self._choose(logits, torch.tensor(uniforms, device=logits.device))
+        if free and free >= min(max(1, size // 4), len(waiting)):
+            first, new = len(running), [waiting.popleft() for _ in range(free)]
+            groups = [[*group] for _, group in itertools.groupby(new, lambda row: row.prompt_id)]
+            if sampling.temperature:
+                for row in new:
+                    row.uniforms = sampling.uniforms(row.prompt_id, row.sample).tolist()
+            logits = decoder.admit([group[0].prompt for group in groups], [*map(len, groups)])
+            running += new
+        else:
+            first, logits = 0, decoder.step([row.tokens[-1] for row in running])
+        grown = running[first:]
+        uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in grown]
+        drawn = choose(logits, torch.tensor(uniforms, device=logits.device))
         tokens, broken = torch.stack([part.long() for part in drawn]).tolist()  # one transfer
-        require_finite(rows, broken)
-        for row, token in zip(rows, tokens, strict=True):
+        require_finite(grown, broken)
+        for row, token in zip(grown, tokens, strict=True):
             row.tokens.append(token)
         finished = []
         # From behind: the row that moves into a gap has been looked at.
-        for place in reversed(range(first, len(self._running))):
-            row = self._running[place]
-            if row.tokens[-1] in self._ends or len(row.tokens) == self._sampling.max_new_tokens:
-                self._decoder.cache.drop(place)
-                self._running[place] = self._running[-1]
-                self._running.pop()
+        for place in reversed(range(first, len(running))):
+            row = running[place]
+            if row.tokens[-1] in ends or len(row.tokens) == sampling.max_new_tokens:
+                decoder.cache.drop(place)
+                running[place] = running[-1]
+                running.pop()
                 finished.append(row)
-        return finished[::-1]
+        if finished:
+            yield finished[::-1]
 
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}

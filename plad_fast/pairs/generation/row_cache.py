@@ -21,9 +21,7 @@ from transformers.cache_utils import DynamicLayer
 class RowCache(Cache):
     """A transformers cache for decoding one token a row and step.
 
-    Args:
-        max_rows: most rows at once; memory is taken for so many.
-        slack: columns to take beyond those that are needed at the moment.
+    It takes memory for `max_rows`, and for `slack` columns beyond those that are needed.
     """
 
     def __init__(self, max_rows: int, *, slack: int = 64) -> None:
@@ -45,12 +43,9 @@ class RowCache(Cache):
         return min(self.starts, default=self.end)
 
     def insert(self, prefilled: Cache, sources: Sequence[int], lengths: Sequence[int]) -> None:
-        """Adds rows after those there are.
+        """Adds rows of a left-padded batch, (.., H, W, E), after those there are.
 
-        Args:
-            prefilled: keys and values of a left-padded batch, (.., H, W, E) each.
-            sources: for every new row its row in that batch.
-            lengths: for every new row its tokens, padding left out.
+        Each new row has its `source` in that batch and its length, padding left out.
         """
         first, width = len(self.starts), max(lengths)
         assert first + len(sources) <= self.max_rows

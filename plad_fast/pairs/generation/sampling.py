@@ -132,19 +132,13 @@ class TokenSampler:
 
 
 class RowSampler:
-    """A transformers logits processor under which greedy `generate` samples row by row.
-
-    Args:
-        sampling: temperature and filters.
-        uniforms: of the rows, on the device of the logits.
-        prompt_length: tokens a row has before the first step, padding included.
-    """
+    """A transformers logits processor under which greedy `generate` samples row by row."""
 
     def __init__(
         self,
         sampling: Sampling,
-        uniforms: Tensor,  # (B, T)
-        prompt_length: int,
+        uniforms: Tensor,  # (B, T), on the device of the logits
+        prompt_length: int,  # tokens before the first step, padding included
     ) -> None:
         self.broken = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)
         """(B,): whether a row met NaN or infinite logits. Kept on the device, to be read once."""

@@ -100,10 +100,7 @@ def teacher_fingerprint(
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """Kind and what follows the colon; for a local model, "local" and where it lies.
-
-    Raises UsageError for an unknown kind, or nothing after it.
-    """
+    """Kind and what follows the colon; for a local model, "local" and where it lies."""
     if spec == OFFLINE:
         from plad_fast.models.loading import offline_teacher_path  # brings in transformers
 
@@ -125,12 +122,7 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def require_teacher(spec: str, option: str = "the teacher") -> None:
-    """Raises UsageError for a wrong specification, or a model's path at which there is nothing.
-
-    Args:
-        spec: see this module.
-        option: under which it was given, for the message.
-    """
+    """Raises UsageError for a wrong specification, or a model's path at which there is nothing."""
     kind, rest = split_spec(spec)
     if kind in ("local", "vllm"):
         require_there(rest, option)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from plad_fast.data.chat import Content, is_blank
-from plad_fast.errors import UsageError
+from plad_fast.data.chat import is_blank
+from plad_fast.errors import UsageError, reported_as
 from plad_fast.pairs.generation.completions import known_end
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
+from plad_fast.pairs.generation.local_model import prompt_ids
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
@@ -21,9 +22,9 @@ _AT_ONCE = 512  # requests in a call: what a killed run loses, and enough to kee
 class VllmModel(TextModel):
     """A model for vLLM's `LLM` class, which is loaded when it is first asked.
 
-    Plain text is asked as a message of the user if the tokenizer has a chat template, as
-    `LocalModel` does. Every sample is a request with a seed of its own: vLLM does not give several
-    greedy answers in one, and shares the prompt's computation between requests.
+    It reads prompts by the tokens that `LocalModel` makes of them. Every sample is a request with a
+    seed of its own: vLLM does not give several greedy answers in one, and shares the prompt's
+    computation between requests.
 
     Args:
         model: hub id or folder.
@@ -36,10 +37,7 @@ class VllmModel(TextModel):
 
     def __init__(self, model: str, name: str | None = None, **engine_options: Any) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise UsageError(
-                "vLLM is not installed; run: pip install vllm, or serve the model elsewhere and "
-                "use openai:MODEL"
-            )
+            raise UsageError("vLLM is not installed; run: pip install vllm")
         if not model:
             raise UsageError("no model is named; write vllm:MODEL")
         self.model = model
@@ -57,13 +55,9 @@ class VllmModel(TextModel):
                 a prompt, such as one too long for the model.
         """
         if self._engine is None:
-            try:
+            problem = f"cannot load {self.model!r}; check the name and the GPU's free memory"
+            with reported_as(problem, "vLLM"):
                 self._engine = _vllm().LLM(model=self.model, **self._engine_options)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UsageError(
-                    f"vLLM cannot load {self.model!r} ({one_line(str(error))}); check the name and "
-                    "the GPU's free memory"
-                ) from error
         starts = range(0, len(wanted), _AT_ONCE)
         return (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
 
@@ -79,38 +73,26 @@ class VllmModel(TextModel):
             )
             for prompt, sample in asked
         ]
-        outputs: dict[int, Any] = {}
+        tokenizer = self._engine.get_tokenizer()
+        call: Any
+        inputs: list[Any]
+        if hasattr(tokenizer, "added_tokens_decoder"):  # one of transformers
+            ids = prompt_ids(tokenizer, [prompt for prompt, _ in asked])
+            call = self._engine.generate
+            inputs = [{"prompt_token_ids": ids[prompt.id]} for prompt, _ in asked]
+        else:  # one with its own way of chatting, such as Mistral's
+            call, inputs = self._engine.chat, [as_chat(prompt.content) for prompt, _ in asked]
         try:
-            for call, inputs in self._calls([prompt.content for prompt, _ in asked]):
-                if inputs:
-                    found = call([*inputs.values()], [params[i] for i in inputs], use_tqdm=False)
-                    outputs |= zip(inputs, found, strict=True)
+            outputs = call(inputs, params, use_tqdm=False)
         except ValueError as error:
             raise UsageError(
                 f"vLLM refuses a prompt for {self.model!r} ({one_line(str(error))}); shorten or "
                 "drop such prompts, or change the sampling"
             ) from error
-        return [_read(outputs[i].outputs[0], p.id, sample) for i, (p, sample) in enumerate(asked)]
-
-    def _calls(self, contents: Sequence[Content]) -> list[tuple[Any, dict[int, Any]]]:
-        """The engine's methods, and what each is given of the contents, by their places."""
-        from plad_fast.data.text_ids import TextIds
-
-        tokenizer = self._engine.get_tokenizer()
-        # A tokenizer that brings its own way of chatting (Mistral's) has no such attributes.
-        chats = getattr(tokenizer, "chat_template", True)
-        encoder = TextIds(tokenizer) if hasattr(tokenizer, "added_tokens_decoder") else None
-        tokens, plain, rest = {}, {}, {}
-        for i, content in enumerate(contents):
-            if isinstance(content, str) and not chats:
-                plain[i] = content
-            elif encoder is not None and encoder.holds_special(as_chat(content)):
-                # vLLM would not read special tokens in a message as text, as training does.
-                tokens[i] = {"prompt_token_ids": encoder.prompt(as_chat(content))}
-            else:
-                rest[i] = as_chat(content)
-        engine = self._engine
-        return [(engine.generate, tokens), (engine.generate, plain), (engine.chat, rest)]
+        return [
+            _read(output.outputs[0], prompt.id, sample)
+            for output, (prompt, sample) in zip(outputs, asked, strict=True)
+        ]
 
 
 def _vllm() -> Any:

@@ -6,8 +6,8 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import normalize_whitespace
-from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, Usage
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Usage
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
+from plad_fast.pairs.select import normalize_whitespace
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ class Judge(Scorer):
         criteria: what makes an answer the better one, in words for the judge.
         max_tokens: longest reply, in tokens, without the endpoint's `reasoning_tokens`.
         store: file that keeps the verdicts as they come, so that nothing is asked twice.
-        progress: show a bar on the standard error stream.
     """
 
     relative = True
@@ -79,14 +78,12 @@ class Judge(Scorer):
         criteria: str = CRITERIA,
         max_tokens: int = 512,
         store: str | os.PathLike[str] | None = None,
-        progress: bool = False,
     ) -> None:
         self.endpoint = endpoint
         self.name = name
         self.criteria = criteria
         self.max_tokens = max_tokens
         self.store = store
-        self.progress = progress
         self.report = JudgeReport()
         self._known: dict[str, Row] = {}
         self._used: set[str] = set()
@@ -122,7 +119,11 @@ class Judge(Scorer):
             for prompt, a, b in items
         ]
         wanted = {key: messages for both in questions for key, messages in both}
-        with self._stored() as store:
+        opened = nullcontext() if self.store is None else RowStore.open(self.store, self.settings())
+        with opened as store:
+            if store is not None:
+                store.require(_is_verdict)
+                self._known |= store.rows
             new = {key: text for key, text in wanted.items() if key not in self._known}
             failures = self._ask(new, store)
         if wanted and not wanted.keys() & self._known.keys():
@@ -202,70 +203,56 @@ class Judge(Scorer):
     def _request(self, messages: Messages) -> ChatRequest:
         return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)
 
-    @contextmanager
-    def _stored(self) -> Iterator[RowStore | None]:
-        if self.store is None:
-            yield None
-            return
-        with RowStore.open(self.store, self.settings()) as store:
-            store.require(_is_verdict)
-            self._known |= store.rows
-            yield store
-
     def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""
         failures: list[str] = []
-        unclear: dict[str, Messages] = {}
         paid = dict.fromkeys(questions, (0, 0))
-        for asked, is_last in ((questions, False), (unclear, True)):
-            for key, reply in self._complete(asked, failures):
-                paid[key] = (paid[key][0] + reply.prompt_tokens, paid[key][1] + reply.answer_tokens)
-                choice = reply.choices[0]
-                # The last line of a reply that was cut off is no verdict, whatever it reads.
-                is_cut = choice.finish_reason == "length"
-                verdict = None if is_cut else read_verdict(choice.text)
-                if verdict or (is_last and not is_cut):
-                    self._keep(key, verdict or "unparsable", reply, paid[key], store)
-                elif is_last:
-                    failures.append("cut off twice before a verdict; raise --reasoning-tokens")
-                else:
-                    said = {"role": "assistant", "content": choice.text or "(nothing)"}
-                    again = {"role": "user", "content": REMINDER}
-                    unclear[key] = [*questions[key], said, again]
+        self.endpoint.has_answered |= bool(self._known)
+        unclear = self._ask_once(questions, paid, failures, store, is_last=False)
+        self._ask_once(unclear, paid, failures, store, is_last=True)
         if failures:
             what = f"{self.name}: {len(failures)} of {len(questions)} replies could not be had"
             logger.warning("%s; the first reason: %s", what, failures[0])
         return failures
 
-    def _complete(
-        self, questions: Mapping[str, Messages], failures: list[str]
-    ) -> Iterator[tuple[str, Reply]]:
-        from tqdm import tqdm
-
-        if not questions:
-            return
+    def _ask_once(
+        self,
+        questions: Mapping[str, Messages],
+        paid: dict[str, tuple[int, int]],  # tokens of prompts and of replies
+        failures: list[str],
+        store: RowStore | None,
+        *,
+        is_last: bool,
+    ) -> dict[str, Messages]:
+        """Keeps the verdicts that come; questions to be asked again, with a reminder."""
+        unclear: dict[str, Messages] = {}
         keys = list(questions)
-        self.endpoint.has_answered |= bool(self._known)
-        replies = self.endpoint.complete([self._request(questions[key]) for key in keys])
-        options: dict[str, Any] = {"total": len(keys), "desc": self.name, "unit": "verdict"}
-        for index, reply in tqdm(replies, disable=not self.progress, **options):
-            if problem := reply if isinstance(reply, str) else reply.choices[0].problem:
-                failures.append(problem)
+        requests = [self._request(questions[key]) for key in keys]
+        for index, reply in self.endpoint.complete(requests) if keys else ():
+            key = keys[index]
+            if isinstance(reply, str) or reply.choices[0].problem:
+                failures.append(reply if isinstance(reply, str) else reply.choices[0].problem)
+                continue
+            choice = reply.choices[0]
+            paid[key] = (paid[key][0] + reply.prompt_tokens, paid[key][1] + reply.answer_tokens)
+            # The last line of a reply that was cut off is no verdict, whatever it reads.
+            is_cut = choice.finish_reason == "length"
+            verdict = None if is_cut else read_verdict(choice.text)
+            if verdict or (is_last and not is_cut):
+                row: Row = {"id": key, "verdict": verdict or "unparsable"}
+                if reply.own_temperature:
+                    row["temperature"] = None
+                if any(paid[key]):
+                    row["tokens"] = [*paid[key]]
+                self._known[key] = row
+                if store is not None:
+                    store.append([row])
+            elif is_last:
+                failures.append("cut off twice before a verdict; raise --reasoning-tokens")
             else:
-                assert isinstance(reply, Reply)
-                yield keys[index], reply
-
-    def _keep(
-        self, key: str, verdict: str, reply: Reply, tokens: tuple[int, int], store: RowStore | None
-    ) -> None:
-        row: Row = {"id": key, "verdict": verdict}
-        if reply.own_temperature:
-            row["temperature"] = None
-        if any(tokens):
-            row["tokens"] = [*tokens]  # of prompts and of replies
-        self._known[key] = row
-        if store is not None:
-            store.append([row])
+                said = {"role": "assistant", "content": choice.text or "(nothing)"}
+                unclear[key] = [*questions[key], said, {"role": "user", "content": REMINDER}]
+        return unclear
 
 
 def _is_verdict(row: Row) -> bool:

@@ -34,7 +34,6 @@ class _ModelScorer(Scorer):
 
     Args:
         model: hub id or folder, or model and tokenizer.
-        name: for messages and fingerprints; by default made of the model's.
         batch_size: rows in one forward pass; the scores do not depend on it but for rounding.
         dtype: to load the model in; "auto" keeps that of the checkpoint.
         device: to load the model to; by default a GPU if there is one.
@@ -46,7 +45,6 @@ class _ModelScorer(Scorer):
         self,
         model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
         *,
-        name: str | None = None,
         batch_size: int = 8,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
@@ -58,7 +56,7 @@ class _ModelScorer(Scorer):
         self._device = device
         self._given = None if isinstance(model, str) else model
         self._source = model if isinstance(model, str) else model[0].config.name_or_path
-        self.name = f"{self.kind} {Path(self._source).name}" if name is None else name
+        self.name = f"{self.kind} {Path(self._source).name}"
 
     def settings(self) -> dict[str, Any]:
         settings = {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
@@ -141,7 +139,7 @@ class RewardModel(_ModelScorer):
     ) -> None:
         super().__init__(model, **options)
         self.label = label
-        if label is not None and options.get("name") is None:
+        if label is not None:
             self.name += f"#{label}"  # two labels of a model are two scorers, with a file each
 
     def settings(self) -> dict[str, Any]:
@@ -266,10 +264,7 @@ def split_label(rest: str) -> tuple[str, int | str | None]:
 
 
 def read_reward_config(source: str) -> PretrainedConfig | None:
-    """The config of a sequence-classification model; None for adapters, which have none.
-
-    Raises UsageError where there is none, or it is of a model of another kind.
-    """
+    """The config of a sequence-classification model; None for adapters, which have none."""
     folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return None

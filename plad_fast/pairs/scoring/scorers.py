@@ -55,11 +55,7 @@ class Scorer(Protocol):
 
 
 class Rouge(Scorer):
-    """Overlap with the prompt's reference, an F-measure in [0, 1]; see `text_metrics.rouge`.
-
-    Args:
-        name: `rouge1`, `rouge2` or `rougeL`.
-    """
+    """Overlap with the prompt's reference, an F-measure in [0, 1]; see `text_metrics.rouge`."""
 
     uses_reference = True
 

@@ -63,10 +63,7 @@ def check_variable(variable: str) -> None:
 
 
 def read_key(variable: str, url: str) -> str:
-    """The key in an environment variable; a stand-in for an endpoint on this machine.
-
-    Raises UsageError where there is none, or none that can be one; the message does not hold it.
-    """
+    """The key in an environment variable; a stand-in for an endpoint on this machine."""
     check_variable(variable)
     key = os.environ.get(variable, "").strip()
     if not key and is_loopback(url):
@@ -79,10 +76,7 @@ def read_key(variable: str, url: str) -> str:
 
 
 def find_url(url: str | None) -> str:
-    """The URL of the API: as given, else from the environment, else OpenAI's.
-
-    Raises UsageError for what is none, or holds what must not get into files and messages.
-    """
+    """The URL of the API: as given, else from the environment, else OpenAI's."""
     url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
     try:
         parts = urlsplit(url)

@@ -61,16 +61,12 @@ class Endpoint:
     """Seconds for a whole request, after which it counts as failed."""
 
     max_retries: int = 6
-    """How often a failed request is tried again."""
-
+    """How often a failed request is tried again, after half a second first and up to a minute
+    later. What the server asks for by Retry-After is kept to, up to a quarter of an hour; a longer
+    wait ends the run."""
     reasoning_tokens: int = 0
     """Added to the length limit of every request, for a model that reasons before it answers: what
     it spends on that counts as part of its answer."""
-
-    first_pause: float = 0.5
-    """Seconds before the first retry, doubled for each one that follows, up to a minute. What the
-    server asks for by Retry-After is kept to, up to a quarter of an hour; a longer wait ends the
-    run."""
 
     token_budget: int | None = None
     """Tokens, of prompts and answers, that may be spent over the life of this object. Once they
@@ -132,22 +128,21 @@ class Endpoint:
         Raises:
             UsageError: as `complete`, no reply came, or all its tokens were spent before an answer.
         """
-        by_first(lambda: self._try_out(request, store, overwrite))
 
-    def _try_out(
-        self, request: ChatRequest, store: str | os.PathLike[str] | None, overwrite: bool
-    ) -> None:
-        self.has_answered = store is not None and has_rows(store) and not overwrite
-        if self.has_answered:
-            return
-        self._is_trial = True
-        try:
-            ((_, reply),) = self.complete([request])
-        finally:
-            self._is_trial = False
-        if isinstance(reply, str) or reply.choices[0].is_spent:
-            problem = reply if isinstance(reply, str) else reply.choices[0].problem
-            raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+        def ask() -> None:
+            self.has_answered = store is not None and has_rows(store) and not overwrite
+            if self.has_answered:
+                return
+            self._is_trial = True
+            try:
+                ((_, reply),) = self.complete([request])
+            finally:
+                self._is_trial = False
+            if isinstance(reply, str) or reply.choices[0].is_spent:
+                problem = reply if isinstance(reply, str) else reply.choices[0].problem
+                raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+
+        by_first(ask)
 
     async def _answer_all(
         self,
@@ -308,7 +303,7 @@ class Endpoint:
         return self.max_retries
 
     async def _rest(self, tries: int, trouble: retries.Trouble, halted: asyncio.Event) -> None:
-        seconds = retries.pause(tries, trouble.retry_after, first=self.first_pause)
+        seconds = retries.pause(tries, trouble.retry_after)
         if seconds > 1.2 * retries.LONGEST_PAUSE:
             logger.warning("%r asks to wait for %.0f s (%s)", self, seconds, trouble.reason)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -367,7 +362,7 @@ class Endpoint:
             raise UsageError('endpoints need the openai package; run: pip install "plad-fast[api]"')
         if not self.model:
             raise UsageError("no model is named; write openai:MODEL")
-        for name in ("concurrency", "timeout", "first_pause"):
+        for name in ("concurrency", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("token_budget", "cost_budget"):

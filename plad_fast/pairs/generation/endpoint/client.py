@@ -40,10 +40,8 @@ def open_client(
     get the prompts. The client's own retries are off: it waits for no Retry-After of more than two
     minutes, asks again where a quota of a day is spent, and keeps no budget.
 
-    Args:
-        timeout, connect: seconds for each phase of a request, and to make a connection.
-        proxies: those that the environment names are used.
-        tokens: most that a request asks for.
+    It waits `timeout` seconds for each phase of a request and `connect` for a connection, takes
+    proxies from the environment or none, and reads no more than belongs to `tokens`.
     """
     import openai
 

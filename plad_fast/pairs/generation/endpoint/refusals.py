@@ -51,12 +51,9 @@ class Refusal(NamedTuple):
 
 
 def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
-    """What a server that answers by status 400 or 422 does not take.
+    """What a server does not take that answers a body by status 400 or 422.
 
-    Args:
-        named: the parameter that its error names, if it does.
-        said: all that its error says.
-        sent: the request's body.
+    `named` is the parameter that its error names, if it does, and `said` all that the error says.
     """
     limit = next((name for name in sent if name in LIMITS), "")
     others = [n for n in ("seed", "n", "temperature", "top_p") if n in sent]

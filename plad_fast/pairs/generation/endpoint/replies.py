@@ -35,13 +35,18 @@ def parse_reply(content: bytes) -> dict[str, Any]:
         if not start:
             raise BadReplyError("the reply is empty") from None
         if start.startswith("<"):
-            raise BadReplyError(f"the reply is a web page: {start}", foreign=True) from None
+            raise _foreign(f"a web page: {start}") from None
         if start.startswith(("data:", "event:", "id:", "retry:", ":")):
-            raise BadReplyError(f"the reply is a stream of events: {start}", foreign=True) from None
+            raise _foreign(f"a stream of events: {start}") from None
         raise BadReplyError(f"the reply is not valid JSON: {start}") from None
     if not isinstance(body, dict):
         raise BadReplyError(f"the reply is not valid: {_shown(body)}")
     return body
+
+
+def _foreign(what: str) -> BadReplyError:
+    advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
+    return BadReplyError(f"the reply is {what}", "once", advice=advice)
 
 
 def read_usage(body: Mapping[str, Any]) -> tuple[int, int]:
@@ -63,9 +68,7 @@ def tells_ends(body: Mapping[str, Any]) -> bool:
 def read_choices(
     body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int
 ) -> list[Choice]:
-    """The answers in a reply, at least one and at most `n`; those that are bad are left out.
-
-    Raises BadReplyError where there are none.
+    """The answers in a reply, at most `n`; bad ones are left out, and BadReplyError if all are.
 
     Args:
         key: masked in texts: some servers play back what they were sent.
@@ -148,9 +151,7 @@ def _text(content: Any) -> tuple[str, list[str]]:
         elif isinstance(text, str) and (kind is None or kind in ("text", "output_text")):
             texts.append(text)
         else:
-            raise BadReplyError(
-                f"the reply holds an answer that is not text: {_shown(part)}", lasting=True
-            )
+            raise BadReplyError(f"the answer is not text: {_shown(part)}", "once")
     return "".join(texts), thoughts
 
 

@@ -9,11 +9,11 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, causes_of
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.refusals import (
     LIMITS,
@@ -23,7 +23,7 @@ from plad_fast.pairs.generation.endpoint.refusals import (
 )
 
 _AGAIN = frozenset({408, 409, 425, 429})
-LONGEST_PAUSE = 60.0  # seconds
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 LONGEST_ASKED = 900.0
 """Seconds that a server may ask to wait for; a longer wait is the user's."""
 _TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "anyio"})
@@ -44,22 +44,6 @@ _OF_ONE_PROMPT = frozenset(
     {"context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter",
      "content_policy_violation"}
 )  # fmt: skip
-
-
-class BadReplyError(ValueError):
-    """A reply of status 200 that holds no answer; the message says what it is instead.
-
-    The next one will be like it (`lasting`), it is none of a chat API (`foreign`), or it is an
-    error with a `code`.
-    """
-
-    def __init__(
-        self, message: str, *, lasting: bool = False, foreign: bool = False, code: Any = None
-    ) -> None:
-        super().__init__(message)
-        self.lasting = lasting
-        self.foreign = foreign
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -90,17 +74,30 @@ class Trouble:
     """The server may have answered, and be paid for it."""
 
 
+class BadReplyError(ValueError):
+    """A reply of status 200 that holds no answer; the message says what it is instead."""
+
+    def __init__(
+        self,
+        reason: str,
+        then: Literal["again", "once"] = "again",
+        *,
+        advice: str = "",
+        code: Any = None,
+    ) -> None:
+        super().__init__(reason)
+        self.trouble = Trouble(then, reason, advice=advice, lost=True)
+        if str(code) == "429" and _LONG_QUOTA.search(reason):
+            self.trouble = Trouble("stop", reason, 429, advice=_LATER)
+
+
 def judge(
     error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str, any_temperature: bool
 ) -> Trouble:
     """What to do about whatever was raised while a request was made or its reply was read.
 
-    Args:
-        error: from the client, or a `BadReplyError`.
-        sent: the request's body.
-        refused: parameters that are left out or replaced already.
-        key: to keep out of the reason.
-        any_temperature: see `ChatRequest`.
+    `refused` are parameters that are left out or replaced already; the key is kept out of the
+    reason.
     """
     import openai
 
@@ -117,9 +114,9 @@ def judge(
 def _of_transport(error: Exception) -> Trouble:
     import openai
 
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
-        return _of_reply(bad)
+        return bad.trouble
     names = {type(cause).__name__ for cause in causes}
     # A connection that was never made: no server, no such name, a proxy that refuses.
     unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
@@ -136,25 +133,6 @@ def _of_transport(error: Exception) -> Trouble:
         reason = f"the reply cannot be read: {type(error).__name__}: {error}"
         unreachable = False
     return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those that it was raised from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _of_reply(error: BadReplyError) -> Trouble:
-    reason = str(error)
-    if error.foreign:
-        advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
-        return Trouble("once", reason, advice=advice, lost=True)
-    if str(error.code) == "429" and _LONG_QUOTA.search(reason):
-        return Trouble("stop", reason, 429, advice=_LATER)
-    return Trouble("once" if error.lasting else "again", reason, lost=True)
 
 
 def _of_status(
@@ -258,10 +236,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def pause(tries: int, asked: float | None, *, first: float) -> float:
+def pause(tries: int, asked: float | None) -> float:
     """Seconds before the next try: twice as long each time, or as long as the server asked.
 
     Jitter keeps requests that failed together from coming back together.
     """
-    backoff = min(LONGEST_PAUSE, first * 2**tries) * random.uniform(0.5, 1.0)
+    backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) * random.uniform(0.5, 1.0)
     return backoff if asked is None else min(LONGEST_ASKED, asked) + 0.1 * backoff
