@@ -95,6 +95,7 @@ RULES: dict[str, Rule] = {
     "_logits_rows_forward_kernel": Rule(_rows_forward),
     "_logits_rows_backward_kernel": Rule(_rows_backward, makes_gradient=True),
     "_segment_sums_kernel": Rule(lambda a: once(a, ("sums_ptr",))),
+    "_scaled_kernel": Rule(lambda a: once(a, ("out_ptr",))),
 }
 """By the name of the kernel."""
 

@@ -202,12 +202,31 @@ def _segments(guard: Guard, lengths: list[int]) -> None:
     segments.sequence_sums(values, targets, guard.keep(bounds), **options)
 
 
-CASES = {"linear": linear_cases, "rows": rows_cases, "segments": segments_cases}
+def scaling_cases(guard: Guard) -> Iterator[Case]:
+    for shape, flip in itertools.product(((16,), (17, 1), (5, 7), (0, 3)), (False, True)):
+        yield f"{shape}", partial(_scaling, guard, shape, flip and len(shape) > 1)
+
+
+def _scaling(guard: Guard, shape: tuple[int, ...], flip: bool) -> None:
+    config, factor = kernels("launch").SegmentsConfig(16), guard.keep(torch.tensor(2.0))
+    empty_like = torch.empty_like
+    with mock.patch.object(torch, "empty_like", lambda *a, **k: guard.keep(empty_like(*a, **k))):
+        values = guard.normal(*shape, flip=flip)
+        kernels("scaling").scaled(values, factor, torch.bfloat16, config)
+
+
+CASES = {
+    "linear": linear_cases,
+    "rows": rows_cases,
+    "segments": segments_cases,
+    "scaling": scaling_cases,
+}
 FAMILIES = {
     "linear_forward": "linear",
     "linear_backward": "linear",
     "logits_rows": "rows",
     "segments": "segments",
+    "scaling": "scaling",
 }
 
 

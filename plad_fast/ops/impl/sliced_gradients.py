@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadGradient, Needs
 from plad_fast.ops.impl.products import Operand, accumulation_dtype, products_for
-from plad_fast.ops.impl.workspace import scaled_gradient
+from plad_fast.ops.impl.scaling import scaled_gradient
 
 _ALIGNED_COLUMNS = 256
 """What the width of a slice is a multiple of: the widest tile, and rows that load in vectors."""

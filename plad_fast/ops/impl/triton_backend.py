@@ -168,6 +168,7 @@ class KernelWorkspace(Workspace):
     """
 
     keeps_slope = False
+    keeps_wide = True
     _operands: Tensor | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
