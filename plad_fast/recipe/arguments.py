@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from plad_fast import __version__
 from plad_fast.recipe.fields import flag
-from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.settings import SELECTION, DistillConfig
 from plad_fast.recipe.settings_file import coerce, load_settings
 
 _EPILOG = """\
@@ -37,10 +37,7 @@ _ENDPOINT = (
     *("base_url", "api_key_env", "concurrency", "request_timeout"),
     *("reasoning_tokens", "token_budget", "cost_budget", "price_in", "price_out"),
 )
-_SELECTION = (
-    *("teacher_samples", "student_samples", "scorer", "select", "list_size", "drop_contradicted"),
-    *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
-)
+_SELECTION = ("teacher_samples", "student_samples", *SELECTION)
 _LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
 _RESOURCES = (
     *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),

@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
-from plad_fast.data.places import lies_in
+from plad_fast.data.places import OFFLINE, lies_in
+from plad_fast.data.records import model_digest
+from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.report.terminal import comparison_table
@@ -34,10 +36,12 @@ from plad_fast.models.loading import (
     load_tokenizer,
     offline_teacher_path,
 )
+from plad_fast.pairs.build import build_answers, build_pairs
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.data_checks import check_answers, require_learnable
-from plad_fast.recipe.dependencies import scorer_settings, stage_settings, student_settings
+from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.inputs import (
@@ -46,11 +50,11 @@ from plad_fast.recipe.inputs import (
     dropped_file,
     show_findings,
     show_pairs,
+    write_pairs,
 )
-from plad_fast.recipe.pair_settings import OFFLINE_TEACHER
 from plad_fast.recipe.run_folder import RunFolder, Stage
-from plad_fast.recipe.scoring import held_out_scoring
 from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.sources import held_out_scoring
 from plad_fast.recipe.texts import Answers, RecipeTexts, sampling_for
 from plad_fast.training.train import train_model
 
@@ -104,7 +108,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
         prompts.all,
         answers=path / "answers",
         pairs=path / "pairs",
-        load_teacher=teacher.as_text,
+        teacher=LazyLocalModel(teacher.as_text, "teacher") if config.has_local_teacher else None,
         judges=judges,
     )
     if overwrite or not (path / "student").exists():
@@ -114,9 +118,9 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
             check_loadable(teacher.source)
     folder = RunFolder(
         path,
-        texts.teacher_settings(),
+        bound_settings(config, texts.teacher_made_by),
         overwrite=overwrite,
-        is_bound=texts.has_teacher_answers,
+        is_bound=lambda: has_rows(texts.teacher_file),
         is_own=lambda name: re.fullmatch(_MADE, name) is not None,
         # Before the folder keeps settings that an endpoint refuses.
         check=lambda: texts.try_endpoints(scoring["judge"], overwrite=overwrite),
@@ -131,22 +135,17 @@ class _LocalTeacher:
     time."""
 
     def __init__(self, config: DistillConfig) -> None:
-        is_offline = config.teacher == OFFLINE_TEACHER
+        is_offline = config.teacher == OFFLINE
         self.source = str(offline_teacher_path()) if is_offline else config.teacher
-        self._precision = config.precision
-        self._model: PreTrainedModel | None = None
+        self._dtype = partial(autocast_dtype, config.precision)
 
+    @cached_property
     def model(self) -> PreTrainedModel:
-        if self._model is None:
-            self._model = load_model(self.source, merge_adapters=True)
-        return self._model
+        return load_model(self.source, merge_adapters=True)
 
     def as_text(self) -> LocalModel:
-        model = self.model().to(device=best_device(), dtype=autocast_dtype(self._precision))
+        model = self.model.to(device=best_device(), dtype=self._dtype())
         return LocalModel(model, load_tokenizer(self.source), "teacher")
-
-    def release(self) -> None:
-        self._model = None
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,15 @@ class _Distillation:
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
+        source = self.config.student or self.teacher.source
         rounds = range(1, self.config.rounds + 1)
+        judge = {} if self.scoring["judge"] is None else {"judge": self.scoring["judge"]}
+        scorers = {**self.scoring["scorers"], **judge}
         return [
             Stage(
                 "student",
                 self._make_student,
-                student_settings(self.config, self.teacher.source),
+                {**of("student"), "student's weights": model_digest(source)},
                 makes=["student"],
             ),
             Stage(
@@ -209,7 +211,7 @@ class _Distillation:
                     "evaluation",
                     prompts=self.prompts.held_out,
                     references=True,
-                    **scorer_settings(self.scoring["scorers"], self.scoring["judge"]),
+                    **{f"settings of {name}": s.settings() for name, s in scorers.items()},
                 ),
                 reads=[*self._students(), _TEACHER_FILE, "pairs/held-out.jsonl"],
                 makes=["evaluation"],
@@ -253,36 +255,34 @@ class _Distillation:
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
-        config = self.config
+        config, source, layers = self.config, self.teacher.source, self.config.student_layers
+        if config.student is None:
+            model = self.teacher.model
+            layers = max(1, round(_LAYERS_KEPT * depth(model))) if layers is None else layers
+        else:
+            source = find_model(config.student, "--student")
+            model = load_model(source, merge_adapters=True)
+        if layers is not None:
+            model = drop_layers(model, layers)
 
         def fill(folder: Path) -> None:
-            if config.student is None:
-                source, model = self.teacher.source, self.teacher.model()
-            else:
-                source = find_model(config.student, "--student")
-                model = load_model(source, merge_adapters=True)
-            tokenizer = load_tokenizer(source)
-            layers = config.student_layers
-            if layers is None and config.student is None:
-                layers = max(1, round(_LAYERS_KEPT * depth(model)))
-            if layers is not None:
-                model = drop_layers(model, layers if isinstance(layers, int) else list(layers))
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            load_tokenizer(source).save_pretrained(folder)
 
-        path = self.folder.make_folder("student", fill)
-        saved = json.loads((path / "config.json").read_text())
-        # Of an encoder-decoder model these are the layers of the decoder, which may be dropped.
-        names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-        layers = next((saved[name] for name in names if name in saved), "?")
-        return f"{layers} layers, from {config.student or 'the teacher'}"
+        self.folder.make_folder("student", fill)
+        return f"{depth(model)} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        self.texts.renew_teacher_answers()
-        answered = self.texts.ask_teacher()
-        self.teacher.release()
-        self.texts.require_all_asked(answered)
-        finished, total = self.texts.best_teacher_answers(), len(self.prompts.all)
+        answered = self.texts.ask_teacher(others_aside=True)
+        vars(self.teacher).pop("model", None)  # makes room for the student
+        stopped, total = getattr(self.texts.endpoint, "stopped", ""), len(self.prompts.all)
+        if answered.failures and stopped:
+            raise UsageError(
+                f"the teacher has answered {len(answered.answers)} of {total} prompts and is asked "
+                f"no more: {stopped}; what has come is kept: run the same command again to ask for "
+                "the rest, with a larger budget if one was spent"
+            )
+        finished = self.texts.best_teacher_answers()
         if not finished:
             raise UsageError(
                 f"the teacher finished none of its {total} answers within --max-new-tokens "
@@ -297,17 +297,23 @@ class _Distillation:
         return "; ".join([*told, *filter(None, [self.texts.usage().get("teacher")])])
 
     def _fine_tune(self) -> str:
-        rows = self.texts.fine_tuning_rows(
-            self.prompts.sft, load_tokenizer(self.folder / "student")
+        config, tokenizer = self.config, load_tokenizer(self.folder / "student")
+        rows = build_answers(
+            self.prompts.sft, self.texts.best_teacher_answers(), tokenizer=tokenizer
         )
+        if not rows:
+            raise UsageError(
+                "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens or "
+                "--sft-share"
+            )
         log = self._train(
             "student",
             rows,
             "sft",
             loss="sft",
-            epochs=self.config.sft_epochs,
-            learning_rate=self.config.sft_learning_rate,
-            batch_size=self.config.sft_batch_size,
+            epochs=config.sft_epochs,
+            learning_rate=config.sft_learning_rate,
+            batch_size=config.sft_batch_size,
         )
         return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
 
@@ -317,22 +323,26 @@ class _Distillation:
         return f"{count} samples at temperature {self.config.student_temperature:g}"
 
     def _pair(self, number: int) -> str:
-        samples = self._samples(number)
+        texts, samples = self.texts, self._samples(number)
         tokenizer = load_tokenizer(self.folder / "sft")
-        file, name = _numbered("train", number), "train"
-        lines = []
+        prompts, file, told = "train", _numbered("train", number), []
         try:
-            rows, report = self.texts.make_pairs(self.prompts.pairs, samples, tokenizer, file)
-            show_pairs(rows, report, self.texts.pairs_file(file), "training pairs")
-            lines.append(f"train: {report}")
+            rows, report = texts.make_pairs(self.prompts.pairs, samples, tokenizer, file)
+            show_pairs(rows, report, texts.pairs_file(file), "training pairs")
+            told.append(f"train: {report}")
             if number == 1:
-                name, held_out = "held-out", self.prompts.held_out
-                report = self.texts.make_held_out_pairs(held_out, samples, tokenizer)
-                lines.append(f"held-out: {report}")
+                # The teacher's first answer > the student's first sample, whatever is trained on.
+                prompts, teacher = "held-out", texts.teacher_answers()
+                rows, report = build_pairs(
+                    self.prompts.held_out, teacher, samples, tokenizer=tokenizer
+                )
+                write_pairs(texts.pairs_file("held-out"), rows, report)
+                told.append(f"held-out: {report}")
         except UsageError as error:
-            raise UsageError(f"{name} prompts: {error}") from None
-        spent = self.texts.usage().get("judge")
-        return "; ".join([*lines, *([] if spent is None else [f"judge: {spent}"])])
+            raise UsageError(f"{prompts} prompts: {error}") from None
+        return "; ".join(
+            [*told, *(f"judge: {s}" for n, s in texts.usage().items() if n == "judge")]
+        )
 
     def _calibrate(self, number: int) -> str:
         config = self.config
@@ -357,9 +367,18 @@ class _Distillation:
         return f"{results['n_prompts']} prompts, {results['n_pairs']} pairs"
 
     def _report(self, command: str) -> dict[str, Any]:
-        config = self.config
+        config, texts = self.config, self.texts
         results, outputs = self._measure()
-        data = self._data(outputs)
+        files = {
+            _of_round("training pairs", number): texts.pairs_file(_numbered("train", number))
+            for number in range(1, config.rounds + 1)
+        }
+        data = data_of_run(
+            {**files, "held-out pairs": texts.pairs_file("held-out")},
+            unit="pairs" if config.select == "all" else "prompts",
+            teacher=[answer.text for answer in texts.best_teacher_answers().values()],
+            students=outputs,
+        )
         show_findings(data["findings"])
         write_results(
             self.folder.path,
@@ -379,18 +398,6 @@ class _Distillation:
             versions=versions(),
         )
         return results
-
-    def _data(self, outputs: Sequence[StudentOutputs]) -> dict[str, Any]:
-        """What became of the prompts, and what to look at in the texts."""
-        numbers = range(1, self.config.rounds + 1)
-        files = {_of_round("training pairs", n): _numbered("train", n) for n in numbers}
-        files["held-out pairs"] = "held-out"
-        return data_of_run(
-            {name: self.texts.pairs_file(file) for name, file in files.items()},
-            unit="pairs" if self.config.select == "all" else "prompts",
-            teacher=[answer.text for answer in self.texts.best_teacher_answers().values()],
-            students=outputs,
-        )
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(

@@ -13,12 +13,7 @@ from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut, read_held_out
 from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
-from plad_fast.evaluation.run_students import (
-    evaluate_models,
-    file_stem,
-    scorer_file,
-    student_files,
-)
+from plad_fast.evaluation.run_students import evaluate_models, file_stem, scorer_file, student_files
 from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokenizer
 from plad_fast.models.response_scores import check_pairs
 from plad_fast.pairs.generation.answering import discard_answers
@@ -28,8 +23,8 @@ from plad_fast.recipe.data_checks import check_rows
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.inputs import check_students, read_pairs, show_findings
-from plad_fast.recipe.scoring import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.sources import JUDGE_STORE, held_out_scoring
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first
 from plad_fast.recipe.texts import sampling_for
 
@@ -72,11 +67,7 @@ def evaluate_on_pairs(
 
 
 def _evaluate_on_pairs(
-    models: Mapping[str, Path],
-    pairs: str,
-    config: DistillConfig,
-    overwrite: bool,
-    command: str,
+    models: Mapping[str, Path], pairs: str, config: DistillConfig, overwrite: bool, command: str
 ) -> dict[str, Any]:
     folder = Path(config.output_dir)
     rows = read_pairs(pairs)

@@ -34,11 +34,16 @@ def one_of(*values: str) -> Rule:
 
 
 def setting(
-    default: Any, help_text: str, rule: Rule | None = None, *, affects_results: bool = True
+    default: Any, help_text: str, rule: Rule | None = None, *, is_free: bool = False
 ) -> Any:
-    """A field with its one-line help; `affects_results=False` may change between restarts."""
-    metadata = {"help": help_text, "rule": rule, "affects_results": affects_results}
+    """A field with its one-line help."""
+    metadata = {"help": help_text, "rule": rule, "affects_results": not is_free}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def free_setting(default: Any, help_text: str, rule: Rule | None = None) -> Any:
+    """A `setting` on which no result depends: it may change between restarts."""
+    return setting(default, help_text, rule, is_free=True)
 
 
 def flag(name: str) -> str:

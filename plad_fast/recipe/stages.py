@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from plad_fast.recipe.inputs import (
     show_findings,
     show_pairs,
 )
-from plad_fast.recipe.pair_settings import PairSettings
-from plad_fast.recipe.settings import DistillConfig, check_training, expanded
+from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.train import train_model
@@ -34,7 +32,7 @@ from plad_fast.training.trained_folders import discard_training, is_trained
 
 # The endpoint's address is among what the teacher is known by.
 _OF_PAIRS = (
-    *(f.name for f in fields(PairSettings) if f.metadata["affects_results"]),
+    *("teacher", "teacher_samples", "student_samples", *SELECTION),
     *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
 )
 
@@ -70,12 +68,9 @@ def _pair_models(config: DistillConfig, student: str, overwrite: bool) -> Path:
     texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
     texts.try_endpoints(texts.scorer, overwrite=overwrite)
     path = texts.pairs_file("pairs")
-    made_by = {
-        "teacher": texts.teacher_made_by(),
-        "student": texts.student_made_by(student, source),
-    }
+    made_by = {"teacher": texts.teacher_made_by, "student": texts.student_made_by(student, source)}
     settings: dict[str, Any] = {
-        **{name: getattr(config, name) for name in _OF_PAIRS if name != "base_url"},
+        **{name: getattr(config, name) for name in _OF_PAIRS},
         **{f"{role}'s {name}": v for role, made in made_by.items() for name, v in made.items()},
         "prompts": prompts_digest(prompts),
     }
