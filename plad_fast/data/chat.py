@@ -168,7 +168,7 @@ def _answer(prompt: Messages, response: Content) -> Message:
             f"a response ends in a message of role {last['role']!r}; the last one must be the "
             "assistant's answer"
         )
-    if before and not _same_turns(before, prompt):
+    if before and _turns(before) != _turns(prompt):
         raise UsageError(
             f"a response holds {len(response)} messages, and those before the last are not the "
             "prompt; move the earlier turns into the prompt, which all responses share"
@@ -176,9 +176,6 @@ def _answer(prompt: Messages, response: Content) -> Message:
     return last
 
 
-def _same_turns(messages: Messages, prompt: Messages) -> bool:
-    first, second = (
-        [{**message, "content": (message.get("content") or "").strip()} for message in side]
-        for side in (messages, prompt)
-    )
-    return first == second
+def _turns(messages: Messages) -> Messages:
+    """To compare: white space around a message may differ."""
+    return [{**m, "content": (m.get("content") or "").strip()} for m in messages]

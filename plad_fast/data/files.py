@@ -16,10 +16,7 @@ _MAKE_ROOM = "make room"
 _ADVICE = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): _MAKE_ROOM,
     (errno.EROFS,): "choose a folder on another disk, or make this one writable,",
-    (
-        errno.EACCES,
-        errno.EPERM,
-    ): "choose a folder that you may write to, or change permissions,",
+    (errno.EACCES, errno.EPERM): "choose a folder that you may write to, or change permissions,",
 }
 # What torch.save says when a write came out short.
 _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected pos ")
@@ -80,18 +77,10 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             path = Path(root, name)
             if path.is_file() and not path.is_symlink():
-                sync_file(path)
+                # Windows syncs only what is open for writing.
+                with path.open("r+b" if os.name == "nt" else "rb") as file:
+                    os.fsync(file.fileno())
         sync_folder(Path(root))
-
-
-def sync_file(path: Path) -> None:
-    """Write a file's content through to the disk."""
-    # Windows syncs only what is open for writing.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

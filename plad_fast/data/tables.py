@@ -205,12 +205,7 @@ def _read_parquet(path: Path) -> list[Row]:
     return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
 
 
-_READERS = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _read_hub(source: str, path: Path, split: str) -> Table:
@@ -228,12 +223,17 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
     import datasets
 
     name, _, config = (str(path), "", "") if found else source.partition(":")
+    what = f"split {split!r} of the hub data set {source!r}"
+    advice = "name a split it has, and a config as in 'owner/name:config' where it has several"
+    files = f"give a file that ends in {', '.join(_READERS)}"
+    if found:
+        what, advice = f"the folder {source!r} as a data set", f"{files}, or a folder of such files"
     try:
         data = datasets.load_dataset(name, config or None, split=split)
     except ConnectionError:
         raise UsageError(
             f"the hub data set {source!r} cannot be reached and is not in the local cache; check "
-            f"the network, or give a file that ends in {', '.join(_READERS)}"
+            f"the network, or {files}"
         ) from None
     except datasets.exceptions.DatasetNotFoundError:
         raise UsageError(
@@ -241,16 +241,7 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
             "spelling, and log in with `hf auth login` if it is gated or private"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        reason = _one_line(error)
-        if found:
-            raise UsageError(
-                f"cannot read the folder {source!r} as a data set: {reason}; give a file that ends "
-                f"in {', '.join(_READERS)}, or a folder of such files alone"
-            ) from error
-        raise UsageError(
-            f"cannot load split {split!r} of the hub data set {source!r}: {reason}; name a split "
-            "it has, and a config as in 'owner/name:config' where it has several"
-        ) from error
+        raise UsageError(f"cannot load {what}: {_one_line(error)}; {advice}") from error
     return Table(source, data.column_names, data)
 
 

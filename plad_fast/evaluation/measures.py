@@ -11,8 +11,8 @@ import numpy as np
 from plad_fast.data.chat import Content
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import intervals, metrics
-from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.evaluation import metrics
+from plad_fast.evaluation.metrics import FloatArray
 from plad_fast.evaluation.students import Judge, ScoreFn, Scorer, StudentOutputs
 from plad_fast.pairs import text_metrics
 
@@ -66,13 +66,13 @@ class Task:
         prompts: dict[str, Sequence[str]] = {}
         if len(student.pair_ids):
             chosen, rejected = student.chosen_logps, student.rejected_logps
-            values["ranking_accuracy"] = intervals.outcomes(chosen, rejected)
+            values["ranking_accuracy"] = metrics.outcomes(chosen, rejected)
             values["margin"] = metrics.margins(chosen, rejected)
             prompts = dict.fromkeys(("ranking_accuracy", "margin"), student.pair_prompts)
             own = student.own_rejected_logps
             if own is not None and not np.isnan(own).all():
                 scored = ~np.isnan(own)
-                values["own_ranking_accuracy"] = intervals.outcomes(chosen[scored], own[scored])
+                values["own_ranking_accuracy"] = metrics.outcomes(chosen[scored], own[scored])
                 prompts["own_ranking_accuracy"] = [
                     prompt
                     for prompt, there in zip(student.pair_prompts, scored, strict=True)
@@ -197,7 +197,7 @@ class Task:
         """Who wins each prompt, by the judge if there is one, else by the score."""
         if self.judge is None:
             both = "score" in a.values and "score" in b.values
-            return intervals.outcomes(a.values["score"], b.values["score"]) if both else None
+            return metrics.outcomes(a.values["score"], b.values["score"]) if both else None
         if not (a.texts and b.texts):
             return None
         texts = list(zip(self._prompts(), a.texts, b.texts, strict=True))
@@ -233,7 +233,7 @@ class Task:
         there = _there(outcomes)
         return {
             f"win_rate{suffix}": self._interval(there),
-            f"wins{suffix}": None if there is None else asdict(intervals.sign_test(there)),
+            f"wins{suffix}": None if there is None else asdict(metrics.sign_test(there)),
         }
 
     def _interval(
@@ -243,7 +243,7 @@ class Task:
         if (there := _there(values)) is None:
             return None
         return asdict(
-            intervals.paired_bootstrap(
+            metrics.paired_bootstrap(
                 there, groups=prompts, n_resamples=self.n_resamples, seed=self.seed
             )
         )

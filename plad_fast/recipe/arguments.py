@@ -283,25 +283,24 @@ def _refuse_command(parser: argparse.ArgumentParser, typed: Sequence[str]) -> No
         hint = f"plad-fast {named} ..., then its flags" if named else every
         parser.error(f"{typed[0]} stands where the command belongs: {hint}")
     close = difflib.get_close_matches(typed[0].lower(), COMMANDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else every
-    parser.error(f"unknown command {typed[0]!r}; {hint}")
+    parser.error(f"unknown command {typed[0]!r}; {f'did you mean {close[0]}?' if close else every}")
 
 
 def _unrecognized(
     unknown: Sequence[str], command: str, commands: Mapping[str, argparse.ArgumentParser]
 ) -> str:
     flags = {name: list(parser._option_string_actions) for name, parser in commands.items()}
-    hints = []
+    hints = {}
     for word in unknown:
-        name = word.partition("=")[0].lstrip("-").replace("_", "-").lower()
-        if not word.startswith("-") or not name[:1].isalpha():
+        name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-").lower()
+        if not word.startswith("-") or not name[2:3].isalpha():
             continue
-        others = [other for other in commands if f"--{name}" in flags[other]]
-        if close := difflib.get_close_matches(f"--{name}", flags[command], n=1):
-            hints.append(f"did you mean {close[0]}?")
+        others = [other for other in commands if name in flags[other]]
+        if close := difflib.get_close_matches(name, flags[command], n=1):
+            hints[f"did you mean {close[0]}?"] = name
         elif others:
-            hints.append(f"--{name} is a flag of {_listed(others)}, not of {command}")
-    if not hints and not unknown[0].startswith("-"):
-        hints.append("a value with spaces needs quotes")
-    hints = hints or [f"plad-fast {command} --help lists the flags"]
-    return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *dict.fromkeys(hints)])
+            hints[f"{name} is a flag of {_listed(others)}, not of {command}"] = name
+    if not unknown[0].startswith("-"):
+        hints = hints or {"a value with spaces needs quotes": ""}
+    hints = hints or {f"plad-fast {command} --help lists the flags": ""}
+    return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints])

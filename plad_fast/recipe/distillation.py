@@ -40,18 +40,11 @@ from plad_fast.pairs.build import build_answers, build_pairs
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sources import LazyLocalModel
-from plad_fast.recipe.data_checks import check_answers, require_learnable
+from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.fields import flag
-from plad_fast.recipe.inputs import (
-    RunPrompts,
-    data_of_run,
-    dropped_file,
-    show_findings,
-    show_pairs,
-    write_pairs,
-)
+from plad_fast.recipe.inputs import RunPrompts, data_of_run, dropped_file, show_pairs, write_pairs
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_scoring

@@ -93,37 +93,25 @@ def _devices() -> list[str]:
 def _choices() -> list[str]:
     device = torch.device(best_device())
     sample = torch.empty(1, 1, device=device)
-    taken = next(name for name in BACKENDS if get_backend("auto", sample) is _module(name, sample))
+    refused, taken = [], ""
+    for taken in BACKENDS:
+        try:
+            if get_backend(taken, sample) is get_backend("auto", sample):
+                break
+        except UsageError as error:
+            refused.append(str(error))
+    reason = "; ".join(refused) or f"the first that can, of {', '.join(BACKENDS)}"
     half = torch.empty(1, 1, device=device, dtype=torch.bfloat16)
     strategy = (type(products_for(half, 1)).__doc__ or "").splitlines()[0].rstrip(".")
     precision = str(autocast_dtype("auto")).removeprefix("torch.")
     return [
         f"device     {device.type}",
-        f"backend    {taken}: " + _reason(taken, sample),
+        f"backend    {taken}: {reason}",
         f"scratch    {default_scratch_bytes(device) >> 20} MiB for logits",
         f"precision  auto is {precision}: {why_autocast()}",
         f"bfloat16   head products: {strategy}",
         f"attention  {_attention(device)}",
     ]
-
-
-def _module(name: str, sample: torch.Tensor) -> object:
-    try:
-        return get_backend(name, sample)
-    except UsageError:
-        return None
-
-
-def _reason(taken: str, sample: torch.Tensor) -> str:
-    refused = []
-    for name in BACKENDS:
-        if name == taken:
-            break
-        try:
-            get_backend(name, sample)
-        except UsageError as error:
-            refused.append(str(error))
-    return "; ".join(refused) or "the first that can, of " + ", ".join(BACKENDS)
 
 
 def _attention(device: torch.device) -> str:

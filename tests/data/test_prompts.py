@@ -184,7 +184,7 @@ def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
 def test_a_folder_without_data_is_called_a_folder(tmp_path):
     (tmp_path / "data").mkdir()
     message = message_of(tmp_path / "data")
-    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+    assert message.startswith(f"cannot load the folder '{tmp_path / 'data'}' as a data set")
 
 
 def test_ids_do_not_depend_on_the_limit(tmp_path):

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.intervals import FloatArray
-from plad_fast.evaluation.metrics import margins
+from plad_fast.evaluation.metrics import FloatArray, margins
 from plad_fast.evaluation.students import StudentOutputs
 
 if TYPE_CHECKING:
@@ -58,12 +57,7 @@ _CURVES = (
 )
 # Key, title, axis label, and where a student would be that cannot tell.
 _COMPARED = (
-    (
-        "ranking_accuracy",
-        "Prefers the teacher's answer",
-        "share of pairs (dotted: chance)",
-        0.5,
-    ),
+    ("ranking_accuracy", "Prefers the teacher's answer", "share of pairs (dotted: chance)", 0.5),
     ("rougeL_teacher", "Likeness to the teacher's answer", "ROUGE-L F-measure", None),
     ("rougeL_reference", "Likeness to the reference", "ROUGE-L F-measure", None),
 )
