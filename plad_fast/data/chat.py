@@ -74,8 +74,7 @@ def render_prompt(
     """
     if prompt[-1]["role"] == "assistant":
         raise UsageError(
-            "the prompt ends in an assistant message, which leaves nothing to answer; cut it off, "
-            "and put its text at the start of the responses if they go on from there"
+            "the prompt ends in an assistant message, which leaves nothing to answer; cut it off"
         )
     return apply_template(tokenizer, prompt, template, generation_prompt=True)
 

@@ -52,10 +52,8 @@ def held_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def cannot_write(folder: Path, error: OSError) -> UsageError:
     """What to raise where an output folder refuses to be written."""
     advice = disk_advice(error) or "choose another --output-dir"
-    return UsageError(
-        f"cannot write to {folder}: {error.strerror or error}; {advice} and run the same command "
-        "again"
-    )
+    what = error.strerror or error
+    return UsageError(f"cannot write to {folder}: {what}; {advice} and run the same command again")
 
 
 @contextlib.contextmanager

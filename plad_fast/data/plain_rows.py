@@ -93,10 +93,7 @@ def _of_a_collection(dataset: Any, name: str) -> list[Any]:
     if isinstance(dataset, Sized) and isinstance(dataset, Iterable):
         return list(dataset)
     if isinstance(dataset, Iterable):
-        raise UsageError(
-            f"{name} is a {kind}, which can be read once only, and rows are read more often; pass "
-            "list(...) of it, or a datasets.Dataset"
-        )
+        raise UsageError(f"{name} is a {kind}, which can be read once only; pass list(...) of it")
     raise UsageError(f"{name} is a {kind}; {_ADVICE}")
 
 

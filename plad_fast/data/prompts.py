@@ -84,8 +84,7 @@ def load_prompts(
         raise UsageError(f"limit must be at least 1, not {limit!r}")
     if prompt_column is not None and prompt_template is not None:
         raise UsageError(
-            f"prompt_column {prompt_column!r} and prompt_template are both given; give one: a "
-            "template names its columns itself, as {column}"
+            f"prompt_column {prompt_column!r} and prompt_template are both given; give one"
         )
     table = read_table(os.fspath(source), split)
     column = "prompt" if prompt_column is None else prompt_column

@@ -28,6 +28,11 @@ _BESIDE = (
 _BLOCK = 2**20  # bytes read at once
 
 
+ELSEWHERE = "choose another --output-dir"
+OR_ANEW = f"{ELSEWHERE}, or pass --overwrite to start anew"
+"""What to do about a folder that something else has made."""
+
+
 class Found(NamedTuple):
     """What `RecordFormat.read` met."""
 
@@ -145,7 +150,7 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_equal(
-    found: Mapping[str, Any], now: Mapping[str, Any], path: Path, advice: str
+    found: Mapping[str, Any], now: Mapping[str, Any], path: Path, advice: str = OR_ANEW
 ) -> None:
     """Raise a UsageError that names what differs in the settings that made a file or folder."""
     if changed := changed_settings(found, now):
@@ -195,14 +200,13 @@ def recorded_scores(
     """
     settings = as_json(fingerprint)
     if file.is_file() and not _SCORES.begins(file.read_bytes()):
-        raise UsageError(f"{file} does not hold scores; choose another --output-dir")
+        raise UsageError(f"{file} does not hold scores; {ELSEWHERE}")
     record, problem = _SCORES.read(file, fingerprint=dict, digest=str, scores=dict)
     if not problem and record["digest"] == digest(record["scores"]):
         if record["fingerprint"] == settings:
             return record["scores"]
         if not replace:
-            advice = "choose another --output-dir, or pass --overwrite to start anew"
-            require_equal(record["fingerprint"], settings, file, advice)
+            require_equal(record["fingerprint"], settings, file)
     scores = compute()
     _SCORES.write(file, fingerprint=settings, digest=digest(scores), scores=scores)
     return scores

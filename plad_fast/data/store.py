@@ -175,8 +175,7 @@ class RowStore:
             or not isinstance(row.get("id", ""), str)
         ):
             raise UsageError(
-                f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite to "
-                "start anew"
+                f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite"
             )
         return mend(row)  # it may be older than the mending where texts come in
 

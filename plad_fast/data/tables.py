@@ -127,8 +127,7 @@ def _parse(text: str, path: Path, *, first_line: int) -> Any:
         if len(digits) > _MOST_DIGITS:
             line = first_line + text.count("\n", 0, text.index(digits))
             raise UsageError(
-                f"{path}, line {line} holds a number of {len(digits)} digits; write it as text, or "
-                "leave it out"
+                f"{path}, line {line} holds a number of {len(digits)} digits; write it as text"
             )
         return int(digits)
 
@@ -212,8 +211,7 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
     found = is_there(path)
     if found and path.is_file():
         raise UsageError(
-            f"cannot tell the format of {source}; prompts come from files that end in "
-            f"{', '.join(_READERS)}, or from a hub data set"
+            f"cannot tell the format of {source}; give a file that ends in {', '.join(_READERS)}"
         )
     if not found and (
         names_path(source) or _FOREIGN.search(source) or not _HUB_ID.fullmatch(source)

@@ -66,10 +66,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             prompt, answered = as_conversation(prompt, responses)
             best = answered[0] if isinstance(answered[0], str) else answered[0]["content"] or ""
             if is_blank(best):
-                raise UsageError(
-                    "the best response has no text, and evaluation compares texts; leave the row "
-                    "out"
-                )
+                raise UsageError("the best response has no text to compare; leave the row out")
         except UsageError as error:
             raise UsageError(f"{source}, row {number + 1}: {error}") from None
         if template:

@@ -59,10 +59,7 @@ def require_samples(count: int, sampling: Sampling) -> None:
             "(4 to 8 are usual), or 0 to leave it out"
         )
     if count and sampling.temperature == 0:
-        raise UsageError(
-            "calibration_samples needs a temperature above 0: without one all samples of a prompt "
-            "are the same"
-        )
+        raise UsageError("calibration_samples needs a temperature above 0, to differ")
 
 
 def measure_calibration(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import OFFLINE, lies_in
-from plad_fast.data.records import model_digest
+from plad_fast.data.records import ELSEWHERE, model_digest
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
@@ -41,14 +41,14 @@ from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
-from plad_fast.recipe.dependencies import bound_settings, stage_settings
+from plad_fast.recipe.dependencies import STAGES, bound_settings, stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.inputs import RunPrompts, data_of_run, dropped_file, show_pairs, write_pairs
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import held_out_scoring
-from plad_fast.recipe.texts import Answers, RecipeTexts, sampling_for
+from plad_fast.recipe.sources import held_out_options
+from plad_fast.recipe.texts import Answers, RecipeTexts
 from plad_fast.training.train import train_model
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
 _TEACHER_FILE = "answers/teacher.jsonl"
+_OF_TRAINING = (
+    *("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing"),
+    *("seed", "precision", "max_length"),
+)
 # In the folder of a run, with what a kill leaves; what else lies there is the user's.
 _MADE = (
     r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
@@ -92,8 +96,8 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
         _require_outside(path, config)
     # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
     judges: dict[str, ChatEndpoint] = {}
-    scoring = held_out_scoring(config, path / "evaluation", judges)
-    for scorer in scoring["scorers"].values():
+    evaluation = held_out_options(config, path / "evaluation", judges)
+    for scorer in evaluation["scorers"].values():
         scorer.check(prompts.held_out)
     teacher = _LocalTeacher(config)
     texts = RecipeTexts(
@@ -116,11 +120,11 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
         is_bound=lambda: has_rows(texts.teacher_file),
         is_own=lambda name: re.fullmatch(_MADE, name) is not None,
         # Before the folder keeps settings that an endpoint refuses.
-        check=lambda: texts.try_endpoints(scoring["judge"], overwrite=overwrite),
+        check=lambda: texts.try_endpoints(evaluation["judge"], overwrite=overwrite),
     )
     with closing(folder):
         write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
-        return _Distillation(config, prompts, teacher, texts, scoring, folder).run(command)
+        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(command)
 
 
 class _LocalTeacher:
@@ -149,7 +153,7 @@ class _Distillation:
     prompts: RunPrompts
     teacher: _LocalTeacher
     texts: RecipeTexts
-    scoring: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
     folder: RunFolder
 
     def run(self, command: str) -> dict[str, Any]:
@@ -174,8 +178,8 @@ class _Distillation:
         of = partial(stage_settings, self.config)
         source = self.config.student or self.teacher.source
         rounds = range(1, self.config.rounds + 1)
-        judge = {} if self.scoring["judge"] is None else {"judge": self.scoring["judge"]}
-        scorers = {**self.scoring["scorers"], **judge}
+        judge = {} if self.evaluation["judge"] is None else {"judge": self.evaluation["judge"]}
+        scorers = {**self.evaluation["scorers"], **judge}
         return [
             Stage(
                 "student",
@@ -212,36 +216,85 @@ class _Distillation:
         ]
 
     def _round(self, number: int) -> list[Stage]:
-        of, scorer = partial(stage_settings, self.config), self.texts.scorer
-        start = _start(number)
-        # The samples of the first round are also those of the held-out pairs.
+        """Samples of the student that the round starts from, pairs, and training on these."""
+        config, texts = self.config, self.texts
+        of = partial(stage_settings, config)
         is_first = number == 1
+        start = "sft" if is_first else _numbered("plad", number - 1)
+        train = _numbered("train", number)
+        # The samples of the first round are also those of the held-out pairs.
         asked = [*self.prompts.pairs, *(self.prompts.held_out if is_first else ())]
-        samples = f"answers/{_numbered('student', number)}.jsonl"
-        pairs = f"pairs/{_numbered('train', number)}.jsonl"
-        made = [pairs, *(["pairs/held-out.jsonl"] if is_first else ())]
-        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in made]
-        scores = {} if scorer is None else scorer.settings()
+        samples_file = f"answers/{_numbered('student', number)}.jsonl"
+        files = [f"pairs/{name}.jsonl" for name in ([train, "held-out"] if is_first else [train])]
+        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
+
+        def samples() -> Answers:
+            draw = partial(
+                texts.samples,
+                model=self.folder / start,
+                name=self._students()[start],
+                round_number=number,
+                others_aside=True,
+            )
+            drawn = draw(self.prompts.pairs)
+            return {**drawn, **draw(self.prompts.held_out, n=1)} if is_first else drawn
+
+        def sample() -> str:
+            count = sum(map(len, samples().values()))
+            return f"{count} samples at temperature {config.student_temperature:g}"
+
+        def pair() -> str:
+            drawn, tokenizer = samples(), load_tokenizer(self.folder / "sft")
+            prompts, told = "train", []
+            try:
+                rows, report = texts.make_pairs(self.prompts.pairs, drawn, tokenizer, train)
+                show_pairs(rows, report, texts.pairs_file(train), "training pairs")
+                told.append(f"train: {report}")
+                if is_first:
+                    # The teacher's first answer > the student's first sample, whatever is trained.
+                    prompts, teacher = "held-out", texts.teacher_answers()
+                    rows, report = build_pairs(
+                        self.prompts.held_out, teacher, drawn, tokenizer=tokenizer
+                    )
+                    write_pairs(texts.pairs_file("held-out"), rows, report)
+                    told.append(f"held-out: {report}")
+            except UsageError as error:
+                raise UsageError(f"{prompts} prompts: {error}") from None
+            spent = texts.usage().get("judge")
+            return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
+
+        def calibrate() -> str:
+            options = {name: getattr(config, name) for name in STAGES["calibration"]}
+            log = self._train(start, texts.pairs(train), _numbered("plad", number), **options)
+            accuracy = "{:.0%} of the last training pairs ranked right"
+            ranked = _last(log, "ranking_accuracy", accuracy)
+            return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
+
         return [
             Stage(
                 _of_round("student's samples", number),
-                partial(self._sample, number),
+                sample,
                 of("samples", prompts=asked),
                 reads=[start],
-                makes=[samples],
+                makes=[samples_file],
             ),
             Stage(
                 _of_round("pairs", number),
-                partial(self._pair, number),
-                of("pairs", prompts=asked, references=True, **scores),
-                reads=[start, _TEACHER_FILE, samples],
-                makes=[*made, *dropped],
+                pair,
+                of(
+                    "pairs",
+                    prompts=asked,
+                    references=True,
+                    **({} if texts.scorer is None else texts.scorer.settings()),
+                ),
+                reads=[start, _TEACHER_FILE, samples_file],
+                makes=[*files, *dropped],
             ),
             Stage(
                 _of_round("calibration", number),
-                partial(self._calibrate, number),
+                calibrate,
                 of("calibration"),
-                reads=[start, pairs],
+                reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
         ]
@@ -296,8 +349,7 @@ class _Distillation:
         )
         if not rows:
             raise UsageError(
-                "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens or "
-                "--sft-share"
+                "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens"
             )
         log = self._train(
             "student",
@@ -309,51 +361,6 @@ class _Distillation:
             batch_size=config.sft_batch_size,
         )
         return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
-
-    def _sample(self, number: int) -> str:
-        samples = self._samples(number)
-        count = sum(map(len, samples.values()))
-        return f"{count} samples at temperature {self.config.student_temperature:g}"
-
-    def _pair(self, number: int) -> str:
-        texts, samples = self.texts, self._samples(number)
-        tokenizer = load_tokenizer(self.folder / "sft")
-        prompts, file, told = "train", _numbered("train", number), []
-        try:
-            rows, report = texts.make_pairs(self.prompts.pairs, samples, tokenizer, file)
-            show_pairs(rows, report, texts.pairs_file(file), "training pairs")
-            told.append(f"train: {report}")
-            if number == 1:
-                # The teacher's first answer > the student's first sample, whatever is trained on.
-                prompts, teacher = "held-out", texts.teacher_answers()
-                rows, report = build_pairs(
-                    self.prompts.held_out, teacher, samples, tokenizer=tokenizer
-                )
-                write_pairs(texts.pairs_file("held-out"), rows, report)
-                told.append(f"held-out: {report}")
-        except UsageError as error:
-            raise UsageError(f"{prompts} prompts: {error}") from None
-        return "; ".join(
-            [*told, *(f"judge: {s}" for n, s in texts.usage().items() if n == "judge")]
-        )
-
-    def _calibrate(self, number: int) -> str:
-        config = self.config
-        log = self._train(
-            _start(number),
-            self.texts.pairs(_numbered("train", number)),
-            _numbered("plad", number),
-            loss=config.loss,
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            batch_size=config.batch_size,
-            beta=config.beta,
-            loss_args=config.loss_args,
-            sft_weight=config.sft_weight,
-            length_normalization=config.length_normalization,
-        )
-        ranked = _last(log, "ranking_accuracy", "{:.0%} of the last training pairs ranked right")
-        return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
 
     def _evaluate(self) -> str:
         results, _ = self._measure()
@@ -397,45 +404,19 @@ class _Distillation:
             {name: self.folder / folder for folder, name in self._students().items()},
             self._held_out_data(),
             self.folder / "evaluation",
-            sampling=sampling_for(self.config, "student", n=1),
-            length_normalization=self.config.alpha,
-            max_length=self.config.max_length,
-            precision=self.config.precision,
             others_aside=True,
-            **self.scoring,
+            **self.evaluation,
         )
 
     def _train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
     ) -> list[dict[str, Any]]:
-        config = self.config
+        options |= {name: getattr(self.config, name) for name in _OF_TRAINING}
+        saves = self.config.saves_per_stage
+        folder = self.folder
         return train_model(
-            self.folder / source,
-            rows,
-            self.folder / output,
-            micro_batch_size=config.micro_batch_size,
-            max_tokens_per_batch=config.max_tokens_per_batch,
-            saves=config.saves_per_stage,
-            seed=config.seed,
-            precision=config.precision,
-            max_length=config.max_length,
-            gradient_checkpointing=config.gradient_checkpointing,
-            replace=True,
-            **options,
+            folder / source, rows, folder / output, saves=saves, replace=True, **options
         )
-
-    def _samples(self, number: int) -> Answers:
-        """For the pairs of a round; in the first one for the held-out pairs too."""
-        folder = _start(number)
-        draw = partial(
-            self.texts.samples,
-            model=self.folder / folder,
-            name=self._students()[folder],
-            round_number=number,
-            others_aside=True,
-        )
-        samples = draw(self.prompts.pairs)
-        return {**samples, **draw(self.prompts.held_out, n=1)} if number == 1 else samples
 
     def _students(self) -> dict[str, str]:
         """Folder -> name of every student that is evaluated, in the order of training."""
@@ -470,7 +451,7 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
         if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
             raise UsageError(
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
-                "before it is read; choose another --output-dir"
+                f"before it is read; {ELSEWHERE}"
             )
 
 
@@ -482,11 +463,6 @@ def _numbered(name: str, number: int) -> str:
 def _of_round(name: str, number: int) -> str:
     """In words, as `_numbered`."""
     return name if number == 1 else f"{name}, round {number}"
-
-
-def _start(number: int) -> str:
-    """The folder of the student that a round starts from."""
-    return "sft" if number == 1 else _numbered("plad", number - 1)
 
 
 def _last(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:

@@ -44,11 +44,8 @@ def require_packages(*names: str) -> None:
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        wanted = dict.fromkeys(_INSTALL.get(name, name) for name in missing)
-        raise UsageError(
-            f"{' and '.join(missing)} must be installed for this; run: pip install "
-            f"{' '.join(wanted)}"
-        )
+        wanted = " ".join(dict.fromkeys(_INSTALL.get(name, name) for name in missing))
+        raise UsageError(f"{' and '.join(missing)} must be installed; run: pip install {wanted}")
 
 
 def versions() -> dict[str, str]:

@@ -24,9 +24,8 @@ from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.inputs import check_students, read_pairs
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import JUDGE_STORE, held_out_scoring
+from plad_fast.recipe.sources import JUDGE_STORE, held_out_options
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first
-from plad_fast.recipe.texts import sampling_for
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -75,13 +74,13 @@ def evaluate_on_pairs(
                 max_length=config.max_length,
                 encoder_decoder=is_encoder_decoder(path),
             )
-        scoring = held_out_scoring(config, folder)
-        try_endpoints(judge=scoring["judge"], overwrite=overwrite)
+        options = held_out_options(config, folder)
+        try_endpoints(judge=options["judge"], overwrite=overwrite)
 
         def discard(found: Mapping[str, Any]) -> None:
             names = dict.fromkeys([*models, *found.get("students", ())])
             files = [student_files(name, folder) for name in names]
-            rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
+            rated = [scorer_file(scorer.name, folder) for scorer in options["scorers"].values()]
             answers = [file for own in files for file in (own.greedy, own.sampled)]
             discard_answers(*answers, *rated, folder / JUDGE_STORE)
             for file in (file for own in files for file in (own.logps, own.calibration)):
@@ -100,16 +99,7 @@ def evaluate_on_pairs(
             overwrite=overwrite,
             discard=discard,
         )
-        results, outputs = evaluate_models(
-            models,
-            held_out,
-            folder,
-            sampling=sampling_for(config, "student", n=1),
-            length_normalization=config.alpha,
-            max_length=config.max_length,
-            precision=config.precision,
-            **scoring,
-        )
+        results, outputs = evaluate_models(models, held_out, folder, **options)
         of_students = check_students(outputs)
         show_findings(of_students)
         report = write_results(
@@ -125,8 +115,8 @@ def evaluate_on_pairs(
             command=command,
             versions=versions(),
         )
-    if isinstance(scoring["judge"], Judge):
-        print(f"judge, in this run: {scoring['judge'].spent()}")
+    if isinstance(options["judge"], Judge):
+        print(f"judge, in this run: {options['judge'].spent()}")
     print(f"{comparison_table(results)}\n\nreport: {report}", flush=True)
     return results
 

@@ -21,7 +21,14 @@ from typing import Any
 from plad_fast.data.file_states import Change, changes, state_of
 from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import cannot_write, held_folder, locked
-from plad_fast.data.records import RecordFormat, as_json, changed_settings, digest, require_equal
+from plad_fast.data.records import (
+    ELSEWHERE,
+    RecordFormat,
+    as_json,
+    changed_settings,
+    digest,
+    require_equal,
+)
 from plad_fast.errors import UsageError
 
 _RECORD = "run.json"
@@ -83,8 +90,7 @@ class RunFolder:
             # A run that was killed while it emptied the folder left "emptying" and a remainder.
             anew = overwrite or bool(self._record.get("emptying"))
             if not anew and (bool(self.stages) if is_bound is None else is_bound()):
-                advice = "choose another --output-dir, or pass --overwrite to start anew"
-                require_equal(self._record["settings"], as_json(settings), self.path, advice)
+                require_equal(self._record["settings"], as_json(settings), self.path)
             self._require_room(is_own if anew else lambda name: True)
             check()
             if anew and found is not None:
@@ -250,8 +256,7 @@ class RunFolder:
         if reasons and there:
             raise UsageError(
                 f"{self.path / there[0]} was edited, and {stage.name!r} would make it anew: "
-                f"{'; '.join(reasons)}; move the file elsewhere first, or choose another "
-                "--output-dir"
+                f"{'; '.join(reasons)}; move the file elsewhere first, or {ELSEWHERE}"
             )
 
     def _states(self, names: Sequence[str]) -> dict[str, Any]:
@@ -262,15 +267,12 @@ class RunFolder:
         """Raises UsageError where the disk is full, or something lies there that is not ours."""
         free = shutil.disk_usage(self.path).free
         if free < _KEEP_FREE:
-            raise UsageError(
-                f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
-                "--output-dir"
-            )
+            raise UsageError(f"only {free >> 20} MiB are free for {self.path}; make room")
         names = sorted(entry.name for entry in self.path.iterdir() if entry.name != _RECORD)
         if others := [name for name in names if not is_own(name)]:
             raise UsageError(
                 f"{self.path} also holds {others[0]}, which no run made, so it is not emptied; "
-                "move that elsewhere, or choose another --output-dir"
+                f"move that elsewhere, or {ELSEWHERE}"
             )
 
     def _empty(self) -> None:
@@ -300,8 +302,7 @@ class RunFolder:
             # A run killed in its first moment leaves a temporary file of the record.
             if any(not entry.name.startswith(f".{_RECORD}.") for entry in self.path.iterdir()):
                 raise UsageError(
-                    f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
-                    "choose another --output-dir"
+                    f"{self.path} holds no {_RECORD}, so it is not the folder of a run; {ELSEWHERE}"
                 )
             return None
         record, problem = _FORMAT.read(path, settings=dict, stages=dict)
@@ -312,7 +313,7 @@ class RunFolder:
             advice = "pass --overwrite to start anew, or " if is_ours else ""
             raise UsageError(
                 f"{path} is not the record of a run, or is damaged or of another version of "
-                f"plad_fast, so {self.path} is left alone; {advice}choose another --output-dir"
+                f"plad_fast, so {self.path} is left alone; {advice}{ELSEWHERE}"
             )
         return record
 

@@ -294,10 +294,8 @@ class DistillConfig:
         That is for those who score their answers: `plad-fast pairs` does not.
         """
         if self.max_length <= self.max_new_tokens:
-            raise UsageError(
-                f"--max-length must exceed --max-new-tokens {self.max_new_tokens}, got "
-                f"{self.max_length}"
-            )
+            bound = f"--max-new-tokens {self.max_new_tokens}"
+            raise UsageError(f"--max-length must exceed {bound}, got {self.max_length}")
 
     @property
     def alpha(self) -> float:

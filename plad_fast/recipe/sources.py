@@ -1,4 +1,4 @@
-"""Teacher, scorers and judge, as the settings name them; none is loaded or asked yet."""
+"""Teacher, sampling, scorers and judge, as the settings have them; none is loaded or asked yet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from plad_fast.errors import UsageError
 from plad_fast.evaluation.run_students import scorer_file
 from plad_fast.models.loading import offline_teacher_path
 from plad_fast.pairs.generation import sources
+from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring import scorers as scoring
 from plad_fast.pairs.scoring.judge import ChatEndpoint, Judge
 from plad_fast.recipe.settings import DistillConfig
@@ -63,7 +64,30 @@ def open_scorer(
     return judge
 
 
-def held_out_scoring(
+def sampling_for(
+    config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
+) -> Sampling:
+    """How the teacher's answers, or a student's samples, are drawn.
+
+    Args:
+        config: of the run.
+        role: "teacher" or "student".
+        round_number: every round of samples has seeds of its own, none of them the teacher's: the
+            student may have changed little, and equal models would give equal answers.
+        n: samples of a prompt in place of those of the settings.
+    """
+    is_teacher = role == "teacher"
+    return Sampling(
+        config.max_new_tokens,
+        temperature=config.teacher_temperature if is_teacher else config.student_temperature,
+        top_p=1.0 if is_teacher else config.top_p,
+        seed=config.seed + (0 if is_teacher else round_number),
+        n=n or (config.teacher_samples if is_teacher else config.student_samples),
+        batch_size=config.generation_batch_size,
+    )
+
+
+def held_out_options(
     config: DistillConfig, folder: Path, judges: dict[str, ChatEndpoint] | None = None
 ) -> dict[str, Any]:
     """The options of `evaluate_models` that the settings ask for.
@@ -94,6 +118,10 @@ def held_out_scoring(
             "which their files are named; rename a folder"
         )
     return {
+        "sampling": sampling_for(config, "student", n=1),
+        "length_normalization": config.alpha,
+        "max_length": config.max_length,
+        "precision": config.precision,
         "scorers": scorers,
         "judge": judge,
         "calibration_samples": config.calibration_samples,

@@ -14,7 +14,14 @@ from typing import Any
 
 from plad_fast.data.file_states import changes, state_of
 from plad_fast.data.locks import cannot_write, held_folder
-from plad_fast.data.records import RecordFormat, as_json, changed_settings, require_equal
+from plad_fast.data.records import (
+    ELSEWHERE,
+    OR_ANEW,
+    RecordFormat,
+    as_json,
+    changed_settings,
+    require_equal,
+)
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.ranks import joined
 
@@ -79,10 +86,7 @@ def claim_folder(
             for name in there:
                 (folder / name).unlink()
         elif there and record is None:
-            raise UsageError(
-                f"{folder} holds {there[0]} but no {_RECORD}, which would say what it was made "
-                "from; choose another --output-dir, or pass --overwrite to replace it"
-            )
+            raise UsageError(f"{folder} holds {there[0]} but no {_RECORD}; {OR_ANEW}")
         # The first is made last: without it the others are of a try that came to nothing.
         elif record is not None and results[0] in there:
             found = record["settings"]
@@ -115,10 +119,7 @@ def require_whole(rows: Path) -> None:
     if any(record.is_file() for record in (rows / _RECORD, rows / _RUN, rows.parent / _RUN)):
         for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
             if (rows / name).is_file():
-                raise UsageError(
-                    f"{rows} is a folder of plad-fast, which holds more than pairs; give the file "
-                    f"{rows / name}"
-                )
+                raise UsageError(f"{rows} is a folder of plad-fast; give the file {rows / name}")
     made: dict[str, Any] = {}
     with suppress(OSError):
         made |= _FORMAT.read(rows.parent / _RECORD, made=dict).fields.get("made", {})
@@ -150,21 +151,15 @@ def _recorded(folder: Path, command: str, overwrite: bool) -> dict[str, Any] | N
     one is none."""
     for name, what in _OF_OTHERS.items():
         if (folder / name).exists():
-            raise UsageError(
-                f"{folder} holds {name}, so it is the folder of {what}; choose another --output-dir"
-            )
+            raise UsageError(f"{folder} holds {name}, so it is the folder of {what}; {ELSEWHERE}")
     record, problem = _FORMAT.read(folder / _RECORD, command=str, settings=dict, made=dict)
     if problem == "missing" or (overwrite and problem in ("damaged", "version")):
         return None
     if problem:
-        advice = "" if problem == "foreign" else ", or pass --overwrite to start anew"
-        raise UsageError(
-            f"{folder / _RECORD} is damaged, or no record of this version of plad_fast; choose "
-            f"another --output-dir{advice}"
-        )
+        advice = ELSEWHERE if problem == "foreign" else OR_ANEW
+        what = "is damaged, or no record of this version of plad_fast"
+        raise UsageError(f"{folder / _RECORD} {what}; {advice}")
     if record["command"] != command:
-        raise UsageError(
-            f"{folder} holds the results of `plad-fast {record['command']}`; choose another "
-            "--output-dir"
-        )
+        made = f"the results of `plad-fast {record['command']}`"
+        raise UsageError(f"{folder} holds {made}; {ELSEWHERE}")
     return record

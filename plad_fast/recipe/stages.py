@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.locks import held_folder
-from plad_fast.data.records import as_json
+from plad_fast.data.records import ELSEWHERE, as_json
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import require_one_gpu
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
@@ -149,8 +149,7 @@ def train_on_pairs(
         if overwrite:
             if Path(source).expanduser().resolve() == folder.resolve():
                 raise UsageError(
-                    f"--model and --output-dir are both {folder}, and --overwrite would remove the "
-                    "model before it is read; choose another --output-dir"
+                    f"--overwrite would remove the --model {folder} before it is read; {ELSEWHERE}"
                 )
             check_loadable(source)  # a mistyped --model costs nobody the model that is there
             discard_training(folder)

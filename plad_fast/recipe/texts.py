@@ -14,7 +14,6 @@ from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import stored_answers
-from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
 from plad_fast.pairs.generation.text_model import Answer
@@ -23,7 +22,7 @@ from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.inputs import answer_columns, dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import open_scorer, open_teacher
+from plad_fast.recipe.sources import open_scorer, open_teacher, sampling_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,29 +32,6 @@ if TYPE_CHECKING:
     from plad_fast.pairs.scoring.judge import ChatEndpoint
 
 Answers = Mapping[str, Sequence[Answer]]
-
-
-def sampling_for(
-    config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
-) -> Sampling:
-    """How the teacher's answers, or a student's samples, are drawn.
-
-    Args:
-        config: of the run.
-        role: "teacher" or "student".
-        round_number: every round of samples has seeds of its own, none of them the teacher's: the
-            student may have changed little, and equal models would give equal answers.
-        n: samples of a prompt in place of those of the settings.
-    """
-    is_teacher = role == "teacher"
-    return Sampling(
-        config.max_new_tokens,
-        temperature=config.teacher_temperature if is_teacher else config.student_temperature,
-        top_p=1.0 if is_teacher else config.top_p,
-        seed=config.seed + (0 if is_teacher else round_number),
-        n=n or (config.teacher_samples if is_teacher else config.student_samples),
-        batch_size=config.generation_batch_size,
-    )
 
 
 class RecipeTexts:

@@ -26,27 +26,9 @@ _Panel = TypeVar("_Panel")
 
 _FIRST, _LAST, _TEACHER = "#E69F00", "#0072B2", "#555555"
 _BETWEEN = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_INK, _FAINT = "#333333", "#d9d9d9"
+_INK = "#333333"
 _WIDTH = 5.0  # inches; shown 350 px wide on a phone, 10 pt is still 10 px high
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.axisbelow": True,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "figure.dpi": 140,
-    "figure.facecolor": "white",
-}
+_STYLE = Path(__file__).with_name("report.mplstyle")
 
 # Title, axis label, and the name under which `PLaDTrainer` logs the value.
 _CURVES = (
@@ -246,7 +228,7 @@ def _drawing(
         raise UsageError(
             'plots need the package matplotlib; run: pip install "plad-fast[eval]"'
         ) from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         # Figure without pyplot: no window system, no global list of figures to leak into.
         heights = [height(panel) for panel in panels]
         figure = Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")
@@ -279,9 +261,9 @@ def _series(
     """Steps and values under "train" and under "eval", where there are any."""
     series = {}
     for name, logged in (("train", key), ("eval", f"eval_{key}")):
-        points = [(entry["step"], entry[logged]) for entry in history if logged in entry]
-        if points:
-            series[name] = ([step for step, _ in points], [value for _, value in points])
+        entries = [entry for entry in history if logged in entry]
+        if entries:
+            series[name] = ([e["step"] for e in entries], [e[logged] for e in entries])
     return series
 
 
