@@ -49,10 +49,7 @@ def as_conversation(
     """A prompt and its responses in the prompt's form: texts, or the assistant's message of each.
 
     Where a response is messages and the prompt is text, the prompt is what the user said. Messages
-    of a response that repeat the prompt are left out.
-
-    Raises:
-        UsageError: messages of a response that neither repeat the prompt nor are one answer to it.
+    of a response that repeat the prompt are left out; any others are refused (UsageError).
     """
     texts = [response for response in responses if isinstance(response, str)]
     if isinstance(prompt, str):
@@ -65,13 +62,8 @@ def as_conversation(
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Messages, template: Mapping[str, Any] | None = None
 ) -> str:
-    """The text after which the model starts to answer chat messages.
-
-    Args:
-        tokenizer: with a chat template.
-        prompt: not ending in the assistant's message.
-        template: what the chat template gets beside the messages, such as `tools`.
-    """
+    """The text after which the model starts to answer messages; `template` is what the chat
+    template gets beside these, such as `tools`."""
     if prompt[-1]["role"] == "assistant":
         raise UsageError(
             "the prompt ends in an assistant message, which leaves nothing to answer; cut it off"
@@ -102,14 +94,9 @@ def with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]) -> bool:
-    """Whether a conversation ends in a mark of the end.
-
-    Args:
-        whole: the conversation.
-        last: its last token.
-        end: the EOS token.
-        added: the tokenizer's `added_tokens_decoder`, slow to get where there are thousands.
-    """
+    """Whether a conversation ends in a mark of the end. `last` is its last token, `end` the EOS
+    token, and `added` the tokenizer's `added_tokens_decoder`, slow to get where there are
+    thousands."""
     return last == end or (whole.marked and last in added and not is_tag(added[last].content))
 
 

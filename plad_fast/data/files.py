@@ -25,10 +25,7 @@ _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     """Write UTF-8 text next to `path`, then rename it into place; folders are made as needed.
 
-    It is on the disk when this returns.
-
-    Raises:
-        OSError: it cannot be written; what was at `path` before is still there.
+    It is on the disk when this returns. After an OSError what was at `path` before is still there.
     """
     path = Path(path)
     make_folders(path.parent)
@@ -56,12 +53,7 @@ def make_folders(path: Path) -> None:
 def publish_folder(partial: Path, final: Path) -> Path:
     """Give a filled folder its name; all that is in it is on the disk when this returns.
 
-    Args:
-        partial: beside `final`.
-        final: not there, or an empty folder.
-
-    Raises:
-        OSError: it cannot be synced or renamed.
+    `partial` lies beside `final`, which is not there or an empty folder; raises OSError.
     """
     sync_tree(partial)
     if final.is_dir() and not final.is_symlink():

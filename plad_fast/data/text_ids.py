@@ -63,12 +63,10 @@ class Specials(NamedTuple):
 
 
 class TextIds:
-    """A tokenizer, with what is found out about it once.
+    """A tokenizer of a student, with what is found out about it once.
 
-    Args:
-        tokenizer: of the student.
-        encoder_decoder: whether the student is such a model: its responses are texts of their own.
-        split_special_tokens: special tokens in chat messages are text, as the rest of these.
+    The responses of an encoder-decoder model are texts of their own. With `split_special_tokens`,
+    special tokens in chat messages are text, as the rest of these.
     """
 
     def __init__(

@@ -242,7 +242,7 @@ class _Measured(NamedTuple):
     """(len(POOLED), R)"""
 
     def intervals(self, *, n_resamples: int, seed: int) -> dict[str, dict[str, float] | None]:
-        found = {}
+        found: dict[str, dict[str, float] | None] = {}
         for name, values in zip(WITHIN, self.within, strict=True):
             there = values[np.isfinite(values)]
             found[name] = None

@@ -210,11 +210,8 @@ def sign_test(
 
 
 def outcomes(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """1 where `a` is the larger, 0 where `b` is, and 0.5 for a tie; shape (n,).
-
-    Raises:
-        UsageError: no examples, a value that is not finite, or lengths that differ.
-    """
+    """1 where `a` is the larger, 0 where `b` is, and 0.5 for a tie; shape (n,). UsageError for no
+    examples, a value that is not finite, or lengths that differ."""
     first = vector(a, "a")
     return 0.5 * (1.0 + np.sign(first - aligned(b, first, "b", "a")))
 

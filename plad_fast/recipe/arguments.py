@@ -149,13 +149,8 @@ COMMANDS = {
 
 
 def parse_command(typed: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, with its name as `command` and its parser as `parser`.
-
-    Exits with status 2 and a line of usage for what is mistyped.
-
-    Args:
-        typed: without the program's name.
-    """
+    """The arguments of a command, with its name as `command` and its parser as `parser`. Exits with
+    status 2 and a line of usage for what is mistyped."""
     parser, commands = _parsers()
     if not typed:
         parser.error(f"a command is missing; there are {', '.join(commands)}")
@@ -168,13 +163,8 @@ def parse_command(typed: Sequence[str]) -> argparse.Namespace:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given by flags or else in the file of --config, in the types of the settings.
-
-    Exits with status 2 where one that the command needs is missing.
-
-    Raises:
-        UsageError: as `load_settings`, and a value that does not read as its type.
-    """
+    """The settings in flags or else in the file of --config, in their types; UsageError as
+    `load_settings`. Exits with status 2 where one that the command needs is missing."""
     name, command = arguments.command, COMMANDS[arguments.command]
     known = (*command.needs, *command.settings)
     raw = ["student"] if name == "evaluate" else []

@@ -42,20 +42,17 @@ class Finding:
 def check_rows(
     rows: Sequence[Mapping[str, Any]], what: str = "pairs", *, for_training: bool = True
 ) -> list[Finding]:
-    """Findings on rows of the preference format, with or without rejected responses.
+    """Findings on rows of the preference format, with or without rejected responses, called `what`.
 
-    Args:
-        rows: in any of the forms that `tokenize_dataset` lists; one that cannot be read is left to
-            those who will refuse it with its number.
-        what: the rows are called.
-        for_training: as they are. A single row is hopeless then; else others may be added to it.
+    A row that cannot be read is left to those who will refuse it with its number. `for_training` as
+    they are, a single row is hopeless; else others may be added to it.
     """
     readable: list[tuple[tuple[str, str], list[str]]] = []
     for row in rows:
         with suppress(UsageError):
-            prompt, responses, _ = read_row(row)
-            text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
-            key = (json.dumps(prompt, sort_keys=True, default=str), text)
+            asked, responses, _ = read_row(row)
+            text = asked if isinstance(asked, str) else str(asked[-1].get("content"))
+            key = (json.dumps(asked, sort_keys=True, default=str), text)
             readable.append((key, [*map(_text, responses)]))
     if not readable:
         return []
@@ -94,13 +91,8 @@ def check_answers(texts: Sequence[str], what: str) -> list[Finding]:
 
 
 def check_drops(drops: Sequence[Mapping[str, Any]], total: int, what: str) -> list[Finding]:
-    """Findings on what gave no pair, from `PairReport.drops`: one reason for most of it.
-
-    Args:
-        drops: the records.
-        total: prompts, or pairs, that could have given one.
-        what: they are called.
-    """
+    """Findings on what gave no pair, from `PairReport.drops`: one reason for most of `total`
+    prompts, or pairs, as `what` says."""
     kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for drop in drops:
         kinds.setdefault((drop["reason"], tuple(drop.get("of", ()))), []).append(str(drop["id"]))

@@ -47,15 +47,8 @@ def stage_settings(
     references: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Settings by their names.
-
-    Args:
-        config: of the run.
-        stage: a key of `STAGES`.
-        prompts: what the stage is about.
-        references: it also depends on the prompts' references.
-        more: what else it depends on, as JSON values.
-    """
+    """All that a stage of `STAGES` depends on, by name: settings, the prompts that it is about, of
+    which references count with `references` only, and `more` JSON values."""
     of_results = config.results_settings()
     listed = {name for names in STAGES.values() for name in names}
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
@@ -68,11 +61,7 @@ def stage_settings(
 
 def bound_settings(config: DistillConfig, teacher_made_by: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run folder with answers is bound to, by names that a user knows.
-
-    Args:
-        config: of the run.
-        teacher_made_by: see `RecipeTexts`.
-    """
+    `teacher_made_by` is that of `RecipeTexts`."""
     settings = {
         name if name in ("teacher", "base_url") else f"teacher's {name}": value
         for name, value in teacher_made_by.items()

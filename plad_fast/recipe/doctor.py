@@ -37,11 +37,8 @@ _REPORTED = ("plad-fast", "torch", "transformers", "datasets", "numpy")
 
 
 def require_packages(*names: str) -> None:
-    """Finds out at once what would be missed after hours. Nothing is imported.
-
-    Raises:
-        UsageError: some are not installed; it says how to install them.
-    """
+    """Finds out at once what would be missed after hours, and says how to install it (UsageError).
+    Nothing is imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         wanted = " ".join(dict.fromkeys(_INSTALL.get(name, name) for name in missing))

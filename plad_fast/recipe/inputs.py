@@ -41,12 +41,8 @@ _OF_COLUMNS = ("prompt_column", "prompt_template", "split")
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
-    """The prompts that the settings name, checked.
-
-    Raises:
-        UsageError: from reading them, and where columns are named of the built-in prompts, which
-            have none.
-    """
+    """The prompts that the settings name, checked. UsageError from reading them, and where columns
+    are named of the built-in prompts, which have none."""
     options = {name: getattr(config, name) for name in (*_OF_COLUMNS, "reference_column")}
     if config.prompts != BUILTIN_PROMPTS:
         return load_prompts(config.prompts, limit=config.limit, **options)
@@ -83,18 +79,12 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 def split_prompts(
     prompts: Sequence[Prompt], held_out: float, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Shuffled by the seed: those to train on, and those held out.
+    """Shuffled by the seed: those to train on, and those held out, a share of the different prompts
+    below 1 or a number of them.
 
     Prompts that differ in white space only are copies and stay together: a student must not be
-    measured on what it was trained on.
-
-    Args:
-        prompts: all of them.
-        held_out: a share of the different prompts below 1, or a number of them.
-        seed: of the shuffling.
-
-    Raises:
-        UsageError: fewer than two different prompts would be left on a side.
+    measured on what it was trained on. Raises UsageError where fewer than two different prompts
+    would be left on a side.
     """
     copies: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -135,12 +125,9 @@ class RunPrompts:
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused.
-
-    Raises:
-        UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
-            or without the columns that rows need.
-    """
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused, and so
+    is a file that is damaged, empty, without the columns that rows need, or was cut off since
+    `plad-fast pairs` or a run made it (UsageError)."""
     require_whole(Path(path).expanduser())
     table = read_table(path, "train")
     require_columns(table.columns, with_scores=False, name=path)
@@ -186,17 +173,8 @@ def show_pairs(
     *,
     for_training: bool = True,
 ) -> None:
-    """Prints the funnel, where to see what was dropped, and what to look at.
-
-    Args:
-        rows, report: of `build_pairs`.
-        file: that the rows are in.
-        what: they are called.
-        for_training: see `check_rows`.
-
-    Raises:
-        UsageError: nothing can be learned from the rows.
-    """
+    """Prints the funnel of what `build_pairs` gave, where to see what was dropped, and what to look
+    at; see `check_rows`. UsageError where nothing can be learned from the rows."""
     steps = []  # such as "9 prompts > 8 answered (1 missing)"
     for name, left, lost in report.funnel():
         why = f" ({', '.join(f'{count} {reason}' for reason, count in lost.items())})"
@@ -225,11 +203,8 @@ def data_of_run(
 ) -> dict[str, Any]:
     """For the report, from what a run has stored: `funnels` by name, and `findings` as text.
 
-    Args:
-        files: name -> file of pairs; one without a record of what was dropped has no funnel.
-        unit: of `PairReport`, of what is trained on.
-        teacher: its finished answers.
-        students: what they answered.
+    A file of pairs without a record of what was dropped has no funnel; `unit` is that of
+    `PairReport`, and `teacher` has its finished answers.
     """
     findings = check_answers(teacher, "teacher's answers")
     funnels = {}

@@ -119,11 +119,8 @@ class RunFolder:
         return self._record["stages"]
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say which of these stages, in their order, will run anew, and why.
-
-        Raises:
-            UsageError: as `stage`, before any of them runs.
-        """
+        """Say which of these stages, in their order, will run anew, and why; refuses (UsageError)
+        as `stage`, before any of them runs."""
         anew: dict[str, list[str]] = {}  # reason -> names of stages
         causes: dict[str, list[str]] = {}  # file -> why it will be another
         for stage in stages:
@@ -151,12 +148,9 @@ class RunFolder:
         """Run a stage unless it is done.
 
         It runs anew where its settings or what it reads have changed, or where a part of what it
-        made is missing or cut off. Rows that were edited since are kept, as what it made.
-
-        The seconds of a stage that was interrupted count its last attempt only.
-
-        Raises:
-            UsageError: what it made is damaged, or was edited and would have to be made anew.
+        made is missing or cut off. Rows that were edited since are kept, as what it made. What is
+        damaged, or was edited and would have to be made anew, is refused (UsageError). The seconds
+        of a stage that was interrupted count its last attempt only.
         """
         done = self.stages.get(stage.name)
         why, earlier = "", set()
@@ -203,11 +197,8 @@ class RunFolder:
         return publish_folder(partial, final)
 
     def _differences(self, stage: Stage, *, inputs: bool = True) -> tuple[list[str], list[Change]]:
-        """Why a stage that was done is to run anew, and which of its rows were edited since.
-
-        Raises:
-            UsageError: something that it made can neither be used nor be told to be rubbish.
-        """
+        """Why a stage that was done is to run anew, and which of its rows were edited since;
+        UsageError for what can neither be used nor be told to be rubbish."""
         done = self.stages[stage.name]
         reasons = self._changed_settings(stage)
         for name in stage.reads if inputs else ():
@@ -292,11 +283,8 @@ class RunFolder:
         _FORMAT.write(self.path / _RECORD, **self._record)
 
     def _read(self, overwrite: bool) -> dict[str, Any] | None:
-        """The record that is there; None in a folder with nothing in it.
-
-        Raises:
-            UsageError: the folder is not ours, or its record cannot be used.
-        """
+        """The record that is there; None in a folder with nothing in it. UsageError where the
+        folder is not ours, or its record cannot be used."""
         path = self.path / _RECORD
         if not path.is_file():
             # A run killed in its first moment leaves a temporary file of the record.

@@ -322,15 +322,9 @@ class DistillConfig:
 
 
 def check_training(settings: Mapping[str, Any]) -> None:
-    """Checks the settings of a training before a model or a row is read.
-
-    Args:
-        settings: by the names of `DistillConfig`, of which any but `loss` may be missing or None.
-
-    Raises:
-        UsageError: a value out of range, or an option that the loss does not have; in one sentence
-            with the flag's name.
-    """
+    """Checks the settings of a training, by the names of `DistillConfig`, before a model or a row
+    is read. Any but `loss` may be missing or None. UsageError with the flag's name for a value out
+    of range, or an option that the loss does not have."""
     from plad_fast.losses.objective import check_settings
 
     for field in dataclasses.fields(DistillConfig):
@@ -340,11 +334,8 @@ def check_training(settings: Mapping[str, Any]) -> None:
 
 
 def expanded(output_dir: str) -> str:
-    """An output folder with `~` spelt out, which a shell leaves to us in `--output-dir=~/runs`.
-
-    Raises:
-        UsageError: nobody has that home folder, or it is no name of a folder.
-    """
+    """An output folder with `~` spelt out, which a shell leaves to us in `--output-dir=~/runs`;
+    UsageError where nobody has that home folder, or it is no name of a folder."""
     if not output_dir.strip():
         raise UsageError("--output-dir is empty; give a folder to write into")
     try:

@@ -67,14 +67,11 @@ def open_scorer(
 def sampling_for(
     config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
 ) -> Sampling:
-    """How the teacher's answers, or a student's samples, are drawn.
+    """Drawing of the "teacher"'s answers or of a "student"'s samples, `n` of a prompt in place of
+    those of the settings.
 
-    Args:
-        config: of the run.
-        role: "teacher" or "student".
-        round_number: every round of samples has seeds of its own, none of them the teacher's: the
-            student may have changed little, and equal models would give equal answers.
-        n: samples of a prompt in place of those of the settings.
+    Every round of samples has seeds of its own, none of them the teacher's: the student may have
+    changed little, and equal models would give equal answers.
     """
     is_teacher = role == "teacher"
     return Sampling(
@@ -90,18 +87,12 @@ def sampling_for(
 def held_out_options(
     config: DistillConfig, folder: Path, judges: dict[str, ChatEndpoint] | None = None
 ) -> dict[str, Any]:
-    """The options of `evaluate_models` that the settings ask for.
+    """The options of `evaluate_models` that the settings ask for; `folder` is the evaluation's, for
+    the verdicts of a judge, and `judges` as in `open_scorer`.
 
     The scorer that pairs were chosen by stands beside the one that they were not. A judge compares
-    students' answers with each other; any other scorer rates every answer by itself.
-
-    Args:
-        config: of the run.
-        folder: of the evaluation; the judge's verdicts are kept there.
-        judges: see `open_scorer`.
-
-    Raises:
-        UsageError: a scorer that cannot be made, two judges, or two scorers of one name.
+    students' answers with each other; any other scorer rates every answer by itself. Two judges, or
+    two scorers of one name, are refused (UsageError).
     """
     specs = dict.fromkeys(spec for spec in (config.scorer, config.eval_scorer) if spec)
     if len(specs) > 1 and all(map(_is_judge, specs)):

@@ -111,11 +111,8 @@ def record_rows(folder: Path, name: str) -> None:
 
 
 def require_whole(rows: Path) -> None:
-    """That a file of pairs, where `plad-fast pairs` or a run made it, was not cut off since.
-
-    Raises:
-        UsageError: it has the first of its rows and no more, or is the folder that holds the file.
-    """
+    """Refuses (UsageError) a file of pairs of `plad-fast pairs` or a run that has the first of its
+    rows and no more, and the folder that holds such a file."""
     if any(record.is_file() for record in (rows / _RECORD, rows / _RUN, rows.parent / _RUN)):
         for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
             if (rows / name).is_file():

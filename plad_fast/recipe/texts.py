@@ -35,18 +35,11 @@ Answers = Mapping[str, Sequence[Answer]]
 
 
 class RecipeTexts:
-    """Everything here is stored as it comes, and taken from the store the next time.
+    """Answers, scores and pairs in two folders, stored as they come, and taken from the store the
+    next time.
 
-    Args:
-        config: of the run.
-        prompts: that the teacher answers.
-        answers: folder of the answers.
-        pairs: folder of pairs, scores and verdicts.
-        teacher: in place of the one that `open_teacher` gives.
-        judges: see `open_scorer`.
-
-    Raises:
-        UsageError: teacher or scorer cannot be what the settings say.
+    The teacher, the settings' own if it is None, answers `prompts`; `judges` as in `open_scorer`.
+    UsageError where teacher or scorer cannot be what the settings say.
     """
 
     def __init__(
@@ -92,11 +85,8 @@ class RecipeTexts:
         )
 
     def ask_teacher(self, *, others_aside: bool = False) -> Answered:
-        """Let the teacher answer what it has not answered yet, and let go of its model.
-
-        Raises:
-            UsageError: as `stored_answers`.
-        """
+        """Let the teacher answer what it has not answered yet, and let go of its model; see
+        `stored_answers`."""
 
         def load() -> TextModel:
             # Nothing here holds a local teacher when the student is loaded.
@@ -146,15 +136,11 @@ class RecipeTexts:
         n: int | None = None,
         others_aside: bool = False,
     ) -> Answers:
-        """The samples of a student.
+        """The samples of a student to some prompts.
 
-        Args:
-            prompts: to answer.
-            model: the student that the round starts from.
-            name: for progress and messages.
-            made_by: what the student is known by; its name if None.
-            round_number, n: of `sampling_for`.
-            others_aside: of `stored_answers`.
+        `name` is for progress and messages, and what the student is known by unless that is
+        `made_by`; `round_number` and `n` are those of `sampling_for`, `others_aside` of
+        `stored_answers`.
         """
         precision = self.config.precision
         suffix = "" if round_number == 1 else f"-{round_number}"
@@ -181,10 +167,8 @@ class RecipeTexts:
     ) -> tuple[list[dict[str, Any]], PairReport]:
         """Pairs as the settings want them, by scores where they name a scorer, as a file.
 
-        What was dropped is written beside them, also where no row is left.
-
-        Raises:
-            UsageError: from the scorer, and when no row is left.
+        What was dropped is written beside them, also where no row is left, which is refused
+        (UsageError).
         """
         config, scorer, path = self.config, self.scorer, self.pairs_file(file)
         teacher, scores = self.teacher_answers(), None

@@ -51,10 +51,8 @@ def plot_training(
 ) -> Path:
     """Curves over the optimizer steps of each training stage, smoothed where they are long.
 
-    Args:
-        stages: stage name -> the trainer's `state.log_history`. What is drawn where it was logged:
-            loss, ranking accuracy, margin, share of active pairs; dashed for `eval_...` values.
-        path: of the PNG file to write.
+    `stages` maps names to the trainer's `state.log_history`. What was logged is drawn: loss,
+    ranking accuracy, margin, share of active pairs; dashed for `eval_...` values.
     """
     panels = [
         (stage, title, label, series)
@@ -91,13 +89,8 @@ def plot_training(
 def plot_margins(
     students: Sequence[StudentOutputs], path: str | os.PathLike[str], *, unit: str = "nat"
 ) -> Path:
-    """Histograms of the margins on the held-out pairs, one for each student that has pairs.
-
-    Args:
-        students: in the order of training.
-        path: of the PNG file to write.
-        unit: of the log-probabilities, such as "nat per token".
-    """
+    """Histograms of the margins on the held-out pairs, one for each student that has pairs, in the
+    order of training; `unit` is that of the log-probabilities."""
     colours = _colours([student.name for student in students])
     values = {
         student.name: margins(student.chosen_logps, student.rejected_logps)
@@ -214,10 +207,7 @@ def _drawing(
     **options: Any,
 ) -> Iterator[list[tuple[Axes, _Panel]]]:
     """Panels one above the other, of a height in inches each; written to `path` at the end.
-
-    Raises:
-        UsageError: there are no panels, and it says `nothing`; or matplotlib is not installed.
-    """
+    UsageError if there are none, which says `nothing`, or matplotlib is not installed."""
     if not panels:
         raise UsageError(nothing)
     try:
