@@ -13,13 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from plad_fast.data.chat_template import (
-    Whole,
-    apply_template,
-    common_length,
-    is_tag,
-    whole_conversation,
-)
+from plad_fast.data.chat_template import ChatTemplate, Whole, common_length, is_tag
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +62,7 @@ def render_prompt(
         raise UsageError(
             "the prompt ends in an assistant message, which leaves nothing to answer; cut it off"
         )
-    return apply_template(tokenizer, prompt, template, generation_prompt=True)
+    return ChatTemplate(tokenizer, template).text(prompt, generation_prompt=True)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
@@ -105,7 +99,7 @@ def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     prompt = [{"role": "user", "content": "a"}]
     head = render_prompt(tokenizer, prompt)
     answer = {"role": "assistant", "content": "a"}
-    whole = whole_conversation(tokenizer, prompt, answer, head, None)
+    whole = ChatTemplate(tokenizer).whole(prompt, answer, head)
     # Without an EOS token, a template that marks no end closes with the answer itself.
     ids = tokenizer(answer_text(tokenizer, head, whole), add_special_tokens=False)["input_ids"]
     return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
@@ -130,7 +124,7 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, re
 
     This is what a reward model has seen; `answer_text` is what a student learns to write.
     """
-    return apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
+    return ChatTemplate(tokenizer).text([*prompt, {"role": "assistant", "content": response}])
 
 
 def written_out(messages: Sequence[Mapping[str, Any]]) -> str:

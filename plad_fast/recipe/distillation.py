@@ -134,14 +134,14 @@ class _LocalTeacher:
     def __init__(self, config: DistillConfig) -> None:
         is_offline = config.teacher == OFFLINE
         self.source = str(offline_teacher_path()) if is_offline else config.teacher
-        self._dtype = partial(autocast_dtype, config.precision)
+        self._precision = config.precision
 
     @cached_property
     def model(self) -> PreTrainedModel:
         return load_model(self.source, merge_adapters=True)
 
     def as_text(self) -> LocalModel:
-        model = self.model.to(device=best_device(), dtype=self._dtype())
+        model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))
         return LocalModel(model, load_tokenizer(self.source), "teacher")
 
 
