@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,11 +42,15 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class SegmentsConfig:
-    """A sequence is read BLOCK_N tokens at a time."""
+    """A sequence is read BLOCK_N tokens at a time; or a tensor, BLOCK_N entries by a program."""
 
     BLOCK_N: int = 128
     num_warps: int = 4
     num_stages: int = 2
+
+
+SCALING = SegmentsConfig(BLOCK_N=4096, num_warps=8)
+"""Four vectors of four float32 entries for each thread to have in flight."""
 
 
 @dataclass(frozen=True)
@@ -223,14 +227,24 @@ def linear_constants(
     }
 
 
+class GradientFactors(NamedTuple):
+    """What the gradient of a row of logits is made of, (n,) each."""
+
+    active: Tensor  # bool, whether there is one
+    at_target: Tensor
+    of_others: Tensor  # per probability
+
+    def take(self, rows: Tensor | slice) -> GradientFactors:
+        return GradientFactors(*(factor[rows] for factor in self))
+
+
 def gradient_factors(
     tail: Tensor,  # (n,)
     miss: Tensor,  # (n,)
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None,  # (n,)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether a row has a gradient (bool); its gradient at the target, and what the gradient is of
-    each other probability. (n,) each.
+) -> GradientFactors:
+    """A row's gradient at its target, and that of each other entry, divided by its probability.
 
     The tail, which rounding took from the lse, is a factor that all probabilities of a row have.
     A row without a gradient has 0, also one of NaN.
@@ -242,7 +256,9 @@ def gradient_factors(
         at_target = at_target + grad_lse * (1 - miss)
         of_others = of_others + grad_lse
     of_others = of_others * torch.exp(-tail)
-    return ~silent, at_target.masked_fill(silent, 0), of_others.masked_fill(silent, 0)
+    return GradientFactors(
+        ~silent, at_target.masked_fill(silent, 0), of_others.masked_fill(silent, 0)
+    )
 
 
 def rows_config(vocab: int) -> RowsConfig:

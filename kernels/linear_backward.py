@@ -1,10 +1,10 @@
-"""Hidden states x LM head -> gradient of the raw logits, for a chunk of tokens.
+"""Hidden states x LM head -> gradient of the raw logits, for a slice of the vocabulary.
 
 A tile of logits is multiplied again, and becomes g (onehot - p) with the lse of the forward before
-it leaves the registers: the chunk is written once and never read by a kernel. Two library products
+it leaves the registers: the result is written once and never read by a kernel. Two library products
 of it give the gradients of hidden and weight. Tiles of tokens vary fastest, as in the forward.
 
-n tokens of the chunk, V vocabulary, D hidden.
+n tokens, V entries of the vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import autotune, launch
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import GradientFactors, LinearConfig
 from plad_fast.kernels.linear_forward import logits_tile
 from plad_fast.kernels.primitives import capped_logits, logit_gradient
 from torch import Tensor
@@ -33,6 +33,7 @@ def _logits_gradient_kernel(
     out_ptr,
     num_tokens,
     vocab,
+    first_column,
     width,
     stride_hn,
     stride_hd,
@@ -100,7 +101,7 @@ def _logits_gradient_kernel(
         d_raw = logit_gradient(
             z,
             lse[:, None],
-            offs_v[None, :] == targets[:, None],
+            (offs_v + first_column)[None, :] == targets[:, None],
             at_target[:, None],
             of_others[:, None],
         )
@@ -121,41 +122,42 @@ def logits_gradient(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (n,) int64
     lse: Tensor,  # (n,)
-    tail: Tensor,  # (n,)
-    miss: Tensor,  # (n,)
-    grad_logprobs: Tensor,  # (n,)
-    grad_lse: Tensor | None,  # (n,)
+    factors: GradientFactors,  # (n,) each
     *,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
     ignore_index: int,
     out: Tensor,  # (n, V), rows contiguous
+    first_column: int = 0,
     scale: Tensor | None = None,  # ()
     config: LinearConfig | None = None,
 ) -> Tensor:
-    """d raw / scale, written to `out` in its dtype and returned."""
+    """d raw / scale, written to `out` in its dtype and returned.
+
+    Args:
+        first_column: the target that the first row of `weight` stands for.
+    """
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
     assert out.shape == (num_tokens, vocab)
     assert out.stride(1) == 1 or vocab == 1
     if num_tokens == 0:
         return out
+    options = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "out": out,
+        "first_column": first_column,
+        "scale": scale,
+    }
     config = config or autotune.linear_config(
-        logits_gradient,
-        hidden,
-        weight,
-        bias,
-        *(targets, lse, tail, miss, grad_logprobs, grad_lse),
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        out=out,
-        scale=scale,
+        logits_gradient, hidden, weight, bias, targets, lse, factors, **options
     )
     loads = launch.load_kind(launch.device_of(hidden), hidden, weight)
-    active, at_target, of_others = launch.gradient_factors(tail, miss, grad_logprobs, grad_lse)
+    active, at_target, of_others = factors
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
@@ -169,6 +171,7 @@ def logits_gradient(
         out,
         num_tokens,
         vocab,
+        first_column,
         width,
         *launch.head_strides(hidden, weight, bias),
         out.stride(0),

@@ -12,10 +12,18 @@ from unittest import mock
 
 import torch
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig, SegmentsConfig
+from plad_fast.kernels.launch import (
+    AotEntry,
+    Device,
+    GradientFactors,
+    LinearConfig,
+    RowsConfig,
+    SegmentsConfig,
+)
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
+from plad_fast.kernels.scaling import scaled
 from plad_fast.kernels.segments import segment_sums
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -88,6 +96,10 @@ def _call(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
         # Logits that the user holds.
         _call_rows(dtype, dtype, head[1], case)
     segment_sums(_empty(5), _empty(3, dtype=torch.int64))
+    # The gradient of the weight: accumulated in float32 or, of a single chunk, rounded already.
+    for width in {torch.float32, dtype}:
+        scaled(_empty(*head, dtype=width), _empty(1)[0], dtype)
+    scaled(_empty(*head), None, dtype)
 
 
 def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
@@ -110,8 +122,8 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
             *operands,
             bias,
             targets,
-            *(tokens, tokens, tokens, tokens),
-            tokens if case.rest else None,
+            tokens,
+            GradientFactors(_empty(n, dtype=torch.bool), tokens, tokens),
             **_options(case),
             out=_empty(n, vocab, dtype=dtype),
             scale=_scale(dtype),

@@ -138,7 +138,8 @@ class Backend(Protocol):
         needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
         """Of targets of which none is ignored: loss (), sums (S,), group losses (B,), whether a
-        group is active (B,), and the gradients of the loss, in float32 for float16 inputs.
+        group is active (B,), and the gradients of the loss, in float32 for float16 inputs; those
+        of weight and bias may be wider than these.
         """
 
     def stored_forward(

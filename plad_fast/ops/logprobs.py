@@ -77,7 +77,8 @@ def linear_sequence_logprobs(
         scratch_bytes: bound on the memory beside inputs, results and gradients; by default
             64 MiB on the CPU, and on CUDA a 64th of the memory, up to 1 GiB. At least one row of
             logits is used. Not in it: where targets are ignored, a copy of the hidden states
-            that count; for 16-bit weights a float32 gradient accumulator.
+            that count; for 16-bit weights a float32 gradient accumulator, which the Triton backend
+            needs only for more tokens than half of the bound holds in float32.
         skip_inactive: leave tokens whose upstream gradient is zero out of the backward's
             products. Their number must be known for that, so the backward waits once for a GPU;
             with False the Triton backend never waits.

@@ -32,7 +32,7 @@ from plad_fast.ops.autograd import (
 )
 from plad_fast.ops.backend import Head, HeadGradient, LinearProblem, Needs, get_backend
 from plad_fast.ops.impl.products import accumulation_dtype
-from plad_fast.ops.impl.workspace import scaled_gradient
+from plad_fast.ops.impl.scaling import scaled_gradient
 
 
 class FusedLoss(NamedTuple):
@@ -104,7 +104,8 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> list[Tensor | None]:
         return [None] * 3
     # Reading the scalar would stall a GPU; on the CPU it saves a pass over every gradient.
     # A tracer's tensors, of classes of their own, cannot be read.
-    plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling()
+    plain = type(grad_loss) is Tensor and not traced
     several = plain and is_batched(grad_loss)
     factor: Tensor | None = grad_loss
     if plain and not several and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
@@ -115,10 +116,11 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> list[Tensor | None]:
     ):
         if not need:
             scaled.append(None)
-        elif several:  # vmap knows no blocks to write to
+        elif several or traced:  # neither vmap nor a graph has blocks to write to
             scaled.append((grad.to(accumulation_dtype(grad.dtype)) * grad_loss).to(dtype))
         else:
-            scaled.append(scaled_gradient(grad, factor, dtype))
+            with alone_on(grad):
+                scaled.append(scaled_gradient(grad, factor, dtype))
     return scaled
 
 
@@ -222,7 +224,14 @@ def _compiled_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
         objective,
         tuple(needs),
     )
-    return *results, *empty_for_none(of_problem[0], *grads)
+    dtype = _gradient_dtype(of_problem[0])
+    rounded = (None if grad is None else grad.to(dtype) for grad in grads)
+    return *results, *empty_for_none(of_problem[0], *rounded)
+
+
+def _gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradients that leave the op."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 @_compiled_preference_loss.register_fake
@@ -231,7 +240,6 @@ def _(hidden, weight, bias, targets, cu_seqlens, *arguments):
     dtype = accumulation_dtype(hidden.dtype)
     num_sequences = cu_seqlens.shape[0] - 1
     num_groups = num_sequences // group_size
-    grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(num_sequences, dtype=dtype),
@@ -239,7 +247,7 @@ def _(hidden, weight, bias, targets, cu_seqlens, *arguments):
         hidden.new_empty(num_groups, dtype=dtype),
         hidden.new_empty(num_groups, dtype=torch.bool),
         *(
-            torch.empty_like(leaf, dtype=grad_dtype) if need else hidden.new_empty(0)
+            torch.empty_like(leaf, dtype=_gradient_dtype(hidden)) if need else hidden.new_empty(0)
             for leaf, need in zip((hidden, weight, bias), needs, strict=True)
         ),
     )

@@ -18,7 +18,6 @@ from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokeni
 from plad_fast.models.response_scores import check_pairs
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.scoring.judge import Judge
-from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_rows, show_findings
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
@@ -75,7 +74,8 @@ def evaluate_on_pairs(
                 encoder_decoder=is_encoder_decoder(path),
             )
         options = held_out_options(config, folder)
-        try_endpoints(judge=options["judge"], overwrite=overwrite)
+        if options["judge"] is not None:
+            options["judge"].try_out(overwrite=overwrite)
 
         def discard(found: Mapping[str, Any]) -> None:
             names = dict.fromkeys([*models, *found.get("students", ())])

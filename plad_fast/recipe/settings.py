@@ -25,7 +25,7 @@ from plad_fast.recipe.fields import (
 )
 
 if TYPE_CHECKING:
-    from plad_fast.pairs.filters import PairFilters
+    from plad_fast.pairs.select import PairFilters
 
 BUILTIN_PROMPTS = "builtin"
 SELECTION = (
@@ -278,7 +278,7 @@ class DistillConfig:
         return {**options, "timeout": self.request_timeout, "prices": prices}
 
     def pair_filters(self) -> PairFilters:
-        from plad_fast.pairs.filters import PairFilters
+        from plad_fast.pairs.select import PairFilters
 
         return PairFilters(
             contradicted=self.drop_contradicted,

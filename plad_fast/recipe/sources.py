@@ -13,10 +13,11 @@ from plad_fast.models.loading import offline_teacher_path
 from plad_fast.pairs.generation import sources
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring import scorers as scoring
-from plad_fast.pairs.scoring.judge import ChatEndpoint, Judge
+from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.recipe.settings import DistillConfig
 
 if TYPE_CHECKING:
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.generation.text_model import TextModel
 
 JUDGE_STORE = "judge.jsonl"
@@ -41,7 +42,7 @@ def open_teacher(
 
 
 def open_scorer(
-    config: DistillConfig, spec: str, verdicts: Path, judges: dict[str, ChatEndpoint] | None = None
+    config: DistillConfig, spec: str, verdicts: Path, judges: dict[str, Endpoint] | None = None
 ) -> scoring.Scorer:
     """A scorer by its name.
 
@@ -85,7 +86,7 @@ def sampling_for(
 
 
 def held_out_options(
-    config: DistillConfig, folder: Path, judges: dict[str, ChatEndpoint] | None = None
+    config: DistillConfig, folder: Path, judges: dict[str, Endpoint] | None = None
 ) -> dict[str, Any]:
     """The options of `evaluate_models` that the settings ask for; `folder` is the evaluation's, for
     the verdicts of a judge, and `judges` as in `open_scorer`.

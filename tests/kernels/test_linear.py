@@ -113,10 +113,7 @@ class Case:
         return logits_gradient(
             *self.operands,
             statistics.lse,
-            statistics.tail,
-            statistics.miss,
-            grad,
-            grad_lse,
+            launch.gradient_factors(statistics.tail, statistics.miss, grad, grad_lse),
             **self.options,
             out=torch.empty(shape, dtype=self.problem.hidden.dtype) if out is None else out,
             scale=scale,
@@ -626,10 +623,7 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     logits_gradient(
         *operands,
         ours.lse,
-        ours.tail,
-        ours.miss,
-        grad,
-        None,
+        launch.gradient_factors(ours.tail, ours.miss, grad, None),
         **case.options,
         out=out,
         config=case.config,

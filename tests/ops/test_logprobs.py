@@ -18,6 +18,7 @@ from plad_fast.ops import backend as dispatch
 from plad_fast.ops.impl import products
 from plad_fast.ops.reference import reference_logits
 from plad_fast.recipe.doctor import diagnose
+from tests.support import wide_products
 from tests.support.problems import (
     assert_within_budget,
     make_problem,
@@ -228,23 +229,7 @@ STRATEGIES = [products.UpcastProducts, products.CpuBfloat16Products, products.Cu
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
     """Also the GPU's, with the product that hands out its accumulators put in place on the CPU."""
-    real = {name: getattr(torch, name) for name in ("mm", "addmm")}
-
-    def wide(name):
-        def product(*operands, out_dtype=None, **options):
-            if out_dtype is None:
-                return real[name](*operands, **options)
-            *added, first, second = operands
-            allowed = {first.dtype, out_dtype} if adds_to_wide else {first.dtype}
-            assert first.dtype == second.dtype
-            assert {x.dtype for x in added} <= allowed
-            return real[name](*(x.to(out_dtype) for x in operands), **options)
-
-        return product
-
-    for name in real:
-        monkeypatch.setattr(torch, name, wide(name))
-    monkeypatch.setattr(products, "_ADDS_TO_WIDE", adds_to_wide)
+    wide_products.install(monkeypatch, adds_to_wide=adds_to_wide)
     draw = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 12, generator=draw).to(dtype) for n in (9, 50))
     # Float16 cannot hold these without the strategy's own scale; bfloat16 can.
@@ -262,11 +247,22 @@ def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
     twice = first.clone()
     made.add_grad_weight(operand, hidden, twice, overwrite=False)
     assert torch.equal(twice, 2 * first)
+    of_hidden = torch.full((9, 12), torch.nan)
+    made.add_grad_hidden(operand, of_hidden, overwrite=True)
+    made.add_grad_hidden(operand, of_hidden, overwrite=False)
+    want_weight = d_logits.double().T @ hidden.double()
+    want_hidden = d_logits.double() @ weight.double()
     for got, want in (
-        (first, d_logits.double().T @ hidden.double()),
-        (made.grad_hidden(operand), d_logits.double() @ weight.double()),
+        (first, want_weight),
+        (made.grad_hidden(operand), want_hidden),
+        (of_hidden, 2 * want_hidden),
     ):
         assert (got.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
+    d_logits = torch.randn(9, 50, generator=draw)
+    rounded = torch.empty_like(weight)
+    made.write_grad_weight(made.operand(d_logits.clone()), hidden, rounded)
+    want = d_logits.double().T @ hidden.double()
+    assert (rounded.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
 
 
 def test_logits_far_beyond_the_softcap():

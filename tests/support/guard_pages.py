@@ -96,7 +96,9 @@ class Guard:
         with (
             mock.patch.object(torch, "empty", lambda *a, **k: self.keep(empty(*a, **k))),
             mock.patch.object(
-                launch, "gradient_factors", lambda *a: tuple(map(self.keep, factors(*a)))
+                launch,
+                "gradient_factors",
+                lambda *a: launch.GradientFactors(*map(self.keep, factors(*a))),
             ),
         ):
             yield
@@ -145,10 +147,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
     backward.logits_gradient(
         *operands,
         ours.lse,
-        ours.tail,
-        ours.miss,
-        guard.normal(n),
-        guard.normal(n),
+        launch.gradient_factors(ours.tail, ours.miss, guard.normal(n), guard.normal(n)),
         softcap=3.0 if flip else None,
         **_NO_SCALING,
         out=guard.normal(n, v, dtype=dtype),
@@ -199,12 +198,31 @@ def _segments(guard: Guard, lengths: list[int]) -> None:
     kernels("segments").segment_sums(values, guard.keep(bounds), config)
 
 
-CASES = {"linear": linear_cases, "rows": rows_cases, "segments": segments_cases}
+def scaling_cases(guard: Guard) -> Iterator[Case]:
+    for shape, flip in itertools.product(((16,), (17, 1), (5, 7), (0, 3)), (False, True)):
+        yield f"{shape}", partial(_scaling, guard, shape, flip and len(shape) > 1)
+
+
+def _scaling(guard: Guard, shape: tuple[int, ...], flip: bool) -> None:
+    config, factor = kernels("launch").SegmentsConfig(16), guard.keep(torch.tensor(2.0))
+    empty_like = torch.empty_like
+    with mock.patch.object(torch, "empty_like", lambda *a, **k: guard.keep(empty_like(*a, **k))):
+        values = guard.normal(*shape, flip=flip)
+        kernels("scaling").scaled(values, factor, torch.bfloat16, config)
+
+
+CASES = {
+    "linear": linear_cases,
+    "rows": rows_cases,
+    "segments": segments_cases,
+    "scaling": scaling_cases,
+}
 FAMILIES = {
     "linear_forward": "linear",
     "linear_backward": "linear",
     "logits_rows": "rows",
     "segments": "segments",
+    "scaling": "scaling",
 }
 
 

@@ -49,8 +49,9 @@ def linear_preference_loss(
         call.run(first, last)
     wide = workspace.products.dtype
     results = call.results(wide)
+    dtype = wide if call.half or workspace.keeps_wide else problem.weight.dtype
     del workspace, call.workspace  # the scratch is free before the gradient is copied
-    return *results, call.grads.finish(wide if call.half else problem.weight.dtype)
+    return *results, call.grads.finish(dtype)
 
 
 class _Found(NamedTuple):

@@ -99,6 +99,29 @@ class Products:
         """Add the product to `out`, or write it there: a first chunk needs no zeros to add to."""
         torch.addmm(out, operand.values.T, hidden, beta=0 if overwrite else 1, out=out)
 
+    def add_grad_hidden(
+        self,
+        operand: Operand,
+        out: Tensor,  # (n, D), of self.dtype
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Add `grad_hidden` to `out`, or write it there."""
+        product = self.grad_hidden(operand)
+        out.copy_(product) if overwrite else out.add_(product)
+
+    def write_grad_weight(
+        self,
+        operand: Operand,
+        hidden: Tensor,  # (n, D)
+        out: Tensor,  # (V, D), of the weight's dtype
+    ) -> None:
+        """The product of all rows that there are: summed in self.dtype, and rounded once."""
+        wide = out if out.dtype == self.dtype else torch.empty_like(out, dtype=self.dtype)
+        self.add_grad_weight(operand, hidden, wide, overwrite=True)
+        if wide is not out:
+            out.copy_(wide)
+
     def _vocab_blocks(self, chunk_rows: int = 0) -> Iterator[slice]:
         """Slices of the vocabulary: a float32 block of them, D or n wide, fits `block_bytes`."""
         vocab, width = self.weight.shape
@@ -217,6 +240,21 @@ class CudaHalfProducts(Products):
             if operand.scale is not None:
                 product.mul_(operand.scale)
             out[rows].copy_(product) if overwrite else out[rows].add_(product)
+
+    def add_grad_hidden(self, operand: Operand, out: Tensor, *, overwrite: bool) -> None:
+        if operand.scale is not None or not _ADDS_TO_WIDE:
+            super().add_grad_hidden(operand, out, overwrite=overwrite)
+            return
+        beta = 0 if overwrite else 1
+        torch.addmm(out, operand.values, self.weight, out_dtype=self.dtype, beta=beta, out=out)
+
+    def write_grad_weight(self, operand: Operand, hidden: Tensor, out: Tensor) -> None:
+        if operand.scale is None:
+            # Summed in float32: only in parts of the sum, which so large a result is not cut into,
+            # may cuBLAS round between (torch.backends.cuda.matmul's reduced precision).
+            torch.mm(operand.values.T, hidden, out=out)
+        else:
+            self.add_grad_weight(operand, hidden, out, overwrite=True)
 
 
 def cpu_multiplies_bfloat16() -> bool:

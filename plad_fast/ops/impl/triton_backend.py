@@ -1,8 +1,9 @@
 """The Triton backend: kernels that never store logits, library products for the gradients.
 
-Two-phase: the forward keeps each token's lse; the backward recomputes logits a chunk of rows at a
-time, straight into the gradient of the logits, which two products then multiply on. One pass:
-library products around row kernels. Kernels are imported where they run: Triton may be missing.
+Two-phase: the forward keeps each token's lse; the backward recomputes logits a slice of the
+vocabulary at a time, straight into the gradient of the logits, which two products then multiply on.
+One pass: library products around row kernels. Kernels are imported where they run: Triton may be
+missing.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -28,7 +29,8 @@ from plad_fast.ops.backend import (
 )
 from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.products import Operand, products_for
-from plad_fast.ops.impl.workspace import BLOCK_SHARE, HeadGradients, TokenStatistics, Workspace
+from plad_fast.ops.impl.sliced_gradients import SlicedGradients, Tiling
+from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace
 
 if TYPE_CHECKING:
     from plad_fast.kernels.logits_rows import RowStatistics
@@ -99,54 +101,52 @@ def linear_backward(
     needs: Needs,
     skip_inactive: bool,
 ) -> HeadGradient:
+    from plad_fast.kernels import launch
     from plad_fast.kernels.linear_backward import logits_gradient
 
     hidden, weight, bias, targets, _, options = problem
     scratch_bytes = options.scratch_on(hidden.device)
-    grad, grad_lse = upstream
-    active_rows = upstream.active().nonzero().squeeze(1) if skip_inactive else None
-    count = len(hidden) if active_rows is None else len(active_rows)
-    products = products_for(weight, scratch_bytes // BLOCK_SHARE)
-    grads = HeadGradients(problem.head, needs, products)
-    if count:
-        scale = products.operand_scale(_bound(grad, grad_lse, options))
-        out = _scratch(products.operand_dtype, count, weight, scratch_bytes)
-        for start in range(0, count, len(out)):
-            chunk = slice(start, min(start + len(out), count))
-            rows: slice | Tensor = chunk
-            if active_rows is not None and count < len(hidden):
-                rows = active_rows[chunk]
-            h, t = hidden[rows], targets[rows]
+    block_bytes = scratch_bytes // BLOCK_SHARE
+    products = products_for(weight[:0], block_bytes)
+    factors = launch.gradient_factors(tail, miss, *upstream)
+    active_rows = factors.active.nonzero().squeeze(1) if skip_inactive else None
+    if active_rows is not None and len(active_rows) == len(hidden):
+        active_rows = None  # a view of all rows copies nothing
+    tiling = Tiling.within(
+        scratch_bytes - block_bytes,
+        len(hidden) if active_rows is None else len(active_rows),
+        len(weight),
+        # A row has its gradient's sum over slices, and may have a copy of its hidden state.
+        bytes_per_row=(products.dtype.itemsize + weight.dtype.itemsize) * weight.shape[1],
+        bytes_per_logit=products.operand_dtype.itemsize,
+    )
+    scale = None
+    if tiling.num_rows:
+        scale = products.operand_scale(_bound(*upstream, options))
+    scratch = weight.new_empty(tiling.rows, tiling.columns, dtype=products.operand_dtype)
+    grads = SlicedGradients(problem.head, needs, tiling, block_bytes, scale)
+    for block in tiling.blocks():
+        rows: slice | Tensor = block if active_rows is None else active_rows[block]
+        h, t, of_rows, factors_of_rows = hidden[rows], targets[rows], lse[rows], factors.take(rows)
+        if not skip_inactive:
+            # Whatever an ignored token holds, even if it is not finite, adds nothing.
+            h = h.masked_fill((t == options.ignore_index)[:, None], 0)
+        for columns in tiling.slices():
             d_logits = logits_gradient(
                 h,
-                weight,
-                bias,
+                weight[columns],
+                None if bias is None else bias[columns],
                 t,
-                lse[rows],
-                tail[rows],
-                miss[rows],
-                grad[rows],
-                None if grad_lse is None else grad_lse[rows],
+                of_rows,
+                factors_of_rows,
                 **_logit_options(options),
-                out=out[: chunk.stop - chunk.start],
+                out=scratch[: len(h), : columns.stop - columns.start],
+                first_column=columns.start,
                 scale=scale,
             )
-            if not skip_inactive:
-                # Whatever an ignored token holds, even if it is not finite, adds nothing.
-                h = h.masked_fill((t == options.ignore_index)[:, None], 0)
-            grads.add(Operand(d_logits, scale), h, rows)
-    return grads.finish(weight.dtype)
-
-
-def _scratch(dtype: torch.dtype, count: int, weight: Tensor, scratch_bytes: int) -> Tensor:
-    """Room for the gradient of as many of the rows of logits as the budget allows, (rows, V)."""
-    vocab, width = weight.shape
-    budget = scratch_bytes - scratch_bytes // BLOCK_SHARE
-    # Beside its logits a row may have a copy of its hidden state and its gradient in float32.
-    rows = max(1, budget // (vocab * dtype.itemsize + (4 + weight.dtype.itemsize) * width))
-    # Chunks of nearly the same length: a short last one would leave a GPU idle.
-    chunks = -(-count // rows)
-    return weight.new_empty(-(-count // chunks), vocab, dtype=dtype)
+            grads.add(d_logits, h, block, columns)
+        grads.finish_rows(rows)
+    return grads.finish()
 
 
 def linear_preference_loss(
@@ -168,6 +168,7 @@ class KernelWorkspace(Workspace):
     """
 
     keeps_slope = False
+    keeps_wide = True
     _operands: Tensor | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plad_fast.losses.terms import segment_sums
 from plad_fast.ops.backend import Head, HeadGradient, HeadOptions, Needs
-from plad_fast.ops.impl.products import Operand, Products, accumulation_dtype, products_for
+from plad_fast.ops.impl.products import Operand, Products, products_for
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 
 BLOCK_SHARE = 16
@@ -40,6 +40,10 @@ class Workspace:
 
     grad_hidden_dtype: torch.dtype | None = None
     """In which the gradient of the hidden states is kept; None for their own."""
+
+    keeps_wide = False
+    """Whether gradients of weight and bias leave a one-pass loss as they were accumulated: on a GPU
+    the kernel that scales them also rounds them, which saves a pass over a gradient."""
 
     def __init__(
         self, head: Head, options: HeadOptions, num_rows: int, *, for_gradient: bool
@@ -203,22 +207,3 @@ def _column_sums(d_logits: Tensor | Operand, dtype: torch.dtype) -> Tensor:  # (
         sums = d_logits.values.sum(dim=0, dtype=dtype)
         return sums if d_logits.scale is None else sums * d_logits.scale
     return d_logits.sum(dim=0)
-
-
-_SCALED_AT_ONCE = 2**20  # entries
-
-
-def scaled_gradient(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, multiplied in float32 and rounded once, block by block.
-
-    With no factor and nothing to convert it is `grad` itself: a caller that retains the graph
-    must not write to it.
-    """
-    if factor is None and grad.dtype == dtype:
-        return grad
-    result = torch.empty_like(grad, dtype=dtype)
-    step = max(1, _SCALED_AT_ONCE // max(grad[:1].numel(), 1))
-    for source, target in zip(grad.split(step), result.split(step), strict=True):
-        wide = source.to(accumulation_dtype(source.dtype))
-        target.copy_(wide if factor is None else wide * factor)
-    return result
