@@ -61,6 +61,11 @@ class Device:
     num_sms: int
 
 
+TOKEN_GROUP = 16
+"""Tiles of tokens that take all parts of the vocabulary before the next ones do: with 8 parts they
+fill a GPU of 132 multiprocessors, and their hidden states, 1 MiB a tile where D is 4096, its L2.
+"""
+
 # A stand-in for tensors on the CPU, which the interpreter runs.
 _INTERPRETER = Device((9, 0), 2)
 
@@ -223,6 +228,7 @@ def linear_constants(
         "USE_TMA": loads == "tma",
         "PRECISION": dot_precision(hidden.dtype),
         "WIDEN": must_widen(hidden.dtype),
+        "GROUP": TOKEN_GROUP,
         **asdict(config),
     }
 
@@ -267,10 +273,12 @@ def rows_config(vocab: int) -> RowsConfig:
     return RowsConfig(block, num_warps=8 if block >= 2048 else 4)
 
 
+@functools.lru_cache(maxsize=1024)
 def vocab_splits(num_tokens: int, vocab: int, config: LinearConfig, device: Device) -> int:
     """Parts of the vocabulary that run side by side, so that few tokens still fill the GPU.
 
-    Among one to four waves of programs the one that ends first; of equals the fewest parts.
+    At least as many as let a group of tiles of tokens fill it, at most four times that: of those
+    the number that ends first, in waves of programs; of equals the fewest.
     """
     token_tiles = triton.cdiv(num_tokens, config.BLOCK_N)
     vocab_tiles = triton.cdiv(vocab, config.BLOCK_V)
@@ -279,10 +287,8 @@ def vocab_splits(num_tokens: int, vocab: int, config: LinearConfig, device: Devi
         waves = math.ceil(token_tiles * splits / device.num_sms)
         return waves * math.ceil(vocab_tiles / splits)
 
-    candidates = {1}
-    for waves in range(1, 5):
-        candidates.add(min(vocab_tiles, max(1, waves * device.num_sms // token_tiles)))
-    return min(sorted(candidates), key=duration)
+    fewest = max(1, device.num_sms // min(token_tiles, TOKEN_GROUP))
+    return min(range(min(fewest, vocab_tiles), min(4 * fewest, vocab_tiles) + 1), key=duration)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -93,8 +93,7 @@ class PreferenceCollator:
             found = len(feature["response_ids"])
             if found != self.group_size:
                 raise UsageError(
-                    f"a row has {found} responses where groups of {self.group_size} were "
-                    "expected; all rows need the same number"
+                    f"a row has {found} responses where groups of {self.group_size} were expected"
                 )
             if not len(feature["prompt_ids"]) and self.layout != "encoder_decoder":
                 raise UsageError(

@@ -184,7 +184,7 @@ def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
 def test_a_folder_without_data_is_called_a_folder(tmp_path):
     (tmp_path / "data").mkdir()
     message = message_of(tmp_path / "data")
-    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+    assert message.startswith(f"cannot load the folder '{tmp_path / 'data'}' as a data set")
 
 
 def test_ids_do_not_depend_on_the_limit(tmp_path):
@@ -284,7 +284,7 @@ def test_bad_files(tmp_path, name, text, expected):
         ("p.json", b"[" * 200_000, "nested more than"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "n": ' + b"7" * 5000 + b"}", "line 2 holds"),
         ("p.json", b'[{"prompt": "a"},\n{"n": -' + b"7" * 5000 + b"}]", "number of 5001 digits"),
-        ("p.csv", b"prompt,id,prompt\na,1,b\n", "several are named 'prompt'"),
+        ("p.csv", b"prompt,id,prompt\na,1,b\n", "several columns are named 'prompt'"),
         ("p.csv", "prompt\na\n".encode("utf-16-le"), "NUL bytes, as UTF-16 does"),
         ("p.jsonl", b"\x1f\x8b\x08\x00\x00", "a gzip archive"),
         ("p.csv", b"PK\x03\x04\x14\x00", "a zip archive, as an Excel file is"),
