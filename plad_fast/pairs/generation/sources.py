@@ -21,15 +21,10 @@ from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, requi
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
+from plad_fast.pairs.generation import given
 from plad_fast.pairs.generation.endpoint.access import find_url
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
-from plad_fast.pairs.generation.given import (
-    CallableModel,
-    ColumnModel,
-    import_function,
-    source_settings,
-)
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
@@ -72,9 +67,9 @@ def open_teacher(
     if kind == "vllm":
         return VllmModel(rest, name)
     if kind == "column":
-        return ColumnModel(_column(rest, columns), name)
+        return given.ColumnModel(_column(rest, columns), name)
     if kind == "python":
-        return CallableModel(import_function(rest), name)
+        return given.CallableModel(given.import_function(rest), name)
     return LazyLocalModel(lambda: open_local_model(rest, name, precision=precision), name)
 
 
@@ -95,7 +90,7 @@ def teacher_fingerprint(
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":
-        return {"teacher": spec, **source_settings(import_function(rest))}
+        return {"teacher": spec, **given.source_settings(given.import_function(rest))}
     return {"teacher": spec, "weights": model_digest(rest)}
 
 
