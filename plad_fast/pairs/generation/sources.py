@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from plad_fast.checks import shown
@@ -27,7 +27,7 @@ from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Batches, TextModel, Wanted
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -132,7 +132,7 @@ class LazyLocalModel(TextModel):
         self.name = name
         self._model = functools.cache(load)
 
-    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Iterator[list[Answer]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         return self._model().generate_samples(wanted, sampling)
 
 

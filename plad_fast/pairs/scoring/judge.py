@@ -257,9 +257,5 @@ class Judge(Scorer):
 
 def _is_verdict(row: Row) -> bool:
     tokens = row.get("tokens", [0, 0])
-    return (
-        isinstance(row.get("verdict"), str)
-        and row["verdict"] in _WORTH
-        and isinstance(tokens, list)
-        and [type(count) for count in tokens] == [int, int]
-    )
+    is_counted = isinstance(tokens, list) and [type(count) for count in tokens] == [int, int]
+    return is_counted and row.get("verdict") in list(_WORTH)

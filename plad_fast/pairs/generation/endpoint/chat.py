@@ -46,11 +46,6 @@ class Choice:
     problem: str = ""
     """Why this is no answer, though the reply is whole and another would be like it."""
 
-    @property
-    def is_spent(self) -> bool:
-        """The length limit was reached before there was any text but of a thought."""
-        return self.finish_reason == "length" and bool(self.problem)
-
 
 @dataclass(frozen=True)
 class Reply:

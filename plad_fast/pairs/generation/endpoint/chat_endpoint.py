@@ -138,8 +138,11 @@ class Endpoint:
                 ((_, reply),) = self.complete([request])
             finally:
                 self._is_trial = False
-            if isinstance(reply, str) or reply.choices[0].is_spent:
-                problem = reply if isinstance(reply, str) else reply.choices[0].problem
+            problem = reply
+            if isinstance(reply, Reply):
+                is_spent = reply.choices[0].finish_reason == "length"
+                problem = reply.choices[0].problem if is_spent else ""
+            if problem:
                 raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
 
         by_first(ask)

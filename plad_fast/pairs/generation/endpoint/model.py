@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
 
 class EndpointModel(TextModel):
@@ -36,9 +36,7 @@ class EndpointModel(TextModel):
         request = _request(Prompt("", "Say yes."), range(1), sampling)
         self.endpoint.try_out(request, store, overwrite=overwrite)
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields a prompt's answers together, as they come.
 
         Raises:
