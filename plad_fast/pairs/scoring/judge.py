@@ -127,10 +127,7 @@ class Judge(Scorer):
             new = {key: text for key, text in wanted.items() if key not in self._known}
             failures = self._ask(new, store)
         if wanted and not wanted.keys() & self._known.keys():
-            raise UsageError(
-                f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
-                "endpoint works, and run again"
-            )
+            raise UsageError(f"{self.name} gave no reply; the first failure: {failures[0]}")
         return [self._outcome([key for key, _ in both]) for both in questions]
 
     def score(self, items: Sequence[Item]) -> list[float]:
