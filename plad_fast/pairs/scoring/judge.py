@@ -18,6 +18,7 @@ from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Usage
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 from plad_fast.pairs.select import normalize_whitespace
@@ -198,7 +199,8 @@ class Judge(Scorer):
         return key, as_question(key[:12], self.criteria, prompt, first, second)
 
     def _request(self, messages: Messages) -> ChatRequest:
-        return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)
+        greedy = Sampling(self.max_tokens, temperature=0.0)
+        return ChatRequest(messages, greedy, any_temperature=True)
 
     def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""

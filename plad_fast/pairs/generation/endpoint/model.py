@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,14 +65,8 @@ def request_seed(seed: int, prompt_id: str) -> int:
 
 
 def _request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
-    return ChatRequest(
-        as_chat(prompt.content),
-        sampling.max_new_tokens,
-        len(samples),
-        sampling.temperature,
-        sampling.top_p,
-        request_seed(sampling.seed, prompt.id) + samples[0],
-    )
+    seed = request_seed(sampling.seed, prompt.id) + samples[0]
+    return ChatRequest(as_chat(prompt.content), replace(sampling, n=len(samples), seed=seed))
 
 
 def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
