@@ -57,8 +57,7 @@ def open_teacher(
     Raises:
         UsageError: there is no such thing, or options for another kind of teacher.
     """
-    require_teacher(spec)
-    kind, rest = split_spec(spec)
+    kind, rest = require_teacher(spec)
     name = spec if name is None else name
     if kind == "openai":
         return EndpointModel(Endpoint(rest, base_url=base_url, **endpoint_options), name)
@@ -116,11 +115,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     return "local", spec
 
 
-def require_teacher(spec: str, option: str = "the teacher") -> None:
-    """Raises UsageError for a wrong specification, or a model's path at which there is nothing."""
+def require_teacher(spec: str, option: str = "the teacher") -> tuple[str, str]:
+    """As `split_spec`, and raises UsageError for a model's path at which there is nothing."""
     kind, rest = split_spec(spec)
     if kind in ("local", "vllm"):
         require_there(rest, option)
+    return kind, rest
 
 
 class LazyLocalModel(TextModel):
