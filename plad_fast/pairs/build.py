@@ -86,9 +86,9 @@ class PairReport:
     def dropped(self) -> dict[str, int]:
         """Prompts without a row, or pairs that are none, by reason.
 
-        The reasons are those of `filters.drop_reason` and `PairFilters.reason`, and `unscored` (an
-        answer has no score) and `few` (too few different answers for a list). Those that this
-        version does not know are left out.
+        The reasons are those of `select.drop_reason` and `PairFilters.reason`, and `missing` (there
+        is no answer), `unscored` (an answer has no score) and `few` (too few different answers for
+        a list). Those that this version does not know are left out.
         """
         counts = Counter(str(drop.get("reason")) for drop in self.drops)
         return {reason: counts[reason] for reason in _REASONS if counts[reason]}

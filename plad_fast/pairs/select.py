@@ -117,15 +117,12 @@ class PairFilters:
 KEEP_ALL = PairFilters()
 
 
-def drop_reason(teacher: Answer | None, student: Answer | None) -> str | None:
+def drop_reason(teacher: Answer, student: Answer) -> str | None:
     """Why two answers to a prompt make no pair, or None if they make one.
 
-    The first reason that applies: one is not there (`missing`), is blank (`empty`) or was cut off,
-    so that its end says nothing about its author (`truncated`), or both are equal up to white space
-    (`identical`).
+    The first reason that applies: one is blank (`empty`) or was cut off, so that its end says
+    nothing about its author (`truncated`), or both are equal up to white space (`identical`).
     """
-    if teacher is None or student is None:
-        return "missing"
     if is_blank(teacher.text) or is_blank(student.text):
         return "empty"
     if "length" in (teacher.finish_reason, student.finish_reason):
@@ -236,12 +233,14 @@ def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:
 def _pair(
     teacher: Answer | None, student: Answer | None, scores: Scores | None, filters: PairFilters
 ) -> list[Candidate] | str:
+    if teacher is None or student is None:
+        return "missing"
     if reason := drop_reason(teacher, student):
         return reason
-    pair = [_candidate(answer, scores) for answer in (teacher, student) if answer is not None]
-    if scores is not None and None in [candidate.score for candidate in pair]:
+    chosen, rejected = _candidate(teacher, scores), _candidate(student, scores)
+    if scores is not None and None in (chosen.score, rejected.score):
         return "unscored"
-    return _reason(*pair, filters) or pair
+    return _reason(chosen, rejected, filters) or [chosen, rejected]
 
 
 def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> str | None:
