@@ -215,9 +215,7 @@ def _drawing(
         from matplotlib.figure import Figure
         from PIL import Image
     except ImportError as error:
-        raise UsageError(
-            'plots need the package matplotlib; run: pip install "plad-fast[eval]"'
-        ) from error
+        raise UsageError('plots need matplotlib; run: pip install "plad-fast[eval]"') from error
     with matplotlib.rc_context(fname=_STYLE):
         # Figure without pyplot: no window system, no global list of figures to leak into.
         heights = [height(panel) for panel in panels]
