@@ -36,9 +36,8 @@ def holds_any(dataset: Dataset | Sequence[Mapping[str, Any]], columns: Sequence[
 def token_dataset(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dataset:
     """Rows of token ids that somebody else made; which ids they are is not looked at.
 
-    Raises:
-        UsageError: `prompt_ids` are not lists of whole numbers, or `response_ids` not lists of
-            those.
+    Raises UsageError unless `prompt_ids` are lists of whole numbers, and `response_ids` lists of
+    those.
     """
     try:
         dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
@@ -127,14 +126,8 @@ def require_dataset_ids(dataset: Dataset, limits: TokenLimits, name: str) -> Non
 
 
 def require_column_ids(dataset: Dataset, column: str, limits: TokenLimits, name: str) -> None:
-    """Raises UsageError for a row with a token id that the model does not know.
-
-    Args:
-        dataset: of any format but a transform.
-        column: lists of ids, or lists of those; of prompts if its name begins so.
-        limits: of the model.
-        name: what to call the dataset in messages.
-    """
+    """Raises UsageError for a row with a token id that the model does not know. The column holds
+    lists of ids, or lists of those; of prompts if its name begins so."""
     part = column.partition("_")[0]
     limit = limits.inputs if part == "prompt" else limits.outputs
     first = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.evaluation.metrics import FloatArray
 
 if TYPE_CHECKING:
     from plad_fast.data.prompts import Prompt
