@@ -30,12 +30,16 @@ from plad_fast.ops.impl.workspace import HeadGradients, Workspace
 __all__ = [
     "linear_backward",
     "linear_forward",
+    "SKIPS_IGNORED",
     "linear_preference_loss",
     "preferred",
     "stored_backward",
     "stored_forward",
     "unavailable",
 ]
+
+
+SKIPS_IGNORED = False
 
 
 def unavailable(tensor: Tensor) -> str | None:

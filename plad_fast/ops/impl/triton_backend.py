@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor
 from plad_fast.losses.objective import Objective
 from plad_fast.ops.backend import (
     Denominators,
+    Head,
     HeadGradient,
     HeadOptions,
     LinearProblem,
     LinearStatistics,
     Needs,
     Upstream,
+    one_pass_scratch_bytes,
 )
 from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.products import Operand, products_for
@@ -36,7 +39,11 @@ if TYPE_CHECKING:
     from plad_fast.kernels.logits_rows import RowStatistics
 
 _OLDEST_TRITON = (3, 4)
-_NO_TARGET = -1  # every row of a workspace counts
+_ALIGNED_ENTRIES = 64
+"""A multiple of what kernels and products of a library read at once, in every dtype."""
+_ALIGNED_ROWS = 128
+
+SKIPS_IGNORED = True
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -156,20 +163,70 @@ def linear_preference_loss(
     objective: Objective,
     denominators: Denominators,
     needs: Needs,
+    bounds: Sequence[int] | None = None,  # (S + 1,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
     return onepass.linear_preference_loss(
-        problem, scores, reference_logps, objective, denominators, needs, KernelWorkspace
+        problem,
+        scores,
+        reference_logps,
+        objective,
+        denominators,
+        needs,
+        bounds,
+        functools.partial(KernelWorkspace, needs_weight=needs[1]),
     )
 
 
 class KernelWorkspace(Workspace):
     """A workspace whose buffer keeps the raw products: one kernel reads them for the statistics,
     and one turns them into the operand of the next two products, compacting rows on the way.
+
+    An operand of 16 bits takes the first half of its float32 row, so that a logit has 4 bytes in
+    all. Where the budget and the accumulator of a 16-bit weight's gradient together hold the
+    logits of all rows, these are one chunk: the gradient is a single product, and needs no
+    accumulator.
+
+    Args:
+        needs_weight: whether the gradient of the weight is wanted.
+        others: as in `Workspace`.
     """
 
-    keeps_slope = False
     keeps_wide = True
-    _operands: Tensor | None = None
+    balances = True
+    reading_waits = True
+
+    def __init__(
+        self,
+        head: Head,
+        options: HeadOptions,
+        num_rows: int,
+        *,
+        for_gradient: bool,
+        needs_weight: bool,
+    ) -> None:
+        hidden, weight, self.bias = head
+        self.options = options
+        vocab, width = weight.shape
+        scratch_bytes = options.scratch_bytes or one_pass_scratch_bytes(hidden.device, vocab, width)
+        block_bytes = scratch_bytes // BLOCK_SHARE
+        self.products = products_for(weight, block_bytes)
+        dtype = self.products.dtype
+        self._row_width = -(-vocab // _ALIGNED_ENTRIES) * _ALIGNED_ENTRIES
+        # Beside its logits a row has a copy of its hidden state, and its gradient in float32.
+        bytes_per_row = self._row_width * dtype.itemsize
+        bytes_per_row += width * (dtype.itemsize + weight.dtype.itemsize)
+        # float16 keeps float32 until backward: a loss scale comes only with the upstream.
+        rounds = for_gradient and needs_weight and weight.dtype == torch.bfloat16
+        accumulator_bytes = vocab * width * dtype.itemsize if rounds else 0
+        if num_rows * bytes_per_row <= scratch_bytes + accumulator_bytes:
+            self.rows = max(1, num_rows)
+            self.grad_weight_dtype = weight.dtype if rounds else None
+        else:
+            rows = (scratch_bytes - block_bytes) // bytes_per_row
+            self.rows = max(1, rows // _ALIGNED_ROWS * _ALIGNED_ROWS or rows)
+        self._memory = weight.new_empty(self.rows, self._row_width, dtype=dtype)
+        self._buffer = self._memory[:, :vocab]
+        self._slope = None
 
     def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
         from plad_fast.kernels.logits_rows import logits_rows_forward
@@ -177,7 +234,12 @@ class KernelWorkspace(Workspace):
         buffer = self._buffer[: len(hidden)]
         self.products.logits(hidden, out=buffer)
         return logits_rows_forward(
-            buffer, targets, bias=self.bias, **self._logit_options, with_entropy=with_entropy
+            buffer,
+            targets,
+            bias=self.bias,
+            **_logit_options(self.options),
+            with_entropy=with_entropy,
+            row_width=self._row_width,
         )
 
     def gradient(
@@ -192,13 +254,11 @@ class KernelWorkspace(Workspace):
 
         assert isinstance(statistics, RowStatistics)
         count = len(targets) if order is None else len(order)
-        scale = self.products.operand_scale(_bound(grad_logprobs, grad_lse, self.options))
-        buffer = self._buffer[: len(targets)]
-        dtype = self.products.operand_dtype
-        # In place of the logits where the dtype is theirs.
-        out = self._buffer if dtype == buffer.dtype else self._operand_buffer(dtype)
+        scale = None
+        if self.products.scales_operands:
+            scale = self.products.operand_scale(_bound(grad_logprobs, grad_lse, self.options))
         values = logits_rows_backward(
-            buffer,
+            self._buffer[: len(targets)],
             targets,
             statistics.lse,
             statistics.tail,
@@ -206,10 +266,11 @@ class KernelWorkspace(Workspace):
             grad_logprobs,
             grad_lse,
             bias=self.bias,
-            **self._logit_options,
-            out=out[:count],
+            **_logit_options(self.options),
+            out=self._memory.view(self.products.operand_dtype)[:count, : self._buffer.shape[1]],
             rows=order,
             scale=scale,
+            row_width=self._row_width,
         )
         return Operand(values, scale)
 
@@ -217,16 +278,6 @@ class KernelWorkspace(Workspace):
         from plad_fast.kernels.segments import segment_sums
 
         return segment_sums(values, cu_seqlens)
-
-    def _operand_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Allocated when the first gradient is wanted, and kept."""
-        if self._operands is None:
-            self._operands = torch.empty_like(self._buffer, dtype=dtype)
-        return self._operands
-
-    @property
-    def _logit_options(self) -> dict[str, Any]:
-        return _logit_options(self.options._replace(ignore_index=_NO_TARGET))
 
 
 def stored_forward(
