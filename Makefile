@@ -27,7 +27,7 @@ FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.p
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart check test test-all lint docs site bench study no-dialogues aot clean
+.PHONY: quickstart check test test-all lint docs site bench gpu study no-dialogues aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -82,6 +82,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.plot_step --satisfaction
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.generation --plot
+
+# On a machine with a GPU: eight minutes, then runs/gpu/summary.md. Without one:
+# make gpu GPU='--device cpu --tiny'
+gpu: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 # Two hours. DIALOGSUM=path/to/dialogsum.jsonl
 study: $(if $(DIALOGSUM),,no-dialogues) $(VENV)/.dev

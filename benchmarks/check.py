@@ -20,6 +20,7 @@ SAMPLED_ROWS = 128  # of d_weight, both of the rows that are targets and of thos
 @dataclass(frozen=True)
 class Oracle:
     loss: float
+    cross_entropy: float  # mean over all tokens
     active: int  # pairs inside the hinge
     margin: float  # nats between the hinge and the pair nearest to it
     d_hidden: Tensor  # (N, D) float64
@@ -42,7 +43,7 @@ def compute_oracle(batch: PairBatch) -> Oracle:
     weight = batch.weight.detach().double().requires_grad_()
     vocab = weight.shape[0]
     d_hidden = torch.zeros_like(batch.hidden, dtype=torch.float64)
-    loss, gaps = 0.0, []
+    loss, total_nll, gaps = 0.0, 0.0, []
     ends = batch.cu_seqlens.tolist()
     for start, middle, end in zip(ends[0::2], ends[1::2], ends[2::2], strict=False):
         hidden = batch.hidden[start:end].detach().double().requires_grad_()
@@ -50,6 +51,7 @@ def compute_oracle(batch: PairBatch) -> Oracle:
         picked = logprobs.gather(1, batch.targets[start:end, None]).squeeze(1)
         gap = BETA - picked[: middle - start].sum() + picked[middle - start :].sum()
         gaps.append(gap.item())
+        total_nll -= picked.sum().item()
         if gaps[-1] > 0:
             pair_loss = gap / batch.num_pairs
             pair_loss.backward()
@@ -62,6 +64,7 @@ def compute_oracle(batch: PairBatch) -> Oracle:
     target_rows, other_rows = _some(is_target), _some(~is_target)
     return Oracle(
         loss=loss,
+        cross_entropy=total_nll / len(batch.targets),
         active=sum(gap > 0 for gap in gaps),
         margin=min(map(abs, gaps)),
         d_hidden=d_hidden.cpu(),
@@ -86,6 +89,12 @@ def errors_of(loss: Tensor, d_hidden: Tensor, d_weight: Tensor, oracle: Oracle) 
             _relative(total, norm),
         ),
     }
+
+
+def cross_entropy_error(loss: Tensor, oracle: Oracle) -> dict[str, float]:
+    """Relative error of the loss of those that compute the mean cross-entropy."""
+    truth = torch.tensor(oracle.cross_entropy, dtype=torch.float64)
+    return {"loss_error": _relative(loss.cpu(), truth)}
 
 
 def mismatch(errors: dict[str, float], dtype: torch.dtype) -> str | None:

@@ -14,16 +14,16 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Record, format_table, version_of
+from benchmarks.common import RESULTS, Record, format_table, git_commit, version_of, write_csv
 from benchmarks.cuda_counts import A, B, C, Counts, Shape, count, count_one_pass, count_op
-from benchmarks.cuda_recorder import Launch
+from benchmarks.cuda_recorder import H100, Launch
 from benchmarks.cuda_rules import Arguments, Rule, Touched, once, sized
 
+CSV = RESULTS / "counted.csv"
 CASES = {
     "A": A,
     "B": B,
@@ -164,8 +164,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Shape, float], Counts | None]] = {
 
 def record(row: Row) -> Record:
     """A row of the CSV."""
-    shape = CASES[row.case]
-    counts = row.counts
+    shape, counts = CASES[row.case], row.counts
     values: Record = {
         "case": row.case,
         "N": shape.tokens,
@@ -176,26 +175,107 @@ def record(row: Row) -> Record:
         "predicted_ms": f"{row.milliseconds:.4g}",
         "products": f"{1 + 2 * row.active:.4g}",
     }
-    fields = (
-        "launches", "products_launched", "waits", "chunks", "launches_per_chunk",
-        "weight_grad_read", "weight_grad_written", "gigabytes", "peak_gib",
-    )  # fmt: skip
     if counts is None:
-        return values | dict.fromkeys(fields, "")
-    moved = (counts.read + counts.written) / 1e9
-    found: tuple[Any, ...] = (
+        return values | dict.fromkeys(_COUNTED, "")
+    found = (
         len(counts.launches),
         len(counts.of_kind("product")),
         len(counts.waits),
-        counts.chunks,
-        f"{counts.launches_per_chunk:.4g}",
+        counts.chunks or "",
+        f"{counts.launches_per_chunk:.4g}" if counts.chunks else "",
         f"{counts.weight_grad_read:.4g}",
         f"{counts.weight_grad_written:.4g}",
-        f"{moved:.4g}",
+        f"{(counts.read + counts.written) / 1e9:.4g}",
         f"{counts.peak_bytes / 2**30:.3g}",
     )
     values["products"] = f"{counts.flops / _product(shape):.4g}"
-    return values | dict(zip(fields, found, strict=True))
+    return values | dict(zip(_COUNTED, found, strict=True))
+
+
+_COUNTED = (
+    "launches",
+    "library_products",
+    "waits",
+    "chunks",
+    "launches_per_chunk",
+    "weight_grad_read",
+    "weight_grad_written",
+    "gigabytes",
+    "peak_gib",
+)
+
+
+def page(records: Sequence[Record]) -> str:
+    """results/counted.md"""
+    names = list(dict.fromkeys((r["implementation"], r["active"]) for r in records))
+    by_case = {(r["implementation"], r["active"], r["case"]): r["predicted_ms"] for r in records}
+    times = [
+        [f"{name}, a = {active:g}", *(by_case.get((name, active, case), "") for case in CASES)]
+        for name, active in names
+    ]
+    sizes = [f"{case}: {s.tokens} x {s.width} x {s.vocab}" for case, s in CASES.items()]
+    ours = [r for r in records if r["waits"] != ""]
+    counts = [
+        [f"{r['case']}, {r['implementation']}, a = {r['active']:g}", *(str(r[c]) for c in _COUNTED)]
+        for r in ours
+    ]
+    versions = {name: version_of(name) for name in ("torch", "triton", "trl")}
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return _PAGE.format(
+        made_with=made_with,
+        commit=git_commit(),
+        device=H100.name,
+        pairs=A.length,
+        product=RATES.product / 1e12,
+        triton=", ".join(f"{rate / 1e12:g} at D = {width}" for width, rate in RATES.triton),
+        memory=RATES.memory / 1e12,
+        launch=RATES.launch * 1e6,
+        times=_markdown(["ms", *sizes], times),
+        counts=_markdown(["", *(name.replace("_", " ") for name in _COUNTED)], counts),
+    )
+
+
+_PAGE = """# The loss on an H100, by counting
+
+Made by `python -m benchmarks.counted` with {made_with}, at {commit}, on a machine without a GPU.
+**Nothing here was timed.** Launches, bytes, waits and flops are counted; rates are assumed.
+
+Forward and backward to hidden states and weight, N x D x V, bfloat16, pairs of {pairs} + {pairs}
+tokens of which a share a has a gradient. Every implementation runs its own code for a {device} on
+tensors without memory (`benchmarks/cuda_recorder.py`); the bare products are a formula. A is the
+head of Llama-3.1-8B, B of Qwen2.5-0.5B.
+
+## Predicted time
+
+{times}
+
+A launch takes {launch:g} us at least, and
+
+| | assumed |
+|---|---|
+| a library product of 16-bit operands | {product:g} TFLOP/s, whatever the dtype of its result |
+| what such a product adds to, read and written | {memory:g} TB/s, in addition |
+| a product in our own Triton kernels | {triton} TFLOP/s; else a flop's time is linear in 1 / D |
+| all other bytes | {memory:g} TB/s; no cache is modelled |
+| waits of the host | nothing |
+
+So a library that works on small chunks, which the L2 may hold, comes out too slow, and a call with
+many waits too fast.
+
+## Counts
+
+A launch is a kernel, a library product, or an operation of PyTorch that is not a view. Launches a
+chunk are those beside library products. The gradient of the weight is counted in passes over its
+V D entries, in whatever dtype it is kept. Bytes are those of every operand and result, once each
+launch. The peak is above hidden states and weight, and has the gradients in it.
+
+{counts}
+"""
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,9 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-save", action="store_true", help="write no files")
     args = parser.parse_args(argv)
-    found = [record(row) for row in rows()]
-    cells = [[str(value) for value in row.values()] for row in found]
-    print(format_table(list(found[0]), cells))
+    records = [record(row) for row in rows()]
+    print(format_table(list(records[0]), [[str(x) for x in r.values()] for r in records]))
+    print("\nrates are assumed, nothing was run on a GPU")
+    if not args.no_save:
+        write_csv(CSV, records)
+        CSV.with_suffix(".md").write_text(page(records))
     return 0
 
 

@@ -67,22 +67,22 @@ def make_pairs(
     chosen sequence gets target logits raised by `LEAD` nats in total, in an active pair the
     rejected one does. With `ragged`, the lengths of pairs differ, between half and one and a half
     times `response`, at the same total; the two sequences of a pair stay equally long, for a longer
-    one would be the less likely one whatever its targets.
+    one would be the less likely one whatever its targets. Numbers are drawn on the device: the same
+    on every CPU, and others on a GPU.
 
     Raises:
         ValueError: `tokens` is not a whole number of pairs, or `active` not a whole number of them.
     """
     pairs = check_shape(tokens, response, active)
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, hidden_size, generator=generator)
-    weight = torch.randn(vocab, hidden_size, generator=generator).div_(hidden_size**0.5)
-    targets = torch.randint(vocab, (tokens,), generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    there = {"generator": generator, "device": device}
+    hidden = torch.randn(tokens, hidden_size, **there)
+    weight = torch.randn(vocab, hidden_size, **there).div_(hidden_size**0.5)
+    targets = torch.randint(vocab, (tokens,), **there)
 
     lengths = torch.full((pairs,), response)
     if ragged:
-        shift = torch.randint(
-            -(response // 2), response // 2 + 1, (pairs // 2,), generator=generator
-        )
+        shift = torch.randint(-(response // 2), response // 2 + 1, (pairs // 2,), **there).cpu()
         lengths[: 2 * len(shift)] += torch.stack((shift, -shift), dim=1).flatten()
     lengths = lengths.repeat_interleave(2)
     cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
@@ -97,9 +97,9 @@ def make_pairs(
         # rows of `weight` have a norm of about 1, so this raises the target logit by the factor
         hidden[rows] += weight[targets[rows]] * (LEAD / int(lengths[boosted]))
     return PairBatch(
-        hidden.to(device, dtype),
-        weight.to(device, dtype),
-        targets.to(device),
+        hidden.to(dtype),
+        weight.to(dtype),
+        targets,
         cu_seqlens.to(device),
         active_tokens,
     )

@@ -210,7 +210,7 @@ def summarise(case: Case, name: str, tallies: dict[str, Tally]) -> Record:
         row["over_gradients_mib"] = row["extra_mib"] - row["gradients_mib"]
     for error in ERRORS:
         row[error] = max((r[error] for r in tally.rounds if error in r), default="")
-    row["worst_error"] = max(row[error] for error in ERRORS)
+    row["worst_error"] = max((row[error] for error in ERRORS if row[error] != ""), default="")
     return row
 
 

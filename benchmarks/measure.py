@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.check import Oracle, compute_oracle, errors_of, mismatch
+from benchmarks.check import (
+    Oracle,
+    compute_oracle,
+    cross_entropy_error,
+    errors_of,
+    mismatch,
+)
 from benchmarks.common import (
     DTYPES,
     Record,
@@ -119,7 +125,10 @@ def measure(impl: Impl, case: Case, oracle: Oracle, *, repeats: int, seconds: fl
         synchronize(device)
     if not impl.products_only:
         assert loss is not None
-        errors = errors_of(loss, *step.gradients(), oracle)
+        if impl.cross_entropy:
+            errors = cross_entropy_error(loss, oracle)
+        else:
+            errors = errors_of(loss, *step.gradients(), oracle)
         record.update(errors, loss=loss.item(), extra_bytes=peak.extra_bytes)
         problem = mismatch(errors, dtype)
         if problem is not None:

@@ -52,6 +52,7 @@ class Impl:
     ours: bool = False
     compiled: bool = False  # compiles on the first call, which is then kept out of the measurement
     products_only: bool = False  # no loss, no gradients: a floor to compare times with
+    cross_entropy: bool = False  # another loss of the same products, the mean over tokens
     multiplies_in_kernels: bool = False  # on CUDA, where torch's profiler does not see products
 
     def missing(self) -> str | None:
@@ -89,7 +90,7 @@ def hinge(sums: Tensor) -> Tensor:
     return (BETA - sums[0::2] + sums[1::2]).clamp(min=0).mean()
 
 
-def one_pass(batch: PairBatch) -> Step:
+def one_pass(batch: PairBatch, *, impl: str = "auto") -> Step:
     from plad_fast.ops.preference_losses import fused_linear_preference_loss
 
     hidden, weight = _leaves(batch)
@@ -105,6 +106,7 @@ def one_pass(batch: PairBatch) -> Step:
                 beta=BETA,
                 sft_weight=0.0,
                 length_normalization=0.0,
+                impl=impl,
             ).loss
         ),
         hidden,
@@ -112,16 +114,12 @@ def one_pass(batch: PairBatch) -> Step:
     )
 
 
-def op(batch: PairBatch) -> Step:
+def op(batch: PairBatch, *, impl: str = "auto") -> Step:
     from plad_fast.ops.logprobs import linear_sequence_logprobs
 
     hidden, weight = _leaves(batch)
-    targets, cu_seqlens = batch.targets, batch.cu_seqlens
-    return _step(
-        lambda: hinge(linear_sequence_logprobs(hidden, weight, targets, cu_seqlens).sums),
-        hidden,
-        weight,
-    )
+    inputs = hidden, weight, batch.targets, batch.cu_seqlens
+    return _step(lambda: hinge(linear_sequence_logprobs(*inputs, impl=impl).sums), hidden, weight)
 
 
 def naive(batch: PairBatch) -> Step:

@@ -14,7 +14,7 @@ from typing import Any
 from plad_fast.checks import check_number, is_whole
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
-from plad_fast.pairs.filters import KEEP_ALL, PairFilters
+from plad_fast.pairs.select import KEEP_ALL, PairFilters
 from plad_fast.training.config import PLaDConfig
 
 TRAINING_OPTIONS = {"beta", "loss_args", "sft_weight", "length_normalization"}

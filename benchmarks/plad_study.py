@@ -24,13 +24,13 @@ from plad_fast.models.layer_drop import drop_layers
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_responses
 from plad_fast.pairs.build import as_response, build_answers, build_pairs
-from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.scorers import open_scorer
 from plad_fast.pairs.scoring.stored import score_answers, stored_scores
+from plad_fast.pairs.select import is_usable
 from plad_fast.training.train import train_model
 
 REQUEST = "{dialogue}\n\nWhat is this conversation about? Answer in one short sentence."

@@ -54,7 +54,8 @@ class Truth:
 
 
 class Recorder:
-    """Follows a training run: warm-up steps, of which the first is checked, then timed ones.
+    """Follows a training run: warm-up steps, then timed ones. The first step of all is compared
+    with the truth, if there is one.
 
     The run calls `before_training` when all that it needs is loaded, `before_update` with its
     gradients in place, and `after_step` when the optimizer has stepped and the gradients are gone.
@@ -64,14 +65,19 @@ class Recorder:
     """
 
     def __init__(
-        self, device: torch.device, truth: Truth, *, warm_up: int, progress: Path | None = None
+        self,
+        device: torch.device,
+        truth: Truth | None,
+        *,
+        warm_up: int,
+        progress: Path | None = None,
     ) -> None:
         self.seconds: list[float] = []
         self.gradient_errors: GradientErrors | None = None
-        self.first_loss = math.nan
+        self.first_loss = self.first_gradient_norm = math.nan
         self._device = device
-        self._truth: Truth | None = truth
-        self._truth_loss = truth.loss
+        self._truth = truth
+        self._truth_loss = math.nan if truth is None else truth.loss
         self._warm_up = warm_up
         self._progress = progress
         self._steps = 0
@@ -86,6 +92,9 @@ class Recorder:
         self._before = held_bytes(self._device)
 
     def before_update(self, model: nn.Module) -> None:
+        if self._steps == 0:
+            norms = [_norm(p.grad) for p in model.parameters() if p.grad is not None]
+            self.first_gradient_norm = math.hypot(*norms)
         if self._truth is not None:
             self.gradient_errors = self._truth.compare(model)
             self._truth = None

@@ -41,7 +41,7 @@ def reason_of(error: BaseException) -> str:
     What is no message of its own has the name of its kind.
     """
     text = " ".join(str(error).split())
-    pickled = any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error))
+    pickled = any(isinstance(cause, pickle.UnpicklingError) for cause in causes_of(error))
     if pickled or "weights_only" in text or "torch.load" in text:
         return (
             "its weights are pickled, and torch does not unpickle them: they hold more than "
@@ -58,7 +58,10 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__

@@ -20,6 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     importlib.import_module("tests.support.triton_34")
+    importlib.import_module("tests.support.bfloat16_cast")
 
 # The same cases on every machine, and no time limit: these machines are shared.
 hypothesis.settings.register_profile("plad", deadline=None, derandomize=True, max_examples=60)

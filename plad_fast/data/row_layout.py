@@ -111,18 +111,18 @@ class RowLayout:
         spans = self.spans
         own = x.split([span.stop - span.start for span in spans], dim=2)
         seen = []
-        trunk, trunk_start = x[:, :, :0], 0
+        trunk, trunk_start = x.narrow(2, 0, 0), 0
         for span, part in zip(spans, own, strict=True):
             length = span.trunk[1] - span.trunk[0]
             if length:
                 offset = span.trunk[0] - trunk_start
-                part = torch.cat([trunk[:, :, offset : offset + length], part], dim=2)
+                part = torch.cat([trunk.narrow(2, offset, length), part], dim=2)
             else:
                 trunk, trunk_start = part, span.start
             seen.append(part)
         return seen
 
-    @torch.compiler.disable  # how many cuts there are depends on the layout
+    @torch._disable_dynamo  # how many cuts there are depends on the layout
     def predicting(self, hidden: Tensor) -> Tensor:
         """Rows of (1, T, D) that predict the tokens of the branches, (N, D), in their order.
 
@@ -168,6 +168,16 @@ class RowLayout:
             return of_pieces[0], of_pieces[1], self.position_ids().to(device)
 
         return self.once(("ids", device), make)
+
+    def multiplicities(self, device: torch.device) -> Tensor:  # (T,) int64
+        """In how many sequences every token stands: one of a trunk in those of its branches."""
+
+        def make() -> Tensor:
+            branches = torch.tensor([max(len(group) - 1, 1) for group in self.groups])
+            groups, pieces, _ = self.token_ids(device)
+            return branches.to(device)[groups].where(pieces == 0, 1)
+
+        return self.once(("multiplicities", device), make)
 
 
 class Attended(NamedTuple):

@@ -34,15 +34,18 @@ def asks_for_router_loss(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def router_losses(model: nn.Module, *, wanted: bool | None = None) -> Iterator[list[Tensor]]:
+def router_losses(
+    model: nn.Module, *, wanted: bool | None = None, coefficient: float | None = None
+) -> Iterator[list[Tensor]]:
     """Collects what the model would add to its loss, of every forward of its backbone meanwhile.
 
     It is the coefficient times a mean over tokens, those that the attention mask leaves out not
-    counted; in packed rows a shared prompt counts once. To be used where `find_head` is, inside
-    the wrapped forward.
+    counted. In packed rows a shared prompt counts as often as it would in padded ones: for each
+    of its responses. To be used where `find_head` is, inside the wrapped forward.
 
     Args:
         wanted: whether to collect any; None does what the config asks for at present.
+        coefficient: in place of the config's.
 
     Yields:
         A list, filled when the context is left: one scalar with its graph for every forward;
@@ -78,19 +81,22 @@ def router_losses(model: nn.Module, *, wanted: bool | None = None) -> Iterator[l
     finally:
         for handle in handles:
             handle.remove()
-    losses += [_own_loss(lm, backbone, kwargs, output) for kwargs, output in heard]
+    losses += [_own_loss(lm, backbone, kwargs, output, coefficient) for kwargs, output in heard]
 
 
-def check_router_loss(model: nn.Module) -> None:
-    """Raises, as `router_losses` would in training, if the config asks for what is not there.
+def check_router_loss(model: nn.Module, *, wanted: bool | None = None) -> None:
+    """Raises, as `router_losses` would in training, if what is asked for is not there.
 
     The model must be whole, on its device, and not wrapped.
+
+    Args:
+        wanted: whether a router loss is asked for; None leaves it to the config.
     """
-    if not asks_for_router_loss(model):
+    if not (asks_for_router_loss(model) if wanted is None else wanted):
         return
     device = next(model.parameters()).device
     input_ids = torch.arange(4, device=device).remainder(vocabulary_size(model))[None]
-    with evaluating(model), torch.no_grad(), router_losses(model):
+    with evaluating(model), torch.no_grad(), router_losses(model, wanted=wanted):
         backbone_hidden(model, input_ids)
 
 
@@ -110,21 +116,29 @@ def _require_graph(backbone: nn.Module) -> None:
 
 
 def _own_loss(
-    lm: PreTrainedModel, backbone: nn.Module, kwargs: dict[str, Any], output: Any
+    lm: PreTrainedModel,
+    backbone: nn.Module,
+    kwargs: dict[str, Any],
+    output: Any,
+    coefficient: float | None,
 ) -> Tensor:
+    mask = kwargs["attention_mask"]
+    if (layout := kwargs.get("row_layout")) is not None:
+        # Where the loss weighs tokens by the mask, it may as well count some of them twice.
+        mask = layout.multiplicities(kwargs["input_ids"].device)[None]
     with replaced_forward(backbone, lambda *_, **__: output):
         # Not `lm` itself: hooks around it are those of the forward that runs already.
         found = type(lm).forward(
             lm,
             input_ids=kwargs["input_ids"],
-            attention_mask=kwargs["attention_mask"],
+            attention_mask=mask,
             output_router_logits=True,
             logits_to_keep=1,
             use_cache=False,
             return_dict=True,
         )
     loss, config = getattr(found, "aux_loss", None), lm.config.get_text_config()
-    named = [getattr(config, name, None) for name in _COEFFICIENTS]
+    named = [coefficient, *(getattr(config, name, None) for name in _COEFFICIENTS)]
     coefficient = next((value for value in named if value is not None), None)
     if not isinstance(loss, Tensor) or coefficient is None:
         raise UsageError(

@@ -3,11 +3,8 @@ from .build import PairReport as PairReport
 from .build import as_response as as_response
 from .build import build_answers as build_answers
 from .build import build_pairs as build_pairs
-from .filters import PairFilters as PairFilters
-from .filters import is_usable as is_usable
 from .generation.answer_rows import Answered as Answered
 from .generation.answering import discard_answers as discard_answers
-from .generation.answering import generate_answers as generate_answers
 from .generation.answering import stored_answers as stored_answers
 from .generation.endpoint.chat import ChatRequest as ChatRequest
 from .generation.endpoint.chat import Choice as Choice
@@ -25,7 +22,6 @@ from .generation.sources import open_teacher as open_teacher
 from .generation.sources import teacher_fingerprint as teacher_fingerprint
 from .generation.text_model import Answer as Answer
 from .generation.text_model import Failure as Failure
-from .generation.text_model import SampleModel as SampleModel
 from .generation.text_model import TextModel as TextModel
 from .generation.vllm_model import VllmModel as VllmModel
 from .scoring.judge import Judge as Judge
@@ -36,3 +32,5 @@ from .scoring.scorers import Scorer as Scorer
 from .scoring.scorers import open_scorer as open_scorer
 from .scoring.stored import score_answers as score_answers
 from .scoring.stored import stored_scores as stored_scores
+from .select import PairFilters as PairFilters
+from .select import is_usable as is_usable

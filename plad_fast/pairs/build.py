@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.chat import Content, is_blank
 from plad_fast.data.prompts import Prompt, as_messages, require_unique_ids
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import KEEP_ALL, PairFilters
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.select import (
+    KEEP_ALL,
     NEED_SCORES,
     SELECTIONS,
     Candidate,
     Pair,
+    PairFilters,
     Scores,
     common_list_size,
     pairs_of,
@@ -47,14 +48,6 @@ _REASONS = {
     "similar": ("kept", "raise max_overlap, or sample the student at a higher temperature"),
 }
 
-_SOURCES = {
-    "teacher": "teacher > student",
-    "all": "teacher > student",
-    "best-worst": "best of teacher > worst of student",
-    "best-worst-pooled": "best > worst",
-    "ranked": "ranked",
-}
-
 
 class NoPairsError(UsageError):
     """No row is left; `report` says why."""
@@ -63,7 +56,7 @@ class NoPairsError(UsageError):
         dropped = report.dropped
         advice = "give at least one prompt"
         if dropped:
-            _, advice = _REASONS[max(dropped, key=lambda reason: dropped[reason])]
+            _, advice = _REASONS[max(dropped, key=dropped.__getitem__)]
         super().__init__(f"no pair is left: {report}; {advice}")
         self.report = report
 
@@ -163,8 +156,7 @@ def build_pairs(
     """
     require_unique_ids(prompts)
     require_selection(select, has_scores=scores is not None, filters=filters, list_size=list_size)
-    teacher, student = _as_lists(teacher_answers), _as_lists(student_answers)
-    given = [(teacher.get(p.id, ()), student.get(p.id, ())) for p in prompts]
+    given = [(_list(teacher_answers, p.id), _list(student_answers, p.id)) for p in prompts]
     selected: list[Sequence[Pair | list[Candidate] | str]]
     if select == "ranked":
         assert scores is not None
@@ -173,16 +165,23 @@ def build_pairs(
         selected = [[answers.of_size(size)] for answers in ranked]
     else:
         selected = [pairs_of(*answers, scores, select, filters) for answers in given]
-    source = _SOURCES[select] if source is None else source
+    source = SELECTIONS[select] if source is None else source
     rows, drops = [], []
-    for prompt, answers, found in zip(prompts, given, selected, strict=True):
+    for prompt, (teacher, student), found in zip(prompts, given, selected, strict=True):
         for number, item in enumerate(found):
-            if isinstance(item, str):
-                drops.append(_drop(prompt, item, *answers, number if select == "all" else None))
+            if select == "all":  # a pair of one answer of each
+                answers = teacher[:1], student[number : number + 1]
+                sample = answers[1][0].sample if answers[1] else 0
             else:
-                rows.append(_row(prompt, item, select, source, tokenizer))
-    unit = "pairs" if select == "all" else "prompts"
-    report = PairReport(len(rows), drops, unit)
+                answers, sample = (teacher, student), 0
+            named = {"id": row_id(prompt.id, sample)}
+            if isinstance(item, str):
+                drops.append(named | _drop(prompt, item, *answers))
+            else:
+                rows.append(_row(prompt, item, tokenizer) | named | {"source": source})
+                if prompt.reference is not None:
+                    rows[-1]["reference"] = prompt.reference
+    report = PairReport(len(rows), drops, "pairs" if select == "all" else "prompts")
     if not rows:
         raise NoPairsError(report)
     return rows, report
@@ -219,14 +218,12 @@ def build_answers(
         answers: by prompt id.
         tokenizer: of the student that is to be trained.
     """
-    rows = []
-    for prompt in prompts:
-        if prompt.id in answers:
-            content = as_messages(tokenizer, prompt.content)
-            rows.append(
-                {"prompt": content, "chosen": as_response(content, answers[prompt.id].text)}
-            )
-    return rows
+    asked = [p for p in prompts if p.id in answers]
+    contents = [as_messages(tokenizer, prompt.content) for prompt in asked]
+    return [
+        {"prompt": content, "chosen": as_response(content, answers[prompt.id].text)}
+        for prompt, content in zip(asked, contents, strict=True)
+    ]
 
 
 def as_response(prompt: Content, text: str) -> Content:
@@ -238,64 +235,39 @@ def as_response(prompt: Content, text: str) -> Content:
 
 
 def _row(
-    prompt: Prompt,
-    found: Pair | list[Candidate],
-    select: str,
-    source: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt, found: Pair | list[Candidate], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
-    responses = [as_response(content, candidate.text) for candidate in found]
+    responses = [as_response(content, candidate.answer.text) for candidate in found]
     scores = [candidate.score for candidate in found]
-    row: dict[str, Any] = {"prompt": content}
     if not isinstance(found, Pair):
-        row |= {"responses": responses, "scores": scores}
-    else:
-        row |= dict(zip(("chosen", "rejected"), responses, strict=True))
-        if None not in scores:
-            row |= dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
-    sample = found[-1].answer.sample if select == "all" else 0
-    row |= {"id": row_id(prompt.id, sample), "source": source}
-    if prompt.reference is not None:
-        row["reference"] = prompt.reference
+        return {"prompt": content, "responses": responses, "scores": scores}
+    row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
+    if None not in scores:
+        row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row
 
 
 def _drop(
-    prompt: Prompt,
-    reason: str,
-    teacher: Sequence[Answer],
-    student: Sequence[Answer],
-    number: int | None,
+    prompt: Prompt, reason: str, teacher: Sequence[Answer], student: Sequence[Answer]
 ) -> dict[str, Any]:
-    """What gave no row, for `PairReport.drops`; `number` is that of the sample, for one pair."""
-    if number is not None:
-        teacher, student = teacher[:1], student[number : number + 1]
-    record: dict[str, Any] = {
-        "id": row_id(prompt.id, student[0].sample if number and student else 0),
-        "prompt": prompt.content,
-        "teacher": _texts(teacher),
-        "student": _texts(student),
-        "reason": reason,
-    }
+    """What gave no row, for `PairReport.drops`."""
+    sides = {"teacher": teacher, "student": student}
+    record: dict[str, Any] = {"prompt": prompt.content}
+    for name, answers in sides.items():
+        texts = [answer.text for answer in answers]
+        record[name] = texts if len(texts) > 1 else next(iter(texts), None)
+    record["reason"] = reason
     faults: dict[str, Callable[[Answer], bool]] = {
         "missing": lambda answer: False,
         "empty": lambda answer: is_blank(answer.text),
         "truncated": lambda answer: answer.finish_reason == "length",
     }
     if reason in faults:
-        sides = {"teacher": teacher, "student": student}
         record["of"] = [name for name, given in sides.items() if all(map(faults[reason], given))]
     return record
 
 
-def _texts(answers: Sequence[Answer]) -> str | list[str] | None:
-    texts = [answer.text for answer in answers]
-    return texts if len(texts) > 1 else next(iter(texts), None)
-
-
-def _as_lists(answers: Answers) -> dict[str, Sequence[Answer]]:
-    return {
-        prompt_id: [given] if isinstance(given, Answer) else given
-        for prompt_id, given in answers.items()
-    }
+def _list(answers: Answers, prompt_id: str) -> Sequence[Answer]:
+    given = answers.get(prompt_id, ())
+    return [given] if isinstance(given, Answer) else given

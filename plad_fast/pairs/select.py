@@ -1,4 +1,4 @@
-"""Selection of a prompt's answers for a pair, or a ranked list.
+"""Selection of a prompt's answers for a pair, or a ranked list, and filters of what was selected.
 
 Whatever scores cannot decide, the order of the answers does: the teacher's come first, as the
 better ones, and of one model's answers the one with the lower sample number.
@@ -7,46 +7,36 @@ better ones, and of one model's answers the one with the lower sample number.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
-from plad_fast.pairs.filters import (
-    FilterReason,
-    PairFilters,
-    drop_reason,
-    is_usable,
-    normalize_whitespace,
-)
+from plad_fast.data.chat import is_blank
+from plad_fast.errors import UsageError
+from plad_fast.pairs import text_metrics
 from plad_fast.pairs.generation.text_model import Answer
 
-SELECTIONS: dict[str, str] = {
-    "teacher": "the teacher's first answer > the student's first sample",
-    "all": "the teacher's first answer > every sample of the student, a pair each",
-    "best-worst": "the teacher's best-scored answer > the student's worst-scored sample",
-    "best-worst-pooled": "the best-scored > the worst-scored of both models' answers",
-    "ranked": "a list of both models' answers by their scores",
+SELECTIONS = {
+    "teacher": "teacher > student",  # the teacher's first answer, the student's first sample
+    "all": "teacher > student",  # the teacher's first answer, every sample: a pair each
+    "best-worst": "best of teacher > worst of student",
+    "best-worst-pooled": "best > worst",  # of both models' answers
+    "ranked": "ranked",  # a list of both models' answers
 }
-"""What can be selected, with an explanation for the user."""
+"""What can be selected, the last three by scores, and what a row says was preferred to what."""
 
 NEED_SCORES = frozenset({"best-worst", "best-worst-pooled", "ranked"})
-
-Reason: TypeAlias = (
-    FilterReason | Literal["missing", "empty", "truncated", "identical", "unscored", "few"]
-)
 
 Scores: TypeAlias = Mapping[tuple[str, str], float]
 """(Prompt id, text of the answer) -> score; larger is better. NaN is as good as missing."""
 
 
 class Candidate(NamedTuple):
-    """An answer and what it is worth."""
+    """An answer and what it is worth; None where it has no score."""
 
     answer: Answer
     score: float | None
-
-    @property
-    def text(self) -> str:
-        return self.answer.text
 
 
 class Pair(NamedTuple):
@@ -56,46 +46,148 @@ class Pair(NamedTuple):
     rejected: Candidate
 
 
+@dataclass(frozen=True)
+class PairFilters:
+    """Which pairs to leave out, beyond those that are none; nothing by default.
+
+    Words and n-grams are those of `plad_fast.pairs.text_metrics`. Raises UsageError for values
+    out of range.
+    """
+
+    contradicted: bool = False
+    """Drop a pair whose rejected answer scores higher than the chosen one."""
+
+    min_gap: float | None = None
+    """Drop a pair whose chosen answer does not score at least so much higher."""
+
+    max_length_ratio: float | None = None
+    """Drop a pair one of whose answers has more than so many times the words of the other."""
+
+    max_repetition: float | None = None
+    """Drop a pair with more than this share of repeated 4-grams in its chosen answer. The rejected
+    one may be caught in a loop, which is a fault that the student should unlearn."""
+
+    max_overlap: float | None = None
+    """Drop a pair whose answers have more than this share of their words in common (F-measure,
+    regardless of order)."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "min_gap": (0, math.inf),
+            "max_length_ratio": (1, math.inf),
+            "max_repetition": (0, 1),
+            "max_overlap": (0, 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and low <= value <= high
+            if value is not None and not fits:
+                raise UsageError(f"{name} must be from {low} to {high}, not {value!r}")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether there is nothing to say of a pair without scores."""
+        return self.contradicted or self.min_gap is not None
+
+    def reason(self, chosen: str, rejected: str, gap: float | None = None) -> str | None:
+        """Why to drop a pair, or None; the first that applies, in the order of the fields.
+
+        They are `contradicted`, `close` (the scores), `uneven` (the lengths), `repetitive` (the
+        chosen answer) and `similar` (the answers).
+
+        Args:
+            chosen, rejected: the texts.
+            gap: how much higher the chosen one scores; None only if not `needs_scores`.
+        """
+        if self.needs_scores:
+            assert gap is not None
+            if self.contradicted and gap < 0:
+                return "contradicted"
+            if self.min_gap is not None and gap < self.min_gap:
+                return "close"
+        words = text_metrics.words(chosen), text_metrics.words(rejected)
+        if self.max_length_ratio is not None:
+            shorter, longer = sorted(map(len, words))
+            if longer > self.max_length_ratio * shorter:
+                return "uneven"
+        repeated = text_metrics.repetition_shares([chosen])[0]
+        if self.max_repetition is not None and repeated > self.max_repetition:
+            return "repetitive"
+        if self.max_overlap is not None:
+            common = (Counter(words[0]) & Counter(words[1])).total()
+            total = len(words[0]) + len(words[1])
+            if (2 * common / total if total else 1.0) > self.max_overlap:
+                return "similar"
+        return None
+
+
+KEEP_ALL = PairFilters()
+
+
+def drop_reason(teacher: Answer | None, student: Answer | None) -> str | None:
+    """Why two answers to a prompt make no pair, or None if they make one.
+
+    The first reason that applies: one is not there (`missing`), is blank (`empty`) or was cut off,
+    so that its end says nothing about its author (`truncated`), or both are equal up to white space
+    (`identical`).
+    """
+    if teacher is None or student is None:
+        return "missing"
+    if is_blank(teacher.text) or is_blank(student.text):
+        return "empty"
+    if "length" in (teacher.finish_reason, student.finish_reason):
+        return "truncated"
+    if normalize_whitespace(teacher.text) == normalize_whitespace(student.text):
+        return "identical"
+    return None
+
+
+def is_usable(answer: Answer) -> bool:
+    """Whether an answer can stand in a pair: it is neither blank nor cut off."""
+    return not is_blank(answer.text) and answer.finish_reason != "length"
+
+
+def normalize_whitespace(text: str) -> str:
+    """Every run of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
 def pairs_of(
     teacher: Sequence[Answer],
     student: Sequence[Answer],
     scores: Scores | None,
     select: str,
     filters: PairFilters,
-) -> list[Pair | Reason]:
+) -> list[Pair | str]:
     """The pairs of a prompt, or in their place why they are none.
 
-    Args:
-        teacher, student: their answers, by sample number.
-        scores: of the answers, those that are blank or cut off excepted.
-        select: a key of `SELECTIONS` other than "ranked".
-        filters: applied to what was selected; nothing is selected instead.
+    Answers come by sample number, `select` is any but "ranked", and the filters are applied to what
+    was selected: nothing is selected instead.
     """
+    first, rival = next(iter(teacher), None), next(iter(student), None)
     if select == "all":
-        rivals: Sequence[Answer | None] = student or [None]
-        return [_pair(_first(teacher), rival, scores, filters) for rival in rivals]
-    if select == "teacher":
-        return [_pair(_first(teacher), _first(student), scores, filters)]
-    if select == "best-worst":
-        best, worst = _rank(teacher, scores), _rank(student, scores)
-    else:
-        assert select == "best-worst-pooled"
-        best = worst = _rank([*teacher, *student], scores)
-    if any(candidate.score is None for candidate in [*best, *worst]):
-        return ["unscored"]
-    # Where no answer is usable an unusable one takes its place, to say why there is no pair.
-    chosen = best[0].answer if best else _first(teacher)
-    rejected = worst[-1].answer if worst else _first(student)
-    return [_pair(chosen, rejected, scores, filters)]
+        rivals = student if student else [None]
+        return [_pair(first, other, scores, filters) for other in rivals]
+    if select != "teacher":
+        both = [*teacher, *student]
+        pooled = select == "best-worst-pooled"
+        best = _rank(both if pooled else teacher, scores)
+        worst = _rank(both if pooled else student, scores)
+        if any(candidate.score is None for candidate in [*best, *worst]):
+            return ["unscored"]
+        # Where no answer is usable an unusable one takes its place, to say why there is no pair.
+        first = best[0].answer if best else first
+        rival = worst[-1].answer if worst else rival
+    return [_pair(first, rival, scores, filters)]
 
 
 class RankedAnswers(NamedTuple):
     """Different answers to a prompt by falling score, and why there are not more."""
 
     candidates: list[Candidate]
-    reason: Reason
+    reason: str
 
-    def of_size(self, size: int) -> list[Candidate] | Reason:
+    def of_size(self, size: int) -> list[Candidate] | str:
         """The best, the worst, and evenly spaced ones between, or why there are not so many."""
         kept = self.candidates
         if len(kept) < size:
@@ -119,7 +211,7 @@ def rank_answers(
     if any(candidate.score is None for candidate in ranked):
         return RankedAnswers([], "unscored")
     kept: list[Candidate] = []
-    reason: Reason = "few"
+    reason = "few"
     for candidate in ranked:
         if kept and (why := _reason(kept[-1], candidate, filters)):
             reason = why
@@ -151,7 +243,7 @@ def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:
 
 def _pair(
     teacher: Answer | None, student: Answer | None, scores: Scores | None, filters: PairFilters
-) -> Pair | Reason:
+) -> Pair | str:
     reason = drop_reason(teacher, student)
     if reason is not None:
         return reason
@@ -163,10 +255,10 @@ def _pair(
     return _reason(*pair, filters) or pair
 
 
-def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> FilterReason | None:
-    scored = chosen.score is not None and rejected.score is not None
-    gap = _score(chosen) - _score(rejected) if scored else None
-    return filters.reason(chosen.text, rejected.text, gap)
+def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> str | None:
+    unscored = chosen.score is None or rejected.score is None
+    gap = None if unscored else _score(chosen) - _score(rejected)
+    return filters.reason(chosen.answer.text, rejected.answer.text, gap)
 
 
 def _candidate(answer: Answer, scores: Scores | None) -> Candidate:
@@ -176,7 +268,3 @@ def _candidate(answer: Answer, scores: Scores | None) -> Candidate:
 
 def _score(candidate: Candidate) -> float:
     return -math.inf if candidate.score is None else candidate.score
-
-
-def _first(answers: Sequence[Answer]) -> Answer | None:
-    return answers[0] if answers else None

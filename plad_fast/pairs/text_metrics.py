@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,22 +32,17 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, ND
         {"rouge1": (n,), "rouge2": (n,), "rougeL": (n,)}; an empty text scores 0.
 
     Raises:
-        UsageError: no texts, lengths that differ, or `rouge_score` is not installed.
+        UsageError: `rouge_score` is not installed.
     """
-    _require_texts(predictions, "predictions")
-    _require_texts(references, "references", some=False)
-    if len(predictions) != len(references):
-        raise UsageError(
-            f"{len(predictions)} predictions but {len(references)} references; give one of each "
-            "per example, in the same order"
-        )
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise UsageError(
             'ROUGE needs the package rouge_score; run: pip install "plad-fast[eval]"'
         ) from error
-    tokenizer = None if _mostly_ascii(references) else _UnicodeWords()
+    letters = [character for text in references for character in text if character.isalpha()]
+    mostly_ascii = 2 * sum(character.isascii() for character in letters) >= len(letters)
+    tokenizer = None if mostly_ascii else SimpleNamespace(tokenize=words)
     scorer = RougeScorer(list(ROUGE_NAMES), use_stemmer=True, tokenizer=tokenizer)
     scores = [
         scorer.score(reference, text)
@@ -68,18 +64,8 @@ def words(text: str) -> list[str]:
 
 
 def word_counts(texts: Sequence[str]) -> NDArray[np.float64]:
-    """The number of `words` in each text, (n,).
-
-    Raises:
-        UsageError: no texts.
-    """
-    _require_texts(texts, "texts")
+    """The number of `words` in each text, (n,)."""
     return np.array([len(words(text)) for text in texts], dtype=np.float64)
-
-
-def mean_words(texts: Sequence[str]) -> float:
-    """Mean of `word_counts`."""
-    return float(word_counts(texts).mean())
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -90,13 +76,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
     Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation
     Models", which divides by the number of words instead.
-
-    Raises:
-        UsageError: no texts.
     """
-    _require_texts(texts, "texts")
-    _require_order(n)
-    grams = [gram for text in texts for gram in _ngrams(words(text), n)]
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -107,50 +88,10 @@ def repetition_shares(texts: Sequence[str], n: int = 4) -> NDArray[np.float64]:
     nothing to repeat and counts 0.
 
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training".
-
-    Raises:
-        UsageError: no texts.
     """
-    _require_texts(texts, "texts")
-    _require_order(n)
-    shares = []
-    for text in texts:
-        grams = _ngrams(words(text), n)
-        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return np.array(shares)
+    return np.array([1 - distinct_n([text], n) if _ngrams(text, n) else 0.0 for text in texts])
 
 
-def repetition(texts: Sequence[str], n: int = 4) -> float:
-    """Mean of `repetition_shares`."""
-    return float(repetition_shares(texts, n).mean())
-
-
-class _UnicodeWords:
-    """The tokenizer interface that `RougeScorer` asks for."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
-
-
-def _mostly_ascii(texts: Sequence[str]) -> bool:
-    letters = [character for text in texts for character in text if character.isalpha()]
-    return 2 * sum(character.isascii() for character in letters) >= len(letters)
-
-
-def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    tokens = words(text)
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-
-
-def _require_texts(texts: Sequence[str], name: str, *, some: bool = True) -> None:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise UsageError(f"{name} must be a list of texts, not a {type(texts).__name__}")
-    if some and not texts:
-        raise UsageError(f"{name} is empty; there is nothing to measure")
-    odd = next((text for text in texts if not isinstance(text, str)), None)
-    if odd is not None or None in texts:
-        raise UsageError(f"{name} must be a list of texts, and one is a {type(odd).__name__}")
-
-
-def _require_order(n: int) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise UsageError(f"n is {n!r}; n-grams have a whole number of words, 1 or more")

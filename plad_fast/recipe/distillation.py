@@ -57,7 +57,7 @@ from plad_fast.training.train import train_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from plad_fast.pairs.scoring.judge import ChatEndpoint
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
@@ -94,7 +94,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     if overwrite:
         _require_outside(path, config)
     # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
-    judges: dict[str, ChatEndpoint] = {}
+    judges: dict[str, Endpoint] = {}
     scoring = held_out_scoring(config, path / "evaluation", judges)
     for scorer in scoring["scorers"].values():
         scorer.check(prompts.held_out)

@@ -13,6 +13,7 @@ from plad_fast import __version__
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import available
 from plad_fast.models.attention.flash import load_flash
+from plad_fast.models.attention.varlen import load_varlen
 from plad_fast.models.devices import autocast_dtype, best_device, why_autocast
 from plad_fast.ops.backend import BACKENDS, default_scratch_bytes, get_backend
 from plad_fast.ops.impl.products import products_for
@@ -127,7 +128,9 @@ def _reason(taken: str, sample: torch.Tensor) -> str:
 
 
 def _attention(device: torch.device) -> str:
-    if load_flash() is not None:
-        return "over packed rows flash-attn, in 16-bit types; else sdpa"
-    why = "flash-attn is not installed" if device.type == "cuda" else "there is no GPU"
+    for name, load in (("flash-attn", load_flash), ("PyTorch's varlen_attn", load_varlen)):
+        if load() is not None:
+            return f"over packed rows {name}, in 16-bit types; else sdpa"
+    absent = "flash-attn is not installed, and this PyTorch has no varlen_attn for the GPU"
+    why = absent if device.type == "cuda" else "there is no GPU"
     return f"over packed rows sdpa: {why}"

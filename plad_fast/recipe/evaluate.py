@@ -23,7 +23,6 @@ from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokeni
 from plad_fast.models.response_scores import check_pairs
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.scoring.judge import Judge
-from plad_fast.pairs.scoring.trials import try_endpoints
 from plad_fast.recipe.data_checks import check_rows
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
@@ -85,7 +84,8 @@ def _evaluate_on_pairs(
     show_findings(findings)
     _check_students(models, held_out, config.max_length)
     scoring = held_out_scoring(config, folder)
-    try_endpoints(judge=scoring["judge"], overwrite=overwrite)
+    if scoring["judge"] is not None:
+        scoring["judge"].try_out(overwrite=overwrite)
 
     def discard(found: Mapping[str, Any]) -> None:
         names = dict.fromkeys([*models, *found.get("students", ())])

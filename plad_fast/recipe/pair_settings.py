@@ -13,10 +13,11 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import AT_LEAST_1, NOT_NEGATIVE, checked, setting
 
 if TYPE_CHECKING:
-    from plad_fast.pairs.filters import PairFilters
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.generation.text_model import TextModel
-    from plad_fast.pairs.scoring.judge import ChatEndpoint, Judge
+    from plad_fast.pairs.scoring.judge import Judge
     from plad_fast.pairs.scoring.scorers import Scorer
+    from plad_fast.pairs.select import PairFilters
 
 OFFLINE_TEACHER = OFFLINE
 
@@ -127,7 +128,7 @@ class PairSettings:
         return self.teacher.partition(":")[0] not in KINDS
 
     def pair_filters(self) -> PairFilters:
-        from plad_fast.pairs.filters import PairFilters
+        from plad_fast.pairs.select import PairFilters
 
         return PairFilters(
             contradicted=self.drop_contradicted,
@@ -161,7 +162,7 @@ class PairSettings:
         spec: str | None = None,
         *,
         verdicts: Path | None = None,
-        judges: dict[str, ChatEndpoint] | None = None,
+        judges: dict[str, Endpoint] | None = None,
     ) -> Scorer | None:
         """The scorer of the settings, or another by its name; None where none is named.
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.run_students import scorer_file
-from plad_fast.pairs.scoring.judge import ChatEndpoint, Judge
+from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.recipe.settings import DistillConfig
 
 if TYPE_CHECKING:
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.scoring.scorers import Scorer
 
 JUDGE_STORE = "judge.jsonl"
@@ -20,7 +21,7 @@ _JUDGE = "judge:"
 
 
 def held_out_scoring(
-    config: DistillConfig, folder: Path, judges: dict[str, ChatEndpoint] | None = None
+    config: DistillConfig, folder: Path, judges: dict[str, Endpoint] | None = None
 ) -> dict[str, Any]:
     """The options of `evaluate_models` that the settings ask for.
 

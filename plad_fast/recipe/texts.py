@@ -11,16 +11,16 @@ from plad_fast.data.records import model_digest
 from plad_fast.data.store import RowStore, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError, PairReport, build_answers, build_pairs
-from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
-from plad_fast.pairs.scoring.trials import try_endpoints
+from plad_fast.pairs.select import is_usable
 from plad_fast.recipe.inputs import answer_columns, dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from plad_fast.pairs.generation.answer_rows import Answered
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.generation.text_model import TextModel
-    from plad_fast.pairs.scoring.judge import ChatEndpoint
 
 Answers = Mapping[str, Sequence[Answer]]
 
@@ -80,7 +80,7 @@ class RecipeTexts:
         answers: Path,
         pairs: Path,
         load_teacher: Callable[[], TextModel] | None = None,
-        judges: dict[str, ChatEndpoint] | None = None,
+        judges: dict[str, Endpoint] | None = None,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -101,14 +101,11 @@ class RecipeTexts:
         self._endpoint = getattr(self._teacher, "endpoint", None)
 
     def try_endpoints(self, judge: object, *, overwrite: bool) -> None:
-        """A word with the teacher and a judge, as `pairs.scoring.trials.try_endpoints`."""
-        try_endpoints(
-            teacher=self._teacher,
-            sampling=self._sampling,
-            answers=self.teacher_file,
-            judge=judge,
-            overwrite=overwrite,
-        )
+        """A word with teacher and judge, where they are behind endpoints, before long work."""
+        if isinstance(self._teacher, EndpointModel):
+            self._teacher.try_out(self._sampling, self.teacher_file, overwrite=overwrite)
+        if isinstance(judge, Judge):
+            judge.try_out(overwrite=overwrite)
 
     def renew_teacher_answers(self) -> None:
         """Puts answers to what prompts were before out of the store."""

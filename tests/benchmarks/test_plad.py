@@ -16,7 +16,7 @@ from benchmarks.plad_arms import ARMS, Arm, read_arms
 from benchmarks.plad_study import Setting, Study
 from benchmarks.plad_table import Outcomes, interval, summarise
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import PairFilters
+from plad_fast.pairs.select import PairFilters
 
 ROOT = Path(__file__).parents[2]
 SIZES = {

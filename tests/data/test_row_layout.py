@@ -163,3 +163,19 @@ def test_layouts_are_values():
     assert copy == layout == RowLayout(((3, 2, 1),))
     assert hash(copy) == hash(layout)
     assert layout != RowLayout(((3, 1, 2),))
+
+
+@given(layouts)
+def test_a_token_counts_for_each_sequence_it_stands_in(layout):
+    expected = []
+    for trunk, *branches in layout.groups:
+        sequences = [[1] * trunk + [0] * sum(branches)]
+        if branches:
+            starts = [trunk + sum(branches[:index]) for index in range(len(branches))]
+            sequences = [
+                [int(place < trunk or start <= place < start + own)
+                 for place in range(trunk + sum(branches))]
+                for start, own in zip(starts, branches, strict=True)
+            ]  # fmt: skip
+        expected += [sum(column) for column in zip(*sequences, strict=True)]
+    assert layout.multiplicities(CPU).tolist() == expected

@@ -24,6 +24,8 @@ from tests.support.problems import assert_within_budget
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import RowsConfig, SegmentsConfig
 from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward, logits_rows_forward
@@ -607,6 +609,30 @@ def test_offsets_beyond_31_bits(sparse, shape, stride, dtype):
         assert torch.equal(near, gradient[rows])
     case.backward(grad, statistics=ours, out=out)
     assert torch.equal(out, gradient)
+
+
+@triton.jit
+def _cast_kernel(wide_ptr, narrow_ptr, count: tl.constexpr):
+    offsets = tl.arange(0, count)
+    tl.store(narrow_ptr + offsets, tl.load(wide_ptr + offsets).to(tl.bfloat16))
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    """Every upper half of a float32, with lower halves below, at and above the middle."""
+    halves = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    wide = ((torch.arange(2**16)[:, None] << 16) + halves).to(torch.int32).view(torch.float32)
+    for values in wide.unbind(1):
+        narrow = torch.empty(2**16, dtype=torch.bfloat16)
+        _cast_kernel[(1,)](values.contiguous(), narrow, count=2**16)
+        expected = values.to(torch.bfloat16)
+        torch.testing.assert_close(narrow, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded():
+    case, grad = make_case(5, 300), normal(5, seed=1)
+    wide = case.backward(grad, out=torch.empty(5, 300))
+    narrow = case.backward(grad, out=torch.empty(5, 300, dtype=torch.bfloat16))
+    assert torch.equal(narrow, wide.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,16 +58,35 @@ def test_it_is_what_the_model_adds(family):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_packed_rows_count_their_tokens():
-    """Without prompts to share, packed rows have the tokens of padded ones, and the same loss."""
-    model = model_of("mixtral")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_count_their_tokens(family):
+    """As padded rows do, a shared prompt for each of its responses: value and gradients."""
+    model = model_of(family)
+    if prepare(model) == "padded":
+        pytest.skip("its rows are padded")
     found = []
-    for layout in ("padded", "packed"):
+    for layout in ("padded", "packed", "shared"):
         assert prepare(model, layout) == layout
         with router_losses(model) as losses:
             causal_lm_logprobs(model, PreferenceCollator(0, 2, layout=layout)(FEATURES))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(losses[0], parameters, allow_unused=True)
+        flat = [grad.flatten() for grad in grads if grad is not None]
+        found.append(torch.cat([losses[0].detach()[None], *flat]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_coefficient_may_be_the_callers():
+    model = model_of("mixtral")
+    batch = PreferenceCollator(pad_token_id=0, group_size=2)(FEATURES)
+    found = []
+    for coefficient in (None, 1.0, 0.25):
+        with router_losses(model, coefficient=coefficient) as losses:
+            causal_lm_logprobs(model, batch)
         found += losses
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(found[0], model.config.router_aux_loss_coef * found[1])
+    torch.testing.assert_close(found[2], found[1] / 4)
 
 
 @pytest.mark.parametrize("budget", [None, 60])

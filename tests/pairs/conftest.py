@@ -13,3 +13,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     return KEY
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed request is soon tried again."""
+    monkeypatch.setattr("plad_fast.pairs.generation.endpoint.retries.FIRST_PAUSE", 0.005)

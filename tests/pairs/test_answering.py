@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from dataclasses import replace
@@ -10,10 +9,9 @@ from dataclasses import replace
 import pytest
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
-from plad_fast.pairs.generation.answering import generate_answers, stored_answers
+from plad_fast.pairs.generation.answering import discard_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
@@ -22,7 +20,10 @@ PROMPTS = [Prompt(str(i), f"prompt {i}") for i in range(4)]
 
 
 class Scripted:
-    """Answers sample by sample, fails where it is told to, and remembers what it was asked."""
+    """Answers sample by sample, fails where it is told to, and remembers what it was asked.
+
+    Derived from nothing of ours: what it can do is told by its method.
+    """
 
     name = "scripted"
 
@@ -30,19 +31,19 @@ class Scripted:
         self.fails = fails
         self.asked = []
 
-    def generate(self, prompts, sampling):
-        for prompt in prompts:
-            for k in range(sampling.n):
-                self.asked.append((prompt.id, k))
-                if (prompt.id, k) in self.fails:
-                    yield [Failure(prompt.id, f"no luck with {prompt.id}", k)]
-                else:
-                    yield [Answer(prompt.id, f"{prompt.id}/{k}", "stop", 3, k)]
+    def generate_samples(self, wanted, sampling):
+        for prompt, k in wanted:
+            self.asked.append((prompt.id, k))
+            if (prompt.id, k) in self.fails:
+                yield [Failure(prompt.id, f"no luck with {prompt.id}", k)]
+            else:
+                yield [Answer(prompt.id, f"{prompt.id}/{k}", "stop", 3, k)]
 
 
 def run(path, model, prompts=PROMPTS, **options):
-    with RowStore.open(path, {}) as store:
-        return generate_answers(model, prompts, store, Sampling(**options), progress=False)
+    return stored_answers(
+        lambda: model, prompts, path, Sampling(**options), fingerprint={}, progress=False
+    )
 
 
 def texts(answered):
@@ -56,8 +57,8 @@ class Wordy(Scripted):
         super().__init__()
         self.finishes = finishes
 
-    def generate(self, prompts, sampling):
-        for batch in super().generate(prompts, sampling):
+    def generate_samples(self, wanted, sampling):
+        for batch in super().generate_samples(wanted, sampling):
             yield [
                 replace(a, finish_reason="stop" if a.prompt_id in self.finishes else "length")
                 for a in batch
@@ -87,7 +88,7 @@ def test_answers_that_are_all_cut_off_end_the_asking_early(n, tmp_path):
     assert len(wordy.asked) == asked
     # Who can use them goes on with those that came.
     assert len(answers_to_many(path, wordy, n).answers) == 40
-    assert len(wordy.asked) == 40 * n + (n - 1)  # of the last one the first sample came again
+    assert len(wordy.asked) == 40 * n
 
 
 def test_samples_of_a_prompt_that_are_cut_off_are_one_prompt(tmp_path):
@@ -145,10 +146,9 @@ def test_failures_are_listed_and_asked_again(tmp_path, caplog):
     assert [(row["id"], row["sample"]) for row in listed] == [("1", 0), ("1", 1), ("2", 1)]
     assert listed[2]["reason"] == "no luck with 2"
 
-    # Sample 0 of prompt 2 is there, so that a failure to get it again is none.
-    second = Scripted({("2", 0)})
+    second = Scripted()
     answered = run(path, second, n=2)
-    assert {prompt_id for prompt_id, _ in second.asked} == {"1", "2"}
+    assert second.asked == [("1", 0), ("1", 1), ("2", 1)]
     assert answered.failures == []
     assert texts(answered)["2"] == ["2/0", "2/1"]
     assert not (tmp_path / "a.failed.jsonl").exists()
@@ -184,7 +184,10 @@ def test_stored_answers_can_be_discarded(tmp_path):
     ask(Scripted({("1", 0)}), fingerprint={"model": "old"})
     assert (tmp_path / "a.failed.jsonl").exists()
     again = Scripted()
-    ask(again, fingerprint={"model": "new"}, overwrite=True)
+    with pytest.raises(UsageError, match="model was 'old' and is 'new'"):
+        ask(again, fingerprint={"model": "new"})
+    discard_answers(tmp_path / "a.jsonl")
+    ask(again, fingerprint={"model": "new"})
     assert len(again.asked) == len(PROMPTS)
     assert not (tmp_path / "a.failed.jsonl").exists()
 
@@ -194,16 +197,15 @@ class Batches:
 
     name = "scripted"
 
-    def __init__(self, fail_at=None, mute=()):
+    def __init__(self, fail_at=None):
         self.asked = []
         self.fail_at = fail_at
-        self.mute = mute
 
-    def generate(self, prompts, sampling):
-        for start in range(0, len(prompts), 2):
+    def generate_samples(self, wanted, sampling):
+        for start in range(0, len(wanted), 2):
             if start == self.fail_at:
                 raise KeyboardInterrupt
-            batch = [p for p in prompts[start : start + 2] if p.id not in self.mute]
+            batch = [prompt for prompt, _ in wanted[start : start + 2]]
             self.asked += [p.id for p in batch]
             yield [Answer(p.id, f"to {p.content}", "stop", 3) for p in batch]
 
@@ -214,37 +216,28 @@ SIX = [Prompt(str(i), f"prompt {i}") for i in range(6)]
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     path = tmp_path / "answers.jsonl"
     first = Batches(fail_at=4)
-    with RowStore.open(path, {}) as store, pytest.raises(KeyboardInterrupt):
-        generate_answers(first, SIX, store, Sampling(), progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, first, SIX)
     second = Batches()
-    with RowStore.open(path, {}) as store:
-        answers = generate_answers(second, SIX, store, Sampling(), progress=False).first
+    answers = run(path, second, SIX).first
     assert first.asked + second.asked == [p.id for p in SIX]
     assert answers == {p.id: Answer(p.id, f"to prompt {p.id}", "stop", 3) for p in SIX}
 
     third = Batches()
-    with RowStore.open(path, {}) as store:
-        assert list(generate_answers(third, SIX[4:1:-1], store, Sampling()).first) == [
-            "4",
-            "3",
-            "2",
-        ]
+    assert list(run(path, third, SIX[4:1:-1]).first) == ["4", "3", "2"]
     assert third.asked == []
 
 
 def test_a_resumed_local_run_equals_an_uninterrupted_one(tmp_path, tiny_model, tiny_tokenizer):
     model = LocalModel(tiny_model, tiny_tokenizer, "tiny")
-    sampling = Sampling(max_new_tokens=8, batch_size=4)
-    with RowStore.open(tmp_path / "whole.jsonl", {}) as store:
-        whole = generate_answers(model, SIX, store, sampling, progress=False)
-    with RowStore.open(tmp_path / "parts.jsonl", {}) as store:
-        generate_answers(model, SIX[1:3], store, sampling, progress=False)
-        assert generate_answers(model, SIX, store, sampling, progress=False) == whole
+    options = {"max_new_tokens": 8, "batch_size": 4}
+    whole = run(tmp_path / "whole.jsonl", model, SIX, **options)
+    run(tmp_path / "parts.jsonl", model, SIX[1:3], **options)
+    assert run(tmp_path / "parts.jsonl", model, SIX, **options) == whole
 
 
 def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
-    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
-        generate_answers(Batches(), SIX, store, Sampling())
+    stored_answers(Batches, SIX, tmp_path / "answers.jsonl", Sampling(), fingerprint={})
     out, err = capsys.readouterr()
     assert out == ""
     assert "scripted: 100%" in err
@@ -253,49 +246,31 @@ def test_the_bar_counts_prompts_and_goes_to_stderr(tmp_path, capsys):
 
 
 def test_answers_to_other_prompts_are_not_taken(tmp_path):
-    with RowStore.open(tmp_path / "answers.jsonl", {}) as store:
-        generate_answers(Batches(), SIX[:1], store, Sampling(), progress=False)
-        with pytest.raises(UsageError, match="prompt '0' is not the one that"):
-            generate_answers(Batches(), [Prompt("0", "edited")], store, Sampling())
-
-
-def test_nor_where_all_of_them_are_stored(tmp_path):
-    """No model is loaded then, but the prompts are compared all the same."""
-    ask = functools.partial(
-        stored_answers,
-        Batches,
-        path=tmp_path / "answers.jsonl",
-        sampling=Sampling(),
-        fingerprint={},
-        progress=False,
-    )
-    ask(SIX[:1])
+    """Even where all of them are stored and no model is loaded."""
+    run(tmp_path / "answers.jsonl", Batches(), SIX[:1])
     with pytest.raises(UsageError, match="prompt '0' is not the one that"):
-        ask([Prompt("0", "edited")])
+        run(tmp_path / "answers.jsonl", None, [Prompt("0", "edited")])
 
 
 def test_repeated_ids_are_refused(tmp_path):
     twice = [SIX[0], SIX[0]]
-    with (
-        RowStore.open(tmp_path / "answers.jsonl", {}) as store,
-        pytest.raises(UsageError, match="used more than once"),
-    ):
-        generate_answers(Batches(), twice, store, Sampling())
+    with pytest.raises(UsageError, match="used more than once"):
+        run(tmp_path / "answers.jsonl", Batches(), twice)
     with pytest.raises(UsageError, match="used more than once"):
         build_pairs(twice, {}, {})
 
 
-class BySample(Scripted):
-    """Derived from nothing of ours: what it can do is told by its methods."""
+class Thoughtful(Scripted):
+    """Thinks aloud."""
 
     def generate_samples(self, wanted, sampling):
-        self.asked += [(prompt.id, k) for prompt, k in wanted]
-        yield [Answer(prompt.id, f"{prompt.id}/{k}", "stop", 3, k) for prompt, k in wanted]
+        for batch in super().generate_samples(wanted, sampling):
+            yield [replace(answer, text="<think>hm</think>4") for answer in batch]
 
 
-def test_a_model_of_the_user_is_asked_for_the_missing_samples_alone(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    run(path, Scripted(fails=[("1", 1)]), n=2)
-    model = BySample()
-    assert texts(run(path, model, n=2))["1"] == ["1/0", "1/1"]
-    assert model.asked == [("1", 1)]
+@pytest.mark.parametrize("count", [3, 40])
+def test_thoughts_beside_answers_are_told_once_and_soon(count, tmp_path, caplog):
+    run(tmp_path / "a.jsonl", Thoughtful(), MANY[:count])
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith(f"scripted: {min(count, 16)} of {min(count, 16)} answers")
+    assert "thinking off" in warning

@@ -11,8 +11,8 @@ import pytest
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import PairReport, build_pairs
-from plad_fast.pairs.filters import PairFilters
 from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.select import PairFilters
 
 CHAT = [{"role": "user", "content": "Hi"}]
 

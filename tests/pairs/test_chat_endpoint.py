@@ -16,8 +16,7 @@ import pytest
 pytest.importorskip("openai")
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import RowStore
-from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer
 from tests.support.endpoints import KEY, answers, generate, teacher
@@ -36,8 +35,9 @@ def environment(monkeypatch):
 
 
 def run(teacher, path, prompts=PROMPTS, **sampling):
-    with RowStore.open(path, {}) as store:
-        return generate_answers(teacher, prompts, store, Sampling(**sampling), progress=False)
+    return stored_answers(
+        lambda: teacher, prompts, path, Sampling(**sampling), fingerprint={}, progress=False
+    )
 
 
 def stored(path) -> list[dict]:
@@ -83,13 +83,11 @@ def test_200_prompts_through_every_fault(tmp_path, caplog, capfd):
 SCRIPT = """
 import sys
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.store import RowStore
-from plad_fast.pairs import Endpoint, EndpointModel, Sampling, generate_answers
+from plad_fast.pairs import Endpoint, EndpointModel, Sampling, stored_answers
 url, path = sys.argv[1:]
 teacher = EndpointModel(Endpoint("m", base_url=url, timeout=60, concurrency=4))
 prompts = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
-with RowStore.open(path, {}) as store:
-    generate_answers(teacher, prompts, store, Sampling(), progress=False)
+stored_answers(lambda: teacher, prompts, path, Sampling(), fingerprint={}, progress=False)
 """
 
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("openai")
-
 from plad_fast.pairs.generation.completions import after_thought, holds_thought, known_end
-from tests.support.endpoints import replied
-from tests.support.fault_server import said
-
-pytestmark = pytest.mark.usefixtures("key")
 
 
 @pytest.mark.parametrize(
@@ -65,12 +59,3 @@ def test_thoughts_are_known_by_their_marks(text, answer):
 def test_what_speaks_of_thoughts_holds_none(text):
     assert not holds_thought(text)
     assert after_thought(text) == text
-
-
-@pytest.mark.parametrize("count", [3, 40])
-def test_thoughts_beside_answers_are_told_once_and_soon(count, caplog):
-    found, _ = replied(said("<think>hm</think>4"), [f"q{i}" for i in range(count)])
-    assert [item.text for item in found] == ["<think>hm</think>4"] * count
-    (warning,) = (record.getMessage() for record in caplog.records)
-    assert warning.startswith(f"teacher: {min(count, 16)} of {min(count, 16)} answers")
-    assert "reasoning parser" in warning

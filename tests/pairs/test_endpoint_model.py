@@ -13,8 +13,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.model import EndpointModel, request_seed
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from plad_fast.pairs.scoring.trials import try_endpoints
-from tests.support.endpoints import CHAT, answers, endpoint, replied
+from tests.support.endpoints import CHAT, NOWHERE, answers, endpoint, replied
 from tests.support.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 pytestmark = pytest.mark.usefixtures("key")
@@ -87,7 +86,7 @@ def test_tokens_that_went_into_reasoning_are_told_and_can_be_added():
         items = answers(server, ["a"], sampling)
         assert all(re.match(says, item.reason) for item in items.values())
         server.bodies.clear()
-        with pytest.raises(UsageError, match=f"of the first 8 replies each is empty: {says}"):
+        with pytest.raises(UsageError, match=f"each of the first 8 replies is empty: {says}"):
             answers(server, [f"q{i}" for i in range(100)], sampling, concurrency=2)
         assert server.faults["answer"] < 14  # none is paid for after it is known
         items = answers(server, ["a"], sampling, reasoning_tokens=60)
@@ -105,7 +104,7 @@ def test_what_spent_its_tokens_is_asked_again_of_a_model_that_has_answered(tmp_p
 
     with FaultServer(step) as server:
         model = EndpointModel(endpoint(server))
-        try_endpoints(teacher=model, sampling=Sampling(), answers=store)
+        model.try_out(Sampling(), store)
         items = [item for batch in model.generate(asked, Sampling()) for item in batch]
     assert sum(isinstance(item, Failure) for item in items) == 10
     assert len(items) == 20
@@ -114,16 +113,16 @@ def test_what_spent_its_tokens_is_asked_again_of_a_model_that_has_answered(tmp_p
 def test_a_model_is_tried_out_with_one_request():
     def tried(step, sampling, **options):
         with FaultServer(step) as server:
-            EndpointModel(endpoint(server, **options), "teacher").try_out(sampling)
+            EndpointModel(endpoint(server, **options), "teacher").try_out(sampling, NOWHERE)
         assert set(server.asked) == {"Say yes."}
 
     tried(reasoning(100), Sampling(200, temperature=1.0))
     greedy = Sampling(200, temperature=0.0)
     for step, sampling, says in [
         (reasoning(0), greedy, "refuses all requests .* --teacher-temperature 1"),
-        (reasoning(100), Sampling(48), "teacher: asked for a word, all 48 tokens were spent"),
+        (reasoning(100), Sampling(48), "no answer to a first request: all 48 tokens"),
         (lambda *_: Step("status", 404), greedy, "check the model's name"),
-        (lambda *_: Step("cut"), greedy, "no reply to a first request .*no connection"),
+        (lambda *_: Step("cut"), greedy, "no answer to a first request: .*no connection"),
     ]:
         with pytest.raises(UsageError, match=says):
             tried(step, sampling)
@@ -134,7 +133,7 @@ def test_a_trial_does_not_speak_for_the_requests_that_follow():
     refusal = Step("status", 400, {"error": {"message": "no roles but user"}})
     with FaultServer(lambda question, *_: Step() if "yes" in question else refusal) as server:
         model = EndpointModel(endpoint(server, concurrency=1))
-        model.try_out(Sampling())
+        model.try_out(Sampling(), NOWHERE)
         with pytest.raises(UsageError, match="no roles but user"):
             list(model.generate([Prompt(f"{i}", f"q{i}") for i in range(9)], Sampling()))
     assert sum(server.asked.values()) == 4
@@ -144,5 +143,5 @@ def test_a_trial_does_not_speak_for_the_requests_that_follow():
     "choice", [said(None, reasoning_content="4"), said("half", "tool_calls"), said("<think>hm")]
 )
 def test_a_model_that_never_answers_is_found_out_early(choice):
-    with pytest.raises(UsageError, match="teacher: of the first 8 replies each is empty: the "):
+    with pytest.raises(UsageError, match="each of the first 8 replies is empty: the "):
         replied(choice, [f"q{i}" for i in range(100)])

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from plad_fast.data.prompts import Prompt, load_prompts
-from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.given import CallableModel, ColumnModel, column_answers
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.sources import (
@@ -36,8 +35,10 @@ def test_a_column_answers_the_prompts_of_its_rows(tmp_path):
         "column:gold",
         columns=lambda name: column_answers(str(data), name, prompt_template="Q: {q}"),
     )
-    with RowStore.open(tmp_path / "t.jsonl", {}) as store:
-        found = generate_answers(teacher, prompts, store, Sampling(), progress=False)
+    path = tmp_path / "t.jsonl"
+    found = stored_answers(
+        lambda: teacher, prompts, path, Sampling(), fingerprint={}, progress=False
+    )
     assert [answer.text for answer in found.first.values()] == ["one", "two"]
     [failure] = found.failures
     assert failure == Failure(prompts[2].id, "column:gold has no answer to it")
@@ -67,19 +68,6 @@ def test_a_function_fails_prompt_by_prompt(monkeypatch):
     assert "returned a int" in items(CallableModel(len, "f"))["a", 0].reason
 
 
-def test_a_function_of_batches():
-    sizes = []
-
-    def function(contents):
-        sizes.append(len(contents))
-        return (c.lower() for c in contents) if "C" not in contents else ["one"] * 9
-
-    found = items(CallableModel(function, "f", batch_size=2))
-    assert sizes == [2, 1]
-    assert [found[i, 0].text for i in "ab"] == ["a", "b"]
-    assert found["c", 0].reason == "ValueError: 9 answers to 1 prompts"
-
-
 def test_ctrl_c_in_a_function_is_no_failure():
     def function(content):
         raise KeyboardInterrupt
@@ -104,13 +92,3 @@ def test_a_function_by_name(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UsageError, match=says):
             open_teacher(spec)
-
-
-@pytest.mark.parametrize("kind", ["column", "function"])
-def test_thoughts_in_given_answers_are_told_once(kind, caplog):
-    text = "<think>hm</think>4"
-    answers = {prompt.id: text for prompt in PROMPTS}
-    model = ColumnModel(answers, "t") if kind == "column" else CallableModel(lambda _: text, "t")
-    assert {item.text for item in items(model).values()} == {text}
-    (warning,) = (record.getMessage() for record in caplog.records)
-    assert warning.startswith("t: 3 of 3 answers")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from unittest import mock
 
 import pytest
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.chat import Choice, Reply
+from plad_fast.pairs.generation.endpoint.chat import Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge, JudgeReport
@@ -28,8 +27,9 @@ class Fake:
     def __init__(self, decide):
         self.decide = decide
         self.asked = []
+        self.usage = Usage()
 
-    reasoning_tokens = 0
+    has_answered = False
 
     def settings(self):
         return {"model": "fake"}
@@ -180,17 +180,17 @@ def test_a_judge_whose_temperature_is_refused_goes_on_and_says_so(tmp_path, capl
 def test_a_judge_that_spends_its_tokens_is_found_out_early_and_takes_more(tmp_path):
     """Asked again for one line, it would reason again: no reminder is paid for."""
     path = tmp_path / "verdicts.jsonl"
-    says = r"all 512 tokens were spent before any verdict \(reasoning\?\); raise --reasoning-tokens"
+    says = r"all 512 tokens were spent before any answer \(reasoning\?\); raise --reasoning-tokens"
     with FaultServer(reasoning(600, judged_by)) as server:
         judge = Judge(endpoint_like(server), store=path)
-        with pytest.raises(UsageError, match=f"judge: asked for a verdict, {says}"):
+        with pytest.raises(UsageError, match=f"no answer to a first request: {says}"):
             judge.try_out()
         assert not path.exists()
         server.asked.clear()
         with pytest.raises(UsageError, match=f"no reply; the first failure: {says}"):
             judge.compare([(PROMPT, "four", "4")])
         many = [(PROMPT, "four", f"{i}") for i in range(100)]
-        with pytest.raises(UsageError, match=f"of the first 8 replies each is empty: {says}"):
+        with pytest.raises(UsageError, match=f"each of the first 8 replies is empty: {says}"):
             judge.compare(many)
         assert all("Compare two answers" in question for question in server.asked)
         assert sum(server.asked.values()) < 40
@@ -202,15 +202,14 @@ def test_a_judge_that_spends_its_tokens_is_found_out_early_and_takes_more(tmp_pa
 def test_a_judge_with_verdicts_is_not_tried_out(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     Judge(Fake(longer), store=path).compare([(PROMPT, "x", "yy")])
-    endpoint = Fake(None)
-    endpoint.try_out = mock.Mock(return_value=Reply([Choice("Verdict: A", "stop", 5)]))
-    judge = Judge(endpoint, store=path)
-    judge.try_out()
-    assert not endpoint.try_out.called
-    judge.try_out(overwrite=True)
-    path.write_text(path.read_text().partition("\n")[0] + "\n")
-    judge.try_out()
-    assert endpoint.try_out.call_count == 2
+    with FaultServer() as server:
+        judge = Judge(endpoint_like(server), store=path)
+        judge.try_out()
+        assert not server.asked
+        judge.try_out(overwrite=True)
+        path.write_text(path.read_text().partition("\n")[0] + "\n")
+        judge.try_out()
+        assert sum(server.asked.values()) == 2
 
 
 class Vague(Fake):
@@ -219,7 +218,7 @@ class Vague(Fake):
     def complete(self, requests):
         for index, request in enumerate(requests):
             if len(request.messages) > 1:
-                yield index, Reply([Choice("", "length", 5)])
+                yield index, Reply([Choice("", "length", 5, "all tokens were spent")])
                 continue
             first, second = (match[3] for match in SHOWN.finditer(request.messages[0]["content"]))
             clear = "vague" not in (first, second)
@@ -259,7 +258,7 @@ def test_a_reply_that_is_not_whole_gives_no_verdict(content, reason, says, reque
     """It stays open, and another run asks for it again."""
     path = tmp_path / "verdicts.jsonl"
     with FaultServer(lambda *_: Step(choices=[said(content, reason)])) as server:
-        endpoint = endpoint_like(server, max_retries=1, first_pause=0.005)
+        endpoint = endpoint_like(server, max_retries=1)
         judge = Judge(endpoint, store=path)
         with pytest.raises(UsageError, match=f"no reply; the first failure: .*{says}"):
             judge.compare([(PROMPT, "four", "4")])

@@ -10,7 +10,7 @@ import torch
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.tokenization import encode_group
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.local_model import LocalModel, end_tokens
+from plad_fast.pairs.generation.local_model import LocalModel, end_tokens, prompt_ids
 from plad_fast.pairs.generation.refill import Row
 from plad_fast.pairs.generation.sampling import Sampling
 from tests.support.tokenizer_families import load, single_bytes, unigram
@@ -154,7 +154,7 @@ def test_prompts_that_do_not_fit_the_model_are_refused(model, tiny_tokenizer):
 def test_nan_is_reported_with_the_prompt(model, temperature):
     with torch.no_grad():
         model.model.lm_head.weight[5] = torch.nan
-    with pytest.raises(UsageError, match="tiny produced NaN or infinite logits for prompt 'p8'"):
+    with pytest.raises(UsageError, match="NaN or infinite logits for prompt 'p8'"):
         answers(model, PROMPTS[8:], temperature=temperature)
 
 
@@ -180,11 +180,12 @@ def test_an_answer_keeps_the_marks_of_its_thought_and_loses_other_special_tokens
     assert LocalModel(tiny_model, tokenizer, "m")._finish(row, set()).text == said
 
 
-def test_a_model_is_asked_what_a_student_is_trained_on(model, tiny_tokenizer):
+def test_a_model_is_asked_what_a_student_is_trained_on(tiny_tokenizer):
     """Special tokens in a prompt are text there as here."""
     content = [{"role": "user", "content": "a<|end|>b"}]
     group = encode_group(tiny_tokenizer, content, ["c"], max_length=99)
-    asked = model._encode([Prompt("p", content), Prompt("q", "a<|end|>b")])
+    asked = prompt_ids(tiny_tokenizer, [Prompt("p", content), Prompt("q", "a<|end|>b")])
     assert asked == {"p": group["prompt_ids"], "q": group["prompt_ids"]}
+    chat = [*content, {"role": "assistant", "content": "so"}]
     with pytest.raises(UsageError, match="prompt 'p': the prompt ends in an assistant message"):
-        model._encode([Prompt("p", [*content, {"role": "assistant", "content": "so"}])])
+        prompt_ids(tiny_tokenizer, [Prompt("p", chat)])

@@ -159,8 +159,9 @@ def test_shares_of_other_settings_are_discarded_on_demand_only(tiny_teacher, tmp
         store.append([{"id": "a"}])
     with pytest.raises(UsageError, match=r"answers.rank1of3.jsonl was made with other settings"):
         single(tiny_teacher, tmp_path)
-    assert single(tiny_teacher, tmp_path, overwrite=True) == expected
+    discard_answers(tmp_path / "answers.jsonl")
     assert not share.exists()
+    assert single(tiny_teacher, tmp_path) == expected
     discard_answers(tmp_path / "answers.jsonl")
     assert not list(tmp_path.iterdir())
 

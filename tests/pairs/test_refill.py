@@ -12,7 +12,7 @@ import transformers
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.refill import Refill, Row, RowDecoder, why_not_refill
+from plad_fast.pairs.generation.refill import Row, RowDecoder, refilled, why_not_refill
 from plad_fast.pairs.generation.sampling import Sampling
 from tests.support.tiny_models import PADDED, SHARED, VOCAB, make_model
 
@@ -116,7 +116,7 @@ def test_columns_are_reused_and_grow():
             rows = [[*row, token] for row, token in zip(rows, new, strict=True)]
             torch.testing.assert_close(decoder.step(new), expected(rows), rtol=1e-4, atol=1e-4)
             if turn % 4 == 3:
-                decoder.drop(0)
+                decoder.cache.drop(0)
                 rows[0] = rows[-1]
                 rows.pop()
                 rows.append(tokens(len(rows[0]) + 9 if turn == 7 else 5))
@@ -133,9 +133,7 @@ def test_a_prompt_is_read_once_for_its_samples():
         with_kwargs=True,
     )
     rows = [Row("a", [5, 6, 7], k) for k in range(4)] + [Row("b", [8, 9], k) for k in range(4)]
-    refill = Refill(model, rows, Sampling(3, n=4, batch_size=8), set(), 0)
     with torch.inference_mode():
-        while refill.unfinished:
-            refill.advance()
+        list(refilled(model, rows, Sampling(3, n=4, batch_size=8), set(), 0))
     assert seen == [(2, 3), (8, 1), (8, 1)]
     assert len({tuple(row.tokens) for row in rows}) == 8

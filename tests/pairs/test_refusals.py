@@ -11,7 +11,16 @@ from plad_fast.pairs.generation.endpoint.chat import ChatRequest
 from plad_fast.pairs.generation.endpoint.refusals import find_refusal
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from tests.support.endpoints import CHAT, answers, endpoint, generate, refused, refusing, teacher
+from tests.support.endpoints import (
+    CHAT,
+    NOWHERE,
+    answers,
+    endpoint,
+    generate,
+    refused,
+    refusing,
+    teacher,
+)
 from tests.support.fault_server import FaultServer, Step, answer_to, reasoning, said
 
 pytestmark = pytest.mark.usefixtures("key")
@@ -71,7 +80,7 @@ def test_a_limit_that_is_refused_for_its_value_is_the_users_to_lower(message):
         for options in ({}, {"reasoning_tokens": 9990}):
             sampling = Sampling(10000 - options.get("reasoning_tokens", 0))
             with pytest.raises(UsageError, match="--max-new-tokens, or --reasoning-tokens"):
-                teacher(server, **options).try_out(sampling)
+                teacher(server, **options).try_out(sampling, NOWHERE)
             with pytest.raises(UsageError, match="--max-new-tokens, or --reasoning-tokens"):
                 generate(teacher(server, **options), "ab", sampling)
         assert sum(server.asked.values()) == 4
@@ -107,7 +116,7 @@ def test_a_limit_that_is_too_long_for_one_prompt_fails_that_one():
         FaultServer(lambda *_: refused(message)) as server,
         pytest.raises(UsageError, match="--max-new-tokens"),
     ):
-        teacher(server).try_out(Sampling())
+        teacher(server).try_out(Sampling(), NOWHERE)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,7 @@ def test_the_name_is_switched_once_and_the_limit_stays(message):
 def test_what_cannot_be_left_out_is_named_with_its_setting(sampling, message, says):
     with FaultServer(lambda *_: refused(message)) as server:
         with pytest.raises(UsageError, match=says):
-            teacher(server).try_out(sampling)
+            teacher(server).try_out(sampling, NOWHERE)
         assert sum(server.asked.values()) == 1
 
 
@@ -210,11 +219,11 @@ def test_a_temperature_that_is_refused_is_the_users_to_change():
 
 def test_a_request_may_do_without_its_temperature(caplog):
     """With one warning; a request that needs it still sends it."""
-    free = ChatRequest(CHAT, 5, temperature=0.0, optional=frozenset({"temperature"}))
+    free = ChatRequest(CHAT, 5, temperature=0.0, any_temperature=True)
     with FaultServer(reasoning(0)) as server:
         model = endpoint(server)
         replies = [reply for _, reply in model.complete([free] * 12)]
-        assert {reply.left_out for reply in replies} == {frozenset({"temperature"})}
+        assert all(reply.own_temperature for reply in replies)
         ((_, refused),) = model.complete([ChatRequest(CHAT, 5, temperature=0.0)])
         assert "does not support 0 " in refused
     warnings = [record.getMessage() for record in caplog.records]
@@ -222,5 +231,5 @@ def test_a_request_may_do_without_its_temperature(caplog):
     assert "takes no temperature of 0: going on at its own" in warnings[0]
     with FaultServer() as server:
         ((_, reply),) = endpoint(server).complete([free])
-        assert reply.left_out == frozenset()
+        assert not reply.own_temperature
         assert server.bodies[-1]["temperature"] == 0

@@ -17,10 +17,25 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
-from plad_fast.pairs.generation.endpoint.retries import LONGEST_ASKED, pause, retry_after
+from plad_fast.pairs.generation.endpoint.retries import (
+    LONGEST_ASKED,
+    LONGEST_PAUSE,
+    pause,
+    retry_after,
+)
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
-from tests.support.endpoints import CHAT, KEY, NOBODY, PAUSE, answers, generate, refused, teacher
+from tests.support.endpoints import (
+    CHAT,
+    KEY,
+    NOBODY,
+    NOWHERE,
+    PAUSE,
+    answers,
+    generate,
+    refused,
+    teacher,
+)
 from tests.support.fault_server import FaultServer, Step, answer_to, said
 from tests.support.reply_fuzz import Fuzzed, install
 
@@ -36,12 +51,12 @@ def test_waits():
     later = email.utils.formatdate(time.time() + 100, usegmt=True)
     assert 97 < retry_after({"retry-after": later}) < 101
     assert retry_after({"retry-after": email.utils.formatdate(0)}) == 0
-    for tries, most in [(0, 1), (1, 2), (2, 4), (9, 10)]:
-        waits = [pause(tries, None, first=1, longest=10) for _ in range(50)]
+    for tries, most in [(0, 0.005), (1, 0.01), (2, 0.02), (20, LONGEST_PAUSE)]:
+        waits = [pause(tries, None) for _ in range(50)]
         assert most / 2 <= min(waits) <= max(waits) <= most
-    assert 5 <= pause(0, 5, first=1, longest=10) <= 5.1
-    assert 300 <= pause(0, 300, first=1, longest=10) <= 301
-    assert pause(0, 1e9, first=1, longest=10) <= LONGEST_ASKED + 1
+    assert 5 <= pause(0, 5) <= 5.1
+    assert 300 <= pause(0, 300) <= 301
+    assert pause(0, 1e9) <= LONGEST_ASKED + 1
 
 
 def test_the_wait_that_is_asked_for_is_kept_to():
@@ -52,9 +67,6 @@ def test_the_wait_that_is_asked_for_is_kept_to():
     ) as server:
         answers(server, ["a"])
         assert 0.4 <= server.times[1] - server.times[0] < 2
-        # Its own pauses have a bound that is lower.
-        answers(server, ["b"], longest_pause=0.1)
-        assert server.times[3] - server.times[2] >= 0.4
 
 
 @pytest.mark.parametrize(
@@ -176,7 +188,7 @@ def test_an_endpoint_that_is_not_there_says_so_at_once(host, monkeypatch):
     monkeypatch.setattr(PAUSE, lambda *_, **__: waits.append(1) or 0.0)
     teacher = EndpointModel(Endpoint("m", base_url=f"http://{host}:{port}/v1"), "teacher")
     with pytest.raises(UsageError, match=f"{host}:{port}.*no connection"):
-        teacher.try_out(Sampling())
+        teacher.try_out(Sampling(), NOWHERE)
     assert len(waits) == 1
     ((_, reason),) = teacher.endpoint.complete([ChatRequest(CHAT, 5)])
     assert "given up after 2 tries" in reason
@@ -207,9 +219,9 @@ def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypat
         raise httpx.ConnectTimeout("", request=request)
 
     install(monkeypatch, dropped)
-    teacher = EndpointModel(Endpoint("m", base_url=NOBODY, first_pause=0.001))
+    teacher = EndpointModel(Endpoint("m", base_url=NOBODY))
     with pytest.raises(UsageError, match="no connection in time"):
-        teacher.try_out(Sampling())
+        teacher.try_out(Sampling(), NOWHERE)
     assert len(asked) == 1
     assert asked[0] < 5
     teacher.endpoint._is_reached = True

@@ -6,27 +6,24 @@ import pytest
 import torch
 
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.sampling import RowSampler, Sampling, invert_cdf, row_uniforms
-
-# First numbers of prompt "a" under seed 3.
-
-STREAM = [0.36142635345458984, 0.9842919707298279, 0.8634724020957947]
+from plad_fast.pairs.generation.sampling import RowSampler, Sampling, invert_cdf
 
 
-def test_a_row_depends_on_seed_and_prompt_id_alone():
-    rows = row_uniforms(3, ["a", "b"], 20)
-    assert torch.equal(row_uniforms(3, ["b"], 7)[0], rows[1, :7])
-    assert not torch.equal(rows[0], rows[1])
-    assert not torch.equal(row_uniforms(4, ["a"], 20)[0], rows[0])
+def test_a_stream_depends_on_seed_and_prompt_id_alone():
+    one, other = (Sampling(20, seed=3).uniforms(prompt_id) for prompt_id in ("a", "b"))
+    assert torch.equal(Sampling(7, seed=3, n=2).uniforms("b"), other[:7])
+    assert not torch.equal(one, other)
+    assert not torch.equal(Sampling(20, seed=4).uniforms("a"), one)
     # Stored answers stay valid only as long as the numbers of sample 0 are these.
-    assert rows[0, :3].tolist() == STREAM
+    assert one[:3].tolist() == [0.36142635345458984, 0.9842919707298279, 0.8634724020957947]
 
 
 def test_samples_have_streams_of_their_own_that_no_id_can_spell():
     ids = ["a", "a", "a", "3:a", "a\t1", "1", "\0\0\0\0\0\0\0\1a"]
-    rows = row_uniforms(3, ids, 20, [0, 1, 2, 0, 0, 0, 0])
-    assert len({tuple(row) for row in rows.tolist()}) == len(ids)
-    assert torch.equal(rows[1], row_uniforms(3, ["a"], 20, [1])[0])
+    samples = [0, 1, 2, 0, 0, 0, 0]
+    sampling = Sampling(20, seed=3)
+    rows = [sampling.uniforms(*row) for row in zip(ids, samples, strict=True)]
+    assert len({tuple(row.tolist()) for row in rows}) == len(ids)
 
 
 def test_inverse_cdf_follows_the_softmax():
@@ -60,7 +57,8 @@ def test_filters_bound_the_support(options, support):
     logits = torch.tensor([0.1, 0.12, 0.18, 0.2, 0.4]).log()
     ids = [str(i) for i in range(300)]
     prompt = torch.zeros(len(ids), 1, dtype=torch.int64)
-    sampler = RowSampler(Sampling(**options), ids, 1, torch.device("cpu"))
+    sampling = Sampling(**options)
+    sampler = RowSampler(sampling, torch.stack([sampling.uniforms(i) for i in ids]), 1)
     scores = sampler(prompt, logits.expand(len(ids), -1))
     assert set(scores.argmax(-1).tolist()) == support
     assert not sampler.broken.any()

@@ -9,8 +9,8 @@ import pytest
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
-from plad_fast.pairs.filters import PairFilters
 from plad_fast.pairs.generation.text_model import Answer
+from plad_fast.pairs.select import PairFilters, drop_reason
 
 PROMPT = Prompt("p", "Q:\n", reference="gold")
 
@@ -167,13 +167,6 @@ WORDS = "one two three four five six"
         ({"max_repetition": 0.33}, WORDS + " " + WORDS, "b", None, "repetitive"),
         ({"max_repetition": 0.34}, WORDS + " " + WORDS, "b", None, None),
         ({"max_repetition": 0.33}, "b", WORDS + " " + WORDS, None, None),
-        (
-            {"max_repetition": 0.33, "rejected_may_repeat": False},
-            "b",
-            WORDS + " " + WORDS,
-            None,
-            "repetitive",
-        ),
         ({"max_overlap": 0.8}, WORDS, "Six! five four three, two one", None, "similar"),
         ({"max_overlap": 0.8}, "a a a a b", "a a a a c", None, None),  # 8 of 10
         ({"max_overlap": 0.79}, "a a a a b", "a a a a c", None, "similar"),
@@ -224,3 +217,26 @@ def test_options_that_contradict_each_other(options, message):
 def test_filters_out_of_range(options):
     with pytest.raises(UsageError, match=f"{next(iter(options))} must be from"):
         PairFilters(**options)
+
+
+def answer(prompt_id, text, finish_reason="stop"):
+    return Answer(prompt_id, text, finish_reason, 3)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        (answer("p", "a"), answer("p", "b"), None),
+        (answer("p", "a"), answer("p", "A"), None),
+        (answer("p", "a  b\n"), answer("p", " a b"), "identical"),
+        (answer("p", " \n"), answer("p", "b"), "empty"),
+        (answer("p", "a"), answer("p", "\u200b \ufeff\u2060"), "empty"),  # nothing to be seen
+        (answer("p", "a"), answer("p", "", "length"), "empty"),
+        (answer("p", "a", "length"), answer("p", "b"), "truncated"),
+        (answer("p", "a"), answer("p", "b", "length"), "truncated"),
+        (answer("p", "a"), None, "missing"),
+        (None, answer("p", "b"), "missing"),
+    ],
+)
+def test_drop_reason(teacher, student, expected):
+    assert drop_reason(teacher, student) == expected

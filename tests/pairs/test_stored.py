@@ -90,8 +90,9 @@ def test_a_score_belongs_to_the_texts_not_to_the_ids(tmp_path):
     edited = Scripted()
     stored_scores(edited, [(Prompt("a", "q"), "x y"), (Prompt("a", "q"), "x y")], path)
     assert edited.asked == [["x y"]]
-    with pytest.raises(UsageError, match="model was 'not set' and is 'm'"):
-        stored_scores(edited, many(), path, fingerprint={"model": "m"})
+    edited.name = "other"
+    with pytest.raises(UsageError, match="scorer was 'scripted' and is 'other'"):
+        stored_scores(edited, many(), path)
 
 
 def test_relative_scores_are_asked_for_anew_when_a_rival_comes(tmp_path):

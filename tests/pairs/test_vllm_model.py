@@ -6,6 +6,7 @@ Its signatures and checks follow those in vLLM's sources (`LLM.chat`, `LLM.gener
 
 from __future__ import annotations
 
+import copy
 import importlib.machinery
 import sys
 import types
@@ -43,8 +44,8 @@ def vllm(monkeypatch):
     """The module; it records engines and calls."""
     module = types.ModuleType("vllm")
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    module.calls, module.engines, module.template = [], [], "{{ messages }}"
-    module.tokenizer = None
+    module.calls, module.engines = [], []
+    module.tokenizer = None  # one that is none of transformers
 
     class LLM:
         def __init__(self, model, *, tensor_parallel_size=1, dtype="auto"):
@@ -53,12 +54,10 @@ def vllm(monkeypatch):
             module.engines.append((model, tensor_parallel_size))
 
         def get_tokenizer(self):
-            return module.tokenizer or types.SimpleNamespace(chat_template=module.template)
+            return module.tokenizer or types.SimpleNamespace()
 
         def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
-            if not isinstance(prompts[0], str):
-                prompts = [module.tokenizer.decode(p["prompt_token_ids"]) for p in prompts]
-            assert all(isinstance(prompt, str) for prompt in prompts)
+            prompts = [module.tokenizer.decode(p["prompt_token_ids"]) for p in prompts]
             return self._run("generate", prompts, sampling_params)
 
         def chat(self, messages, sampling_params=None, use_tqdm=True, lora_request=None):
@@ -116,24 +115,25 @@ def test_one_request_a_sample_with_a_seed_of_its_own(vllm):
     assert vllm.calls[-1][2][0].top_k == 5
 
 
-def test_a_model_without_a_chat_template_continues_text(vllm):
-    vllm.template = None
-    items = answers(VllmModel("m"), ["a", CHAT, "b"], Sampling())
-    assert [(method, len(asked)) for method, asked, _ in vllm.calls] == [
-        ("generate", 2),
-        ("chat", 1),
+def test_prompts_are_those_on_which_a_student_is_trained(vllm, tiny_tokenizer):
+    """Special tokens in a prompt reach the model as text, and a template is the tokenizer's."""
+    vllm.tokenizer = copy.deepcopy(tiny_tokenizer)
+    answers(VllmModel("m"), ["a", "b<|end|>", CHAT], Sampling())
+    vllm.tokenizer.chat_template = None
+    answers(VllmModel("m"), ["a"], Sampling())
+    with pytest.raises(UsageError, match=r"prompt 'chat': .*no chat template"):
+        answers(VllmModel("m"), [CHAT], Sampling())
+    assert [(method, asked) for method, asked, _ in vllm.calls] == [
+        (
+            "generate",
+            [
+                "<|bos|><|user|>a<|end|><|assistant|>",
+                "<|bos|><|user|>b<|end|><|end|><|assistant|>",
+                "<|bos|><|user|>chat<|end|><|assistant|>",
+            ],
+        ),
+        ("generate", ["<|bos|>a"]),
     ]
-    assert [items[i, 0].text.split()[0] for i in ("a", "chat", "b")] == ["a", "chat", "b"]
-
-
-def test_special_tokens_in_a_prompt_reach_the_model_as_text(vllm, tiny_tokenizer):
-    vllm.tokenizer = tiny_tokenizer
-    model = VllmModel("m")
-    answers(model, ["a", "b<|end|>"], Sampling())
-    [(tokens, asked, _), (method, chats, _)] = vllm.calls
-    assert (tokens, method) == ("generate", "chat")
-    assert asked == ["<|bos|><|user|>b<|end|><|end|><|assistant|>"]
-    assert chats == [[{"role": "user", "content": "a"}]]
 
 
 def test_answers_come_by_and_by(vllm, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
@@ -15,11 +16,12 @@ from tests.support.fault_server import FaultServer, Step
 KEY = "sk-planted-0123456789"
 NOBODY = "http://127.0.0.1:1/v1"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "chat"}]
-PAUSE = "plad_fast.pairs.generation.endpoint.chat_endpoint.pause"
+NOWHERE = Path("no-answers-yet.jsonl")
+PAUSE = "plad_fast.pairs.generation.endpoint.retries.pause"
 
 
 def endpoint(server: FaultServer, **options: Any) -> Endpoint:
-    given = {"max_retries": 2, "timeout": 5, "first_pause": 0.005, "concurrency": 1, **options}
+    given = {"max_retries": 2, "timeout": 5, "concurrency": 1, **options}
     return Endpoint("m", base_url=server.url, **given)
 
 

@@ -6,7 +6,6 @@ any result; the others have one fault.
 
 from __future__ import annotations
 
-import collections
 import functools
 import json
 import math
@@ -139,9 +138,8 @@ def collating(draw: Draw) -> Case:
 def pairing(draw: Draw) -> Case:
     from plad_fast.data.prompts import Prompt
     from plad_fast.pairs.build import build_pairs
-    from plad_fast.pairs.filters import PairFilters
     from plad_fast.pairs.generation.text_model import Answer
-    from plad_fast.pairs.select import NEED_SCORES, SELECTIONS
+    from plad_fast.pairs.select import NEED_SCORES, SELECTIONS, PairFilters
 
     prompts = [Prompt(str(i), draw.choice(TEXTS)) for i in range(draw.randint(1, 4))]
 
@@ -211,18 +209,11 @@ def measuring(draw: Draw) -> Case:
     from plad_fast.evaluation import intervals, metrics
     from plad_fast.pairs import text_metrics
 
-    which = draw.choice(["rouge", "distinct_n", "repetition", "bootstrap", "win_rate", "sign_test"])
+    which = draw.choice(["rouge", "distinct_n", "bootstrap", "win_rate", "sign_test"])
     count = draw.randint(1, 5)
     texts: Any = [draw.choice([*TEXTS, ""]) for _ in range(count)]
     if which == "rouge":
-        others: Any = [draw.choice(TEXTS) for _ in texts]
-        names: tuple[str, ...] = ()
-        if draw.maybe(0.4):
-            bad = draw.choice([[], None, "text", [None] * count, [5] * count])
-            if draw.maybe(0.5):
-                texts, names = bad, ("predictions",)
-            else:
-                others, names = bad, ("references",)
+        others = [draw.choice(TEXTS) for _ in texts]
 
         def check(found: Any) -> None:
             for values in found.values():
@@ -231,35 +222,22 @@ def measuring(draw: Draw) -> Case:
             for text, other, value in zip(texts, others, found["rougeL"], strict=True):
                 assert not text or text != other or not value or value == 1.0, "itself"
 
-        return plain("rouge", text_metrics.rouge, (texts, others), {}, check, names)
-    if which in ("distinct_n", "repetition"):
-        n: Any = draw.randint(1, 4)
-        names = ()
-        if draw.maybe(0.4):
-            if draw.maybe(0.5):
-                n, names = draw.choice(NO_COUNT), ("n ",)
-            else:
-                texts, names = draw.choice([[], None, "text", [None], [5]]), ("texts",)
+        return plain("rouge", text_metrics.rouge, (texts, others), {}, check, ())
+    if which == "distinct_n":
+        n = draw.randint(1, 4)
 
         def check_share(found: Any) -> None:
             def grams(text: str) -> list[tuple[str, ...]]:
                 words = text_metrics.words(text)
                 return [tuple(words[i : i + n]) for i in range(max(0, len(words) - n + 1))]
 
-            if which == "distinct_n":
-                together = [gram for text in texts for gram in grams(text)]
-                want = len(set(together)) / len(together) if together else 0.0
-            else:
-                shares = [
-                    1 - len(collections.Counter(g)) / len(g) if (g := grams(t)) else 0.0
-                    for t in texts
-                ]
-                want = sum(shares) / len(shares)
+            together = [gram for text in texts for gram in grams(text)]
+            want = len(set(together)) / len(together) if together else 0.0
             assert math.isclose(found, want, abs_tol=1e-12), f"{found}, not {want}"
 
-        return plain(which, getattr(text_metrics, which), (texts, n), {}, check_share, names)
+        return plain(which, text_metrics.distinct_n, (texts, n), {}, check_share, ())
     values: Any = [draw.choice([0.0, 0.5, 1.0]) for _ in range(count)]
-    names = ()
+    names: tuple[str, ...] = ()
     fault = draw.choice(["", "", "values", "other", "n_resamples", "seed"])
     bad = draw.choice(
         [[], None, 5, "text", [[1.0, 2.0]], [math.nan], [math.inf], ["a"], [1j], [[1], [1, 2]]]

@@ -134,7 +134,7 @@ def test_a_judge_is_tried_out_before_students_are_run(tiny_teacher, tmp_path, ca
         ):  # fmt: skip
             assert main([*command, *endpoint(running)]) == 2
             error = capsys.readouterr().err
-            assert "m: asked for a verdict, all 512 tokens were spent" in error
+            assert "no answer to a first request: all 512 tokens were spent" in error
     assert list(tmp_path.iterdir()) == [pairs]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -186,9 +188,14 @@ def rounded_attention(tensors, dtype, attend):
     ("implementation", "options"),
     [
         (name, options)
-        for name in ("flash", "sdpa", "flex", "eager")
-        for options in ({}, {"sliding_window": 16}, {"softcap": 2.0, "scaling": 0.2})
-        if name != "sdpa" or "softcap" not in options
+        for name in ("flash", "varlen", "sdpa", "flex", "eager")
+        for options in (
+            {},
+            {"sliding_window": 16},
+            {"scaling": 0.2},
+            {"softcap": 2.0, "scaling": 0.2},
+        )
+        if name not in ("varlen", "sdpa") or "softcap" not in options
     ],
 )
 def test_attention_over_a_packed_row(implementation, options):
@@ -196,9 +203,12 @@ def test_attention_over_a_packed_row(implementation, options):
     from plad_fast.data.row_layout import RowLayout
     from plad_fast.models.attention.flash import load_flash
     from plad_fast.models.attention.packed import packed_attention
+    from plad_fast.models.attention.varlen import load_varlen
 
     if implementation == "flash" and load_flash() is None:
         pytest.skip("flash-attn is not installed")
+    if implementation == "varlen" and load_varlen() is None:
+        pytest.skip("this PyTorch has no varlen_attn for this GPU")
     layout = RowLayout(((70, 20, 33), (5,), (40, 1, 60, 7, 130), (64, 64, 64)))
     draw = torch.Generator().manual_seed(0)
     tensors = [
@@ -221,9 +231,49 @@ def test_attention_over_a_packed_row(implementation, options):
     found = rounded_attention(tensors, torch.bfloat16, ours)
     for mine, other, true in zip(found, yardstick, truth, strict=True):
         assert relative(mine, true) <= 2 * relative(other, true) + 2**-8
-    if implementation == "flash":  # the option for a fixed order of additions is on
-        again = rounded_attention(tensors, torch.bfloat16, ours)
-        assert all(map(torch.equal, again, found))
+    if implementation in ("flash", "varlen"):  # flash is asked for a fixed order of additions
+        with fixed_order() if implementation == "varlen" else contextlib.nullcontext():
+            first, again = (rounded_attention(tensors, torch.bfloat16, ours) for _ in range(2))
+        assert all(map(torch.equal, again, first))
+
+
+@contextlib.contextmanager
+def fixed_order():
+    """PyTorch's own switch, off again behind."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (80, 40), (192, 128), (256, 256)])
+def test_varlen_takes_heads_of_any_width(widths):
+    """In one call for the row, against one of sdpa for each span."""
+    from plad_fast.data.row_layout import RowLayout
+    from plad_fast.models.attention.packed import packed_attention
+    from plad_fast.models.attention.varlen import load_varlen
+
+    if load_varlen() is None:
+        pytest.skip("this PyTorch has no varlen_attn for this GPU")
+    layout = RowLayout(((70, 20, 33), (5,), (1, 1, 1)))
+    draw = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, layout.num_tokens, width, generator=draw).bfloat16().float()
+        for heads, width in zip((8, 2, 2), (widths[0], *widths), strict=True)
+    ]
+
+    def attend(name):
+        def ours(*leaves):
+            return packed_attention(nn.Module(), *leaves, layout, implementation=name)
+
+        return ours
+
+    truth = rounded_attention(tensors, torch.float64, attend("eager"))
+    yardstick = rounded_attention(tensors, torch.bfloat16, attend("sdpa"))
+    found = rounded_attention(tensors, torch.bfloat16, attend("varlen"))
+    for mine, other, true in zip(found, yardstick, truth, strict=True):
+        assert relative(mine, true) <= 2 * relative(other, true) + 2**-8
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])

@@ -20,9 +20,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving")  # not in transformers 4
 
 from plad_fast.data.prompts import Prompt, builtin_prompts
-from plad_fast.data.store import RowStore
 from plad_fast.pairs.build import build_pairs
-from plad_fast.pairs.generation.answering import generate_answers
+from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.sources import open_teacher
@@ -61,8 +60,10 @@ def served(folder, log, *, patience: float = 120):
 
 
 def answers(model, prompts, path, sampling):
-    with RowStore.open(path, {"m": model.name}) as store:
-        return generate_answers(model, prompts, store, sampling, progress=False)
+    made_by = {"m": model.name}
+    return stored_answers(
+        lambda: model, prompts, path, sampling, fingerprint=made_by, progress=False
+    )
 
 
 def test_pairs_from_a_served_teacher(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):

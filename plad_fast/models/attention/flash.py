@@ -17,6 +17,10 @@ from plad_fast.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+WIDEST = 256
+"""Channels of a head that the kernels take."""
+
 # Version 3 first. The last one is a repository that `kernels` loads, if the user has it.
 _PACKAGES = ("flash_attn_interface", "flash_attn")
 _HUB_KERNEL = "kernels-community/flash-attn2"
@@ -55,10 +59,10 @@ def can_flash(
     dropout: float,
 ) -> bool:
     """Whether an installed flash-attn takes these tensors and options."""
-    if not query.is_cuda or working_dtype(query) not in (torch.bfloat16, torch.float16):
+    if not query.is_cuda or working_dtype(query) not in SIXTEEN_BIT:
         return False
     attend = load_flash()
-    if attend is None or max(query.shape[-1], value.shape[-1]) > 256:
+    if attend is None or max(query.shape[-1], value.shape[-1]) > WIDEST:
         return False
     return not _lacking(attend, softcap=softcap, dropout_p=dropout or None)
 
@@ -96,12 +100,7 @@ def flash_varlen(
     """
     attend = load_flash(from_hub=True)
     assert attend is not None
-    dtype = working_dtype(query)
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise UsageError(
-            f"flash-attn takes bfloat16 and float16, not {dtype}; train with bf16=True, or "
-            "take attention='auto'"
-        )
+    require_sixteen_bit("flash-attn", query)
     spans = row_layout.varlen(query.device)
     asked = {
         "softmax_scale": scale,
@@ -120,15 +119,9 @@ def flash_varlen(
         )
     if not _lacking(attend, deterministic=True):
         options["deterministic"] = True
-    width = value.shape[-1]
-    widest = max(query.shape[-1], width)
-    query, key, value = (
-        nn.functional.pad(x, (0, widest - x.shape[-1])).to(dtype) for x in (query, key, value)
-    )
-    seen = (torch.cat(row_layout.by_span(x), dim=2)[0].transpose(0, 1) for x in (key, value))
+    sequences = as_sequences(query, key, value, row_layout)
     out = attend(
-        query[0].transpose(0, 1),
-        *seen,
+        *sequences,
         cu_seqlens_q=spans.cu_seqlens_q,
         cu_seqlens_k=spans.cu_seqlens_k,
         max_seqlen_q=spans.max_seqlen_q,
@@ -136,4 +129,37 @@ def flash_varlen(
         **options,
     )
     # Some versions return the log-sum-exp as well.
-    return (out[0] if isinstance(out, tuple) else out)[None, ..., :width]
+    return (out[0] if isinstance(out, tuple) else out)[None, ..., : value.shape[-1]]
+
+
+def require_sixteen_bit(what: str, query: Tensor) -> None:
+    """Raises UsageError where the queries are of another type, which `what` does not take."""
+    dtype = working_dtype(query)
+    if dtype not in SIXTEEN_BIT:
+        raise UsageError(
+            f"{what} takes bfloat16 and float16, not {dtype}; train with bf16=True, or "
+            "take attention='auto'"
+        )
+
+
+def as_sequences(
+    query: Tensor,  # (1, H, T, C)
+    key: Tensor,  # (1, G, T, C)
+    value: Tensor,  # (1, G, T, C)
+    row_layout: RowLayout,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # (T, H, W), (K, G, W), (K, G, W)
+    """Queries of the row, and the K keys and values that its spans see, span behind span.
+
+    All are of the working type and of one width W, a multiple of `multiple`: zeros fill it up.
+    """
+    dtype = working_dtype(query)
+    widest = max(query.shape[-1], value.shape[-1])
+    widest += -widest % multiple
+    query, key, value = (
+        nn.functional.pad(x, (0, widest - x.shape[-1])).to(dtype) for x in (query, key, value)
+    )
+    keys, values = (
+        torch.cat(row_layout.by_span(x), dim=2).squeeze(0).transpose(0, 1) for x in (key, value)
+    )
+    return query.squeeze(0).transpose(0, 1), keys, values

@@ -4,6 +4,8 @@ Implementations, all of the same result:
 
 * "flash": one call of flash-attn's `flash_attn_varlen_func` (versions 2 and 3, or the builds of
   Hugging Face's `kernels`), in 16-bit types on NVIDIA GPUs;
+* "varlen": one call of PyTorch's own `varlen_attn` (2.12 or newer), which needs no further package
+  and has neither softcap nor dropout, in 16-bit types on NVIDIA GPUs;
 * "sdpa": PyTorch's scaled_dot_product_attention, a call for every span of the row;
 * "flex": PyTorch's flex_attention with a block mask, compiled on CUDA;
 * "eager": plain products, for what the others lack: sinks, and softcap without flash-attn.
@@ -24,10 +26,12 @@ from torch import Tensor, nn
 from plad_fast.data.row_layout import Attended, RowLayout, Span
 from plad_fast.errors import UsageError
 from plad_fast.models.attention.flash import can_flash, flash_varlen
+from plad_fast.models.attention.varlen import can_varlen, torch_varlen
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("sdpa", "flash", "flex", "eager")
+IMPLEMENTATIONS = ("sdpa", "flash", "varlen", "flex", "eager")
+_ON_CUDA = ("flash", "varlen")
 # What transformers may hand to an attention function and what changes its result.
 _UNKNOWN = (
     "position_bias", "alibi", "head_mask", "cache", "block_table", "indices", "block_indices",
@@ -88,10 +92,16 @@ def packed_attention(
         row_layout.trace.append(Attended(getattr(module, "layer_idx", None), sliding_window))
     name = implementation
     # FSDP places a model only when training begins; until then it is looked at on the CPU.
-    if name == "auto" or (name == "flash" and not query.is_cuda and torch.cuda.is_available()):
+    if name == "auto" or (name in _ON_CUDA and not query.is_cuda and torch.cuda.is_available()):
         name = _choose(query, value, softcap, s_aux, dropout)
-    lacking = {"sdpa": softcap is not None or s_aux is not None, "flash": s_aux is not None}
-    if lacking.get(name) or (name == "flex" and (s_aux is not None or dropout)):
+    sinks, capped = s_aux is not None, softcap is not None
+    lacking = {
+        "sdpa": sinks or capped,
+        "flash": sinks,
+        "varlen": sinks or capped or dropout,
+        "flex": sinks or dropout,
+    }
+    if lacking.get(name):
         raise UsageError(
             f"attention={name!r} lacks the softcap, sink or dropout that {type(module).__name__} "
             "asks for; use attention='auto'"
@@ -99,6 +109,8 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if name == "flash":
         return flash_varlen(query, key, value, row_layout, scale, dropout, sliding_window, softcap)
+    if name == "varlen":
+        return torch_varlen(query, key, value, row_layout, scale, sliding_window)
     if name == "flex":
         return _flex(query, key, value, row_layout, scale, sliding_window, softcap)
     attend = functools.partial(_sdpa, scale=scale, dropout=dropout)
@@ -122,6 +134,8 @@ def _choose(
     """The implementation that "auto" stands for."""
     if sinks is None and can_flash(query, value, softcap, dropout):
         return _told("flash")
+    if sinks is None and can_varlen(query, value, softcap, dropout):
+        return _told("varlen")
     return _told("eager" if sinks is not None or softcap is not None else "sdpa")
 
 

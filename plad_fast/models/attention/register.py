@@ -22,6 +22,7 @@ from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
 from plad_fast.models.attention.flash import load_flash
 from plad_fast.models.attention.packed import check_implementation, packed_attention
+from plad_fast.models.attention.varlen import load_varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,14 +40,19 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
     Args:
         model: a transformers model whose attention goes through `AttentionInterface`; whether it
             does, `plad_fast.models.sharing.prepare` finds out.
-        implementation: "sdpa", "flash", "flex", "eager", or "auto": flash where it is installed
-            and the tensors allow it, sdpa where that knows what the model asks for, else eager.
+        implementation: "sdpa", "flash", "varlen", "flex", "eager", or "auto": the first of flash,
+            varlen, sdpa and eager that is there, takes the tensors and has what the model asks for.
     """
     check_implementation(implementation)
     if implementation == "flash" and load_flash(from_hub=True) is None:
         raise UsageError(
             "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "
             "newer; `pip install flash-attn`, or take attention='auto'"
+        )
+    if implementation == "varlen" and load_varlen() is None:
+        raise UsageError(
+            "attention='varlen' needs PyTorch 2.12 or newer on an NVIDIA GPU of compute capability "
+            "8.0 or newer; take attention='auto'"
         )
     original = model.config.get_text_config()._attn_implementation or "eager"
     if original.startswith(_PREFIX):

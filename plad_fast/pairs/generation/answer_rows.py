@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,55 +34,48 @@ class Answered(NamedTuple):
         return {prompt_id: answers[0] for prompt_id, answers in self.answers.items()}
 
 
-def all_wanted(prompts: Iterable[Prompt], sampling: Sampling) -> dict[str, tuple[Prompt, int]]:
-    """Row id -> prompt and number of the sample."""
+def all_wanted(prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, tuple[Prompt, int]]:
+    """Row id -> prompt and number of the sample; raises UsageError for repeated ids of prompts."""
+    require_unique_ids(prompts)
     return {row_id(p.id, k): (p, k) for p in prompts for k in range(sampling.n)}
 
 
-def missing_from(
-    store: RowStore, prompts: Sequence[Prompt], sampling: Sampling
-) -> dict[str, tuple[Prompt, int]]:
-    """What the store lacks of `all_wanted`.
+def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> list[str]:
+    """Ids of the rows that the store lacks.
 
-    Raises UsageError for repeated ids, for a stored row that is no answer, and where the store has
-    an answer to another prompt.
+    Raises UsageError for a stored row that is no answer, and where the store has an answer to
+    another prompt.
     """
-    require_unique_ids(prompts)
     store.require(_is_answer)
-    digests = {prompt.id: digest(prompt.content) for prompt in prompts}
-    missing = {}
-    for key, (prompt, sample) in all_wanted(prompts, sampling).items():
-        row = store.rows.get(key)
-        if row is None:
-            missing[key] = (prompt, sample)
-        elif row["prompt"] != digests[prompt.id]:
+    for key in wanted.keys() & store.done:
+        prompt, _ = wanted[key]
+        if store.rows[key]["prompt"] != digest(prompt.content):
             raise UsageError(
                 f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
                 "another output folder, or pass --overwrite to start anew"
             )
-    return missing
+    return [key for key in wanted if key not in store.done]
 
 
 def collect(
-    prompts: Iterable[Prompt],
-    store: RowStore,
-    sampling: Sampling,
-    failures: Mapping[str, Failure],
+    prompts: Sequence[Prompt], store: RowStore, sampling: Sampling, failures: Mapping[str, Failure]
 ) -> Answered:
     """The answers to these prompts; a failure counts where there is none."""
     answered = Answered({}, [])
-    for prompt in prompts:
-        ids = [row_id(prompt.id, k) for k in range(sampling.n)]
-        if there := [_from_row(store.rows[i], prompt.id) for i in ids if i in store.done]:
-            answered.answers[prompt.id] = there
-        lost = [i for i in ids if i in failures and i not in store.done]
-        answered.failures.extend(failures[i] for i in lost)
+    for key, (prompt, sample) in all_wanted(prompts, sampling).items():
+        if (row := store.rows.get(key)) is not None:
+            answer = Answer(prompt.id, row["text"], row["finish_reason"], row["n_tokens"], sample)
+            answered.answers.setdefault(prompt.id, []).append(answer)
+        elif key in failures:
+            answered.failures.append(failures[key])
     return answered
 
 
 def report_failures(answered: Answered, store_path: Path, name: str) -> None:
-    """Logs that there are some, and lists them beside the store; raises UsageError where there is
-    nothing else."""
+    """Logs that there are some, and lists them beside the store.
+
+    Raises UsageError where there is nothing else.
+    """
     path = failure_list(store_path)
     failures = answered.failures
     if not failures:
@@ -93,13 +86,8 @@ def report_failures(answered: Answered, store_path: Path, name: str) -> None:
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     if not answered.answers:
         raise UsageError(f"{name} gave no answer; the first failure: {failures[0].reason}")
-    logger.warning(
-        "%s: %d answers could not be had, listed in %s; the first reason: %s",
-        name,
-        len(failures),
-        path,
-        failures[0].reason,
-    )
+    what = f"{name}: {len(failures)} answers could not be had, listed in {path}"
+    logger.warning("%s; the first reason: %s", what, failures[0].reason)
 
 
 def failure_list(store_path: Path) -> Path:
@@ -131,8 +119,3 @@ def to_row(answer: Answer, prompt_digest: str) -> Row:
         "n_tokens": answer.n_tokens,
         **({"sample": answer.sample} if answer.sample else {}),
     }
-
-
-def _from_row(row: Row, prompt_id: str) -> Answer:
-    sample = row.get("sample", 0)
-    return Answer(prompt_id, row["text"], row["finish_reason"], row["n_tokens"], sample)

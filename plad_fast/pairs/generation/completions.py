@@ -5,14 +5,8 @@ Only known finish reasons count: after an unknown one the text may not be whole.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
-
-from plad_fast.pairs.generation.text_model import Answer, Failure
-
-logger = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length", "content_filter", "tool_calls"]
 
@@ -35,8 +29,6 @@ _WORDS: dict[Finish, str] = {
 }
 _ENDS = {word: end for end, words in _WORDS.items() for word in words.split()}
 _NOTHING = frozenset({"", "null", "none"})
-
-_ENOUGH = 16  # answers, to say that some hold thoughts while it is not too late
 
 _NAME = r"(?:[\w-]+:)?(?:think|thinking|thoughts?|reasoning)"
 # Tags of DeepSeek, Qwen and their like, then Mistral, Kimi, OpenThinker, Cohere, Gemma and gpt-oss,
@@ -106,41 +98,3 @@ def _closed(text: str) -> int:
     """The place behind the last thought that is closed."""
     *_, closed = [0, *(mark.end() for mark in _CLOSE.finditer(text))]
     return closed
-
-
-def watched(
-    name: str,
-    batches: Iterable[Sequence[Answer | Failure]],
-    advice: str = "switch the model's thinking off, or cut its thoughts off before",
-) -> Iterator[list[Answer | Failure]]:
-    """The batches as they are, with one warning where answers hold the model's thought.
-
-    Args:
-        name: of the teacher.
-        advice: what to do about it.
-    """
-    seen = found = 0
-    told = False
-
-    def tell() -> None:
-        logger.warning(
-            "%s: %d of %d answers so far hold the model's thought beside the answer (<think>, say),"
-            " which a student would be trained on; %s",
-            name,
-            found,
-            seen,
-            advice,
-        )
-
-    try:
-        for batch in batches:
-            texts = [item.text for item in batch if isinstance(item, Answer)]
-            seen += len(texts)
-            found += sum(map(holds_thought, texts))
-            if found and seen >= _ENOUGH and not told:
-                told = True
-                tell()
-            yield [*batch]
-    finally:
-        if found and not told:
-            tell()

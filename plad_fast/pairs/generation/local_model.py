@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +15,9 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import BrokenLogitsError, Refill, Row, padded, why_not_refill
+from plad_fast.pairs.generation.refill import Row, padded, refilled, require_finite, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
-from plad_fast.pairs.generation.text_model import Answer, SampleModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LocalModel(SampleModel):
+class LocalModel(TextModel):
     """A transformers language model in this process, causal or encoder-decoder.
 
     To an encoder-decoder model a prompt is the encoder's text, with the special tokens that its
@@ -61,7 +62,6 @@ class LocalModel(SampleModel):
         self.tokenizer = tokenizer
         self.name = name
         self.chat = chat
-        self.refill = refill
         self._refills: bool | None = None if refill else False
         self._start_token = decoder_start_token(model)
 
@@ -74,48 +74,34 @@ class LocalModel(SampleModel):
                 produced NaN or infinite logits.
         """
         prompts = {prompt.id: prompt for prompt, _ in wanted}
-        ids = self._encode(prompts.values())
+        ids = prompt_ids(
+            self.tokenizer,
+            prompts.values(),
+            chat=self.chat,
+            encoder_decoder=self._start_token is not None,
+        )
         self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)
         rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
         rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
         return self._batches(rows, sampling)
 
-    def _encode(self, prompts: Iterable[Prompt]) -> dict[str, list[int]]:
-        from plad_fast.data.text_ids import TextIds
-
-        encoder = TextIds(self.tokenizer, encoder_decoder=self._start_token is not None)
-        found = {}
-        for prompt in prompts:
-            content = as_messages(self.tokenizer, prompt.content) if self.chat else prompt.content
-            try:
-                found[prompt.id] = encoder.prompt(content)
-            except UsageError as error:
-                raise UsageError(f"prompt {prompt.id!r}: {error}") from None
-        return found
-
     def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
         config = self.model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and self._start_token is not None:
-            # Prompt and answer have positions of their own.
-            if sampling.max_new_tokens > positions:
-                raise UsageError(
-                    f"max_new_tokens={sampling.max_new_tokens}, and the decoder of model "
-                    f"{self.name} has {positions} positions; lower max_new_tokens"
-                )
-            room, why = positions, f"the encoder has {positions} positions; shorten or drop them"
-        else:
-            room = positions - sampling.max_new_tokens if positions else None
-            why = (
-                f"of {positions} positions max_new_tokens={sampling.max_new_tokens} leaves "
-                f"{max(room or 0, 0)}; shorten or drop these prompts, or lower max_new_tokens"
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
+        limit = sampling.max_new_tokens
+        if limit > positions:
+            raise UsageError(
+                f"max_new_tokens={limit}, and model {self.name} has {positions} positions; lower it"
             )
-        too_long = [row for row in rows if room is not None and len(row[0]) > room]
+        # In an encoder-decoder model prompt and answer have positions of their own.
+        room = positions - (limit if self._start_token is None else 0)
+        too_long = [row for row in rows if len(row[0]) > room]
         if too_long:
             ids, prompt = max(too_long, key=lambda row: len(row[0]))
             raise UsageError(
                 f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
-                f"prompt {prompt.id!r} has {len(ids)} tokens, and {why}"
+                f"prompt {prompt.id!r} has {len(ids)} tokens, and of {positions} positions "
+                f"max_new_tokens={limit} leaves {room}; drop them, or lower max_new_tokens"
             )
         for ids, prompt in rows:
             if max(ids) >= config.vocab_size:
@@ -129,25 +115,17 @@ class LocalModel(SampleModel):
         pad = self.tokenizer.pad_token_id
         pad = min(ends, default=0) if pad is None else pad
         config = self._generation_config(sampling, ends, pad)
-        try:
-            if rows and self._can_refill(config, pad):
-                refill = None
-                # The model is in its own mode whenever answers are handed out.
-                while refill is None or refill.unfinished:
-                    with _generating(self.model, config), torch.inference_mode():
-                        refill = refill or Refill(self.model, rows, sampling, ends, pad)
-                        finished = refill.advance()
-                    yield [self._finish(row, ends) for row in finished]
+        if rows and self._can_refill(config, pad):
+            batches = refilled(self.model, rows, sampling, ends, pad)
+        else:
+            batches = self._generated(rows, sampling, config)
+        while True:
+            # The model is in its own mode whenever answers are handed out.
+            with _generating(self.model, config), torch.inference_mode():
+                finished = next(batches, None)
+            if finished is None:
                 return
-            for start in range(0, len(rows), sampling.batch_size):
-                batch = rows[start : start + sampling.batch_size]
-                self._generate_batch(batch, sampling, config)
-                yield [self._finish(row, ends) for row in batch]
-        except BrokenLogitsError as error:
-            raise UsageError(
-                f"model {self.name} produced NaN or infinite logits for prompt {error.args[0]!r}; "
-                "load it in bfloat16 or float32, and check that its training did not diverge"
-            ) from None
+            yield [self._finish(row, ends) for row in finished]
 
     def _can_refill(self, config: GenerationConfig, pad: int) -> bool:
         if self._refills is None:
@@ -173,21 +151,22 @@ class LocalModel(SampleModel):
             use_cache=True,
         )
 
-    def _generate_batch(
+    def _generated(
         self, rows: list[Row], sampling: Sampling, config: GenerationConfig
-    ) -> None:
-        """Sets the tokens of all rows, by transformers' `generate`; what follows an end is pad."""
+    ) -> Iterator[list[Row]]:
+        """Rows answered by transformers' `generate`, batch by batch; what follows an end is pad."""
         from transformers import LogitsProcessorList
 
         device = self.model.device
         side: Literal["left", "right"] = "left" if self._start_token is None else "right"
-        prompts, mask = padded([row.prompt for row in rows], config.pad_token_id, side, device)
-        # Tokens in front of an answer in what `generate` gives.
-        before = prompts.shape[1] if self._start_token is None else 1
-        ids, samples = [row.prompt_id for row in rows], [row.sample for row in rows]
-        sampler = RowSampler(sampling, ids, before, device, samples)
         generate: Any = self.model.generate
-        with _generating(self.model, config), torch.inference_mode():
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = rows[start : start + sampling.batch_size]
+            prompts, mask = padded([row.prompt for row in batch], config.pad_token_id, side, device)
+            # Tokens in front of an answer in what `generate` gives.
+            before = prompts.shape[1] if self._start_token is None else 1
+            uniforms = torch.stack([sampling.uniforms(row.prompt_id, row.sample) for row in batch])
+            sampler = RowSampler(sampling, uniforms.to(device), before)
             output = generate(  # by name, as PEFT's takes them
                 input_ids=prompts,
                 attention_mask=mask,
@@ -195,28 +174,47 @@ class LocalModel(SampleModel):
                 logits_processor=LogitsProcessorList([sampler]),
                 **_cache(self.model),
             )
-        broken = sampler.broken.tolist()
-        if any(broken):
-            raise BrokenLogitsError(ids[broken.index(True)])
-        for row, tokens in zip(rows, output[:, before:].tolist(), strict=True):
-            row.tokens = tokens
+            require_finite(batch, sampler.broken.tolist())
+            for row, tokens in zip(batch, output[:, before:].tolist(), strict=True):
+                row.tokens = tokens
+            yield batch
 
     def _finish(self, row: Row, ends: set[int]) -> Answer:
         tokens = row.tokens
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         # Not every end token is special to the tokenizer: cut before it rather than skip it.
-        text = decode_answer(self.tokenizer, tokens[:length])
+        text = decode_answer(self.tokenizer, tokens[:length]).strip()
         if length is None:
-            return Answer(row.prompt_id, text.strip(), "length", len(tokens), row.sample)
-        return Answer(row.prompt_id, text.strip(), "stop", length + 1, row.sample)
+            return Answer(row.prompt_id, text, "length", len(tokens), row.sample)
+        return Answer(row.prompt_id, text, "stop", length + 1, row.sample)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    *,
+    chat: bool = True,
+    encoder_decoder: bool = False,
+) -> dict[str, list[int]]:
+    """The tokens of prompts by their ids, as a student is trained on them; see `LocalModel`."""
+    from plad_fast.data.text_ids import TextIds
+
+    encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
+    ids = {}
+    for prompt in prompts:
+        content = as_messages(tokenizer, prompt.content) if chat else prompt.content
+        try:
+            ids[prompt.id] = encoder.prompt(content)
+        except UsageError as error:
+            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+    return ids
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that end an answer.
+    """Ids of the tokens that end an answer: the generation config's, and the tokenizer's EOS.
 
-    They are those of the generation config, the tokenizer's EOS, and the mark that closes an
-    assistant turn in the chat template: a model trained with the template learns to end in that,
-    also where the config still names the EOS of pre-training.
+    And the mark that closes an assistant turn in the chat template: a model trained with it learns
+    to end in that, also where the config still names the EOS of pre-training.
     """
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ends = set(configured if isinstance(configured, list) else [configured])

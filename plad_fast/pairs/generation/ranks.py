@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,13 +32,13 @@ T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=30)
 
 
+@dataclass
 class Ranks:
     """The processes of this run; make it with `joined`."""
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank = rank
-        self.size = size
-        self._group = group
+    rank: int = 0
+    size: int = 1
+    group: Any = None
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; a UsageError there is raised in all."""
@@ -49,7 +50,7 @@ class Ranks:
                 outcome[0] = make()
             except UsageError as error:
                 outcome[1] = str(error)
-        self._talk(lambda: dist.broadcast_object_list(outcome, group=self._group, group_src=0))
+        self._talk(lambda: dist.broadcast_object_list(outcome, group=self.group, group_src=0))
         if outcome[1] is not None:
             raise UsageError(outcome[1])
         return outcome[0]
@@ -59,18 +60,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        self._talk(lambda: dist.all_gather_object(values, value, group=self._group))
+        self._talk(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
-
-    def wait(self) -> None:
-        if self.size > 1:
-            self._talk(lambda: dist.barrier(group=self._group))
-
-    def leave(self) -> None:
-        """Leaves the group, which is not kept, not even by the traceback of an exception: one whose
-        threads still run when the interpreter ends aborts it."""
-        dist.destroy_process_group(self._group)
-        self._group = None
 
     def _talk(self, exchange: Callable[[], object]) -> None:
         try:
@@ -78,7 +69,7 @@ class Ranks:
         except RuntimeError as error:
             raise UsageError(
                 f"process {self.rank} of {self.size} goes no further, since another one has failed "
-                "or was killed: its own message says why; what is stored is safe, run again"
+                "or was killed, as its own message says; what is stored is safe, run again"
             ) from error
 
 
@@ -97,10 +88,18 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), group)
     try:
         yield ranks
-        # No process disconnects while another one still reads.
-        ranks.wait()
+        ranks.gather(None)  # no process disconnects while another one still reads
     finally:
-        ranks.leave()
+        dist.destroy_process_group(group)
+        # Not kept by the traceback of an exception either: a group whose threads still run when
+        # the interpreter ends aborts it.
+        ranks.group = group = None
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """What the first process of this run makes, in all of them; see `Ranks.from_first`."""
+    with joined() as ranks:
+        return ranks.from_first(make)
 
 
 def _several() -> bool:
@@ -114,39 +113,27 @@ def _several() -> bool:
         from accelerate import PartialState
 
         PartialState()
-        atexit.register(_hang_up)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         if not dist.is_initialized():
             raise UsageError(
-                f"WORLD_SIZE={size}, but no other process is to be reached; start with torchrun or "
-                "accelerate launch, or unset RANK and WORLD_SIZE"
+                f"WORLD_SIZE={size}, but there is no other process; use torchrun, or unset it"
             )
     return dist.get_world_size() > 1
 
 
-def _hang_up() -> None:
-    """At the end of a program whose group was started here."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def share(wanted: Wanted, rank: int, size: int) -> list[tuple[Prompt, int]]:
     """The part of one process: about as many, about as long, and all samples of a prompt."""
-    by_prompt: dict[str, list[tuple[Prompt, int]]] = {}
-    for item in wanted:
-        by_prompt.setdefault(item[0].id, []).append(item)
-    groups = sorted(
-        by_prompt.values(),
-        key=lambda group: (-len(json.dumps(group[0][0].content)), group[0][0].id),
-    )
+    prompts = {prompt.id: prompt for prompt, _ in wanted}.values()
+    ids = [p.id for p in sorted(prompts, key=lambda p: (-len(json.dumps(p.content)), p.id))]
     # Back and forth: in one direction alone the first process would get the longer ones.
     order = [*range(size), *reversed(range(size))]
-    mine = [group for i, group in enumerate(groups) if order[i % len(order)] == rank]
-    return [item for group in mine for item in group]
+    mine = {prompt_id for i, prompt_id in enumerate(ids) if order[i % len(order)] == rank}
+    return [(prompt, sample) for prompt, sample in wanted if prompt.id in mine]
 
 
-def shard_path(store: Path, rank: int, size: int) -> Path:
-    """Where a process keeps its share of a store."""
-    return store.with_name(f"{store.stem}.rank{rank}of{size}{store.suffix}")
+def shard_path(store: Path, ranks: Ranks) -> Path:
+    """Where this process keeps its share of a store."""
+    return store.with_name(f"{store.stem}.rank{ranks.rank}of{ranks.size}{store.suffix}")
 
 
 def shard_paths(store: Path) -> list[Path]:
@@ -159,9 +146,7 @@ def shard_paths(store: Path) -> list[Path]:
 def merge_shards(store: RowStore, fingerprint: Mapping[str, Any], order: Mapping[str, int]) -> None:
     """Moves all shares into the store; raises UsageError for one of another run, or still open.
 
-    Args:
-        fingerprint: of the store.
-        order: row id -> its place among the rows that are added; others come last.
+    Rows are added in `order`, row id -> place; others come last.
     """
     paths = shard_paths(store.path)
     rows: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model, vocabulary_size
-from plad_fast.pairs.generation.sampling import Sampling, TokenSampler, row_uniforms
+from plad_fast.pairs.generation.sampling import Sampling, TokenSampler
 
 
 @dataclass
@@ -45,17 +45,21 @@ def padded(
     return batch[0].to(device), batch[1].to(device)
 
 
-class UnsuitableError(Exception):
-    """The model's cache is not one of keys and values by token."""
+def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
+    """Raises UsageError for the first row with NaN or infinite logits."""
+    for row, is_broken in zip(rows, broken, strict=True):
+        if is_broken:
+            raise UsageError(
+                f"the model produced NaN or infinite logits for prompt {row.prompt_id!r}; load it "
+                "in bfloat16 or float32, and check that its training did not diverge"
+            )
 
 
 class RowDecoder:
     """Next-token logits of rows that come and go. Call it in evaluation and inference mode.
 
-    Args:
-        model: a causal LM that `why_not_refill` has nothing against.
-        max_rows: most rows at once.
-        pad: any token; it fills up shorter prompts.
+    The model is a causal LM that `why_not_refill` has nothing against; `pad`, which fills up
+    shorter prompts, is any token.
     """
 
     def __init__(self, model: Any, max_rows: int, pad: int, *, slack: int = 64) -> None:
@@ -65,17 +69,12 @@ class RowDecoder:
         self._pad = pad
         self._device = model.device
         self.cache = RowCache(max_rows, slack=slack)
-        self._lengths: list[int] = []
         # No logits of a prompt's tokens but for the last: they would be the largest tensor of all.
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
         self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
 
-    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:
-        """Reads new prompts and adds rows for them, `copies` of each, after those there are.
-
-        Returns:
-            (number of prompts, V): logits of every prompt's first new token.
-        """
+    def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:  # (new, V)
+        """Reads new prompts and adds rows for them, `copies` of each, after those there are."""
         from transformers import DynamicCache
 
         ids, mask = padded(prompts, self._pad, "left", self._device)
@@ -84,31 +83,22 @@ class RowDecoder:
         depth = base_model(self._model).config.get_text_config().num_hidden_layers
         filled = [layer.get_seq_length() for layer in prefilled.layers]
         if filled != [ids.shape[1]] * depth:
-            raise UnsuitableError("its layers do not all keep keys and values of every token")
+            raise ValueError("its layers do not all keep keys and values of every token")
         sources = [i for i, count in enumerate(copies) for _ in range(count)]
-        new = [len(prompts[i]) for i in sources]
-        self.cache.insert(prefilled, sources, new)
-        self._lengths += new
-        return logits
+        self.cache.insert(prefilled, sources, [len(prompts[i]) for i in sources])
+        return logits[sources]
 
     def step(self, tokens: Sequence[int]) -> Tensor:  # (R, V)
         """Logits of the next token of each row after these."""
-        self.cache.prepare_step()
-        logits = self._forward(
-            self._tensor(tokens)[:, None],
-            self.cache.mask(self._device),
-            self._tensor(self._lengths)[:, None],
-            self.cache,
+        cache = self.cache
+        cache.prepare_step()
+        ids, positions = (
+            torch.tensor(values, device=self._device)[:, None]
+            for values in (tokens, [cache.end - start for start in cache.starts])
         )
-        self.cache.finish_step()
-        self._lengths = [length + 1 for length in self._lengths]
+        logits = self._forward(ids, cache.mask(self._device), positions, cache)
+        cache.finish_step()
         return logits
-
-    def drop(self, row: int) -> None:
-        """Removes a row; the last one takes its place."""
-        self.cache.drop(row)
-        self._lengths[row] = self._lengths[-1]
-        self._lengths.pop()
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         output = self._model(
@@ -121,104 +111,54 @@ class RowDecoder:
         )
         return output.logits[:, -1]
 
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self._device)
 
+def refilled(
+    model: Any, rows: Sequence[Row], sampling: Sampling, ends: set[int], pad: int
+) -> Iterator[list[Row]]:
+    """Answers rows in the order given, `sampling.batch_size` at a time; yields what is finished.
 
-class Refill:
-    """Answers rows in the order given, `sampling.batch_size` of them at a time.
-
-    Args:
-        model: see `RowDecoder`.
-        rows: the longest prompts first, the samples of a prompt side by side.
-        ends: tokens that end an answer.
+    The longest prompts come first, the samples of a prompt side by side. Go on in evaluation and
+    inference mode.
     """
-
-    def __init__(
-        self, model: Any, rows: Sequence[Row], sampling: Sampling, ends: set[int], pad: int
-    ) -> None:
-        self._waiting = deque(rows)
-        self._running: list[Row] = []
-        self._sampling = sampling
-        self._ends = ends
-        self._choose = TokenSampler(sampling)
-        size = min(sampling.batch_size, max(1, len(rows)))
-        self._decoder = RowDecoder(model, size, pad)
-        self._size = size
+    waiting = deque(rows)
+    running: list[Row] = []
+    size = min(sampling.batch_size, max(1, len(rows)))
+    decoder, choose = RowDecoder(model, size, pad), TokenSampler(sampling)
+    while waiting or running:
+        free = min(size - len(running), len(waiting))
         # One prompt alone costs nearly as much to read as several together.
-        self._newcomers = max(1, size // 4)
-        self._device = model.device
-
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
-
-    def advance(self) -> list[Row]:
-        """Goes on until at least one row is finished, and returns those that are.
-
-        Raises:
-            BrokenLogitsError: NaN or infinite logits.
-        """
-        while True:
-            free = self._size - len(self._running)
-            if self._waiting and (free >= self._newcomers or free >= len(self._waiting)):
-                finished = self._admit(free)
-            else:
-                logits = self._decoder.step([row.tokens[-1] for row in self._running])
-                finished = self._extend(0, logits)
-            if finished:
-                return finished
-
-    def _admit(self, free: int) -> list[Row]:
-        new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        samples = [[*rows] for _, rows in itertools.groupby(new, lambda row: row.prompt_id)]
-        copies = [len(rows) for rows in samples]
-        if self._sampling.temperature:
-            uniforms = row_uniforms(
-                self._sampling.seed,
-                [row.prompt_id for row in new],
-                self._sampling.max_new_tokens,
-                [row.sample for row in new],
-            )
-            for row, numbers in zip(new, uniforms.tolist(), strict=True):
-                row.uniforms = numbers
-        logits = self._decoder.admit([rows[0].prompt for rows in samples], copies)
-        first = len(self._running)
-        self._running += new
-        return self._extend(
-            first, logits.repeat_interleave(torch.tensor(copies, device=self._device), dim=0)
-        )
-
-    def _extend(self, first: int, logits: Tensor) -> list[Row]:
-        """Adds a token to each row from `first` on, and takes out those that end with it."""
-        rows = self._running[first:]
-        uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in rows]
-        drawn = self._choose(logits, torch.tensor(uniforms, device=self._device))
+        if free and free >= min(max(1, size // 4), len(waiting)):
+            first, new = len(running), [waiting.popleft() for _ in range(free)]
+            groups = [[*group] for _, group in itertools.groupby(new, lambda row: row.prompt_id)]
+            if sampling.temperature:
+                for row in new:
+                    row.uniforms = sampling.uniforms(row.prompt_id, row.sample).tolist()
+            logits = decoder.admit([group[0].prompt for group in groups], [*map(len, groups)])
+            running += new
+        else:
+            first, logits = 0, decoder.step([row.tokens[-1] for row in running])
+        grown = running[first:]
+        uniforms = [row.uniforms[len(row.tokens)] if row.uniforms else 0.0 for row in grown]
+        drawn = choose(logits, torch.tensor(uniforms, device=logits.device))
         tokens, broken = torch.stack([part.long() for part in drawn]).tolist()  # one transfer
-        if any(broken):
-            raise BrokenLogitsError(rows[broken.index(1)].prompt_id)
-        for row, token in zip(rows, tokens, strict=True):
+        require_finite(grown, broken)
+        for row, token in zip(grown, tokens, strict=True):
             row.tokens.append(token)
         finished = []
         # From behind: the row that moves into a gap has been looked at.
-        for place in reversed(range(first, len(self._running))):
-            row = self._running[place]
-            if row.tokens[-1] in self._ends or len(row.tokens) == self._sampling.max_new_tokens:
-                self._decoder.drop(place)
-                self._running[place] = self._running[-1]
-                self._running.pop()
+        for place in reversed(range(first, len(running))):
+            row = running[place]
+            if row.tokens[-1] in ends or len(row.tokens) == sampling.max_new_tokens:
+                decoder.cache.drop(place)
+                running[place] = running[-1]
+                running.pop()
                 finished.append(row)
-        return finished[::-1]
-
-
-class BrokenLogitsError(Exception):
-    """NaN or infinite logits, for the prompt whose id is the argument."""
+        if finished:
+            yield finished[::-1]
 
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _KNOWN_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-# Lengths of two prompts and of one that takes the place of the first.
-_PROMPTS = (9, 5, 7)
 # Nats by which log-probabilities may differ in the mean, rounding (TF32 too) and no more: see
 # `plad_fast.models.sharing` for what errors amount to.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2}
@@ -230,6 +170,8 @@ def why_not_refill(model: Any, pad: int) -> str | None:
 
     Call it in evaluation and inference mode. Takes a few forward passes of a few tokens.
     """
+    from transformers import DynamicCache
+
     lm = base_model(model)
     family = type(lm).__name__
     if lm.config.is_encoder_decoder:
@@ -241,14 +183,13 @@ def why_not_refill(model: Any, pad: int) -> str | None:
     if getattr(config, "attention_chunk_size", None):
         return f"{family} attends in chunks"
     try:
-        unknown = _cache_layers(config) - _KNOWN_CACHES
+        unknown = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        unknown -= _KNOWN_CACHES
         if unknown:
             return f"{family} keeps {', '.join(sorted(unknown))} in its cache"
         difference = _difference(model, pad)
     except (UsageError, torch.OutOfMemoryError):
         raise
-    except UnsuitableError as error:
-        return f"{family}: {error}"
     except Exception as error:  # a forward that takes other arguments, say
         return f"{family} does not decode row by row ({type(error).__name__}: {error})"
     dtype = next(model.parameters()).dtype
@@ -258,36 +199,22 @@ def why_not_refill(model: Any, pad: int) -> str | None:
     return None
 
 
-def _cache_layers(config: Any) -> set[str]:
-    from transformers import DynamicCache
-
-    return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-
-
 def _difference(model: Any, pad: int) -> float:
     """Mean difference from whole sequences, one at a time and without a cache."""
     vocab = vocabulary_size(model)
     draw = torch.Generator().manual_seed(0)
     first, stays, comes = (
-        torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in _PROMPTS
+        torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in (9, 5, 7)
     )
-    n_first, n_stays, n_comes = _PROMPTS
     decoder = RowDecoder(model, 2, pad, slack=1)
-    found = [decoder.admit([first[:n_first], stays[:n_stays]], [1, 1])]
-    found.append(decoder.step([first[n_first], stays[n_stays]]))
-    decoder.drop(0)
-    found.append(decoder.admit([comes[:n_comes]], [1]))
-    found.append(decoder.step([stays[n_stays + 1], comes[n_comes]]))
-    ends = (
-        first[:n_first], stays[:n_stays], first[: n_first + 1], stays[: n_stays + 1],
-        comes[:n_comes], stays, comes[: n_comes + 1],
-    )  # fmt: skip
-    expected = [_whole(model, ids) for ids in ends]
-    distance = torch.cat(found).float().log_softmax(-1) - torch.stack(expected)
+    found = [decoder.admit([first[:9], stays[:5]], [1, 1]), decoder.step([first[9], stays[5]])]
+    decoder.cache.drop(0)
+    found += [decoder.admit([comes[:7]], [1]), decoder.step([stays[6], comes[7]])]
+    read = (first[:9], stays[:5], first[:10], stays[:6], comes[:7], stays, comes[:8])
+    expected = [
+        model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1] for ids in read
+    ]
+    distance = torch.cat(found).float().log_softmax(-1)
+    distance -= torch.stack(expected).float().log_softmax(-1)
     # Masked logits are -inf both ways.
     return float(distance[distance.isfinite()].abs().mean())
-
-
-def _whole(model: Any, ids: list[int]) -> Tensor:  # (V,)
-    logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-    return logits.float().log_softmax(-1)

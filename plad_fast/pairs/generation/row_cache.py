@@ -21,9 +21,7 @@ from transformers.cache_utils import DynamicLayer
 class RowCache(Cache):
     """A transformers cache for decoding one token a row and step.
 
-    Args:
-        max_rows: most rows at once; memory is taken for so many.
-        slack: columns to take beyond those that are needed at the moment.
+    It takes memory for `max_rows`, and for `slack` columns beyond those that are needed.
     """
 
     def __init__(self, max_rows: int, *, slack: int = 64) -> None:
@@ -40,42 +38,40 @@ class RowCache(Cache):
         self._capacity = 0
 
     @property
-    def rows(self) -> int:
-        return len(self.starts)
-
-    @property
     def start(self) -> int:
         """The first column that a row uses; those before it are not shown to the model."""
         return min(self.starts, default=self.end)
 
     def insert(self, prefilled: Cache, sources: Sequence[int], lengths: Sequence[int]) -> None:
-        """Adds rows after those there are.
+        """Adds rows of a left-padded batch, (.., H, W, E), after those there are.
 
-        Args:
-            prefilled: keys and values of a left-padded batch, (.., H, W, E) each.
-            sources: for every new row its row in that batch.
-            lengths: for every new row its tokens, padding left out.
+        Each new row has its `source` in that batch and its length, padding left out.
         """
-        assert self.rows + len(sources) <= self.max_rows
-        width = max(lengths)
+        first, width = len(self.starts), max(lengths)
+        assert first + len(sources) <= self.max_rows
         if not self.starts:
             self.end = 0
         if self.end < width or self._capacity == 0:
             self._move(width - (self.end - self.start))
-        first, index = self.rows, torch.tensor(sources)
-        columns = slice(self.end - width, self.end)
-        for layer, given in zip(self._row_layers(prefilled), prefilled.layers, strict=True):
-            layer.put(first, columns, given, index.to(layer.device))
+        if not self.layers:
+            self.layers = [_RowLayer(self, layer, self._capacity) for layer in prefilled.layers]
+        rows, columns = slice(first, first + len(sources)), slice(self.end - width, self.end)
+        for layer, given in zip(self.layers, prefilled.layers, strict=True):
+            index = torch.tensor(sources, device=layer.device)
+            layer.keys[rows, :, columns] = given.keys[index, :, -width:]
+            layer.values[rows, :, columns] = given.values[index, :, -width:]
         self.starts += [self.end - length for length in lengths]
 
     def drop(self, row: int) -> None:
         """Removes a row; the last one takes its place."""
-        last = self.rows - 1
-        if row != last:
-            for layer in self.layers:
-                layer.copy_row(last, row, slice(self.starts[last], self.end))
-        self.starts[row] = self.starts[last]
-        self.starts.pop()
+        start = self.starts.pop()
+        last, columns = len(self.starts), slice(start, self.end)
+        if row == last:
+            return
+        self.starts[row] = start
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor[row, :, columns] = tensor[last, :, columns]
 
     def prepare_step(self) -> None:
         """Makes room for one more column."""
@@ -102,30 +98,29 @@ class RowCache(Cache):
         grow = needed + max(1, self._slack // 2) > self._capacity
         if grow:
             self._capacity = needed + max(self._slack, needed // 2)
+        rows, old, new = slice(len(self.starts)), slice(start, self.end), slice(more, needed)
         for layer in self.layers:
-            layer.move(self.rows, slice(start, self.end), more, self._capacity if grow else None)
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)
+                # A copy: source and target may overlap in the same memory.
+                moved = tensor[rows, :, old].clone()
+                if grow:
+                    tensor = _zeros(tensor, self.max_rows, self._capacity)
+                    setattr(layer, name, tensor)
+                tensor[rows, :, new] = moved
         self.starts = [more + first - start for first in self.starts]
         self.end = needed
-
-    def _row_layers(self, prefilled: Cache) -> list[_RowLayer]:
-        if not self.layers:
-            self.layers = [
-                _RowLayer(self, layer.keys, layer.values, self._capacity)
-                for layer in prefilled.layers
-            ]
-        return self.layers
 
 
 class _RowLayer(DynamicLayer):
     """One layer's part. To transformers it is a cache of R rows that begins at `cache.start`."""
 
-    def __init__(self, cache: RowCache, keys: Tensor, values: Tensor, capacity: int) -> None:
+    def __init__(self, cache: RowCache, like: DynamicLayer, capacity: int) -> None:
         super().__init__()
         self._cache = cache
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = (
-            _zeros(like, cache.max_rows, capacity) for like in (keys, values)
-        )  # (max_rows, H, C, E)
+        self.dtype, self.device = like.keys.dtype, like.keys.device
+        self.keys = _zeros(like.keys, cache.max_rows, capacity)  # (max_rows, H, C, E)
+        self.values = _zeros(like.values, cache.max_rows, capacity)
         self.is_initialized = True
 
     def update(
@@ -137,7 +132,7 @@ class _RowLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         assert key_states.shape[2] == 1
         cache = self._cache
-        rows, end = slice(cache.rows), cache.end
+        rows, end = slice(len(cache.starts)), cache.end
         self.keys[rows, :, end] = key_states[:, :, 0]
         self.values[rows, :, end] = value_states[:, :, 0]
         shown = slice(cache.start, end + 1)
@@ -145,26 +140,6 @@ class _RowLayer(DynamicLayer):
 
     def get_seq_length(self, *args: Any) -> int:
         return self._cache.end - self._cache.start
-
-    def put(self, first: int, columns: slice, given: DynamicLayer, index: Tensor) -> None:
-        rows = slice(first, first + len(index))
-        width = columns.stop - columns.start
-        self.keys[rows, :, columns] = given.keys[index, :, -width:]
-        self.values[rows, :, columns] = given.values[index, :, -width:]
-
-    def copy_row(self, source: int, target: int, columns: slice) -> None:
-        for tensor in (self.keys, self.values):
-            tensor[target, :, columns] = tensor[source, :, columns]
-
-    def move(self, rows: int, columns: slice, target: int, capacity: int | None) -> None:
-        new = slice(target, target + columns.stop - columns.start)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            used = old[:rows, :, columns]
-            tensor = old if capacity is None else _zeros(old, len(old), capacity)
-            # Source and target may overlap in the same memory.
-            tensor[:rows, :, new] = used.clone() if capacity is None else used
-            setattr(self, name, tensor)
 
 
 def _zeros(like: Tensor, rows: int, capacity: int) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +55,8 @@ class Sampling:
         return fields
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("top_k", 0),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("n", 1),
-        ):
+        smallest = {"max_new_tokens": 1, "top_k": 0, "batch_size": 1, "seed": 0, "n": 1}
+        for name, least in smallest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value}")
@@ -71,29 +65,20 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
+    def uniforms(self, prompt_id: str, sample: int = 0) -> Tensor:  # (T,) float32 on the CPU
+        """One number in [0, 1) a step.
 
-def row_uniforms(
-    seed: int, prompt_ids: Sequence[str], steps: int, samples: Sequence[int] | None = None
-) -> Tensor:
-    """One number in [0, 1) per row and step, (B, steps) float32 on the CPU.
-
-    A row depends on the seed, its prompt id and the number of its sample (0 where none are given)
-    alone, and more steps only append to it.
-    """
-    samples = [0] * len(prompt_ids) if samples is None else samples
-    rows = zip(prompt_ids, samples, strict=True)
-    return torch.stack([_stream(seed, prompt_id, sample, steps) for prompt_id, sample in rows])
-
-
-def _stream(seed: int, prompt_id: str, sample: int, steps: int) -> Tensor:
-    name = f"{seed}:{prompt_id}".encode()
-    if sample:
-        # Any string may be a prompt's id: a number written into the name would be another's name.
-        digest = hashlib.blake2b(name, salt=sample.to_bytes(8, "big")).digest()
-    else:
-        digest = hashlib.sha256(name).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(steps, generator=generator)
+        They depend on the seed, the prompt's id and the number of the sample alone, and more steps
+        only append to them.
+        """
+        name = f"{self.seed}:{prompt_id}".encode()
+        if sample:
+            # Any string may be a prompt's id: a number written into it would be another's name.
+            digest = hashlib.blake2b(name, salt=sample.to_bytes(8, "big")).digest()
+        else:
+            digest = hashlib.sha256(name).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.rand(self.max_new_tokens, generator=generator)
 
 
 def invert_cdf(
@@ -118,8 +103,16 @@ class TokenSampler:
     """Draws the next token of every row."""
 
     def __init__(self, sampling: Sampling) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
         self._greedy = sampling.temperature == 0
-        self._warpers = _warpers(sampling)
+        self._warpers: list[Any] = []
+        if sampling.temperature not in (0, 1):
+            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(
         self,
@@ -139,31 +132,20 @@ class TokenSampler:
 
 
 class RowSampler:
-    """A transformers logits processor under which greedy `generate` samples row by row.
-
-    Args:
-        sampling: temperature, filters and seed.
-        prompt_ids: of the B rows, in order.
-        prompt_length: tokens a row has before the first step, padding included.
-        device: of the logits.
-        samples: numbers of the rows' samples; None: 0.
-    """
+    """A transformers logits processor under which greedy `generate` samples row by row."""
 
     def __init__(
         self,
         sampling: Sampling,
-        prompt_ids: Sequence[str],
-        prompt_length: int,
-        device: torch.device,
-        samples: Sequence[int] | None = None,
+        uniforms: Tensor,  # (B, T), on the device of the logits
+        prompt_length: int,  # tokens before the first step, padding included
     ) -> None:
-        self.broken = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
+        self.broken = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)
         """(B,): whether a row met NaN or infinite logits. Kept on the device, to be read once."""
 
-        self._prompt_length = prompt_length
         self._choose = TokenSampler(sampling)
-        uniforms = row_uniforms(sampling.seed, prompt_ids, sampling.max_new_tokens, samples)
-        self._uniforms = uniforms.to(device)
+        self._uniforms = uniforms
+        self._prompt_length = prompt_length
 
     def __call__(
         self,
@@ -174,16 +156,3 @@ class RowSampler:
         chosen, broken = self._choose(scores, self._uniforms[:, step])
         self.broken |= broken
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-def _warpers(sampling: Sampling) -> list[Any]:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers: list[Any] = []
-    if sampling.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers

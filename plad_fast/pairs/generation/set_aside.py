@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from plad_fast.data.files import sync_folder
 from plad_fast.data.records import as_json, digest
-from plad_fast.data.store import FORMAT, Row, RowStore, has_rows
+from plad_fast.data.store import FORMAT, RowStore, has_rows
 
 logger = logging.getLogger(__name__)
 
 
 def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
-    """Makes room for rows of this fingerprint where a store holds those of another.
+    """Makes room for rows of this fingerprint where a store, not open, holds those of another.
 
     These may have been paid for: the file is renamed, `answers.1a2b3c4d.jsonl`, and takes its name
     back when its fingerprint comes again.
-
-    Args:
-        path: of the store, which is not open.
     """
     path = Path(path).expanduser()
     wanted = as_json(fingerprint)
@@ -44,27 +41,27 @@ def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> N
 
 
 def set_rows_aside(
-    path: str | os.PathLike[str],
-    fingerprint: Mapping[str, Any],
-    is_current: Callable[[Row], bool],
+    path: str | os.PathLike[str], fingerprint: Mapping[str, Any], digests: Mapping[str, str]
 ) -> None:
-    """Moves rows that are not current out of a store of this fingerprint, to `answers.old.jsonl`.
+    """Moves rows whose prompt has another digest now out of a store, to `answers.old.jsonl`.
 
-    Args:
-        path: of the store, which is not open.
-        fingerprint: a store of another one is left alone.
+    The store is not open; one of another fingerprint is left alone.
     """
     path = Path(path).expanduser()
     if _fingerprint(path) != as_json(fingerprint):
         return
     with RowStore.open(path, fingerprint) as store:
-        kept = [row for row in store.rows.values() if is_current(row)]
-        moved = [row for row in store.rows.values() if not is_current(row)]
+        rows = list(store.rows.values())
+    # A damaged row has no prompt, which is said later.
+    old = {row["id"] for row in rows if row.get("prompt") not in (None, digests.get(row["id"]))}
+    old &= digests.keys()  # not rows of other prompts
+    moved = [row for row in rows if row["id"] in old]
+    kept = [row for row in rows if row["id"] not in old]
     if not moved:
         return
-    old = path.with_name(f"{path.stem}.old{path.suffix}")
-    set_aside(old, fingerprint)
-    with RowStore.open(old, fingerprint) as store:
+    beside = path.with_name(f"{path.stem}.old{path.suffix}")
+    set_aside(beside, fingerprint)
+    with RowStore.open(beside, fingerprint) as store:
         # Of one id there may be several, each to another prompt.
         taken = {row["id"] for row in moved if store.rows.get(row["id"], row) != row}
         for row in moved:

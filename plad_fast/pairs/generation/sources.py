@@ -11,6 +11,7 @@ anything else       | a hub id, a folder or a .gguf file, run by transformers in
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,6 @@ from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, requi
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.pairs.generation.completions import watched
 from plad_fast.pairs.generation.endpoint.access import find_url
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
@@ -28,11 +28,11 @@ from plad_fast.pairs.generation.given import (
     CallableModel,
     ColumnModel,
     import_function,
-    source_digest,
+    source_settings,
 )
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -68,10 +68,7 @@ def open_teacher(
     if kind == "openai":
         return EndpointModel(Endpoint(rest, base_url=base_url, **endpoint_options), name)
     if base_url is not None:
-        raise UsageError(
-            f"a base URL is given, but the teacher {spec!r} is no endpoint; write openai:MODEL, or "
-            "leave the URL out"
-        )
+        raise UsageError(f"a base URL is given, but the teacher {spec!r} is no endpoint; drop it")
     if kind == "vllm":
         return VllmModel(rest, name)
     if kind == "column":
@@ -95,21 +92,15 @@ def teacher_fingerprint(
     kind, rest = split_spec(spec)
     if kind == "openai":
         return {"teacher": spec, "base_url": find_url(base_url)}
-    if kind == "vllm":
-        return {"teacher": spec, "weights": model_digest(rest)}
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":
-        source = source_digest(import_function(rest))
-        return {"teacher": spec, **({} if source is None else {"source": source})}
+        return {"teacher": spec, **source_settings(import_function(rest))}
     return {"teacher": spec, "weights": model_digest(rest)}
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """Kind and what follows the colon; for a local model, "local" and where it lies.
-
-    Raises UsageError for an unknown kind, or nothing after it.
-    """
+    """Kind and what follows the colon; for a local model, "local" and where it lies."""
     if spec == OFFLINE:
         from plad_fast.models.loading import offline_teacher_path  # brings in transformers
 
@@ -131,43 +122,23 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def require_teacher(spec: str, option: str = "the teacher") -> None:
-    """Raises UsageError for a wrong specification, or a model's path at which there is nothing.
-
-    Args:
-        spec: see this module.
-        option: under which it was given, for the message.
-    """
+    """Raises UsageError for a wrong specification, or a model's path at which there is nothing."""
     kind, rest = split_spec(spec)
     if kind in ("local", "vllm"):
         require_there(rest, option)
 
 
-class LazyLocalModel(SampleModel):
-    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers.
-
-    Args:
-        load: makes it.
-        name: for progress and messages.
-    """
+class LazyLocalModel(TextModel):
+    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers."""
 
     sharded = LocalModel.sharded
 
     def __init__(self, load: Callable[[], LocalModel], name: str) -> None:
         self.name = name
-        self._load = load
-        self._model: LocalModel | None = None
+        self._model = functools.cache(load)
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
-        return watched(self.name, self.model.generate_samples(wanted, sampling))
-
-    @property
-    def model(self) -> LocalModel:
-        """The model itself, which is loaded by this."""
-        if self._model is None:
-            self._model = self._load()
-        return self._model
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Iterator[list[Answer]]:
+        return self._model().generate_samples(wanted, sampling)
 
 
 def open_local_model(
@@ -182,7 +153,5 @@ def open_local_model(
 
 def _column(column: str, columns: Columns | None) -> Mapping[str, str | None]:
     if columns is None:
-        raise UsageError(
-            f"column:{column} needs data with that column; give a file or data set of prompts"
-        )
+        raise UsageError(f"column:{column} needs data with that column; give a file of prompts")
     return columns(column)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.sampling import Sampling
@@ -47,14 +47,18 @@ Wanted: TypeAlias = Sequence[tuple[Prompt, int]]
 
 
 class TextModel(Protocol):
-    """Whatever answers prompts: a local model, an API, a column of a data set."""
+    """Whatever answers prompts: a local model, an API, a column of a data set.
+
+    Any class with a name and `generate_samples` is one.
+    """
 
     name: str
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+    @abstractmethod
+    def generate_samples(
+        self, wanted: Wanted, sampling: Sampling
     ) -> Iterator[Sequence[Answer | Failure]]:
-        """Answers every prompt `sampling.n` times and yields answers as soon as they are there.
+        """Answers what is wanted and yields answers as soon as they are there.
 
         In any order, and in lists of any length; each (prompt, sample) once. What is wrong with the
         prompts or the model as a whole is raised as a UsageError from this very call, before
@@ -62,22 +66,8 @@ class TextModel(Protocol):
         """
         ...
 
-
-@runtime_checkable
-class SampleModel(Protocol):
-    """A `TextModel` that can be asked for some of a prompt's samples rather than for all.
-
-    Any class with both methods is one; a class derived from this one needs `generate_samples` only.
-    """
-
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling
     ) -> Iterator[Sequence[Answer | Failure]]:
         """All samples of these prompts; see `generate_samples`."""
         return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)
-
-    @abstractmethod
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[Sequence[Answer | Failure]]:
-        """Of each prompt the samples of these numbers alone, otherwise as `TextModel.generate`."""

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from plad_fast.data.chat import Content, is_blank
-from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.completions import known_end, watched
+from plad_fast.data.chat import is_blank
+from plad_fast.errors import UsageError, reported_as
+from plad_fast.pairs.generation.completions import known_end
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
+from plad_fast.pairs.generation.local_model import prompt_ids
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, SampleModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
 
 _AT_ONCE = 512  # requests in a call: what a killed run loses, and enough to keep a GPU busy
 
 
-class VllmModel(SampleModel):
+class VllmModel(TextModel):
     """A model for vLLM's `LLM` class, which is loaded when it is first asked.
 
-    Plain text is asked as a message of the user if the tokenizer has a chat template, as
-    `LocalModel` does. Every sample is a request with a seed of its own: vLLM does not give several
-    greedy answers in one, and shares the prompt's computation between requests.
+    It reads prompts by the tokens that `LocalModel` makes of them. Every sample is a request with a
+    seed of its own: vLLM does not give several greedy answers in one, and shares the prompt's
+    computation between requests.
 
     Args:
         model: hub id or folder.
@@ -36,10 +37,7 @@ class VllmModel(SampleModel):
 
     def __init__(self, model: str, name: str | None = None, **engine_options: Any) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise UsageError(
-                "vLLM is not installed; run: pip install vllm (on Linux with a GPU), or serve the "
-                "model elsewhere and use openai:MODEL with --base-url"
-            )
+            raise UsageError("vLLM is not installed; run: pip install vllm")
         if not model:
             raise UsageError("no model is named; write vllm:MODEL")
         self.model = model
@@ -56,22 +54,12 @@ class VllmModel(SampleModel):
             UsageError: from this call: the model cannot be loaded. From the iterator: vLLM refuses
                 a prompt, such as one too long for the model.
         """
-        self._load()
+        if self._engine is None:
+            problem = f"cannot load {self.model!r}; check the name and the GPU's free memory"
+            with reported_as(problem, "vLLM"):
+                self._engine = _vllm().LLM(model=self.model, **self._engine_options)
         starts = range(0, len(wanted), _AT_ONCE)
-        return watched(
-            self.name, (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
-        )
-
-    def _load(self) -> None:
-        if self._engine is not None:
-            return
-        try:
-            self._engine = _vllm().LLM(model=self.model, **self._engine_options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"vLLM cannot load {self.model!r} ({one_line(str(error))}); check the name and the "
-                "GPU's free memory"
-            ) from error
+        return (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
 
     def _answer(self, asked: Wanted, sampling: Sampling) -> list[Answer | Failure]:
         params = [
@@ -86,48 +74,30 @@ class VllmModel(SampleModel):
             for prompt, sample in asked
         ]
         tokenizer = self._engine.get_tokenizer()
-        # A tokenizer that brings its own way of chatting (Mistral's) has no such attribute.
-        chats = getattr(tokenizer, "chat_template", True)
-        contents = dict(enumerate(prompt.content for prompt, _ in asked))
-        plain = {i: c for i, c in contents.items() if isinstance(c, str) and not chats}
-        tokens = _as_tokens(tokenizer, {i: c for i, c in contents.items() if i not in plain})
-        rest = {i: as_chat(c) for i, c in contents.items() if i not in plain and i not in tokens}
-        calls: list[tuple[Any, dict[int, Any]]] = [
-            (self._engine.generate, {i: {"prompt_token_ids": ids} for i, ids in tokens.items()}),
-            (self._engine.generate, plain),
-            (self._engine.chat, rest),
-        ]
-        outputs: dict[int, Any] = {}
+        call: Any
+        inputs: list[Any]
+        if hasattr(tokenizer, "added_tokens_decoder"):  # one of transformers
+            ids = prompt_ids(tokenizer, [prompt for prompt, _ in asked])
+            call = self._engine.generate
+            inputs = [{"prompt_token_ids": ids[prompt.id]} for prompt, _ in asked]
+        else:  # one with its own way of chatting, such as Mistral's
+            call, inputs = self._engine.chat, [as_chat(prompt.content) for prompt, _ in asked]
         try:
-            for call, inputs in calls:
-                if inputs:
-                    found = call([*inputs.values()], [params[i] for i in inputs], use_tqdm=False)
-                    outputs |= zip(inputs, found, strict=True)
+            outputs = call(inputs, params, use_tqdm=False)
         except ValueError as error:
             raise UsageError(
                 f"vLLM refuses a prompt for {self.model!r} ({one_line(str(error))}); shorten or "
                 "drop such prompts, or change the sampling"
             ) from error
-        return [_read(outputs[i].outputs[0], p.id, sample) for i, (p, sample) in enumerate(asked)]
+        return [
+            _read(output.outputs[0], prompt.id, sample)
+            for output, (prompt, sample) in zip(outputs, asked, strict=True)
+        ]
 
 
 def _vllm() -> Any:
     """The module, which takes long to import, and is not installed where types are checked."""
     return importlib.import_module("vllm")
-
-
-def _as_tokens(tokenizer: Any, contents: Mapping[int, Content]) -> dict[int, list[int]]:
-    """Token ids of the chats with a special token in a message, which vLLM would not read as text.
-
-    They are those on which a student is trained.
-    """
-    if not hasattr(tokenizer, "added_tokens_decoder"):
-        return {}
-    from plad_fast.data.text_ids import TextIds
-
-    encoder = TextIds(tokenizer)
-    chats = {i: as_chat(content) for i, content in contents.items()}
-    return {i: encoder.prompt(chat) for i, chat in chats.items() if encoder.holds_special(chat)}
 
 
 def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:

@@ -6,21 +6,21 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
-from plad_fast.data.store import Row, RowStore, has_rows
+from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs.filters import normalize_whitespace
-from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply, cost_of, spent_reason
-from plad_fast.pairs.generation.endpoint.model import FIRST_SPENT
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Usage
+from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
+from plad_fast.pairs.select import normalize_whitespace
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +48,7 @@ class JudgeReport:
             "failed": self.failed,
         }
         notes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        line = f"{self.comparisons} comparisons, {self.ties} ties"
-        return f"{line} ({notes})" if notes else line
-
-
-class ChatEndpoint(Protocol):
-    """What a judge needs of an `Endpoint`."""
-
-    reasoning_tokens: int
-
-    def settings(self) -> Mapping[str, Any]: ...
-
-    def try_out(self, request: ChatRequest) -> Reply: ...
-
-    def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]: ...
+        return f"{self.comparisons} comparisons, {self.ties} ties" + (f" ({notes})" * bool(notes))
 
 
 class Judge(Scorer):
@@ -74,36 +61,32 @@ class Judge(Scorer):
     of wins against the other different answers to its prompt; K of them take K (K - 1) requests.
 
     Args:
-        endpoint: such as an `Endpoint`.
+        endpoint: where to ask.
         name: for messages.
         criteria: what makes an answer the better one, in words for the judge.
         max_tokens: longest reply, in tokens, without the endpoint's `reasoning_tokens`.
         store: file that keeps the verdicts as they come, so that nothing is asked twice.
-        progress: show a bar on the standard error stream.
     """
 
     relative = True
 
     def __init__(
         self,
-        endpoint: ChatEndpoint,
+        endpoint: Endpoint,
         name: str = "judge",
         *,
         criteria: str = CRITERIA,
         max_tokens: int = 512,
         store: str | os.PathLike[str] | None = None,
-        progress: bool = False,
     ) -> None:
         self.endpoint = endpoint
         self.name = name
         self.criteria = criteria
         self.max_tokens = max_tokens
         self.store = store
-        self.progress = progress
         self.report = JudgeReport()
         self._known: dict[str, Row] = {}
         self._used: set[str] = set()
-        self._has_replied = False
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -115,21 +98,9 @@ class Judge(Scorer):
         }
 
     def try_out(self, *, overwrite: bool = False) -> None:
-        """Asks for one verdict, unless the store has some already, to find out before long work
-        whether there will be any.
-
-        Args:
-            overwrite: the store is about to be discarded.
-
-        Raises:
-            UsageError: as `Endpoint.try_out`, or all tokens are spent before a verdict.
-        """
-        if self.store is not None and has_rows(self.store) and not overwrite:
-            return
-        texts = ("Name a colour.", "Blue.", "A colour.")
-        question = self._question(digest(texts), *texts)
-        if self.endpoint.try_out(self._request(question)).choices[0].is_spent:
-            raise UsageError(f"{self.name}: asked for a verdict, {self._spent()}")
+        """Asks for one verdict, unless the store has some already; see `Endpoint.try_out`."""
+        _, question = self._question("Name a colour.", "Blue.", "A colour.")
+        self.endpoint.try_out(self._request(question), self.store, overwrite=overwrite)
 
     def compare(self, items: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """1 where the first text wins, 0 where the second does, 0.5 for a tie.
@@ -140,17 +111,19 @@ class Judge(Scorer):
         Raises:
             UsageError: no reply came at all, or as `RowStore.open`.
         """
-        wanted: dict[str, Messages] = {}
-        keys: list[tuple[str, str] | None] = []  # of both orders; None: equal texts need no judge
-        for prompt, a, b in items:
-            if normalize_whitespace(a) == normalize_whitespace(b):
-                keys.append(None)
-                continue
-            first, swapped = digest([prompt.content, a, b]), digest([prompt.content, b, a])
-            wanted[first] = self._question(first, prompt.content, a, b)
-            wanted[swapped] = self._question(swapped, prompt.content, b, a)
-            keys.append((first, swapped))
-        with self._stored() as store:
+        # In both orders; equal texts need no judge.
+        questions = [
+            []
+            if normalize_whitespace(a) == normalize_whitespace(b)
+            else [self._question(prompt.content, a, b), self._question(prompt.content, b, a)]
+            for prompt, a, b in items
+        ]
+        wanted = {key: messages for both in questions for key, messages in both}
+        opened = nullcontext() if self.store is None else RowStore.open(self.store, self.settings())
+        with opened as store:
+            if store is not None:
+                store.require(_is_verdict)
+                self._known |= store.rows
             new = {key: text for key, text in wanted.items() if key not in self._known}
             failures = self._ask(new, store)
         if wanted and not wanted.keys() & self._known.keys():
@@ -158,7 +131,7 @@ class Judge(Scorer):
                 f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
                 "endpoint works, and run again"
             )
-        return [self._outcome(both) for both in keys]
+        return [self._outcome([key for key, _ in both]) for both in questions]
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Shares of wins in [0, 1]; 0.5 for an answer without rivals."""
@@ -180,31 +153,33 @@ class Judge(Scorer):
         and requests that failed do not. `cost` is None where the endpoint knows no prices.
         """
         tokens = [self._known[key].get("tokens", (0, 0)) for key in self._used]
-        prompt_tokens, answer_tokens = (sum(pair[k] for pair in tokens) for k in (0, 1))
-        usage = getattr(self.endpoint, "usage", None)
+        spent = Usage(
+            self.endpoint.usage.prices,
+            prompt_tokens=sum(pair[0] for pair in tokens),
+            answer_tokens=sum(pair[1] for pair in tokens),
+        )
         return {
             "name": self.name,
             **asdict(self.report),
             "verdicts": len(self._used),
-            "prompt_tokens": prompt_tokens,
-            "answer_tokens": answer_tokens,
-            "cost": cost_of(prompt_tokens, answer_tokens, getattr(usage, "prices", None)),
+            "prompt_tokens": spent.prompt_tokens,
+            "answer_tokens": spent.answer_tokens,
+            "cost": spent.cost,
         }
 
     def spent(self) -> str:
         """One line: the report, and what the endpoint spent in this run."""
-        usage = getattr(self.endpoint, "usage", None)
-        return str(self.report) if usage is None else f"{self.report}; {usage}"
+        return f"{self.report}; {self.endpoint.usage}"
 
     def restart(self) -> None:
         """Resets the counts of the report and the summary."""
         self.report = JudgeReport()
         self._used = set()
 
-    def _outcome(self, keys: tuple[str, str] | None) -> float:
+    def _outcome(self, keys: Sequence[str]) -> float:
         report = self.report
         report.comparisons += 1
-        if keys is None:
+        if not keys:
             report.ties += 1
             return 0.5
         if not self._known.keys() >= set(keys):
@@ -219,103 +194,65 @@ class Judge(Scorer):
         report.ties += outcome == 0.5
         return outcome
 
-    def _question(self, key: str, prompt: Content, first: str, second: str) -> Messages:
+    def _question(self, prompt: Content, first: str, second: str) -> tuple[str, Messages]:
+        """Its key, and what is asked."""
+        key = digest([prompt, first, second])
         # No text can hold its own digest, so none can forge the end of its part.
-        return as_question(key[:12], self.criteria, prompt, first, second)
+        return key, as_question(key[:12], self.criteria, prompt, first, second)
 
     def _request(self, messages: Messages) -> ChatRequest:
-        optional = frozenset({"temperature"})
-        return ChatRequest(messages, self.max_tokens, temperature=0.0, optional=optional)
-
-    def _spent(self) -> str:
-        limit = self.max_tokens + self.endpoint.reasoning_tokens
-        return spent_reason(limit, "verdict", "--reasoning-tokens")
-
-    @contextmanager
-    def _stored(self) -> Iterator[RowStore | None]:
-        if self.store is None:
-            yield None
-            return
-        with RowStore.open(self.store, self.settings()) as store:
-            store.require(_is_verdict)
-            self._known |= store.rows
-            yield store
+        return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)
 
     def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""
         failures: list[str] = []
-        unclear: dict[str, Messages] = {}
-        paid: dict[str, tuple[int, int]] = {}
-        for key, reply in self._complete(questions, failures):
-            paid[key] = (reply.prompt_tokens, reply.answer_tokens)
-            choice = reply.choices[0]
-            # The last line of a reply that was cut off is no verdict, whatever it reads.
-            verdict = None if choice.finish_reason == "length" else read_verdict(choice.text)
-            if verdict:
-                self._keep(key, verdict, reply, store)
-            else:
-                said = {"role": "assistant", "content": choice.text or "(nothing)"}
-                again = {"role": "user", "content": REMINDER}
-                unclear[key] = [*questions[key], said, again]
-        for key, reply in self._complete(unclear, failures):
-            choice = reply.choices[0]
-            if choice.finish_reason == "length":
-                failures.append(f"cut off twice before a verdict; {self._spent()}")
-                continue
-            verdict = read_verdict(choice.text) or "unparsable"
-            self._keep(key, verdict, reply, store, paid[key])
+        paid = dict.fromkeys(questions, (0, 0))
+        self.endpoint.has_answered |= bool(self._known)
+        unclear = self._ask_once(questions, paid, failures, store, is_last=False)
+        self._ask_once(unclear, paid, failures, store, is_last=True)
         if failures:
-            logger.warning(
-                "%s: %d of %d replies could not be had; the first reason: %s",
-                self.name,
-                len(failures),
-                len(questions),
-                failures[0],
-            )
+            what = f"{self.name}: {len(failures)} of {len(questions)} replies could not be had"
+            logger.warning("%s; the first reason: %s", what, failures[0])
         return failures
 
-    def _complete(
-        self, questions: Mapping[str, Messages], failures: list[str]
-    ) -> Iterator[tuple[str, Reply]]:
-        from tqdm import tqdm
-
-        if not questions:
-            return
+    def _ask_once(
+        self,
+        questions: Mapping[str, Messages],
+        paid: dict[str, tuple[int, int]],  # tokens of prompts and of replies
+        failures: list[str],
+        store: RowStore | None,
+        *,
+        is_last: bool,
+    ) -> dict[str, Messages]:
+        """Keeps the verdicts that come; questions to be asked again, with a reminder."""
+        unclear: dict[str, Messages] = {}
         keys = list(questions)
-        replies = self.endpoint.complete([self._request(questions[key]) for key in keys])
-        options: dict[str, Any] = {"total": len(keys), "desc": self.name, "unit": "verdict"}
-        empty = 0
-        for index, reply in tqdm(replies, disable=not self.progress, **options):
+        requests = [self._request(questions[key]) for key in keys]
+        for index, reply in self.endpoint.complete(requests) if keys else ():
+            key = keys[index]
             if isinstance(reply, str) or reply.choices[0].problem:
                 failures.append(reply if isinstance(reply, str) else reply.choices[0].problem)
-            elif reply.choices[0].is_spent:
-                failures.append(self._spent())
-                empty += 1
+                continue
+            choice = reply.choices[0]
+            paid[key] = (paid[key][0] + reply.prompt_tokens, paid[key][1] + reply.answer_tokens)
+            # The last line of a reply that was cut off is no verdict, whatever it reads.
+            is_cut = choice.finish_reason == "length"
+            verdict = None if is_cut else read_verdict(choice.text)
+            if verdict or (is_last and not is_cut):
+                row: Row = {"id": key, "verdict": verdict or "unparsable"}
+                if reply.own_temperature:
+                    row["temperature"] = None
+                if any(paid[key]):
+                    row["tokens"] = [*paid[key]]
+                self._known[key] = row
+                if store is not None:
+                    store.append([row])
+            elif is_last:
+                failures.append("cut off twice before a verdict; raise --reasoning-tokens")
             else:
-                self._has_replied = True
-                yield keys[index], reply
-            if empty == FIRST_SPENT and not self._has_replied and not self._known:
-                raise UsageError(
-                    f"{self.name}: of the first {empty} replies each is empty: {self._spent()}"
-                )
-
-    def _keep(
-        self,
-        key: str,
-        verdict: str,
-        reply: Reply,
-        store: RowStore | None,
-        before: tuple[int, int] = (0, 0),
-    ) -> None:
-        row: Row = {"id": key, "verdict": verdict}
-        if "temperature" in reply.left_out:
-            row["temperature"] = None
-        tokens = [reply.prompt_tokens + before[0], reply.answer_tokens + before[1]]
-        if any(tokens):
-            row["tokens"] = tokens  # of prompts and of replies
-        self._known[key] = row
-        if store is not None:
-            store.append([row])
+                said = {"role": "assistant", "content": choice.text or "(nothing)"}
+                unclear[key] = [*questions[key], said, {"role": "user", "content": REMINDER}]
+        return unclear
 
 
 def _is_verdict(row: Row) -> bool:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from plad_fast.data.chat import render_conversation
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.data.records import model_digest
 from plad_fast.data.special_tokens import SpecialText
-from plad_fast.errors import UsageError, reason_of
+from plad_fast.errors import UsageError, reported_as
+from plad_fast.models.devices import best_device
+from plad_fast.models.head import evaluating
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.response_scores import score_responses
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.refill import padded
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, finite_scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _ModelScorer(Scorer):
@@ -31,7 +34,6 @@ class _ModelScorer(Scorer):
 
     Args:
         model: hub id or folder, or model and tokenizer.
-        name: for messages and fingerprints; by default made of the model's.
         batch_size: rows in one forward pass; the scores do not depend on it but for rounding.
         dtype: to load the model in; "auto" keeps that of the checkpoint.
         device: to load the model to; by default a GPU if there is one.
@@ -41,9 +43,8 @@ class _ModelScorer(Scorer):
 
     def __init__(
         self,
-        model: str | LoadedModel,
+        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
         *,
-        name: str | None = None,
         batch_size: int = 8,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
@@ -53,34 +54,29 @@ class _ModelScorer(Scorer):
         self.batch_size = batch_size
         self._dtype = dtype
         self._device = device
-        self._is_saved = isinstance(model, str)
+        self._given = None if isinstance(model, str) else model
         self._source = model if isinstance(model, str) else model[0].config.name_or_path
-        self._loaded = None if isinstance(model, str) else model
-        self._is_there = False
-        self.name = f"{self.kind} {Path(self._source).name}" if name is None else name
+        self.name = f"{self.kind} {Path(self._source).name}"
 
     def settings(self) -> dict[str, Any]:
         settings = {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
         # A folder may get other weights. Those of a loaded model are the caller's to know.
-        return settings | ({"weights": model_digest(self._source)} if self._is_saved else {})
+        return settings | ({} if self._given else {"weights": model_digest(self._source)})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Any prompt will do. Raises UsageError where there is no such model."""
-        if self._loaded is None and not self._is_there:
-            from plad_fast.models.loading import load_tokenizer
+        _ = self._tokenizer  # what is quick to load tells whether the rest is there
 
-            load_tokenizer(self._source)  # what is quick to load tells whether the rest is there
-            self._is_there = True
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._given[1] if self._given else load_tokenizer(self._source)
 
-    def _model(self) -> LoadedModel:
-        if self._loaded is None:
-            from plad_fast.models.devices import best_device
-
-            self._loaded = self._load(self._source, self._device or best_device())
-        return self._loaded
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return self._given[0] if self._given else self._load(self._device or best_device())
 
     @abstractmethod
-    def _load(self, source: str, device: str) -> LoadedModel: ...
+    def _load(self, device: str) -> PreTrainedModel: ...
 
 
 class Likelihood(_ModelScorer):
@@ -94,38 +90,32 @@ class Likelihood(_ModelScorer):
     kind = "likelihood"
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        from plad_fast.models.response_scores import score_responses
-
         if not items:
             return []
-        model, tokenizer = self._model()
         groups = by_prompt(items)
-        contents = [as_messages(tokenizer, items[group[0]][0].content) for group in groups]
+        contents = [as_messages(self._tokenizer, items[group[0]][0].content) for group in groups]
         rows = [
             (content, [as_response(content, items[index][1]) for index in group])
             for content, group in zip(contents, groups, strict=True)
         ]
         logps = score_responses(
-            model,
-            tokenizer,
+            self._model,
+            self._tokenizer,
             rows,
             length_normalization=1.0,
             batch_size=self.batch_size,
-            max_length=_positions(model) or 2**20,
+            max_length=_positions(self._model) or 2**20,
             progress=False,
             names=[repr(items[group[0]][0].id) for group in groups],
         )
-        found = {
-            i: float(x)
-            for group, xs in zip(groups, logps, strict=True)
-            for i, x in zip(group, xs, strict=True)
-        }
-        return [found[index] for index in range(len(items))]
+        scores = [0.0] * len(items)
+        for group, values in zip(groups, logps, strict=True):
+            for index, value in zip(group, values, strict=True):
+                scores[index] = float(value)
+        return scores
 
-    def _load(self, source: str, device: str) -> LoadedModel:
-        from plad_fast.models.loading import load_model, load_tokenizer
-
-        return load_model(source, dtype=self._dtype, device=device), load_tokenizer(source)
+    def _load(self, device: str) -> PreTrainedModel:
+        return load_model(self._source, dtype=self._dtype, device=device)
 
 
 class RewardModel(_ModelScorer):
@@ -141,22 +131,31 @@ class RewardModel(_ModelScorer):
     kind = "reward"
 
     def __init__(
-        self, model: str | LoadedModel, *, label: int | str | None = None, **options: Any
+        self,
+        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        *,
+        label: int | str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(model, **options)
         self.label = label
-        if label is not None and options.get("name") is None:
+        if label is not None:
             self.name += f"#{label}"  # two labels of a model are two scorers, with a file each
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "label": self.label}
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        from plad_fast.models.head import evaluating
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do. Raises UsageError where the model is missing, is no sequence
+        classifier, or does not have the label."""
+        super().check(prompts)
+        if self._config is not None:
+            self._label_index(self._config)
 
-        model, tokenizer = self._model()
+    def score(self, items: Sequence[Item]) -> list[float]:
+        model = self._model
         label = self._label_index(model.config)
-        special = SpecialText(tokenizer)
+        special = SpecialText(self._tokenizer)
         rows = [self._encode(special, *item) for item in items]
         positions = _positions(model)
         # Rows of like length share a batch, the longest first: a lack of memory shows at once.
@@ -167,36 +166,29 @@ class RewardModel(_ModelScorer):
                 f"with its prompt, and {self.name} has {positions} positions; drop long prompts, "
                 "or choose another scorer"
             )
-        values: dict[int, float] = {}
+        scores = [0.0] * len(items)
         with evaluating(model), torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                logits = _logits(model, [rows[index] for index in batch])
-                values |= dict(zip(batch, logits[:, label].double().tolist(), strict=True))
-        return finite_scores(self.name, items, [values[index] for index in range(len(items))])
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Any prompt will do. Raises UsageError where the model is missing, is no sequence
-        classifier, or does not have the label."""
-
-        was_there = self._is_there
-        super().check(prompts)
-        if self._loaded is not None:
-            self._label_index(self._loaded[0].config)
-        elif not was_there and (config := read_reward_config(self._source)) is not None:
-            self._label_index(config)
+                logits = _logits(model, [rows[index] for index in batch])[:, label]
+                for index, value in zip(batch, logits.double().tolist(), strict=True):
+                    scores[index] = value
+        return finite_scores(self.name, items, scores)
 
     def _encode(self, special: SpecialText, prompt: Prompt, text: str) -> list[int]:
-        tokenizer = special.tokenizer
-        content = as_messages(tokenizer, prompt.content)
+        content = as_messages(self._tokenizer, prompt.content)
         if isinstance(content, str):
-            return tokenizer(content, text)["input_ids"]
+            return self._tokenizer(content, text)["input_ids"]
         try:
             # Special tokens are the template's alone, as in training.
-            rendered = render_conversation(tokenizer, special.hide(content), special.hide(text))
-            return special.ids([rendered])[0]
+            conversation = special.hide(content), special.hide(text)
+            return special.ids([render_conversation(self._tokenizer, *conversation)])[0]
         except UsageError as error:
             raise UsageError(f"prompt {prompt.id!r}: {error}") from None
+
+    @cached_property
+    def _config(self) -> PretrainedConfig | None:
+        return self._given[0].config if self._given else read_reward_config(self._source)
 
     def _label_index(self, config: Any) -> int:
         names = [config.id2label[index] for index in range(config.num_labels)]
@@ -207,27 +199,25 @@ class RewardModel(_ModelScorer):
         if isinstance(self.label, int) and 0 <= self.label < len(names):
             return self.label
         wrong = "several labels" if self.label is None else f"no label {self.label!r}"
+        labels = ", ".join(f"{index} {name}" for index, name in enumerate(names))
         raise UsageError(
             f"the reward model {self._source!r} has {wrong}; name one, as in "
-            f"reward:{self._source}#{names[-1]}: "
-            f"{', '.join(f'{index} {name}' for index, name in enumerate(names))}"
+            f"reward:{self._source}#{names[-1]}: {labels}"
         )
 
-    def _load(self, source: str, device: str) -> LoadedModel:
-        from transformers import AutoModelForSequenceClassification
-
-        from plad_fast.models.loading import load_tokenizer
-
-        with _loading(source):
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
+    def _load(self, device: str) -> PreTrainedModel:
+        with _loading(self._source):
+            loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self._source, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
             )
+        model, loading = loaded
         if loading["missing_keys"]:
             raise UsageError(
-                f"{source!r} has no weights for {', '.join(sorted(loading['missing_keys'])[:3])}, "
-                "which would be random: it is no reward model; pass one that was trained as such"
+                f"{self._source!r} has no weights for "
+                f"{', '.join(sorted(loading['missing_keys'])[:3])}, which would be random: it is "
+                "no reward model; pass one that was trained as such"
             )
-        return model.to(device), load_tokenizer(source)
+        return model.to(device)
 
 
 def _logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:  # (B, labels) float32
@@ -253,20 +243,11 @@ def _positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-@contextmanager
-def _loading(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a library makes of a foreign or a damaged file
-        raise UsageError(
-            f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
-            f"sequence-classification model (transformers says: {reason_of(error)})"
-        ) from error
-
-
-_KIND = "ForSequenceClassification"
+def _loading(source: str) -> AbstractContextManager[None]:
+    return reported_as(
+        f"cannot load a reward model from {source!r}; pass a hub id or folder of a "
+        "sequence-classification model"
+    )
 
 
 def split_label(rest: str) -> tuple[str, int | str | None]:
@@ -283,27 +264,21 @@ def split_label(rest: str) -> tuple[str, int | str | None]:
 
 
 def read_reward_config(source: str) -> PretrainedConfig | None:
-    """The config of a sequence-classification model; None for adapters, which have none.
-
-    Raises UsageError where there is none, or it is of a model of another kind.
-    """
-    import transformers
-
-    mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    """The config of a sequence-classification model; None for adapters, which have none."""
     folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return None
     with _loading(source):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    names = list(config.architectures or ())
     # A name that transformers does not know may be somebody's own for a model that it can load.
-    known = [name for name in names if hasattr(transformers, name)]
-    if known and not any(name.endswith(_KIND) for name in known):
+    known = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind = "ForSequenceClassification"
+    if known and not any(name.endswith(kind) for name in known):
         raise UsageError(
             f"{source!r} is a {known[0]} and no reward model, which is a sequence classifier "
-            f"(...{_KIND}); pass one that was trained as such, or score by likelihood:MODEL"
+            f"(...{kind}); pass one that was trained as such, or score by likelihood:MODEL"
         )
-    if type(config) not in mapping:
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UsageError(
             f"{source!r} is of type {config.model_type!r}, of which transformers has no sequence "
             "classifier; pass another reward model"

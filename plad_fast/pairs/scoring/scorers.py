@@ -12,7 +12,7 @@ from plad_fast.data.places import require_there
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
-from plad_fast.pairs.generation.given import import_function, source_digest
+from plad_fast.pairs.generation.given import import_function, source_settings
 
 Item: TypeAlias = tuple[Prompt, str]
 """A prompt and the text of an answer to it."""
@@ -22,8 +22,7 @@ ScoreFunction: TypeAlias = Callable[[Any, str, str | None], float]
 
 _SPECS = (
     "rouge1, rouge2, rougeL, length, brevity, likelihood:MODEL, reward:MODEL, reward:MODEL#LABEL, "
-    "judge:openai:MODEL, "
-    "python:MODULE.FUNCTION"
+    "judge:openai:MODEL, python:MODULE.FUNCTION"
 )
 
 
@@ -56,19 +55,11 @@ class Scorer(Protocol):
 
 
 class Rouge(Scorer):
-    """Overlap with the prompt's reference, an F-measure in [0, 1]; see `text_metrics.rouge`.
-
-    Args:
-        name: `rouge1`, `rouge2` or `rougeL`.
-    """
+    """Overlap with the prompt's reference, an F-measure in [0, 1]; see `text_metrics.rouge`."""
 
     uses_reference = True
 
     def __init__(self, name: str) -> None:
-        if name not in text_metrics.ROUGE_NAMES:
-            raise UsageError(
-                f"unknown measure {name!r}; known: {', '.join(text_metrics.ROUGE_NAMES)}"
-            )
         self.name = name
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -76,7 +67,7 @@ class Rouge(Scorer):
         if lacking:
             raise UsageError(
                 f"{len(lacking)} of {len(prompts)} prompts have no reference, the first is "
-                f"{lacking[0]!r}, and {self.name} compares with one; name the column that holds it "
+                f"{lacking[0]!r}, and {self.name} compares with one; name its column "
                 "(--reference-column), drop these prompts, or choose another scorer"
             )
 
@@ -116,8 +107,7 @@ class FunctionScorer(Scorer):
 
     def settings(self) -> dict[str, Any]:
         """The name, and a digest of the file that the function is in, if it is in one."""
-        source = source_digest(self.function)
-        return {"scorer": self.name, **({} if source is None else {"source": source})}
+        return {"scorer": self.name, **source_settings(self.function)}
 
     def score(self, items: Sequence[Item]) -> list[float]:
         values = [self.function(prompt.content, text, prompt.reference) for prompt, text in items]
@@ -140,12 +130,11 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
         UsageError: there is no such scorer, or it cannot be made.
     """
     kind, _, rest = spec.partition(":")
-    if not rest and options and kind in (*text_metrics.ROUGE_NAMES, "length", "brevity"):
-        raise UsageError(f"scorer {spec!r} takes no options, got {', '.join(options)}; drop them")
-    if spec in text_metrics.ROUGE_NAMES:
-        return Rouge(spec)
-    if spec in ("length", "brevity"):
-        return Length(shorter=spec == "brevity")
+    if spec in (*text_metrics.ROUGE_NAMES, "length", "brevity"):
+        if options:
+            takes = f"scorer {spec!r} takes no options, got {', '.join(options)}; drop them"
+            raise UsageError(takes)
+        return Rouge(spec) if spec.startswith("rouge") else Length(shorter=spec == "brevity")
     if kind == "python" and rest:
         return FunctionScorer(import_function(rest), spec)
     if kind == "likelihood" and rest:
@@ -159,16 +148,15 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
         model, label = split_label(rest)
         require_there(model, f"scorer {shown(spec)}")
         return RewardModel(model, **({"label": label} if label is not None else {}), **options)
-    if kind == "judge":
-        service, _, model = rest.partition(":")
-        if service == "openai" and model:
-            from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-            from plad_fast.pairs.scoring.judge import Judge
+    service, _, model = rest.partition(":")
+    if kind == "judge" and service == "openai" and model:
+        from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+        from plad_fast.pairs.scoring.judge import Judge
 
-            endpoint = options.pop("endpoint", {})
-            if isinstance(endpoint, Mapping):
-                endpoint = Endpoint(model, **endpoint)
-            return Judge(endpoint, model, **options)
+        endpoint = options.pop("endpoint", {})
+        if isinstance(endpoint, Mapping):
+            endpoint = Endpoint(model, **endpoint)
+        return Judge(endpoint, model, **options)
     raise UsageError(f"unknown scorer {spec!r}; known: {_SPECS}")
 
 

@@ -10,10 +10,9 @@ from typing import Any
 from plad_fast.data.prompts import Prompt, require_unique_ids
 from plad_fast.data.records import digest
 from plad_fast.data.store import RowStore
-from plad_fast.pairs.filters import is_usable
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
-from plad_fast.pairs.select import Scores
+from plad_fast.pairs.select import Scores, is_usable
 
 
 def score_answers(
@@ -22,7 +21,6 @@ def score_answers(
     answers: Sequence[Mapping[str, Sequence[Answer]]],
     path: str | os.PathLike[str],
     *,
-    fingerprint: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Scores:
     """Scores of all answers that can stand in a pair, in the form that `build_pairs` takes.
@@ -31,7 +29,7 @@ def score_answers(
         scorer: from `open_scorer`, or your own.
         prompts: with ids of their own.
         answers: of the teacher, of the student and so on, each by prompt id.
-        path, fingerprint, progress: see `stored_scores`.
+        path, progress: see `stored_scores`.
 
     Returns:
         (Prompt id, text) -> score, without those that could not be had.
@@ -47,7 +45,7 @@ def score_answers(
         for answer in given.get(prompt.id, ())
         if is_usable(answer)
     ]
-    scores = stored_scores(scorer, items, path, fingerprint=fingerprint, progress=progress)
+    scores = stored_scores(scorer, items, path, progress=progress)
     pairs = zip(items, scores, strict=True)
     return {(prompt.id, text): score for (prompt, text), score in pairs if not math.isnan(score)}
 
@@ -57,7 +55,6 @@ def stored_scores(
     items: Sequence[Item],
     path: str | os.PathLike[str],
     *,
-    fingerprint: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[float]:
@@ -69,8 +66,7 @@ def stored_scores(
     Args:
         scorer: not asked if the store has all scores.
         items: what to score; equal ones are scored once.
-        path: of the store.
-        fingerprint: what else the scores depend on, such as a digest of the model's weights.
+        path: of the store, whose fingerprint are the scorer's settings.
         batch_size: items between two writes, at least.
         progress: show a bar on the standard error stream.
 
@@ -86,7 +82,7 @@ def stored_scores(
     scorer.check([prompt for prompt, _ in items])
     keys = _keys(scorer, items)
     with (
-        RowStore.open(path, {**scorer.settings(), **(fingerprint or {})}) as store,
+        RowStore.open(path, scorer.settings()) as store,
         tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
     ):
         store.require(lambda row: type(row.get("score")) in (int, float))
@@ -94,13 +90,11 @@ def stored_scores(
             if any(keys[index] not in store.done for index in batch):
                 unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
                 scores = scorer.score([items[index] for index in unique])
-                store.append(
-                    [
-                        {"id": keys[index], "prompt": items[index][0].id, "score": score}
-                        for index, score in zip(unique, scores, strict=True)
-                        if not math.isnan(score)
-                    ]
-                )
+                rows: list[dict[str, Any]] = [
+                    {"id": keys[index], "prompt": items[index][0].id, "score": score}
+                    for index, score in zip(unique, scores, strict=True)
+                ]
+                store.append([row for row in rows if not math.isnan(row["score"])])
             bar.update(len(batch))
         return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
 

@@ -36,9 +36,8 @@ def mask(text: str, *secrets: str) -> str:
 
 
 def one_line(text: str, *secrets: str) -> str:
-    """A foreign message for one of ours: masked, then on one line, then cut.
+    """A foreign message for one of ours: masked, on one line, without what a terminal acts on, cut.
 
-    What a terminal would act on is replaced: colours, titles, and turns of the line's direction.
     Besides the secrets named, those in environment variables with the usual names are masked.
     """
     found = (value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name))
@@ -58,39 +57,26 @@ def check_variable(variable: str) -> None:
         if _PLAIN_NAME.match(variable) and _OF_A_KEY.search(variable):
             return
     raise UsageError(
-        "--api-key-env takes the name of an environment variable, such as OPENAI_API_KEY, and what "
-        "it got is no name of a variable that is set, or is the key itself (it is not shown here); "
-        "set a variable to the key, and give its name"
+        "--api-key-env takes the name of a variable that is set, such as OPENAI_API_KEY; what it "
+        "got is none, or is the key itself (it is not shown here)"
     )
 
 
 def read_key(variable: str, url: str) -> str:
-    """The key in an environment variable; a stand-in for an endpoint on this machine.
-
-    Raises UsageError where there is none, or none that can be one; the message does not hold it.
-    """
+    """The key in an environment variable; a stand-in for an endpoint on this machine."""
     check_variable(variable)
     key = os.environ.get(variable, "").strip()
     if not key and is_loopback(url):
         return "none"
     if not key:
-        raise UsageError(
-            f"{url} needs a key, and the environment variable {variable} is not set; set it, or "
-            "name another one with --api-key-env"
-        )
+        raise UsageError(f"{url} needs a key, and {variable} is not set (--api-key-env); set it")
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise UsageError(
-            f"the environment variable {variable} holds characters that no key has; copy the key "
-            "anew"
-        )
+        raise UsageError(f"{variable} holds characters that no key has; copy the key anew")
     return key
 
 
 def find_url(url: str | None) -> str:
-    """The URL of the API: as given, else from the environment, else OpenAI's.
-
-    Raises UsageError for what is none, or holds what must not get into files and messages.
-    """
+    """The URL of the API: as given, else from the environment, else OpenAI's."""
     url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
     try:
         parts = urlsplit(url)
@@ -101,14 +87,11 @@ def find_url(url: str | None) -> str:
     if not is_url:
         # What stands before an @ may be a password.
         shown = one_line(url.rpartition("@")[2])
-        raise UsageError(
-            f"base URL {shown!r} is none; it begins with http:// or https://, such as "
-            "http://127.0.0.1:8000/v1"
-        )
+        raise UsageError(f"base URL {shown!r} is none; it begins with http:// or https://")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UsageError(
             "the base URL holds a user, a password or parameters, which would be written to "
-            "files; give scheme, host and path alone, and the key by an environment variable"
+            "files; give scheme, host and path alone"
         )
     return url.rstrip("/")
 
@@ -117,8 +100,8 @@ def find_url(url: str | None) -> str:
 def warn_of_clear_text(url: str) -> None:
     if urlsplit(url).scheme == "http" and not is_loopback(url):
         logger.warning(
-            "%s is not encrypted, and not on this machine: the key, the prompts and the answers "
-            "can be read on the way; use https:// if the server has it",
+            "%s is not encrypted, and not on this machine: key, prompts and answers can be read on "
+            "the way; use https://",
             url,
         )
 

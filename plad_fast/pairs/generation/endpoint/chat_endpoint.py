@@ -10,38 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from plad_fast.checks import check_weight
+from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint.access import (
-    OPENAI_URL,
-    find_url,
-    is_loopback,
-    read_key,
-    warn_of_clear_text,
-)
-from plad_fast.pairs.generation.endpoint.chat import (
-    ChatRequest,
-    Choice,
-    Reply,
-    Usage,
-    estimated_tokens,
-)
+from plad_fast.pairs.generation.endpoint import access, replies, retries
+from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
-from plad_fast.pairs.generation.endpoint.replies import (
-    parse_reply,
-    read_choices,
-    read_usage,
-    tells_ends,
-)
-from plad_fast.pairs.generation.endpoint.retries import Trouble, judge, pause, refusal
+from plad_fast.pairs.generation.ranks import by_first
 
 logger = logging.getLogger(__name__)
 
+_FIRST_EMPTY = 8  # replies from the first on without an answer, after which no more is paid
 _UNCLEAR = 3  # unexplained refusals before any reply, after which the run ends
 _LASTING = frozenset({401, 402, 429})  # stop a run that has replies too: key, credit, quota
 _FIRST_CONNECTION = 4.0  # seconds for a server to take its first connection
@@ -74,18 +61,12 @@ class Endpoint:
     """Seconds for a whole request, after which it counts as failed."""
 
     max_retries: int = 6
-    """How often a failed request is tried again."""
-
+    """How often a failed request is tried again, after half a second first and up to a minute
+    later. What the server asks for by Retry-After is kept to, up to a quarter of an hour; a longer
+    wait ends the run."""
     reasoning_tokens: int = 0
     """Added to the length limit of every request, for a model that reasons before it answers: what
     it spends on that counts as part of its answer."""
-
-    first_pause: float = 0.5
-    """Seconds before the first retry, doubled for each one that follows. What the server asks for
-    by Retry-After is kept to, up to a quarter of an hour; a longer wait ends the run."""
-
-    longest_pause: float = 60.0
-    """The bound of these pauses."""
 
     token_budget: int | None = None
     """Tokens, of prompts and answers, that may be spent over the life of this object. Once they
@@ -100,16 +81,16 @@ class Endpoint:
     """Of a million tokens of prompts, and of answers."""
 
     def __post_init__(self) -> None:
-        self.base_url = self._url = find_url(self.base_url)
+        self.base_url = self._url = access.find_url(self.base_url)
         self.usage = Usage(prices=self.prices)
         self.stopped = ""  # why `complete` left requests out the last time, if it did
+        self.has_answered = False  # whether the first replies need no watching any more
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._tells_ends = False  # whether any reply had a finish_reason
         self._is_trial = False
         self._is_reached = False  # whether there ever was a server
-        self._unclear = 0
-        self._trials = 0  # replies to `try_out`
-        self._given_up_in_a_row = 0
+        self._has_replied = False  # to anything but a trial
+        self._unclear = self._empty = self._given_up_in_a_row = 0
         self._check()
 
     def __repr__(self) -> str:
@@ -126,31 +107,42 @@ class Endpoint:
 
         Raises:
             UsageError: from the iterator: the endpoint refuses the key or the model, or all
-                requests.
+                requests, or the first replies hold no answer at all: their tokens are spent
+                before, or they are a thought or a tool call alone.
         """
-        key = read_key(self.api_key_env, self._url)
+        key = access.read_key(self.api_key_env, self._url)
         return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
-    def try_out(self, request: ChatRequest) -> Reply:
-        """The reply to one plain request, by which to find out early whether any will be taken.
+    def try_out(
+        self, request: ChatRequest, store: str | os.PathLike[str] | None, *, overwrite: bool
+    ) -> None:
+        """Makes one plain request, to find out before long work whether any will be answered.
+
+        In a run of several processes all are to call this, and the first one asks.
+
+        Args:
+            request: to make, unless there are replies to such requests in the store.
+            store: of rows that are made of replies.
+            overwrite: the store is about to be discarded.
 
         Raises:
-            UsageError: as `complete`, or no reply came.
+            UsageError: as `complete`, no reply came, or all its tokens were spent before an answer.
         """
-        self._unclear = _UNCLEAR - 1  # what is refused here is not refused for its text
-        self._is_trial = True
-        try:
-            ((_, reply),) = self.complete([request])
-        finally:
-            self._unclear = 0
-            self._is_trial = False
-        if isinstance(reply, str):
-            raise UsageError(
-                f"model {self.model!r} at {self._url} gave no reply to a first request "
-                f"({reply}); see that the endpoint works, and run again"
-            )
-        self._trials += 1
-        return reply
+
+        def ask() -> None:
+            self.has_answered = store is not None and has_rows(store) and not overwrite
+            if self.has_answered:
+                return
+            self._is_trial = True
+            try:
+                ((_, reply),) = self.complete([request])
+            finally:
+                self._is_trial = False
+            if isinstance(reply, str) or reply.choices[0].is_spent:
+                problem = reply if isinstance(reply, str) else reply.choices[0].problem
+                raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+
+        by_first(ask)
 
     async def _answer_all(
         self,
@@ -159,30 +151,31 @@ class Endpoint:
         emit: Callable[[tuple[int, Reply | str]], None],
     ) -> None:
         self._given_up_in_a_row = 0  # the endpoint may be back
+        self._empty = 0
         self.stopped = ""
         waiting = iter(enumerate(requests))
         halted = asyncio.Event()
 
         async def work(client: Any) -> None:
             for index, request in waiting:
-                emit((index, await self._ask(client, request, key, halted)))
+                reply = await self._ask(client, request, key, halted)
+                emit((index, reply))
+                if isinstance(reply, Reply) and not self._is_trial and not self.has_answered:
+                    self._look_for_answer(reply.choices)
                 if halted.is_set():
                     return
 
-        limits = [r.n * (r.max_tokens + self.reasoning_tokens) for r in requests]
         async with open_client(
             key=key,
             base_url=self._url,
             timeout=self.timeout,
             connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
             # A proxy named in the environment is not meant for this machine itself.
-            proxies=not is_loopback(self._url),
-            tokens=max(limits, default=0),
+            proxies=not access.is_loopback(self._url),
+            tokens=max((r.n * (r.max_tokens + self.reasoning_tokens) for r in requests), default=0),
         ) as client:
-            workers = [
-                asyncio.create_task(work(client))
-                for _ in range(min(self.concurrency, len(requests)))
-            ]
+            count = min(self.concurrency, len(requests))
+            workers = [asyncio.create_task(work(client)) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
             except Exception:
@@ -197,72 +190,107 @@ class Endpoint:
                         worker.cancel()
                     await asyncio.wait(left, timeout=0.1)
 
+    def _look_for_answer(self, choices: Sequence[Choice]) -> None:
+        """Raises UsageError where the first replies hold none."""
+        # What a filter withheld concerns one prompt.
+        self.has_answered = any(
+            not choice.problem or choice.finish_reason == "content_filter" for choice in choices
+        )
+        self._empty += not self.has_answered
+        if self._empty == _FIRST_EMPTY:
+            raise UsageError(
+                f"{self!r}: each of the first {self._empty} replies is empty: {choices[0].problem}"
+            )
+
     async def _ask(
         self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
     ) -> Reply | str:
         choices: list[Choice] = []
-        spent = [0, 0]  # tokens of the prompt, and of the answers
-        tries = 0
-        last = ""
+        limit = request.max_tokens + self.reasoning_tokens
+        spent = Usage()  # of tokens
+        tries, last, reason = 0, "", ""
         while len(choices) < request.n:
             stop = self._stop_reason()
             if halted.is_set() or stop:
                 self.stopped = stop or self.stopped
                 again = " again" if choices or last else ""
-                reason = stop or "another request ended the run"
-                return _so_far(choices, f"not asked{again}: {reason}" + last, spent)
-            body = request.body(
-                self.model,
-                had=len(choices),
-                refused=self._refused,
-                reasoning_tokens=self.reasoning_tokens,
-                # OpenAI's newer models refuse the old name, other servers the new one.
-                newest=self._url == OPENAI_URL,
-            )
+                reason = f"not asked{again}: {stop or 'another request ended the run'}{last}"
+                break
+            body = self._body(request, len(choices))
             counted = (0, 0)
             try:
                 self.usage.requests += 1
                 response = await asyncio.wait_for(
                     client.chat.completions.with_raw_response.create(**body), self.timeout
                 )
-                reply = parse_reply(response.content)
-                counted = read_usage(reply)
+                reply = replies.parse_reply(response.content)
+                counted = replies.read_usage(reply)
                 self._count(counted, spent)
-                self._tells_ends |= tells_ends(reply)
-                missing = request.n - len(choices)
-                found = read_choices(reply, key, n=missing, told=self._tells_ends)
+                self._tells_ends |= replies.tells_ends(reply)
+                choices += replies.read_choices(
+                    reply, key, n=request.n - len(choices), told=self._tells_ends, limit=limit
+                )
             except Exception as error:
-                trouble = judge(error, body, self._refused, key, request.optional)
+                trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
                 self._is_reached |= not trouble.unreachable
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
-                    self._count(estimated_tokens(body), spent)
+                    # Four bytes make a token, about, and the answers are taken to be as long as
+                    # they may be: it is the long ones that come too late.
+                    size = len(json.dumps(request.messages, ensure_ascii=False, default=str))
+                    self._count((-(-size // 4), limit * body.get("n", 1)), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
-                    continue
-                if tries < self._most_retries(trouble):
+                elif tries < self._most_retries(trouble):
                     logger.debug("%s: trying again: %s", self.model, trouble.reason)
                     last = f"; the last try: {trouble.reason}"
                     self.usage.retries += 1
                     await self._rest(tries, trouble, halted)
                     tries += 1
-                    continue
-                return _so_far(choices, self._give_up(trouble, tries), spent)
-            self._is_reached = True
-            self._given_up_in_a_row = 0
-            self.usage.replies += 1
-            self.usage.uncounted += not any(counted)
-            choices += found
-        left_out = request.optional & self._refused
-        return Reply(choices, "", left_out, prompt_tokens=spent[0], answer_tokens=spent[1])
+                else:
+                    reason = self._give_up(trouble, tries)
+                    break
+            else:
+                self._is_reached = True
+                self._has_replied |= not self._is_trial
+                self._given_up_in_a_row = 0
+                self.usage.replies += 1
+                self.usage.uncounted += not any(counted)
+        if not choices:
+            return reason
+        own_temperature = request.any_temperature and "temperature" in self._refused
+        return Reply(choices, reason, own_temperature, spent.prompt_tokens, spent.answer_tokens)
 
-    def _count(self, tokens: tuple[int, int], spent: list[int]) -> None:
-        self.usage.prompt_tokens += tokens[0]
-        self.usage.answer_tokens += tokens[1]
-        spent[0] += tokens[0]
-        spent[1] += tokens[1]
+    def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
+        """The request for what is left to be asked for, where some choices have come."""
+        limits = ["max_tokens", "max_completion_tokens"]
+        if self._url == access.OPENAI_URL:  # its newer models refuse the old, other servers the new
+            limits.reverse()
+        limit = next((name for name in limits if name not in self._refused), limits[0])
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": request.messages,
+            "temperature": request.temperature,
+            limit: request.max_tokens + self.reasoning_tokens,
+        }
+        if request.top_p < 1:
+            body["top_p"] = request.top_p
+        if request.n - had > 1:
+            body["n"] = request.n - had
+        if request.seed is not None:
+            # Servers that take no `n` are asked again, and must not say the same again.
+            body["seed"] = request.seed + had
+        left_out = self._refused - {limit}  # a request without a limit may cost anything
+        if request.temperature != 1 and not request.any_temperature:
+            left_out.discard("temperature")
+        return {name: value for name, value in body.items() if name not in left_out}
 
-    def _most_retries(self, trouble: Trouble) -> int:
+    def _count(self, tokens: tuple[int, int], spent: Usage) -> None:
+        for usage in (self.usage, spent):
+            usage.prompt_tokens += tokens[0]
+            usage.answer_tokens += tokens[1]
+
+    def _most_retries(self, trouble: retries.Trouble) -> int:
         if trouble.then == "once":
             # Where replies have come, a page or a stream in place of one will pass.
             passes = self.usage.replies and trouble.advice
@@ -274,47 +302,40 @@ class Endpoint:
             return min(self.max_retries, 0 if trouble.reason.endswith("in time") else 1)
         return self.max_retries
 
-    async def _rest(self, tries: int, trouble: Trouble, halted: asyncio.Event) -> None:
-        seconds = pause(
-            tries, trouble.retry_after, first=self.first_pause, longest=self.longest_pause
-        )
-        if seconds > 1.2 * self.longest_pause:
+    async def _rest(self, tries: int, trouble: retries.Trouble, halted: asyncio.Event) -> None:
+        seconds = retries.pause(tries, trouble.retry_after)
+        if seconds > 1.2 * retries.LONGEST_PAUSE:
             logger.warning("%r asks to wait for %.0f s (%s)", self, seconds, trouble.reason)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(halted.wait(), seconds)
 
-    def _adapt(self, trouble: Trouble, request: ChatRequest) -> None:
-        if trouble.parameter in self._refused:
-            return
-        self._refused.add(trouble.parameter)
+    def _adapt(self, trouble: retries.Trouble, request: ChatRequest) -> None:
         name, reason = trouble.parameter, trouble.reason
+        if name in self._refused:
+            return
+        self._refused.add(name)
         if name == "temperature" and request.temperature != 1:
-            logger.warning(
-                "%r takes no temperature of %g: going on at its own, where replies are samples, "
-                "which come out otherwise when they are asked for again (%s)",
-                self,
-                request.temperature,
-                reason,
-            )
+            what = f"{self!r} takes no temperature of {request.temperature:g}: going on at its own"
+            logger.warning("%s, so that replies are samples (%s)", what, reason)
         else:
             logger.info("%r takes no %s: going on without (%s)", self, name, reason)
 
-    def _give_up(self, trouble: Trouble, tries: int) -> str:
+    def _give_up(self, trouble: retries.Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""
-        # `from None`: a traceback would show the client's own error too, which may quote the key.
-        error = refusal(trouble, self.model, self._url, self.api_key_env)
         # A server that has answered may refuse one request by any status; not so its key, the
         # credit and the quota, nor for a wait of hours.
         lasts = trouble.status in _LASTING or trouble.retry_after is not None
-        self._unclear += trouble.then == "unclear" and self.usage.replies == self._trials
+        self._unclear += trouble.then == "unclear" and not self._has_replied
         ends = {
             "stop": lasts or not self.usage.replies,
             "once": bool(trouble.advice) and not self.usage.replies,
-            "unclear": self._unclear >= _UNCLEAR and self.usage.replies == self._trials,
+            # A request that tries the endpoint out is not refused for its text.
+            "unclear": self._is_trial or (self._unclear >= _UNCLEAR and not self._has_replied),
         }.get(trouble.then, False)
         # In a trial a refused parameter is the length limit: no prompt is too long for it there.
         if ends or (self._is_trial and trouble.parameter):
-            raise error from None
+            # `from None`: a traceback would show the client's own error too, with the key, maybe.
+            raise retries.refusal(trouble, self.model, self._url, self.api_key_env) from None
         if trouble.then in ("again", "once", "stop") and not trouble.parameter:
             self._given_up_in_a_row += 1
         if trouble.then in ("again", "once"):
@@ -341,27 +362,17 @@ class Endpoint:
             raise UsageError('endpoints need the openai package; run: pip install "plad-fast[api]"')
         if not self.model:
             raise UsageError("no model is named; write openai:MODEL")
-        for name in ("concurrency", "timeout", "first_pause", "longest_pause"):
+        for name in ("concurrency", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("max_retries", "reasoning_tokens"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("token_budget", "cost_budget"):
             if (budget := getattr(self, name)) is not None and not budget > 0:
                 raise UsageError(f"{name} must be positive, not {budget}")
+        for name in ("max_retries", "reasoning_tokens"):
+            check_weight(name, getattr(self, name))
+        for price in self.prices or ():
+            check_weight("prices", price)
         if self.cost_budget is not None and self.prices is None:
-            raise UsageError(
-                "a cost budget needs the prices of a million tokens of prompts and of answers; "
-                "give them, or a token budget instead"
-            )
-        if self.prices is not None and not all(p >= 0 for p in self.prices):
-            raise UsageError(f"prices must be 0 or more, not {self.prices}")
-        read_key(self.api_key_env, self._url)
-        warn_of_clear_text(self._url)
-
-
-def _so_far(choices: list[Choice], reason: str, spent: Sequence[int]) -> Reply | str:
-    if not choices:
-        return reason
-    return Reply(choices, missing=reason, prompt_tokens=spent[0], answer_tokens=spent[1])
+            raise UsageError("cost_budget needs prices; give them, or a token_budget instead")
+        access.read_key(self.api_key_env, self._url)
+        access.warn_of_clear_text(self._url)

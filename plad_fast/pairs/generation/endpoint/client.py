@@ -40,11 +40,8 @@ def open_client(
     get the prompts. The client's own retries are off: it waits for no Retry-After of more than two
     minutes, asks again where a quota of a day is spent, and keeps no budget.
 
-    Args:
-        timeout: seconds for each phase of a request.
-        connect: seconds to make a connection.
-        proxies: those that the environment names are used.
-        tokens: most that a request asks for.
+    It waits `timeout` seconds for each phase of a request and `connect` for a connection, takes
+    proxies from the environment or none, and reads no more than belongs to `tokens`.
     """
     import openai
 
@@ -61,9 +58,7 @@ def open_client(
                     await response.aclose()
                 target = response.next_request
                 # Most statuses make a GET of it, which asks nothing.
-                if target is None or target.method != request.method:
-                    break
-                if _origin(target) != _origin(request):
+                if target is None or _way(target) != _way(request):
                     break
                 request = target
             # A new response, for what its headers say of the body is true no more, or never was.
@@ -101,9 +96,11 @@ async def _read(response: Any, most: int) -> bytes:
     return bytes(body)
 
 
-def _origin(request: Any) -> tuple[str, str, int | None]:
-    port = request.url.port or {"http": 80, "https": 443}.get(request.url.scheme)
-    return request.url.scheme, request.url.host, port
+def _way(request: Any) -> tuple[str, str, str, int | None]:
+    """Method and server of a request."""
+    url = request.url
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return request.method, url.scheme, url.host, port
 
 
 def iterate_in_thread(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
@@ -51,12 +51,9 @@ class Refusal(NamedTuple):
 
 
 def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
-    """What a server that answers by status 400 or 422 does not take.
+    """What a server does not take that answers a body by status 400 or 422.
 
-    Args:
-        named: the parameter that its error names, if it does.
-        said: all that its error says.
-        sent: the request's body.
+    `named` is the parameter that its error names, if it does, and `said` all that the error says.
     """
     limit = next((name for name in sent if name in LIMITS), "")
     others = [n for n in ("seed", "n", "temperature", "top_p") if n in sent]
@@ -72,14 +69,14 @@ def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
     return Refusal()
 
 
-def droppable(refusal: Refusal, sent: Mapping[str, Any], optional: Set[str]) -> bool:
+def droppable(refusal: Refusal, sent: Mapping[str, Any], any_temperature: bool) -> bool:
     """Whether the request says the same without the parameter, or by another name of it."""
     name = refusal.parameter
     if name in LIMITS:
         return refusal.of == "name"
     # Left out, the server's own temperature would be used, which is 1 as a rule.
     if name == "temperature":
-        return name in optional or (refusal.of == "name" and sent[name] == 1)
+        return any_temperature or (refusal.of == "name" and sent[name] == 1)
     return name in ("seed", "n")
 
 

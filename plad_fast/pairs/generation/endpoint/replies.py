@@ -8,7 +8,13 @@ from typing import Any
 
 from plad_fast.data.chat import is_blank
 from plad_fast.data.unicode import mend
-from plad_fast.pairs.generation.completions import is_all_thought, is_told, known_end
+from plad_fast.pairs.generation.completions import (
+    Finish,
+    after_thought,
+    is_all_thought,
+    is_told,
+    known_end,
+)
 from plad_fast.pairs.generation.endpoint.access import mask, one_line
 from plad_fast.pairs.generation.endpoint.chat import Choice
 from plad_fast.pairs.generation.endpoint.retries import BadReplyError
@@ -29,13 +35,18 @@ def parse_reply(content: bytes) -> dict[str, Any]:
         if not start:
             raise BadReplyError("the reply is empty") from None
         if start.startswith("<"):
-            raise BadReplyError(f"the reply is a web page: {start}", foreign=True) from None
+            raise _foreign(f"a web page: {start}") from None
         if start.startswith(("data:", "event:", "id:", "retry:", ":")):
-            raise BadReplyError(f"the reply is a stream of events: {start}", foreign=True) from None
+            raise _foreign(f"a stream of events: {start}") from None
         raise BadReplyError(f"the reply is not valid JSON: {start}") from None
     if not isinstance(body, dict):
         raise BadReplyError(f"the reply is not valid: {_shown(body)}")
     return body
+
+
+def _foreign(what: str) -> BadReplyError:
+    advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
+    return BadReplyError(f"the reply is {what}", "once", advice=advice)
 
 
 def read_usage(body: Mapping[str, Any]) -> tuple[int, int]:
@@ -48,19 +59,21 @@ def read_usage(body: Mapping[str, Any]) -> tuple[int, int]:
 
 def tells_ends(body: Mapping[str, Any]) -> bool:
     """Whether a reply says of any choice how it ended."""
-    choices = body.get("choices")
-    found = choices if isinstance(choices, list) else ()
-    return any(isinstance(c, dict) and is_told(c.get("finish_reason")) for c in found)
+    found = body.get("choices")
+    return isinstance(found, list) and any(
+        isinstance(choice, dict) and is_told(choice.get("finish_reason")) for choice in found
+    )
 
 
-def read_choices(body: Mapping[str, Any], key: str, *, n: int, told: bool) -> list[Choice]:
-    """The answers in a reply, at least one and at most `n`; those that are bad are left out.
-
-    Raises BadReplyError where there are none.
+def read_choices(
+    body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int
+) -> list[Choice]:
+    """The answers in a reply, at most `n`; bad ones are left out, and BadReplyError if all are.
 
     Args:
         key: masked in texts: some servers play back what they were sent.
         told: the server is known to say how a reply ended: one that does not was interrupted.
+        limit: tokens that an answer could have.
     """
     if error := body.get("error"):
         raise BadReplyError(f"the reply is an error: {_shown(error)}", code=_code(error))
@@ -71,58 +84,59 @@ def read_choices(body: Mapping[str, Any], key: str, *, n: int, told: bool) -> li
         raise BadReplyError("the reply holds no answer")
     # With several answers, the reply counts the tokens of all of them together.
     n_tokens = read_usage(body)[1] if len(found) == 1 else 0
-    choices = []
-    first: BadReplyError | None = None
+    choices, bad = [], []
     for choice in found[:n]:
         try:
-            choices.append(_read_choice(choice, n_tokens, key, told))
+            choices.append(_read_choice(choice, n_tokens, key, told, limit))
         except BadReplyError as error:
-            first = first or error
-    if not choices and first is not None:
-        raise first
+            bad.append(error)
+    if not choices:
+        raise bad[0]
     return choices
 
 
-def _read_choice(choice: Any, n_tokens: int, key: str, told: bool) -> Choice:
+def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -> Choice:
     if not isinstance(choice, dict):
         raise BadReplyError(f"the reply holds an answer that is none: {_shown(choice)}")
     message, reason = choice.get("message"), choice.get("finish_reason")
     inner = message.get("error") if isinstance(message, dict) else None
     if error := choice.get("error") or inner:
         raise BadReplyError(f"the answer is an error: {_shown(error)}", code=_code(error))
-    end = known_end(reason) if is_told(reason) else None if told else "stop"
-    if end is None and is_told(reason):
-        raise BadReplyError(
-            f"the answer ended by {_shown(reason)}, which is no end of a whole answer "
-            "(finish_reason)"
-        )
+    is_said = is_told(reason)
+    end = known_end(reason) if is_said else None if told else "stop"
     if end is None:
-        raise BadReplyError("the answer was interrupted: the reply says no finish_reason")
-    if end == "content_filter":
+        why = f"ended by {_shown(reason)}, which is no end of a whole one"
+        none = "was interrupted: the reply says no finish_reason"
+        raise BadReplyError(f"the answer {why if is_said else none}")
+
+    def problem(kind: Finish, why: str) -> Choice:
         # What it is about may stand in the text, and may be the half of an answer.
-        problem = f"the endpoint's content filter withheld it (finish_reason {reason!r})"
-        return Choice("", end, n_tokens, one_line(problem, key))
+        return Choice("", kind, n_tokens, one_line(why, key))
+
+    withheld = "the endpoint's content filter withheld it"
+    if end == "content_filter":
+        return problem(end, f"{withheld} (finish_reason {reason!r})")
     if not isinstance(message, dict):
         raise BadReplyError("the reply holds an answer without a message")
     if refusal := message.get("refusal"):
-        problem = f"the endpoint's content filter withheld it (refusal {_shown(refusal)})"
-        return Choice("", "content_filter", n_tokens, one_line(problem, key))
+        return problem("content_filter", f"{withheld} (refusal {_shown(refusal)})")
     if end == "tool_calls" or message.get("tool_calls") or message.get("function_call"):
         named = f"finish_reason {reason!r}" if end == "tool_calls" else "a tool call"
-        problem = f"the model called a tool, and none was offered ({named})"
-        return Choice("", "tool_calls", n_tokens, problem)
+        return problem("tool_calls", f"the model called a tool, and none was offered ({named})")
     text, parts = _text(message.get("content"))
-    text = mask(mend(text).strip(), key)
-    problem = ""
-    if is_blank(text):
-        text = ""
-        thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
-        if thoughts:
-            problem = f"the answer is empty: all that was said is in {thoughts[0]}"
-    elif is_all_thought(text):
-        problem = "the answer ends inside its thought"
-    # A limit that was reached says more, and has a remedy.
-    return Choice(text, end, n_tokens, problem if end == "stop" else "")
+    text = "" if is_blank(mend(text)) else mask(mend(text).strip(), key)
+    thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
+    why = ""
+    if end == "length" and not after_thought(text):
+        why = (
+            f"all {limit:,} tokens were spent before any answer (reasoning?); raise "
+            "--reasoning-tokens, or a teacher's --max-new-tokens"
+        )
+    elif end == "stop" and text:
+        why = "the answer ends inside its thought" if is_all_thought(text) else ""
+    elif end == "stop" and thoughts:
+        why = f"the answer is empty: all that was said is in {thoughts[0]}"
+    return Choice(text, end, n_tokens, why)
 
 
 def _text(content: Any) -> tuple[str, list[str]]:
@@ -137,18 +151,14 @@ def _text(content: Any) -> tuple[str, list[str]]:
         elif isinstance(text, str) and (kind is None or kind in ("text", "output_text")):
             texts.append(text)
         else:
-            raise BadReplyError(
-                f"the reply holds an answer that is not text: {_shown(part)}", lasting=True
-            )
+            raise BadReplyError(f"the answer is not text: {_shown(part)}", "once")
     return "".join(texts), thoughts
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, float) and 0 < value < _MOST_TOKENS:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0
-    return value if 0 < value < _MOST_TOKENS else 0
+    return int(value) if 0 < value < _MOST_TOKENS else 0
 
 
 def _shown(value: Any) -> str:

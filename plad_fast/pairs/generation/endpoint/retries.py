@@ -9,21 +9,21 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, causes_of
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.refusals import (
     LIMITS,
-    Refusal,
     droppable,
     find_refusal,
     is_of_prompt,
 )
 
 _AGAIN = frozenset({408, 409, 425, 429})
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 LONGEST_ASKED = 900.0
 """Seconds that a server may ask to wait for; a longer wait is the user's."""
 _TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "anyio"})
@@ -44,24 +44,6 @@ _OF_ONE_PROMPT = frozenset(
     {"context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter",
      "content_policy_violation"}
 )  # fmt: skip
-
-
-class BadReplyError(ValueError):
-    """A reply of status 200 that holds no answer; the message says what it is instead.
-
-    Args:
-        lasting: the next reply will be like it.
-        foreign: it is none of a chat API.
-        code: of the error that the reply holds, if it has one.
-    """
-
-    def __init__(
-        self, message: str, *, lasting: bool = False, foreign: bool = False, code: Any = None
-    ) -> None:
-        super().__init__(message)
-        self.lasting = lasting
-        self.foreign = foreign
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -92,27 +74,36 @@ class Trouble:
     """The server may have answered, and be paid for it."""
 
 
+class BadReplyError(ValueError):
+    """A reply of status 200 that holds no answer; the message says what it is instead."""
+
+    def __init__(
+        self,
+        reason: str,
+        then: Literal["again", "once"] = "again",
+        *,
+        advice: str = "",
+        code: Any = None,
+    ) -> None:
+        super().__init__(reason)
+        self.trouble = Trouble(then, reason, advice=advice, lost=True)
+        if str(code) == "429" and _LONG_QUOTA.search(reason):
+            self.trouble = Trouble("stop", reason, 429, advice=_LATER)
+
+
 def judge(
-    error: Exception,
-    sent: Mapping[str, Any],
-    refused: Set[str],
-    key: str,
-    optional: Set[str] = frozenset(),
+    error: Exception, sent: Mapping[str, Any], refused: Set[str], key: str, any_temperature: bool
 ) -> Trouble:
     """What to do about whatever was raised while a request was made or its reply was read.
 
-    Args:
-        error: from the client, or a `BadReplyError`.
-        sent: the request's body.
-        refused: parameters that are left out or replaced already.
-        key: to keep out of the reason.
-        optional: parameters that this request can do without, whatever their value.
+    `refused` are parameters that are left out or replaced already; the key is kept out of the
+    reason.
     """
     import openai
 
     try:
         if isinstance(error, openai.APIStatusError):
-            trouble = _of_status(error, sent, refused, optional)
+            trouble = _of_status(error, sent, refused, any_temperature)
         else:
             trouble = _of_transport(error)
         return replace(trouble, reason=one_line(trouble.reason, key))
@@ -123,47 +114,29 @@ def judge(
 def _of_transport(error: Exception) -> Trouble:
     import openai
 
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     if bad := next((cause for cause in causes if isinstance(cause, BadReplyError)), None):
-        return _of_reply(bad)
+        return bad.trouble
     names = {type(cause).__name__ for cause in causes}
     # A connection that was never made: no server, no such name, a proxy that refuses.
     unreachable = not names.isdisjoint({"ConnectError", "ConnectTimeout", "ProxyError"})
-    if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
-        what = "no connection in time" if unreachable else "no reply in time"
-        return Trouble("again", what, unreachable=unreachable, lost=not unreachable)
-    if isinstance(error, UnicodeEncodeError):
-        return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
-    if "DecodingError" in names:
-        return Trouble("again", f"the reply cannot be read: {error}", lost=True)
     transport = type(error).__module__.partition(".")[0] in _TRANSPORTS
-    if transport or isinstance(error, (openai.APIConnectionError, OSError)):
+    if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError)):
+        reason = "no connection in time" if unreachable else "no reply in time"
+    elif isinstance(error, UnicodeEncodeError):
+        return Trouble("skip", "the prompt holds half of a surrogate pair and no character")
+    elif "DecodingError" not in names and (
+        transport or isinstance(error, (openai.APIConnectionError, OSError))
+    ):
         reason = f"no connection: {error.__cause__ or error}"
-        return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
-    return Trouble("again", f"the reply cannot be read: {type(error).__name__}: {error}", lost=True)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those that it was raised from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _of_reply(error: BadReplyError) -> Trouble:
-    reason = str(error)
-    if error.foreign:
-        advice = "check --base-url, which usually ends in /v1, and that it is of a chat API"
-        return Trouble("once", reason, advice=advice, lost=True)
-    if str(error.code) == "429" and _LONG_QUOTA.search(reason):
-        return Trouble("stop", reason, 429, advice=_LATER)
-    return Trouble("once" if error.lasting else "again", reason, lost=True)
+    else:
+        reason = f"the reply cannot be read: {type(error).__name__}: {error}"
+        unreachable = False
+    return Trouble("again", reason, unreachable=unreachable, lost=not unreachable)
 
 
 def _of_status(
-    error: Any, sent: Mapping[str, Any], refused: Set[str], optional: Set[str]
+    error: Any, sent: Mapping[str, Any], refused: Set[str], any_temperature: bool
 ) -> Trouble:
     status: int = error.status_code
     code, named = (v if isinstance(v, str) else "" for v in (error.code, error.param))
@@ -180,40 +153,27 @@ def _of_status(
         if status == 429 and _LONG_QUOTA.search(str(error.body)):
             return Trouble("stop", reason, status, advice=_LATER)
         if wait is not None and wait > LONGEST_ASKED:
-            reason = f"it asks to wait for {_in_words(wait)}, {reason}"
+            reason = f"it asks to wait for {wait / 60:.0f} minutes, {reason}"
             return Trouble("stop", reason, status, retry_after=wait, advice=_LATER)
         return Trouble("again", reason, status, retry_after=wait)
     of_prompt = code in _OF_ONE_PROMPT or status == 413
-    bad_request = status in (400, 422)
-    refusal = find_refusal(named, said or code, sent) if bad_request else Refusal()
+    if status not in (400, 422):
+        is_its_own = of_prompt or _FILTERED.search(said) or _TOO_LONG.search(said)
+        return Trouble("skip" if is_its_own else "stop", reason, status)
+    refusal = find_refusal(named, said or code, sent)
     parameter = refusal.parameter
-    can_drop = bool(parameter) and droppable(refusal, sent, optional)
+    trouble = Trouble("unclear", reason, status, parameter=parameter)
+    can_drop = droppable(refusal, sent, any_temperature)
     if parameter in LIMITS and not (of_prompt or (refusal.of == "value" and is_of_prompt(said))):
         # Where the other name was refused before, this one is not: the request keeps a limit.
         if can_drop and not refused & (LIMITS - {parameter}):
-            return Trouble("adapt", reason, status, parameter=parameter)
+            return replace(trouble, then="adapt")
         if refusal.of == "value":
-            return Trouble("stop", reason, status, parameter=parameter)
-        return Trouble("unclear", reason, status)
+            return replace(trouble, then="stop")
+        return replace(trouble, parameter="")
     if of_prompt or _FILTERED.search(said) or _TOO_LONG.search(said):
-        return Trouble("skip", reason, status, parameter=parameter)
-    if can_drop and parameter not in LIMITS:
-        return Trouble("adapt", reason, status, parameter=parameter)
-    if bad_request:
-        return Trouble("unclear", reason, status, parameter=parameter)
-    return Trouble("stop", reason, status)
-
-
-_LATER = "run the same command again then, or raise the account's quota: what has come is kept"
-_REDIRECTED = (
-    "it is not followed, for the key and the prompts would go there: check --base-url, and give "
-    "the new address if you trust it"
-)
-
-
-def _in_words(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+        return replace(trouble, then="skip")
+    return replace(trouble, then="adapt") if can_drop and parameter not in LIMITS else trouble
 
 
 def _message(error: Any) -> str:
@@ -228,17 +188,16 @@ def _message(error: Any) -> str:
     return "" if text.lstrip().startswith("<") else text  # a proxy's page
 
 
+_LATER = "run the same command again then, or raise the account's quota: what has come is kept"
+_REDIRECTED = "it is not followed, for the key and the prompts would go there: check --base-url"
 _STREAM = re.compile(r"\bstream(?:ing)?\b", re.IGNORECASE)
-_LOWER = (
-    "lower --max-new-tokens, or --reasoning-tokens: the limit that is sent is their sum (for a "
-    "judge, of 512 and the latter)"
-)
 _OF_PARAMETERS = {
-    **dict.fromkeys(LIMITS, _LOWER),
-    "temperature": (
-        "give --teacher-temperature 1, or another that it takes: answers are then samples, which "
-        "come out otherwise when they are asked for anew"
+    **dict.fromkeys(
+        LIMITS,
+        "lower --max-new-tokens, or --reasoning-tokens: the limit is their sum (for a judge, of "
+        "512 and the latter)",
     ),
+    "temperature": "give --teacher-temperature 1, or another that it takes: answers are samples",
     "top_p": "leave top_p at 1, where it is not sent (--top-p is of the student alone)",
 }
 
@@ -257,12 +216,10 @@ def refusal(trouble: Trouble, model: str, url: str, variable: str) -> UsageError
         404: "check the model's name, and --base-url, which usually ends in /v1",
         429: "raise the account's quota, and run again: what has come is kept",
     }.get(trouble.status or 0, "check the model's name, --base-url and the sampling settings")
-    advice = _OF_PARAMETERS.get(trouble.parameter, advice)
-    if trouble.then == "unclear" and not trouble.parameter and _STREAM.search(trouble.reason):
-        advice = (
-            "plad_fast reads whole replies and no streams: switch the model's thinking off where "
-            "it is served, or choose another model or endpoint"
-        )
+    if trouble.parameter in _OF_PARAMETERS:
+        advice = _OF_PARAMETERS[trouble.parameter]
+    elif trouble.then == "unclear" and not trouble.parameter and _STREAM.search(trouble.reason):
+        advice = "plad_fast reads no streams: switch the model's thinking off, or choose another"
     return UsageError(f"model {model!r} at {url} refuses all requests ({trouble.reason}); {advice}")
 
 
@@ -279,10 +236,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def pause(tries: int, asked: float | None, *, first: float, longest: float) -> float:
+def pause(tries: int, asked: float | None) -> float:
     """Seconds before the next try: twice as long each time, or as long as the server asked.
 
     Jitter keeps requests that failed together from coming back together.
     """
-    backoff = min(longest, first * 2**tries) * random.uniform(0.5, 1.0)
+    backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) * random.uniform(0.5, 1.0)
     return backoff if asked is None else min(LONGEST_ASKED, asked) + 0.1 * backoff
