@@ -134,8 +134,8 @@ def count_one_pass(
     `sft_weight` is given.
 
     In a pair that is not active y+ is likelier than y- by 2 nats a token, which satisfies PLaD's
-    hinge with its margin of 1. Log-probabilities under a reference are 0. Offsets are on the CPU, as
-    the trainer passes them.
+    hinge with its margin of 1. Log-probabilities under a reference are 0. Offsets are on the CPU,
+    as the trainer passes them.
     """
     options = {"sft_weight": 0.0, **options}
     with_reference = get_loss(loss).needs_reference_for(options)

@@ -28,9 +28,9 @@ from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, sof
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
 
 __all__ = [
+    "SKIPS_IGNORED",
     "linear_backward",
     "linear_forward",
-    "SKIPS_IGNORED",
     "linear_preference_loss",
     "preferred",
     "stored_backward",
