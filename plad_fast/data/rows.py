@@ -147,10 +147,10 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
-    if rejected is not None:
-        several = isinstance(rejected, (list, tuple)) and not _is_messages(rejected)
-        read = read_contents if several else lambda *one: [read_content(*one)]
-        responses += read(rejected, "rejected")
+    if isinstance(rejected, (list, tuple)) and not _is_messages(rejected):
+        responses += read_contents(rejected, "rejected")
+    elif rejected is not None:
+        responses.append(read_content(rejected, "rejected"))
     return prompt, responses
 
 
