@@ -122,7 +122,7 @@ class RowLayout:
             seen.append(part)
         return seen
 
-    @torch.compiler.disable  # how many cuts there are depends on the layout
+    @torch._disable_dynamo  # how many cuts there are depends on the layout
     def predicting(self, hidden: Tensor) -> Tensor:
         """Rows of (1, T, D) that predict the tokens of the branches, (N, D), in their order.
 

@@ -1,13 +1,8 @@
-"""Joins a backend's forward and backward, and registers the ops with `torch.library`.
+"""Joins a backend's forward and backward to registered ops (`plad_fast.ops.registration`).
 
-Registered ops are opaque to `torch.compile`: a compiled loss calls them without a graph break,
-and their fake implementations give it shapes that follow a dynamic N and S. What depends on the
+Fake implementations give `torch.compile` shapes that follow a dynamic N and S. What depends on the
 values of a tensor (checks, dropping rows) or on the device (a budget of 0 bytes stands for its
-default) happens inside of them. They take the options one by one, in the order of `HeadOptions`.
-
-Derivatives are first ones, and asking for more is an error. A backward that torch does not see into
-gives gradients without a graph of their own: a penalty on one would lose its second derivative
-without a word, and forward mode would find a tangent of 0.
+default) happens inside of the ops. They take the options one by one, in the order of `HeadOptions`.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -15,17 +10,16 @@ N tokens, V vocabulary, D hidden, S sequences.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plad_fast.errors import UsageError
 from plad_fast.ops import validation as check
 from plad_fast.ops.backend import HeadOptions, LinearProblem, Upstream, get_backend
 from plad_fast.ops.impl.products import accumulation_dtype
+from plad_fast.ops.registration import first_order_only, register_op
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor cu_seqlens"
 OPTIONS = (
@@ -33,15 +27,6 @@ OPTIONS = (
     "SymInt scratch_bytes"
 )
 """Schemas of a `LinearProblem`'s tensors and of `HeadOptions`."""
-
-WAITING = (torch.Tag.cudagraph_unsafe,)
-"""Tags of ops that may wait for the device, as no captured CUDA graph can: Inductor leaves them out
-of its graphs (`torch.compile(mode="reduce-overhead")`)."""
-
-_NO_SECOND = (
-    "the op has no second derivative, and a gradient of its gradient was asked for; leave "
-    "create_graph=True out, or build that term on plain logits (plad_fast.ops.reference)"
-)
 
 
 @contextlib.contextmanager
@@ -65,40 +50,6 @@ def empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-def first_order_only(
-    backward: Callable[..., tuple[Tensor | None, ...]],
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    """For a backward made of kernels: under `create_graph=True` its results have a graph to the
-    saved tensors that want a gradient, and a UsageError is raised when it is walked.
-
-    torch's `once_differentiable` does so only where the upstream gradient has a graph itself.
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return grads
-        leaves = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
-        if not leaves:
-            # A compiled graph that autograd runs through (backend="eager") saved none of them.
-            raise UsageError(_NO_SECOND)
-        return tuple(grad if grad is None else _End.apply(grad, *leaves) for grad in grads)
-
-    return once
-
-
-class _End(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise UsageError(_NO_SECOND)
-
-
 def is_batched(tensor: Tensor | None) -> bool:
     """Whether a gradient stands for several, as under `torch.autograd.grad(is_grads_batched=True)`.
 
@@ -109,14 +60,7 @@ def is_batched(tensor: Tensor | None) -> bool:
     return tensor is not None and any(ask is not None and ask(tensor) for ask in asked)
 
 
-@torch.library.custom_op(
-    "plad_fast::linear_sequence_logprobs",
-    mutates_args=(),
-    tags=WAITING,
-    schema=f"({HEAD}, {OPTIONS}, float length_normalization, bool skip_inactive, "
-    "bool with_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def linear_sequence_logprobs(*arguments: Any) -> tuple[Tensor, ...]:
+def _linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """`LinearStatistics`, with an empty entropy where none is asked for."""
     *of_problem, length_normalization, _, with_entropy = arguments
     problem = problem_of(*of_problem)
@@ -131,8 +75,14 @@ def linear_sequence_logprobs(*arguments: Any) -> tuple[Tensor, ...]:
     return empty_for_none(statistics.lse, *statistics)
 
 
-@linear_sequence_logprobs.register_fake
-def _(hidden, weight, bias, targets, cu_seqlens, *options):
+def _fake_linear_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(hidden.dtype)
     with_entropy = options[-1]
     num_tokens, num_sequences = hidden.shape[0], cu_seqlens.shape[0] - 1
@@ -148,15 +98,7 @@ def _(hidden, weight, bias, targets, cu_seqlens, *options):
     )
 
 
-@torch.library.custom_op(
-    "plad_fast::linear_sequence_logprobs_backward",
-    mutates_args=(),
-    tags=WAITING,
-    schema="(Tensor? grad_sums, Tensor? grad_token, Tensor? grad_lse, Tensor counts, Tensor lse, "
-    f"Tensor tail, Tensor miss, {HEAD}, {OPTIONS}, float length_normalization, "
-    "bool skip_inactive, bool[] needs) -> (Tensor, Tensor, Tensor)",
-)
-def _linear_backward(
+def _linear_gradients(
     grad_sums: Tensor | None,  # (S,)
     grad_token: Tensor | None,  # (N,)
     grad_lse: Tensor | None,  # (N,)
@@ -186,13 +128,21 @@ def _linear_backward(
     return empty_for_none(problem.hidden, *grads)
 
 
-@_linear_backward.register_fake
-def _(*arguments):
+def _fake_linear_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     leaves, needs = arguments[7:10], arguments[-1]
     return tuple(
         torch.empty_like(leaf) if need and leaf is not None else leaves[0].new_empty(0)
         for leaf, need in zip(leaves, needs, strict=True)
     )
+
+
+_linear_backward = register_op(
+    "linear_sequence_logprobs_backward(Tensor? grad_sums, Tensor? grad_token, Tensor? grad_lse, "
+    f"Tensor counts, Tensor lse, Tensor tail, Tensor miss, {HEAD}, {OPTIONS}, "
+    "float length_normalization, bool skip_inactive, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _linear_gradients,
+    fake=_fake_linear_gradients,
+)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -220,16 +170,17 @@ def _differentiate_linear(
     return *of_head, *(None for _ in ctx.needs_input_grad[3:])
 
 
-linear_sequence_logprobs.register_autograd(_differentiate_linear, setup_context=_save_linear)
-
-
-@torch.library.custom_op(
-    "plad_fast::stored_token_logprobs",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor targets, Tensor cu_seqlens, {OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+linear_sequence_logprobs = register_op(
+    f"linear_sequence_logprobs({HEAD}, {OPTIONS}, float length_normalization, bool skip_inactive, "
+    "bool with_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_forward,
+    fake=_fake_linear_forward,
+    backward=_differentiate_linear,
+    save=_save_linear,
 )
-def stored_token_logprobs(
+
+
+def _stored_forward(
     logits: Tensor,  # (N, V) or (S, T, V)
     targets: Tensor,  # (N,) or (S, T) int64
     cu_seqlens: Tensor,  # (S + 1,) int64, checked here only
@@ -242,20 +193,12 @@ def stored_token_logprobs(
         return get_backend(options.impl, logits).stored_forward(logits, targets, options)
 
 
-@stored_token_logprobs.register_fake
-def _(logits, targets, *_):
+def _fake_stored_forward(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(logits.dtype)
     return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(4))
 
 
-@torch.library.custom_op(
-    "plad_fast::stored_token_logprobs_backward",
-    mutates_args=(),
-    tags=WAITING,
-    schema="(Tensor grad, Tensor logits, Tensor targets, Tensor lse, Tensor tail, Tensor miss, "
-    f"{OPTIONS}) -> Tensor",
-)
-def _stored_backward(
+def _stored_gradient(
     grad: Tensor,  # of the targets' shape
     logits: Tensor,
     targets: Tensor,
@@ -271,9 +214,16 @@ def _stored_backward(
         )
 
 
-@_stored_backward.register_fake
-def _(grad, logits, *_):
+def _fake_stored_gradient(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
+
+
+_stored_backward = register_op(
+    "stored_token_logprobs_backward(Tensor grad, Tensor logits, Tensor targets, Tensor lse, "
+    f"Tensor tail, Tensor miss, {OPTIONS}) -> Tensor",
+    _stored_gradient,
+    fake=_fake_stored_gradient,
+)
 
 
 def _save_stored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -289,4 +239,12 @@ def _differentiate_stored(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | 
     return of_logits, *(None for _ in ctx.needs_input_grad[1:])
 
 
-stored_token_logprobs.register_autograd(_differentiate_stored, setup_context=_save_stored)
+stored_token_logprobs = register_op(
+    f"stored_token_logprobs(Tensor logits, Tensor targets, Tensor cu_seqlens, {OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _stored_forward,
+    fake=_fake_stored_forward,
+    backward=_differentiate_stored,
+    save=_save_stored,
+    tags=(),
+)

@@ -1,7 +1,7 @@
 """The one-pass preference loss, whose gradients are made in the forward, for an upstream of 1.
 
-Eagerly it is an autograd function; in a compiled graph it is an op registered with `torch.library`,
-see `ops.autograd`, whose gradients leave it as outputs. The backward of both scales them.
+Eagerly it is an autograd function; in a compiled graph it is a registered op, see
+`plad_fast.ops.registration`, whose gradients leave it as outputs. The backward of both scales them.
 
 N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 """
@@ -23,16 +23,15 @@ from plad_fast.ops import validation as check
 from plad_fast.ops.autograd import (
     HEAD,
     OPTIONS,
-    WAITING,
     alone_on,
     empty_for_none,
-    first_order_only,
     is_batched,
     problem_of,
 )
 from plad_fast.ops.backend import Head, HeadGradient, LinearProblem, Needs, get_backend
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.scaling import scaled_gradient
+from plad_fast.ops.registration import first_order_only, register_op
 
 
 class FusedLoss(NamedTuple):
@@ -201,16 +200,7 @@ def _one_pass(
     return FusedLoss(loss, sums, counts, group_losses, active), grads
 
 
-@torch.library.custom_op(
-    "plad_fast::linear_preference_loss",
-    mutates_args=(),
-    tags=WAITING,
-    schema=f"({HEAD}, {OPTIONS}, Tensor? scores, Tensor? reference_logps, Tensor? num_groups, "
-    "Tensor? num_tokens, SymInt group_size, float sft_weight, float length_normalization, "
-    "bool[] needs, str loss, str option_names, float[] option_values) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _compiled_preference_loss(*arguments: Any) -> tuple[Tensor, ...]:
+def _preference_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Loss, sums, counts, group losses, active; and the gradients for an upstream of 1."""
     *tensors, group_size, sft_weight, alpha, needs, loss, names, values = arguments
     *of_problem, scores, reference_logps, num_groups, num_tokens = tensors
@@ -234,8 +224,14 @@ def _gradient_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-@_compiled_preference_loss.register_fake
-def _(hidden, weight, bias, targets, cu_seqlens, *arguments):
+def _fake_preference_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     group_size, _, _, needs, *_ = arguments[-7:]
     dtype = accumulation_dtype(hidden.dtype)
     num_sequences = cu_seqlens.shape[0] - 1
@@ -247,7 +243,9 @@ def _(hidden, weight, bias, targets, cu_seqlens, *arguments):
         hidden.new_empty(num_groups, dtype=dtype),
         hidden.new_empty(num_groups, dtype=torch.bool),
         *(
-            torch.empty_like(leaf, dtype=_gradient_dtype(hidden)) if need else hidden.new_empty(0)
+            torch.empty_like(leaf, dtype=_gradient_dtype(hidden))
+            if need and leaf is not None
+            else hidden.new_empty(0)
             for leaf, need in zip((hidden, weight, bias), needs, strict=True)
         ),
     )
@@ -269,8 +267,15 @@ def _differentiate_preference(
     return *_scaled(ctx, grad_loss), *(None for _ in ctx.needs_input_grad[3:])
 
 
-_compiled_preference_loss.register_autograd(
-    _differentiate_preference, setup_context=_save_preference
+_compiled_preference_loss = register_op(
+    f"linear_preference_loss({HEAD}, {OPTIONS}, Tensor? scores, Tensor? reference_logps, "
+    "Tensor? num_groups, Tensor? num_tokens, SymInt group_size, float sft_weight, "
+    "float length_normalization, bool[] needs, str loss, str option_names, float[] option_values) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _preference_forward,
+    fake=_fake_preference_forward,
+    backward=_differentiate_preference,
+    save=_save_preference,
 )
 
 

@@ -13,6 +13,8 @@ SHAPE = {"N": 1024, "D": 256, "V": 32768}
 SCRATCH = 16
 ALLOWANCE = 16
 """MiB: pages of libraries that a first large call touches, rounding of the allocator."""
+FIRST_ALLOWANCE = 28
+"""MiB: the same, where a process has called nothing of plad_fast before."""
 
 PROGRAM = """
 import sys, torch
@@ -68,7 +70,8 @@ def inputs(n):
     bounds = torch.arange(0, n + 1, max(n // 16, 1))
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, bounds
 
-run(*inputs(8))  # loads what is loaded lazily
+if "first" not in which:
+    run(*inputs(8))  # loads what is loaded lazily
 arguments = inputs(N)
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
@@ -104,15 +107,18 @@ def peak_of(which: str, dtype: str) -> float:
         ("one-pass half", "float32"),
         ("one-pass half softcap", "bfloat16"),
         ("stored softcap", "float32"),
+        ("first op", "float32"),
+        ("first op", "bfloat16"),
     ],
 )
 def test_peak_is_gradients_plus_scratch(which, dtype):
     """Nothing of the size of the logits, and no second gradient of the weight."""
     itemsize = 4 if dtype == "float32" else 2
     gradients = (SHAPE["N"] + SHAPE["V"]) * SHAPE["D"] * itemsize / MIB
-    allowed = gradients + SCRATCH + ALLOWANCE
+    allowance = FIRST_ALLOWANCE if "first" in which else ALLOWANCE
+    allowed = gradients + SCRATCH + allowance
     if "stored" in which:
-        allowed = SHAPE["N"] * SHAPE["V"] * itemsize / MIB + SCRATCH + ALLOWANCE
+        allowed = SHAPE["N"] * SHAPE["V"] * itemsize / MIB + SCRATCH + allowance
     if "ignored" in which:
         allowed += SHAPE["N"] * SHAPE["D"] * 4 / MIB  # hidden states that count, and their gradient
     if itemsize == 2:

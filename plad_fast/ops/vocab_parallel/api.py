@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from plad_fast.checks import check_flag, check_length_normalization
@@ -33,6 +32,7 @@ from plad_fast.losses.terms import length_normalized, segment_sums
 from plad_fast.ops import validation as check
 from plad_fast.ops.logprobs import SequenceLogProbs
 from plad_fast.ops.preference_autograd import FusedLoss
+from plad_fast.ops.registration import opaque
 from plad_fast.ops.vocab_parallel.autograd import ShardedTokens, sharded_preference_loss
 from plad_fast.ops.vocab_parallel.call import Sharding, agreed_call
 from plad_fast.ops.vocab_parallel.group import check_group
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@torch.compiler.disable
+@opaque
 def vocab_parallel_sequence_logprobs(
     hidden: Tensor,  # (N, D), the same on every rank
     weight: Tensor,  # (V, D), this rank's rows
@@ -125,7 +125,7 @@ def vocab_parallel_sequence_logprobs(
     )
 
 
-@torch.compiler.disable
+@opaque
 def vocab_parallel_preference_loss(
     hidden: Tensor,  # (N, D), the same on every rank
     weight: Tensor,  # (V, D), this rank's rows

@@ -15,7 +15,7 @@ from torch import Tensor
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.terms import length_normalized
-from plad_fast.ops.autograd import alone_on, first_order_only, is_batched
+from plad_fast.ops.autograd import alone_on, is_batched
 from plad_fast.ops.backend import (
     Denominators,
     HeadGradient,
@@ -28,6 +28,7 @@ from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.softmax_rows import RowStatistics
 from plad_fast.ops.impl.workspace import HeadGradients
 from plad_fast.ops.preference_autograd import FusedLoss, differentiable
+from plad_fast.ops.registration import first_order_only
 from plad_fast.ops.vocab_parallel.group import Shards
 from plad_fast.ops.vocab_parallel.workspace import (
     WIDTH,
