@@ -87,7 +87,8 @@ def _rows_backward(arguments: Arguments) -> Touched:
 
 RULES: dict[str, Rule] = {
     "_linear_forward_kernel": Rule(_linear_forward),
-    "_combine_kernel": Rule(lambda a: once(a, ("sums_ptr", "counts_ptr", *_STATISTICS))),
+    "_combine_kernel": Rule(_rows_forward),
+    "_sequence_sums_kernel": Rule(lambda a: once(a, ("sums_ptr", "counts_ptr"))),
     "_logits_gradient_kernel": Rule(
         lambda a: once(a, ("out_ptr",))._replace(flops=_flops(a)), makes_gradient=True
     ),

@@ -27,7 +27,6 @@ import triton
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import LinearConfig, RowsConfig, SegmentsConfig
 from torch import Tensor
-from triton.errors import TritonError
 
 Config = TypeVar("Config", bound=LinearConfig | RowsConfig | SegmentsConfig)
 
@@ -65,8 +64,10 @@ def tuned(
 ) -> Config:
     """The fastest candidate: as found earlier, in this process or another, or as measured now.
 
-    `bench` returns a time in any unit. A candidate that Triton cannot build or launch is out of the
-    race; of equals the first one wins. Raises what the last of them raised where none can.
+    `bench` returns a time in any unit. A candidate that cannot be built or launched is out of the
+    race, whatever part of Triton, LLVM, ptxas or the driver refuses it; of equals the first one
+    wins. Raises what the last of them raised where none can, or the device's own error where a
+    candidate has left it unusable.
     """
     assert candidates
     if len(candidates) == 1:
@@ -131,12 +132,14 @@ def _fastest(
 ) -> tuple[Config, float]:
     best: Config | None = None
     best_time = math.inf
-    failure: TritonError | None = None
+    failure: Exception | None = None
     for candidate in candidates:
         try:
             time = bench(candidate)
-        except TritonError as error:
+        except Exception as error:  # they have no class in common
             failure = error
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             continue
         if time < best_time:
             best, best_time = candidate, time

@@ -61,6 +61,11 @@ class Device:
     num_sms: int
 
 
+TOKEN_GROUP = 16
+"""Tiles of tokens that take all parts of the vocabulary before the next ones do: with 8 parts they
+fill a GPU of 132 multiprocessors, and their hidden states, 1 MiB a tile where D is 4096, its L2.
+"""
+
 # A stand-in for tensors on the CPU, which the interpreter runs.
 _INTERPRETER = Device((9, 0), 2)
 
@@ -180,6 +185,37 @@ def load_kind(device: Device, *matrices: Tensor) -> str:
     return "vector" if aligned else "scalar"
 
 
+class LibraryFrom(NamedTuple):
+    """Hidden sizes from which logits go through memory."""
+
+    forward: int
+    gradient: int
+
+
+LIBRARY_FROM: dict[tuple[int, int], LibraryFrom] = {(9, 0): LibraryFrom(1024, 3072)}
+"""By compute capability: from where on 16-bit operands are multiplied by the library, to logits in
+float32, which a kernel then reads row by row, rather than by our product, which keeps them in
+registers. What is measured on a GPU goes here; of the H100 it is a count, in picoseconds a logit:
+
+    D                            896    1024    2048    3072    4096
+    ours, 400 to 560 TFLOP/s     4.5     4.9     7.9    11.2    14.6
+    library, 720 TFLOP/s         2.5     2.8     5.7     8.5    11.4
+      and the forward            4.5     4.8     7.7    10.5    13.4
+      and the gradient           5.2     5.5     8.4    11.2    14.0
+
+Memory takes 3 TB/s. The library's rate includes 16-bit results: 2 bytes of a logit are written
+beyond these, 4 are read again, and for the gradient 2 more are written.
+"""
+
+
+def uses_library(hidden: Tensor, *, gradient: bool) -> bool:
+    """Whether logits of these hidden states go through memory; see `LIBRARY_FROM`."""
+    least = LIBRARY_FROM.get(device_of(hidden).capability)
+    if least is None or hidden.element_size() != 2:
+        return False
+    return hidden.shape[1] >= (least.gradient if gradient else least.forward)
+
+
 def is_lean(bias: Tensor | None, softcap: float | None, vocab: int) -> bool:
     """Whether a tile of logits needs few registers beside its accumulators."""
     return bias is None and softcap is None and vocab % 16 == 0
@@ -223,6 +259,7 @@ def linear_constants(
         "USE_TMA": loads == "tma",
         "PRECISION": dot_precision(hidden.dtype),
         "WIDEN": must_widen(hidden.dtype),
+        "GROUP": TOKEN_GROUP,
         **asdict(config),
     }
 
@@ -267,10 +304,12 @@ def rows_config(vocab: int) -> RowsConfig:
     return RowsConfig(block, num_warps=8 if block >= 2048 else 4)
 
 
+@functools.lru_cache(maxsize=1024)
 def vocab_splits(num_tokens: int, vocab: int, config: LinearConfig, device: Device) -> int:
     """Parts of the vocabulary that run side by side, so that few tokens still fill the GPU.
 
-    Among one to four waves of programs the one that ends first; of equals the fewest parts.
+    At least as many as let a group of tiles of tokens fill it, at most four times that: of those
+    the number that ends first, in waves of programs; of equals the fewest.
     """
     token_tiles = triton.cdiv(num_tokens, config.BLOCK_N)
     vocab_tiles = triton.cdiv(vocab, config.BLOCK_V)
@@ -279,10 +318,8 @@ def vocab_splits(num_tokens: int, vocab: int, config: LinearConfig, device: Devi
         waves = math.ceil(token_tiles * splits / device.num_sms)
         return waves * math.ceil(vocab_tiles / splits)
 
-    candidates = {1}
-    for waves in range(1, 5):
-        candidates.add(min(vocab_tiles, max(1, waves * device.num_sms // token_tiles)))
-    return min(sorted(candidates), key=duration)
+    fewest = max(1, device.num_sms // min(token_tiles, TOKEN_GROUP))
+    return min(range(min(fewest, vocab_tiles), min(4 * fewest, vocab_tiles) + 1), key=duration)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 A tile of logits is multiplied again, and becomes g (onehot - p) with the lse of the forward before
 it leaves the registers: the result is written once and never read by a kernel. Two library products
-of it give the gradients of hidden and weight. Tiles of tokens vary fastest, as in the forward.
+of it give the gradients of hidden and weight. Tiles of tokens go in groups, as in the forward.
 
 n tokens, V entries of the vocabulary, D hidden.
 """
@@ -15,11 +15,11 @@ import triton.language as tl
 from plad_fast.kernels import autotune, launch
 from plad_fast.kernels.launch import GradientFactors, LinearConfig
 from plad_fast.kernels.linear_forward import logits_tile
-from plad_fast.kernels.primitives import capped_logits, logit_gradient
+from plad_fast.kernels.primitives import capped_logits, grouped_tile, logit_gradient
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_column", "ignore_index"])
 def _logits_gradient_kernel(
     hidden_ptr,
     weight_ptr,
@@ -53,13 +53,13 @@ def _logits_gradient_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
-    tile = tl.program_id(0) % token_tiles
-    vocab_tile = tl.program_id(0) // token_tiles
+    tile, vocab_tile = grouped_tile(token_tiles, tl.cdiv(vocab, BLOCK_V), GROUP)
     offs_v = vocab_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = offs_n < num_tokens

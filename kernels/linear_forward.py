@@ -1,11 +1,11 @@
 """Hidden states x LM head -> log-probabilities of targets; logits live in registers only.
 
-Two launches. `_linear_forward_kernel` runs over tiles of tokens times parts of the vocabulary:
+Three launches. `_linear_forward_kernel` runs over tiles of tokens times parts of the vocabulary:
 each program multiplies tile after tile of its part and keeps a running maximum and sum of
 exponentials per token, so hidden and weight are read and 2 to 4 numbers per token and part are
-written. Tiles of tokens vary fastest: programs that run together read the same weights, which
-come from the L2 cache then. `_combine_kernel` folds the parts in a fixed order and sums the tokens
-of each sequence in float64. No atomics; the same inputs on the same GPU give the same bits.
+written. Tiles of tokens go in groups: what programs that run together read comes from the L2 cache
+then. `_combine_kernel` folds the parts of each token in a fixed order, and `sequence_sums` the
+tokens of each sequence. No atomics; the same inputs on the same GPU give the same bits.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -23,10 +23,12 @@ from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
     finite_base,
+    grouped_tile,
     online_update,
     token_statistics,
     without_target,
 )
+from plad_fast.kernels.segments import sequence_sums
 from torch import Tensor
 
 _COMBINED_TOKENS = 64
@@ -108,7 +110,7 @@ def logits_tile(
     return raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "tiles_per_split", "ignore_index"])
 def _linear_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -138,13 +140,13 @@ def _linear_forward_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
-    tile = tl.program_id(0) % token_tiles
-    split = tl.program_id(0) // token_tiles
+    tile, split = grouped_tile(token_tiles, tl.num_programs(0) // token_tiles, GROUP)
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = offs_n < num_tokens
     targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
@@ -198,16 +200,13 @@ def _linear_forward_kernel(
     tl.store(z_target_ptr + offs_n, z_target, mask=exists & counted & mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "ignore_index"])
 def _combine_kernel(
     max_ptr,  # (splits, N)
     rest_ptr,  # (splits, N)
     moment_ptr,  # (splits, N)
     z_target_ptr,  # (N,)
     targets_ptr,
-    cu_seqlens_ptr,
-    sums_ptr,
-    counts_ptr,
     logprobs_ptr,
     lse_ptr,
     tail_ptr,
@@ -215,58 +214,42 @@ def _combine_kernel(
     entropy_ptr,
     num_tokens,
     num_splits,
-    alpha,
     ignore_index,
-    HAS_ALPHA: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    sequence = tl.program_id(0)
-    start = tl.load(cu_seqlens_ptr + sequence)
-    stop = tl.load(cu_seqlens_ptr + sequence + 1)
-    sums = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    counts = tl.zeros((BLOCK_N,), dtype=tl.int64)
-    for first in range(start, stop, BLOCK_N):
-        offs_n = first + tl.arange(0, BLOCK_N)
-        exists = offs_n < stop
-        targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
-        counted = exists & (targets != ignore_index)
-        z_target = tl.load(z_target_ptr + offs_n, mask=counted, other=0.0)
-        row_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-        part = offs_n
-        for _ in range(num_splits):
-            row_max = tl.maximum(row_max, tl.load(max_ptr + part, mask=counted, other=0.0))
-            part += num_tokens
-        base = finite_base(row_max)
-        rest = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        part = offs_n
-        for _ in range(num_splits):
-            part_max = tl.load(max_ptr + part, mask=counted, other=0.0)
-            part_rest = tl.load(rest_ptr + part, mask=counted, other=1.0)
-            decay = tl.exp(part_max - base)
-            if WITH_ENTROPY:
-                part_moment = tl.load(moment_ptr + part, mask=counted, other=0.0)
-                shift = tl.where(part_max == float("-inf"), 0.0, part_max - base)
-                moment += decay * (part_moment + shift * part_rest)
-            rest += decay * part_rest
-            part += num_tokens
-        logprob, lse, tail, miss, base, log_total = token_statistics(z_target, row_max, rest)
-        tl.store(logprobs_ptr + offs_n, tl.where(counted, logprob, 0.0), mask=exists)
-        tl.store(lse_ptr + offs_n, tl.where(counted, lse, 0.0), mask=exists)
-        tl.store(tail_ptr + offs_n, tl.where(counted, tail, 0.0), mask=exists)
-        tl.store(miss_ptr + offs_n, tl.where(counted, miss, 0.0), mask=exists)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = offs_n < num_tokens
+    targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
+    counted = exists & (targets != ignore_index)
+    z_target = tl.load(z_target_ptr + offs_n, mask=counted, other=0.0)
+    row_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    part = offs_n.to(tl.int64)
+    for _ in range(num_splits):
+        row_max = tl.maximum(row_max, tl.load(max_ptr + part, mask=counted, other=0.0))
+        part += num_tokens
+    base = finite_base(row_max)
+    rest = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    part = offs_n.to(tl.int64)
+    for _ in range(num_splits):
+        part_max = tl.load(max_ptr + part, mask=counted, other=0.0)
+        part_rest = tl.load(rest_ptr + part, mask=counted, other=1.0)
+        decay = tl.exp(part_max - base)
         if WITH_ENTROPY:
-            entropy = entropy_of(moment, row_max, rest, z_target, base, log_total)
-            tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
-        sums += tl.where(counted, logprob, 0.0).to(tl.float64)
-        counts += counted.to(tl.int64)
-    count = tl.sum(counts, axis=0)
-    total = tl.sum(sums, axis=0)
-    if HAS_ALPHA:
-        total *= tl.exp(-alpha * tl.log(tl.maximum(count, 1).to(tl.float64)))
-    tl.store(sums_ptr + sequence, total.to(tl.float32))
-    tl.store(counts_ptr + sequence, count)
+            part_moment = tl.load(moment_ptr + part, mask=counted, other=0.0)
+            shift = tl.where(part_max == float("-inf"), 0.0, part_max - base)
+            moment += decay * (part_moment + shift * part_rest)
+        rest += decay * part_rest
+        part += num_tokens
+    logprob, lse, tail, miss, base, log_total = token_statistics(z_target, row_max, rest)
+    tl.store(logprobs_ptr + offs_n, tl.where(counted, logprob, 0.0), mask=exists)
+    tl.store(lse_ptr + offs_n, tl.where(counted, lse, 0.0), mask=exists)
+    tl.store(tail_ptr + offs_n, tl.where(counted, tail, 0.0), mask=exists)
+    tl.store(miss_ptr + offs_n, tl.where(counted, miss, 0.0), mask=exists)
+    if WITH_ENTROPY:
+        entropy = entropy_of(moment, row_max, rest, z_target, base, log_total)
+        tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
 
 
 def linear_forward(
@@ -300,19 +283,14 @@ def linear_forward(
     )
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
-    targets, cu_seqlens = targets.contiguous(), cu_seqlens.contiguous()
+    targets = targets.contiguous()
 
     def per_token() -> Tensor:
         return torch.empty(num_tokens, device=hidden.device, dtype=torch.float32)
 
     logprobs, lse, tail, miss = per_token(), per_token(), per_token(), per_token()
     entropy = per_token() if with_entropy else None
-    num_sequences = cu_seqlens.shape[0] - 1
-    sums = torch.empty(num_sequences, device=hidden.device, dtype=torch.float32)
-    counts = torch.empty(num_sequences, device=hidden.device, dtype=torch.int64)
 
-    splits = 0
-    row_max = rest = moment = z_target = logprobs
     if num_tokens:
         vocab_tiles = triton.cdiv(vocab, config.BLOCK_V)
         tiles_per_split = triton.cdiv(
@@ -342,16 +320,12 @@ def linear_forward(
             WITH_ENTROPY=with_entropy,
             **launch.linear_constants(hidden, weight, bias, softcap, config, loads),
         )
-    if num_sequences:
-        _combine_kernel[(num_sequences,)](
+        _combine_kernel[(triton.cdiv(num_tokens, _COMBINED_TOKENS),)](
             row_max,
             rest,
             moment,
             z_target,
             targets,
-            cu_seqlens,
-            sums,
-            counts,
             logprobs,
             lse,
             tail,
@@ -359,11 +333,16 @@ def linear_forward(
             lse if entropy is None else entropy,
             num_tokens,
             splits,
-            length_normalization,
             ignore_index,
-            HAS_ALPHA=length_normalization != 0,
             WITH_ENTROPY=with_entropy,
             BLOCK_N=_COMBINED_TOKENS,
             num_warps=2,
         )
+    sums, counts = sequence_sums(
+        logprobs,
+        targets,
+        cu_seqlens,
+        length_normalization=length_normalization,
+        ignore_index=ignore_index,
+    )
     return LinearStatistics(sums, counts, logprobs, lse, tail, miss, entropy)

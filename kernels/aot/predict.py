@@ -24,7 +24,13 @@ import math
 from dataclasses import dataclass
 
 from plad_fast.kernels.aot.resources import Gpu, Resources
-from plad_fast.kernels.launch import Device, LinearConfig, RowsConfig, vocab_splits
+from plad_fast.kernels.launch import (
+    TOKEN_GROUP,
+    Device,
+    LinearConfig,
+    RowsConfig,
+    vocab_splits,
+)
 
 TOKENS = 2048
 MODELS = {
@@ -81,7 +87,7 @@ def predict_linear(
     together = min(max(1, resources.blocks_per_sm), busiest)
     per_tile = max(product, epilogue, (product + epilogue + _FILL_CLOCKS) / together)
 
-    passes = math.ceil(token_tiles / (gpu.sms * together))
+    passes = math.ceil(token_tiles / TOKEN_GROUP)
     results = vocab if backward else 2 * 4 * programs // token_tiles
     carried = 2 * width * (vocab * passes + num_tokens) + 2 * num_tokens * results
     seconds = {

@@ -13,13 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from plad_fast.data.chat_template import (
-    Whole,
-    apply_template,
-    common_length,
-    is_tag,
-    whole_conversation,
-)
+from plad_fast.data.chat_template import ChatTemplate, Whole, common_length, is_tag
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,10 +43,7 @@ def as_conversation(
     """A prompt and its responses in the prompt's form: texts, or the assistant's message of each.
 
     Where a response is messages and the prompt is text, the prompt is what the user said. Messages
-    of a response that repeat the prompt are left out.
-
-    Raises:
-        UsageError: messages of a response that neither repeat the prompt nor are one answer to it.
+    of a response that repeat the prompt are left out; any others are refused (UsageError).
     """
     texts = [response for response in responses if isinstance(response, str)]
     if isinstance(prompt, str):
@@ -65,19 +56,11 @@ def as_conversation(
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Messages, template: Mapping[str, Any] | None = None
 ) -> str:
-    """The text after which the model starts to answer chat messages.
-
-    Args:
-        tokenizer: with a chat template.
-        prompt: not ending in the assistant's message.
-        template: what the chat template gets beside the messages, such as `tools`.
-    """
+    """The text after which the model starts to answer messages; `template` is what the chat
+    template gets beside these, such as `tools`."""
     if prompt[-1]["role"] == "assistant":
-        raise UsageError(
-            "the prompt ends in an assistant message, which leaves nothing to answer; cut it off, "
-            "and put its text at the start of the responses if they go on from there"
-        )
-    return apply_template(tokenizer, prompt, template, generation_prompt=True)
+        raise UsageError("the prompt ends in an assistant message; cut it off")
+    return ChatTemplate(tokenizer, template).text(prompt, generation_prompt=True)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
@@ -103,14 +86,9 @@ def with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]) -> bool:
-    """Whether a conversation ends in a mark of the end.
-
-    Args:
-        whole: the conversation.
-        last: its last token.
-        end: the EOS token.
-        added: the tokenizer's `added_tokens_decoder`, slow to get where there are thousands.
-    """
+    """Whether a conversation ends in a mark of the end. `last` is its last token, `end` the EOS
+    token, and `added` the tokenizer's `added_tokens_decoder`, slow to get where there are
+    thousands."""
     return last == end or (whole.marked and last in added and not is_tag(added[last].content))
 
 
@@ -119,7 +97,7 @@ def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     prompt = [{"role": "user", "content": "a"}]
     head = render_prompt(tokenizer, prompt)
     answer = {"role": "assistant", "content": "a"}
-    whole = whole_conversation(tokenizer, prompt, answer, head, None)
+    whole = ChatTemplate(tokenizer).whole(prompt, answer, head)
     # Without an EOS token, a template that marks no end closes with the answer itself.
     ids = tokenizer(answer_text(tokenizer, head, whole), add_special_tokens=False)["input_ids"]
     return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
@@ -144,7 +122,7 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Messages, re
 
     This is what a reward model has seen; `answer_text` is what a student learns to write.
     """
-    return apply_template(tokenizer, [*prompt, {"role": "assistant", "content": response}])
+    return ChatTemplate(tokenizer).text([*prompt, {"role": "assistant", "content": response}])
 
 
 def written_out(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -168,7 +146,7 @@ def _answer(prompt: Messages, response: Content) -> Message:
             f"a response ends in a message of role {last['role']!r}; the last one must be the "
             "assistant's answer"
         )
-    if before and not _same_turns(before, prompt):
+    if before and _turns(before) != _turns(prompt):
         raise UsageError(
             f"a response holds {len(response)} messages, and those before the last are not the "
             "prompt; move the earlier turns into the prompt, which all responses share"
@@ -176,9 +154,6 @@ def _answer(prompt: Messages, response: Content) -> Message:
     return last
 
 
-def _same_turns(messages: Messages, prompt: Messages) -> bool:
-    first, second = (
-        [{**message, "content": (message.get("content") or "").strip()} for message in side]
-        for side in (messages, prompt)
-    )
-    return first == second
+def _turns(messages: Messages) -> Messages:
+    """To compare: white space around a message may differ."""
+    return [{**m, "content": (m.get("content") or "").strip()} for m in messages]

@@ -52,104 +52,114 @@ def is_tag(token: str) -> bool:
     return bool(_TAG.search(token))
 
 
-def apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    options: Mapping[str, Any] | None = None,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    """The text of messages; raises UsageError where there is no template, or it refuses them."""
-    if all(message.get("content") is not None for message in messages):
-        return _render(tokenizer, messages, options, generation_prompt)
-    # Some templates ask for a null content, and some write "None".
-    filled = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
-    text = _render(tokenizer, filled, options, generation_prompt)
-    try:
-        given = _render(tokenizer, messages, options, generation_prompt)
-    except UsageError:
-        return text
-    return text if given.count("None") > text.count("None") else given
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    options: Mapping[str, Any] | None,
-    generation_prompt: bool,
-) -> str:
-    name = template_name(tokenizer)
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{name} has no chat template, but there are chat messages; pass prompt and responses "
-            "as text, or set tokenizer.chat_template"
-        )
-    template: Any = tokenizer.apply_chat_template
-    try:
-        return template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            **(options or {}),
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program: it may raise anything
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        kind = type(error).__name__
-        said = str(error) if kind == "TemplateError" else f"{kind}: {error}"
-        raise UsageError(
-            f"the chat template of {name} refuses messages of the roles {roles} ({said}); change "
-            "the messages, such as a system message into the start of the first user message"
-        ) from error
-
-
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.name_or_path or "this tokenizer"
 
 
-def whole_conversation(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[Message],
-    answer: Message,
-    head: str,
-    options: Mapping[str, Any] | None,
-) -> Whole:
-    """A prompt and its answer, as the model that is given `head` should write it.
+class ChatTemplate(NamedTuple):
+    """A tokenizer's chat template, with what it gets beside messages, such as `tools`."""
 
-    That is the template's text, which need not begin with `head`: the generation prompt may open a
-    thought that a plain answer does without. Where the template takes an answer's own thought
-    away, or renders the prompt differently once an answer follows, the answer stands behind
-    `head`, less a tag that `head` has opened already, and before the template's end of a turn.
+    tokenizer: PreTrainedTokenizerBase
+    options: Mapping[str, Any] | None = None
 
-    Raises:
-        UsageError: the answer has a key that the template does not show, or that cannot be shown
-            without it.
-    """
-    full = apply_template(tokenizer, [*prompt, answer], options)
-    content = answer.get("content") or ""
-    extra = [key for key in answer if key not in ("role", "content") and not _is_empty(answer[key])]
-    for key in [*extra, "content"] if extra and content.strip() else extra:
-        _require_shown(tokenizer, prompt, answer, key, full, options)
-    thinks = _thinks(content, head)
-    common = common_length(head, full)
-    twice = thinks and any(key in _REASONING for key in extra)
-    if not thinks or (not twice and _keeps_thought(content, head, full)):
-        if common == len(head):
-            return _whole(head + full[common:].rstrip(), content)
-        if not (thinks and _LEFT_OPEN.search(head)) and full.startswith(
-            apply_template(tokenizer, prompt, options).rstrip()
-        ):
-            return _whole(full.rstrip(), content)
-    if extra:
-        raise UsageError(
-            f"the response has {', '.join(extra)}, and the chat template of "
-            f"{template_name(tokenizer)} does not render it behind its prompt (the content has "
-            "a thought too, which it drops or doubles, or it writes earlier turns differently "
-            "then); leave the row out, or set another tokenizer.chat_template"
-        )
-    end = _turn_end(tokenizer, prompt, options)
-    return _whole(_continued(head, content, thinks) + end, content)
+    def text(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        """The text of messages; UsageError where there is no template, or it refuses them."""
+        if all(message.get("content") is not None for message in messages):
+            return self._render(messages, generation_prompt)
+        # Some templates ask for a null content, and some write "None".
+        filled = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
+        text = self._render(filled, generation_prompt)
+        try:
+            given = self._render(messages, generation_prompt)
+        except UsageError:
+            return text
+        return text if given.count("None") > text.count("None") else given
+
+    def whole(self, prompt: Sequence[Message], answer: Message, head: str) -> Whole:
+        """A prompt and its answer, as the model that is given `head` should write it.
+
+        That is the template's text, which need not begin with `head`: the generation prompt may
+        open a thought that a plain answer does without. Where the template takes an answer's own
+        thought away, or renders the prompt differently once an answer follows, the answer stands
+        behind `head`, less a tag that `head` has opened already, and before the template's end of
+        a turn.
+
+        Raises:
+            UsageError: the answer has a key that the template does not show, or that cannot be
+                shown without it.
+        """
+        full = self.text([*prompt, answer])
+        content = answer.get("content") or ""
+        extra = [k for k in answer if k not in ("role", "content") and not _is_empty(answer[k])]
+        for key in [*extra, "content"] if extra and content.strip() else extra:
+            self._require_shown(prompt, answer, key, full)
+        thinks = _thinks(content, head)
+        common = common_length(head, full)
+        twice = thinks and any(key in _REASONING for key in extra)
+        if not thinks or (not twice and _keeps_thought(content, head, full)):
+            if common == len(head):
+                return _whole(head + full[common:].rstrip(), content)
+            if not (thinks and _LEFT_OPEN.search(head)) and full.startswith(
+                self.text(prompt).rstrip()
+            ):
+                return _whole(full.rstrip(), content)
+        if extra:
+            raise UsageError(
+                f"the response has {', '.join(extra)}, and the chat template of "
+                f"{template_name(self.tokenizer)} does not render it behind its prompt (the "
+                "content has a thought too, which it drops or doubles, or it writes earlier turns "
+                "differently then); leave the row out, or set another tokenizer.chat_template"
+            )
+        probe = self.text([*prompt, {"role": "assistant", "content": _PROBE}]).rstrip()
+        end = probe.rpartition(_PROBE)[2] if _PROBE in probe else ""
+        return _whole(_continued(head, content, thinks) + end, content)
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        name = template_name(self.tokenizer)
+        if not self.tokenizer.chat_template:
+            raise UsageError(
+                f"{name} has no chat template, but there are chat messages; pass prompt and "
+                "responses as text, or set tokenizer.chat_template"
+            )
+        template: Any = self.tokenizer.apply_chat_template
+        try:
+            return template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **(self.options or {}),
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            kind = type(error).__name__
+            said = str(error) if kind == "TemplateError" else f"{kind}: {error}"
+            raise UsageError(
+                f"the chat template of {name} refuses messages of the roles {roles} ({said}); "
+                "change the messages, such as a system message into the start of the first user "
+                "message"
+            ) from error
+
+    def _require_shown(
+        self, prompt: Sequence[Message], answer: Message, key: str, full: str
+    ) -> None:
+        same = {key}
+        if key in _REASONING:
+            same = {name for name in _REASONING if answer.get(name) == answer[key]}
+        without = {name: value for name, value in answer.items() if name not in same}
+        without.setdefault("content", "")
+        try:
+            ignored = self.text([*prompt, without]) == full
+        except UsageError:
+            return
+        if ignored:
+            raise UsageError(
+                f"a message of the response has the key {key!r}, which the chat template of "
+                f"{template_name(self.tokenizer)} does not show there: it would be lost; leave "
+                "the key out, put what it says into another one, or set a tokenizer.chat_template "
+                "that shows it"
+            )
 
 
 def _whole(text: str, content: str) -> Whole:
@@ -204,41 +214,6 @@ def _continued(head: str, content: str, thinks: bool) -> str:
     if empty:
         return head[: empty.start()] + ("" if own else f"{empty[1]}\n") + content
     return head + content
-
-
-def _turn_end(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], options: Mapping[str, Any] | None
-) -> str:
-    """What the template writes behind an answer."""
-    text = apply_template(
-        tokenizer, [*prompt, {"role": "assistant", "content": _PROBE}], options
-    ).rstrip()
-    return text.rpartition(_PROBE)[2] if _PROBE in text else ""
-
-
-def _require_shown(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[Message],
-    answer: Message,
-    key: str,
-    full: str,
-    options: Mapping[str, Any] | None,
-) -> None:
-    same = {key}
-    if key in _REASONING:
-        same = {name for name in _REASONING if answer.get(name) == answer[key]}
-    without = {name: value for name, value in answer.items() if name not in same}
-    without.setdefault("content", "")
-    try:
-        ignored = apply_template(tokenizer, [*prompt, without], options) == full
-    except UsageError:
-        return
-    if ignored:
-        raise UsageError(
-            f"a message of the response has the key {key!r}, which the chat template of "
-            f"{template_name(tokenizer)} does not show there: it would be lost; leave the key out, "
-            "put what it says into another one, or set a tokenizer.chat_template that shows it"
-        )
 
 
 def _is_empty(value: Any) -> bool:

@@ -61,14 +61,8 @@ def is_state_of_file(value: Any) -> bool:
 
 
 def changes(name: str, path: Path, recorded: Mapping[str, Any], *, grown: bool) -> list[Change]:
-    """What differs in a file, or in those files of a folder that were recorded.
-
-    Args:
-        name: of the file or folder, for the messages.
-        path: where it lies.
-        recorded: its `state_of` then.
-        grown: a store that has gained rows since is no other one.
-    """
+    """Differences of a file, or of those files of a folder that were recorded, from its `state_of`
+    then; with `grown`, a store that has gained rows since is no other one."""
     if "files" not in recorded:
         change = _compare(name, state_of(path), recorded, grown)
         return [] if change is None else [change]

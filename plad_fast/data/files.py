@@ -16,10 +16,7 @@ _MAKE_ROOM = "make room"
 _ADVICE = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): _MAKE_ROOM,
     (errno.EROFS,): "choose a folder on another disk, or make this one writable,",
-    (
-        errno.EACCES,
-        errno.EPERM,
-    ): "choose a folder that you may write to, or change permissions,",
+    (errno.EACCES, errno.EPERM): "choose a folder that you may write to, or change permissions,",
 }
 # What torch.save says when a write came out short.
 _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected pos ")
@@ -28,10 +25,7 @@ _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     """Write UTF-8 text next to `path`, then rename it into place; folders are made as needed.
 
-    It is on the disk when this returns.
-
-    Raises:
-        OSError: it cannot be written; what was at `path` before is still there.
+    It is on the disk when this returns. After an OSError what was at `path` before is still there.
     """
     path = Path(path)
     make_folders(path.parent)
@@ -59,12 +53,7 @@ def make_folders(path: Path) -> None:
 def publish_folder(partial: Path, final: Path) -> Path:
     """Give a filled folder its name; all that is in it is on the disk when this returns.
 
-    Args:
-        partial: beside `final`.
-        final: not there, or an empty folder.
-
-    Raises:
-        OSError: it cannot be synced or renamed.
+    `partial` lies beside `final`, which is not there or an empty folder; raises OSError.
     """
     sync_tree(partial)
     if final.is_dir() and not final.is_symlink():
@@ -80,18 +69,10 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             path = Path(root, name)
             if path.is_file() and not path.is_symlink():
-                sync_file(path)
+                # Windows syncs only what is open for writing.
+                with path.open("r+b" if os.name == "nt" else "rb") as file:
+                    os.fsync(file.fileno())
         sync_folder(Path(root))
-
-
-def sync_file(path: Path) -> None:
-    """Write a file's content through to the disk."""
-    # Windows syncs only what is open for writing.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

@@ -20,11 +20,8 @@ def held_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An output folder that is this process's alone until the block ends; made where it is missing.
 
     Nothing is read of it, or written into it, by a command that does not hold it. One that leaves
-    it empty leaves it as it was found: away, if it was made here.
-
-    Raises:
-        UsageError: another process holds the folder, there is a file in its place, or it cannot be
-            made.
+    it empty leaves it as it was found: away, if it was made here. Raises UsageError where another
+    process holds it, or it cannot be made.
     """
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
@@ -52,19 +49,14 @@ def held_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def cannot_write(folder: Path, error: OSError) -> UsageError:
     """What to raise where an output folder refuses to be written."""
     advice = disk_advice(error) or "choose another --output-dir"
-    return UsageError(
-        f"cannot write to {folder}: {error.strerror or error}; {advice} and run the same command "
-        "again"
-    )
+    what = error.strerror or error
+    return UsageError(f"cannot write to {folder}: {what}; {advice} and run the same command again")
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A folder or file that no other process locks until the block ends.
-
-    Raises:
-        UsageError: another process has locked it.
-    """
+    """A folder or file that no other process locks until the block ends; raises UsageError where
+    one does."""
     if os.name == "nt":  # which has no descriptors of folders
         yield
         return
@@ -79,10 +71,8 @@ def locked(path: Path) -> Iterator[None]:
 def lock(descriptor: int, path: Path) -> None:
     """Lock what a descriptor has open until that is closed, by the process's end at the latest.
 
-    A file system that has no locks, as some of networks, is used with a warning.
-
-    Raises:
-        UsageError: another process has locked it, or has given its name to something else.
+    A file system that has no locks, as some of networks, is used with a warning. Raises UsageError
+    where another process has locked it, or has given its name to something else.
     """
     if os.name == "nt":  # whose locks keep others from reading, too
         return

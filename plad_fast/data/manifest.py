@@ -15,12 +15,8 @@ _FORMAT = RecordFormat("plad-fast files", 1)
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
-    """Write `files.json`: the states (`state_of`) of all files in the folder, at any depth.
-
-    Args:
-        folder: that nobody writes to any more; `sync_tree` or `publish_folder` make it durable.
-        about: what else to record, as JSON values.
-    """
+    """Write `files.json`: the states (`state_of`) of all files in the folder, at any depth, and
+    beside them `about`. `sync_tree` or `publish_folder` make it durable."""
     states = state_of(folder)
     assert states is not None
     files = {name: state for name, state in states["files"].items() if name != NAME}
@@ -36,16 +32,11 @@ def listed_files(folder: Path) -> dict[str, State]:
 
 
 def damage(folder: Path, **about: Any) -> str | None:
-    """What a folder lacks of its list, in words; None if all of it is as it was written.
+    """Reason why a folder is not as its list says, in words; None if all of it is as it was
+    written.
 
-    Files that are not listed do not count.
-
-    Args:
-        folder: with the list.
-        about: what the list has to have recorded.
-
-    Raises:
-        OSError: a file is there and cannot be read.
+    Files that are not listed do not count; the list has to have recorded `about`. Raises OSError
+    where a file is there and cannot be read.
     """
     kinds = {name: type(value) for name, value in about.items()}
     try:
@@ -68,14 +59,7 @@ def damage(folder: Path, **about: Any) -> str | None:
 
 
 def require_whole(folder: Path, advice: str) -> None:
-    """Raise a UsageError that names the file unless a model's folder is as it was written.
-
-    Args:
-        folder: of the model.
-        advice: what else to do than to put the file back.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """Raise a UsageError that names the file unless a model's folder is as it was written; `advice`
+    says what else to do than to put the file back."""
     if reason := damage(folder):
         raise UsageError(f"{folder} is damaged: {reason}; put that file back, or {advice}")

@@ -17,11 +17,8 @@ _LONGEST_HUB_ID = 200
 
 
 def expanded(source: str | os.PathLike[str]) -> Path:
-    """With `~` spelt out, which a shell leaves to us in `--model=~/student`.
-
-    Raises:
-        UsageError: nobody has that home folder, or no file system takes such a name.
-    """
+    """With `~` spelt out, which a shell leaves to us in `--model=~/student`; raises UsageError
+    where nobody has that home folder, or no file system takes such a name."""
     text = os.fspath(source)
     if "\0" in text:
         raise UsageError(f"{shown(text)} holds a NUL character, which no path may; remove it")
@@ -67,12 +64,8 @@ def holds_model(folder: Path) -> bool:
 
 
 def require_there(source: str, option: str) -> None:
-    """Raises UsageError for a model's path at which there is none; no hub is asked.
-
-    Args:
-        source: hub id, folder, or .gguf file.
-        option: under which it was given, for the message.
-    """
+    """Raises UsageError, with the option it was given under, for a model's path at which there is
+    none; `source` is a hub id, a folder or a .gguf file, and no hub is asked."""
     try:
         path = expanded(source)
     except UsageError as error:
@@ -87,9 +80,7 @@ def require_there(source: str, option: str) -> None:
                 "adapter_config.json or a .gguf file; check the path"
             )
         if path.is_file() and not is_gguf:
-            raise UsageError(
-                f"{option}: {shown(source)} is a file and no .gguf; give the folder of the model"
-            )
+            raise UsageError(f"{option}: {shown(source)} is a file and no .gguf; give its folder")
         return
     if not (is_gguf or names_path(source)):
         return

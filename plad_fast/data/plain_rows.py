@@ -23,17 +23,12 @@ _ADVICE = "pass a datasets.Dataset, a DataFrame or a list of rows"
 def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
     """A data set without a format of its own, or a list of rows, with plain values in both.
 
+    Takes a `datasets.Dataset` of any format or transform, a DataFrame of pandas or polars, a table
+    of Arrow, or a sized collection of rows, whose values may be of numpy, torch, pandas or Arrow.
+    Anything else, such as several splits or a stream, is refused (UsageError).
+
     Structs of a `Dataset` still have the keys of each other, see `without_nulls`. Every row keeps
     the columns in which it has no value.
-
-    Args:
-        dataset: a `datasets.Dataset` of any format or transform, a DataFrame of pandas or polars, a
-            table of Arrow, or a sized collection of rows, whose values may be of numpy, torch,
-            pandas or Arrow.
-        name: what to call it in messages.
-
-    Raises:
-        UsageError: something else, such as several splits or a stream; says what to pass instead.
     """
     package = _package(dataset)
     if package == "datasets":
@@ -93,20 +88,13 @@ def _of_a_collection(dataset: Any, name: str) -> list[Any]:
     if isinstance(dataset, Sized) and isinstance(dataset, Iterable):
         return list(dataset)
     if isinstance(dataset, Iterable):
-        raise UsageError(
-            f"{name} is a {kind}, which can be read once only, and rows are read more often; pass "
-            "list(...) of it, or a datasets.Dataset"
-        )
+        raise UsageError(f"{name} is a {kind}, which can be read once only; pass list(...) of it")
     raise UsageError(f"{name} is a {kind}; {_ADVICE}")
 
 
 def plain(value: Any, *, nan: bool = False) -> Any:
-    """A value as JSON's kinds, as far as it is made of them; what is unknown stays as it is.
-
-    Args:
-        value: of Python, numpy, torch, pandas or Arrow, nested in any way.
-        nan: keep NaN as a number; else it is None, as pandas has it.
-    """
+    """A value of Python, numpy, torch, pandas or Arrow, nested in any way, as JSON's kinds; what is
+    unknown stays as it is. NaN is None, as pandas has it, unless `nan` keeps it as a number."""
     if type(value) is float:
         return value if nan or not math.isnan(value) else None
     if type(value) in _PLAIN:

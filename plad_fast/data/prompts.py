@@ -9,7 +9,7 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_LISTED = 20  # columns in a message
-# From a row and "file, row n" for messages.
-_ContentOf = Callable[[Row, str], Content]
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,14 @@ def load_prompts(
         raise UsageError(f"limit must be at least 1, not {limit!r}")
     if prompt_column is not None and prompt_template is not None:
         raise UsageError(
-            f"prompt_column {prompt_column!r} and prompt_template are both given; give one: a "
-            "template names its columns itself, as {column}"
+            f"prompt_column {prompt_column!r} and prompt_template are both given; give one"
         )
     table = read_table(os.fspath(source), split)
-    if prompt_template is not None:
-        content_of = _template_reader(table, prompt_template)
-    else:
-        content_of = _column_reader(table, prompt_column)
+    column = "prompt" if prompt_column is None else prompt_column
+    fields = set() if prompt_template is None else _template_fields(table, prompt_template)
+    if prompt_template is None:
+        advice = "--prompt-column, or build the prompt with --prompt-template"
+        _require_column(table, column, advice)
     if reference_column is not None:
         _require_column(table, reference_column, "--reference-column")
 
@@ -104,7 +102,10 @@ def load_prompts(
     for index, row in enumerate(itertools.islice(table.rows, limit)):
         row = without_nulls(row) if from_arrow else row
         where = f"{table.source}, row {index + 1}"
-        content = content_of(row, where)
+        if prompt_template is None:
+            content = _as_content(row.get(column), f"{where}, column {column!r}")
+        else:
+            content = _as_content(_filled(prompt_template, fields, row, where), where)
         if not isinstance(content, str):
             refuse_template_options(row, where)
         if ids is not None:
@@ -115,8 +116,8 @@ def load_prompts(
             repeats[key] += 1
         reference = None
         if reference_column is not None:
-            column = f"{where}, column {reference_column!r}"
-            reference = read_reference(row.get(reference_column), column)
+            place = f"{where}, column {reference_column!r}"
+            reference = read_reference(row.get(reference_column), place)
         prompts.append(Prompt(prompt_id, content, reference))
     return prompts
 
@@ -169,41 +170,22 @@ def _require_column(table: Table, column: str, option: str) -> None:
         advice = f"choose one with {option}"
         if len(table.columns) == 1 and (mark := re.search("[;\t|]", table.columns[0])):
             advice = f"if {mark[0]!r} stands between its fields, write commas there"
-        raise UsageError(
-            f"{table.source} has no column {column!r}; it has {_listed(table)}: {advice}"
-        )
+        raise UsageError(f"{table.source} has no column {column!r}, but {_listed(table)}: {advice}")
 
 
 def _listed(table: Table) -> str:
-    return ", ".join(map(shown, table.columns[:_MOST_LISTED])) + (
-        f" and {len(table.columns) - _MOST_LISTED} more"
-        if len(table.columns) > _MOST_LISTED
-        else ""
-    )
+    more = len(table.columns) - _MOST_LISTED
+    names = ", ".join(map(shown, table.columns[:_MOST_LISTED]))
+    return f"{names} and {more} more" if more > 0 else names
 
 
-def _column_reader(table: Table, column: str | None) -> _ContentOf:
-    name = "prompt" if column is None else column
-    _require_column(table, name, "--prompt-column, or build the prompt with --prompt-template")
-    return lambda row, where: _as_content(row.get(name), f"{where}, column {name!r}")
-
-
-def _template_reader(table: Table, template: str) -> _ContentOf:
-    fields = _template_fields(table, template)
-
-    def content_of(row: Row, where: str) -> Content:
-        empty = [name for name in fields if row.get(name) is None]
-        if empty:
-            raise UsageError(
-                f"{where} has no {empty[0]!r} for the prompt template; fill it in or drop the row"
-            )
-        try:
-            text = template.format(**row)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"{where} does not fit the prompt template: {error}") from error
-        return _as_content(text, where)
-
-    return content_of
+def _filled(template: str, fields: Collection[str], row: Row, where: str) -> str:
+    if empty := [name for name in fields if row.get(name) is None]:
+        raise UsageError(f"{where} has no {empty[0]!r} for the prompt template; fill it in")
+    try:
+        return template.format(**row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"{where} does not fit the prompt template: {error}") from error
 
 
 def _template_fields(table: Table, template: str) -> set[str]:

@@ -28,6 +28,11 @@ _BESIDE = (
 _BLOCK = 2**20  # bytes read at once
 
 
+ELSEWHERE = "choose another --output-dir"
+OR_ANEW = f"{ELSEWHERE}, or pass --overwrite to start anew"
+"""What to do about a folder that something else has made."""
+
+
 class Found(NamedTuple):
     """What `RecordFormat.read` met."""
 
@@ -54,11 +59,8 @@ class RecordFormat(NamedTuple):
         write_atomically(path, json.dumps({**self.header, **fields, **self.header}, indent=2))
 
     def read(self, path: Path, **fields: type) -> Found:
-        """The record at `path`, if it has these fields, each of its type.
-
-        Raises:
-            OSError: a file is there and cannot be read.
-        """
+        """The record at `path`, if it has these fields, each of its type; raises OSError where a
+        file is there and cannot be read."""
         try:
             record = json.loads(path.read_bytes())
             if record["format"] != self.name:
@@ -104,12 +106,8 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def model_digest(source: str | os.PathLike[str], seen: frozenset[Path] = frozenset()) -> str:
-    """Identifies a saved model by its weights, config and tokenizer, wherever it lies.
-
-    Args:
-        source: a folder or a file; a hub id stands for itself.
-        seen: folders of adapters that are on this one.
-    """
+    """Identifies a saved model by its weights, config and tokenizer, wherever it lies: a folder or
+    a file; a hub id stands for itself. `seen` are folders of adapters that are on this one."""
     path = Path(source).expanduser()
     if path.is_file():
         files = [path]
@@ -145,7 +143,7 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_equal(
-    found: Mapping[str, Any], now: Mapping[str, Any], path: Path, advice: str
+    found: Mapping[str, Any], now: Mapping[str, Any], path: Path, advice: str = OR_ANEW
 ) -> None:
     """Raise a UsageError that names what differs in the settings that made a file or folder."""
     if changed := changed_settings(found, now):
@@ -180,29 +178,21 @@ def recorded_scores(
     *,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """The scores in a file, which is computed and written first where it is not there.
+    """The scores in a file (JSON values), computed and written first where it is not there.
 
     What is left of such a file after a power cut, or is not what was written, counts for nothing.
-
-    Args:
-        file: of one set of scores.
-        fingerprint: what they depend on.
-        compute: gives the scores as JSON values; not called if the file is there.
-        replace: compute them anew where the file has those of another fingerprint.
-
-    Raises:
-        UsageError: the file is not one of scores, or was made with another fingerprint.
+    One that is not of scores is refused (UsageError), and so is one made with another fingerprint
+    unless `replace` has them computed anew.
     """
     settings = as_json(fingerprint)
     if file.is_file() and not _SCORES.begins(file.read_bytes()):
-        raise UsageError(f"{file} does not hold scores; choose another --output-dir")
+        raise UsageError(f"{file} does not hold scores; {ELSEWHERE}")
     record, problem = _SCORES.read(file, fingerprint=dict, digest=str, scores=dict)
     if not problem and record["digest"] == digest(record["scores"]):
         if record["fingerprint"] == settings:
             return record["scores"]
         if not replace:
-            advice = "choose another --output-dir, or pass --overwrite to start anew"
-            require_equal(record["fingerprint"], settings, file, advice)
+            require_equal(record["fingerprint"], settings, file)
     scores = compute()
     _SCORES.write(file, fingerprint=settings, digest=digest(scores), scores=scores)
     return scores

@@ -36,9 +36,8 @@ def holds_any(dataset: Dataset | Sequence[Mapping[str, Any]], columns: Sequence[
 def token_dataset(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dataset:
     """Rows of token ids that somebody else made; which ids they are is not looked at.
 
-    Raises:
-        UsageError: `prompt_ids` are not lists of whole numbers, or `response_ids` not lists of
-            those.
+    Raises UsageError unless `prompt_ids` are lists of whole numbers, and `response_ids` lists of
+    those.
     """
     try:
         dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
@@ -105,19 +104,12 @@ def require_ids(
 
 def _require_below(limit: int, part: str, ids: Sequence[int]) -> None:
     wrong = [token for token in ids if token is None or not 0 <= token < limit]
-    if not wrong:
-        return
-    if wrong[0] is None:
-        raise UsageError(f"the {part} has null among its token ids; leave it out")
-    advice = (
-        "ids are those of tokens, not labels: leave out what is masked"
-        if wrong[0] < 0
-        else "take the model's own tokenizer, or call model.resize_token_embeddings first"
-    )
-    raise UsageError(
-        f"the {part} has the token id {wrong[0]}, and the model knows the ids 0 to {limit - 1}; "
-        f"{advice}"
-    )
+    if wrong:
+        advice = "take the model's own tokenizer, or call model.resize_token_embeddings first"
+        if wrong[0] is None or wrong[0] < 0:
+            advice = "ids are those of tokens, not labels: leave out what is masked"
+        known = f"the model knows the ids 0 to {limit - 1}"
+        raise UsageError(f"the {part} has the token id {wrong[0]}, and {known}; {advice}")
 
 
 def require_dataset_ids(dataset: Dataset, limits: TokenLimits, name: str) -> None:
@@ -127,14 +119,8 @@ def require_dataset_ids(dataset: Dataset, limits: TokenLimits, name: str) -> Non
 
 
 def require_column_ids(dataset: Dataset, column: str, limits: TokenLimits, name: str) -> None:
-    """Raises UsageError for a row with a token id that the model does not know.
-
-    Args:
-        dataset: of any format but a transform.
-        column: lists of ids, or lists of those; of prompts if its name begins so.
-        limits: of the model.
-        name: what to call the dataset in messages.
-    """
+    """Raises UsageError for a row with a token id that the model does not know. The column holds
+    lists of ids, or lists of those; of prompts if its name begins so."""
     part = column.partition("_")[0]
     limit = limits.inputs if part == "prompt" else limits.outputs
     first = 1

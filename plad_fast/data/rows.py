@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from plad_fast.checks import shown
 from plad_fast.data.chat import Content, Message, is_blank
+from plad_fast.data.chat_template import common_length
 from plad_fast.data.unicode import require_unicode
 from plad_fast.errors import UsageError
 
@@ -32,12 +33,8 @@ _FOR_TEMPLATES = {"documents"}
 
 
 def read_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `apply_chat_template`, from a row's `tools` and `chat_template_kwargs`.
-
-    Raises:
-        UsageError: tools that are no list, nor the JSON text of one, or other arguments than a
-            chat template's.
-    """
+    """Arguments of `apply_chat_template`, from a row's `tools` (a list, or its JSON text) and
+    `chat_template_kwargs`; raises UsageError for arguments that are not a chat template's."""
     tools, given = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
@@ -120,9 +117,7 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
     if with_scores:
         wanted = score_columns(there)
         if not there.issuperset(wanted):
-            raise UsageError(
-                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
-            )
+            raise UsageError(f"{found}; this loss needs scores in {' and '.join(wanted)}")
 
 
 def score_columns(columns: Collection[str]) -> list[str]:
@@ -131,14 +126,11 @@ def score_columns(columns: Collection[str]) -> list[str]:
 
 
 def read_row(row: Mapping[str, Any]) -> PreferenceRow:
-    """Prompt and responses of a row in any of the forms that `tokenize_dataset` lists.
+    """Prompt and responses of a row in any of the forms that `tokenize_dataset` lists, less Arrow's
+    nulls (`data.plain_rows.without_nulls`).
 
-    Args:
-        row: column -> value; less Arrow's nulls (`data.plain_rows.without_nulls`).
-
-    Raises:
-        UsageError: a value is missing or of another type than it should be. The message does not
-            say which row it is: the caller knows.
+    Raises UsageError for a value that is missing or of another type than it should be. The message
+    does not say which row it is: the caller knows.
     """
     prompt, responses = _read_texts(row)
     # Plain text does not pass through a template: such columns may be anything then.
@@ -155,11 +147,10 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
-    if rejected is not None:
-        several = isinstance(rejected, (list, tuple)) and not _is_messages(rejected)
-        responses += (
-            read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
-        )
+    if isinstance(rejected, (list, tuple)) and not _is_messages(rejected):
+        responses += read_contents(rejected, "rejected")
+    elif rejected is not None:
+        responses.append(read_content(rejected, "rejected"))
     return prompt, responses
 
 
@@ -173,9 +164,7 @@ def read_scores(row: Mapping[str, Any], count: int) -> list[float]:
         scores = [row.get("chosen_score"), *rejected]
     numbers = _numbers(scores)
     if len(numbers) < count or any(map(math.isnan, numbers)):
-        raise UsageError(
-            f"the scores are {shown(scores)} for {count} responses; give a number each"
-        )
+        raise UsageError(f"the scores are {shown(scores)} for {count} responses; give one each")
     return numbers[:count]
 
 
@@ -201,8 +190,7 @@ def _numbers(values: Any) -> list[float]:
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:
     """What both responses begin with is the prompt: whole messages, or text up to white space."""
     first, second = read_content(chosen, "chosen"), read_content(rejected, "rejected")
-    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    shared = next(differing, min(len(first), len(second)))
+    shared = common_length(first, second)
     if isinstance(first, str):
         # Inside of a word, the two sides would be other tokens than a model writes.
         shared = max((i for i in range(shared) if first[i].isspace()), default=0)
@@ -226,11 +214,8 @@ def read_contents(value: Any, column: str) -> list[Content]:
 
 
 def read_content(value: Any, column: str) -> Content:
-    """A text or chat messages, checked.
-
-    Raises:
-        UsageError: it is neither, or holds what no tokenizer takes; names the column.
-    """
+    """A text or chat messages, checked; raises UsageError with the name of the column for anything
+    else, and for what no tokenizer takes."""
     if isinstance(value, str):
         require_unicode(value, column)
         return value

@@ -54,11 +54,8 @@ class SpecialText:
         return "" if found is None else self._texts[int(found[1])]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts. What is hidden in them is encoded as text.
-
-        Raises:
-            UsageError: the tokenizer cannot tell a special token from its text.
-        """
+        """Token ids of rendered texts; what is hidden in them is encoded as text. Raises UsageError
+        where the tokenizer cannot tell a special token from its text."""
         token = self.first_in(texts)
         if not token:
             return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]

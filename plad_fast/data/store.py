@@ -65,15 +65,11 @@ class RowStore:
         *,
         overwrite: bool = False,
     ) -> RowStore:
-        """Opens a store, or makes one together with its folder.
+        """Opens a store of JSONL, or makes one together with its folder.
 
         A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
-        the same id the first counts. A store without rows takes the fingerprint that it is given.
-
-        Args:
-            path: of the JSONL file.
-            fingerprint: the settings the rows depend on, as JSON values.
-            overwrite: discard what is stored.
+        the same id the first counts. A store without rows takes the fingerprint that it is given:
+        the settings the rows depend on, as JSON values. `overwrite` discards what is stored.
 
         Raises:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
@@ -97,10 +93,7 @@ class RowStore:
     def append(self, rows: Sequence[Row]) -> None:
         """Writes rows through to the disk; a row whose id is stored already is left out.
 
-        Either all rows are stored or, after an exception, none.
-
-        Raises:
-            UsageError: the disk is full or the file cannot be written.
+        Either all rows are stored or, after an exception, none: UsageError for a full disk.
         """
         new: dict[str, Row] = {}
         for row in map(mend, rows):
@@ -110,11 +103,8 @@ class RowStore:
         self._rows.update(new)
 
     def require(self, fits: Callable[[Row], bool]) -> None:
-        """Raises UsageError for a stored row that lacks what rows of its kind have.
-
-        Args:
-            fits: whether a row has all of that; none has passed a check but that it has an id.
-        """
+        """Raises UsageError for a stored row that lacks what rows of its kind have, as `fits` says;
+        none has passed a check but that it has an id."""
         for row in self._rows.values():
             if not fits(row):
                 raise UsageError(
@@ -144,9 +134,9 @@ class RowStore:
         header = {**FORMAT.header, "fingerprint": settings}
         content, self._content = self._content, b""
         first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
-        found = (
-            self._parse(first, 1, ("version", "fingerprint")) if first and not overwrite else None
-        )
+        found = None
+        if first and not overwrite:
+            found = self._parse(first, 1, ("version", "fingerprint"))
         if found is not None and found["version"] != FORMAT.version:
             raise UsageError(
                 f"{self.path} has format version {found['version']}, this plad_fast writes version "
@@ -175,8 +165,7 @@ class RowStore:
             or not isinstance(row.get("id", ""), str)
         ):
             raise UsageError(
-                f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite to "
-                "start anew"
+                f"{self.path}, line {number} is damaged; delete that line, or pass --overwrite"
             )
         return mend(row)  # it may be older than the mending where texts come in
 

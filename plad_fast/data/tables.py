@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,11 @@ def read_table(source: str, split: str) -> Table:
     return table
 
 
-def _read_file(path: Path, reader: Any) -> list[Row]:
+def _read_file(path: Path, reader: Callable[[Path], list[Row]]) -> list[Row]:
     try:
         return reader(path)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error}); convert it first") from None
     except OSError as error:
@@ -97,17 +99,15 @@ def _read_file(path: Path, reader: Any) -> list[Row]:
 def _read_json(path: Path) -> list[Row]:
     text = _text(path)
     if text.lstrip().startswith("["):
-        rows = _parse(text, path, first_line=1)
+        rows = _parse(text, first_line=1)
     else:
         # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [_parse(line, path, first_line=n) for n, line in lines if line.strip()]
+        rows = [_parse(line, first_line=number) for number, line in lines if line.strip()]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UsageError(
-                f"{path}, row {number} is a {type(row).__name__}; every row must be an object "
-                'such as {"prompt": "..."}'
-            )
+            kind = type(row).__name__
+            raise UsageError(f"row {number} is a {kind}; every row must be an object of columns")
     return rows
 
 
@@ -115,21 +115,19 @@ def _text(path: Path) -> str:
     data = path.read_bytes()
     for start, kind in _PACKED.items():
         if data.startswith(start):
-            raise UsageError(f"{path} is {kind}, whatever its name says; unpack or rename it first")
+            raise UsageError(f"it is {kind}, whatever its name says; unpack or rename it first")
     if b"\0" in data:
-        raise UsageError(f"{path} holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first")
+        raise UsageError("it holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first")
     # Line breaks are those of the system that wrote it.
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
 
 
-def _parse(text: str, path: Path, *, first_line: int) -> Any:
+def _parse(text: str, *, first_line: int) -> Any:
     def integer(digits: str) -> int:
         if len(digits) > _MOST_DIGITS:
             line = first_line + text.count("\n", 0, text.index(digits))
-            raise UsageError(
-                f"{path}, line {line} holds a number of {len(digits)} digits; write it as text, or "
-                "leave it out"
-            )
+            found = f"line {line} holds a number of {len(digits)} digits"
+            raise UsageError(f"{found}; write it as text, or leave it out")
         return int(digits)
 
     try:
@@ -138,15 +136,12 @@ def _parse(text: str, path: Path, *, first_line: int) -> Any:
             raise RecursionError
         return value
     except RecursionError:
-        raise UsageError(
-            f"{path}, line {first_line} is nested more than {_DEEPEST} deep; flatten it"
-        ) from None
+        found = f"line {first_line} is nested more than {_DEEPEST} deep"
+        raise UsageError(f"{found}; flatten it") from None
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UsageError(
-            f"{path}, line {line}, column {error.colno} is not valid JSON: {error.msg}; write one "
-            "object a line, or a list of objects"
-        ) from None
+        found = f"line {first_line + error.lineno - 1}, column {error.colno} is not valid JSON"
+        advice = "write one object a line, or a list of objects"
+        raise UsageError(f"{found}: {error.msg}; {advice}") from None
 
 
 def _is_deep(value: Any) -> bool:
@@ -164,29 +159,23 @@ def _read_csv(path: Path) -> list[Row]:
     text = _text(path)
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
     try:
-        names = list(reader.fieldnames or ())
-        if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-            raise UsageError(
-                f"{path} has {len(names)} columns of which several are named {shown(twice[0])}; "
-                "give every column a name of its own"
-            )
+        names = Counter(reader.fieldnames or ())
+        if twice := [name for name, count in names.items() if name and count > 1]:
+            raise UsageError(f"several columns are named {shown(twice[0])}; rename all but one")
+        rows: list[Row] = []
         for row in reader:
             if None in row:
-                raise UsageError(
-                    f"{path}, line {reader.line_num} has more fields than the header; put fields "
-                    "that contain commas in double quotes"
-                )
+                found = f"line {reader.line_num} has more fields than the header"
+                raise UsageError(f"{found}; put fields that contain commas in double quotes")
             rows.append(row)
+        return rows
     except csv.Error as error:
-        raise UsageError(
-            f"{path}, line {reader.reader.line_num} is not valid CSV: {error}; quote fields "
-            "that contain commas, quotes or line breaks"
-        ) from None
+        found = f"line {reader.reader.line_num} is not valid CSV: {error}"
+        advice = "quote fields that contain commas, quotes or line breaks"
+        raise UsageError(f"{found}; {advice}") from None
     finally:
         csv.field_size_limit(before)
-    return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -199,26 +188,19 @@ def _read_parquet(path: Path) -> list[Row]:
         raise
     # Of what a file may hold, dates beyond Python's years for example raise errors of their own.
     except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a readable Parquet file: {_one_line(error)}; write it anew"
-        ) from None
+        text = f"it is not a readable Parquet file: {_one_line(error)}; write it anew"
+        raise UsageError(text) from None
     return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
 
 
-_READERS = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _read_hub(source: str, path: Path, split: str) -> Table:
     found = is_there(path)
     if found and path.is_file():
         raise UsageError(
-            f"cannot tell the format of {source}; prompts come from files that end in "
-            f"{', '.join(_READERS)}, or from a hub data set"
+            f"cannot tell the format of {source}; give a file that ends in {', '.join(_READERS)}"
         )
     if not found and (
         names_path(source) or _FOREIGN.search(source) or not _HUB_ID.fullmatch(source)
@@ -228,12 +210,17 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
     import datasets
 
     name, _, config = (str(path), "", "") if found else source.partition(":")
+    what = f"split {split!r} of the hub data set {source!r}"
+    advice = "name a split it has, and a config as in 'owner/name:config' where it has several"
+    files = f"give a file that ends in {', '.join(_READERS)}"
+    if found:
+        what, advice = f"the folder {source!r} as a data set", f"{files}, or a folder of such files"
     try:
         data = datasets.load_dataset(name, config or None, split=split)
     except ConnectionError:
         raise UsageError(
             f"the hub data set {source!r} cannot be reached and is not in the local cache; check "
-            f"the network, or give a file that ends in {', '.join(_READERS)}"
+            f"the network, or {files}"
         ) from None
     except datasets.exceptions.DatasetNotFoundError:
         raise UsageError(
@@ -241,16 +228,7 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
             "spelling, and log in with `hf auth login` if it is gated or private"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        reason = _one_line(error)
-        if found:
-            raise UsageError(
-                f"cannot read the folder {source!r} as a data set: {reason}; give a file that ends "
-                f"in {', '.join(_READERS)}, or a folder of such files alone"
-            ) from error
-        raise UsageError(
-            f"cannot load split {split!r} of the hub data set {source!r}: {reason}; name a split "
-            "it has, and a config as in 'owner/name:config' where it has several"
-        ) from error
+        raise UsageError(f"cannot load {what}: {_one_line(error)}; {advice}") from error
     return Table(source, data.column_names, data)
 
 

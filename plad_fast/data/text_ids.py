@@ -22,19 +22,13 @@ from plad_fast.data.chat import (
     render_prompt,
     with_eos,
 )
-from plad_fast.data.chat_template import common_length, whole_conversation
+from plad_fast.data.chat_template import ChatTemplate, common_length
 from plad_fast.data.rows import read_content, read_contents
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NO_PROMPT = (
-    "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first response "
-    "token; drop empty prompts"
-)
-
 
 TRUNCATION_SIDES = ("left", "right")
 
@@ -63,12 +57,10 @@ class Specials(NamedTuple):
 
 
 class TextIds:
-    """A tokenizer, with what is found out about it once.
+    """A tokenizer of a student, with what is found out about it once.
 
-    Args:
-        tokenizer: of the student.
-        encoder_decoder: whether the student is such a model: its responses are texts of their own.
-        split_special_tokens: special tokens in chat messages are text, as the rest of these.
+    The responses of an encoder-decoder model are texts of their own. With `split_special_tokens`,
+    special tokens in chat messages are text, as the rest of these.
     """
 
     def __init__(
@@ -118,54 +110,61 @@ class TextIds:
         prompt, answers = as_conversation(
             read_content(prompt, "prompt"), read_contents(responses, "responses")
         )
-        group = self._group(prompt, answers, template)
-        ids, longest = group["prompt_ids"], max(map(len, group["response_ids"]))
+        ids, response_ids, moved, split = self._group(prompt, answers, template)
+        longest = max(map(len, response_ids))
         if self.encoder_decoder:
             front, back = self.specials if isinstance(prompt, str) else Specials([], 0)
             room, bos = max_length - len(front) - back, None
             body = slice(len(front), len(ids) - back)
-            group["fits"] = longest <= max_length and room >= 1
+            fits = longest <= max_length and room >= 1
         else:
             room, bos = max_length - longest, self.tokenizer.bos_token_id
             body = slice(0, len(ids))
-            group["fits"] = room >= 1
-        group["truncated"] = len(ids[body]) > room
+            fits = room >= 1
+        truncated = len(ids[body]) > room
         # A group that does not fit is left whole: the caller reports and drops it.
-        if group["truncated"] and group["fits"]:
+        if truncated and fits:
             kept = _cut(ids[body], room, truncation_side, bos)
-            group["prompt_ids"] = [*ids[: body.start], *kept, *ids[body.stop :]]
-        return group
+            ids = [*ids[: body.start], *kept, *ids[body.stop :]]
+        return EncodedGroup(
+            prompt_ids=ids,
+            response_ids=response_ids,
+            truncated=truncated,
+            fits=fits,
+            moved=moved,
+            split=split,
+        )
 
     def _group(
         self,
         prompt: Content,
         answers: Sequence[str] | Sequence[Message],
         template: Mapping[str, Any] | None,
-    ) -> EncodedGroup:
-        """A prompt with its responses, as `plad_fast.data.chat.as_conversation` gives them."""
+    ) -> tuple[list[int], list[list[int]], str, str]:
+        """Ids of a prompt and of its responses as `as_conversation` gives them, uncut; and `moved`
+        and `split`."""
         if isinstance(prompt, str):
             texts = cast("Sequence[str]", answers)
             if self.encoder_decoder:
-                return _whole(self.prompt(prompt), [self._target(text) for text in texts])
-            return self._split(*self._plain(prompt, texts))
+                return self.prompt(prompt), [self._target(text) for text in texts], "", ""
+            return *self._split(*self._plain(prompt, texts)), ""
         turns, messages, template = map(self._hidden, (prompt, list(answers), template))
         head = render_prompt(self.tokenizer, turns, template)
-        wholes = [
-            whole_conversation(self.tokenizer, turns, answer, head, template) for answer in messages
-        ]
+        chat = ChatTemplate(self.tokenizer, template)
+        wholes = [chat.whole(turns, answer, head) for answer in messages]
         texts = [head, *(whole.text for whole in wholes)]
         split = self._text.first_in(texts)
         if self.encoder_decoder:
             texts[1:] = [answer_text(self.tokenizer, head, whole) for whole in wholes]
         head_ids, *ids = self._text.ids(texts)
         if self.encoder_decoder:
-            return _whole(_required(head_ids), ids, split=split)
+            return _required(head_ids), ids, "", split
         end = self.tokenizer.eos_token_id
         for whole, tokens in zip(wholes, ids, strict=True):
             ended = tokens and ends_turn(whole, tokens[-1], end, self._added)
             if end is not None and not ended:
                 tokens.append(end)
-        return self._split(_required(head_ids), ids, split)
+        return *self._split(_required(head_ids), ids), split
 
     def holds_special(self, messages: Content) -> bool:
         """Whether a message holds a special token as text."""
@@ -193,8 +192,10 @@ class TextIds:
                 ids[place] = [*self._text.ids([text])[0], end]
         return self._started(prompt, prompt_ids), [self._with_front(tokens) for tokens in ids]
 
-    def _split(self, prompt: list[int], wholes: list[list[int]], split: str = "") -> EncodedGroup:
-        """The ids of whole texts where they part from their prompt's."""
+    def _split(
+        self, prompt: list[int], wholes: list[list[int]]
+    ) -> tuple[list[int], list[list[int]], str]:
+        """The ids of whole texts where they part from their prompt's, and `moved`."""
         shared = min(common_length(prompt, whole) for whole in wholes)
         if shared == 0:
             raise UsageError(
@@ -205,7 +206,7 @@ class TextIds:
         if end := prompt[shared:]:
             # A space in front is no text to some tokenizers.
             moved = self.tokenizer.decode(end) or "".join(self.tokenizer.convert_ids_to_tokens(end))
-        return _whole(prompt[:shared], [whole[shared:] for whole in wholes], moved, split)
+        return prompt[:shared], [whole[shared:] for whole in wholes], moved
 
     def _target(self, response: str) -> list[int]:
         tokenizer = self.tokenizer
@@ -219,21 +220,11 @@ class TextIds:
 
 def _required(prompt_ids: list[int]) -> list[int]:
     if not prompt_ids:
-        raise UsageError(_NO_PROMPT)
+        raise UsageError(
+            "a prompt is empty and the tokenizer has no BOS token, so nothing precedes the first "
+            "response token; drop empty prompts"
+        )
     return prompt_ids
-
-
-def _whole(
-    prompt_ids: list[int], response_ids: list[list[int]], moved: str = "", split: str = ""
-) -> EncodedGroup:
-    return EncodedGroup(
-        prompt_ids=prompt_ids,
-        response_ids=response_ids,
-        truncated=False,
-        fits=True,
-        moved=moved,
-        split=split,
-    )
 
 
 def check_cut(max_length: int, truncation_side: str) -> None:

@@ -111,11 +111,7 @@ def encode_group(
         tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
     )
     return encoder.encode(
-        prompt,
-        responses,
-        max_length=max_length,
-        truncation_side=truncation_side,
-        template=template,
+        prompt, responses, max_length=max_length, truncation_side=truncation_side, template=template
     )
 
 
@@ -234,51 +230,33 @@ def tokenize_dataset(
         encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
     require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
     fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
-    _report(name, encoded["truncated"], kept=fitting, max_length=max_length)
-    report_texts(name, encoded["moved"], encoded["split"])
-    return encoded.select(fitting).remove_columns(["truncated", "fits", "moved", "split"])
-
-
-def _report(name: str, truncated: list[bool], *, kept: list[int], max_length: int) -> None:
-    dropped = len(truncated) - len(kept)
-    if not kept:
+    if not fitting:
         raise UsageError(
             f"no row of {name} has responses that fit into max_length={max_length} tokens with a "
             "prompt; raise max_length"
         )
-    cut = sum(truncated[index] for index in kept)
+    fitted, count = encoded.select(fitting), len(encoded)
+    cut, dropped = sum(fitted["truncated"]), count - len(fitting)
     if cut or dropped:
         logger.warning(
-            "%s: %d of %d prompts were cut and %d rows dropped (a response alone is too long) to "
-            "fit max_length=%d",
-            name,
-            cut,
-            len(truncated),
-            dropped,
-            max_length,
+            f"{name}: {cut} of {count} prompts were cut and {dropped} rows dropped (a response "
+            f"alone is too long) to fit max_length={max_length}"
         )
+    report_texts(name, encoded["moved"], encoded["split"])
+    return fitted.remove_columns(["truncated", "fits", "moved", "split"])
 
 
 def report_texts(name: str, moved: Sequence[str], split: Sequence[str]) -> None:
     """Warn of groups, by their `EncodedGroup` fields, whose tokens are not what one might think."""
-    ends = [text for text in moved if text]
-    if ends:
+    if ends := [text for text in moved if text]:
         logger.warning(
-            "%s: in %d of %d rows the prompt's last tokens are others once a response follows, "
-            "such as %r; there the responses begin where prompt and whole text part, and include "
-            "what stands in its place",
-            name,
-            len(ends),
-            len(moved),
-            max(ends, key=ends.count),
+            f"{name}: in {len(ends)} of {len(moved)} rows the prompt's last tokens are others once "
+            f"a response follows, such as {max(ends, key=ends.count)!r}; there the responses begin "
+            "where prompt and whole text part, and include what stands in its place"
         )
-    tokens = [token for token in split if token]
-    if tokens:
+    if tokens := [token for token in split if token]:
         logger.warning(
-            "%s: %d of %d rows hold special tokens in their messages, such as %r; they are encoded "
-            "as text. Set split_special_tokens=False to make tokens of them",
-            name,
-            len(tokens),
-            len(split),
-            max(tokens, key=tokens.count),
+            f"{name}: {len(tokens)} of {len(split)} rows hold special tokens in their messages, "
+            f"such as {max(tokens, key=tokens.count)!r}; they are encoded as text. Set "
+            "split_special_tokens=False to make tokens of them"
         )

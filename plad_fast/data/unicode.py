@@ -34,12 +34,8 @@ def mend(value: Any) -> Any:
 
 
 def require_unicode(value: Any, where: str) -> None:
-    """Raises UsageError for a lone surrogate, which JSON can hold but no tokenizer takes.
-
-    Args:
-        value: a text, or a structure of lists and mappings.
-        where: it stands, for the message.
-    """
+    """Raises UsageError for a lone surrogate in a text or a structure, which JSON can hold but no
+    tokenizer takes; `where` begins the message."""
     if isinstance(value, str):
         if found := _SURROGATE.search(value):
             raise UsageError(

@@ -3,13 +3,13 @@ from .calibration import evaluate_calibration as evaluate_calibration
 from .compare import evaluate_students as evaluate_students
 from .compare import write_metrics as write_metrics
 from .held_out import HeldOut as HeldOut
-from .intervals import Interval as Interval
-from .intervals import SignTest as SignTest
-from .intervals import paired_bootstrap as paired_bootstrap
-from .intervals import sign_test as sign_test
+from .metrics import Interval as Interval
+from .metrics import SignTest as SignTest
 from .metrics import margins as margins
 from .metrics import mean_margin as mean_margin
+from .metrics import paired_bootstrap as paired_bootstrap
 from .metrics import ranking_accuracy as ranking_accuracy
+from .metrics import sign_test as sign_test
 from .metrics import win_rate as win_rate
 from .run_students import evaluate_models as evaluate_models
 from .students import StudentOutputs as StudentOutputs

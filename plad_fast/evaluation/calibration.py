@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.intervals import (
+from plad_fast.evaluation.metrics import (
     FloatArray,
-    Interval,
     outcomes,
     paired_bootstrap,
     percentile_interval,
@@ -42,6 +41,7 @@ WITHIN = (
     "mean_quality",
 )
 POOLED = ("spearman_pooled", "kendall_pooled", "auroc_pooled")
+_CURVES = ("rank", "quantile")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +97,7 @@ class ScoredSamples:
 
 
 def evaluate_calibration(
-    students: Sequence[ScoredSamples],
-    *,
-    bins: int = 8,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    students: Sequence[ScoredSamples], *, bins: int = 8, n_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Correlation of likelihood with quality, for students given in the order of training.
 
@@ -132,68 +128,60 @@ def evaluate_calibration(
         UsageError: no students, two of one name, no samples, students on other prompts, fewer than
             two bins or resamples.
     """
-    _check(students)
+    require_names([student.name for student in students])
+    for student in students:
+        if not any(map(len, student.logps)):
+            raise UsageError(f"{student.name} has no samples; draw some for each prompt")
+        if list(student.prompt_ids) != list(students[0].prompt_ids):
+            raise UsageError(
+                f"{student.name} was sampled on other prompts than {students[0].name}; sample "
+                "every student on the same prompts, in the same order"
+            )
+    bootstrap: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
     require_resamples(n_resamples)
-    measured = [_Measured(student, n_resamples, seed) for student in students]
-    return {
-        "students": [
+    measured = [_measured(student, **bootstrap) for student in students]
+    rows = []
+    for student, own in zip(students, measured, strict=True):
+        counts = [len(logps) for logps in student.logps]
+        curves = {by: reliability(student, by=by, bins=bins, **bootstrap) for by in _CURVES}
+        rows.append(
             {
-                **own.row(),
-                "reliability": {
-                    by: reliability(student, by=by, bins=bins, n_resamples=n_resamples, seed=seed)
-                    for by in ("rank", "quantile")
-                },
+                "name": student.name,
+                "n_prompts": sum(count > 0 for count in counts),
+                "n_samples": sum(counts),
+                "n_unfinished": student.n_unfinished,
+                "n_ranked": int(np.isfinite(own.within[WITHIN.index("kendall_within")]).sum()),
+                **own.intervals(**bootstrap),
+                "reliability": curves,
             }
-            for student, own in zip(students, measured, strict=True)
-        ],
-        "comparisons": [
-            {
-                "candidate": students[j].name,
-                "baseline": students[i].name,
-                **measured[j].minus(measured[i]),
-            }
-            for j, i in couples(len(students))
-        ],
-    }
+        )
+    comparisons = []
+    for j, i in couples(len(students)):
+        change = _Measured(*(a - b for a, b in zip(measured[j], measured[i], strict=True)))
+        names = {"candidate": students[j].name, "baseline": students[i].name}
+        comparisons.append({**names, **change.intervals(**bootstrap)})
+    return {"students": rows, "comparisons": comparisons}
 
 
 def reliability(
-    samples: ScoredSamples,
-    *,
-    by: str = "rank",
-    bins: int = 8,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    samples: ScoredSamples, *, by: str, bins: int = 8, n_resamples: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Mean quality of samples of like log-probability, from the least likely to the likeliest.
+    """Mean quality of samples of like log-probability, from the least likely to the likeliest; of a
+    calibrated student it rises.
 
-    Of a calibrated student it rises.
-
-    Args:
-        samples: of one student.
-        by: "rank": the place of a sample among those of its prompt, which leaves out how hard the
-            prompt is, over the prompts with two or more; "quantile": its log-probability among all
-            samples.
-        bins: at most; no more than samples of a prompt ("rank"), and equal log-probabilities
-            share a bin.
-        n_resamples, seed: of the bootstrap over prompts.
+    By "rank" it is the place of a sample among those of its prompt, which leaves out how hard the
+    prompt is, over the prompts with two or more; by "quantile" its log-probability among all
+    samples. There are at most `bins`, no more than samples of a prompt ("rank"), and equal
+    log-probabilities share one.
 
     Returns:
         A dict for each bin that holds samples: `low`, `high` (of the place as a share in [0, 1], or
         of the log-probability), `logp` (their mean), `quality` (an interval), `n` (samples).
-
-    Raises:
-        UsageError: fewer than two bins or resamples, or another `by`.
     """
     if bins < 2:
         raise UsageError(f"bins is {bins}; take 2 or more")
-    require_resamples(n_resamples)
-    if by == "rank":
-        chosen = [p for p, logps in enumerate(samples.logps) if len(logps) > 1]
-    elif by == "quantile":
-        chosen = [p for p, logps in enumerate(samples.logps) if len(logps)]
-    else:
-        raise UsageError(f"there is no reliability by {by!r}; take 'rank' or 'quantile'")
+    fewest = 2 if by == "rank" else 1
+    chosen = [p for p, logps in enumerate(samples.logps) if len(logps) >= fewest]
     if not chosen:
         return []
     logps = [samples.logps[p] for p in chosen]
@@ -227,71 +215,58 @@ def reliability(
     ]
 
 
-class _Measured:
-    """The measures of one student, prompt by prompt and resample by resample."""
+class _Measured(NamedTuple):
+    """The measures of one student, or their differences between two."""
 
-    def __init__(self, samples: ScoredSamples, n_resamples: int, seed: int) -> None:
-        self._samples = samples
-        self._bootstrap: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
-        self._within = _within(samples)
-        self._pooled = PooledRanks(samples.logps, samples.quality)
-        # The same prompts are drawn for every student, which makes differences paired.
-        weights = resampled_prompts(len(samples.prompt_ids), n_resamples, seed)
-        self._resampled = {name: getattr(self._pooled, name)(weights) for name in POOLED}
-        ones = np.ones((1, len(samples.prompt_ids)))
-        self._estimates = {name: float(getattr(self._pooled, name)(ones)[0]) for name in POOLED}
+    within: FloatArray
+    """(len(WITHIN), P), NaN where a prompt has none."""
+    pooled: FloatArray
+    """(len(POOLED),)"""
+    resampled: FloatArray
+    """(len(POOLED), R)"""
 
-    def row(self) -> dict[str, Any]:
-        counts = [len(logps) for logps in self._samples.logps]
-        return {
-            "name": self._samples.name,
-            "n_prompts": sum(count > 0 for count in counts),
-            "n_samples": sum(counts),
-            "n_unfinished": self._samples.n_unfinished,
-            "n_ranked": int(np.isfinite(self._within["kendall_within"]).sum()),
-            **{name: self._mean(self._within[name]) for name in WITHIN},
-            **{name: _interval(self._estimates[name], self._resampled[name]) for name in POOLED},
-        }
-
-    def minus(self, other: _Measured) -> dict[str, Any]:
-        within = {name: self._mean(self._within[name] - other._within[name]) for name in WITHIN}
-        pooled = {
-            name: _interval(
-                self._estimates[name] - other._estimates[name],
-                self._resampled[name] - other._resampled[name],
-            )
-            for name in POOLED
-        }
-        return within | pooled
-
-    def _mean(self, values: FloatArray) -> dict[str, float] | None:
-        """Over the prompts that have a value."""
-        there = values[np.isfinite(values)]
-        return asdict(paired_bootstrap(there, **self._bootstrap)) if len(there) else None
+    def intervals(self, *, n_resamples: int, seed: int) -> dict[str, dict[str, float] | None]:
+        found: dict[str, dict[str, float] | None] = {}
+        for name, values in zip(WITHIN, self.within, strict=True):
+            there = values[np.isfinite(values)]
+            found[name] = None
+            if len(there):
+                interval = paired_bootstrap(there, n_resamples=n_resamples, seed=seed)
+                found[name] = asdict(interval)
+        for name, estimate, values in zip(POOLED, self.pooled, self.resampled, strict=True):
+            found[name] = _interval(float(estimate), values)
+        return found
 
 
-def _within(samples: ScoredSamples) -> dict[str, FloatArray]:
-    """Measure -> (P,), NaN where a prompt has none."""
-    values = {name: np.full(len(samples.prompt_ids), np.nan) for name in WITHIN}
+def _measured(samples: ScoredSamples, n_resamples: int, seed: int) -> _Measured:
+    count = len(samples.prompt_ids)
+    within = dict(zip(WITHIN, np.full((len(WITHIN), count), np.nan), strict=True))
     for p, (logps, quality) in enumerate(zip(samples.logps, samples.quality, strict=True)):
         if not len(logps):
             continue
-        values["mean_quality"][p] = quality.mean()
+        within["mean_quality"][p] = quality.mean()
         if samples.teacher_logps is not None and np.isfinite(samples.teacher_logps[p]):
             teacher = np.full(len(logps), samples.teacher_logps[p])
-            values["auroc_teacher"][p] = outcomes(teacher, logps).mean()
+            within["auroc_teacher"][p] = outcomes(teacher, logps).mean()
         if len(logps) < 2:
             continue
         likeliest = logps == logps.max()
-        values["likeliest_gain"][p] = quality[likeliest].mean() - quality.mean()
+        within["likeliest_gain"][p] = quality[likeliest].mean() - quality.mean()
         agreement, by_logp, by_quality = (float(m.sum()) for m in concordance(logps, quality))
         if by_quality:
-            values["auroc_within"][p] = 0.5 * (1 + agreement / by_quality)
+            within["auroc_within"][p] = 0.5 * (1 + agreement / by_quality)
         if by_quality and by_logp:
-            values["kendall_within"][p] = agreement / np.sqrt(by_logp * by_quality)
+            within["kendall_within"][p] = agreement / np.sqrt(by_logp * by_quality)
             ranks = np.corrcoef(rankdata(logps), rankdata(quality))
-            values["spearman_within"][p] = ranks[0, 1]
-    return values
+            within["spearman_within"][p] = ranks[0, 1]
+    ranks = PooledRanks(samples.logps, samples.quality)
+    # The same prompts are drawn for every student, which makes differences paired.
+    weights = resampled_prompts(count, n_resamples, seed)
+    pooled, resampled = (
+        np.array([getattr(ranks, name)(drawn) for name in POOLED])
+        for drawn in (np.ones((1, count)), weights)
+    )
+    return _Measured(np.array([*within.values()]), pooled[:, 0], resampled)
 
 
 def _interval(estimate: float, resampled: NDArray[np.float64]) -> dict[str, float] | None:
@@ -299,17 +274,4 @@ def _interval(estimate: float, resampled: NDArray[np.float64]) -> dict[str, floa
     there = resampled[np.isfinite(resampled)]
     if not np.isfinite(estimate) or len(there) < 2:
         return None
-    interval: Interval = percentile_interval(estimate, there)
-    return asdict(interval)
-
-
-def _check(students: Sequence[ScoredSamples]) -> None:
-    require_names([student.name for student in students])
-    for student in students:
-        if not any(map(len, student.logps)):
-            raise UsageError(f"{student.name} has no samples; draw some for each prompt")
-        if list(student.prompt_ids) != list(students[0].prompt_ids):
-            raise UsageError(
-                f"{student.name} was sampled on other prompts than {students[0].name}; sample "
-                "every student on the same prompts, in the same order"
-            )
+    return asdict(percentile_interval(estimate, there))

@@ -15,8 +15,8 @@ from typing import Any
 from plad_fast.data.chat import Content, is_blank
 from plad_fast.data.files import write_atomically
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.intervals import CONFIDENCE
 from plad_fast.evaluation.measures import Task
+from plad_fast.evaluation.metrics import CONFIDENCE
 from plad_fast.evaluation.students import (
     Judge,
     ScoreFn,
@@ -55,13 +55,13 @@ def evaluate_students(
             about every student and the teacher, on every prompt where their texts differ; equal
             ones are a tie.
         prompts: prompt id -> prompt, for `score_fn`, `scorers` and `judge`.
-        n_resamples: bootstrap resamples behind each interval (`intervals.paired_bootstrap`).
+        n_resamples: bootstrap resamples behind each interval (`metrics.paired_bootstrap`).
         seed: of the bootstrap.
 
     Returns:
         A dict for `json.dumps`. An interval is `{"mean", "low", "high", "standard_error"}`, counts
         are `{"wins", "ties", "losses", "p_value"}` of the exact two-sided sign test
-        (`intervals.sign_test`); what cannot be computed is None.
+        (`metrics.sign_test`); what cannot be computed is None.
 
         * `n_prompts`, `n_pairs`, `n_pair_prompts` (those that the pairs are of, fewer where one has
           several pairs), `n_references`, `score` (what decides wins), `scored_by` (what
@@ -92,9 +92,7 @@ def evaluate_students(
     ids = list(teacher_answers)
     for name, asks in (("score_fn", score_fn), ("scorers", scorers), ("judge", judge)):
         if asks and (prompts is None or any(key not in prompts for key in ids)):
-            raise UsageError(
-                f"{name} needs the prompts; pass prompts={{id: prompt}} for every prompt"
-            )
+            raise UsageError(f"{name} needs the prompts; pass prompts={{id: prompt}} for all")
     references = references or {}
     known = {key: text for key in ids if (text := references.get(key)) and not is_blank(text)}
     task = Task(

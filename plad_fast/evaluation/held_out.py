@@ -34,29 +34,24 @@ class HeldOut:
 
 
 def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
-    """Prompts, answers and pairs in the rows of a file in the standard preference format.
+    """Prompts, answers and pairs in the rows of a file in the standard preference format, in any of
+    the forms that `tokenize_dataset` lists.
 
-    Rows with the same prompt are pairs of one prompt, which has the id of the first of them; so
-    are those that a row with several rejected responses stands for, or a list: its best response
+    Rows with the same prompt are pairs of one prompt, which has the id of the first of them; so are
+    those that a row with several rejected responses stands for, or a list: its best response
     against each of the others. The teacher's answer to a prompt is the first chosen response.
 
-    Args:
-        rows: in any of the forms that `tokenize_dataset` lists.
-        source: of the rows, for messages.
-
-    Raises:
-        UsageError: a row that is no pair, or whose reference is no text, or that shares its id with
-            one of another prompt. The message has the number of the row.
+    Raises UsageError with the number of a row that is no pair, or whose reference is no text, or
+    that shares its id with one of another prompt.
     """
+    prompts: dict[str, Prompt] = {}  # by id, in the order of their first rows
     answers: dict[str, str] = {}
-    contents: dict[str, Any] = {}
-    references: dict[str, str | None] = {}
     ids: dict[str, str] = {}  # digest of a prompt -> its id
     first_rows: dict[str, int] = {}
     pairs: list[dict[str, Any]] = []
     prompts_of_pairs: list[str] = []
     from_arrow = made_by_arrow(rows)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         try:
             prompt, responses, template = read_row(without_nulls(row) if from_arrow else row)
             reference = read_reference(row.get("reference"), "reference")
@@ -66,29 +61,26 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             prompt, answered = as_conversation(prompt, responses)
             best = answered[0] if isinstance(answered[0], str) else answered[0]["content"] or ""
             if is_blank(best):
-                raise UsageError(
-                    "the best response has no text, and evaluation compares texts; leave the row "
-                    "out"
-                )
+                raise UsageError("the best response has no text to compare; leave the row out")
         except UsageError as error:
-            raise UsageError(f"{source}, row {number + 1}: {error}") from None
+            raise UsageError(f"{source}, row {number}: {error}") from None
         if template:
-            refuse_template_options(row, f"{source}, row {number + 1}")
-        row_id = mend(str(number if row.get("id") is None else row["id"]))
+            refuse_template_options(row, f"{source}, row {number}")
+        row_id = mend(str(number - 1 if row.get("id") is None else row["id"]))
         prompt_id = ids.setdefault(digest(prompt), row_id)
-        if contents.setdefault(prompt_id, prompt) != prompt:
+        first_row = first_rows.setdefault(prompt_id, number)
+        known = prompts.get(prompt_id)
+        if known is not None and known.content != prompt:
             raise UsageError(
-                f"{source}, rows {first_rows[prompt_id] + 1} and {number + 1} have the id "
-                f"{row_id!r} and different prompts; give every prompt an id of its own, or none"
+                f"{source}, rows {first_row} and {number} have the id {row_id!r} and different "
+                "prompts; give every prompt an id of its own, or none"
             )
-        first_rows.setdefault(prompt_id, number)
+        if known is None or known.reference is None:
+            prompts[prompt_id] = Prompt(prompt_id, prompt, reference)
         answers.setdefault(prompt_id, best.strip())
-        if references.get(prompt_id) is None:
-            references[prompt_id] = Prompt(prompt_id, prompt, reference).reference
         for place, rejected in enumerate(responses[1:]):
             pair = {**row, "prompt": prompt, "chosen": responses[0], "rejected": rejected}
             pair.pop("responses", None)
             pairs.append({**pair, "id": f"{row_id}\t{place}" if place else row_id})
             prompts_of_pairs.append(prompt_id)
-    prompts = [Prompt(key, content, references[key]) for key, content in contents.items()]
-    return HeldOut(prompts, answers, pairs, prompts_of_pairs)
+    return HeldOut([*prompts.values()], answers, pairs, prompts_of_pairs)

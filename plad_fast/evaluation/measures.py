@@ -11,8 +11,8 @@ import numpy as np
 from plad_fast.data.chat import Content
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.evaluation import intervals, metrics
-from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.evaluation import metrics
+from plad_fast.evaluation.metrics import FloatArray
 from plad_fast.evaluation.students import Judge, ScoreFn, Scorer, StudentOutputs
 from plad_fast.pairs import text_metrics
 
@@ -20,6 +20,7 @@ _ROUGE = tuple(
     f"{name}_{target}" for target in ("teacher", "reference") for name in text_metrics.ROUGE_NAMES
 )
 _ROW_INTERVALS = ("ranking_accuracy", "margin", "own_ranking_accuracy", *_ROUGE, "score")
+_OF_PAIRS = ("ranking_accuracy", "margin", "own_ranking_accuracy")
 _TEXT = ("mean_words", "repetition_4")
 _COMPARED = ("ranking_accuracy", "margin", *_ROUGE, "score", *_TEXT)
 
@@ -29,13 +30,13 @@ class Measured:
     """One value per example."""
 
     values: Mapping[str, FloatArray]
-    """Metric -> one value per pair, per prompt, or per prompt with a reference."""
+    """Metric -> one value per pair, per prompt, or per prompt with a reference; NaN for none."""
     scores: Mapping[str, FloatArray]
     """Scorer -> (prompts,), NaN where it gave none."""
     texts: Sequence[str]
     """(prompts,); none of a student without answers."""
-    prompts: Mapping[str, Sequence[str]]
-    """Metric over pairs -> the prompt of each value; of other metrics each value has its own."""
+    pair_prompts: Sequence[str]
+    """(pairs,) the prompt of each value of a metric over pairs."""
 
 
 @dataclass(frozen=True)
@@ -63,30 +64,21 @@ class Task:
         self, student: StudentOutputs, scores: Mapping[str, FloatArray], *, is_teacher: bool
     ) -> Measured:
         values: dict[str, FloatArray] = {}
-        prompts: dict[str, Sequence[str]] = {}
         if len(student.pair_ids):
             chosen, rejected = student.chosen_logps, student.rejected_logps
-            values["ranking_accuracy"] = intervals.outcomes(chosen, rejected)
+            values["ranking_accuracy"] = metrics.outcomes(chosen, rejected)
             values["margin"] = metrics.margins(chosen, rejected)
-            prompts = dict.fromkeys(("ranking_accuracy", "margin"), student.pair_prompts)
-            own = student.own_rejected_logps
-            if own is not None and not np.isnan(own).all():
-                scored = ~np.isnan(own)
-                values["own_ranking_accuracy"] = intervals.outcomes(chosen[scored], own[scored])
-                prompts["own_ranking_accuracy"] = [
-                    prompt
-                    for prompt, there in zip(student.pair_prompts, scored, strict=True)
-                    if there
-                ]
+            if student.own_rejected_logps is not None:
+                values["own_ranking_accuracy"] = _won(chosen - student.own_rejected_logps)
         if not student.answers:
-            return Measured(values, {}, [], prompts)
+            return Measured(values, {}, [], student.pair_prompts)
         answers = [student.answers[key] for key in self.teacher_answers]
         values |= self._likeness(student.answers, answers, is_teacher)
         values["mean_words"] = text_metrics.word_counts(answers)
         values["repetition_4"] = text_metrics.repetition_shares(answers, 4)
         if self.score_fn is not None:
             values["score"] = self._custom_scores(self.score_fn, answers)
-        return Measured(values, scores, answers, prompts)
+        return Measured(values, scores, answers, student.pair_prompts)
 
     def row(
         self, student: StudentOutputs, own: Measured, teacher: Measured | None = None
@@ -97,11 +89,8 @@ class Task:
             "name": student.name,
             "n": len(texts),
             "n_pairs": len(student.pair_ids),
-            "n_own_pairs": len(values.get("own_ranking_accuracy", ())),
-            **{
-                name: self._interval(values.get(name), own.prompts.get(name))
-                for name in _ROW_INTERVALS
-            },
+            "n_own_pairs": int(np.isfinite(values.get("own_ranking_accuracy", ())).sum()),
+            **{name: self._mean(own, name, values.get(name)) for name in _ROW_INTERVALS},
             **self._wins(outcomes, "_teacher"),
             **{name: float(values[name].mean()) if texts else None for name in _TEXT},
             "distinct_1": text_metrics.distinct_n(texts, 1) if texts else None,
@@ -121,10 +110,7 @@ class Task:
         both = {name: a[name] - b[name] for name in _COMPARED if name in a and name in b}
         outcomes = self._outcomes(candidate, baseline)
         return {
-            **{
-                name: self._interval(both.get(name), candidate.prompts.get(name))
-                for name in _COMPARED
-            },
+            **{name: self._mean(candidate, name, both.get(name)) for name in _COMPARED},
             **self._wins(outcomes),
             "scores": {
                 name: {
@@ -177,9 +163,7 @@ class Task:
             target = self.references.get(key, teacher_answer)
             scores.append(float(score_fn(self.prompts[key], answer, target)))
             if not np.isfinite(scores[-1]):
-                raise UsageError(
-                    f"score_fn gave {scores[-1]} for prompt {key}; it must return a finite number"
-                )
+                raise UsageError(f"score_fn gave {scores[-1]} for prompt {key}; it must be finite")
         return np.array(scores)
 
     def _rated(self, systems: Sequence[StudentOutputs]) -> list[dict[str, FloatArray]]:
@@ -197,7 +181,7 @@ class Task:
         """Who wins each prompt, by the judge if there is one, else by the score."""
         if self.judge is None:
             both = "score" in a.values and "score" in b.values
-            return intervals.outcomes(a.values["score"], b.values["score"]) if both else None
+            return metrics.outcomes(a.values["score"], b.values["score"]) if both else None
         if not (a.texts and b.texts):
             return None
         texts = list(zip(self._prompts(), a.texts, b.texts, strict=True))
@@ -219,9 +203,10 @@ class Task:
         if outcomes is None:
             return {}
         shown = np.full(len(outcomes), np.nan) if differences is None else differences
+        columns = {"outcome": outcomes, "difference": shown}
         return {
-            key: {"outcome": _or_none(outcome), "difference": _or_none(difference)}
-            for key, outcome, difference in zip(self.teacher_answers, outcomes, shown, strict=True)
+            key: {n: None if np.isnan(v[i]) else float(v[i]) for n, v in columns.items()}
+            for i, key in enumerate(self.teacher_answers)
         }
 
     def _prompts(self) -> list[Prompt]:
@@ -233,20 +218,25 @@ class Task:
         there = _there(outcomes)
         return {
             f"win_rate{suffix}": self._interval(there),
-            f"wins{suffix}": None if there is None else asdict(intervals.sign_test(there)),
+            f"wins{suffix}": None if there is None else asdict(metrics.sign_test(there)),
         }
 
+    def _mean(self, of: Measured, name: str, values: FloatArray | None) -> dict[str, float] | None:
+        """The interval of a metric; pairs of one prompt are drawn together."""
+        if values is None or name not in _OF_PAIRS:
+            return self._interval(values)
+        there = np.isfinite(values)
+        groups = [p for p, known in zip(of.pair_prompts, there, strict=True) if known]
+        return self._interval(values, groups)
+
     def _interval(
-        self, values: FloatArray | None, prompts: Sequence[str] | None = None
+        self, values: FloatArray | None, groups: Sequence[str] | None = None
     ) -> dict[str, float] | None:
         """Over the values that are not NaN, if there are any."""
         if (there := _there(values)) is None:
             return None
-        return asdict(
-            intervals.paired_bootstrap(
-                there, groups=prompts, n_resamples=self.n_resamples, seed=self.seed
-            )
-        )
+        bootstrap: dict[str, Any] = {"n_resamples": self.n_resamples, "seed": self.seed}
+        return asdict(metrics.paired_bootstrap(there, groups=groups, **bootstrap))
 
 
 def rouge_l_label(n_references: int, n_prompts: int) -> str:
@@ -260,7 +250,12 @@ def rouge_l_label(n_references: int, n_prompts: int) -> str:
 def _outcomes_by(a: Measured, b: Measured | None, name: str) -> FloatArray | None:
     """Who wins each prompt by a scorer; NaN where it did not rate both answers."""
     difference = None if b is None else _difference(a, b, name)
-    return None if difference is None else 0.5 * (1.0 + np.sign(difference))
+    return None if difference is None else _won(difference)
+
+
+def _won(difference: FloatArray) -> FloatArray:
+    """1 for a positive difference, 0.5 for none, 0 for a negative one; NaN stays."""
+    return 0.5 * (1.0 + np.sign(difference))
 
 
 def _difference(a: Measured, b: Measured, name: str) -> FloatArray | None:
@@ -275,16 +270,10 @@ def _there(values: FloatArray | None) -> FloatArray | None:
     return values[~np.isnan(values)]
 
 
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
 def _vector(values: Sequence[float | None], count: int, where: str) -> FloatArray:
     vector = np.asarray(values, dtype=np.float64)  # None becomes NaN
     if vector.shape != (count,):
-        raise UsageError(
-            f"{where} gave {len(values)} numbers for {count} items; it must give one each"
-        )
+        raise UsageError(f"{where} gave {len(values)} numbers for {count} items; give one each")
     if np.isinf(vector).any():
         raise UsageError(f"{where} gave an infinite number; it must give finite ones, or NaN")
     return vector

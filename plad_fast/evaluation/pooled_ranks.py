@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from plad_fast.evaluation.intervals import FloatArray
+from plad_fast.evaluation.metrics import FloatArray
 
 _BLOCK = 2_000_000  # comparisons held at once
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 from plad_fast.data.chat import is_blank
 from plad_fast.data.prompts import as_messages
 from plad_fast.data.records import digest, model_digest, recorded_scores
+from plad_fast.evaluation.calibration import ScoredSamples
 from plad_fast.evaluation.compare import evaluate_students
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.samples import (
@@ -27,7 +28,6 @@ from plad_fast.evaluation.samples import (
     StoredScorer,
     measure_calibration,
     require_samples,
-    score_samples,
 )
 from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device
@@ -42,7 +42,9 @@ from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
 
 if TYPE_CHECKING:
-    from plad_fast.evaluation.calibration import ScoredSamples
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from plad_fast.pairs.generation.answer_rows import Answered
     from plad_fast.pairs.scoring.scorers import Scorer
 
 _UNFIT = re.compile(r"[\s/\\:*?\"<>|\x00-\x1f\x7f]+")  # for the name of a file, on some system
@@ -92,47 +94,50 @@ def evaluate_models(
             or with other settings; and one sample to a prompt, or several at temperature 0.
     """
     require_samples(calibration_samples, sampling)
-    for scorer in (*(scorers or {}).values(), *filter(None, [calibration_scorer])):
+
+    def stored(scorer: Scorer) -> StoredScorer:
         scorer.check(held_out.prompts)
+        file = scorer_file(scorer.name, folder)
+        if others_aside:
+            set_aside(file, scorer.settings())
+        return StoredScorer(scorer, file)
+
+    rating = {name: stored(scorer) for name, scorer in (scorers or {}).items()}
     quality: StoredScorer | RougeL = RougeL(held_out.prompts, held_out.teacher_answers)
     if calibration_scorer is not None:
-        quality = StoredScorer(
-            calibration_scorer,
-            scorer_file(calibration_scorer.name, folder),
-            others_aside=others_aside,
+        quality = stored(calibration_scorer)
+    endpoint_judge = judge if isinstance(judge, EndpointJudge) else None
+    if others_aside and endpoint_judge is not None and endpoint_judge.store is not None:
+        set_aside(endpoint_judge.store, endpoint_judge.settings())
+    outputs, rated = [], []
+    for name, path in students.items():
+        student = _Student(
+            name,
+            path,
+            held_out,
+            student_files(name, folder),
+            replace(sampling, n=max(sampling.n, calibration_samples)),
+            length_normalization,
+            max_length,
+            precision,
+            others_aside,
         )
-    if others_aside and isinstance(judge, EndpointJudge) and judge.store is not None:
-        set_aside(judge.store, judge.settings())
-    runner = _Runner(
-        held_out,
-        folder,
-        sampling,
-        length_normalization,
-        max_length,
-        precision,
-        calibration_samples,
-        quality,
-        others_aside,
-    )
-    ran = [runner.run(name, path) for name, path in students.items()]
-    outputs = [output for output, _ in ran]
-    references = {p.id: p.reference for p in held_out.prompts if p.reference is not None}
-    if isinstance(judge, EndpointJudge):
-        judge.restart()
+        outputs.append(student.outputs())
+        if calibration_samples:
+            rated.append(student.scored_samples(quality))
+    if endpoint_judge is not None:
+        endpoint_judge.restart()
     results = evaluate_students(
         outputs,
         held_out.teacher_answers,
-        references or None,
-        scorers={
-            name: StoredScorer(scorer, scorer_file(scorer.name, folder), others_aside=others_aside)
-            for name, scorer in (scorers or {}).items()
-        },
+        {p.id: p.reference for p in held_out.prompts if p.reference is not None} or None,
+        scorers=rating,
         judge=judge,
         prompts={p.id: p.content for p in held_out.prompts},
     )
-    results["judge"] = judge.summary() if isinstance(judge, EndpointJudge) else None
+    results["judge"] = None if endpoint_judge is None else endpoint_judge.summary()
     results["calibration"] = None
-    if rated := [samples for _, samples in ran if samples is not None]:
+    if rated:
         results["calibration"] = measure_calibration(rated, calibration_samples, quality.name)
     return results, outputs
 
@@ -166,137 +171,186 @@ def file_stem(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Runner:
-    """Runs students on held-out data, or reads what they gave before; see `evaluate_models`."""
+class _Student:
+    """A saved model on held-out data: it is run, or what it gave before is read; see
+    `evaluate_models`.
 
+    It is loaded for every set of answers, and once in float32 for log-probabilities.
+    """
+
+    name: str
+    path: Path
     held_out: HeldOut
-    folder: Path
+    files: StudentFiles
     sampling: Sampling
     length_normalization: float
     max_length: int
     precision: str
-    calibration_samples: int
-    quality: StoredScorer | RougeL
     others_aside: bool
 
-    def run(self, name: str, path: Path) -> tuple[StudentOutputs, ScoredSamples | None]:
-        held_out, sampling = self.held_out, self.sampling
-        files = student_files(name, self.folder)
-        model = _Student(path, self.precision, self.max_length)
-        # The weights rather than the path: a run folder may move, and a path get other weights.
-        made_by = {"student": name, "weights": model_digest(path), "precision": self.precision}
-        # Plain-text pairs are continued as they stand: an answer is scored after what it was given.
-        chat = not any(isinstance(pair["prompt"], str) for pair in held_out.pairs)
-        greedy, sampled = (
-            stored_answers(
-                partial(model.for_answers, file.stem, chat=chat),
-                held_out.prompts,
-                file,
-                how,
-                fingerprint=made_by,
-                others_aside=self.others_aside,
-            )
-            for file, how in (
-                (
-                    files.greedy,
-                    Sampling(
-                        sampling.max_new_tokens, temperature=0.0, batch_size=sampling.batch_size
-                    ),
-                ),
-                (files.sampled, replace(sampling, n=max(sampling.n, self.calibration_samples))),
-            )
-        )
-        own = [sampled.first[prompt_id] for prompt_id in held_out.prompts_of_pairs()]
-        fingerprint = {**made_by, "max_length": self.max_length, **sampling.settings()}
-        score = partial(model.pairs, length_normalization=self.length_normalization)
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def chat(self) -> bool:
+        """Plain-text pairs are continued as they stand: an answer is scored after what it was
+        given."""
+        return not any(isinstance(pair["prompt"], str) for pair in self.held_out.pairs)
+
+    @cached_property
+    def sampled(self) -> Answered:
+        return self._answers(self.files.sampled, self.sampling)
+
+    def outputs(self) -> StudentOutputs:
+        """Greedy answers, and the log-probabilities of the pairs and of an own sample for each."""
+        pairs, pair_prompts = self.held_out.pairs, self.held_out.prompts_of_pairs()
+        limit, batch_size = self.sampling.max_new_tokens, self.sampling.batch_size
+        greedy = self._answers(
+            self.files.greedy, Sampling(limit, temperature=0.0, batch_size=batch_size)
+        ).first
+        own = [self.sampled.first[prompt_id] for prompt_id in pair_prompts]
         logps = recorded_scores(
-            files.logps,
+            self.files.logps,
             {
-                **fingerprint,
-                "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+                **self._fingerprint(),
+                "pairs": f"{len(pairs)} pairs, {digest(list(pairs))}",
                 "samples": digest([[answer.text, answer.finish_reason] for answer in own]),
                 "length_normalization": self.length_normalization,
             },
-            lambda: _score(score, held_out.pairs, own),
+            lambda: self._score_pairs(own),
             replace=self.others_aside,
         )
-        samples = None
-        if self.calibration_samples:
-            samples = score_samples(
-                name,
-                held_out,
-                sampled.answers,
-                files.calibration,
-                fingerprint={**fingerprint, "length_normalization": LENGTH_NORMALIZATION},
-                content_of=lambda p: as_messages(model.tokenizer, p.content) if chat else p.content,
-                score_responses=partial(model.responses, length_normalization=LENGTH_NORMALIZATION),
-                quality=self.quality,
-                replace=self.others_aside,
-            )
-        outputs = StudentOutputs(
-            name,
-            {prompt_id: answer.text for prompt_id, answer in greedy.first.items()},
+        return StudentOutputs(
+            self.name,
+            {prompt_id: answer.text for prompt_id, answer in greedy.items()},
             chosen_logps=np.array(logps["chosen"]),
             rejected_logps=np.array(logps["rejected"]),
-            pair_ids=[pair["id"] for pair in held_out.pairs],
+            pair_ids=[pair["id"] for pair in pairs],
             own_rejected_logps=np.array(logps["own"], dtype=np.float64),  # None becomes NaN
-            pair_prompts=held_out.prompts_of_pairs(),
-            cut_off={key for key, answer in greedy.first.items() if answer.finish_reason != "stop"},
-        )
-        return outputs, samples
-
-
-class _Student:
-    """A saved model: loaded for every set of answers, and once in float32 for log-probabilities."""
-
-    def __init__(self, path: Path, precision: str, max_length: int) -> None:
-        self._path = path
-        self._precision = precision
-        self._max_length = max_length
-        self.tokenizer = load_tokenizer(path)
-
-    def for_answers(self, name: str, *, chat: bool) -> LocalModel:
-        dtype = autocast_dtype(self._precision)
-        model = load_model(self._path, dtype=dtype, device=best_device())
-        return LocalModel(model, self.tokenizer, name, chat=chat)
-
-    def pairs(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
-        return score_pairs(
-            self._for_logps, self.tokenizer, rows, max_length=self._max_length, **options
+            pair_prompts=pair_prompts,
+            cut_off={key for key, answer in greedy.items() if answer.finish_reason != "stop"},
         )
 
-    def responses(self, rows: Sequence[tuple[Any, Sequence[Any]]], **options: Any) -> Sequence[Any]:
-        return score_responses(
-            self._for_logps, self.tokenizer, rows, max_length=self._max_length, **options
+    def scored_samples(self, quality: StoredScorer | RougeL) -> ScoredSamples:
+        """The samples, with their log-probabilities, which are stored, and their quality.
+
+        A sample that is empty, or was cut off by the length limit, is left out: scoring adds the
+        end token, which the student did not choose.
+        """
+        prompts, samples = self.held_out.prompts, self.sampled.answers
+        teacher = [self.held_out.teacher_answers[p.id] for p in prompts]
+        finished = [[a.text for a in samples.get(p.id, ()) if _is_whole(a)] for p in prompts]
+        # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.
+        texts = [
+            list(dict.fromkeys([*own, best])) for own, best in zip(finished, teacher, strict=True)
+        ]
+        contents = [
+            as_messages(self.tokenizer, p.content) if self.chat else p.content for p in prompts
+        ]
+
+        def score() -> dict[str, Any]:
+            rows = [
+                (content, [as_response(content, text) for text in answers])
+                for content, answers in zip(contents, texts, strict=True)
+            ]
+            logps = score_responses(
+                self._model,
+                self.tokenizer,
+                rows,
+                length_normalization=LENGTH_NORMALIZATION,
+                max_length=self.max_length,
+            )
+            return {"logps": [row.tolist() for row in logps]}
+
+        stored = recorded_scores(
+            self.files.calibration,
+            {
+                **self._fingerprint(),
+                "length_normalization": LENGTH_NORMALIZATION,
+                "texts": f"{sum(map(len, texts))} answers, {digest([contents, texts])}",
+            },
+            score,
+            replace=self.others_aside,
+        )
+        logps = [dict(zip(t, v, strict=True)) for t, v in zip(texts, stored["logps"], strict=True)]
+        items = [(p, text) for p, own in zip(prompts, finished, strict=True) for text in own]
+        flat = np.asarray(quality.score(items) if items else [], dtype=np.float64)
+        rated = np.split(flat, np.cumsum([len(own) for own in finished])[:-1])
+        there = [np.isfinite(values) for values in rated]  # NaN where the scorer gave none
+        return ScoredSamples(
+            self.name,
+            [p.id for p in prompts],
+            [
+                np.array([known[text] for text in own])[kept]
+                for known, own, kept in zip(logps, finished, there, strict=True)
+            ],
+            [values[kept] for values, kept in zip(rated, there, strict=True)],
+            np.array([known[best] for known, best in zip(logps, teacher, strict=True)]),
+            n_unfinished=sum(len(samples.get(p.id, ())) for p in prompts) - len(items),
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Of log-probabilities."""
+        return {**self._made_by, "max_length": self.max_length, **self.sampling.settings()}
+
+    @cached_property
+    def _made_by(self) -> dict[str, Any]:
+        # The weights rather than the path: a run folder may move, and a path get other weights.
+        weights = model_digest(self.path)
+        return {"student": self.name, "weights": weights, "precision": self.precision}
+
+    def _answers(self, file: Path, sampling: Sampling) -> Answered:
+        def load() -> LocalModel:
+            dtype = autocast_dtype(self.precision)
+            model = load_model(self.path, dtype=dtype, device=best_device())
+            return LocalModel(model, self.tokenizer, file.stem, chat=self.chat)
+
+        return stored_answers(
+            load,
+            self.held_out.prompts,
+            file,
+            sampling,
+            fingerprint=self._made_by,
+            others_aside=self.others_aside,
         )
 
     @cached_property
-    def _for_logps(self) -> Any:
-        return load_model(self._path, dtype="float32", device=best_device())
+    def _model(self) -> PreTrainedModel:
+        return load_model(self.path, dtype="float32", device=best_device())
+
+    def _score_pairs(self, samples: Sequence[Answer]) -> dict[str, list[float | None]]:
+        """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
+
+        Pairs of one prompt have the same sample, which is scored once. One that is no whole answer
+        gets None, as in `scored_samples`.
+        """
+
+        def score(pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+            alpha = self.length_normalization
+            return score_pairs(
+                self._model,
+                self.tokenizer,
+                pairs,
+                length_normalization=alpha,
+                max_length=self.max_length,
+            )
+
+        pairs = self.held_out.pairs
+        scores = score(pairs)
+        rows: dict[str, dict[str, Any]] = {}
+        for pair, sample in zip(pairs, samples, strict=True):
+            if _is_whole(sample):
+                rejected = as_response(pair["prompt"], sample.text)
+                rows.setdefault(sample.prompt_id, {**pair, "rejected": rejected})
+        logps = score(list(rows.values()))["rejected"].tolist() if rows else []
+        own = dict(zip(rows, logps, strict=True))
+        return {
+            "chosen": scores["chosen"].tolist(),
+            "rejected": scores["rejected"].tolist(),
+            "own": [own.get(sample.prompt_id) for sample in samples],
+        }
 
 
-def _score(
-    score: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
-    pairs: Sequence[Mapping[str, Any]],
-    samples: Sequence[Answer],
-) -> dict[str, list[float | None]]:
-    """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
-
-    Pairs of one prompt have the same sample, which is scored once.
-
-    A sample that is empty, or was cut off by the length limit, is not an answer: scoring adds the
-    end token, which the student did not choose. Such samples get None.
-    """
-    scores = score(pairs)
-    rows: dict[str, dict[str, Any]] = {}
-    for pair, sample in zip(pairs, samples, strict=True):
-        if sample.finish_reason == "stop" and not is_blank(sample.text):
-            rejected = as_response(pair["prompt"], sample.text)
-            rows.setdefault(sample.prompt_id, {**pair, "rejected": rejected})
-    logps = score(list(rows.values()))["rejected"].tolist() if rows else []
-    own = dict(zip(rows, logps, strict=True))
-    return {
-        "chosen": scores["chosen"].tolist(),
-        "rejected": scores["rejected"].tolist(),
-        "own": [own.get(sample.prompt_id) for sample in samples],
-    }
+def _is_whole(answer: Answer) -> bool:
+    return answer.finish_reason == "stop" and not is_blank(answer.text)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from plad_fast import __version__
 from plad_fast.recipe.fields import flag
-from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.settings import SELECTION, DistillConfig
 from plad_fast.recipe.settings_file import coerce, load_settings
 
 _EPILOG = """\
@@ -37,10 +37,7 @@ _ENDPOINT = (
     *("base_url", "api_key_env", "concurrency", "request_timeout"),
     *("reasoning_tokens", "token_budget", "cost_budget", "price_in", "price_out"),
 )
-_SELECTION = (
-    *("teacher_samples", "student_samples", "scorer", "select", "list_size", "drop_contradicted"),
-    *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
-)
+_SELECTION = ("teacher_samples", "student_samples", *SELECTION)
 _LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
 _RESOURCES = (
     *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),
@@ -152,13 +149,8 @@ COMMANDS = {
 
 
 def parse_command(typed: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, with its name as `command` and its parser as `parser`.
-
-    Exits with status 2 and a line of usage for what is mistyped.
-
-    Args:
-        typed: without the program's name.
-    """
+    """The arguments of a command, with its name as `command` and its parser as `parser`. Exits with
+    status 2 and a line of usage for what is mistyped."""
     parser, commands = _parsers()
     if not typed:
         parser.error(f"a command is missing; there are {', '.join(commands)}")
@@ -171,13 +163,8 @@ def parse_command(typed: Sequence[str]) -> argparse.Namespace:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given by flags or else in the file of --config, in the types of the settings.
-
-    Exits with status 2 where one that the command needs is missing.
-
-    Raises:
-        UsageError: as `load_settings`, and a value that does not read as its type.
-    """
+    """The settings in flags or else in the file of --config, in their types; UsageError as
+    `load_settings`. Exits with status 2 where one that the command needs is missing."""
     name, command = arguments.command, COMMANDS[arguments.command]
     known = (*command.needs, *command.settings)
     raw = ["student"] if name == "evaluate" else []
@@ -190,9 +177,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if key in known:
             settings[key] = text if key in raw else coerce(key, text, flag(key))
     if missing := [flag(need) for need in command.needs if need not in settings]:
-        arguments.parser.error(
-            f"{name} needs {_listed(missing)}, as flags or in the file of --config"
-        )
+        arguments.parser.error(f"{name} needs {_listed(missing)}, as flags or in --config")
     return settings
 
 
@@ -231,12 +216,10 @@ def _metavar(command: str, name: str, kind: str = "") -> str:
 
 def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
     """What is not given of the settings stays out of the result."""
-    parser.add_argument(
-        "--verbose", action="store_true", help="log decisions, such as the backend taken"
-    )
+    parser.add_argument("--verbose", action="store_true", help="log decisions, such as the backend")
     if command.needs or command.settings:
         parser.add_argument(
-            "--config", metavar="FILE", help="YAML file with these settings; flags win over it"
+            "--config", metavar="FILE", help="YAML file with these settings; flags win"
         )
     if command.overwrite:
         parser.add_argument("--overwrite", action="store_true", help=command.overwrite)
@@ -249,20 +232,18 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             help=command.help[need],
         )
     for title, members in _GROUPS.items():
-        wanted = [member for member in members if member in command.settings]
-        group = parser.add_argument_group(title) if wanted else None
-        for member in wanted:
-            assert group is not None
-            of_field = _FIELDS[member]
-            default = command.defaults.get(member, of_field.default)
-            text = command.help.get(member, of_field.metadata["help"])
+        wanted = [_FIELDS[member] for member in members if member in command.settings]
+        group = parser.add_argument_group(title) if wanted else parser
+        for of_field in wanted:
+            default = command.defaults.get(of_field.name, of_field.default)
+            text = command.help.get(of_field.name, of_field.metadata["help"])
             text += "" if default is None else f" (default: {default})"
             kind = str(of_field.type).partition(" ")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
             group.add_argument(
-                flag(member),
+                flag(of_field.name),
                 default=argparse.SUPPRESS,
-                metavar=_metavar(name, member, kind),
+                metavar=_metavar(name, of_field.name, kind),
                 help=text.replace("%", "%%"),
                 **switch,
             )
@@ -286,8 +267,7 @@ def _refuse_command(parser: argparse.ArgumentParser, typed: Sequence[str]) -> No
         hint = f"plad-fast {named} ..., then its flags" if named else every
         parser.error(f"{typed[0]} stands where the command belongs: {hint}")
     close = difflib.get_close_matches(typed[0].lower(), COMMANDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else every
-    parser.error(f"unknown command {typed[0]!r}; {hint}")
+    parser.error(f"unknown command {typed[0]!r}; {f'did you mean {close[0]}?' if close else every}")
 
 
 def _unrecognized(
@@ -296,14 +276,14 @@ def _unrecognized(
     flags = {name: list(parser._option_string_actions) for name, parser in commands.items()}
     hints = []
     for word in unknown:
-        name = word.partition("=")[0].lstrip("-").replace("_", "-").lower()
-        if not word.startswith("-") or not name[:1].isalpha():
+        name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-").lower()
+        if not word.startswith("-") or not name[2:3].isalpha():
             continue
-        others = [other for other in commands if f"--{name}" in flags[other]]
-        if close := difflib.get_close_matches(f"--{name}", flags[command], n=1):
+        others = [other for other in commands if name in flags[other]]
+        if close := difflib.get_close_matches(name, flags[command], n=1):
             hints.append(f"did you mean {close[0]}?")
         elif others:
-            hints.append(f"--{name} is a flag of {_listed(others)}, not of {command}")
+            hints.append(f"{name} is a flag of {_listed(others)}, not of {command}")
     if not hints and not unknown[0].startswith("-"):
         hints.append("a value with spaces needs quotes")
     hints = hints or [f"plad-fast {command} --help lists the flags"]

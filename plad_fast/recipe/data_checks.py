@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,30 +42,37 @@ class Finding:
 def check_rows(
     rows: Sequence[Mapping[str, Any]], what: str = "pairs", *, for_training: bool = True
 ) -> list[Finding]:
-    """Findings on rows of the preference format, with or without rejected responses.
+    """Findings on rows of the preference format, with or without rejected responses, called `what`.
 
-    Args:
-        rows: in any of the forms that `tokenize_dataset` lists; one that cannot be read is left to
-            those who will refuse it with its number.
-        what: the rows are called.
-        for_training: as they are. A single row is hopeless then; else others may be added to it.
+    A row that cannot be read is left to those who will refuse it with its number. `for_training` as
+    they are, a single row is hopeless; else others may be added to it.
     """
-    readable = []
+    readable: list[tuple[tuple[str, str], list[str]]] = []
     for row in rows:
-        try:
-            prompt, responses, _ = read_row(row)
-        except UsageError:
-            continue
-        texts = [_text(response) for response in responses]
-        readable.append((json.dumps(prompt, sort_keys=True, default=str), texts))
+        with suppress(UsageError):
+            asked, responses, _ = read_row(row)
+            text = asked if isinstance(asked, str) else str(asked[-1].get("content"))
+            key = (json.dumps(asked, sort_keys=True, default=str), text)
+            readable.append((key, [*map(_text, responses)]))
     if not readable:
         return []
-    chosen = [texts[0] for _, texts in readable]
-    findings = _few(len(readable), what, for_training) + check_answers(
-        chosen, f"chosen answers of the {what}"
-    )
+    findings = []
+    if (count := len(readable)) < FEW_PAIRS:
+        few = f"the number of {what} is {count}: below {FEW_PAIRS} a result is noise"
+        findings.append(Finding(few, for_training and count == 1))
+    findings += check_answers([texts[0] for _, texts in readable], f"chosen answers of the {what}")
+    prompts = Counter(prompt for prompt, _ in readable)
+    whole = Counter((prompt, *texts) for prompt, texts in readable)
+    (copied, *_), _ = whole.most_common(1)[0]
+    [(prompt, times)] = prompts.most_common(1)
+    if copies := count - len(whole):
+        text = f"{copies} of {count} {what} are copies of others, such as {shown(copied[1])}"
+        findings.append(Finding(text))
+    elif count - len(prompts) > _MOST_ALIKE * count:
+        text = f"the {count} {what} have {len(prompts)} different prompts; "
+        findings.append(Finding(f"{text}{shown(prompt[1])} stands there {times} times"))
     pairs = [(texts[0], rejected) for _, texts in readable for rejected in texts[1:]]
-    return findings + _copies(readable, what) + _sides(pairs, what)
+    return findings + (_check_sides(pairs, what) if pairs else [])
 
 
 def check_answers(texts: Sequence[str], what: str) -> list[Finding]:
@@ -73,25 +81,18 @@ def check_answers(texts: Sequence[str], what: str) -> list[Finding]:
     counts = Counter(" ".join(text.split()) for text in texts)
     text, count = counts.most_common(1)[0] if counts else ("", 0)
     if len(texts) > 1 and count > _MOST_ALIKE * len(texts):
-        findings.append(
-            Finding(f"{count} of {len(texts)} {what} are the same: {shown(text)}", len(counts) == 1)
-        )
+        alike = f"{count} of {len(texts)} {what} are the same: {shown(text)}"
+        findings.append(Finding(alike, hopeless=len(counts) == 1))
     mute = [text for text in texts if not text_metrics.words(text)]
     if mute and len(counts) > 1:
-        findings.append(
-            Finding(f"{len(mute)} of {len(texts)} {what} hold no word, such as {shown(mute[0])}")
-        )
+        text = f"{len(mute)} of {len(texts)} {what} hold no word, such as {shown(mute[0])}"
+        findings.append(Finding(text))
     return findings
 
 
 def check_drops(drops: Sequence[Mapping[str, Any]], total: int, what: str) -> list[Finding]:
-    """Findings on what gave no pair, from `PairReport.drops`: one reason for most of it.
-
-    Args:
-        drops: the records.
-        total: prompts, or pairs, that could have given one.
-        what: they are called.
-    """
+    """Findings on what gave no pair, from `PairReport.drops`: one reason for most of `total`
+    prompts, or pairs, as `what` says."""
     kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for drop in drops:
         kinds.setdefault((drop["reason"], tuple(drop.get("of", ()))), []).append(str(drop["id"]))
@@ -111,47 +112,20 @@ def require_learnable(findings: Sequence[Finding], advice: str) -> None:
         raise UsageError(f"nothing can be learned from this data: {listed}; {advice}")
 
 
+def show_findings(findings: Sequence[Finding | str]) -> None:
+    """Prints what to look at, if there is anything."""
+    if findings:
+        print(data_block(findings), flush=True)
+
+
 def data_block(findings: Sequence[Finding | str]) -> str:
     """The findings as lines for a terminal, under a heading; empty if there are none."""
     lines = [f"   - {text}" for text in dict.fromkeys(map(str, findings))]
     return "\n".join(["   check your data:", *lines]) if lines else ""
 
 
-def _few(count: int, what: str, for_training: bool) -> list[Finding]:
-    if count >= FEW_PAIRS:
-        return []
-    text = f"the number of {what} is {count}: below {FEW_PAIRS} a result is noise"
-    return [Finding(text, for_training and count == 1)]
-
-
-def _copies(rows: Sequence[tuple[str, list[str]]], what: str) -> list[Finding]:
-    prompts = Counter(prompt for prompt, _ in rows)
-    whole = Counter((prompt, *texts) for prompt, texts in rows)
-    copies = sum(whole.values()) - len(whole)
-    if copies:
-        (prompt, *_), _ = whole.most_common(1)[0]
-        return [
-            Finding(
-                f"{copies} of {len(rows)} {what} are copies of others, such as "
-                f"{shown(_prompt(prompt))}"
-            )
-        ]
-    repeated = sum(prompts.values()) - len(prompts)
-    if repeated > _MOST_ALIKE * len(rows):
-        prompt, count = prompts.most_common(1)[0]
-        return [
-            Finding(
-                f"the {len(rows)} {what} have {len(prompts)} different prompts; "
-                f"{shown(_prompt(prompt))} stands there {count} times"
-            )
-        ]
-    return []
-
-
-def _sides(pairs: Sequence[tuple[str, str]], what: str) -> list[Finding]:
+def _check_sides(pairs: Sequence[tuple[str, str]], what: str) -> list[Finding]:
     """How the chosen answers stand to the rejected ones."""
-    if not pairs:
-        return []
     findings = []
     equal = [a for a, b in pairs if " ".join(a.split()) == " ".join(b.split())]
     if equal:
@@ -159,12 +133,8 @@ def _sides(pairs: Sequence[tuple[str, str]], what: str) -> list[Finding]:
         findings.append(Finding(f"{text}: {shown(equal[0])}", len(equal) == len(pairs)))
     mute = [chosen for chosen, rejected in pairs if not text_metrics.words(rejected)]
     if mute:
-        findings.append(
-            Finding(
-                f"{len(mute)} of {len(pairs)} rejected answers of the {what} hold no word; the "
-                f"first stands beside {shown(mute[0])}"
-            )
-        )
+        text = f"{len(mute)} of {len(pairs)} rejected answers of the {what} hold no word; the first"
+        findings.append(Finding(f"{text} stands beside {shown(mute[0])}"))
     lengths = [(len(text_metrics.words(a)), len(text_metrics.words(b))) for a, b in pairs]
     means = [sum(side) / len(pairs) for side in zip(*lengths, strict=True)]
     counts = f"({means[0]:.0f} words to {means[1]:.0f} on average)"
@@ -186,9 +156,3 @@ def _text(response: Any) -> str:
     if set(last) <= {"role", "content"} and isinstance(last.get("content"), str):
         return last["content"]
     return json.dumps(last, sort_keys=True, default=str)
-
-
-def _prompt(key: str) -> str:
-    """The text of a prompt, or the last message of one, for an example."""
-    prompt = json.loads(key)
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))

@@ -6,30 +6,23 @@ A setting that no stage is listed with belongs to all of them: better anew than 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.records import model_digest
 from plad_fast.recipe.inputs import prompts_digest
-from plad_fast.recipe.pair_settings import PairSettings
-from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.settings import SELECTION, DistillConfig
 
 _OF_TRAINING = ("seed", "precision", "max_length")
 _OF_SAMPLES = ("max_new_tokens", "student_temperature", "top_p", "seed", "precision")
 _OF_TEACHER = ("teacher", "base_url", "teacher_temperature", "teacher_samples")
 STAGES: dict[str, tuple[str, ...]] = {
     "student": ("student", "student_layers"),
-    # What else its answers depend on, the folder is bound to: see `RecipeTexts.teacher_settings`.
+    # What else its answers depend on, the folder is bound to: see `bound_settings`.
     "teacher's answers": ("teacher_samples",),
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size", *_OF_TRAINING),
     "samples": ("student_samples", *_OF_SAMPLES),
-    "pairs": tuple(
-        f.name
-        for f in dataclasses.fields(PairSettings)
-        if f.metadata["affects_results"] and f.name not in (*_OF_TEACHER, "student_samples")
-    ),
+    "pairs": SELECTION,
     "calibration": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
@@ -54,15 +47,8 @@ def stage_settings(
     references: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Settings by their names.
-
-    Args:
-        config: of the run.
-        stage: a key of `STAGES`.
-        prompts: what the stage is about.
-        references: it also depends on the prompts' references.
-        more: what else it depends on, as JSON values.
-    """
+    """All that a stage of `STAGES` depends on, by name: settings, the prompts that it is about, of
+    which references count with `references` only, and `more` JSON values."""
     of_results = config.results_settings()
     listed = {name for names in STAGES.values() for name in names}
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
@@ -73,14 +59,12 @@ def stage_settings(
     return {**settings, **more}
 
 
-def student_settings(config: DistillConfig, teacher_source: str) -> dict[str, Any]:
-    """Of the stage that makes the student: of the teacher, or of a model of its own."""
-    source = config.student or teacher_source
-    return {**stage_settings(config, "student"), "student's weights": model_digest(source)}
-
-
-def scorer_settings(scorers: Mapping[str, Any], judge: Any) -> dict[str, Any]:
-    """Of the stages that ask scorers."""
-    known = {name: scorer.settings() for name, scorer in scorers.items()}
-    judged = {} if judge is None else {"judge": judge.settings()}
-    return {f"settings of {name}": value for name, value in (known | judged).items()}
+def bound_settings(config: DistillConfig, teacher_made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run folder with answers is bound to, by names that a user knows.
+    `teacher_made_by` is that of `RecipeTexts`."""
+    settings = {
+        name if name in ("teacher", "base_url") else f"teacher's {name}": value
+        for name, value in teacher_made_by.items()
+    }
+    names = ("teacher_temperature", "max_new_tokens", "seed")
+    return settings | {name: getattr(config, name) for name in names}

@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
-from plad_fast.data.places import lies_in
+from plad_fast.data.places import OFFLINE, lies_in
+from plad_fast.data.records import ELSEWHERE, model_digest
+from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.report.terminal import comparison_table
@@ -34,24 +36,19 @@ from plad_fast.models.loading import (
     load_tokenizer,
     offline_teacher_path,
 )
+from plad_fast.pairs.build import build_answers, build_pairs
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.recipe.data_checks import check_answers, require_learnable
-from plad_fast.recipe.dependencies import scorer_settings, stage_settings, student_settings
+from plad_fast.pairs.generation.sources import LazyLocalModel
+from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
+from plad_fast.recipe.dependencies import STAGES, bound_settings, stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.fields import flag
-from plad_fast.recipe.inputs import (
-    RunPrompts,
-    data_of_run,
-    dropped_file,
-    show_findings,
-    show_pairs,
-)
-from plad_fast.recipe.pair_settings import OFFLINE_TEACHER
+from plad_fast.recipe.inputs import RunPrompts, data_of_run, dropped_file, show_pairs, write_pairs
 from plad_fast.recipe.run_folder import RunFolder, Stage
-from plad_fast.recipe.scoring import held_out_scoring
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.texts import Answers, RecipeTexts, sampling_for
+from plad_fast.recipe.sources import held_out_options
+from plad_fast.recipe.texts import Answers, RecipeTexts
 from plad_fast.training.train import train_model
 
 if TYPE_CHECKING:
@@ -62,6 +59,10 @@ if TYPE_CHECKING:
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
 _TEACHER_FILE = "answers/teacher.jsonl"
+_OF_TRAINING = (
+    *("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing"),
+    *("seed", "precision", "max_length"),
+)
 # In the folder of a run, with what a kill leaves; what else lies there is the user's.
 _MADE = (
     r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
@@ -95,8 +96,8 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
         _require_outside(path, config)
     # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
     judges: dict[str, Endpoint] = {}
-    scoring = held_out_scoring(config, path / "evaluation", judges)
-    for scorer in scoring["scorers"].values():
+    evaluation = held_out_options(config, path / "evaluation", judges)
+    for scorer in evaluation["scorers"].values():
         scorer.check(prompts.held_out)
     teacher = _LocalTeacher(config)
     texts = RecipeTexts(
@@ -104,7 +105,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
         prompts.all,
         answers=path / "answers",
         pairs=path / "pairs",
-        load_teacher=teacher.as_text,
+        teacher=LazyLocalModel(teacher.as_text, "teacher") if config.has_local_teacher else None,
         judges=judges,
     )
     if overwrite or not (path / "student").exists():
@@ -114,16 +115,16 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
             check_loadable(teacher.source)
     folder = RunFolder(
         path,
-        texts.teacher_settings(),
+        bound_settings(config, texts.teacher_made_by),
         overwrite=overwrite,
-        is_bound=texts.has_teacher_answers,
+        is_bound=lambda: has_rows(texts.teacher_file),
         is_own=lambda name: re.fullmatch(_MADE, name) is not None,
         # Before the folder keeps settings that an endpoint refuses.
-        check=lambda: texts.try_endpoints(scoring["judge"], overwrite=overwrite),
+        check=lambda: texts.try_endpoints(evaluation["judge"], overwrite=overwrite),
     )
     with closing(folder):
         write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
-        return _Distillation(config, prompts, teacher, texts, scoring, folder).run(command)
+        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(command)
 
 
 class _LocalTeacher:
@@ -131,22 +132,17 @@ class _LocalTeacher:
     time."""
 
     def __init__(self, config: DistillConfig) -> None:
-        is_offline = config.teacher == OFFLINE_TEACHER
+        is_offline = config.teacher == OFFLINE
         self.source = str(offline_teacher_path()) if is_offline else config.teacher
         self._precision = config.precision
-        self._model: PreTrainedModel | None = None
 
+    @cached_property
     def model(self) -> PreTrainedModel:
-        if self._model is None:
-            self._model = load_model(self.source, merge_adapters=True)
-        return self._model
+        return load_model(self.source, merge_adapters=True)
 
     def as_text(self) -> LocalModel:
-        model = self.model().to(device=best_device(), dtype=autocast_dtype(self._precision))
+        model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))
         return LocalModel(model, load_tokenizer(self.source), "teacher")
-
-    def release(self) -> None:
-        self._model = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ class _Distillation:
     prompts: RunPrompts
     teacher: _LocalTeacher
     texts: RecipeTexts
-    scoring: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
     folder: RunFolder
 
     def run(self, command: str) -> dict[str, Any]:
@@ -180,12 +176,15 @@ class _Distillation:
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
+        source = self.config.student or self.teacher.source
         rounds = range(1, self.config.rounds + 1)
+        judge = {} if self.evaluation["judge"] is None else {"judge": self.evaluation["judge"]}
+        scorers = {**self.evaluation["scorers"], **judge}
         return [
             Stage(
                 "student",
                 self._make_student,
-                student_settings(self.config, self.teacher.source),
+                {**of("student"), "student's weights": model_digest(source)},
                 makes=["student"],
             ),
             Stage(
@@ -209,7 +208,7 @@ class _Distillation:
                     "evaluation",
                     prompts=self.prompts.held_out,
                     references=True,
-                    **scorer_settings(self.scoring["scorers"], self.scoring["judge"]),
+                    **{f"settings of {name}": s.settings() for name, s in scorers.items()},
                 ),
                 reads=[*self._students(), _TEACHER_FILE, "pairs/held-out.jsonl"],
                 makes=["evaluation"],
@@ -217,72 +216,119 @@ class _Distillation:
         ]
 
     def _round(self, number: int) -> list[Stage]:
-        of, scorer = partial(stage_settings, self.config), self.texts.scorer
-        start = _start(number)
-        # The samples of the first round are also those of the held-out pairs.
+        """Samples of the student that the round starts from, pairs, and training on these."""
+        config, texts = self.config, self.texts
+        of = partial(stage_settings, config)
         is_first = number == 1
+        start = "sft" if is_first else _numbered("plad", number - 1)
+        train = _numbered("train", number)
+        # The samples of the first round are also those of the held-out pairs.
         asked = [*self.prompts.pairs, *(self.prompts.held_out if is_first else ())]
-        samples = f"answers/{_numbered('student', number)}.jsonl"
-        pairs = f"pairs/{_numbered('train', number)}.jsonl"
-        made = [pairs, *(["pairs/held-out.jsonl"] if is_first else ())]
-        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in made]
-        scores = {} if scorer is None else scorer.settings()
+        samples_file = f"answers/{_numbered('student', number)}.jsonl"
+        files = [f"pairs/{name}.jsonl" for name in ([train, "held-out"] if is_first else [train])]
+        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
+
+        def samples() -> Answers:
+            draw = partial(
+                texts.samples,
+                model=self.folder / start,
+                name=self._students()[start],
+                round_number=number,
+                others_aside=True,
+            )
+            drawn = draw(self.prompts.pairs)
+            return {**drawn, **draw(self.prompts.held_out, n=1)} if is_first else drawn
+
+        def sample() -> str:
+            count = sum(map(len, samples().values()))
+            return f"{count} samples at temperature {config.student_temperature:g}"
+
+        def pair() -> str:
+            drawn, tokenizer = samples(), load_tokenizer(self.folder / "sft")
+            prompts, told = "train", []
+            try:
+                rows, report = texts.make_pairs(self.prompts.pairs, drawn, tokenizer, train)
+                show_pairs(rows, report, texts.pairs_file(train), "training pairs")
+                told.append(f"train: {report}")
+                if is_first:
+                    # The teacher's first answer > the student's first sample, whatever is trained.
+                    prompts, teacher = "held-out", texts.teacher_answers()
+                    rows, report = build_pairs(
+                        self.prompts.held_out, teacher, drawn, tokenizer=tokenizer
+                    )
+                    write_pairs(texts.pairs_file("held-out"), rows, report)
+                    told.append(f"held-out: {report}")
+            except UsageError as error:
+                raise UsageError(f"{prompts} prompts: {error}") from None
+            spent = texts.usage().get("judge")
+            return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
+
+        def calibrate() -> str:
+            options = {name: getattr(config, name) for name in STAGES["calibration"]}
+            log = self._train(start, texts.pairs(train), _numbered("plad", number), **options)
+            accuracy = "{:.0%} of the last training pairs ranked right"
+            ranked = _last(log, "ranking_accuracy", accuracy)
+            return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
+
         return [
             Stage(
                 _of_round("student's samples", number),
-                partial(self._sample, number),
+                sample,
                 of("samples", prompts=asked),
                 reads=[start],
-                makes=[samples],
+                makes=[samples_file],
             ),
             Stage(
                 _of_round("pairs", number),
-                partial(self._pair, number),
-                of("pairs", prompts=asked, references=True, **scores),
-                reads=[start, _TEACHER_FILE, samples],
-                makes=[*made, *dropped],
+                pair,
+                of(
+                    "pairs",
+                    prompts=asked,
+                    references=True,
+                    **({} if texts.scorer is None else texts.scorer.settings()),
+                ),
+                reads=[start, _TEACHER_FILE, samples_file],
+                makes=[*files, *dropped],
             ),
             Stage(
                 _of_round("calibration", number),
-                partial(self._calibrate, number),
+                calibrate,
                 of("calibration"),
-                reads=[start, pairs],
+                reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
         ]
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
-        config = self.config
+        config, source, layers = self.config, self.teacher.source, self.config.student_layers
+        if config.student is None:
+            model = self.teacher.model
+            layers = max(1, round(_LAYERS_KEPT * depth(model))) if layers is None else layers
+        else:
+            source = find_model(config.student, "--student")
+            model = load_model(source, merge_adapters=True)
+        if layers is not None:
+            model = drop_layers(model, layers)
 
         def fill(folder: Path) -> None:
-            if config.student is None:
-                source, model = self.teacher.source, self.teacher.model()
-            else:
-                source = find_model(config.student, "--student")
-                model = load_model(source, merge_adapters=True)
-            tokenizer = load_tokenizer(source)
-            layers = config.student_layers
-            if layers is None and config.student is None:
-                layers = max(1, round(_LAYERS_KEPT * depth(model)))
-            if layers is not None:
-                model = drop_layers(model, layers if isinstance(layers, int) else list(layers))
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            load_tokenizer(source).save_pretrained(folder)
 
-        path = self.folder.make_folder("student", fill)
-        saved = json.loads((path / "config.json").read_text())
-        # Of an encoder-decoder model these are the layers of the decoder, which may be dropped.
-        names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-        layers = next((saved[name] for name in names if name in saved), "?")
-        return f"{layers} layers, from {config.student or 'the teacher'}"
+        self.folder.make_folder("student", fill)
+        return f"{depth(model)} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        self.texts.renew_teacher_answers()
-        answered = self.texts.ask_teacher()
-        self.teacher.release()
-        self.texts.require_all_asked(answered)
-        finished, total = self.texts.best_teacher_answers(), len(self.prompts.all)
+        answered = self.texts.ask_teacher(others_aside=True)
+        vars(self.teacher).pop("model", None)  # makes room for the student
+        stopped, total = getattr(self.texts.endpoint, "stopped", ""), len(self.prompts.all)
+        if answered.failures and stopped:
+            raise UsageError(
+                f"the teacher has answered {len(answered.answers)} of {total} prompts and is asked "
+                f"no more: {stopped}; what has come is kept: run the same command again to ask for "
+                "the rest, with a larger budget if one was spent"
+            )
+        finished = self.texts.best_teacher_answers()
         if not finished:
             raise UsageError(
                 f"the teacher finished none of its {total} answers within --max-new-tokens "
@@ -297,69 +343,42 @@ class _Distillation:
         return "; ".join([*told, *filter(None, [self.texts.usage().get("teacher")])])
 
     def _fine_tune(self) -> str:
-        rows = self.texts.fine_tuning_rows(
-            self.prompts.sft, load_tokenizer(self.folder / "student")
+        config, tokenizer = self.config, load_tokenizer(self.folder / "student")
+        rows = build_answers(
+            self.prompts.sft, self.texts.best_teacher_answers(), tokenizer=tokenizer
         )
+        if not rows:
+            raise UsageError(
+                "the teacher finished no answer for fine-tuning; raise --max-new-tokens"
+            )
         log = self._train(
             "student",
             rows,
             "sft",
             loss="sft",
-            epochs=self.config.sft_epochs,
-            learning_rate=self.config.sft_learning_rate,
-            batch_size=self.config.sft_batch_size,
+            epochs=config.sft_epochs,
+            learning_rate=config.sft_learning_rate,
+            batch_size=config.sft_batch_size,
         )
         return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
-
-    def _sample(self, number: int) -> str:
-        samples = self._samples(number)
-        count = sum(map(len, samples.values()))
-        return f"{count} samples at temperature {self.config.student_temperature:g}"
-
-    def _pair(self, number: int) -> str:
-        samples = self._samples(number)
-        tokenizer = load_tokenizer(self.folder / "sft")
-        file, name = _numbered("train", number), "train"
-        lines = []
-        try:
-            rows, report = self.texts.make_pairs(self.prompts.pairs, samples, tokenizer, file)
-            show_pairs(rows, report, self.texts.pairs_file(file), "training pairs")
-            lines.append(f"train: {report}")
-            if number == 1:
-                name, held_out = "held-out", self.prompts.held_out
-                report = self.texts.make_held_out_pairs(held_out, samples, tokenizer)
-                lines.append(f"held-out: {report}")
-        except UsageError as error:
-            raise UsageError(f"{name} prompts: {error}") from None
-        spent = self.texts.usage().get("judge")
-        return "; ".join([*lines, *([] if spent is None else [f"judge: {spent}"])])
-
-    def _calibrate(self, number: int) -> str:
-        config = self.config
-        log = self._train(
-            _start(number),
-            self.texts.pairs(_numbered("train", number)),
-            _numbered("plad", number),
-            loss=config.loss,
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            batch_size=config.batch_size,
-            beta=config.beta,
-            loss_args=config.loss_args,
-            sft_weight=config.sft_weight,
-            length_normalization=config.length_normalization,
-        )
-        ranked = _last(log, "ranking_accuracy", "{:.0%} of the last training pairs ranked right")
-        return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
 
     def _evaluate(self) -> str:
         results, _ = self._measure()
         return f"{results['n_prompts']} prompts, {results['n_pairs']} pairs"
 
     def _report(self, command: str) -> dict[str, Any]:
-        config = self.config
+        config, texts = self.config, self.texts
         results, outputs = self._measure()
-        data = self._data(outputs)
+        files = {
+            _of_round("training pairs", number): texts.pairs_file(_numbered("train", number))
+            for number in range(1, config.rounds + 1)
+        }
+        data = data_of_run(
+            {**files, "held-out pairs": texts.pairs_file("held-out")},
+            unit="pairs" if config.select == "all" else "prompts",
+            teacher=[answer.text for answer in texts.best_teacher_answers().values()],
+            students=outputs,
+        )
         show_findings(data["findings"])
         write_results(
             self.folder.path,
@@ -380,62 +399,24 @@ class _Distillation:
         )
         return results
 
-    def _data(self, outputs: Sequence[StudentOutputs]) -> dict[str, Any]:
-        """What became of the prompts, and what to look at in the texts."""
-        numbers = range(1, self.config.rounds + 1)
-        files = {_of_round("training pairs", n): _numbered("train", n) for n in numbers}
-        files["held-out pairs"] = "held-out"
-        return data_of_run(
-            {name: self.texts.pairs_file(file) for name, file in files.items()},
-            unit="pairs" if self.config.select == "all" else "prompts",
-            teacher=[answer.text for answer in self.texts.best_teacher_answers().values()],
-            students=outputs,
-        )
-
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(
             {name: self.folder / folder for folder, name in self._students().items()},
             self._held_out_data(),
             self.folder / "evaluation",
-            sampling=sampling_for(self.config, "student", n=1),
-            length_normalization=self.config.alpha,
-            max_length=self.config.max_length,
-            precision=self.config.precision,
             others_aside=True,
-            **self.scoring,
+            **self.evaluation,
         )
 
     def _train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
     ) -> list[dict[str, Any]]:
-        config = self.config
+        options |= {name: getattr(self.config, name) for name in _OF_TRAINING}
+        saves = self.config.saves_per_stage
+        folder = self.folder
         return train_model(
-            self.folder / source,
-            rows,
-            self.folder / output,
-            micro_batch_size=config.micro_batch_size,
-            max_tokens_per_batch=config.max_tokens_per_batch,
-            saves=config.saves_per_stage,
-            seed=config.seed,
-            precision=config.precision,
-            max_length=config.max_length,
-            gradient_checkpointing=config.gradient_checkpointing,
-            replace=True,
-            **options,
+            folder / source, rows, folder / output, saves=saves, replace=True, **options
         )
-
-    def _samples(self, number: int) -> Answers:
-        """For the pairs of a round; in the first one for the held-out pairs too."""
-        folder = _start(number)
-        draw = partial(
-            self.texts.samples,
-            model=self.folder / folder,
-            name=self._students()[folder],
-            round_number=number,
-            others_aside=True,
-        )
-        samples = draw(self.prompts.pairs)
-        return {**samples, **draw(self.prompts.held_out, n=1)} if number == 1 else samples
 
     def _students(self) -> dict[str, str]:
         """Folder -> name of every student that is evaluated, in the order of training."""
@@ -470,7 +451,7 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
         if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
             raise UsageError(
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
-                "before it is read; choose another --output-dir"
+                f"before it is read; {ELSEWHERE}"
             )
 
 
@@ -482,11 +463,6 @@ def _numbered(name: str, number: int) -> str:
 def _of_round(name: str, number: int) -> str:
     """In words, as `_numbered`."""
     return name if number == 1 else f"{name}, round {number}"
-
-
-def _start(number: int) -> str:
-    """The folder of the student that a round starts from."""
-    return "sft" if number == 1 else _numbered("plad", number - 1)
 
 
 def _last(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:

@@ -38,18 +38,12 @@ _REPORTED = ("plad-fast", "torch", "transformers", "datasets", "numpy")
 
 
 def require_packages(*names: str) -> None:
-    """Finds out at once what would be missed after hours. Nothing is imported.
-
-    Raises:
-        UsageError: some are not installed; it says how to install them.
-    """
+    """Finds out at once what would be missed after hours, and says how to install it (UsageError).
+    Nothing is imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        wanted = dict.fromkeys(_INSTALL.get(name, name) for name in missing)
-        raise UsageError(
-            f"{' and '.join(missing)} must be installed for this; run: pip install "
-            f"{' '.join(wanted)}"
-        )
+        wanted = " ".join(dict.fromkeys(_INSTALL.get(name, name) for name in missing))
+        raise UsageError(f"{' and '.join(missing)} must be installed; run: pip install {wanted}")
 
 
 def versions() -> dict[str, str]:
@@ -94,37 +88,25 @@ def _devices() -> list[str]:
 def _choices() -> list[str]:
     device = torch.device(best_device())
     sample = torch.empty(1, 1, device=device)
-    taken = next(name for name in BACKENDS if get_backend("auto", sample) is _module(name, sample))
+    refused, taken = [], ""
+    for taken in BACKENDS:
+        try:
+            if get_backend(taken, sample) is get_backend("auto", sample):
+                break
+        except UsageError as error:
+            refused.append(str(error))
+    reason = "; ".join(refused) or f"the first that can, of {', '.join(BACKENDS)}"
     half = torch.empty(1, 1, device=device, dtype=torch.bfloat16)
     strategy = (type(products_for(half, 1)).__doc__ or "").splitlines()[0].rstrip(".")
     precision = str(autocast_dtype("auto")).removeprefix("torch.")
     return [
         f"device     {device.type}",
-        f"backend    {taken}: " + _reason(taken, sample),
+        f"backend    {taken}: {reason}",
         f"scratch    {default_scratch_bytes(device) >> 20} MiB for logits",
         f"precision  auto is {precision}: {why_autocast()}",
         f"bfloat16   head products: {strategy}",
         f"attention  {_attention(device)}",
     ]
-
-
-def _module(name: str, sample: torch.Tensor) -> object:
-    try:
-        return get_backend(name, sample)
-    except UsageError:
-        return None
-
-
-def _reason(taken: str, sample: torch.Tensor) -> str:
-    refused = []
-    for name in BACKENDS:
-        if name == taken:
-            break
-        try:
-            get_backend(name, sample)
-        except UsageError as error:
-            refused.append(str(error))
-    return "; ".join(refused) or "the first that can, of " + ", ".join(BACKENDS)
 
 
 def _attention(device: torch.device) -> str:

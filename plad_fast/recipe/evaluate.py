@@ -10,27 +10,21 @@ from typing import Any
 
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.held_out import HeldOut, read_held_out
+from plad_fast.evaluation.held_out import read_held_out
 from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
-from plad_fast.evaluation.run_students import (
-    evaluate_models,
-    file_stem,
-    scorer_file,
-    student_files,
-)
+from plad_fast.evaluation.run_students import evaluate_models, file_stem, scorer_file, student_files
 from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokenizer
 from plad_fast.models.response_scores import check_pairs
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.scoring.judge import Judge
-from plad_fast.recipe.data_checks import check_rows
+from plad_fast.recipe.data_checks import check_rows, show_findings
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
-from plad_fast.recipe.inputs import check_students, read_pairs, show_findings
-from plad_fast.recipe.scoring import JUDGE_STORE, held_out_scoring
+from plad_fast.recipe.inputs import check_students, read_pairs
 from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.sources import JUDGE_STORE, held_out_options
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first
-from plad_fast.recipe.texts import sampling_for
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -66,76 +60,63 @@ def evaluate_on_pairs(
         for name, path in students.items()
     }
     config.require_room()
-    with held_by_first(Path(config.output_dir)):
-        return _evaluate_on_pairs(models, pairs, config, overwrite, command)
-
-
-def _evaluate_on_pairs(
-    models: Mapping[str, Path],
-    pairs: str,
-    config: DistillConfig,
-    overwrite: bool,
-    command: str,
-) -> dict[str, Any]:
     folder = Path(config.output_dir)
-    rows = read_pairs(pairs)
-    held_out = read_held_out(rows, pairs)
-    findings = check_rows(rows, "held-out pairs")
-    show_findings(findings)
-    _check_students(models, held_out, config.max_length)
-    scoring = held_out_scoring(config, folder)
-    if scoring["judge"] is not None:
-        scoring["judge"].try_out(overwrite=overwrite)
+    with held_by_first(folder):
+        rows = read_pairs(pairs)
+        held_out = read_held_out(rows, pairs)
+        findings = check_rows(rows, "held-out pairs")
+        show_findings(findings)
+        for path in models.values():  # what cannot be scored is found before any student is run
+            check_pairs(
+                load_tokenizer(path),
+                held_out.pairs,
+                max_length=config.max_length,
+                encoder_decoder=is_encoder_decoder(path),
+            )
+        options = held_out_options(config, folder)
+        if options["judge"] is not None:
+            options["judge"].try_out(overwrite=overwrite)
 
-    def discard(found: Mapping[str, Any]) -> None:
-        names = dict.fromkeys([*models, *found.get("students", ())])
-        files = [student_files(name, folder) for name in names]
-        rated = [scorer_file(scorer.name, folder) for scorer in scoring["scorers"].values()]
-        answers = [file for own in files for file in (own.greedy, own.sampled)]
-        discard_answers(*answers, *rated, folder / JUDGE_STORE)
-        for file in (file for own in files for file in (own.logps, own.calibration)):
-            file.unlink(missing_ok=True)
+        def discard(found: Mapping[str, Any]) -> None:
+            names = dict.fromkeys([*models, *found.get("students", ())])
+            files = [student_files(name, folder) for name in names]
+            rated = [scorer_file(scorer.name, folder) for scorer in options["scorers"].values()]
+            answers = [file for own in files for file in (own.greedy, own.sampled)]
+            discard_answers(*answers, *rated, folder / JUDGE_STORE)
+            for file in (file for own in files for file in (own.logps, own.calibration)):
+                file.unlink(missing_ok=True)
 
-    claim_folder(
-        folder,
-        "evaluate",
-        {
-            **stage_settings(config, "evaluation"),
-            "students": list(models),
-            **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
-            "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
-        },
-        results=["metrics.json", "report.html"],
-        overwrite=overwrite,
-        discard=discard,
-    )
-    results, outputs = evaluate_models(
-        models,
-        held_out,
-        folder,
-        sampling=sampling_for(config, "student", n=1),
-        length_normalization=config.alpha,
-        max_length=config.max_length,
-        precision=config.precision,
-        **scoring,
-    )
-    of_students = check_students(outputs)
-    show_findings(of_students)
-    report = write_results(
-        folder,
-        results,
-        outputs,
-        held_out,
-        title=f"Evaluation of {', '.join(models)}",
-        config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
-        length_normalization=config.alpha,
-        trainings=models,
-        data={"findings": [*map(str, findings), *map(str, of_students)]},
-        command=command,
-        versions=versions(),
-    )
-    if isinstance(scoring["judge"], Judge):
-        print(f"judge, in this run: {scoring['judge'].spent()}")
+        claim_folder(
+            folder,
+            "evaluate",
+            {
+                **stage_settings(config, "evaluation"),
+                "students": list(models),
+                **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
+                "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+            },
+            results=["metrics.json", "report.html"],
+            overwrite=overwrite,
+            discard=discard,
+        )
+        results, outputs = evaluate_models(models, held_out, folder, **options)
+        of_students = check_students(outputs)
+        show_findings(of_students)
+        report = write_results(
+            folder,
+            results,
+            outputs,
+            held_out,
+            title=f"Evaluation of {', '.join(models)}",
+            config={"students": {k: str(v) for k, v in models.items()}, "pairs": pairs},
+            length_normalization=config.alpha,
+            trainings=models,
+            data={"findings": [*map(str, findings), *map(str, of_students)]},
+            command=command,
+            versions=versions(),
+        )
+    if isinstance(options["judge"], Judge):
+        print(f"judge, in this run: {options['judge'].spent()}")
     print(f"{comparison_table(results)}\n\nreport: {report}", flush=True)
     return results
 
@@ -147,10 +128,10 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         odd = any(c in "/\\:" or unicodedata.category(c)[0] == "C" for c in name)
         if odd or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
+            readable = "".join(c if c.isprintable() else "?" for c in name[:_LONGEST_NAME])
             raise UsageError(
-                f"--student {_shown(name)}=...: a name must not contain / \\ : or control "
-                f"characters, start with a dot or have more than {_LONGEST_NAME} bytes, for files "
-                "are named after it; choose another"
+                f"--student {readable}=...: files are named after it: choose a name without / \\ : "
+                f"and control characters, of at most {_LONGEST_NAME} bytes, that begins with no dot"
             )
         plain = file_stem(name)
         if plain in seen:
@@ -164,19 +145,3 @@ def _check_names(names: Sequence[str]) -> None:
                 f"--student {name}: the answers in the pairs are those of the teacher in tables, "
                 "and scores begin the names of scorers' files; choose another name"
             )
-
-
-def _shown(name: str) -> str:
-    """Without what a terminal would obey, and of bounded length."""
-    return "".join(c if c.isprintable() else "?" for c in name[:_LONGEST_NAME])
-
-
-def _check_students(students: Mapping[str, Path], held_out: HeldOut, max_length: int) -> None:
-    """A pair that cannot be scored is found before any student is run."""
-    for path in students.values():
-        check_pairs(
-            load_tokenizer(path),
-            held_out.pairs,
-            max_length=max_length,
-            encoder_decoder=is_encoder_decoder(path),
-        )

@@ -34,11 +34,16 @@ def one_of(*values: str) -> Rule:
 
 
 def setting(
-    default: Any, help_text: str, rule: Rule | None = None, *, affects_results: bool = True
+    default: Any, help_text: str, rule: Rule | None = None, *, is_free: bool = False
 ) -> Any:
-    """A field with its one-line help; `affects_results=False` may change between restarts."""
-    metadata = {"help": help_text, "rule": rule, "affects_results": affects_results}
+    """A field with its one-line help."""
+    metadata = {"help": help_text, "rule": rule, "affects_results": not is_free}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def free_setting(default: Any, help_text: str, rule: Rule | None = None) -> Any:
+    """A `setting` on which no result depends: it may change between restarts."""
+    return setting(default, help_text, rule, is_free=True)
 
 
 def flag(name: str) -> str:
@@ -47,11 +52,8 @@ def flag(name: str) -> str:
 
 
 def checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A value in the type of its field, and in its range.
-
-    Raises:
-        UsageError: it is not; names the flag and the value.
-    """
+    """A value in the type of its field, and in its range; else UsageError with the flag and the
+    value."""
     value = read_value(str(field.type), value, flag(field.name))
     rule = field.metadata["rule"]
     if value is not None and rule is not None and not rule.holds(value):
@@ -60,16 +62,8 @@ def checked(field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def read_value(kind: str, value: Any, where: str) -> Any:
-    """A value from a flag, a file or a call, in the type of its setting.
-
-    Args:
-        kind: annotation of the setting.
-        value: as it was given.
-        where: begins the message.
-
-    Raises:
-        UsageError: it does not read as one.
-    """
+    """A value from a flag, a file or a call, in the type that the annotation `kind` of its setting
+    names; UsageError that begins with `where` if it does not read as one."""
     if value is None:
         if "None" not in kind:
             raise UsageError(f"{where} needs a value")

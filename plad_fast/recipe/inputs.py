@@ -7,10 +7,10 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.chat import Content
 from plad_fast.data.files import write_atomically
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
@@ -26,8 +26,8 @@ from plad_fast.recipe.data_checks import (
     check_answers,
     check_drops,
     check_rows,
-    data_block,
     require_learnable,
+    show_findings,
 )
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
@@ -36,34 +36,23 @@ from plad_fast.recipe.stage_folder import require_whole
 if TYPE_CHECKING:
     from plad_fast.evaluation.students import StudentOutputs
 
-
 _FEWEST = 2
+_OF_COLUMNS = ("prompt_column", "prompt_template", "split")
 
 
 def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
-    """The prompts that the settings name, checked.
-
-    Raises:
-        UsageError: from reading them, and where columns are named of the built-in prompts, which
-            have none.
-    """
-    if config.prompts == BUILTIN_PROMPTS:
-        for name in ("prompt_column", "prompt_template", "reference_column", "split"):
-            if getattr(config, name) != getattr(DistillConfig, name):
-                raise UsageError(
-                    f"{flag(name)} is about data of yours, and without --prompts the built-in "
-                    "prompts are used; give --prompts"
-                )
-        prompts = builtin_prompts()
-        return prompts if config.limit is None else prompts[: config.limit]
-    return load_prompts(
-        config.prompts,
-        prompt_column=config.prompt_column,
-        prompt_template=config.prompt_template,
-        reference_column=config.reference_column,
-        limit=config.limit,
-        split=config.split,
-    )
+    """The prompts that the settings name, checked. UsageError from reading them, and where columns
+    are named of the built-in prompts, which have none."""
+    options = {name: getattr(config, name) for name in (*_OF_COLUMNS, "reference_column")}
+    if config.prompts != BUILTIN_PROMPTS:
+        return load_prompts(config.prompts, limit=config.limit, **options)
+    for name, value in options.items():
+        if value != getattr(DistillConfig, name):
+            raise UsageError(
+                f"{flag(name)} is about data of yours, and without --prompts the built-in prompts "
+                "are used; give --prompts"
+            )
+    return builtin_prompts()[: config.limit]
 
 
 def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | None]]:
@@ -76,13 +65,8 @@ def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | 
                 f"column:{column} takes answers from the data of the prompts, and the built-in "
                 "prompts have none; give --prompts"
             )
-        return column_answers(
-            config.prompts,
-            column,
-            prompt_column=config.prompt_column,
-            prompt_template=config.prompt_template,
-            split=config.split,
-        )
+        options = {name: getattr(config, name) for name in _OF_COLUMNS}
+        return column_answers(config.prompts, column, **options)
 
     return read
 
@@ -95,22 +79,19 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 def split_prompts(
     prompts: Sequence[Prompt], held_out: float, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Shuffled by the seed: those to train on, and those held out.
+    """Shuffled by the seed: those to train on, and those held out, a share of the different prompts
+    below 1 or a number of them.
 
     Prompts that differ in white space only are copies and stay together: a student must not be
-    measured on what it was trained on.
-
-    Args:
-        prompts: all of them.
-        held_out: a share of the different prompts below 1, or a number of them.
-        seed: of the shuffling.
-
-    Raises:
-        UsageError: fewer than two different prompts would be left on a side.
+    measured on what it was trained on. Raises UsageError where fewer than two different prompts
+    would be left on a side.
     """
     copies: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        copies.setdefault(_normalized(prompt.content), []).append(prompt)
+        content = prompt.content
+        turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        words = [[turn["role"], *(turn.get("content") or "").split()] for turn in turns]
+        copies.setdefault(json.dumps(words), []).append(prompt)
     groups = list(copies.values())
     count = round(held_out * len(groups)) if held_out < 1 else int(held_out)
     if min(count, len(groups) - count) < _FEWEST:
@@ -120,7 +101,7 @@ def split_prompts(
             f"{_FEWEST}"
         )
     random.Random(seed).shuffle(groups)
-    return _flat(groups[count:]), _flat(groups[:count])
+    return [*chain(*groups[count:])], [*chain(*groups[:count])]
 
 
 @dataclass(frozen=True)
@@ -144,12 +125,9 @@ class RunPrompts:
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused.
-
-    Raises:
-        UsageError: no such file, damaged, empty, cut off since `plad-fast pairs` or a run made it,
-            or without the columns that rows need.
-    """
+    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused, and so
+    is a file that is damaged, empty, without the columns that rows need, or was cut off since
+    `plad-fast pairs` or a run made it (UsageError)."""
     require_whole(Path(path).expanduser())
     table = read_table(path, "train")
     require_columns(table.columns, with_scores=False, name=path)
@@ -174,19 +152,6 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _normalized(content: Content) -> str:
-    """Equal for prompts that a model is asked in the same words."""
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    words = [
-        [message["role"], " ".join((message.get("content") or "").split())] for message in messages
-    ]
-    return json.dumps(words)
-
-
-def _flat(groups: Sequence[Sequence[Prompt]]) -> list[Prompt]:
-    return [prompt for group in groups for prompt in group]
-
-
 def dropped_file(pairs: Path) -> Path:
     """Where the records lie of what is missing from a file of pairs: dropped.jsonl beside it."""
     rest = pairs.name.removeprefix("pairs").removeprefix("train")
@@ -200,15 +165,6 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]], report: PairRepor
         write_jsonl(path, rows)
 
 
-def funnel_line(report: PairReport) -> str:
-    """Such as "9 prompts > 8 answered (1 missing) > 8 finished > 8 paired > 7 kept (1 close)"."""
-    steps = []
-    for name, left, lost in report.funnel():
-        why = f" ({', '.join(f'{count} {reason}' for reason, count in lost.items())})"
-        steps.append(f"{left} {name}{why if lost else ''}")
-    return " > ".join(steps)
-
-
 def show_pairs(
     rows: Sequence[Mapping[str, Any]],
     report: PairReport,
@@ -217,55 +173,38 @@ def show_pairs(
     *,
     for_training: bool = True,
 ) -> None:
-    """Prints the funnel, where to see what was dropped, and what to look at.
-
-    Args:
-        rows, report: of `build_pairs`.
-        file: that the rows are in.
-        what: they are called.
-        for_training: see `check_rows`.
-
-    Raises:
-        UsageError: nothing can be learned from the rows.
-    """
+    """Prints the funnel of what `build_pairs` gave, where to see what was dropped, and what to look
+    at; see `check_rows`. UsageError where nothing can be learned from the rows."""
+    steps = []  # such as "9 prompts > 8 answered (1 missing)"
+    for name, left, lost in report.funnel():
+        why = f" ({', '.join(f'{count} {reason}' for reason, count in lost.items())})"
+        steps.append(f"{left} {name}{why if lost else ''}")
     where = f"; {dropped_file(file)} has what was dropped" if report.drops else ""
     name = "" if what == "pairs" else f"{what}: "
-    print(f"   {name}{funnel_line(report)}{where}", flush=True)
+    print(f"   {name}{' > '.join(steps)}{where}", flush=True)
     findings = check_rows(rows, what, for_training=for_training)
     findings += check_drops(report.drops, report.total, report.unit)
     show_findings(findings)
     require_learnable(findings, "give more or other prompts, or another teacher")
 
 
-def show_findings(findings: Sequence[Finding | str]) -> None:
-    """Prints what to look at, if there is anything."""
-    if findings:
-        print(data_block(findings), flush=True)
-
-
 def check_students(students: Sequence[StudentOutputs]) -> list[Finding]:
     """Findings on what students answered to the held-out prompts."""
-    return [
-        finding
-        for student in students
-        for finding in check_answers(list(student.answers.values()), f"answers of {student.name}")
-    ]
+    found = (check_answers([*s.answers.values()], f"answers of {s.name}") for s in students)
+    return [*chain(*found)]
 
 
 def data_of_run(
     files: Mapping[str, Path],
     *,
     unit: str,
-    teacher: Sequence[str] = (),
-    students: Sequence[StudentOutputs] = (),
+    teacher: Sequence[str],
+    students: Sequence[StudentOutputs],
 ) -> dict[str, Any]:
     """For the report, from what a run has stored: `funnels` by name, and `findings` as text.
 
-    Args:
-        files: name -> file of pairs; one without a record of what was dropped has no funnel.
-        unit: of `PairReport`, of what is trained on.
-        teacher: its finished answers.
-        students: what they answered.
+    A file of pairs without a record of what was dropped has no funnel; `unit` is that of
+    `PairReport`, and `teacher` has its finished answers.
     """
     findings = check_answers(teacher, "teacher's answers")
     funnels = {}

@@ -21,7 +21,14 @@ from typing import Any
 from plad_fast.data.file_states import Change, changes, state_of
 from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import cannot_write, held_folder, locked
-from plad_fast.data.records import RecordFormat, as_json, changed_settings, digest, require_equal
+from plad_fast.data.records import (
+    ELSEWHERE,
+    RecordFormat,
+    as_json,
+    changed_settings,
+    digest,
+    require_equal,
+)
 from plad_fast.errors import UsageError
 
 _RECORD = "run.json"
@@ -74,13 +81,23 @@ class RunFolder:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = Path(path).expanduser()
+        self._record: dict[str, Any] = {"settings": as_json(settings), "stages": {}}
         self._held = ExitStack()
         self._held.enter_context(held_folder(self.path))
-        self._is_bound = is_bound or (lambda: bool(self._record["stages"]))
-        self._is_own = is_own
-        self._record: dict[str, Any] = {}
         try:
-            self._open(as_json(settings), overwrite, check)
+            found = self._read(overwrite)
+            self._record = found or self._record
+            # A run that was killed while it emptied the folder left "emptying" and a remainder.
+            anew = overwrite or bool(self._record.get("emptying"))
+            if not anew and (bool(self.stages) if is_bound is None else is_bound()):
+                require_equal(self._record["settings"], as_json(settings), self.path)
+            self._require_room(is_own if anew else lambda name: True)
+            check()
+            if anew and found is not None:
+                self._empty()
+            stages = {} if anew else self.stages
+            self._record = {"settings": as_json(settings), "stages": stages}
+            self._write()
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -102,11 +119,8 @@ class RunFolder:
         return self._record["stages"]
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say which of these stages, in their order, will run anew, and why.
-
-        Raises:
-            UsageError: as `stage`, before any of them runs.
-        """
+        """Say which of these stages, in their order, will run anew, and why; refuses (UsageError)
+        as `stage`, before any of them runs."""
         anew: dict[str, list[str]] = {}  # reason -> names of stages
         causes: dict[str, list[str]] = {}  # file -> why it will be another
         for stage in stages:
@@ -114,9 +128,7 @@ class RunFolder:
                 # It was not reached: what follows has no record either, or one that will tell.
                 continue
             reasons, edits = self._differences(stage, inputs=False)
-            because = dict.fromkeys(
-                reason for name in stage.reads for reason in causes.get(name, ())
-            )
+            because = dict.fromkeys(why for name in stage.reads for why in causes.get(name, ()))
             self._require_no_edits(stage, [*reasons, *because], edits)
             for reason in because or reasons:
                 anew.setdefault(reason, []).append(stage.name)
@@ -134,16 +146,12 @@ class RunFolder:
         """Run a stage unless it is done.
 
         It runs anew where its settings or what it reads have changed, or where a part of what it
-        made is missing or cut off. Rows that were edited since are kept, as what it made.
-
-        The seconds of a stage that was interrupted count its last attempt only.
-
-        Raises:
-            UsageError: what it made is damaged, or was edited and would have to be made anew.
+        made is missing or cut off. Rows that were edited since are kept, as what it made. What is
+        damaged, or was edited and would have to be made anew, is refused (UsageError). The seconds
+        of a stage that was interrupted count its last attempt only.
         """
         done = self.stages.get(stage.name)
-        reasons: list[str] = []
-        earlier: list[str] = []
+        why, earlier = "", set()
         if done is not None:
             reasons, edits = self._differences(stage)
             self._require_no_edits(stage, reasons, edits)
@@ -154,11 +162,12 @@ class RunFolder:
             if not reasons:
                 print(f"== {stage.name}: done before ({done['summary']})", flush=True)
                 return
-            earlier = [*done.get("earlier", ()), *map(digest, done["made"].values())]
+            why = f": anew, {'; '.join(reasons)}"
+            earlier = {*done.get("earlier", ()), *map(digest, done["made"].values())}
             # Killed in the middle, it must not pass for what it was.
             del self.stages[stage.name]
             self._write()
-        print(f"== {stage.name}" + (f": anew, {'; '.join(reasons)}" if reasons else ""), flush=True)
+        print(f"== {stage.name}{why}", flush=True)
         read = self._states(stage.reads)
         start = time.monotonic()
         summary = stage.run()
@@ -169,7 +178,7 @@ class RunFolder:
             "settings": as_json(stage.settings),
             "read": read,
             "made": self._states(stage.makes),
-            "earlier": sorted(set(earlier)),
+            "earlier": sorted(earlier),
         }
         self._write()
         print(f"   {summary} ({seconds:.0f} s)", flush=True)
@@ -186,21 +195,16 @@ class RunFolder:
         return publish_folder(partial, final)
 
     def _differences(self, stage: Stage, *, inputs: bool = True) -> tuple[list[str], list[Change]]:
-        """Why a stage that was done is to run anew, and which of its rows were edited since.
-
-        Raises:
-            UsageError: something that it made can neither be used nor be told to be rubbish.
-        """
+        """Why a stage that was done is to run anew, and which of its rows were edited since;
+        UsageError for what can neither be used nor be told to be rubbish."""
         done = self.stages[stage.name]
         reasons = self._changed_settings(stage)
-        if inputs:
-            for name in stage.reads:
-                recorded = done["read"].get(name)
-                if recorded is None:
-                    reasons.append(f"{name} is new")
-                    continue
-                found = changes(name, self.path / name, recorded, grown=False)
-                reasons += [f"{name} is another"] if found else []
+        for name in stage.reads if inputs else ():
+            recorded = done["read"].get(name)
+            if recorded is None:
+                reasons.append(f"{name} is new")
+            elif changes(name, self.path / name, recorded, grown=False):
+                reasons.append(f"{name} is another")
         edits = []
         for name in stage.makes:
             recorded = done["made"].get(name)
@@ -215,19 +219,16 @@ class RunFolder:
                         reasons.append(f"{change.name} is an earlier one")
                     else:
                         edits.append(change)
-                elif change.kind == "foreign":
-                    raise UsageError(
-                        f"{self.path}: {change.text}, and may be of another run; delete it, which "
-                        f"{stage.name!r} made, to have it made again, or train on these rows with "
-                        "`plad-fast train`"
-                    )
                 elif change.kind in ("missing", "other") or (
                     change.kind == "cut" and not was_edited
                 ):
                     reasons.append(change.text)
                 else:
+                    advice = "put it right"
+                    if change.kind == "foreign":
+                        advice = "it may be of another run: train on it with `plad-fast train`"
                     raise UsageError(
-                        f"{self.path}: {change.text}; put it right, or delete {self.path / name}, "
+                        f"{self.path}: {change.text}; {advice}, or delete {self.path / name}, "
                         f"which {stage.name!r} made, to have it made again"
                     )
         return reasons, edits
@@ -244,92 +245,61 @@ class RunFolder:
         if reasons and there:
             raise UsageError(
                 f"{self.path / there[0]} was edited, and {stage.name!r} would make it anew: "
-                f"{'; '.join(reasons)}; move the file elsewhere first, or choose another "
-                "--output-dir"
+                f"{'; '.join(reasons)}; move the file elsewhere first, or {ELSEWHERE}"
             )
 
     def _states(self, names: Sequence[str]) -> dict[str, Any]:
         states = {name: state_of(self.path / name) for name in names}
         return {name: state for name, state in states.items() if state is not None}
 
-    def _open(self, settings: dict[str, Any], overwrite: bool, check: Callable[[], None]) -> None:
-        found = self._read(overwrite)
-        self._record = found or {"settings": settings, "stages": {}}
-        # A run killed while it emptied the folder left "emptying": what is there is a remainder.
-        anew = overwrite or bool(self._record.get("emptying"))
-        if not anew and self._is_bound():
-            require_equal(
-                self._record["settings"],
-                settings,
-                self.path,
-                "choose another --output-dir, or pass --overwrite to start anew",
-            )
+    def _require_room(self, is_own: Callable[[str], bool]) -> None:
+        """Raises UsageError where the disk is full, or something lies there that is not ours."""
         free = shutil.disk_usage(self.path).free
         if free < _KEEP_FREE:
-            raise UsageError(
-                f"only {free >> 20} MiB are free for {self.path}; make room or choose another "
-                "--output-dir"
-            )
-        others = [e.name for e in self.path.iterdir() if e.name != _RECORD]
-        if anew and (others := sorted(name for name in others if not self._is_own(name))):
+            raise UsageError(f"only {free >> 20} MiB are free for {self.path}; make room")
+        names = sorted(entry.name for entry in self.path.iterdir() if entry.name != _RECORD)
+        if others := [name for name in names if not is_own(name)]:
             raise UsageError(
                 f"{self.path} also holds {others[0]}, which no run made, so it is not emptied; "
-                "move that elsewhere, or choose another --output-dir"
+                f"move that elsewhere, or {ELSEWHERE}"
             )
-        check()
-        if found is not None and anew:
-            with ExitStack() as held:
-                # Other programs may have its stores open, or train beside its models.
-                for part in (*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")):
-                    held.enter_context(locked(part))
-                self._empty()
-        if anew:
-            self._record["stages"] = {}
-        self._record = {"settings": settings, "stages": self._record["stages"]}
-        self._write()
 
     def _empty(self) -> None:
         """The record stays until it is replaced, or a kill would leave a folder of nobody."""
-        self._record = {**self._record, "stages": {}, "emptying": True}
-        self._write()
-        for entry in self.path.iterdir():
-            if entry.name == _RECORD:
-                continue
-            # A link is removed, and what it leads to is left alone.
-            is_tree = entry.is_dir() and not entry.is_symlink()
-            shutil.rmtree(entry) if is_tree else entry.unlink()
+        with ExitStack() as held:
+            # Other programs may have its stores open, or train beside its models.
+            for part in (*self.path.rglob("*.jsonl"), *self.path.rglob("*.checkpoints")):
+                held.enter_context(locked(part))
+            self._record = {**self._record, "stages": {}, "emptying": True}
+            self._write()
+            for entry in [entry for entry in self.path.iterdir() if entry.name != _RECORD]:
+                # A link is removed, and what it leads to is left alone.
+                is_tree = entry.is_dir() and not entry.is_symlink()
+                shutil.rmtree(entry) if is_tree else entry.unlink()
 
     def _write(self) -> None:
         _FORMAT.write(self.path / _RECORD, **self._record)
 
     def _read(self, overwrite: bool) -> dict[str, Any] | None:
-        """The record that is there; None in a folder with nothing in it.
-
-        Raises:
-            UsageError: the folder is not ours, or its record cannot be used.
-        """
+        """The record that is there; None in a folder with nothing in it. UsageError where the
+        folder is not ours, or its record cannot be used."""
         path = self.path / _RECORD
         if not path.is_file():
             # A run killed in its first moment leaves a temporary file of the record.
             if any(not entry.name.startswith(f".{_RECORD}.") for entry in self.path.iterdir()):
                 raise UsageError(
-                    f"{self.path} holds files but no {_RECORD}, so it is not the folder of a run; "
-                    "choose another --output-dir"
+                    f"{self.path} holds no {_RECORD}, so it is not the folder of a run; {ELSEWHERE}"
                 )
             return None
         record, problem = _FORMAT.read(path, settings=dict, stages=dict)
-        if problem in ("damaged", "foreign"):
-            if overwrite and self._is_ours(path):
-                return {"settings": {}, "stages": {}, "emptying": True}
-            advice = "pass --overwrite to start anew, or " if self._is_ours(path) else ""
+        is_ours = problem in ("", "version") or self._is_ours(path)
+        if problem and overwrite and is_ours:
+            return {"settings": {}, "stages": {}, "emptying": True}
+        if problem:
+            advice = "pass --overwrite to start anew, or " if is_ours else ""
             raise UsageError(
-                f"{path} is not the record of a run, or is damaged, so {self.path} is left alone; "
-                f"{advice}choose another --output-dir"
-            )
-        if problem and not overwrite:
-            raise UsageError(
-                f"{path} has version {record['version']}, this plad_fast writes version "
-                f"{_FORMAT.version}; choose another --output-dir, or pass --overwrite to start anew"
+                f"{path} is not the record of a run, or is damaged or of another version of "
+                f"plad_fast, so {self.path} is left alone; {advice}{ELSEWHERE}"
             )
         return record
 

@@ -53,11 +53,8 @@ def load_settings(
 
 
 def coerce(name: str, value: Any, where: str) -> Any:
-    """A value from a flag or a file in the type of the setting; none and null stand for no value.
-
-    Raises:
-        UsageError: it does not read as one.
-    """
+    """A value from a flag or a file in the type of the setting, else UsageError; none and null
+    stand for no value."""
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
     return read_value(_KINDS.get(name, "str"), value, where)

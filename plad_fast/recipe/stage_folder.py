@@ -14,31 +14,34 @@ from typing import Any
 
 from plad_fast.data.file_states import changes, state_of
 from plad_fast.data.locks import cannot_write, held_folder
-from plad_fast.data.records import RecordFormat, as_json, changed_settings, require_equal
+from plad_fast.data.records import (
+    ELSEWHERE,
+    OR_ANEW,
+    RecordFormat,
+    as_json,
+    changed_settings,
+    require_equal,
+)
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.ranks import joined
 
 _RECORD = "stage.json"
 _FORMAT = RecordFormat("plad-fast stage", 1)
 _RUN = "run.json"
+_OTHER_FOLDER = (
+    "choose another --output-dir (copies of its stored answers, *.jsonl but for pairs, spare "
+    "making the same ones again), or pass --overwrite to start anew"
+)
 _OF_OTHERS = {_RUN: "a run of `plad-fast distill`", "training.json": "a trained model"}
 
 
 @contextmanager
 def held_by_first(folder: Path) -> Iterator[None]:
     """A folder held (`held_folder`) until the block ends; in a run of several processes the first
-    one holds it, and all are to call this.
-
-    Raises:
-        UsageError: as `held_folder`, in every process.
-    """
+    one holds it, and all are to call this."""
     with ExitStack() as held:
-
-        def hold() -> None:
-            held.enter_context(held_folder(folder))
-
         with joined() as ranks:
-            ranks.from_first(hold)
+            ranks.from_first(lambda: held.enter_context(held_folder(folder)))
         yield
 
 
@@ -77,21 +80,24 @@ def claim_folder(
     settings = as_json(settings)
     try:
         record = _recorded(folder, command, overwrite)
-        found = None if record is None else dict(record["settings"])
         there = [name for name in results if (folder / name).exists()]
         if overwrite:
-            discard(found or {})  # which may be refused: the results go last
+            discard({} if record is None else record["settings"])  # may be refused: results go last
             for name in there:
                 (folder / name).unlink()
-        elif there and found is None:
-            raise UsageError(
-                f"{folder} holds {there[0]} but no {_RECORD}, which would say what it was made "
-                "from; choose another --output-dir, or pass --overwrite to replace it"
-            )
+        elif there and record is None:
+            raise UsageError(f"{folder} holds {there[0]} but no {_RECORD}; {OR_ANEW}")
         # The first is made last: without it the others are of a try that came to nothing.
-        elif record is not None and found is not None and (folder / results[0]).exists():
+        elif record is not None and results[0] in there:
+            found = record["settings"]
             if not extends(found):
-                _require_settings(folder, found, settings, results[0], of_results)
+                before, now = (
+                    {name: value for name, value in given.items() if name not in of_results}
+                    for given in (found, settings)
+                )
+                require_equal(before, now, folder, _OTHER_FOLDER)
+                for difference in changed_settings(found, settings):
+                    print(f"{difference}: {results[0]} is made anew of what is stored", flush=True)
             _require_no_edits(folder, record["made"])
         _FORMAT.write(folder / _RECORD, command=command, settings=settings, made={})
     except OSError as error:
@@ -105,18 +111,12 @@ def record_rows(folder: Path, name: str) -> None:
 
 
 def require_whole(rows: Path) -> None:
-    """That a file of pairs, where `plad-fast pairs` or a run made it, was not cut off since.
-
-    Raises:
-        UsageError: it has the first of its rows and no more, or is the folder that holds the file.
-    """
+    """Refuses (UsageError) a file of pairs of `plad-fast pairs` or a run that has the first of its
+    rows and no more, and the folder that holds such a file."""
     if any(record.is_file() for record in (rows / _RECORD, rows / _RUN, rows.parent / _RUN)):
         for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
             if (rows / name).is_file():
-                raise UsageError(
-                    f"{rows} is a folder of plad-fast, which holds more than pairs; give the file "
-                    f"{rows / name}"
-                )
+                raise UsageError(f"{rows} is a folder of plad-fast; give the file {rows / name}")
     made: dict[str, Any] = {}
     with suppress(OSError):
         made |= _FORMAT.read(rows.parent / _RECORD, made=dict).fields.get("made", {})
@@ -124,34 +124,12 @@ def require_whole(rows: Path) -> None:
         stages = json.loads((rows.parent.parent / _RUN).read_text(encoding="utf-8"))["stages"]
         for stage in stages.values():
             made |= {name.partition("/")[2]: state for name, state in stage["made"].items()}
-    if rows.name not in made or not rows.is_file():
-        return
-    for change in changes(str(rows), rows, made[rows.name], grown=False):
-        if change.kind == "cut":
-            raise UsageError(
-                f"{change.text}, so it was cut off: run the command that made it again, or copy "
-                "the file elsewhere if this part of it is meant"
-            )
-
-
-def _require_settings(
-    folder: Path,
-    found: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    result: str,
-    of_results: Sequence[str],
-) -> None:
-    before, now = (
-        {name: value for name, value in given.items() if name not in of_results}
-        for given in (found, settings)
-    )
-    advice = (
-        "choose another --output-dir (copies of its stored answers, *.jsonl but for pairs, "
-        "spare making the same ones again), or pass --overwrite to start anew"
-    )
-    require_equal(before, now, folder, advice)
-    for change in changed_settings(found, settings):
-        print(f"{change}: {result} is made anew of what is stored", flush=True)
+    found = changes(str(rows), rows, made[rows.name], grown=False) if rows.name in made else []
+    if cut := next((change.text for change in found if change.kind == "cut"), None):
+        raise UsageError(
+            f"{cut}, so it was cut off: run the command that made it again, or copy the file "
+            "elsewhere if this part of it is meant"
+        )
 
 
 def _require_no_edits(folder: Path, made: Mapping[str, Any]) -> None:
@@ -170,28 +148,15 @@ def _recorded(folder: Path, command: str, overwrite: bool) -> dict[str, Any] | N
     one is none."""
     for name, what in _OF_OTHERS.items():
         if (folder / name).exists():
-            raise UsageError(
-                f"{folder} holds {name}, so it is the folder of {what}; choose another --output-dir"
-            )
-    path = folder / _RECORD
-    record, problem = _FORMAT.read(path, command=str, settings=dict, made=dict)
-    if problem == "missing":
-        return None
-    if problem == "foreign":
-        raise UsageError(
-            f"{path} is no record of plad_fast, so {folder} is left alone; choose another "
-            "--output-dir"
-        )
-    if problem and overwrite:
+            raise UsageError(f"{folder} holds {name}, so it is the folder of {what}; {ELSEWHERE}")
+    record, problem = _FORMAT.read(folder / _RECORD, command=str, settings=dict, made=dict)
+    if problem == "missing" or (overwrite and problem in ("damaged", "version")):
         return None
     if problem:
-        raise UsageError(
-            f"{path} is damaged, or no record of this version of plad_fast; choose another "
-            "--output-dir, or pass --overwrite to start anew"
-        )
+        advice = ELSEWHERE if problem == "foreign" else OR_ANEW
+        what = "is damaged, or no record of this version of plad_fast"
+        raise UsageError(f"{folder / _RECORD} {what}; {advice}")
     if record["command"] != command:
-        raise UsageError(
-            f"{folder} holds the results of `plad-fast {record['command']}`; choose another "
-            "--output-dir"
-        )
+        made = f"the results of `plad-fast {record['command']}`"
+        raise UsageError(f"{folder} holds {made}; {ELSEWHERE}")
     return record

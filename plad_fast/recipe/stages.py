@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from plad_fast.data.locks import held_folder
+from plad_fast.data.records import ELSEWHERE, as_json
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import require_one_gpu
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.generation.ranks import joined
-from plad_fast.recipe.data_checks import check_rows, require_learnable
+from plad_fast.recipe.data_checks import check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES
 from plad_fast.recipe.inputs import (
     dropped_file,
     load_recipe_prompts,
     prompts_digest,
     read_pairs,
-    show_findings,
     show_pairs,
 )
-from plad_fast.recipe.pair_settings import PairSettings
-from plad_fast.recipe.settings import DistillConfig, check_training, expanded
+from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.train import train_model
@@ -34,7 +31,7 @@ from plad_fast.training.trained_folders import discard_training, is_trained
 
 # The endpoint's address is among what the teacher is known by.
 _OF_PAIRS = (
-    *(f.name for f in fields(PairSettings) if f.metadata["affects_results"]),
+    *("teacher", "teacher_samples", "student_samples", *SELECTION),
     *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
 )
 
@@ -57,41 +54,34 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
     """
     if config.student is None:
         raise UsageError("pairs are made of two models; name the second with --student")
-    with held_by_first(Path(config.output_dir)):
-        return _pair_models(config, config.student, overwrite)
-
-
-def _pair_models(config: DistillConfig, student: str, overwrite: bool) -> Path:
     folder = Path(config.output_dir)
-    prompts = load_recipe_prompts(config)
-    source = find_model(student, "--student")
-    check_loadable(source)
-    tokenizer = load_tokenizer(source)
-    texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
-    texts.try_endpoints(texts.scorer, overwrite=overwrite)
-    path = texts.pairs_file("pairs")
-    made_by = {
-        "teacher": texts.teacher_made_by(),
-        "student": texts.student_made_by(student, source),
-    }
-    settings: dict[str, Any] = {
-        **{name: getattr(config, name) for name in _OF_PAIRS if name != "base_url"},
-        **{f"{role}'s {name}": v for role, made in made_by.items() for name, v in made.items()},
-        "prompts": prompts_digest(prompts),
-    }
+    with held_by_first(folder):
+        prompts = load_recipe_prompts(config)
+        source = find_model(config.student, "--student")
+        check_loadable(source)
+        tokenizer = load_tokenizer(source)
+        texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
+        texts.try_endpoints(texts.scorer, overwrite=overwrite)
+        path = texts.pairs_file("pairs")
+        student_made_by = texts.student_made_by(config.student, source)
+        settings: dict[str, Any] = {
+            **{name: getattr(config, name) for name in _OF_PAIRS},
+            **{f"teacher's {name}": value for name, value in texts.teacher_made_by.items()},
+            **{f"student's {name}": value for name, value in student_made_by.items()},
+            "prompts": prompts_digest(prompts),
+        }
 
-    def discard(_: Mapping[str, Any]) -> None:
-        stores = (texts.teacher_file, folder / "student.jsonl")
-        discard_answers(*stores, texts.scores_file, texts.verdicts_file)
+        def discard(_: Mapping[str, Any]) -> None:
+            stores = (texts.teacher_file, folder / "student.jsonl")
+            discard_answers(*stores, texts.scores_file, texts.verdicts_file)
 
-    def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
-        first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
-        others = {**found, "prompts": settings["prompts"]}
-        return found["prompts"] == first and others == json.loads(json.dumps(settings))
+        def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
+            first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
+            others = {**found, "prompts": settings["prompts"]}
+            return found["prompts"] == first and others == as_json(settings)
 
-    with joined() as ranks:
-        ranks.from_first(
-            lambda: claim_folder(
+        def claim() -> None:
+            claim_folder(
                 folder,
                 "pairs",
                 settings,
@@ -101,21 +91,22 @@ def _pair_models(config: DistillConfig, student: str, overwrite: bool) -> Path:
                 extends=has_fewer_prompts,
                 of_results=STAGES["pairs"],
             )
-        )
-    texts.ask_teacher()
-    samples = texts.samples(prompts, source, "student", made_by=student)
 
-    def write() -> str:
-        rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
-        record_rows(folder, path.name)
-        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
-        return str(report)
+        def write() -> str:
+            rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
+            record_rows(folder, path.name)
+            show_pairs(rows, report, path, for_training=False)  # others may be joined to them
+            return str(report)
 
-    with joined() as ranks:
-        report = ranks.from_first(write)
-        if ranks.rank == 0:
-            spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
-            print(f"{spent}{report}\npairs: {path}", flush=True)
+        with joined() as ranks:
+            ranks.from_first(claim)
+        texts.ask_teacher()
+        samples = texts.samples(prompts, source, "student", made_by=config.student)
+        with joined() as ranks:
+            report = ranks.from_first(write)
+            if ranks.rank == 0:
+                spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
+                print(f"{spent}{report}\npairs: {path}", flush=True)
     return path
 
 
@@ -158,8 +149,7 @@ def train_on_pairs(
         if overwrite:
             if Path(source).expanduser().resolve() == folder.resolve():
                 raise UsageError(
-                    f"--model and --output-dir are both {folder}, and --overwrite would remove the "
-                    "model before it is read; choose another --output-dir"
+                    f"--overwrite would remove the --model {folder} before it is read; {ELSEWHERE}"
                 )
             check_loadable(source)  # a mistyped --model costs nobody the model that is there
             discard_training(folder)

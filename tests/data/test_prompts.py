@@ -184,7 +184,7 @@ def test_messages_that_a_spreadsheet_made_text_of_are_refused(text, tmp_path):
 def test_a_folder_without_data_is_called_a_folder(tmp_path):
     (tmp_path / "data").mkdir()
     message = message_of(tmp_path / "data")
-    assert message.startswith(f"cannot read the folder '{tmp_path / 'data'}' as a data set")
+    assert message.startswith(f"cannot load the folder '{tmp_path / 'data'}' as a data set")
 
 
 def test_ids_do_not_depend_on_the_limit(tmp_path):
@@ -248,7 +248,7 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.jsonl", "", "has no rows"),
         ("p.json", "[]", "has no rows"),
         ("p.csv", "prompt\n", "has no rows"),
-        ("p.csv", "prompt;id\nq;1\n", "it has 'prompt;id': if ';' stands between its fields"),
+        ("p.csv", "prompt;id\nq;1\n", "but 'prompt;id': if ';' stands between its fields"),
         ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' is 3; it should be text or a list"),
         ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' is None; it should be"),
         ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
@@ -284,7 +284,7 @@ def test_bad_files(tmp_path, name, text, expected):
         ("p.json", b"[" * 200_000, "nested more than"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "n": ' + b"7" * 5000 + b"}", "line 2 holds"),
         ("p.json", b'[{"prompt": "a"},\n{"n": -' + b"7" * 5000 + b"}]", "number of 5001 digits"),
-        ("p.csv", b"prompt,id,prompt\na,1,b\n", "several are named 'prompt'"),
+        ("p.csv", b"prompt,id,prompt\na,1,b\n", "several columns are named 'prompt'"),
         ("p.csv", "prompt\na\n".encode("utf-16-le"), "NUL bytes, as UTF-16 does"),
         ("p.jsonl", b"\x1f\x8b\x08\x00\x00", "a gzip archive"),
         ("p.csv", b"PK\x03\x04\x14\x00", "a zip archive, as an Excel file is"),
@@ -369,7 +369,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     ("options", "expected"),
     [
         ({"limit": 0}, "limit must be at least 1, not 0"),
-        ({"prompt_column": "question"}, "it has 'id', 'prompt', 'topic', 'answer'"),
+        ({"prompt_column": "question"}, "but 'id', 'prompt', 'topic', 'answer'"),
         ({"prompt_column": "question"}, "--prompt-column"),
         ({"reference_column": "gold"}, "--reference-column"),
         ({"prompt_column": "prompt", "prompt_template": "{prompt}"}, "both given"),

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from plad_fast.errors import UsageError
 from plad_fast.evaluation.report.page import write_report
 from plad_fast.evaluation.report.plots import plot_margins
 from plad_fast.evaluation.students import StudentOutputs
@@ -177,17 +176,6 @@ def test_report_of_the_bare_minimum(tmp_path):
     for section in ("Plots", "Example answers", "Check your data", "Judge", "Settings"):
         assert f"<h2>{section}" not in html
     assert "dropped.jsonl" not in html
-
-
-@pytest.mark.parametrize("content", [None, b"GIF89a"])
-def test_report_refuses_what_is_no_png(tmp_path, content):
-    plot = tmp_path / "plot.png"
-    if content:
-        plot.write_bytes(content)
-    report = tmp_path / "r.html"
-    with pytest.raises(UsageError, match=r"plot\.png"):
-        write(report, evaluate(SFT), plots=[("c", plot)])
-    assert not report.exists()
 
 
 def test_the_funnel_and_the_findings_stand_before_the_results(tmp_path):

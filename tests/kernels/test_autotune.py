@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 from plad_fast.kernels import autotune
 from plad_fast.kernels.autotune import cache_folder, key_of, tuned, wanted
 from plad_fast.kernels.launch import RowsConfig
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 SMALL, LARGE, HUGE = (RowsConfig(block, num_warps=4) for block in (16, 64, 256))
 TIMES = {SMALL: 3.0, LARGE: 1.0, HUGE: 2.0}
@@ -98,16 +99,31 @@ def test_a_single_candidate_is_not_measured(cache):
     assert not cache.exists()
 
 
-def test_what_cannot_be_launched_is_out():
-    too_large = OutOfResources(300_000, 232_448, "shared memory")
-    assert choose(Stopwatch({**TIMES, LARGE: too_large})) == HUGE
-    with pytest.raises(OutOfResources, match="shared memory"):
-        choose(Stopwatch(dict.fromkeys(TIMES, too_large)), key="another")
+REFUSALS = [
+    OutOfResources(300_000, 232_448, "shared memory"),
+    PTXASError("`ptxas` failed with error code 255"),
+    RuntimeError("PassManager::run failed"),
+    IndexError("map::at"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+]
 
 
-def test_other_errors_are_not_swallowed(cache):
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda e: type(e).__name__)
+def test_what_cannot_be_built_or_launched_is_out(refusal):
+    assert choose(Stopwatch({**TIMES, LARGE: refusal})) == HUGE
+    with pytest.raises(type(refusal), match=re.escape(str(refusal))):
+        choose(Stopwatch(dict.fromkeys(TIMES, refusal)), key="another")
+
+
+def test_a_candidate_that_breaks_the_device_ends_the_race(monkeypatch, cache):
+    """Whatever ran afterwards would fail, or be measured wrongly."""
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=broken))
+    bench = Stopwatch({**TIMES, LARGE: broken})
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        choose(Stopwatch({**TIMES, LARGE: RuntimeError("illegal memory access")}))
+        choose(bench)
+    assert bench.asked == [SMALL, LARGE]
     assert not cache.exists()
 
 

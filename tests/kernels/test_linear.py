@@ -29,10 +29,13 @@ from tests.support.problems import Problem, assert_within_budget, make_problem
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import Device, LinearConfig
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import LinearStatistics, linear_forward
+from plad_fast.kernels.primitives import grouped_tile
 from triton.runtime import interpreter
 
 from tests.support.interpreter import gpu_minimum, poisoned_memory  # noqa: F401
@@ -69,6 +72,8 @@ class Case:
     """Parts of the vocabulary; None for what the heuristic says."""
     layouts: tuple[str, str] = ("contiguous", "contiguous")
     """Of hidden and weight."""
+    group: int = 2
+    """Tiles of tokens that take all parts of the vocabulary before the next."""
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -88,8 +93,11 @@ class Case:
 
     def forward(self, length_normalization: float = 0.0, entropy: bool = True) -> LinearStatistics:
         heuristic = launch.vocab_splits
-        with mock.patch.object(
-            launch, "vocab_splits", lambda *args: self.splits or heuristic(*args)
+        with (
+            mock.patch.object(launch, "TOKEN_GROUP", self.group),
+            mock.patch.object(
+                launch, "vocab_splits", lambda *args: self.splits or heuristic(*args)
+            ),
         ):
             return linear_forward(
                 *self.operands,
@@ -110,15 +118,16 @@ class Case:
         out: Tensor | None = None,
     ) -> Tensor:
         shape = len(self.problem.hidden), len(self.problem.weight)
-        return logits_gradient(
-            *self.operands,
-            statistics.lse,
-            launch.gradient_factors(statistics.tail, statistics.miss, grad, grad_lse),
-            **self.options,
-            out=torch.empty(shape, dtype=self.problem.hidden.dtype) if out is None else out,
-            scale=scale,
-            config=self.config,
-        )
+        with mock.patch.object(launch, "TOKEN_GROUP", self.group):
+            return logits_gradient(
+                *self.operands,
+                statistics.lse,
+                launch.gradient_factors(statistics.tail, statistics.miss, grad, grad_lse),
+                **self.options,
+                out=torch.empty(shape, dtype=self.problem.hidden.dtype) if out is None else out,
+                scale=scale,
+                config=self.config,
+            )
 
 
 def laid_out(matrix: Tensor, layout: str) -> Tensor:
@@ -165,6 +174,7 @@ def cases(draw: st.DrawFn) -> Case:
         config,
         splits=draw(st.integers(1, -(-vocab // config.BLOCK_V))),
         layouts=draw(st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))),
+        group=draw(st.sampled_from([1, 2, 16])),
     )
 
 
@@ -679,7 +689,7 @@ def test_reruns_are_bit_identical(dtype):
 
 
 def test_number_of_launches(monkeypatch):
-    """Two forward, one backward, whatever the size; none for nothing."""
+    """Three forward, one backward, whatever the size; none for nothing."""
     launched = []
     run = interpreter.GridExecutor.__call__
 
@@ -689,8 +699,12 @@ def test_number_of_launches(monkeypatch):
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     for lengths, forward, backward in (
-        ([30, 0, 25], ["_linear_forward_kernel", "_combine_kernel"], ["_logits_gradient_kernel"]),
-        ([0, 0], ["_combine_kernel"], []),
+        (
+            [30, 0, 25],
+            ["_linear_forward_kernel", "_combine_kernel", "_sequence_sums_kernel"],
+            ["_logits_gradient_kernel"],
+        ),
+        ([0, 0], ["_sequence_sums_kernel"], []),
         ([], [], []),
     ):
         case = Case(make_problem(lengths, vocab=70, dtype=torch.float32))
@@ -761,10 +775,38 @@ def test_few_tokens_fill_the_gpu():
     num_sms=st.integers(1, 200),
 )
 def test_number_of_splits(num_tokens, vocab, config, num_sms):
-    """At least one, none without a tile, and never worse than not splitting."""
+    """At least one, none without a tile, and hardly worse than not splitting."""
     device = Device((9, 0), num_sms)
     splits = launch.vocab_splits(num_tokens, vocab, config, device)
     token_tiles, tiles = -(-num_tokens // config.BLOCK_N), -(-vocab // config.BLOCK_V)
     assert 1 <= splits <= tiles
     waves = -(-token_tiles * splits // num_sms)
-    assert waves * -(-tiles // splits) <= -(-token_tiles // num_sms) * tiles
+    unsplit = -(-token_tiles // num_sms) * tiles
+    assert waves * -(-tiles // splits) <= unsplit * (1 if token_tiles <= 16 else 1.25)
+
+
+def test_groups_of_token_tiles_fill_the_gpu():
+    """What runs together then reads the hidden states of one group, not of all tokens."""
+    tile = LinearConfig(128, 256, 64, num_warps=8, num_stages=4)
+    for num_tokens, vocab in ((8192, 128_256), (16_384, 248_320), (65_536, 151_936)):
+        splits = launch.vocab_splits(num_tokens, vocab, tile, HOPPER)
+        assert launch.TOKEN_GROUP * splits >= 0.95 * HOPPER.num_sms
+
+
+@pytest.mark.parametrize(("tiles", "parts", "group"), [(1, 1, 16), (5, 3, 2), (7, 4, 3), (4, 2, 4)])
+def test_every_tile_and_part_once(tiles, parts, group):
+    """A group of tiles takes all parts before the next one does."""
+    seen = torch.full((tiles * parts, 2), -1)
+    _order_kernel[(tiles * parts,)](seen, tiles, parts, GROUP=group)
+    assert len({tuple(pair) for pair in seen.tolist()}) == tiles * parts
+    assert (seen[:, 0].diff() >= -group).all()
+    groups = seen[:, 0] // group
+    assert (groups.diff() >= 0).all()
+    assert seen[:, 1].max() == parts - 1
+
+
+@triton.jit
+def _order_kernel(out_ptr, tiles, parts, GROUP: tl.constexpr):  # noqa: N803
+    tile, part = grouped_tile(tiles, parts, GROUP)
+    tl.store(out_ptr + 2 * tl.program_id(0), tile)
+    tl.store(out_ptr + 2 * tl.program_id(0) + 1, part)

@@ -203,7 +203,7 @@ def test_training_starts_from_the_merged_model(adapters, pairs, tmp_path):
 
 @pytest.mark.parametrize("role", ["--student", "--teacher"])
 def test_the_student_of_a_run_is_the_merged_model(role, adapters, tmp_path, monkeypatch, capsys):
-    def far_enough(texts):
+    def far_enough(texts, **_):
         raise UsageError("far enough")
 
     monkeypatch.setattr(RecipeTexts, "ask_teacher", far_enough)

@@ -19,6 +19,7 @@ from plad_fast.pairs.generation.sources import (
     teacher_fingerprint,
 )
 from plad_fast.pairs.generation.vllm_model import VllmModel
+from plad_fast.recipe import sources
 from plad_fast.recipe.settings import DistillConfig
 
 SECRET = "sk-planted-0123456789"
@@ -93,7 +94,7 @@ def test_the_endpoint_of_the_settings_may_be_the_judges_alone(monkeypatch):
 
     def teacher(**settings):
         config = DistillConfig(teacher="column:x", base_url="http://127.0.0.1:1/v1", **settings)
-        return config.open_teacher(precision="auto", columns=lambda name: {"a": "A"})
+        return sources.open_teacher(config, lambda name: {"a": "A"})
 
     for name in ("scorer", "eval_scorer"):
         assert items(teacher(**{name: "judge:openai:m"}))["a", 0].text == "A"

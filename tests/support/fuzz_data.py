@@ -206,7 +206,7 @@ def pairing(draw: Draw) -> Case:
 
 
 def measuring(draw: Draw) -> Case:
-    from plad_fast.evaluation import intervals, metrics
+    from plad_fast.evaluation import metrics
     from plad_fast.pairs import text_metrics
 
     which = draw.choice(["rouge", "distinct_n", "bootstrap", "win_rate", "sign_test"])
@@ -250,7 +250,7 @@ def measuring(draw: Draw) -> Case:
             assert found.wins + found.ties + found.losses == count
             assert 0 < found.p_value <= 1
 
-        return plain(which, intervals.sign_test, (values,), {}, check_sign, names)
+        return plain(which, metrics.sign_test, (values,), {}, check_sign, names)
     options: dict[str, Any] = {"n_resamples": draw.choice([2, 50])}
     second: Any = [draw.random() for _ in range(count)]
     if fault == "other":
@@ -269,7 +269,7 @@ def measuring(draw: Draw) -> Case:
         assert math.isclose(found.mean, want.mean(), abs_tol=1e-12)
         assert found.low <= found.mean <= found.high
 
-    fn = intervals.paired_bootstrap if which == "bootstrap" else metrics.win_rate
+    fn = metrics.paired_bootstrap if which == "bootstrap" else metrics.win_rate
     return plain(which, fn, (values, second), options, check_interval, names)
 
 

@@ -201,7 +201,11 @@ def _segments(guard: Guard, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     config = kernels("launch").SegmentsConfig(16)
     values = guard.normal(sum(lengths))
-    kernels("segments").segment_sums(values, guard.keep(bounds), config)
+    segments = kernels("segments")
+    segments.segment_sums(values, guard.keep(bounds), config)
+    targets = guard.targets(sum(lengths), vocab=5)
+    options = {"length_normalization": 0.5, "ignore_index": -100, "config": config}
+    segments.sequence_sums(values, targets, guard.keep(bounds), **options)
 
 
 def scaling_cases(guard: Guard) -> Iterator[Case]:

@@ -58,7 +58,7 @@ BAD_INPUTS = {
     ),
     "wrong column": (
         [*DISTILL, "--prompts", "{data}/question.jsonl"],
-        "no column 'prompt'; it has 'question': choose one with --prompt-column",
+        "no column 'prompt', but 'question': choose one with --prompt-column",
     ),
     "template names no column": (
         [*DISTILL, "--prompts", "{data}/question.jsonl", "--prompt-template", "Q: {{text}}"],
@@ -196,7 +196,7 @@ BAD_INPUTS = {
     ),
     "a file in place of a model": (
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--model", "{data}/good.jsonl"],
-        "--model: '.*/good.jsonl' is a file and no .gguf; give the folder",
+        "--model: '.*/good.jsonl' is a file and no .gguf; give its folder",
     ),
     "pairs that are not there": (
         [*TRAIN, "--pairs", "{data}/none/pairs"],
@@ -396,7 +396,7 @@ def test_what_only_the_report_needs_is_missed_before_any_work(
     out = data / "out"
     assert main([part.format(data=data, teacher=tiny_teacher, out=out) for part in command]) == 2
     error = capsys.readouterr().err
-    assert 'rouge_score and matplotlib must be installed for this; run: pip install "plad' in error
+    assert 'rouge_score and matplotlib must be installed; run: pip install "plad' in error
     assert not out.exists()
 
 

@@ -15,7 +15,6 @@ import jinja2
 
 from plad_fast.data.chat import written_out
 from plad_fast.data.files import write_atomically
-from plad_fast.errors import UsageError
 from plad_fast.evaluation.report.tables import (
     calibration_table,
     judge_line,
@@ -39,8 +38,8 @@ def write_report(
     *,
     title: str,
     config: Mapping[str, Any],
-    stages: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
+    stages: Sequence[Mapping[str, Any]] = (),
     data: Mapping[str, Any] | None = None,
     plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     examples: Sequence[Mapping[str, Any]] = (),
@@ -55,19 +54,19 @@ def write_report(
 
     Args:
         path: of the HTML file; it is complete or not there.
-        title, config, stages, data, command, versions: see `write_results`.
+        title: heading of the page.
+        config: settings of the run; nested mappings are flattened to dotted names.
         metrics: from `evaluate_students` or `evaluate_models`.
+        stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
+        data: `findings`, lines on what to look at in the data, and `funnels`: name -> the steps of
+            `PairReport.funnel`.
         plots: (caption, PNG file), embedded.
         examples: `{"prompt", "teacher", "students"}` and optionally `reference`, `badge` (won, tied
             or lost), `group` (a heading) and `cut_off` (names of students): texts, or chat messages
             for the prompt; `students` maps the name of each to its answer, in order.
         margin_unit: of the margins in `metrics`, such as "nat per token".
-
-    Returns:
-        `path`.
-
-    Raises:
-        UsageError: a plot that is missing or not a PNG file.
+        command: what to type to run it again.
+        versions: package -> version.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -101,14 +100,7 @@ def write_report(
 
 def _image(file: str | os.PathLike[str]) -> tuple[int, int, str]:
     """Width, height and content of a PNG file."""
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"cannot read the plot {file} ({error.strerror}); draw it first"
-        ) from error
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise UsageError(f"the plot {file} is not a PNG file; save it as PNG")
+    data = Path(file).read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     return width, height, base64.b64encode(data).decode()
 

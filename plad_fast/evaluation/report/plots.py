@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.intervals import FloatArray
-from plad_fast.evaluation.metrics import margins
+from plad_fast.evaluation.metrics import FloatArray, margins
 from plad_fast.evaluation.students import StudentOutputs
 
 if TYPE_CHECKING:
@@ -27,27 +26,9 @@ _Panel = TypeVar("_Panel")
 
 _FIRST, _LAST, _TEACHER = "#E69F00", "#0072B2", "#555555"
 _BETWEEN = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_INK, _FAINT = "#333333", "#d9d9d9"
+_INK = "#333333"
 _WIDTH = 5.0  # inches; shown 350 px wide on a phone, 10 pt is still 10 px high
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.axisbelow": True,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "figure.dpi": 140,
-    "figure.facecolor": "white",
-}
+_STYLE = Path(__file__).with_name("report.mplstyle")
 
 # Title, axis label, and the name under which `PLaDTrainer` logs the value.
 _CURVES = (
@@ -58,12 +39,7 @@ _CURVES = (
 )
 # Key, title, axis label, and where a student would be that cannot tell.
 _COMPARED = (
-    (
-        "ranking_accuracy",
-        "Prefers the teacher's answer",
-        "share of pairs (dotted: chance)",
-        0.5,
-    ),
+    ("ranking_accuracy", "Prefers the teacher's answer", "share of pairs (dotted: chance)", 0.5),
     ("rougeL_teacher", "Likeness to the teacher's answer", "ROUGE-L F-measure", None),
     ("rougeL_reference", "Likeness to the reference", "ROUGE-L F-measure", None),
 )
@@ -75,10 +51,8 @@ def plot_training(
 ) -> Path:
     """Curves over the optimizer steps of each training stage, smoothed where they are long.
 
-    Args:
-        stages: stage name -> the trainer's `state.log_history`. What is drawn where it was logged:
-            loss, ranking accuracy, margin, share of active pairs; dashed for `eval_...` values.
-        path: of the PNG file to write.
+    `stages` maps names to the trainer's `state.log_history`. What was logged is drawn: loss,
+    ranking accuracy, margin, share of active pairs; dashed for `eval_...` values.
     """
     panels = [
         (stage, title, label, series)
@@ -115,13 +89,8 @@ def plot_training(
 def plot_margins(
     students: Sequence[StudentOutputs], path: str | os.PathLike[str], *, unit: str = "nat"
 ) -> Path:
-    """Histograms of the margins on the held-out pairs, one for each student that has pairs.
-
-    Args:
-        students: in the order of training.
-        path: of the PNG file to write.
-        unit: of the log-probabilities, such as "nat per token".
-    """
+    """Histograms of the margins on the held-out pairs, one for each student that has pairs, in the
+    order of training; `unit` is that of the log-probabilities."""
     colours = _colours([student.name for student in students])
     values = {
         student.name: margins(student.chosen_logps, student.rejected_logps)
@@ -238,21 +207,14 @@ def _drawing(
     **options: Any,
 ) -> Iterator[list[tuple[Axes, _Panel]]]:
     """Panels one above the other, of a height in inches each; written to `path` at the end.
-
-    Raises:
-        UsageError: there are no panels, and it says `nothing`; or matplotlib is not installed.
-    """
+    UsageError if there are none, which says `nothing`."""
     if not panels:
         raise UsageError(nothing)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from PIL import Image
-    except ImportError as error:
-        raise UsageError(
-            'plots need the package matplotlib; run: pip install "plad-fast[eval]"'
-        ) from error
-    with matplotlib.rc_context(_STYLE):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with matplotlib.rc_context(fname=_STYLE):
         # Figure without pyplot: no window system, no global list of figures to leak into.
         heights = [height(panel) for panel in panels]
         figure = Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")
@@ -285,9 +247,9 @@ def _series(
     """Steps and values under "train" and under "eval", where there are any."""
     series = {}
     for name, logged in (("train", key), ("eval", f"eval_{key}")):
-        points = [(entry["step"], entry[logged]) for entry in history if logged in entry]
-        if points:
-            series[name] = ([step for step, _ in points], [value for _, value in points])
+        entries = [entry for entry in history if logged in entry]
+        if entries:
+            series[name] = ([e["step"] for e in entries], [e[logged] for e in entries])
     return series
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plad_fast.evaluation.report.tables import judge_line, p_text, pair_counts
@@ -48,31 +48,22 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     for key, title, decimals in _COLUMNS:
         if any(row[key] is not None for row in rows):
             table.append([title, *(_cell(row[key], decimals) for row in rows)])
-    widths = [max(map(len, column)) for column in table]
-    lines = []
-    for line in zip(*table, strict=True):
-        cells = [
-            line[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-        ]
-        lines.append("  ".join(cells).rstrip())
+    for number, column in enumerate(table):
+        width = max(map(len, column))
+        table[number] = [c.rjust(width) if number else c.ljust(width) for c in column]
+    lines = ["  ".join(line).rstrip() for line in zip(*table, strict=True)]
     last = results["students"][-1]["name"]
     for entry in results["comparisons"]:
         if entry["candidate"] != last:
             continue
         lines += ["", f"{_shorten(last, 40)} compared with {_shorten(entry['baseline'], 40)}:"]
-        for key, title, decimals in _COMPARED:
-            if entry[key] is not None:
-                lines.append(f"  {title:<26}{_bracket(entry[key], decimals, sign='+')}")
+        lines += _changes(entry, _COMPARED)
         lines += _wins("win rate", entry)
         for name, scores in entry["scores"].items():
             lines += _wins(f"win rate, {name}", scores)
-        calibration = (results.get("calibration") or {}).get("comparisons", ())
-        for change in calibration:
+        for change in (results.get("calibration") or {}).get("comparisons", ()):
             if all(change[key] == entry[key] for key in ("candidate", "baseline")):
-                for key, title, decimals in _CALIBRATION_COMPARED:
-                    if change[key] is not None:
-                        lines.append(f"  {title:<26}{_bracket(change[key], decimals, sign='+')}")
+                lines += _changes(change, _CALIBRATION_COMPARED)
     counts = f"{results['n_prompts']} held-out prompts, {pair_counts(results)}"
     lines += ["", f"{counts}; 95 % intervals; wins: {_shorten(results['score'], 40)}"]
     if results.get("judge"):
@@ -80,6 +71,14 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     legend = [text for key, text in _LEGEND.items() if any(row[key] is not None for row in rows)]
     lines += textwrap.wrap("; ".join(legend), 100, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def _changes(entry: Mapping[str, Any], measures: Sequence[tuple[str, str, int]]) -> list[str]:
+    return [
+        f"  {title:<26}{_bracket(entry[key], decimals, sign='+')}"
+        for key, title, decimals in measures
+        if entry[key] is not None
+    ]
 
 
 def _wins(title: str, scores: Mapping[str, Any]) -> list[str]:

@@ -29,14 +29,9 @@ def write_results(
     outputs: Sequence[StudentOutputs],
     held_out: HeldOut,
     *,
-    title: str,
-    config: Mapping[str, Any],
     length_normalization: float,
     trainings: Mapping[str, Path] | None = None,
-    stages: Sequence[Mapping[str, Any]] = (),
-    data: Mapping[str, Any] | None = None,
-    command: str = "",
-    versions: Mapping[str, str] | None = None,
+    **page: Any,
 ) -> Path:
     """Write `metrics.json`, `plots/` and `report.html` into a folder.
 
@@ -44,34 +39,22 @@ def write_results(
         folder: of the run.
         results, outputs: of `evaluate_models`.
         held_out: what the students were measured on.
-        title: heading of the report.
-        config: settings of the run; nested mappings are flattened to dotted names.
         length_normalization: alpha, for the unit of the margins.
         trainings: stage name -> folder of the model it made, for the training curves.
-        stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
-        data: `findings`, lines on what to look at in the data, and `funnels`: name -> the steps of
-            `PairReport.funnel`.
-        command: what to type to run it again.
-        versions: package -> version.
+        page: title, config, stages, data, command and versions, see `write_report`.
 
     Returns:
         The path of the report.
     """
     unit = margin_unit(length_normalization)
     write_metrics(results, folder / "metrics.json")
-    drawn = draw_plots(results, outputs, trainings or {}, folder / "plots", unit=unit)
     return write_report(
         folder / "report.html",
-        title=title,
-        config=config,
-        stages=stages,
         metrics=results,
-        data=data,
-        plots=drawn,
+        plots=draw_plots(results, outputs, trainings or {}, folder / "plots", unit=unit),
         examples=example_answers(held_out, outputs, results),
         margin_unit=unit,
-        command=command,
-        versions=versions,
+        **page,
     )
 
 
@@ -84,28 +67,24 @@ def draw_plots(
     unit: str,
 ) -> list[tuple[str, Path]]:
     """Draw a run's plots as PNG files and return them with their captions; see `write_results`."""
-    drawn = [
-        (
-            "Held-out results with 95 % intervals.",
-            plot_comparison(results, folder / "comparison.png"),
+    drawn = {
+        "Held-out results with 95 % intervals.": plot_comparison(
+            results, folder / "comparison.png"
         ),
-        (
-            "How far each student puts the teacher's answer above the rejected one.",
-            plot_margins(outputs, folder / "margins.png", unit=unit),
+        "How far each student puts the teacher's answer above the rejected one.": plot_margins(
+            outputs, folder / "margins.png", unit=unit
         ),
-    ]
+    }
     if results.get("calibration"):
         caption = (
             "Reliability: mean quality of a student's samples from the least likely to the "
             "likeliest, with 95 % intervals. For a calibrated student it rises."
         )
-        drawn.append(
-            (caption, plot_reliability(results["calibration"], folder / "reliability.png"))
-        )
+        drawn[caption] = plot_reliability(results["calibration"], folder / "reliability.png")
     if logs := {name: log for name, path in trainings.items() if (log := log_history(path))}:
         caption = "Training logs; long curves are smoothed over the faint values."
-        drawn.append((caption, plot_training(logs, folder / "training.png")))
-    return drawn
+        drawn[caption] = plot_training(logs, folder / "training.png")
+    return list(drawn.items())
 
 
 def margin_unit(length_normalization: float) -> str:

@@ -1,0 +1,125 @@
+"""Teacher, sampling, scorers and judge, as the settings have them; none is loaded or asked yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plad_fast.data.places import OFFLINE
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.run_students import scorer_file
+from plad_fast.models.loading import offline_teacher_path
+from plad_fast.pairs.generation import sources
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.scoring import scorers as scoring
+from plad_fast.pairs.scoring.judge import Judge
+from plad_fast.recipe.settings import DistillConfig
+
+if TYPE_CHECKING:
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+    from plad_fast.pairs.generation.text_model import TextModel
+
+JUDGE_STORE = "judge.jsonl"
+"""In the folder of an evaluation: what the judge said."""
+
+
+def open_teacher(
+    config: DistillConfig, columns: Callable[[str], Mapping[str, str | None]] | None
+) -> TextModel:
+    """The teacher; see `plad_fast.pairs.generation.sources.open_teacher`."""
+    is_endpoint = config.teacher.startswith("openai:")
+    # Where the teacher is none, the endpoint may be the judge's.
+    is_judges = not is_endpoint and any(map(_is_judge, (config.scorer, config.eval_scorer)))
+    return sources.open_teacher(
+        config.teacher,
+        name="teacher",
+        columns=columns,
+        precision=config.precision,
+        base_url=None if is_judges else config.base_url,
+        **(config.endpoint_options() if is_endpoint else {}),
+    )
+
+
+def open_scorer(
+    config: DistillConfig, spec: str, verdicts: Path, judges: dict[str, Endpoint] | None = None
+) -> scoring.Scorer:
+    """A scorer by its name.
+
+    Args:
+        config: has the endpoint's options.
+        spec: see `plad_fast.pairs.scoring.scorers.open_scorer`.
+        verdicts: file in which a judge keeps what it was told.
+        judges: endpoints of the run's judges by their specifications, to which a new one is added:
+            one that is opened twice has one budget.
+    """
+    if spec == f"likelihood:{OFFLINE}":
+        spec = f"likelihood:{offline_teacher_path()}"
+    if not _is_judge(spec):
+        return scoring.open_scorer(spec)
+    known = (judges or {}).get(spec)
+    endpoint = known or {"base_url": config.base_url, **config.endpoint_options()}
+    judge = scoring.open_scorer(spec, endpoint=endpoint, store=verdicts)
+    if judges is not None and isinstance(judge, Judge):
+        judges[spec] = judge.endpoint
+    return judge
+
+
+def sampling_for(
+    config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
+) -> Sampling:
+    """Drawing of the "teacher"'s answers or of a "student"'s samples, `n` of a prompt in place of
+    those of the settings.
+
+    Every round of samples has seeds of its own, none of them the teacher's: the student may have
+    changed little, and equal models would give equal answers.
+    """
+    is_teacher = role == "teacher"
+    return Sampling(
+        config.max_new_tokens,
+        temperature=config.teacher_temperature if is_teacher else config.student_temperature,
+        top_p=1.0 if is_teacher else config.top_p,
+        seed=config.seed + (0 if is_teacher else round_number),
+        n=n or (config.teacher_samples if is_teacher else config.student_samples),
+        batch_size=config.generation_batch_size,
+    )
+
+
+def held_out_options(
+    config: DistillConfig, folder: Path, judges: dict[str, Endpoint] | None = None
+) -> dict[str, Any]:
+    """The options of `evaluate_models` that the settings ask for; `folder` is the evaluation's, for
+    the verdicts of a judge, and `judges` as in `open_scorer`.
+
+    The scorer that pairs were chosen by stands beside the one that they were not. A judge compares
+    students' answers with each other; any other scorer rates every answer by itself. Two judges, or
+    two scorers of one name, are refused (UsageError).
+    """
+    specs = dict.fromkeys(spec for spec in (config.scorer, config.eval_scorer) if spec)
+    if len(specs) > 1 and all(map(_is_judge, specs)):
+        raise UsageError(
+            f"--scorer and --eval-scorer are two judges, {' and '.join(specs)}, and only one can "
+            "say who wins; name another kind of scorer as one of them"
+        )
+    opened = {spec: open_scorer(config, spec, folder / JUDGE_STORE, judges) for spec in specs}
+    judge = next((scorer for spec, scorer in opened.items() if _is_judge(spec)), None)
+    scorers = {spec: scorer for spec, scorer in opened.items() if not _is_judge(spec)}
+    if len({scorer_file(scorer.name, folder) for scorer in scorers.values()}) < len(scorers):
+        raise UsageError(
+            f"--scorer and --eval-scorer are models of one name, {' and '.join(scorers)}, after "
+            "which their files are named; rename a folder"
+        )
+    return {
+        "sampling": sampling_for(config, "student", n=1),
+        "length_normalization": config.alpha,
+        "max_length": config.max_length,
+        "precision": config.precision,
+        "scorers": scorers,
+        "judge": judge,
+        "calibration_samples": config.calibration_samples,
+        "calibration_scorer": scorers.get(config.eval_scorer or config.scorer or ""),
+    }
+
+
+def _is_judge(spec: str | None) -> bool:
+    return spec is not None and spec.startswith("judge:")
