@@ -46,7 +46,7 @@ from plad_fast.ops.backend import (
     HeadOptions,
     one_pass_scratch_bytes,
 )
-from plad_fast.ops.impl.triton_backend import KernelWorkspace
+from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
 from plad_fast.ops.impl.workspace import Workspace
 from plad_fast.training.config import PLaDConfig
 

@@ -52,6 +52,11 @@ def test_one_pass_of_a_smooth_loss_does_not_wait(shape):
         assert count_one_pass(shape, loss=loss).waits == ()
 
 
+def test_one_pass_waits_once_more_for_lengths_on_the_gpu():
+    for loss, waits in (("dpo", 1), ("plad_ranking", 2)):
+        assert len(count_one_pass(A, loss=loss, lengths_on_host=False).waits) == waits
+
+
 @pytest.mark.parametrize(("shape", "passes"), [(A, 2), (B, 2), (C, 5)], ids="ABC")
 def test_one_pass_writes_the_gradient_of_the_head_once_a_chunk_and_once_scaled(shape, passes):
     counts = count_one_pass(shape)

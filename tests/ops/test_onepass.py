@@ -19,7 +19,7 @@ from plad_fast.losses.objective import Objective
 from plad_fast.ops import backend, preference_autograd
 from plad_fast.ops.backend import HeadOptions, LinearProblem
 from plad_fast.ops.impl import onepass, triton_backend
-from plad_fast.ops.impl.triton_backend import KernelWorkspace
+from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
 from tests.support.loss_options import REQUIRED
 from tests.support.problems import make_problem
 
