@@ -182,7 +182,7 @@ def _one_pass(
         problem.targets, problem.cu_seqlens, len(problem.weight), options.ignore_index
     )
     backend = get_backend(options.impl, hidden)
-    if hidden.is_cuda and not problem.cu_seqlens.is_cuda and backend.SKIPS_IGNORED:
+    if hidden.is_cuda and not problem.cu_seqlens.is_cuda and backend.TAKES_IGNORED:
         rows, counted, counts, bounds = None, *_with_ignored(problem)
     else:
         rows, counted, bounds = _keep_counted(problem)

@@ -37,7 +37,7 @@ from plad_fast.ops.impl.workspace import BLOCK_SHARE
 _OLDEST_TRITON = (3, 4)
 _TILE_OF_ROWS = 128  # of a library product
 
-SKIPS_IGNORED = True
+TAKES_IGNORED = True
 
 
 def unavailable(tensor: Tensor) -> str | None:
