@@ -184,6 +184,12 @@ def _rows(guard: Guard, shape: tuple[int, ...], dtype: torch.dtype, flip: bool) 
         rows.logits_rows_backward(logits, *given, out=out, rows=order, scale=scale, **options)
     rows.logits_rows_backward(logits, *given, out=guard.normal(*shape), **options)
     rows.logits_rows_backward(logits, *given, out=logits, **options)
+    if dtype == torch.float32 and not flip:
+        for width in (vocab, -(-vocab // 8) * 8):
+            memory = guard.normal(*lead, width)
+            raw, out = memory[..., :vocab], memory.view(torch.bfloat16)[..., :vocab]
+            rows.logits_rows_forward(raw, targets, with_entropy=True, row_width=width, **options)
+            rows.logits_rows_backward(raw, *given, out=out, row_width=width, **options)
 
 
 def segments_cases(guard: Guard) -> Iterator[Case]:

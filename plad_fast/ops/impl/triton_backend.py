@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,15 @@ from plad_fast.ops.backend import (
     Upstream,
 )
 from plad_fast.ops.impl import onepass
-from plad_fast.ops.impl.products import Operand, products_for
+from plad_fast.ops.impl.kernel_workspace import KernelWorkspace, largest_entry, logit_options
+from plad_fast.ops.impl.products import products_for
 from plad_fast.ops.impl.sliced_gradients import SlicedGradients, Tiling, balanced
-from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace
-
-if TYPE_CHECKING:
-    from plad_fast.kernels.logits_rows import RowStatistics
+from plad_fast.ops.impl.workspace import BLOCK_SHARE
 
 _OLDEST_TRITON = (3, 4)
-_NO_TARGET = -1  # every row of a workspace counts
 _TILE_OF_ROWS = 128  # of a library product
+
+TAKES_IGNORED = True
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -90,7 +90,7 @@ def linear_forward(
     return LinearStatistics(
         *kernel(
             *tensors,
-            **_logit_options(options),
+            **logit_options(options),
             length_normalization=length_normalization,
             with_entropy=with_entropy,
         )
@@ -123,8 +123,9 @@ def _forward_by_library(
                 logits,
                 targets[chunk],
                 bias=bias,
-                **_logit_options(options),
+                **logit_options(options),
                 with_entropy=with_entropy,
+                row_width=stride,
             )
         )
     logprobs, lse, tail, miss = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
@@ -169,7 +170,7 @@ def linear_backward(
     )
     scale = None
     if tiling.num_rows:
-        scale = products.operand_scale(_bound(*upstream, options))
+        scale = products.operand_scale(largest_entry(*upstream, options))
     scratch = weight.new_empty(tiling.rows, tiling.columns, dtype=products.operand_dtype)
     grads = SlicedGradients(problem.head, needs, tiling, block_bytes, scale)
     for block in tiling.blocks():
@@ -186,7 +187,7 @@ def linear_backward(
                 t,
                 of_rows,
                 factors_of_rows,
-                **_logit_options(options),
+                **logit_options(options),
                 out=scratch[: len(h), : columns.stop - columns.start],
                 first_column=columns.start,
                 scale=scale,
@@ -203,77 +204,20 @@ def linear_preference_loss(
     objective: Objective,
     denominators: Denominators,
     needs: Needs,
+    counts: Tensor | None = None,  # (S,)
+    bounds: Sequence[int] | None = None,  # (S + 1,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
     return onepass.linear_preference_loss(
-        problem, scores, reference_logps, objective, denominators, needs, KernelWorkspace
+        problem,
+        scores,
+        reference_logps,
+        objective,
+        denominators,
+        needs,
+        counts,
+        bounds,
+        functools.partial(KernelWorkspace, needs_weight=needs[1]),
     )
-
-
-class KernelWorkspace(Workspace):
-    """A workspace whose buffer keeps the raw products: one kernel reads them for the statistics,
-    and one turns them into the operand of the next two products, compacting rows on the way.
-    """
-
-    keeps_slope = False
-    keeps_wide = True
-    _operands: Tensor | None = None
-
-    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
-        from plad_fast.kernels.logits_rows import logits_rows_forward
-
-        buffer = self._buffer[: len(hidden)]
-        self.products.logits(hidden, out=buffer)
-        return logits_rows_forward(
-            buffer, targets, bias=self.bias, **self._logit_options, with_entropy=with_entropy
-        )
-
-    def gradient(
-        self,
-        targets: Tensor,
-        statistics: TokenStatistics,
-        grad_logprobs: Tensor,
-        grad_lse: Tensor | None = None,
-        order: Tensor | None = None,
-    ) -> Operand:
-        from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward
-
-        assert isinstance(statistics, RowStatistics)
-        count = len(targets) if order is None else len(order)
-        scale = self.products.operand_scale(_bound(grad_logprobs, grad_lse, self.options))
-        buffer = self._buffer[: len(targets)]
-        dtype = self.products.operand_dtype
-        # In place of the logits where the dtype is theirs.
-        out = self._buffer if dtype == buffer.dtype else self._operand_buffer(dtype)
-        values = logits_rows_backward(
-            buffer,
-            targets,
-            statistics.lse,
-            statistics.tail,
-            statistics.miss,
-            grad_logprobs,
-            grad_lse,
-            bias=self.bias,
-            **self._logit_options,
-            out=out[:count],
-            rows=order,
-            scale=scale,
-        )
-        return Operand(values, scale)
-
-    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        from plad_fast.kernels.segments import segment_sums
-
-        return segment_sums(values, cu_seqlens)
-
-    def _operand_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Allocated when the first gradient is wanted, and kept."""
-        if self._operands is None:
-            self._operands = torch.empty_like(self._buffer, dtype=dtype)
-        return self._operands
-
-    @property
-    def _logit_options(self) -> dict[str, Any]:
-        return _logit_options(self.options._replace(ignore_index=_NO_TARGET))
 
 
 def stored_forward(
@@ -282,7 +226,7 @@ def stored_forward(
     from plad_fast.kernels.logits_rows import logits_rows_forward
 
     statistics = logits_rows_forward(
-        logits, targets, bias=None, **_logit_options(options), with_entropy=False
+        logits, targets, bias=None, **logit_options(options), with_entropy=False
     )
     return statistics[:4]
 
@@ -307,22 +251,7 @@ def stored_backward(
         grad.contiguous(),
         None,
         bias=None,
-        **_logit_options(options),
+        **logit_options(options),
         out=torch.empty_like(logits),
         rows=None,
     )
-
-
-def _bound(grad: Tensor, grad_lse: Tensor | None, options: HeadOptions) -> Tensor:  # ()
-    """What no entry of the gradient of the raw products exceeds, in magnitude."""
-    bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
-    return bound.max() * abs(options.slope)
-
-
-def _logit_options(options: HeadOptions) -> dict[str, Any]:
-    return {
-        "softcap": options.softcap,
-        "logit_scale": options.logit_scale,
-        "temperature": options.temperature,
-        "ignore_index": options.ignore_index,
-    }
