@@ -182,7 +182,7 @@ def record(row: Row) -> Record:
         len(counts.of_kind("product")),
         len(counts.waits),
         counts.chunks or "",
-        f"{counts.launches_per_chunk:.4g}" if counts.chunks else "",
+        f"{counts.launches_per_chunk:.3g}" if counts.chunks > 1 else "",
         f"{counts.weight_grad_read:.4g}",
         f"{counts.weight_grad_written:.4g}",
         f"{(counts.read + counts.written) / 1e9:.4g}",
@@ -265,7 +265,8 @@ many waits too fast.
 ## Counts
 
 A launch is a kernel, a library product, or an operation of PyTorch that is not a view. Launches a
-chunk are those beside library products. The gradient of the weight is counted in passes over its
+chunk are those from one gradient of a chunk's logits to the next, beside library products. The
+gradient of the weight is counted in passes over its
 V D entries, in whatever dtype it is kept. Bytes are those of every operand and result, once each
 launch. The peak is above hidden states and weight, and has the gradients in it.
 

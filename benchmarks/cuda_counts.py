@@ -57,8 +57,12 @@ class Counts:
 
     @property
     def launches_per_chunk(self) -> float:
-        """Beside library products."""
-        return len(self.of_kind("triton", "torch")) / max(self.chunks, 1)
+        """Beside library products, from one gradient of logits to the next; 0 if there is one."""
+        places = [place for place, x in enumerate(self.launches) if x.makes_gradient]
+        if len(places) < 2:
+            return 0.0
+        between = self.launches[places[0] : places[-1]]
+        return sum(x.kind != "product" for x in between) / (len(places) - 1)
 
     @property
     def weight_grad_read(self) -> float:
