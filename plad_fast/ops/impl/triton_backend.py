@@ -85,6 +85,7 @@ def linear_preference_loss(
     objective: Objective,
     denominators: Denominators,
     needs: Needs,
+    counts: Tensor | None = None,  # (S,)
     bounds: Sequence[int] | None = None,  # (S + 1,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
     return onepass.linear_preference_loss(
@@ -94,6 +95,7 @@ def linear_preference_loss(
         objective,
         denominators,
         needs,
+        counts,
         bounds,
         functools.partial(KernelWorkspace, needs_weight=needs[1]),
     )
