@@ -23,6 +23,7 @@ from plad_fast.kernels.launch import RowsConfig
 from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
+    gradient_factors,
     logit_gradient,
     online_update,
     token_statistics,
@@ -197,20 +198,14 @@ def _logits_rows_backward_kernel(
     target = tl.load(targets_ptr + row)
     lse = tl.load(lse_ptr + row)
     miss = tl.load(miss_ptr + row)
-    # What `launch.gradient_factors` computes of many rows.
-    grad = tl.load(grad_ptr + row)
-    silent = grad == 0.0
-    at_target, of_others = grad * miss, -grad
-    if HAS_GRAD_LSE:
-        grad_lse = tl.load(grad_lse_ptr + row)
-        silent = silent & (grad_lse == 0.0)
-        at_target += grad_lse * (1.0 - miss)
-        of_others += grad_lse
-    of_others *= tl.exp(-tl.load(tail_ptr + row))
     # Whatever came for an ignored row, also NaN.
-    silent = silent | (target == ignore_index)
-    at_target = tl.where(silent, 0.0, at_target)
-    of_others = tl.where(silent, 0.0, of_others)
+    counted = target != ignore_index
+    grad = tl.where(counted, tl.load(grad_ptr + row), 0.0)
+    grad_lse = grad
+    if HAS_GRAD_LSE:
+        grad_lse = tl.where(counted, tl.load(grad_lse_ptr + row), 0.0)
+    tail = tl.load(tail_ptr + row)
+    _, at_target, of_others = gradient_factors(grad, grad_lse, tail, miss, HAS_GRAD_LSE)
     if HAS_SCALE:
         slope = slope / tl.load(scale_ptr)
     for start in range(0, vocab, BLOCK_V):

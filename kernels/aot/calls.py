@@ -15,7 +15,6 @@ from plad_fast.kernels import launch
 from plad_fast.kernels.launch import (
     AotEntry,
     Device,
-    GradientFactors,
     LinearConfig,
     RowsConfig,
     SegmentsConfig,
@@ -122,8 +121,8 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
             *operands,
             bias,
             targets,
-            tokens,
-            GradientFactors(_empty(n, dtype=torch.bool), tokens, tokens),
+            *(tokens, tokens, tokens, tokens),
+            tokens if case.rest else None,
             **_options(case),
             out=_empty(n, vocab, dtype=dtype),
             scale=_scale(dtype),

@@ -45,6 +45,26 @@ class HeadOptions(NamedTuple):
         """dz / d(h W^T + b) where the tanh is not felt."""
         return self.logit_scale / self.temperature
 
+    @property
+    def of_logits(self) -> dict[str, Any]:
+        """Those that kernels take, by name."""
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "temperature": self.temperature,
+            "ignore_index": self.ignore_index,
+        }
+
+    def gradient_bound(self, grad: Tensor, grad_lse: Tensor | None) -> Tensor:  # (N,) -> ()
+        """What no entry of the gradient of the raw products exceeds, in magnitude.
+
+        Args:
+            grad: of the log-probabilities.
+            grad_lse: of the lse, or None for 0.
+        """
+        bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
+        return bound.max() * abs(self.slope)
+
     def scratch_on(self, device: torch.device) -> int:
         """Bytes that temporaries may take."""
         return self.scratch_bytes or default_scratch_bytes(device)

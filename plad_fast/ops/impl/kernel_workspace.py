@@ -5,22 +5,18 @@ N tokens, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadOptions, one_pass_scratch_bytes
 from plad_fast.ops.impl.products import Operand, products_for
+from plad_fast.ops.impl.two_phase import ALIGNED_ENTRIES, ALIGNED_ROWS
 from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace
 
 if TYPE_CHECKING:
     from plad_fast.kernels.logits_rows import RowStatistics
-
-_ALIGNED_ENTRIES = 64
-"""A multiple of what kernels and products of a library read at once, in every dtype."""
-_TILE_OF_ROWS = 128
-"""Of a library product."""
 
 
 class KernelWorkspace(Workspace):
@@ -57,7 +53,7 @@ class KernelWorkspace(Workspace):
         block_bytes = scratch_bytes // BLOCK_SHARE
         self.products = products_for(weight, block_bytes)
         dtype = self.products.dtype
-        self._row_width = -(-vocab // _ALIGNED_ENTRIES) * _ALIGNED_ENTRIES
+        self._row_width = -(-vocab // ALIGNED_ENTRIES) * ALIGNED_ENTRIES
         # Beside its logits a row has a copy of its hidden state, and its gradient in float32.
         bytes_per_row = self._row_width * dtype.itemsize
         bytes_per_row += width * (dtype.itemsize + weight.dtype.itemsize)
@@ -69,7 +65,7 @@ class KernelWorkspace(Workspace):
             self.grad_weight_dtype = weight.dtype if rounds else None
         else:
             rows = (scratch_bytes - block_bytes) // bytes_per_row
-            self.rows = max(1, rows // _TILE_OF_ROWS * _TILE_OF_ROWS or rows)
+            self.rows = max(1, rows // ALIGNED_ROWS * ALIGNED_ROWS or rows)
         self._memory = weight.new_empty(self.rows, self._row_width, dtype=dtype)
         self._buffer = self._memory[:, :vocab]
         self._slope = None
@@ -83,7 +79,7 @@ class KernelWorkspace(Workspace):
             buffer,
             targets,
             bias=self.bias,
-            **logit_options(self.options),
+            **self.options.of_logits,
             with_entropy=with_entropy,
             row_width=self._row_width,
         )
@@ -102,9 +98,8 @@ class KernelWorkspace(Workspace):
         count = len(targets) if order is None else len(order)
         scale = None
         if self.products.scales_operands:
-            scale = self.products.operand_scale(
-                largest_entry(grad_logprobs, grad_lse, self.options)
-            )
+            bound = self.options.gradient_bound(grad_logprobs, grad_lse)
+            scale = self.products.operand_scale(bound)
         memory = self._memory.view(self.products.operand_dtype)
         values = logits_rows_backward(
             self._buffer[: len(targets)],
@@ -115,7 +110,7 @@ class KernelWorkspace(Workspace):
             grad_logprobs,
             grad_lse,
             bias=self.bias,
-            **logit_options(self.options),
+            **self.options.of_logits,
             out=memory[:count, : self._buffer.shape[1]],
             rows=order,
             scale=scale,
@@ -127,18 +122,3 @@ class KernelWorkspace(Workspace):
         from plad_fast.kernels.segments import segment_sums
 
         return segment_sums(values, cu_seqlens)
-
-
-def largest_entry(grad: Tensor, grad_lse: Tensor | None, options: HeadOptions) -> Tensor:  # ()
-    """What no entry of the gradient of the raw products exceeds, in magnitude."""
-    bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
-    return bound.max() * abs(options.slope)
-
-
-def logit_options(options: HeadOptions) -> dict[str, Any]:
-    return {
-        "softcap": options.softcap,
-        "logit_scale": options.logit_scale,
-        "temperature": options.temperature,
-        "ignore_index": options.ignore_index,
-    }

@@ -1,9 +1,7 @@
-"""The Triton backend: kernels that never store logits, library products for the gradients.
+"""The Triton backend: kernels that never store all logits, library products for the gradients.
 
-Two-phase: the forward keeps each token's lse; the backward recomputes logits a slice of the
-vocabulary at a time, straight into the gradient of the logits, which two products then multiply on.
-One pass: library products around row kernels. Kernels are imported where they run: Triton may be
-missing.
+The op is in `two_phase`; the one pass has library products around row kernels. Kernels are imported
+where they run: Triton may be missing.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -13,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +21,23 @@ from plad_fast.ops.backend import (
     HeadGradient,
     HeadOptions,
     LinearProblem,
-    LinearStatistics,
     Needs,
-    Upstream,
 )
 from plad_fast.ops.impl import onepass
-from plad_fast.ops.impl.kernel_workspace import KernelWorkspace, largest_entry, logit_options
-from plad_fast.ops.impl.products import products_for
-from plad_fast.ops.impl.sliced_gradients import SlicedGradients, Tiling, balanced
-from plad_fast.ops.impl.workspace import BLOCK_SHARE
+from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
+from plad_fast.ops.impl.two_phase import linear_backward, linear_forward
+
+__all__ = [
+    "linear_backward",
+    "linear_forward",
+    "linear_preference_loss",
+    "preferred",
+    "stored_backward",
+    "stored_forward",
+    "unavailable",
+]
 
 _OLDEST_TRITON = (3, 4)
-_TILE_OF_ROWS = 128  # of a library product
-
 TAKES_IGNORED = True
 
 
@@ -77,126 +78,6 @@ def _missing() -> str | None:
     return None
 
 
-def linear_forward(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
-) -> LinearStatistics:
-    from plad_fast.kernels import launch
-    from plad_fast.kernels.linear_forward import linear_forward as kernel
-
-    *tensors, options = problem
-    hidden = problem.hidden
-    if len(hidden) and launch.uses_library(hidden, gradient=False):
-        return _forward_by_library(problem, length_normalization, with_entropy)
-    return LinearStatistics(
-        *kernel(
-            *tensors,
-            **logit_options(options),
-            length_normalization=length_normalization,
-            with_entropy=with_entropy,
-        )
-    )
-
-
-def _forward_by_library(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
-) -> LinearStatistics:
-    """Logits in float32 of a chunk of rows at a time, as a softmax must not see them rounded."""
-    from plad_fast.kernels.logits_rows import logits_rows_forward
-    from plad_fast.kernels.segments import sequence_sums
-
-    hidden, weight, bias, targets, cu_seqlens, options = problem
-    scratch_bytes = options.scratch_on(hidden.device)
-    block_bytes = scratch_bytes // BLOCK_SHARE
-    products = products_for(weight, block_bytes)
-    # The rows of an odd vocabulary, too, begin where vectors do.
-    stride = -(-len(weight) // 64) * 64
-    most = max(1, (scratch_bytes - block_bytes) // (stride * products.dtype.itemsize))
-    rows = min(len(hidden), balanced(len(hidden), most, min(most, _TILE_OF_ROWS)))
-    scratch = weight.new_empty(rows, stride, dtype=products.dtype)[:, : len(weight)]
-    parts: list[Any] = []
-    for start in range(0, len(hidden), rows):
-        chunk = slice(start, min(start + rows, len(hidden)))
-        logits = scratch[: chunk.stop - start]
-        products.logits(hidden[chunk], out=logits)
-        parts.append(
-            logits_rows_forward(
-                logits,
-                targets[chunk],
-                bias=bias,
-                **logit_options(options),
-                with_entropy=with_entropy,
-                row_width=stride,
-            )
-        )
-    logprobs, lse, tail, miss = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
-    entropy = torch.cat([part.entropy for part in parts]) if with_entropy else None
-    sums, counts = sequence_sums(
-        logprobs,
-        targets,
-        cu_seqlens,
-        length_normalization=length_normalization,
-        ignore_index=options.ignore_index,
-    )
-    return LinearStatistics(sums, counts, logprobs, lse, tail, miss, entropy)
-
-
-def linear_backward(
-    problem: LinearProblem,
-    lse: Tensor,  # (N,)
-    tail: Tensor,  # (N,)
-    miss: Tensor,  # (N,)
-    upstream: Upstream,
-    needs: Needs,
-    skip_inactive: bool,
-) -> HeadGradient:
-    from plad_fast.kernels import launch
-    from plad_fast.kernels.linear_backward import logits_gradient
-
-    hidden, weight, bias, targets, _, options = problem
-    scratch_bytes = options.scratch_on(hidden.device)
-    block_bytes = scratch_bytes // BLOCK_SHARE
-    products = products_for(weight[:0], block_bytes)
-    factors = launch.gradient_factors(tail, miss, *upstream)
-    active_rows = factors.active.nonzero().squeeze(1) if skip_inactive else None
-    if active_rows is not None and len(active_rows) == len(hidden):
-        active_rows = None  # a view of all rows copies nothing
-    tiling = Tiling.within(
-        scratch_bytes - block_bytes,
-        len(hidden) if active_rows is None else len(active_rows),
-        len(weight),
-        # A row has its gradient's sum over slices, and may have a copy of its hidden state.
-        bytes_per_row=(products.dtype.itemsize + weight.dtype.itemsize) * weight.shape[1],
-        bytes_per_logit=products.operand_dtype.itemsize,
-    )
-    scale = None
-    if tiling.num_rows:
-        scale = products.operand_scale(largest_entry(*upstream, options))
-    scratch = weight.new_empty(tiling.rows, tiling.columns, dtype=products.operand_dtype)
-    grads = SlicedGradients(problem.head, needs, tiling, block_bytes, scale)
-    for block in tiling.blocks():
-        rows: slice | Tensor = block if active_rows is None else active_rows[block]
-        h, t, of_rows, factors_of_rows = hidden[rows], targets[rows], lse[rows], factors.take(rows)
-        if not skip_inactive:
-            # Whatever an ignored token holds, even if it is not finite, adds nothing.
-            h = h.masked_fill((t == options.ignore_index)[:, None], 0)
-        for columns in tiling.slices():
-            d_logits = logits_gradient(
-                h,
-                weight[columns],
-                None if bias is None else bias[columns],
-                t,
-                of_rows,
-                factors_of_rows,
-                **logit_options(options),
-                out=scratch[: len(h), : columns.stop - columns.start],
-                first_column=columns.start,
-                scale=scale,
-            )
-            grads.add(d_logits, h, block, columns)
-        grads.finish_rows(rows)
-    return grads.finish()
-
-
 def linear_preference_loss(
     problem: LinearProblem,
     scores: Tensor | None,  # (S,)
@@ -226,7 +107,7 @@ def stored_forward(
     from plad_fast.kernels.logits_rows import logits_rows_forward
 
     statistics = logits_rows_forward(
-        logits, targets, bias=None, **logit_options(options), with_entropy=False
+        logits, targets, bias=None, **options.of_logits, with_entropy=False
     )
     return statistics[:4]
 
@@ -251,7 +132,7 @@ def stored_backward(
         grad.contiguous(),
         None,
         bias=None,
-        **logit_options(options),
+        **options.of_logits,
         out=torch.empty_like(logits),
         rows=None,
     )
