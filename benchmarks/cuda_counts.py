@@ -134,7 +134,8 @@ def count_one_pass(
     `sft_weight` is given.
 
     In a pair that is not active y+ is likelier than y- by 2 nats a token, which satisfies PLaD's
-    hinge with its margin of 1. Log-probabilities under a reference are 0.
+    hinge with its margin of 1. Log-probabilities under a reference are 0. Offsets are on the CPU,
+    as the trainer passes them.
     """
     options = {"sft_weight": 0.0, **options}
     with_reference = get_loss(loss).needs_reference_for(options)
@@ -143,8 +144,9 @@ def count_one_pass(
         hidden: Tensor, weight: Tensor, targets: Tensor, bounds: Tensor, upstream: Tensor
     ) -> None:
         reference = torch.zeros_like(upstream) if with_reference else None
+        on_host = torch.arange(len(bounds)) * shape.length
         result = fused_linear_preference_loss(
-            hidden, weight, targets, bounds, loss=loss, reference_logps=reference, **options
+            hidden, weight, targets, on_host, loss=loss, reference_logps=reference, **options
         )
         torch.autograd.grad(result.loss, (hidden, weight))
 

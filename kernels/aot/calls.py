@@ -15,7 +15,6 @@ from plad_fast.kernels import launch
 from plad_fast.kernels.launch import (
     AotEntry,
     Device,
-    GradientFactors,
     LinearConfig,
     RowsConfig,
     SegmentsConfig,
@@ -90,8 +89,8 @@ def entries(capability: tuple[int, int], cases: tuple[Case, ...]) -> list[AotEnt
 
 def _call(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
     _call_linear(dtype, head, case)
-    # One pass: float32 logits, to the operand of the next product.
-    _call_rows(torch.float32, dtype, head[1], case)
+    # One pass: float32 logits in wider rows, which take the operand of the next product as well.
+    _call_rows(torch.float32, dtype, head[1], case, -(-head[1] // 64) * 64)
     if not case.bias:
         # Logits that the user holds.
         _call_rows(dtype, dtype, head[1], case)
@@ -122,27 +121,38 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
             *operands,
             bias,
             targets,
-            tokens,
-            GradientFactors(_empty(n, dtype=torch.bool), tokens, tokens),
+            *(tokens, tokens, tokens, tokens),
+            tokens if case.rest else None,
             **_options(case),
             out=_empty(n, vocab, dtype=dtype),
             scale=_scale(dtype),
         )
 
 
-def _call_rows(dtype: torch.dtype, out_dtype: torch.dtype, vocab: int, case: Case) -> None:
+def _call_rows(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    vocab: int,
+    case: Case,
+    row_width: int | None = None,
+) -> None:
     n = _TOKENS[-1]
-    logits, targets, tokens = _empty(n, vocab, dtype=dtype), _empty(n, dtype=torch.int64), _empty(n)
+    memory, targets, tokens = (
+        _empty(n, row_width or vocab, dtype=dtype),
+        _empty(n, dtype=torch.int64),
+        _empty(n),
+    )
+    logits = memory[:, :vocab]
     bias = _empty(vocab, dtype=out_dtype) if case.bias else None
-    logits_rows_forward(logits, targets, bias=bias, **_options(case), with_entropy=case.rest)
+    options: dict[str, Any] = {"bias": bias, "row_width": row_width, **_options(case)}
+    logits_rows_forward(logits, targets, **options, with_entropy=case.rest)
     logits_rows_backward(
         logits,
         targets,
         *(tokens, tokens, tokens, tokens),
         tokens if case.rest else None,
-        bias=bias,
-        **_options(case),
-        out=_empty(n, vocab, dtype=out_dtype),
+        **options,
+        out=memory.view(out_dtype)[:, :vocab],
         rows=_empty(n, dtype=torch.int64) if case.rest else None,
         scale=_scale(out_dtype) if dtype == torch.float32 else None,
     )
@@ -166,9 +176,12 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
     constants, types, aligned = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
-        plain = parameter.do_not_specialize
-        one = isinstance(value, int) and value == 1 and not plain
-        if parameter.is_constexpr or value is None or one:
+        special = not parameter.do_not_specialize
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (special and type(value) is int and value == 1)
+        ):
             constants[name] = value
         elif isinstance(value, TensorDescriptor):
             blocks = ", ".join(map(str, value.block_shape))
@@ -178,7 +191,7 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
             aligned.append(name)
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not plain:
+            if special and value % 16 == 0:
                 aligned.append(name)
         else:
             types[name] = "fp32"

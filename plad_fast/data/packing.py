@@ -186,8 +186,11 @@ def token_counts(feature: Mapping[str, Any], layout: str) -> tuple[int, ...]:
 
 
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
-    """The batch with its tensors on a device."""
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on a device; offsets stay, as the ops read them on the host."""
+    moved = {
+        k: v.to(device) if isinstance(v, Tensor) and k != "cu_seqlens" else v
+        for k, v in batch.items()
+    }
     return PreferenceBatch(**moved)  # type: ignore[typeddict-item]
 
 
