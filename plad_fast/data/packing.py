@@ -113,7 +113,9 @@ class PreferenceCollator:
         for name in ("scores", "reference_logps"):
             having = sum(name in feature for feature in features)
             if 0 < having < len(features):
-                raise UsageError(f"{having} of {len(features)} rows have {name}; all or none must")
+                raise UsageError(
+                    f"{having} of {len(features)} rows of a batch have {name}; all or none must"
+                )
             if having:
                 values = [value for feature in features for value in feature[name]]
                 batch[name] = torch.tensor(values, dtype=torch.float32)
