@@ -176,12 +176,12 @@ def test_ignored_hidden_states_take_no_nan(impl, skip_inactive):
     assert not of_hidden[[2, 6]].any()
 
 
-def test_lse_and_entropy_on_request():
+@pytest.mark.parametrize("order", [1, 2])
+def test_lse_and_entropy_on_request(order):
     problem = make_problem([5, 0, 3], ignored=0.2, temperature=0.7, dtype=torch.float32)
+    asked = {"return_lse": True, "return_entropy": True, "entropy_order": order}
     both = [
-        linear_sequence_logprobs(
-            *problem.inputs, impl=impl, return_lse=True, return_entropy=True, **problem.options
-        )
+        linear_sequence_logprobs(*problem.inputs, impl=impl, **asked, **problem.options)
         for impl in ("triton", "torch")
     ]
     for mine, other in zip(*both, strict=True):

@@ -141,7 +141,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
                 softcap=3.0 if flip else None,
                 **_NO_SCALING,
                 length_normalization=0.5,
-                with_entropy=True,
+                entropy_order=1,
                 config=config,
             )
     backward.logits_gradient(

@@ -77,7 +77,7 @@ def _missing() -> str | None:
 
 
 def linear_forward(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
+    problem: LinearProblem, length_normalization: float, entropy_order: int
 ) -> LinearStatistics:
     from plad_fast.kernels.linear_forward import linear_forward as kernel
 
@@ -87,7 +87,7 @@ def linear_forward(
             *tensors,
             **_logit_options(options),
             length_normalization=length_normalization,
-            with_entropy=with_entropy,
+            entropy_order=entropy_order,
         )
     )
 
@@ -171,13 +171,14 @@ class KernelWorkspace(Workspace):
     keeps_wide = True
     _operands: Tensor | None = None
 
-    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
+    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
         from plad_fast.kernels.logits_rows import logits_rows_forward
 
+        assert not entropy_order, "linear_forward has it"
         buffer = self._buffer[: len(hidden)]
         self.products.logits(hidden, out=buffer)
         return logits_rows_forward(
-            buffer, targets, bias=self.bias, **self._logit_options, with_entropy=with_entropy
+            buffer, targets, bias=self.bias, **self._logit_options, with_entropy=False
         )
 
     def gradient(
