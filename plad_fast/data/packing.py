@@ -92,9 +92,7 @@ class PreferenceCollator:
         for feature in features:
             found = len(feature["response_ids"])
             if found != self.group_size:
-                raise UsageError(
-                    f"a row has {found} responses where groups of {self.group_size} were expected"
-                )
+                raise UsageError(f"a row has {found} responses in place of {self.group_size}")
             if not len(feature["prompt_ids"]) and self.layout != "encoder_decoder":
                 raise UsageError(
                     "a row has empty prompt_ids, and nothing would predict the first token of its "
@@ -115,9 +113,7 @@ class PreferenceCollator:
         for name in ("scores", "reference_logps"):
             having = sum(name in feature for feature in features)
             if 0 < having < len(features):
-                raise UsageError(
-                    f"{having} of {len(features)} rows of a batch have {name}; all or none must"
-                )
+                raise UsageError(f"{having} of {len(features)} rows have {name}; all or none must")
             if having:
                 values = [value for feature in features for value in feature[name]]
                 batch[name] = torch.tensor(values, dtype=torch.float32)

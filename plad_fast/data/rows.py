@@ -116,9 +116,7 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
     if with_scores:
         wanted = score_columns(there)
         if not there.issuperset(wanted):
-            raise UsageError(
-                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
-            )
+            raise UsageError(f"{found}; this loss needs scores in {' and '.join(wanted)}")
 
 
 def score_columns(columns: Collection[str]) -> list[str]:
@@ -166,9 +164,7 @@ def read_scores(row: Mapping[str, Any], count: int) -> list[float]:
         scores = [row.get("chosen_score"), *rejected]
     numbers = _numbers(scores)
     if len(numbers) < count or any(map(math.isnan, numbers)):
-        raise UsageError(
-            f"the scores are {shown(scores)} for {count} responses; give a number each"
-        )
+        raise UsageError(f"the scores are {shown(scores)} for {count} responses; give one each")
     return numbers[:count]
 
 

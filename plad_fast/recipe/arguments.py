@@ -177,9 +177,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if key in known:
             settings[key] = text if key in raw else coerce(key, text, flag(key))
     if missing := [flag(need) for need in command.needs if need not in settings]:
-        arguments.parser.error(
-            f"{name} needs {_listed(missing)}, as flags or in the file of --config"
-        )
+        arguments.parser.error(f"{name} needs {_listed(missing)}, as flags or in --config")
     return settings
 
 
@@ -218,12 +216,10 @@ def _metavar(command: str, name: str, kind: str = "") -> str:
 
 def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
     """What is not given of the settings stays out of the result."""
-    parser.add_argument(
-        "--verbose", action="store_true", help="log decisions, such as the backend taken"
-    )
+    parser.add_argument("--verbose", action="store_true", help="log decisions, such as the backend")
     if command.needs or command.settings:
         parser.add_argument(
-            "--config", metavar="FILE", help="YAML file with these settings; flags win over it"
+            "--config", metavar="FILE", help="YAML file with these settings; flags win"
         )
     if command.overwrite:
         parser.add_argument("--overwrite", action="store_true", help=command.overwrite)

@@ -19,6 +19,8 @@ from tests.support.problems import assert_within_budget, make_problem, oracle, p
 
 pytest.importorskip("triton")
 
+from plad_fast.kernels import launch
+
 FEW = settings(max_examples=8)
 
 
@@ -132,6 +134,45 @@ def test_error_budget_of_16_bits(dtype, scratch_rows):
     ):
         assert_within_budget(mine, other, exact, what)
         assert_within_budget(too, other, exact, f"{what} in one pass")
+
+
+@pytest.mark.parametrize("vocab", [128, 133])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scratch_rows", [2, 9, None])
+def test_logits_through_memory(monkeypatch, dtype, scratch_rows, vocab):
+    """By library products, as for wide hidden states on some GPUs: within the same budget."""
+    problem = make_problem(
+        [5, 0, 7, 6], width=40, vocab=vocab, bias=True, ignored=0.3, dtype=dtype, softcap=9.0,
+        scratch_rows=scratch_rows, temperature=0.7,
+    )  # fmt: skip
+    problem.hidden.data[problem.targets == -100] = torch.nan
+    upstream = torch.tensor([1.0, 2.0, 0.0, -3.0])
+    options = {"impl": "triton", "return_entropy": True, "length_normalization": 0.5}
+    results = []
+    for least in (40, 41):
+        sizes = launch.LibraryFrom(least, least)
+        monkeypatch.setitem(launch.LIBRARY_FROM, (9, 0), sizes)
+        got = linear_sequence_logprobs(*problem.inputs, **options, **problem.options)
+        results.append([*got, *gradients((got.sums * upstream).sum(), problem)])
+    monkeypatch.setitem(launch.LIBRARY_FROM, (9, 0), launch.LibraryFrom(40, 40))
+    again = linear_sequence_logprobs(*problem.inputs, **options, **problem.options)
+    again = [*again, *gradients((again.sums * upstream).sum(), problem)]
+    assert not problem.hidden.isfinite().all()
+    problem.hidden.data.nan_to_num_()
+    truth, same = (
+        [sums, tokens, *gradients((sums * upstream).sum(), p)]
+        for p in (problem.to(torch.float64), problem)
+        for sums, tokens in [oracle(p, 0.5)]
+    )
+    for ours, by_kernel, rerun in zip(*results, again, strict=True):
+        if ours is not None:
+            assert torch.equal(ours, rerun)
+            torch.testing.assert_close(ours, by_kernel, rtol=0.02, atol=0.02)
+    by_library = [x for x in results[0] if x is not None]
+    for what, place, torchs, exact in zip(
+        ("sums", "tokens", "hidden", "weight", "bias"), (0, 2, -3, -2, -1), same, truth, strict=True
+    ):
+        assert_within_budget(by_library[place], torchs, exact, what)
 
 
 def test_frozen_inputs_get_no_gradient():

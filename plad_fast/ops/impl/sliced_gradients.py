@@ -42,9 +42,9 @@ class Tiling:
         size, as a short last one would leave a GPU idle.
         """
         least = bytes_per_row + _ALIGNED_COLUMNS * bytes_per_logit
-        rows = _balanced(num_rows, budget // (2 * least), 1)
+        rows = balanced(num_rows, budget // (2 * least), 1)
         columns = (budget // max(rows, 1) - bytes_per_row) // bytes_per_logit
-        return cls(num_rows, vocab, rows, _balanced(vocab, columns, _ALIGNED_COLUMNS))
+        return cls(num_rows, vocab, rows, balanced(vocab, columns, _ALIGNED_COLUMNS))
 
     def blocks(self) -> Iterator[slice]:
         """Slices of the rows."""
@@ -55,7 +55,7 @@ class Tiling:
         return _slices(self.vocab, self.columns)
 
 
-def _balanced(total: int, most: int, unit: int) -> int:
+def balanced(total: int, most: int, unit: int) -> int:
     """The size of the fewest parts of at most `most`; a multiple of `unit`, and at least that."""
     parts = -(-total // max(most // unit * unit, unit))
     return -(-total // (max(parts, 1) * unit)) * unit

@@ -29,7 +29,7 @@ from plad_fast.ops.backend import (
 )
 from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.products import Operand, products_for
-from plad_fast.ops.impl.sliced_gradients import SlicedGradients, Tiling
+from plad_fast.ops.impl.sliced_gradients import SlicedGradients, Tiling, balanced
 from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _OLDEST_TRITON = (3, 4)
 _NO_TARGET = -1  # every row of a workspace counts
+_TILE_OF_ROWS = 128  # of a library product
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -79,9 +80,13 @@ def _missing() -> str | None:
 def linear_forward(
     problem: LinearProblem, length_normalization: float, entropy_order: int
 ) -> LinearStatistics:
+    from plad_fast.kernels import launch
     from plad_fast.kernels.linear_forward import linear_forward as kernel
 
     *tensors, options = problem
+    hidden = problem.hidden
+    if len(hidden) and launch.uses_library(hidden, gradient=False):
+        return _forward_by_library(problem, length_normalization, with_entropy)
     return LinearStatistics(
         *kernel(
             *tensors,
@@ -90,6 +95,48 @@ def linear_forward(
             entropy_order=entropy_order,
         )
     )
+
+
+def _forward_by_library(
+    problem: LinearProblem, length_normalization: float, with_entropy: bool
+) -> LinearStatistics:
+    """Logits in float32 of a chunk of rows at a time, as a softmax must not see them rounded."""
+    from plad_fast.kernels.logits_rows import logits_rows_forward
+    from plad_fast.kernels.segments import sequence_sums
+
+    hidden, weight, bias, targets, cu_seqlens, options = problem
+    scratch_bytes = options.scratch_on(hidden.device)
+    block_bytes = scratch_bytes // BLOCK_SHARE
+    products = products_for(weight, block_bytes)
+    # The rows of an odd vocabulary, too, begin where vectors do.
+    stride = -(-len(weight) // 64) * 64
+    most = max(1, (scratch_bytes - block_bytes) // (stride * products.dtype.itemsize))
+    rows = min(len(hidden), balanced(len(hidden), most, min(most, _TILE_OF_ROWS)))
+    scratch = weight.new_empty(rows, stride, dtype=products.dtype)[:, : len(weight)]
+    parts: list[Any] = []
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, min(start + rows, len(hidden)))
+        logits = scratch[: chunk.stop - start]
+        products.logits(hidden[chunk], out=logits)
+        parts.append(
+            logits_rows_forward(
+                logits,
+                targets[chunk],
+                bias=bias,
+                **_logit_options(options),
+                with_entropy=with_entropy,
+            )
+        )
+    logprobs, lse, tail, miss = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
+    entropy = torch.cat([part.entropy for part in parts]) if with_entropy else None
+    sums, counts = sequence_sums(
+        logprobs,
+        targets,
+        cu_seqlens,
+        length_normalization=length_normalization,
+        ignore_index=options.ignore_index,
+    )
+    return LinearStatistics(sums, counts, logprobs, lse, tail, miss, entropy)
 
 
 def linear_backward(
