@@ -74,7 +74,7 @@ def _flops(arguments: Arguments) -> float:
 
 
 def _rows_forward(arguments: Arguments) -> Touched:
-    return once(arguments, _STATISTICS if arguments["WITH_ENTROPY"] else _STATISTICS[:-1])
+    return once(arguments, _STATISTICS if arguments["ENTROPY_ORDER"] else _STATISTICS[:-1])
 
 
 def _rows_backward(arguments: Arguments) -> Touched:

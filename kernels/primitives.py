@@ -127,7 +127,7 @@ def token_statistics(z_target, row_max, rest):
 
 
 @triton.jit
-def entropy_of(moment, row_max, rest, z_target, base, log_total, ENTROPY_ORDER: tl.constexpr = 1):
+def entropy_of(moment, row_max, rest, z_target, base, log_total, ENTROPY_ORDER: tl.constexpr):
     """Entropy of a row: its statistics without the target, the target, and the common base.
 
     Of order 1 it is Shannon's, of order 2 Renyi's: -log of the sum of squared probabilities.

@@ -109,7 +109,7 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
         operands = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
         bias = _empty(vocab, dtype=dtype) if case.bias else None
         targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
-        for entropy_order in _orders(head, case):
+        for entropy_order in _orders(vocab, case):
             linear_forward(
                 *operands,
                 bias,
@@ -131,18 +131,21 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
         )
 
 
-def _orders(head: tuple[int, int], case: Case) -> tuple[int, ...]:
-    """Of the entropies; that of order 2 takes less than that of order 1, and stands for one head."""
+def _orders(vocab: int, case: Case) -> tuple[int, ...]:
+    """Of entropies; order 2, which takes less than order 1, for one head."""
     if not case.rest:
         return (0,)
-    return (1, 2) if head == _HEADS[0] else (1,)
+    return (1, 2) if vocab == _HEADS[0][1] else (1,)
 
 
 def _call_rows(dtype: torch.dtype, out_dtype: torch.dtype, vocab: int, case: Case) -> None:
     n = _TOKENS[-1]
     logits, targets, tokens = _empty(n, vocab, dtype=dtype), _empty(n, dtype=torch.int64), _empty(n)
     bias = _empty(vocab, dtype=out_dtype) if case.bias else None
-    logits_rows_forward(logits, targets, bias=bias, **_options(case), with_entropy=case.rest)
+    for entropy_order in _orders(vocab, case):
+        logits_rows_forward(
+            logits, targets, bias=bias, **_options(case), entropy_order=entropy_order
+        )
     logits_rows_backward(
         logits,
         targets,

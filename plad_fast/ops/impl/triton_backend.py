@@ -86,7 +86,7 @@ def linear_forward(
     *tensors, options = problem
     hidden = problem.hidden
     if len(hidden) and launch.uses_library(hidden, gradient=False):
-        return _forward_by_library(problem, length_normalization, with_entropy)
+        return _forward_by_library(problem, length_normalization, entropy_order)
     return LinearStatistics(
         *kernel(
             *tensors,
@@ -98,7 +98,7 @@ def linear_forward(
 
 
 def _forward_by_library(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
+    problem: LinearProblem, length_normalization: float, entropy_order: int
 ) -> LinearStatistics:
     """Logits in float32 of a chunk of rows at a time, as a softmax must not see them rounded."""
     from plad_fast.kernels.logits_rows import logits_rows_forward
@@ -124,11 +124,11 @@ def _forward_by_library(
                 targets[chunk],
                 bias=bias,
                 **_logit_options(options),
-                with_entropy=with_entropy,
+                entropy_order=entropy_order,
             )
         )
     logprobs, lse, tail, miss = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
-    entropy = torch.cat([part.entropy for part in parts]) if with_entropy else None
+    entropy = torch.cat([part.entropy for part in parts]) if entropy_order else None
     sums, counts = sequence_sums(
         logprobs,
         targets,
@@ -221,11 +221,10 @@ class KernelWorkspace(Workspace):
     def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
         from plad_fast.kernels.logits_rows import logits_rows_forward
 
-        assert not entropy_order, "linear_forward has it"
         buffer = self._buffer[: len(hidden)]
         self.products.logits(hidden, out=buffer)
         return logits_rows_forward(
-            buffer, targets, bias=self.bias, **self._logit_options, with_entropy=False
+            buffer, targets, bias=self.bias, **self._logit_options, entropy_order=entropy_order
         )
 
     def gradient(
@@ -283,7 +282,7 @@ def stored_forward(
     from plad_fast.kernels.logits_rows import logits_rows_forward
 
     statistics = logits_rows_forward(
-        logits, targets, bias=None, **_logit_options(options), with_entropy=False
+        logits, targets, bias=None, **_logit_options(options), entropy_order=0
     )
     return statistics[:4]
 
