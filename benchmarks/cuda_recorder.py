@@ -495,5 +495,8 @@ def counting(device: Device = H100, rules: Mapping[str, Rule] = RULES) -> Iterat
         for owner, name, replacement in replacements:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        # torch.tensor(..., device="cuda") makes a tensor of the host, and then tells of its copy.
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
         stack.enter_context(recorder)
         yield recorder

@@ -86,10 +86,11 @@ def launches(rows: Sequence[Record]) -> str:
         lines += [row | {"which": "frozen"} for row in found if row["default"]]
         lines.append(fastest | {"which": "fastest"})
     values = [row for row in rows if "error" in row]
-    fields = ("BLOCK_N", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages", "splits")
+    others = {"shape", "kernel", "which", "splits", "key", "default", "ms", "status"}
+    fields = [name for name in dict.fromkeys(n for row in lines for n in row) if name not in others]
     return "\n\n".join(
         (
-            markdown(lines, "shape", "kernel", "which", *fields, "ms"),
+            markdown(lines, "shape", "kernel", "which", *fields, "splits", "ms"),
             markdown(values, "shape", "kernel", "error", "status"),
         )
     )

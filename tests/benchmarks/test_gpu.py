@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from ast import literal_eval
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.common import ROOT, Record
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import LinearConfig, RowsConfig
 
 from benchmarks.gpu import correctness, worker
 from benchmarks.gpu.__main__ import SECTIONS, Job, Running, parse
@@ -93,12 +94,12 @@ def test_every_implementation_is_measured_or_named_as_missing(dry_run: Path) -> 
 def test_the_sweep_can_be_frozen(dry_run: Path) -> None:
     with (dry_run / "sweep.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ms"]]
-    fields = LinearConfig.__dataclass_fields__
-    kinds: dict[str, list[LinearConfig]] = {}
+    kinds: dict[str, list[LinearConfig | RowsConfig]] = {}
     for row in rows:
-        config = LinearConfig(**{name: int(row[name]) for name in fields})
-        kinds.setdefault(row["kernel"], []).append(config)
-    assert len(kinds) >= 2  # forward, gradient
+        config = LinearConfig if row["BLOCK_D"] else RowsConfig
+        fields = {name: literal_eval(row[name]) for name in config.__dataclass_fields__}
+        kinds.setdefault(row["kernel"], []).append(config(**fields))
+    assert len(kinds) >= 4  # linear and row kernels, forward and gradient
     assert all(len(set(configs)) >= 2 for configs in kinds.values())
     frozen = Counter(row["kernel"] for row in rows if row["default"] == "True")
     assert frozen == Counter(dict.fromkeys(kinds, 1))

@@ -297,7 +297,7 @@ def test_what_a_chat_template_raises_is_a_refusal_with_the_row(tiny_tokenizer, t
         ({"prompt_ids": [9, 12], "response_ids": [[1], [2]]}, "prompt has the token id 12"),
         ({"prompt_ids": [9, 11], "response_ids": [[1], [2, 10]]}, "response has the token id 10"),
         ({"prompt_ids": [9], "response_ids": [[-100, 1], [2]]}, "response has the token id -100"),
-        ({"prompt_ids": [9], "response_ids": [[1, None], [2]]}, "response has null among"),
+        ({"prompt_ids": [9], "response_ids": [[1, None], [2]]}, "response has the token id None"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "the token id"),
     ],
 )
