@@ -479,6 +479,7 @@ def counting(device: Device = H100, rules: Mapping[str, Rule] = RULES) -> Iterat
         (torch.Tensor, "tolist", to_list),
         (torch.Tensor, "data_ptr", address),
         (torch.Tensor, "__getitem__", item),
+        (torch.Tensor, "pin_memory", lambda tensor: tensor),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device", lambda _: contextlib.nullcontext()),

@@ -80,7 +80,7 @@ def _rows_forward(arguments: Arguments) -> Touched:
 def _rows_backward(arguments: Arguments) -> Touched:
     """Every row that is written is read once, also in place."""
     logits, out = arguments["logits_ptr"], arguments["out_ptr"]
-    others = once({k: v for k, v in arguments.items() if k not in ("logits_ptr", "out_ptr")}, ())
+    others = once({k: v for k, v in arguments.items() if v is not logits and v is not out}, ())
     read = (logits, float(out.numel() * logits.element_size()))
     return Touched([read, *others.read], sized([out]))
 

@@ -29,6 +29,8 @@ class LinearConfig:
     BLOCK_D: int
     num_warps: int
     num_stages: int
+    WARP_SPECIALIZE: bool = False
+    """Warps of their own load the operands; with TMA on 9.0, by some versions of Triton."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def linear_config(
 def linear_candidates(
     dtype: torch.dtype, num_tokens: int, device: Device, *, loads: str, lean: bool
 ) -> list[LinearConfig]:
-    """For `kernels.autotune`: what `linear_config` returns, then its neighbours in one field each.
-    Some may not fit the GPU.
+    """For `kernels.autotune`: what `linear_config` returns, then its neighbours in one field each,
+    and its loop with specialised warps. Some may not fit the GPU.
     """
     first = linear_config(dtype, num_tokens, device, loads=loads, lean=lean)
     # A tensor descriptor's block has 256 rows at most.
@@ -165,7 +167,16 @@ def linear_candidates(
         *(replace(first, num_warps=w) for w in (4, 8)),
         *(replace(first, num_stages=s) for s in stages),
     ]
+    if loads == "tma" and device.capability == (9, 0) and specialises_warps():
+        neighbours.append(replace(first, num_warps=4, WARP_SPECIALIZE=True))
     return list(dict.fromkeys([first, *neighbours]))
+
+
+def specialises_warps() -> bool:
+    """Whether this Triton compiles the product's loop with specialised warps for 9.0: of those
+    tried 3.6.0 does; 3.7.1 and 3.8.0 fail on it.
+    """
+    return triton.__version__.startswith("3.6.")
 
 
 def load_kind(device: Device, *matrices: Tensor) -> str:
@@ -264,40 +275,6 @@ def linear_constants(
         "GROUP": TOKEN_GROUP,
         **asdict(config),
     }
-
-
-class GradientFactors(NamedTuple):
-    """What the gradient of a row of logits is made of, (n,) each."""
-
-    active: Tensor  # bool, whether there is one
-    at_target: Tensor
-    of_others: Tensor  # per probability
-
-    def take(self, rows: Tensor | slice) -> GradientFactors:
-        return GradientFactors(*(factor[rows] for factor in self))
-
-
-def gradient_factors(
-    tail: Tensor,  # (n,)
-    miss: Tensor,  # (n,)
-    grad_logprobs: Tensor,  # (n,)
-    grad_lse: Tensor | None,  # (n,)
-) -> GradientFactors:
-    """A row's gradient at its target, and that of each other entry, divided by its probability.
-
-    The tail, which rounding took from the lse, is a factor that all probabilities of a row have.
-    A row without a gradient has 0, also one of NaN.
-    """
-    silent = grad_logprobs == 0
-    at_target, of_others = grad_logprobs * miss, -grad_logprobs
-    if grad_lse is not None:
-        silent = silent & (grad_lse == 0)
-        at_target = at_target + grad_lse * (1 - miss)
-        of_others = of_others + grad_lse
-    of_others = of_others * torch.exp(-tail)
-    return GradientFactors(
-        ~silent, at_target.masked_fill(silent, 0), of_others.masked_fill(silent, 0)
-    )
 
 
 def rows_config(vocab: int) -> RowsConfig:

@@ -9,13 +9,17 @@ n tokens, V entries of the vocabulary, D hidden.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import autotune, launch
-from plad_fast.kernels.launch import GradientFactors, LinearConfig
+from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.linear_forward import logits_tile
-from plad_fast.kernels.primitives import capped_logits, grouped_tile, logit_gradient
+from plad_fast.kernels.primitives import (
+    capped_logits,
+    gradient_factors,
+    grouped_tile,
+    logit_gradient,
+)
 from torch import Tensor
 
 
@@ -25,10 +29,11 @@ def _logits_gradient_kernel(
     weight_ptr,
     bias_ptr,
     targets_ptr,
-    active_ptr,  # 1 where there is a gradient
     lse_ptr,
-    at_target_ptr,
-    of_others_ptr,
+    tail_ptr,
+    miss_ptr,
+    grad_ptr,
+    grad_lse_ptr,
     scale_ptr,  # (), what the result is divided by
     out_ptr,
     num_tokens,
@@ -47,6 +52,7 @@ def _logits_gradient_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -57,6 +63,7 @@ def _logits_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile, vocab_tile = grouped_tile(token_tiles, tl.cdiv(vocab, BLOCK_V), GROUP)
@@ -65,50 +72,54 @@ def _logits_gradient_kernel(
     exists = offs_n < num_tokens
     targets = tl.load(targets_ptr + offs_n, mask=exists, other=ignore_index)
     counted = targets != ignore_index
-    active = tl.load(active_ptr + offs_n, mask=counted, other=0)
-
-    d_raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    if tl.max(active.to(tl.int32), axis=0) > 0:
-        raw = logits_tile(
-            hidden_ptr,
-            weight_ptr,
-            bias_ptr,
-            tile * BLOCK_N,
-            vocab_tile * BLOCK_V,
-            num_tokens,
-            vocab,
-            width,
-            stride_hn,
-            stride_hd,
-            stride_wv,
-            stride_wd,
-            stride_b,
-            HAS_BIAS,
-            EVEN_D,
-            USE_TMA,
-            PRECISION,
-            WIDEN,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_D,
-        )
-        z, capped = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
-        lse = tl.load(lse_ptr + offs_n, mask=counted, other=0.0)
-        at_target = tl.load(at_target_ptr + offs_n, mask=counted, other=0.0)
-        of_others = tl.load(of_others_ptr + offs_n, mask=counted, other=0.0)
-        if HAS_SCALE:
-            slope = slope / tl.load(scale_ptr)
-        d_raw = logit_gradient(
-            z,
-            lse[:, None],
-            (offs_v + first_column)[None, :] == targets[:, None],
-            at_target[:, None],
-            of_others[:, None],
-        )
-        if HAS_SOFTCAP:
-            # A row without a gradient has 0 here, whatever its logits are.
-            d_raw = tl.where(d_raw == 0.0, 0.0, d_raw * (1.0 - capped * capped))
-        d_raw *= slope
+    lse = tl.load(lse_ptr + offs_n, mask=counted, other=0.0)
+    tail = tl.load(tail_ptr + offs_n, mask=counted, other=0.0)
+    miss = tl.load(miss_ptr + offs_n, mask=counted, other=0.0)
+    grad = tl.load(grad_ptr + offs_n, mask=counted, other=0.0)
+    grad_lse = grad
+    if HAS_GRAD_LSE:
+        grad_lse = tl.load(grad_lse_ptr + offs_n, mask=counted, other=0.0)
+    silent, at_target, of_others = gradient_factors(grad, grad_lse, tail, miss, HAS_GRAD_LSE)
+    # A tile of rows without a gradient has nothing to multiply.
+    active = tl.max(tl.where(silent, 0, 1), axis=0) > 0
+    raw = logits_tile(
+        hidden_ptr,
+        weight_ptr,
+        bias_ptr,
+        tile * BLOCK_N,
+        vocab_tile * BLOCK_V,
+        num_tokens,
+        vocab,
+        tl.where(active, width, 0),
+        stride_hn,
+        stride_hd,
+        stride_wv,
+        stride_wd,
+        stride_b,
+        HAS_BIAS,
+        EVEN_D,
+        USE_TMA,
+        PRECISION,
+        WIDEN,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_D,
+        WARP_SPECIALIZE,
+    )
+    z, capped = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
+    if HAS_SCALE:
+        slope = slope / tl.load(scale_ptr)
+    d_raw = logit_gradient(
+        z,
+        lse[:, None],
+        (offs_v + first_column)[None, :] == targets[:, None],
+        at_target[:, None],
+        of_others[:, None],
+    )
+    if HAS_SOFTCAP:
+        # A row without a gradient has 0 here, whatever its logits are.
+        d_raw = tl.where(d_raw == 0.0, 0.0, d_raw * (1.0 - capped * capped))
+    d_raw *= slope
     out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_v[None, :]
     inside = exists[:, None]
     if not EVEN_V:
@@ -122,7 +133,10 @@ def logits_gradient(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (n,) int64
     lse: Tensor,  # (n,)
-    factors: GradientFactors,  # (n,) each
+    tail: Tensor,  # (n,)
+    miss: Tensor,  # (n,)
+    grad_logprobs: Tensor,  # (n,)
+    grad_lse: Tensor | None,  # (n,)
     *,
     softcap: float | None,
     logit_scale: float,
@@ -153,20 +167,21 @@ def logits_gradient(
         "first_column": first_column,
         "scale": scale,
     }
+    of_tokens = targets, lse, tail, miss, grad_logprobs, grad_lse
     config = config or autotune.linear_config(
-        logits_gradient, hidden, weight, bias, targets, lse, factors, **options
+        logits_gradient, hidden, weight, bias, *of_tokens, **options
     )
     loads = launch.load_kind(launch.device_of(hidden), hidden, weight)
-    active, at_target, of_others = factors
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](
         *launch.operands(hidden, weight, bias, config, loads),
         targets.contiguous(),
-        active.view(torch.uint8),
         lse.contiguous(),
-        at_target.contiguous(),
-        of_others.contiguous(),
+        tail.contiguous(),
+        miss.contiguous(),
+        grad_logprobs.contiguous(),
+        (grad_logprobs if grad_lse is None else grad_lse).contiguous(),
         lse if scale is None else scale,
         out,
         num_tokens,
@@ -179,6 +194,7 @@ def logits_gradient(
         z_scale,
         logit_scale / temperature,
         ignore_index,
+        HAS_GRAD_LSE=grad_lse is not None,
         HAS_SCALE=scale is not None,
         **launch.linear_constants(hidden, weight, bias, softcap, config, loads),
     )

@@ -69,6 +69,7 @@ def logits_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Raw products of a tile, float32. Of what lies past the edges the caller makes nothing."""
     offs_v = first_v + tl.arange(0, BLOCK_V)
@@ -77,7 +78,7 @@ def logits_tile(
     in_vocab = tl.minimum(offs_v, vocab - 1).to(tl.int64)
     raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if USE_TMA:
-        for start in range(0, width, BLOCK_D):
+        for start in tl.range(0, width, BLOCK_D, warp_specialize=WARP_SPECIALIZE):
             hidden = hidden_ptr.load([first_n, start])
             weight = weight_ptr.load([first_v, start])
             if WIDEN:
@@ -144,6 +145,7 @@ def _linear_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile, split = grouped_tile(token_tiles, tl.num_programs(0) // token_tiles, GROUP)
@@ -184,6 +186,7 @@ def _linear_forward_kernel(
             BLOCK_N,
             BLOCK_V,
             BLOCK_D,
+            WARP_SPECIALIZE,
         )
         z, _ = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
         others, at_target = without_target(z, offs_v, targets, vocab, EVEN_V)

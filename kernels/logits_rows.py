@@ -4,6 +4,10 @@ The forward reads a row once, a block at a time, with a running maximum and sum 
 The backward reads it once more and writes the gradient, in place or elsewhere, in any floating
 dtype, and on request compacted: row i of the result from row rows[i].
 
+In place, a gradient of 16 bits takes the first half of its float32 row. Block k of it covers what
+block k // 2 of the logits was read from: every block is written after it was read, if the warps of
+a program wait for one another between the two.
+
 N rows, V vocabulary. Logits may be (N, V) or (S, T, V), of any strides.
 """
 
@@ -19,6 +23,7 @@ from plad_fast.kernels.launch import RowsConfig
 from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
+    gradient_factors,
     logit_gradient,
     online_update,
     token_statistics,
@@ -37,7 +42,7 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_sequence"])
 def _logits_rows_forward_kernel(
     logits_ptr,
     bias_ptr,
@@ -48,6 +53,7 @@ def _logits_rows_forward_kernel(
     miss_ptr,
     entropy_ptr,
     vocab,
+    row_width,  # entries of a row that exist, of which the first V are logits
     rows_per_sequence,
     stride_ls,
     stride_lt,
@@ -88,6 +94,7 @@ def _logits_rows_forward_kernel(
                 bias_ptr,
                 offs_v,
                 vocab,
+                row_width,
                 stride_lv,
                 stride_b,
                 cap_scale,
@@ -116,6 +123,7 @@ def _load_logits(
     bias_ptr,
     offs_v,
     vocab,
+    row_width,
     stride_lv,
     stride_b,
     cap_scale,
@@ -124,32 +132,38 @@ def _load_logits(
     HAS_SOFTCAP: tl.constexpr,
     EVEN_V: tl.constexpr,
 ):
-    """A block of a row's logits and what their cap has made of them."""
+    """A block of a row's logits and what their cap has made of them; past the vocabulary of 0."""
     offsets = offs_v.to(tl.int64)
     if EVEN_V:
         raw = tl.load(logits_ptr + offsets * stride_lv).to(tl.float32)
         if HAS_BIAS:
             raw += tl.load(bias_ptr + offsets * stride_b).to(tl.float32)
     else:
+        # A mask that ends at a multiple of 16 leaves loads of 16 bytes.
+        exists = offs_v < row_width
+        raw = tl.load(logits_ptr + offsets * stride_lv, mask=exists, other=0.0).to(tl.float32)
         inside = offs_v < vocab
-        raw = tl.load(logits_ptr + offsets * stride_lv, mask=inside, other=0.0).to(tl.float32)
+        raw = tl.where(inside, raw, 0.0)
         if HAS_BIAS:
             raw += tl.load(bias_ptr + offsets * stride_b, mask=inside, other=0.0).to(tl.float32)
     return capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_sequence"])
 def _logits_rows_backward_kernel(
     logits_ptr,
     bias_ptr,
     targets_ptr,
     lse_ptr,
-    at_target_ptr,
-    of_others_ptr,
+    tail_ptr,
+    miss_ptr,
+    grad_ptr,
+    grad_lse_ptr,
     rows_ptr,
     scale_ptr,  # (), what the result is divided by
     out_ptr,
     vocab,
+    row_width,  # entries of a row that exist, of which the first V are logits
     rows_per_sequence,
     stride_ls,
     stride_lt,
@@ -164,8 +178,10 @@ def _logits_rows_backward_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    NARROWS: tl.constexpr,
     EVEN_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -181,9 +197,15 @@ def _logits_rows_backward_kernel(
     logits_ptr += sequence * stride_ls + token * stride_lt
     target = tl.load(targets_ptr + row)
     lse = tl.load(lse_ptr + row)
+    miss = tl.load(miss_ptr + row)
     # Whatever came for an ignored row, also NaN.
-    at_target = tl.where(target == ignore_index, 0.0, tl.load(at_target_ptr + row))
-    of_others = tl.where(target == ignore_index, 0.0, tl.load(of_others_ptr + row))
+    counted = target != ignore_index
+    grad = tl.where(counted, tl.load(grad_ptr + row), 0.0)
+    grad_lse = grad
+    if HAS_GRAD_LSE:
+        grad_lse = tl.where(counted, tl.load(grad_lse_ptr + row), 0.0)
+    tail = tl.load(tail_ptr + row)
+    _, at_target, of_others = gradient_factors(grad, grad_lse, tail, miss, HAS_GRAD_LSE)
     if HAS_SCALE:
         slope = slope / tl.load(scale_ptr)
     for start in range(0, vocab, BLOCK_V):
@@ -193,6 +215,7 @@ def _logits_rows_backward_kernel(
             bias_ptr,
             offs_v,
             vocab,
+            row_width,
             stride_lv,
             stride_b,
             cap_scale,
@@ -207,10 +230,13 @@ def _logits_rows_backward_kernel(
             d_raw = tl.where(d_raw == 0.0, 0.0, d_raw * (1.0 - capped * capped))
         d_raw = (d_raw * slope).to(out_ptr.dtype.element_ty)
         out_ptrs = out_ptr + offs_v.to(tl.int64) * stride_ov
+        if NARROWS:
+            # Of the same memory another warp may still have this block, or one before it, to read.
+            tl.debug_barrier()
         if EVEN_V:
             tl.store(out_ptrs, d_raw)
         else:
-            tl.store(out_ptrs, d_raw, mask=offs_v < vocab)
+            tl.store(out_ptrs, d_raw, mask=offs_v < row_width)
 
 
 def logits_rows_forward(
@@ -223,9 +249,14 @@ def logits_rows_forward(
     temperature: float,
     ignore_index: int,
     entropy_order: int,  # 0 for none, 1, or 2
+    row_width: int | None = None,
     config: RowsConfig | None = None,
 ) -> RowStatistics:
-    """Statistics of every row; one launch."""
+    """Statistics of every row; one launch.
+
+    Args:
+        row_width: entries that a row of the memory has, V or more; the others may hold anything.
+    """
     vocab = logits.shape[-1]
     config = config or launch.rows_config(vocab)
     count = 5 if entropy_order else 4
@@ -246,6 +277,7 @@ def logits_rows_forward(
             miss,
             entropies[0] if entropies else lse,
             vocab,
+            vocab if row_width is None else row_width,
             targets.shape[-1],
             stride_ls,
             stride_lt,
@@ -282,13 +314,18 @@ def logits_rows_backward(
     out: Tensor,  # of the logits' shape, or (n, V); may be the logits
     rows: Tensor | None = None,  # (n,) int64, of 2-D logits
     scale: Tensor | None = None,  # ()
+    row_width: int | None = None,
     config: RowsConfig | None = None,
 ) -> Tensor:
-    """d raw / scale, written to `out` in its dtype and returned; one launch, behind the small ones
-    of `launch.gradient_factors`.
+    """d raw / scale, written to `out` in its dtype and returned; one launch.
 
-    In place with `rows`, a row that is written must not be read by another program: each is either
-    rows[i] = i, or a row that no entry of `rows` names.
+    A narrower `out` may be the first part of the logits' own rows. In place with `rows`, a row that
+    is written must not be read by another program: each is either rows[i] = i, or a row that no
+    entry of `rows` names.
+
+    Args:
+        row_width: entries that a row of the memory has, of the logits and of `out`, V or more; the
+            others may be overwritten.
     """
     vocab = logits.shape[-1]
     config = config or launch.rows_config(vocab)
@@ -297,19 +334,22 @@ def logits_rows_backward(
     assert out.shape == (logits.shape if rows is None else (count, vocab))
     if count == 0:
         return out
-    _, at_target, of_others = launch.gradient_factors(tail, miss, grad_logprobs, grad_lse)
+    row_width = vocab if row_width is None else row_width
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     _logits_rows_backward_kernel[(count,)](
         logits,
         logits if bias is None else bias,
         targets.contiguous(),
         lse.contiguous(),
-        at_target.contiguous(),
-        of_others.contiguous(),
+        tail.contiguous(),
+        miss.contiguous(),
+        grad_logprobs.contiguous(),
+        grad_logprobs if grad_lse is None else grad_lse.contiguous(),
         targets if rows is None else rows.contiguous(),
         lse if scale is None else scale,
         out,
         vocab,
+        row_width,
         out.shape[-2],
         *_row_strides(logits),
         logits.stride(-1),
@@ -322,8 +362,10 @@ def logits_rows_backward(
         ignore_index,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
+        HAS_GRAD_LSE=grad_lse is not None,
         HAS_ROWS=rows is not None,
         HAS_SCALE=scale is not None,
+        NARROWS=out.element_size() < logits.element_size(),
         EVEN_V=vocab % config.BLOCK_V == 0,
         BLOCK_V=config.BLOCK_V,
         num_warps=config.num_warps,

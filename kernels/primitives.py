@@ -144,9 +144,27 @@ def entropy_of(moment, row_max, rest, z_target, base, log_total, ENTROPY_ORDER: 
 
 
 @triton.jit
+def gradient_factors(grad, grad_lse, tail, miss, HAS_GRAD_LSE: tl.constexpr):
+    """Whether rows have no gradient; the gradient of a row at its target, and that of every other
+    entry, divided by its probability. 0 in rows without one, also in those of NaN.
+
+    grad and grad_lse: of the log-probability of the target, and of the lse.
+    The tail, which rounding took from the lse, is a factor that all probabilities of a row have.
+    """
+    silent = grad == 0.0
+    at_target, of_others = grad * miss, -grad
+    if HAS_GRAD_LSE:
+        silent = silent & (grad_lse == 0.0)
+        at_target += grad_lse * (1.0 - miss)
+        of_others += grad_lse
+    of_others *= tl.exp(-tail)
+    return silent, tl.where(silent, 0.0, at_target), tl.where(silent, 0.0, of_others)
+
+
+@triton.jit
 def logit_gradient(z, lse, is_target, at_target, of_others):
-    """d z of a tile from the factors of `launch.gradient_factors`, which broadcast over it, as lse
-    does. A row whose factors are 0 gets 0 whatever its logits are.
+    """d z of a tile from the factors of `gradient_factors`, which broadcast over it, as lse does.
+    A row whose factors are 0 gets 0 whatever its logits are.
     """
     # Above 0 only in rows that are masked out below; a NaN stays one.
     log_probability = z - lse

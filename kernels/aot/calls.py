@@ -15,7 +15,6 @@ from plad_fast.kernels import launch
 from plad_fast.kernels.launch import (
     AotEntry,
     Device,
-    GradientFactors,
     LinearConfig,
     RowsConfig,
     SegmentsConfig,
@@ -90,8 +89,8 @@ def entries(capability: tuple[int, int], cases: tuple[Case, ...]) -> list[AotEnt
 
 def _call(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
     _call_linear(dtype, head, case)
-    # One pass: float32 logits, to the operand of the next product.
-    _call_rows(torch.float32, dtype, head[1], case)
+    # One pass: float32 logits in wider rows, which take the operand of the next product as well.
+    _call_rows(torch.float32, dtype, head[1], case, -(-head[1] // 64) * 64)
     if not case.bias:
         # Logits that the user holds.
         _call_rows(dtype, dtype, head[1], case)
@@ -123,8 +122,8 @@ def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
             *operands,
             bias,
             targets,
-            tokens,
-            GradientFactors(_empty(n, dtype=torch.bool), tokens, tokens),
+            *(tokens, tokens, tokens, tokens),
+            tokens if case.rest else None,
             **_options(case),
             out=_empty(n, vocab, dtype=dtype),
             scale=_scale(dtype),
@@ -138,22 +137,31 @@ def _orders(vocab: int, case: Case) -> tuple[int, ...]:
     return (1, 2) if vocab == _HEADS[0][1] else (1,)
 
 
-def _call_rows(dtype: torch.dtype, out_dtype: torch.dtype, vocab: int, case: Case) -> None:
+def _call_rows(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    vocab: int,
+    case: Case,
+    row_width: int | None = None,
+) -> None:
     n = _TOKENS[-1]
-    logits, targets, tokens = _empty(n, vocab, dtype=dtype), _empty(n, dtype=torch.int64), _empty(n)
+    memory, targets, tokens = (
+        _empty(n, row_width or vocab, dtype=dtype),
+        _empty(n, dtype=torch.int64),
+        _empty(n),
+    )
+    logits = memory[:, :vocab]
     bias = _empty(vocab, dtype=out_dtype) if case.bias else None
+    options: dict[str, Any] = {"bias": bias, "row_width": row_width, **_options(case)}
     for entropy_order in _orders(vocab, case):
-        logits_rows_forward(
-            logits, targets, bias=bias, **_options(case), entropy_order=entropy_order
-        )
+        logits_rows_forward(logits, targets, **options, entropy_order=entropy_order)
     logits_rows_backward(
         logits,
         targets,
         *(tokens, tokens, tokens, tokens),
         tokens if case.rest else None,
-        bias=bias,
-        **_options(case),
-        out=_empty(n, vocab, dtype=out_dtype),
+        **options,
+        out=memory.view(out_dtype)[:, :vocab],
         rows=_empty(n, dtype=torch.int64) if case.rest else None,
         scale=_scale(out_dtype) if dtype == torch.float32 else None,
     )

@@ -87,6 +87,11 @@ class Objective:
     def needs_reference(self) -> bool:
         return self.spec.needs_reference_for(self.options)
 
+    @property
+    def always_active(self) -> bool:
+        """See `LossSpec`; and the likelihood of responses that are all the best of their groups."""
+        return self.spec.always_active or (self.spec.is_likelihood and self.group_size == 1)
+
     def _probe_once(self, device: torch.device) -> None:
         """On a GPU a probe waits for the device, which a step should not."""
         function: Any = self.spec.fn

@@ -34,7 +34,7 @@ from plad_fast.losses.terms import (
 )
 
 
-@register_loss("dpo")
+@register_loss("dpo", always_active=True)
 def dpo(
     logps: Tensor,  # (B, K)
     *,
@@ -54,7 +54,7 @@ def dpo(
     return log_loss(gaps, label_smoothing).mean(dim=1)
 
 
-@register_loss("dpo_robust")
+@register_loss("dpo_robust", always_active=True)
 def dpo_robust(
     logps: Tensor,  # (B, K)
     *,
@@ -93,7 +93,7 @@ def dpo_hinge(
     return torch.relu(1 - gaps).mean(dim=1)
 
 
-@register_loss("ipo", length_normalized=False, length_normalization=1.0)
+@register_loss("ipo", length_normalized=False, length_normalization=1.0, always_active=True)
 def ipo(
     logps: Tensor,  # (B, K)
     *,
@@ -116,7 +116,7 @@ def ipo(
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
 
 
-@register_loss("dpo_norm", length_normalized=False, length_normalization=1.0)
+@register_loss("dpo_norm", length_normalized=False, length_normalization=1.0, always_active=True)
 def dpo_norm(
     logps: Tensor,  # (B, K)
     *,
@@ -136,7 +136,7 @@ def dpo_norm(
     return log_loss(beta * first_against_each(means(rewards, counts))).mean(dim=1)
 
 
-@register_loss("exo_pair")
+@register_loss("exo_pair", always_active=True)
 def exo_pair(
     logps: Tensor,  # (B, K)
     *,
@@ -159,7 +159,7 @@ def exo_pair(
     return (right + wrong).mean(dim=1)
 
 
-@register_loss("discopop")
+@register_loss("discopop", always_active=True)
 def discopop(
     logps: Tensor,  # (B, K)
     *,

@@ -27,7 +27,7 @@ from plad_fast.losses.terms import (
 )
 
 
-@register_loss("bco_pair")
+@register_loss("bco_pair", always_active=True)
 def bco_pair(
     logps: Tensor,  # (B, K)
     *,
@@ -43,7 +43,7 @@ def bco_pair(
     return log_loss(rewards[:, 0]) + log_loss(-rewards[:, 1:]).mean(dim=1)
 
 
-@register_loss("nca_pair")
+@register_loss("nca_pair", always_active=True)
 def nca_pair(
     logps: Tensor,  # (B, K)
     *,
@@ -58,7 +58,7 @@ def nca_pair(
     return log_loss(rewards[:, 0]) + log_loss(-rewards).mean(dim=1)
 
 
-@register_loss("sppo_hard")
+@register_loss("sppo_hard", always_active=True)
 def sppo_hard(
     logps: Tensor,  # (B, K)
     *,
@@ -76,7 +76,7 @@ def sppo_hard(
     return (gains[:, 0] - target) ** 2 + ((gains[:, 1:] + target) ** 2).mean(dim=1)
 
 
-@register_loss("apo_zero")
+@register_loss("apo_zero", always_active=True)
 def apo_zero(
     logps: Tensor,  # (B, K)
     *,
@@ -91,7 +91,7 @@ def apo_zero(
     return torch.sigmoid(-rewards[:, 0]) + torch.sigmoid(rewards[:, 1:]).mean(dim=1)
 
 
-@register_loss("apo_down")
+@register_loss("apo_down", always_active=True)
 def apo_down(
     logps: Tensor,  # (B, K)
     *,
@@ -107,7 +107,7 @@ def apo_down(
     return torch.sigmoid(rewards[:, 0]) + torch.sigmoid(-gaps).mean(dim=1)
 
 
-@register_loss("kto")
+@register_loss("kto", always_active=True)
 def kto(
     logps: Tensor,  # (B, K)
     *,

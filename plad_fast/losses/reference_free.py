@@ -30,7 +30,7 @@ from plad_fast.losses.terms import (
 )
 
 
-@register_loss("cpo", sft_weight=1.0)
+@register_loss("cpo", sft_weight=1.0, always_active=True)
 def cpo(
     logps: Tensor,  # (B, K)
     *,
@@ -48,7 +48,7 @@ def cpo(
     return log_loss(odds, label_smoothing).mean(dim=1)
 
 
-@register_loss("cpo_ipo", length_normalized=False, length_normalization=1.0)
+@register_loss("cpo_ipo", length_normalized=False, length_normalization=1.0, always_active=True)
 def cpo_ipo(
     logps: Tensor,  # (B, K)
     *,
@@ -66,7 +66,7 @@ def cpo_ipo(
     return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
 
 
-@register_loss("simpo", length_normalized=False, length_normalization=1.0)
+@register_loss("simpo", length_normalized=False, length_normalization=1.0, always_active=True)
 def simpo(
     logps: Tensor,  # (B, K)
     *,
@@ -86,7 +86,9 @@ def simpo(
     return log_loss(odds, label_smoothing).mean(dim=1)
 
 
-@register_loss("orpo", length_normalized=False, sft_weight=1.0, length_normalization=1.0)
+@register_loss(
+    "orpo", length_normalized=False, sft_weight=1.0, length_normalization=1.0, always_active=True
+)
 def orpo(
     logps: Tensor,  # (B, K)
     *,

@@ -54,6 +54,9 @@ class LossSpec:
     length_normalization: float = 0.0
     """alpha of its paper, where the caller says nothing. 1 also where the function takes means by
     itself: metrics count what it ranks by."""
+    always_active: bool = False
+    """No response's gradient is exactly 0, but by underflow: nothing can be left out, and a GPU
+    need not be waited for to learn what."""
 
     def terms(
         self, sft_weight: float | None, length_normalization: float | None
@@ -109,6 +112,7 @@ def register_loss(
     reference_if: Callable[[Mapping[str, Any]], bool] | None = None,
     sft_weight: float = 0.0,
     length_normalization: float = 0.0,
+    always_active: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Make a loss function known under `name`; see the module's docstring for its form, and
     `LossSpec` for the arguments."""
@@ -127,6 +131,7 @@ def register_loss(
             reference_if=reference_if,
             sft_weight=sft_weight,
             length_normalization=length_normalization,
+            always_active=always_active,
         )
         return fn
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -44,6 +45,26 @@ class HeadOptions(NamedTuple):
         """dz / d(h W^T + b) where the tanh is not felt."""
         return self.logit_scale / self.temperature
 
+    @property
+    def of_logits(self) -> dict[str, Any]:
+        """Those that kernels take, by name."""
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "temperature": self.temperature,
+            "ignore_index": self.ignore_index,
+        }
+
+    def gradient_bound(self, grad: Tensor, grad_lse: Tensor | None) -> Tensor:  # (N,) -> ()
+        """What no entry of the gradient of the raw products exceeds, in magnitude.
+
+        Args:
+            grad: of the log-probabilities.
+            grad_lse: of the lse, or None for 0.
+        """
+        bound = grad.abs() if grad_lse is None else grad.abs() + grad_lse.abs()
+        return bound.max() * abs(self.slope)
+
     def scratch_on(self, device: torch.device) -> int:
         """Bytes that temporaries may take."""
         return self.scratch_bytes or default_scratch_bytes(device)
@@ -56,12 +77,15 @@ class LinearProblem(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     targets: Tensor  # (N,) int64, in [0, V) or ignore_index
-    cu_seqlens: Tensor  # (S + 1,) int64
+    cu_seqlens: Tensor  # (S + 1,) int64, on the device of the others or on the CPU
     options: HeadOptions
 
     @property
     def head(self) -> Head:
         return self.hidden, self.weight, self.bias
+
+    def on_one_device(self) -> LinearProblem:
+        return self._replace(cu_seqlens=sent(self.cu_seqlens, self.hidden.device))
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -104,6 +128,9 @@ class Upstream(NamedTuple):
 class Backend(Protocol):
     """A module's functions."""
 
+    TAKES_IGNORED: bool
+    """Whether `linear_preference_loss` takes ignored targets: they cost as much as others."""
+
     def unavailable(self, tensor: Tensor) -> str | None:
         """Why the backend cannot take a tensor of this dtype and device here, or None."""
 
@@ -136,10 +163,15 @@ class Backend(Protocol):
         objective: Objective,
         denominators: Denominators,
         needs: Needs,
+        counts: Tensor | None = None,  # (S,)
+        bounds: Sequence[int] | None = None,  # (S + 1,)
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-        """Of targets of which none is ignored: loss (), sums (S,), group losses (B,), whether a
-        group is active (B,), and the gradients of the loss, in float32 for float16 inputs; those
-        of weight and bias may be wider than these.
+        """Of targets of which none is ignored, unless `TAKES_IGNORED`: loss (), sums (S,), group
+        losses (B,), whether a group is active (B,), and the gradients of the loss, in float32 for
+        float16 inputs; those of weight and bias may be wider than these.
+
+        counts: targets of each sequence that are not ignored; None for all.
+        bounds: cu_seqlens as the host knows them; without them a GPU may be waited for.
         """
 
     def stored_forward(
@@ -173,6 +205,7 @@ BACKENDS: dict[str, str] = {
 
 _CPU_SCRATCH_BYTES = 64 * 2**20
 _MAX_CUDA_SCRATCH_BYTES = 2**30
+_ROWS_OF_A_CHUNK = 4096
 
 
 def get_backend(impl: str, tensor: Tensor) -> Backend:
@@ -203,6 +236,26 @@ def default_scratch_bytes(device: torch.device) -> int:
         return _CPU_SCRATCH_BYTES
     total = torch.cuda.get_device_properties(device).total_memory
     return max(_CPU_SCRATCH_BYTES, min(total // 64, _MAX_CUDA_SCRATCH_BYTES))
+
+
+def one_pass_scratch_bytes(device: torch.device, vocab: int, width: int) -> int:
+    """For the one-pass loss in kernels: room for 4,096 tokens, more under a wide head, and 1 GiB at
+    least, as far as it is a 16th of the device's memory; on the CPU `default_scratch_bytes`.
+
+    Each chunk reads and writes the gradient of the weight, 4 V D bytes, beside its own logits.
+    """
+    if device.type != "cuda":
+        return default_scratch_bytes(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    wanted = max(_MAX_CUDA_SCRATCH_BYTES, 5 * vocab * max(width, _ROWS_OF_A_CHUNK))
+    return max(_CPU_SCRATCH_BYTES, min(total // 16, wanted))
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU is not waited for."""
+    if device.type != "cuda" or values.is_cuda or torch.compiler.is_compiling():
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache

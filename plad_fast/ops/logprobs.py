@@ -16,6 +16,7 @@ from plad_fast.errors import UsageError
 from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops import autograd
 from plad_fast.ops import validation as check
+from plad_fast.ops.backend import sent
 
 
 class SequenceLogProbs(NamedTuple):
@@ -66,7 +67,8 @@ def linear_sequence_logprobs(
             bfloat16 or float16. Under `torch.autocast` all three are cast to its dtype.
         weight: of the LM head, (V, D), same dtype and device.
         targets: (N,) int64 in [0, V), or `ignore_index`.
-        cu_seqlens: (S + 1,) integers; an empty sequence sums to 0.
+        cu_seqlens: (S + 1,) integers, on the device of the others or on the CPU; an empty sequence
+            sums to 0.
         bias: (V,) or None.
         softcap: Gemma 2's `final_logit_softcapping`, or None.
         logit_scale: multiplies the logits (Cohere); for Granite, 1 / `logits_scaling`.
@@ -98,6 +100,7 @@ def linear_sequence_logprobs(
         softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes
     )
     problem = check.checked_problem(hidden, weight, bias, targets, cu_seqlens, options)
+    problem = problem.on_one_device()
     check_length_normalization(length_normalization)
     check_flag("skip_inactive", skip_inactive)
     check_flag("return_lse", return_lse)
@@ -154,7 +157,7 @@ def sequence_logprobs(
         batch, length, _ = logits.shape
         cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
     check.check_cu_seqlens(cu_seqlens, logits.device)
-    cu_seqlens = cu_seqlens.long()
+    cu_seqlens = sent(cu_seqlens.long(), logits.device)
     token_logprobs, *_ = autograd.stored_token_logprobs(
         logits, targets.long(), cu_seqlens, *options
     )

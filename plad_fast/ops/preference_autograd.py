@@ -18,7 +18,7 @@ from plad_fast.checks import shown
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import available, get_loss
-from plad_fast.losses.terms import length_normalized
+from plad_fast.losses.terms import length_normalized, segment_counts
 from plad_fast.ops import validation as check
 from plad_fast.ops.autograd import (
     HEAD,
@@ -149,7 +149,7 @@ def linear_preference_loss(
         )
     names, values = _flattened(objective.options)
     results = _compiled_preference_loss(
-        *problem.arguments,
+        *problem.on_one_device().arguments,
         *constants,
         objective.group_size,
         objective.sft_weight,
@@ -178,20 +178,21 @@ def _one_pass(
     needs: Needs,
 ) -> tuple[FusedLoss, HeadGradient]:
     hidden, options = problem.hidden, problem.options
-    ignore_index = options.ignore_index
-    check.check_sequences(problem.targets, problem.cu_seqlens, len(problem.weight), ignore_index)
-    rows, targets, cu_seqlens = _keep_counted(problem.targets, problem.cu_seqlens, ignore_index)
-    counts = cu_seqlens.diff()
-    counted = problem._replace(
-        hidden=hidden if rows is None else hidden[rows], targets=targets, cu_seqlens=cu_seqlens
+    check.check_sequences(
+        problem.targets, problem.cu_seqlens, len(problem.weight), options.ignore_index
     )
+    backend = get_backend(options.impl, hidden)
+    if hidden.is_cuda and not problem.cu_seqlens.is_cuda and backend.TAKES_IGNORED:
+        rows, counted, counts, bounds = None, *_with_ignored(problem)
+    else:
+        rows, counted, bounds = _keep_counted(problem)
+        counts = counted.cu_seqlens.diff()
     denominators = objective.denominators(
         counts.reshape(-1, objective.group_size), num_groups, num_tokens
     )
     with alone_on(hidden):
-        backend = get_backend(options.impl, hidden)
         loss, sums, group_losses, active, grads = backend.linear_preference_loss(
-            counted, scores, reference_logps, objective, denominators, needs
+            counted, scores, reference_logps, objective, denominators, needs, counts, bounds
         )
     if rows is not None and grads.hidden is not None:
         spread = torch.zeros_like(hidden, dtype=grads.hidden.dtype)
@@ -336,15 +337,33 @@ def _nested(names: str, values: Sequence[float]) -> dict[str, Any]:
     return options
 
 
-def _keep_counted(
-    targets: Tensor,  # (N,)
-    cu_seqlens: Tensor,  # (S + 1,)
-    ignore_index: int,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Rows that count (None for all), their targets, and cu_seqlens of what is left."""
-    keep = targets != ignore_index
-    if keep.all():
-        return None, targets, cu_seqlens
-    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    rows = keep.nonzero().squeeze(1)
-    return rows, targets[rows], kept_before[cu_seqlens]
+def _keep_counted(problem: LinearProblem) -> tuple[Tensor | None, LinearProblem, list[int]]:
+    """Rows that count (None for all), the problem that is left of them, and its cu_seqlens as the
+    host knows them. A GPU is waited for, once.
+    """
+    problem = problem.on_one_device()
+    targets = problem.targets
+    keep = targets != problem.options.ignore_index
+    cu_seqlens = torch.nn.functional.pad(keep.cumsum(0), (1, 0))[problem.cu_seqlens]
+    bounds = cu_seqlens.tolist()
+    if bounds[-1] == len(targets):
+        return None, problem, bounds
+    # Not all devices have the former, which does not wait again.
+    found = torch.nonzero_static(keep, size=bounds[-1]) if keep.is_cuda else keep.nonzero()
+    rows = found.squeeze(1)
+    counted = problem._replace(
+        hidden=problem.hidden[rows], targets=targets[rows], cu_seqlens=cu_seqlens
+    )
+    return rows, counted, bounds
+
+
+def _with_ignored(problem: LinearProblem) -> tuple[LinearProblem, Tensor, list[int]]:
+    """The problem with zeros for the hidden states of ignored targets, how many others a sequence
+    has (S,), and cu_seqlens as the host knows them. No GPU is waited for.
+    """
+    bounds = problem.cu_seqlens.tolist()
+    problem = problem.on_one_device()
+    keep = problem.targets != problem.options.ignore_index
+    # Whatever an ignored token holds, even if it is not finite, adds nothing.
+    hidden = problem.hidden.masked_fill(~keep[:, None], 0)
+    return problem._replace(hidden=hidden), segment_counts(keep, problem.cu_seqlens), bounds

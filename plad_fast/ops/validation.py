@@ -165,8 +165,10 @@ def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
-    """cu_seqlens (S + 1,) integers on the device of the logits."""
-    _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS, None, device)
+    """cu_seqlens (S + 1,) integers on the CPU, or on the device of the logits."""
+    _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS)
+    if cu_seqlens.device.type != "cpu":
+        _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS, None, device)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise UsageError(
             f"cu_seqlens must be a vector of S + 1 integers, got shape {tuple(cu_seqlens.shape)}"
@@ -181,26 +183,27 @@ def check_sequences(
 ) -> None:
     """Values: cu_seqlens starts at 0, never falls and ends at N; targets lie in the vocabulary.
 
-    Of CUDA tensors this is a device-side assertion: nothing waits for the device.
+    Of CUDA tensors this is a device-side assertion, as in PyTorch's own losses: nothing waits for
+    the device.
     """
     kept = targets != ignore_index
     in_range = ~kept | ((targets >= 0) & (targets < vocab))
     steps = cu_seqlens.diff()
-    if targets.is_cuda:
+    if cu_seqlens.is_cuda:
         ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(targets))
         torch._assert_async(
             ends & (steps >= 0).all(), "cu_seqlens must start at 0, never fall and end at N"
         )
-        torch._assert_async(in_range.all(), f"targets must lie in [0, {vocab}) or be ignored")
-        return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(targets) or (steps < 0).any():
+    elif cu_seqlens[0] != 0 or cu_seqlens[-1] != len(targets) or (steps < 0).any():
         bounds = cu_seqlens.tolist()
         raise UsageError(
             f"cu_seqlens must start at 0, never fall and end at the number of tokens "
             f"({len(targets)}); got "
             f"{bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
         )
-    if not in_range.all():
+    if targets.is_cuda:
+        torch._assert_async(in_range.all(), f"targets must lie in [0, {vocab}) or be ignored")
+    elif not in_range.all():
         low, high = (int(x) for x in torch.aminmax(targets[kept]))
         raise UsageError(
             f"targets must lie in [0, {vocab}) or equal ignore_index; they span {low} to {high}"

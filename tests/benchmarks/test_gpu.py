@@ -26,7 +26,7 @@ from plad_fast.kernels.launch import LinearConfig, RowsConfig
 from benchmarks.gpu import correctness, worker
 from benchmarks.gpu.__main__ import SECTIONS, Job, Running, parse
 from benchmarks.gpu.loss import all_implementations
-from benchmarks.gpu.summary import TABLES
+from benchmarks.gpu.summary import COUNTED, TABLES, losses, predictions
 from benchmarks.gpu.sweep import Sweep
 from benchmarks.gpu.worker import Section, Shape
 
@@ -89,6 +89,17 @@ def test_every_implementation_is_measured_or_named_as_missing(dry_run: Path) -> 
         if not impl.products_only:
             assert rows[name]["worst_error"] < 1e-5
             assert rows[name]["extra_mib"] > 0
+
+
+def test_times_stand_beside_their_predictions() -> None:
+    known = predictions()
+    for name in COUNTED.values():
+        assert float(known["A", name, 1.0]) > 1
+    row = {"shape": "A", "impl": "trl", "active": 1.0, "median_ms": 5.0, "status": "ok"}
+    missing = {"impl": "liger", "status": "missing: liger_kernel"}
+    *_, first, last = losses([missing, row]).splitlines()
+    assert known["A", "TRL, chunked", 1.0] in first
+    assert "liger_kernel" in last
 
 
 def test_the_sweep_can_be_frozen(dry_run: Path) -> None:

@@ -228,6 +228,30 @@ def test_ptxas_is_asked_where_triton_does_not_log():
         ptxas_log(body)
 
 
+def test_warps_wait_before_they_write_into_the_logits_that_others_read():
+    """A gradient of 16 bits in the rows of its float32 logits: in the loop a barrier stands between
+    the loads and the stores, and loads are of 16 bytes also for an odd vocabulary."""
+    code = """
+from plad_fast.kernels.aot import calls
+from plad_fast.kernels.aot.__main__ import compile_entry
+from plad_fast.kernels.aot.resources import disassemble
+from triton.backends.compiler import GPUTarget
+entries = [e for e in calls.entries((9, 0), (calls.Case(),)) if e.constants.get("NARROWS")]
+assert len(entries) >= 3
+for entry in entries[:3]:
+    print("entry")
+    print(disassemble(compile_entry(entry, GPUTarget("cuda", 90, 32)).asm["cubin"]))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    for sass in done.stdout.split("entry\n")[1:]:
+        order = re.findall(r"\s(LDG\.E\.128|BAR\.SYNC|STG)", sass)
+        assert order == ["LDG.E.128", "LDG.E.128", "BAR.SYNC", "STG"], order
+
+
 def test_refuses_the_interpreter():
     done = aot("--arch", "90", TRITON_INTERPRET="1")
     assert done.returncode == 2

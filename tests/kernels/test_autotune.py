@@ -286,7 +286,7 @@ def test_only_on_request_and_on_a_gpu(monkeypatch, setting, is_cuda, expected):
 @pytest.mark.parametrize("named", [False, True], ids=["precision", "TF32 by its newer name"])
 def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     """With the variable set, and as if the tensors were on a GPU: a candidate runs, once chosen."""
-    from plad_fast.kernels import launch, linear_backward, linear_forward
+    from plad_fast.kernels import linear_backward, linear_forward
 
     if named:  # torch then refuses to tell the precision by its older one
         if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
@@ -308,8 +308,7 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
             length_normalization=0.0, entropy_order=0,
         )  # fmt: skip
         d_logits = linear_backward.logits_gradient(
-            hidden, weight, None, targets, got.lse,
-            launch.gradient_factors(got.tail, got.miss, torch.ones(3), None), **options,
+            hidden, weight, None, targets, *got[3:6], torch.ones(3), None, **options,
             out=torch.empty(3, 40),
         )  # fmt: skip
     assert len(timed) == len(list(tmp_path.rglob("*.json"))) * len(timed) // 2 > 2

@@ -124,7 +124,7 @@ class Case:
             return logits_gradient(
                 *self.operands,
                 statistics.lse,
-                launch.gradient_factors(statistics.tail, statistics.miss, grad, grad_lse),
+                *(statistics.tail, statistics.miss, grad, grad_lse),
                 **self.options,
                 out=torch.empty(shape, dtype=self.problem.hidden.dtype) if out is None else out,
                 scale=scale,
@@ -640,7 +640,7 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     logits_gradient(
         *operands,
         ours.lse,
-        launch.gradient_factors(ours.tail, ours.miss, grad, None),
+        *(ours.tail, ours.miss, grad, None),
         **case.options,
         out=out,
         config=case.config,

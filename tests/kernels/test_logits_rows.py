@@ -330,6 +330,62 @@ def test_compaction_equals_selection(active, dtype, with_grad_lse, in_place):
     assert torch.equal(case.logits[len(rows) :], before[len(rows) :])
 
 
+def narrowed(case: Case, dtype: torch.dtype, row_width: int) -> tuple[Case, Tensor]:
+    """The case with its logits in rows of `row_width` entries, NaN behind them; and the first part
+    of these rows in a narrower dtype."""
+    memory = torch.full((*case.logits.shape[:-1], row_width), NAN)
+    vocab = case.logits.shape[-1]
+    memory[..., :vocab] = case.logits
+    return replace(case, logits=memory[..., :vocab]), memory.view(dtype)[..., :vocab]
+
+
+@settings(max_examples=12)
+@given(
+    vocab=st.sampled_from([1, 15, 16, 17, 37, 64, 129]),
+    extra=st.sampled_from([0, 3, 64]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    softcap=st.sampled_from([None, 5.0]),
+    active=st.lists(st.booleans(), max_size=12),
+    compacted=st.booleans(),
+)
+def test_a_narrower_gradient_fits_into_the_rows_of_its_logits(
+    vocab, extra, dtype, softcap, active, compacted
+):
+    """Of one block and of many, compacted or not: to the same bits as elsewhere."""
+    flags = torch.tensor(active, dtype=torch.bool)
+    case = make_case(len(active), vocab, bias=True, ignored=0.2, softcap=softcap)
+    grad = normal(len(active), seed=1)
+    statistics = case.forward(False)
+    want = case.backward(grad, statistics=statistics, out=torch.empty(len(active), vocab).to(dtype))
+    within, out = narrowed(case, dtype, vocab + extra)
+    ours = logits_rows_forward(
+        within.logits,
+        within.targets,
+        bias=within.bias,
+        entropy_order=0,
+        row_width=vocab + extra,
+        config=within.config,
+        **within.options,
+    )
+    for mine, near in zip(ours[:4], statistics[:4], strict=True):
+        assert torch.equal(mine, near)
+    rows = compacting_order(flags) if compacted else None
+    result = logits_rows_backward(
+        within.logits,
+        within.targets,
+        *ours[1:4],
+        grad,
+        None,
+        bias=within.bias,
+        out=out if rows is None else out[: len(rows)],
+        rows=rows,
+        row_width=vocab + extra,
+        config=within.config,
+        **within.options,
+    )
+    assert torch.equal(result, want if rows is None else want[rows])
+
+
 @given(active=st.lists(st.booleans(), max_size=40))
 def test_programs_of_a_compaction_do_not_meet(active):
     """They run in any order on a GPU: none may read a row that another one writes."""

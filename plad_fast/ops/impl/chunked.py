@@ -28,6 +28,7 @@ from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, sof
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
 
 __all__ = [
+    "TAKES_IGNORED",
     "linear_backward",
     "linear_forward",
     "linear_preference_loss",
@@ -36,6 +37,9 @@ __all__ = [
     "stored_forward",
     "unavailable",
 ]
+
+
+TAKES_IGNORED = False
 
 
 def unavailable(tensor: Tensor) -> str | None:

@@ -21,17 +21,19 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.objective import Objective, refuse_outside_gradients
-from plad_fast.ops.backend import Denominators, HeadGradient, LinearProblem, Needs
+from plad_fast.ops.backend import Denominators, HeadGradient, LinearProblem, Needs, sent
 from plad_fast.ops.impl.workspace import HeadGradients, TokenStatistics, Workspace, compacting_order
 
 
 def linear_preference_loss(
-    problem: LinearProblem,  # none of its targets is ignored
+    problem: LinearProblem,
     scores: Tensor | None,  # (S,)
     reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
     needs: Needs,
+    counts: Tensor | None = None,  # (S,)
+    bounds: Sequence[int] | None = None,  # (S + 1,)
     make_workspace: Callable[..., Workspace] = Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
     """Loss (), sums (S,), group losses (B,), whether a group is active (B,), and gradients.
@@ -39,19 +41,37 @@ def linear_preference_loss(
     See `plad_fast.ops.backend.Backend`.
 
     Args:
+        counts: targets of each sequence that are not ignored, which `make_workspace` then has to
+            know; None for all.
+        bounds: cu_seqlens as the host knows them; where all rows fit one chunk it needs none.
         make_workspace: what computes rows of logits and their gradients.
     """
+    problem = problem.on_one_device()
     workspace = make_workspace(
         problem.head, problem.options, len(problem.hidden), for_gradient=any(needs)
     )
-    call = _OnePass(problem, (scores, reference_logps), objective, denominators, needs, workspace)
-    for first, last in _packed_groups(call.group_bounds, workspace.rows):
-        call.run(first, last)
-    wide = workspace.products.dtype
-    results = call.results(wide)
-    dtype = wide if call.half or workspace.keeps_wide else problem.weight.dtype
+    call = _OnePass(
+        problem, (scores, reference_logps), objective, denominators, needs, counts, workspace
+    )
+    for group in _ranges(problem, objective.group_size, bounds, workspace):
+        call.run(*group)
+    results = call.results(workspace.products.dtype)
+    dtype = None if call.half or workspace.keeps_wide else problem.weight.dtype
     del workspace, call.workspace  # the scratch is free before the gradient is copied
     return *results, call.grads.finish(dtype)
+
+
+_ALIGNED_ROWS = 128
+"""The steps in which the length of chunks is tried."""
+
+
+class _Range(NamedTuple):
+    """Consecutive groups that are run together, and their rows."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
 
 
 class _Found(NamedTuple):
@@ -73,6 +93,7 @@ class _OnePass:
         objective: Objective,
         denominators: Denominators,
         needs: Needs,
+        counts: Tensor | None,  # (S,)
         workspace: Workspace,
     ) -> None:
         self.problem = problem
@@ -85,36 +106,45 @@ class _OnePass:
         self.half = dtype == torch.float16
         hidden_dtype = torch.float32 if self.half else workspace.grad_hidden_dtype or dtype
         self.grads = HeadGradients(
-            problem.head, needs, workspace.products, hidden_dtype=hidden_dtype
+            problem.head,
+            needs,
+            workspace.products,
+            hidden_dtype=hidden_dtype,
+            weight_dtype=workspace.grad_weight_dtype,
         )
-        self.group_bounds: list[int] = problem.cu_seqlens[:: objective.group_size].tolist()
+        # Where reading a value waits for a GPU, what always is need not be asked for.
+        self._all_active = objective.always_active and workspace.reading_waits
+        self._lengths = problem.cu_seqlens.diff()
+        self._counts = self._lengths if counts is None else counts
         self._found: list[_Found] = []
 
-    def run(self, first: int, last: int) -> None:
-        """Forward, loss and gradients of groups [first, last)."""
+    def run(self, first: int, last: int, start: int, stop: int) -> None:
+        """Forward, loss and gradients of groups [first, last), whose rows are [start, stop)."""
         hidden, targets, workspace = self.problem.hidden, self.problem.targets, self.workspace
         size = self.objective.group_size
-        start, stop = self.group_bounds[first], self.group_bounds[last]
         chunks = _chunks_with_full_last(start, stop, workspace.rows)
         parts = [workspace.forward(hidden[rows], targets[rows]) for rows in chunks]
         offsets = self.problem.cu_seqlens[first * size : last * size + 1]
-        offsets = offsets - offsets[0]
-        empty = hidden.new_empty(0, dtype=workspace.products.dtype)
-        token_logprobs = torch.cat([empty, *(part.token_logprobs for part in parts)])
-        sums = workspace.segment_sums(token_logprobs, offsets)
-        grad_sums = self._differentiate(slice(first * size, last * size), sums, offsets.diff())
-        if not (chunks and self.grads.wanted and (grad_sums != 0).any()):
+        lengths = self._lengths[first * size : last * size]
+        found = [part.token_logprobs for part in parts]
+        if len(found) != 1:
+            found = [torch.cat([hidden.new_empty(0, dtype=workspace.products.dtype), *found])]
+        sums = workspace.segment_sums(found[0], offsets - start if start else offsets)
+        grad_sums = self._differentiate(slice(first * size, last * size), sums)
+        if not (chunks and self.grads.wanted):
             return
-        grad = grad_sums.repeat_interleave(offsets.diff(), output_size=stop - start)
+        grad = grad_sums.repeat_interleave(lengths, output_size=stop - start)
+        active = None if self._all_active else (grad != 0).cpu()
         kept = chunks[-1].start - start
-        self._backward_in_place(parts[-1], grad[kept:], start + kept)
-        self._backward_anew(grad[:kept], start)
+        self._backward_in_place(
+            parts[-1], grad[kept:], None if active is None else active[kept:], start + kept
+        )
+        self._backward_anew(grad[:kept], None if active is None else active[:kept], start)
 
     def _differentiate(
         self,
         span: slice,  # of the S sequences
         sums: Tensor,  # (sequences,)
-        counts: Tensor,  # (sequences,)
     ) -> Tensor:  # (sequences,)
         """Evaluate the loss of some groups and differentiate it by their sums."""
         shape = (-1, self.objective.group_size)
@@ -125,7 +155,9 @@ class _OnePass:
                 None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
                 for c in self.constants
             )
-            losses = self.objective.group_losses(leaf, counts.reshape(shape), *constants)
+            losses = self.objective.group_losses(
+                leaf, self._counts[span].reshape(shape), *constants
+            )
             refuse_outside_gradients(losses, leaf)
             of_losses = _gradient(losses, leaf)
         # The value is linear in the group losses and in the first sums: the rest is arithmetic.
@@ -142,30 +174,34 @@ class _OnePass:
         self,
         statistics: TokenStatistics,
         grad: Tensor,  # (n,)
+        active: Tensor | None,  # (n,) bool, on the CPU; None for all
         start: int,
     ) -> None:
         """The exponentials of all n rows are still in the buffer."""
-        active = grad != 0
         rows: Tensor | slice = slice(start, start + len(grad))
         targets = self.problem.targets[rows]
         order = None
-        if not active.all():
-            order = compacting_order(active)
-            if not len(order):
+        if active is not None and not active.all():
+            if not active.any():
                 return
-            rows = start + order
+            order = sent(compacting_order(active), grad.device)
+            rows = start + order if start else order
         d_logits = self.workspace.gradient(targets, statistics, grad, order=order)
         self.grads.add(d_logits, self.problem.hidden[rows], rows)
 
     def _backward_anew(
         self,
         grad: Tensor,  # (n,)
+        active: Tensor | None,  # (n,) bool, on the CPU; None for all
         start: int,
     ) -> None:
         """The buffer has moved on: of these n rows the active ones are computed a second time."""
-        active = (grad != 0).nonzero().squeeze(1)
-        for chunk in self.workspace.chunks(len(active)):
-            local = active[chunk]
+        if not len(grad):
+            return
+        places = torch.arange(len(grad)) if active is None else active.nonzero().squeeze(1)
+        places = sent(places, grad.device)
+        for chunk in self.workspace.chunks(len(places)):
+            local = places[chunk]
             rows = start + local
             hidden, targets = self.problem.hidden[rows], self.problem.targets[rows]
             statistics = self.workspace.forward(hidden, targets)
@@ -190,6 +226,33 @@ def _gradient(losses: Tensor, leaf: Tensor) -> Tensor:
         return torch.zeros_like(leaf)
     (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True, materialize_grads=True)
     return grad
+
+
+def _ranges(
+    problem: LinearProblem, size: int, bounds: Sequence[int] | None, workspace: Workspace
+) -> list[_Range]:
+    """What is run together, of groups of `size` sequences."""
+    num_groups, num_rows = (len(problem.cu_seqlens) - 1) // size, len(problem.hidden)
+    if workspace.rows >= num_rows:
+        return [_Range(0, num_groups, 0, num_rows)] if num_groups else []
+    if bounds is None:
+        bounds = problem.cu_seqlens.tolist()
+    of_groups = bounds[::size]
+    ranges = _packed_groups(of_groups, workspace.rows)
+    if workspace.balances:
+        ranges = _balanced_groups(of_groups, workspace.rows, ranges)
+    return [_Range(a, b, of_groups[a], of_groups[b]) for a, b in ranges]
+
+
+def _balanced_groups(
+    bounds: Sequence[int], rows: int, ranges: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """As few ranges as these, but of nearly the same length: a GPU is idle in a short last one."""
+    for fewer in range(-(-bounds[-1] // len(ranges)), rows, _ALIGNED_ROWS):
+        balanced = _packed_groups(bounds, fewer)
+        if len(balanced) == len(ranges):
+            return balanced
+    return ranges
 
 
 def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:

@@ -78,6 +78,11 @@ class Products:
         """Of `Operand.values`."""
         return self.dtype
 
+    @property
+    def scales_operands(self) -> bool:
+        """Whether `operand_scale` is ever another than None, and a bound worth its price."""
+        return False
+
     def operand_scale(self, bound: Tensor) -> Tensor | None:
         """The scale of an operand whose unscaled entries are at most `bound` (), in magnitude."""
         return None
@@ -207,8 +212,12 @@ class CudaHalfProducts(Products):
     def operand_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    @property
+    def scales_operands(self) -> bool:
+        return self.weight.dtype == torch.float16
+
     def operand_scale(self, bound: Tensor) -> Tensor | None:
-        if self.weight.dtype == torch.bfloat16:
+        if not self.scales_operands:
             return None
         # float16 loses what is small: the largest possible entry is brought near its upper end.
         # Its inverse must be finite too.
@@ -230,9 +239,13 @@ class CudaHalfProducts(Products):
         self, operand: Operand, hidden: Tensor, out: Tensor, *, overwrite: bool
     ) -> None:
         transposed = operand.values.T
-        if operand.scale is None and _ADDS_TO_WIDE:
-            beta = 0 if overwrite else 1
-            torch.addmm(out, transposed, hidden, out_dtype=self.dtype, beta=beta, out=out)
+        if overwrite and out.dtype == self.dtype:
+            torch.mm(transposed, hidden, out_dtype=self.dtype, out=out)
+            if operand.scale is not None:
+                out.mul_(operand.scale)
+            return
+        if operand.scale is None and not overwrite and _ADDS_TO_WIDE:
+            torch.addmm(out, transposed, hidden, out_dtype=self.dtype, out=out)
             return
         # A scale lies on the device: waiting for it would cost more than a pass over a block.
         for rows in self._vocab_blocks():

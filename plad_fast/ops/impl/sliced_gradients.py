@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadGradient, Needs
-from plad_fast.ops.impl.products import Operand, accumulation_dtype, products_for
+from plad_fast.ops.impl.products import Operand, Products, accumulation_dtype
 from plad_fast.ops.impl.scaling import scaled_gradient
 
 _ALIGNED_COLUMNS = 256
@@ -72,13 +72,10 @@ class SlicedGradients:
         scale: (), what d logits are to be multiplied by, or None for 1.
     """
 
-    def __init__(
-        self, head: Head, needs: Needs, tiling: Tiling, block_bytes: int, scale: Tensor | None
-    ) -> None:
+    def __init__(self, head: Head, needs: Needs, tiling: Tiling, scale: Tensor | None) -> None:
         hidden, self._head_weight, bias = head
         need_hidden, need_weight, need_bias = needs
         self._wide = accumulation_dtype(hidden.dtype)
-        self._block_bytes = block_bytes
         self._scale = scale
         self._whole = tiling.rows >= tiling.num_rows
         self.hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -98,8 +95,8 @@ class SlicedGradients:
         hidden: Tensor,  # (n, D)
         rows: slice,  # the block, of the rows that there are
         columns: slice,
+        products: Products,  # of the weights of these columns
     ) -> None:
-        products = products_for(self._head_weight[columns], self._block_bytes)
         if self.bias is not None:
             self.bias[columns] += d_logits.sum(dim=0, dtype=self._wide)
         if self.hidden is not None:

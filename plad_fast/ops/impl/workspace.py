@@ -35,15 +35,21 @@ class Workspace:
         for_gradient: whether `gradient` will be called, which softcapped logits pay extra for.
     """
 
-    keeps_slope = True
-    """Whether softcapped logits keep the derivative of the cap in a second buffer."""
-
     grad_hidden_dtype: torch.dtype | None = None
     """In which the gradient of the hidden states is kept; None for their own."""
+
+    grad_weight_dtype: torch.dtype | None = None
+    """In which the gradient of the weight is kept; None for float32 (float64)."""
 
     keeps_wide = False
     """Whether gradients of weight and bias leave a one-pass loss as they were accumulated: on a GPU
     the kernel that scales them also rounds them, which saves a pass over a gradient."""
+
+    balances = False
+    """Whether chunks of groups shall have nearly the same length."""
+
+    reading_waits = False
+    """Whether the host should not ask for values that it can do without."""
 
     def __init__(
         self, head: Head, options: HeadOptions, num_rows: int, *, for_gradient: bool
@@ -55,7 +61,8 @@ class Workspace:
         self.products: Products = products_for(weight, block_bytes)
         vocab = weight.shape[0]
         dtype = self.products.dtype
-        keep_slope = for_gradient and options.softcap is not None and self.keeps_slope
+        # Softcapped logits keep the derivative of the cap in a second buffer.
+        keep_slope = for_gradient and options.softcap is not None
         bytes_per_logit = dtype.itemsize * (2 if keep_slope else 1)
         bytes_per_logit += self.products.extra_bytes_per_logit
         # Beside its logits a row has its hidden state, its gradient, and a copy in another dtype.
@@ -152,6 +159,11 @@ class HeadGradients:
 
     Sums over tokens are kept in float32 (float64), each chunk added in turn: no atomics, so the
     same inputs give the same bits, on the CPU for one number of threads.
+
+    Args:
+        hidden_dtype: None for the hidden states' own.
+        weight_dtype: None for float32 (float64); where a single chunk will be added, also the
+            weight's own, to which the sum is rounded once.
     """
 
     def __init__(
@@ -161,13 +173,15 @@ class HeadGradients:
         products: Products,
         *,
         hidden_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         hidden, weight, bias = (
             leaf if need else None for leaf, need in zip(head, needs, strict=True)
         )
         self.products = products
         self.hidden = None if hidden is None else torch.zeros_like(hidden, dtype=hidden_dtype)
-        self.weight = None if weight is None else torch.empty_like(weight, dtype=products.dtype)
+        weight_dtype = weight_dtype or products.dtype
+        self.weight = None if weight is None else torch.empty_like(weight, dtype=weight_dtype)
         self._weight_is_empty = True
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=products.dtype)
 
@@ -185,17 +199,29 @@ class HeadGradients:
             self.bias += _column_sums(d_logits, self.products.dtype)
         operand = d_logits if isinstance(d_logits, Operand) else self.products.operand(d_logits)
         if self.hidden is not None:
-            self.hidden[rows] = self.products.grad_hidden(operand).to(self.hidden.dtype)
+            product = self.products.grad_hidden(operand)
+            if isinstance(rows, slice):
+                self.hidden[rows].copy_(product)
+            else:
+                self.hidden[rows] = product.to(self.hidden.dtype)
         if self.weight is not None:
             overwrite, self._weight_is_empty = self._weight_is_empty, False
-            self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
+            if self.weight.dtype == self.products.dtype:
+                self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
+            else:
+                assert overwrite
+                self.products.write_grad_weight(operand, hidden, self.weight)
 
-    def finish(self, dtype: torch.dtype) -> HeadGradient:
-        """To be called after the last chunk. Gradients of weight and bias are cast to `dtype`."""
+    def finish(self, dtype: torch.dtype | None) -> HeadGradient:
+        """To be called after the last chunk. Gradients of weight and bias are cast to `dtype`, or
+        left as they are.
+        """
         weight, bias = self.weight, self.bias
         self.weight = None  # a float32 accumulator is freed as soon as its copy is made
         if weight is not None and self._weight_is_empty:
             weight.zero_()
+        if dtype is None:
+            return HeadGradient(self.hidden, weight, bias)
         return HeadGradient(
             self.hidden,
             None if weight is None else weight.to(dtype),

@@ -141,7 +141,7 @@ def sharded_preference_loss(
                 objective,
                 denominators,
                 needs,
-                sharded.workspace(together=True),
+                make_workspace=sharded.workspace(together=True),
             )
             # float16 stays float32 until a loss scale has come with the upstream.
             half = hidden.dtype == torch.float16

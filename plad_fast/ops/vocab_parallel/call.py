@@ -79,7 +79,7 @@ def agreed_call(
     try:
         _check_are_local(*tensors[:3])
         options = _checked_options(head_options)
-        problem = check.checked_problem(*tensors, options, may_lack_rows=True)
+        problem = check.checked_problem(*tensors, options, may_lack_rows=True).on_one_device()
         check_flag("reduce_hidden_grad", sharding.reduce_hidden_grad)
         _check_vocab_size(sharding.vocab_size)
         checked = check_rest()
