@@ -166,10 +166,6 @@ class TextIds:
                 tokens.append(end)
         return *self._split(_required(head_ids), ids), split
 
-    def holds_special(self, messages: Content) -> bool:
-        """Whether a message holds a special token as text."""
-        return self._text.hide(messages) != messages
-
     def _hidden(self, value: Any) -> Any:
         return self._text.hide(value) if self._splits else value
 

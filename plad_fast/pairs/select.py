@@ -103,8 +103,8 @@ class PairFilters:
             shorter, longer = sorted(map(len, words))
             if longer > self.max_length_ratio * shorter:
                 return "uneven"
-        repeated = text_metrics.repetition_shares([chosen])[0]
-        if self.max_repetition is not None and repeated > self.max_repetition:
+        most = self.max_repetition
+        if most is not None and text_metrics.repetition_shares([chosen])[0] > most:
             return "repetitive"
         if self.max_overlap is not None:
             common = (Counter(words[0]) & Counter(words[1])).total()

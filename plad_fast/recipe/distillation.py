@@ -319,7 +319,7 @@ class _Distillation:
         return f"{depth(model)} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        answered = self.texts.ask_teacher(others_aside=True)
+        answered = self.texts.ask_teacher(renew=True)
         vars(self.teacher).pop("model", None)  # makes room for the student
         stopped, total = getattr(self.texts.endpoint, "stopped", ""), len(self.prompts.all)
         if answered.failures and stopped:

@@ -297,10 +297,13 @@ class RunFolder:
             return {"settings": {}, "stages": {}, "emptying": True}
         if problem:
             advice = "pass --overwrite to start anew, or " if is_ours else ""
-            raise UsageError(
-                f"{path} is not the record of a run, or is damaged or of another version of "
-                f"plad_fast, so {self.path} is left alone; {advice}{ELSEWHERE}"
-            )
+            what = "is not the record of a run, or is damaged"
+            if problem == "version":
+                what = (
+                    f"has version {record['version']}, this plad_fast writes version "
+                    f"{_FORMAT.version}"
+                )
+            raise UsageError(f"{path} {what}, so {self.path} is left alone; {advice}{ELSEWHERE}")
         return record
 
     def _is_ours(self, record: Path) -> bool:

@@ -12,7 +12,7 @@ from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answer_rows import collect
-from plad_fast.pairs.generation.answering import stored_answers
+from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
@@ -81,9 +81,13 @@ class RecipeTexts:
         if isinstance(judge, Judge):
             judge.try_out(overwrite=overwrite)
 
-    def ask_teacher(self, *, others_aside: bool = False) -> Answered:
+    def ask_teacher(self, *, renew: bool = False) -> Answered:
         """Let the teacher answer what it has not answered yet, and let go of its model; see
-        `stored_answers`."""
+        `stored_answers`. With `renew`, answers to what prompts were before are put aside first;
+        those of another teacher or other settings are refused, for they may have been paid for."""
+        if renew:
+            settings = {**self.teacher_made_by, **self._sampling.settings()}
+            renew_answers(self.teacher_file, self.prompts, self._sampling, settings)
 
         def load() -> TextModel:
             # Nothing here holds a local teacher when the student is loaded.
@@ -97,7 +101,6 @@ class RecipeTexts:
             self.teacher_file,
             self._sampling,
             fingerprint=self.teacher_made_by,
-            others_aside=others_aside,
             to_the_end=True,
         )
 

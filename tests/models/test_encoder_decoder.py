@@ -345,6 +345,14 @@ def test_answers_are_those_of_generate(name, task, tokenizer):
     assert len({answer.n_tokens for answer in answers.values()}) > 1
 
 
+def test_a_prompt_that_the_encoder_has_no_room_for_is_refused(tokenizer):
+    """Whatever the length of an answer, which has positions of its own."""
+    model = LocalModel(make_model("bart"), tokenizer, "bart")
+    says = r"prompt 'p' has 9\d+ tokens, and the encoder has 96 positions; drop"
+    with pytest.raises(UsageError, match=says):
+        model.generate([Prompt("p", "a" * 97)], Sampling(max_new_tokens=96))
+
+
 def test_a_first_token_that_the_model_forces_is_kept(tokenizer):
     """As models of many languages do with the mark of the one to write in."""
     model = make_model("bart")

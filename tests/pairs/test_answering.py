@@ -250,6 +250,10 @@ def test_answers_to_other_prompts_are_not_taken(tmp_path):
     run(tmp_path / "answers.jsonl", Batches(), SIX[:1])
     with pytest.raises(UsageError, match="prompt '0' is not the one that"):
         run(tmp_path / "answers.jsonl", None, [Prompt("0", "edited")])
+    run(tmp_path / "many.jsonl", Batches(), SIX)
+    edited = [Prompt(prompt.id, f"edited {prompt.id}") for prompt in SIX[::-1]]
+    with pytest.raises(UsageError, match="prompt '5' is not the one that"):  # the first of them
+        run(tmp_path / "many.jsonl", None, edited)
 
 
 def test_repeated_ids_are_refused(tmp_path):

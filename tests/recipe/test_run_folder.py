@@ -69,6 +69,16 @@ def test_a_folder_of_another_program_is_left_alone(tmp_path, record, overwrite):
     assert (tmp_path / "run.json").read_text() == record
 
 
+def test_a_record_of_another_version_is_named_and_replaced_on_demand_only(tmp_path):
+    run = tmp_path / "run"
+    RunFolder(run, {"a": 1}).close()
+    record = json.loads((run / "run.json").read_text()) | {"version": 7}
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"version 7.*version [0-9]+, so.*--overwrite"):
+        RunFolder(run, {"a": 1})
+    RunFolder(run, {"a": 1}, overwrite=True).close()
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", ".git"])
 def test_a_folder_without_a_record_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("x")

@@ -47,9 +47,9 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
     another prompt.
     """
     store.require(_is_answer)
-    for key in wanted.keys() & store.done:
-        prompt, _ = wanted[key]
-        if store.rows[key]["prompt"] != digest(prompt.content):
+    digests = {prompt.id: digest(prompt.content) for prompt, _ in wanted.values()}
+    for key, (prompt, _) in wanted.items():
+        if key in store.done and store.rows[key]["prompt"] != digests[prompt.id]:
             raise UsageError(
                 f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
                 "another output folder, or --overwrite"

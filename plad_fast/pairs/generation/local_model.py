@@ -89,14 +89,16 @@ class LocalModel(TextModel):
             raise UsageError(
                 f"max_new_tokens={limit}, and model {self.name} has {positions} positions; lower it"
             )
-        # In an encoder-decoder model prompt and answer have positions of their own.
-        room = positions - (limit if self._start_token is None else 0)
+        if self._start_token is None:
+            room = positions - limit
+            why = f"of {positions} positions max_new_tokens={limit} leaves {room}"
+        else:  # prompt and answer have positions of their own
+            room, why = positions, f"the encoder has {positions} positions"
         if too_long := [prompt_id for prompt_id, tokens in ids.items() if len(tokens) > room]:
             longest = max(too_long, key=lambda prompt_id: len(ids[prompt_id]))
             raise UsageError(
                 f"{len(too_long)} of {len(ids)} prompts are too long for model {self.name}: "
-                f"prompt {longest!r} has {len(ids[longest])} tokens, and of {positions} positions "
-                f"max_new_tokens={limit} leaves {room}; drop them, or lower max_new_tokens"
+                f"prompt {longest!r} has {len(ids[longest])} tokens, and {why}; drop such prompts"
             )
         for prompt_id, tokens in ids.items():
             if max(tokens) >= config.vocab_size:
@@ -117,7 +119,10 @@ class LocalModel(TextModel):
         while True:
             # The model is in its own mode whenever answers are handed out.
             with _generating(self.model, config), torch.inference_mode():
-                finished = next(batches, None)
+                try:
+                    finished = next(batches, None)
+                except UsageError as error:
+                    raise UsageError(f"model {self.name}: {error}") from None
             if finished is None:
                 return
             yield [self._finish(row, ends) for row in finished]

@@ -51,8 +51,8 @@ def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
     for row, is_broken in zip(rows, broken, strict=True):
         if is_broken:
             raise UsageError(
-                f"the model produced NaN or infinite logits for prompt {row.prompt_id!r}; load it "
-                "in bfloat16 or float32, and check that its training did not diverge"
+                f"it produced NaN or infinite logits for prompt {row.prompt_id!r}; load it in "
+                "bfloat16 or float32, and check that its training did not diverge"
             )
 
 
