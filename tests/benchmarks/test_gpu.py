@@ -118,7 +118,7 @@ def test_the_sweep_can_be_frozen(dry_run: Path) -> None:
 
 def test_steps_have_one_loss_and_gradient(dry_run: Path) -> None:
     rows = [row for row in rows_of(dry_run, "step") if row["status"] == "ok"]
-    assert rows[0]["impl"] == "plad_fast"
+    assert "plad_fast" in {row["impl"] for row in rows}
     for row in rows:
         assert row["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=1e-4)
         assert row["ms"] > 0
