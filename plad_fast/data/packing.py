@@ -47,7 +47,7 @@ class PreferenceBatch(TypedDict, total=False):
     loss_rows: Tensor  # (N,) int64, rows of hidden.flatten(0, 1) that predict a response token;
     # padded and encoder-decoder layouts: others have `row_layout.predicting`
     targets: Tensor  # (N,) int64, the response tokens
-    cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens
+    cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens; on the CPU
     group_tokens: Tensor  # (B, 2) int64, tokens of a group in the model, and of its sequences
     scores: Tensor  # (S,) float32, present when the rows have scores
     reference_logps: Tensor  # (S,) float32, present when the rows have them
@@ -113,7 +113,9 @@ class PreferenceCollator:
         for name in ("scores", "reference_logps"):
             having = sum(name in feature for feature in features)
             if 0 < having < len(features):
-                raise UsageError(f"{having} of {len(features)} rows have {name}; all or none must")
+                raise UsageError(
+                    f"{having} of {len(features)} rows of a batch have {name}; all or none must"
+                )
             if having:
                 values = [value for feature in features for value in feature[name]]
                 batch[name] = torch.tensor(values, dtype=torch.float32)

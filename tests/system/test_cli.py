@@ -235,7 +235,7 @@ BAD_INPUTS = {
     ),
     "a student named like a path": (
         [*EVALUATE, "--student", "../A={teacher}"],
-        "--student ../A=.*: a name must not contain /",
+        "--student ../A=.*: choose a name without /",
     ),
     "students that differ in case only": (
         [*EVALUATE, "--student", "A={teacher}", "--student", "a={teacher}"],
