@@ -182,7 +182,7 @@ def record(row: Row) -> Record:
         len(counts.of_kind("product")),
         len(counts.waits),
         counts.chunks or "",
-        f"{counts.launches_per_chunk:.4g}" if counts.chunks else "",
+        f"{counts.launches_per_chunk:.3g}" if counts.chunks > 1 else "",
         f"{counts.weight_grad_read:.4g}",
         f"{counts.weight_grad_written:.4g}",
         f"{(counts.read + counts.written) / 1e9:.4g}",
@@ -225,7 +225,8 @@ def page(records: Sequence[Record]) -> str:
         made_with=made_with,
         commit=git_commit(),
         device=H100.name,
-        pairs=A.length,
+        length=A.length,
+        logits=4 * A.tokens * A.vocab / RATES.memory * 1e3,
         product=RATES.product / 1e12,
         triton=", ".join(f"{rate / 1e12:g} at D = {width}" for width, rate in RATES.triton),
         memory=RATES.memory / 1e12,
@@ -240,8 +241,8 @@ _PAGE = """# The loss on an H100, by counting
 Made by `python -m benchmarks.counted` with {made_with}, at {commit}, on a machine without a GPU.
 **Nothing here was timed.** Launches, bytes, waits and flops are counted; rates are assumed.
 
-Forward and backward to hidden states and weight, N x D x V, bfloat16, pairs of {pairs} + {pairs}
-tokens of which a share a has a gradient. Every implementation runs its own code for a {device} on
+Forward and backward to hidden states and weight, N x D x V, bfloat16, pairs of {length} + {length}
+tokens of which a share a has a gradient. Every implementation runs its own code for an {device} on
 tensors without memory (`benchmarks/cuda_recorder.py`); the bare products are a formula. A is the
 head of Llama-3.1-8B, B of Qwen2.5-0.5B.
 
@@ -260,14 +261,16 @@ A launch takes {launch:g} us at least, and
 | waits of the host | nothing |
 
 So a library that works on small chunks, which the L2 may hold, comes out too slow, and a call with
-many waits too fast.
+many waits too fast. That a product writes its result while it multiplies is assumed, too: if it did
+not, the float32 logits of one pass would take {logits:.1f} ms more at A.
 
 ## Counts
 
-A launch is a kernel, a library product, or an operation of PyTorch that is not a view. Launches a
-chunk are those beside library products. The gradient of the weight is counted in passes over its
-V D entries, in whatever dtype it is kept. Bytes are those of every operand and result, once each
-launch. The peak is above hidden states and weight, and has the gradients in it.
+A launch is a kernel, a library product, or an operation of PyTorch that is not a view. Launches per
+chunk are those from one gradient of a chunk's logits to the next, beside library products. Reads
+and writes of the gradient of the weight are in passes over its V D entries, in whatever dtype it is
+kept meanwhile. Gigabytes are those of every operand and result, once each launch. The peak is above
+hidden states and weight, with the gradients in it.
 
 {counts}
 """
@@ -288,8 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(format_table(list(records[0]), [[str(x) for x in r.values()] for r in records]))
     print("\nrates are assumed, nothing was run on a GPU")
     if not args.no_save:
+        text = page(records)  # before the files differ from the commit
         write_csv(CSV, records)
-        CSV.with_suffix(".md").write_text(page(records))
+        CSV.with_suffix(".md").write_text(text)
     return 0
 
 

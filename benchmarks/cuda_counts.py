@@ -57,8 +57,12 @@ class Counts:
 
     @property
     def launches_per_chunk(self) -> float:
-        """Beside library products."""
-        return len(self.of_kind("triton", "torch")) / max(self.chunks, 1)
+        """Beside library products, from one gradient of logits to the next; 0 if there is one."""
+        places = [place for place, x in enumerate(self.launches) if x.makes_gradient]
+        if len(places) < 2:
+            return 0.0
+        between = self.launches[places[0] : places[-1]]
+        return sum(x.kind != "product" for x in between) / (len(places) - 1)
 
     @property
     def weight_grad_read(self) -> float:
@@ -127,6 +131,7 @@ def count_one_pass(
     *,
     active: float = 1.0,
     loss: str = "plad_ranking",
+    lengths_on_host: bool = True,
     device: Device = H100,
     **options: Any,
 ) -> Counts:
@@ -134,8 +139,10 @@ def count_one_pass(
     `sft_weight` is given.
 
     In a pair that is not active y+ is likelier than y- by 2 nats a token, which satisfies PLaD's
-    hinge with its margin of 1. Log-probabilities under a reference are 0. Offsets are on the CPU,
-    as the trainer passes them.
+    hinge with its margin of 1. Log-probabilities under a reference are 0.
+
+    Args:
+        lengths_on_host: cu_seqlens is on the CPU, as the trainer passes it.
     """
     options = {"sft_weight": 0.0, **options}
     with_reference = get_loss(loss).needs_reference_for(options)
@@ -144,9 +151,10 @@ def count_one_pass(
         hidden: Tensor, weight: Tensor, targets: Tensor, bounds: Tensor, upstream: Tensor
     ) -> None:
         reference = torch.zeros_like(upstream) if with_reference else None
-        on_host = torch.arange(len(bounds)) * shape.length
+        if lengths_on_host:
+            bounds = torch.arange(len(bounds)) * shape.length
         result = fused_linear_preference_loss(
-            hidden, weight, targets, on_host, loss=loss, reference_logps=reference, **options
+            hidden, weight, targets, bounds, loss=loss, reference_logps=reference, **options
         )
         torch.autograd.grad(result.loss, (hidden, weight))
 

@@ -10,6 +10,7 @@ T tokens that enter the model, N rows that reach the LM head, D hidden, V vocabu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GIB = 2**30
 _BLOCK_SHARE = 16  # of the scratch budget; see plad_fast.ops.impl.workspace
@@ -140,6 +141,29 @@ def head_products(
     """
     again = max(0, 2 * response - scratch_rows) / (2 * response)
     return 1 + active * ((1 if frozen else 2) + again)
+
+
+class Chunk(NamedTuple):
+    """Logits that the one-pass loss holds at a time."""
+
+    rows: int
+    bytes: int
+    whole: bool
+    """All rows are one chunk, and the gradient of the head needs no float32 accumulator."""
+
+
+def one_pass_chunk(shape: Shape, num_rows: int, memory: float, *, frozen: bool = False) -> Chunk:
+    """As the kernels have it for bfloat16 on a GPU with this memory: float32 rows of logits, a copy
+    of the hidden states and their gradient in float32, within the default budget."""
+    wanted = max(GIB, 5 * shape.vocab * max(shape.hidden, 4096))
+    budget = min(int(memory) // 16, wanted)
+    per_row = 4 * (-(-shape.vocab // 64) * 64) + (4 + 2) * shape.hidden
+    accumulator = 0 if frozen else 4 * shape.vocab * shape.hidden
+    if num_rows * per_row <= budget + accumulator:
+        return Chunk(num_rows, num_rows * per_row, True)
+    rows = (budget - budget // _BLOCK_SHARE) // per_row
+    rows = max(1, rows // 128 * 128 or rows)
+    return Chunk(rows, rows * per_row, False)
 
 
 def scratch_rows(shape: Shape, scratch_bytes: int, bytes_per_logit: int = 6) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.scaling_count import (
     GIB,
+    Chunk,
     Collectives,
     Flops,
     Shape,
@@ -19,12 +20,13 @@ from benchmarks.scaling_count import (
     ddp_collectives,
     fsdp_collectives,
     head_products,
+    one_pass_chunk,
     scratch_rows,
     step_flops,
 )
 from benchmarks.scaling_rates import H100, Assumptions, Gpu
 
-SCRATCH_BYTES = GIB  # what plad_fast takes of a GPU with 8 GiB or more to spare
+SCRATCH_BYTES = GIB  # what a vocabulary-parallel head takes of a GPU with 64 GiB or more
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,20 @@ class Plan:
     @property
     def products(self) -> float:
         """Of the head: `head_products` with the rows that the default budget holds."""
-        rows = scratch_rows(self.shape, SCRATCH_BYTES)
+        if self.head_group > 1:
+            rows = scratch_rows(self.shape, SCRATCH_BYTES)
+        else:
+            rows = self.head_chunk.rows
         frozen = self.strategy.lora_rank is not None
         return head_products(
             response=self.work.response, scratch_rows=rows, active=self.work.active, frozen=frozen
         )
+
+    @property
+    def head_chunk(self) -> Chunk:
+        """Of the one-pass loss in kernels, which a vocabulary-parallel head does without."""
+        frozen = self.strategy.lora_rank is not None
+        return one_pass_chunk(self.shape, self.work.rows, self.gpu.memory_bytes, frozen=frozen)
 
     @property
     def flops(self) -> Flops:
@@ -175,15 +186,19 @@ class Plan:
         )
 
     def _head_bytes(self) -> tuple[float, float]:
-        """While the loss runs: scratch, the float32 accumulator of the weight's gradient and its
-        16-bit copy, d_hidden; and what of it waits for the backward."""
+        """While the loss runs: scratch, the weight's gradient and d_hidden; and what of it waits
+        for the backward. A gradient of several chunks is accumulated in float32, and a
+        vocabulary-parallel one copied to 16 bits."""
         rows = 2 * self.work.rows * self.shape.hidden
+        part = self.shape.head_parameters / self.head_group
         if self.head_group > 1:  # the group's hidden states in 16 bits, their gradient in float32
             rows = (2 + 4) * self.work.rows * self.shape.hidden * self.head_group
+            return 4 * part + max(SCRATCH_BYTES, 2 * part) + rows, 2 * part + rows
+        chunk = self.head_chunk
         if self.strategy.lora_rank is not None:
-            return SCRATCH_BYTES + rows, rows
-        part = self.shape.head_parameters / self.head_group
-        return 4 * part + max(SCRATCH_BYTES, 2 * part) + rows, 2 * part + rows
+            return chunk.bytes + rows, rows
+        gradient = (2 if chunk.whole else 4) * part
+        return chunk.bytes + gradient + rows, gradient + rows
 
     def _buffer_bytes(self) -> tuple[float, float]:
         """While the loss runs, and in the backward, where gradients are whole for a moment."""

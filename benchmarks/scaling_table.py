@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common import MIB, RESULTS
 from benchmarks.scaling_count import GIB, LLAMA_8B, LLAMA_70B, SHAPES, Shape, Workload, step_flops
-from benchmarks.scaling_plan import DDP, FSDP, SCRATCH_BYTES, Plan
+from benchmarks.scaling_plan import DDP, FSDP, Plan
 from benchmarks.scaling_rates import H100, Assumptions
 
 Row = Mapping[str, Any]
@@ -117,6 +117,9 @@ def heads(work: Workload, shapes: Sequence[Shape] = (LLAMA_8B, LLAMA_70B)) -> st
     measured = measured_heads()
     body = []
 
+    def scratch(plan: Plan) -> str:
+        return f"{plan.head_chunk.bytes / GIB:.1f} GiB of scratch"
+
     def line(name: str, products: float, memory: str) -> None:
         times = [f"{products * unit[shape.name]:.0f}" for shape in shapes]
         body.append([name, f"{products:.3g}", *times, memory])
@@ -135,13 +138,9 @@ def heads(work: Workload, shapes: Sequence[Shape] = (LLAMA_8B, LLAMA_70B)) -> st
     for active in (1.0, 0.5, 0.25, 0.0):
         part = dataclasses.replace(work, active=active)
         plan = Plan(shapes[0], part, FSDP, 8)
-        line(
-            f"plad_fast, {active:.0%} active",
-            plan.products,
-            f"{SCRATCH_BYTES / GIB:.0f} GiB at most",
-        )
+        line(f"plad_fast, {active:.0%} active", plan.products, scratch(plan))
     lora = Plan(shapes[0], work, dataclasses.replace(DDP, lora_rank=16), 8)
-    line("plad_fast, frozen head", lora.products, f"{SCRATCH_BYTES / GIB:.0f} GiB at most")
+    line("plad_fast, frozen head", lora.products, scratch(lora))
     header = ["head", "products", *(f"{s.name}, ms" for s in shapes), "beside gradients"]
     return _markdown(header, body)
 

@@ -22,6 +22,11 @@ from benchmarks.loss import Tally, summarise
 from benchmarks.measure import measure, save_oracle
 from benchmarks.peers import Impl, Step
 
+# What one wants to know first; the others follow.
+FIRST = (
+    "one-pass", "op", "3 products", "trl", "torch cross-entropy", "cut-cross-entropy",
+    "liger tokens", "naive",
+)  # fmt: skip
 SHARES = (1.0, 0.5, 0.0)
 TINY_SHARES = (0.5,)
 
@@ -86,22 +91,21 @@ def torch_cross_entropy(batch: PairBatch) -> Step:
 
 
 def all_implementations() -> dict[str, Impl]:
-    """By name, in the order of what one wants to know first; ours launch the Triton kernels."""
+    """By name, in their order; ours launch the Triton kernels."""
     known = dict(peers.IMPLS)
-    ours = [
+    del known["1+2a products"]
+    found = [
         replace(known.pop("one-pass"), prepare=partial(peers.one_pass, impl="triton")),
         replace(known.pop("op"), prepare=partial(peers.op, impl="triton")),
-    ]
-    first = [known.pop(name) for name in ("3 products", "trl")]
-    del known["1+2a products"]
-    more = [
+        *known.values(),
         Impl("torch cross-entropy", torch_cross_entropy, cross_entropy=True),
         Impl("liger tokens", liger_tokens, package="liger_kernel", compiled=True),
         Impl("liger cross-entropy", liger_cross_entropy, "liger_kernel", cross_entropy=True),
         Impl("quack cross-entropy", quack_cross_entropy, "quack", cross_entropy=True),
         Impl("naive compiled", compiled_naive, compiled=True),
     ]
-    return {impl.name: impl for impl in (*ours, *first, *known.values(), *more)}
+    by_name = {impl.name: impl for impl in found}
+    return {name: by_name[name] for name in dict.fromkeys([*FIRST, *by_name])}
 
 
 def oracle_of(section: Section, shape: Shape, active: float) -> Oracle:

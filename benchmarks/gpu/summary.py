@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common import Record, write_csv
+from benchmarks.common import RESULTS, Record, write_csv
 from benchmarks.gpu.worker import read
 
+# Names of implementations in results/counted.csv.
+COUNTED = {
+    "one-pass": "one pass", "op": "op", "3 products": "1 + 2a bare products",
+    "trl": "TRL, chunked",
+}  # fmt: skip
+VERSION = re.compile(r" [\d.]+(?=,)")
 FACTS = ("device_model", "commit", "torch", "triton")
 
 
@@ -61,17 +69,39 @@ def what_is_not_ok(*columns: str) -> Callable[[Sequence[Record]], str]:
 
 
 def losses(rows: Sequence[Record]) -> str:
-    """By shape and share of active pairs, the fastest first; at the end what was not measured."""
+    """By shape and share of active pairs, the fastest first; at the end what was not measured.
+
+    Beside the time is what `benchmarks.counted` predicts of an H100.
+    """
+    predicted = predictions()
 
     def order(row: Record) -> tuple[str, float, float]:
         if "median_ms" not in row:
             return "~", 0.0, 0.0
         return row["shape"], -row["active"], row["median_ms"]
 
+    found = []
+    for row in sorted(rows, key=order):
+        place = row.get("shape"), COUNTED.get(row["impl"]), row.get("active")
+        found.append(row | {"predicted_h100_ms": predicted.get(place, "")})
     return markdown(
-        sorted(rows, key=order), "shape", "impl", "loss_kind", "active", "median_ms", "q1_ms",
-        "q3_ms", "tflops", "extra_mib", "over_gradients_mib", "worst_error", "status",
+        found, "shape", "impl", "loss_kind", "active", "median_ms", "q1_ms", "q3_ms",
+        "predicted_h100_ms", "tflops", "extra_mib", "over_gradients_mib", "worst_error", "status",
     )  # fmt: skip
+
+
+def predictions() -> dict[tuple[str, str, float], str]:
+    """ms by case, implementation without its version, and share of active pairs."""
+    path = RESULTS / "counted.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            (row["case"], VERSION.sub("", row["implementation"]), float(row["active"])): row[
+                "predicted_ms"
+            ]
+            for row in csv.DictReader(file)
+        }
 
 
 def launches(rows: Sequence[Record]) -> str:
@@ -86,10 +116,11 @@ def launches(rows: Sequence[Record]) -> str:
         lines += [row | {"which": "frozen"} for row in found if row["default"]]
         lines.append(fastest | {"which": "fastest"})
     values = [row for row in rows if "error" in row]
-    fields = ("BLOCK_N", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages", "splits")
+    others = {"shape", "kernel", "which", "splits", "key", "default", "ms", "status"}
+    fields = [name for name in dict.fromkeys(n for row in lines for n in row) if name not in others]
     return "\n\n".join(
         (
-            markdown(lines, "shape", "kernel", "which", *fields, "ms"),
+            markdown(lines, "shape", "kernel", "which", *fields, "splits", "ms"),
             markdown(values, "shape", "kernel", "error", "status"),
         )
     )

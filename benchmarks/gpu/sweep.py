@@ -1,8 +1,9 @@
-"""Launch configurations of every kernel that is tuned, at every shape: sweep.csv.
+"""Launch configurations of the linear kernels and the row kernels, at every shape: sweep.csv.
 
-Both ops run with an autotuner that times all it is offered, and more. Rows have the fields of a
-configuration as `kernels/launch.py` names them; `default` marks what is frozen there. At the end
-the loss and gradients that the fastest ones gave are compared with float64.
+Both ops run with an autotuner that times all it is offered, and more; row kernels run on stored
+logits. Rows have the fields of a configuration as `kernels/launch.py` names them; `default` marks
+what is frozen there. The loss and gradients that the fastest linear kernels gave are compared with
+float64.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from unittest import mock
 
 import triton.testing
 from plad_fast.kernels import autotune, launch
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import LinearConfig, RowsConfig
 
 from benchmarks import peers
 from benchmarks.check import errors_of, mismatch
 from benchmarks.common import DTYPES, time_runs
+from benchmarks.gpu import parts
 from benchmarks.gpu.loss import oracle_of
 from benchmarks.gpu.worker import Section, Shape
 
@@ -33,6 +35,8 @@ MORE = tuple(
         (256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 128, 8, 3),
     )
 )  # fmt: skip
+ROWS = tuple(RowsConfig(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8, 16))
+LOGITS = 4096  # rows of them
 # Parts of the vocabulary that run side by side, as multiples of what `launch.py` takes.
 SPLITS = (0.5, 2.0)
 
@@ -64,7 +68,7 @@ class Sweep:
         for factor in SPLITS:
             chosen = mock.Mock(side_effect=lambda *args, f=factor: max(1, round(choose(*args) * f)))
             with mock.patch.object(launch, "vocab_splits", chosen):
-                if "forward" in kernel:
+                if isinstance(default, LinearConfig) and "forward" in kernel:
                     time(fastest, factor, default=False)
         return fastest
 
@@ -81,6 +85,37 @@ class Sweep:
         return row.get("ms", float("inf"))
 
 
+def run_ops(section: Section, shape: Shape) -> None:
+    case = shape.case(1.0, section.device)
+    for name, prepare in (("op", peers.op), ("one pass", peers.one_pass)):
+        with (
+            mock.patch.object(autotune, "tuned", Sweep(section, shape).tuned),
+            mock.patch.object(autotune, "wanted", return_value=True),
+            section.row(shape=shape.name, kernel=f"{name} with the fastest") as row,
+        ):
+            step = prepare(case.batch(), impl="triton")
+            loss = step.run()
+            assert loss is not None
+            errors = errors_of(loss, *step.gradients(), oracle_of(section, shape, 1.0))
+            row["error"] = max(errors.values())
+            problem = mismatch(errors, DTYPES[case.dtype])
+            if problem:
+                row["status"] = f"wrong: {problem}"
+
+
+def run_row_kernels(section: Section, shape: Shape) -> None:
+    batch = shape.case(1.0, section.device).batch()
+    sweep = Sweep(section, shape)
+    candidates = [launch.rows_config(shape.vocab), *ROWS]
+    for part in parts.row_kernels(batch, min(LOGITS, shape.tokens)):
+
+        def bench(config: RowsConfig, run: Callable[[], object] = part.run) -> float:
+            with mock.patch.object(launch, "rows_config", return_value=config):
+                return triton.testing.do_bench(run)
+
+        sweep.tuned(part.what, f"V={shape.vocab}", candidates, bench)
+
+
 def main() -> int:
     section = Section("sweep")
 
@@ -88,23 +123,11 @@ def main() -> int:
         return statistics.median(time_runs(run, section.device, repeats=2, seconds=0.0)) * 1e3
 
     timer = triton.testing.do_bench if section.device.type == "cuda" else do_bench
-    for shape in section.shapes:
-        for name, prepare in (("op", peers.op), ("one pass", peers.one_pass)):
-            with (
-                mock.patch.object(autotune, "tuned", Sweep(section, shape).tuned),
-                mock.patch.object(autotune, "wanted", return_value=True),
-                mock.patch.object(triton.testing, "do_bench", timer),
-                section.row(shape=shape.name, kernel=f"{name} with the fastest") as row,
-            ):
-                case = shape.case(1.0, section.device)
-                step = prepare(case.batch(), impl="triton")
-                loss = step.run()
-                assert loss is not None
-                errors = errors_of(loss, *step.gradients(), oracle_of(section, shape, 1.0))
-                problem = mismatch(errors, DTYPES[case.dtype])
-                row["error"] = max(errors.values())
-                if problem:
-                    row["status"] = f"wrong: {problem}"
+    with mock.patch.object(triton.testing, "do_bench", timer):
+        for shape in section.shapes:
+            run_ops(section, shape)
+        for shape in section.shapes:
+            run_row_kernels(section, shape)
     return section.exit_status
 
 

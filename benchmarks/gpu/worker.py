@@ -45,7 +45,7 @@ SHAPES = (
     Shape("B", 2048, 896, 151_936),
     Shape("C", 16_384, 2048, 248_320),
 )
-TINY = (Shape("tiny", 16, 64, 200, response=2),)
+TINY = (Shape("tiny", 16, 64, 200, response=4),)
 
 
 class Section:

@@ -214,12 +214,9 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
     constants, types, aligned = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
-        special = not parameter.do_not_specialize
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (special and type(value) is int and value == 1)
-        ):
+        plain = parameter.do_not_specialize
+        one = isinstance(value, int) and value == 1 and not plain
+        if parameter.is_constexpr or value is None or one:
             constants[name] = value
         elif isinstance(value, TensorDescriptor):
             blocks = ", ".join(map(str, value.block_shape))
@@ -229,7 +226,7 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
             aligned.append(name)
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and value % 16 == 0:
+            if value % 16 == 0 and not plain:
                 aligned.append(name)
         else:
             types[name] = "fp32"

@@ -59,9 +59,7 @@ def render_prompt(
     """The text after which the model starts to answer messages; `template` is what the chat
     template gets beside these, such as `tools`."""
     if prompt[-1]["role"] == "assistant":
-        raise UsageError(
-            "the prompt ends in an assistant message, which leaves nothing to answer; cut it off"
-        )
+        raise UsageError("the prompt ends in an assistant message; cut it off")
     return ChatTemplate(tokenizer, template).text(prompt, generation_prompt=True)
 
 

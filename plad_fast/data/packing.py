@@ -47,7 +47,7 @@ class PreferenceBatch(TypedDict, total=False):
     loss_rows: Tensor  # (N,) int64, rows of hidden.flatten(0, 1) that predict a response token;
     # padded and encoder-decoder layouts: others have `row_layout.predicting`
     targets: Tensor  # (N,) int64, the response tokens
-    cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens
+    cu_seqlens: Tensor  # (S + 1,) int64, offsets of the sequences' response tokens; on the CPU
     group_tokens: Tensor  # (B, 2) int64, tokens of a group in the model, and of its sequences
     scores: Tensor  # (S,) float32, present when the rows have scores
     reference_logps: Tensor  # (S,) float32, present when the rows have them
@@ -92,9 +92,7 @@ class PreferenceCollator:
         for feature in features:
             found = len(feature["response_ids"])
             if found != self.group_size:
-                raise UsageError(
-                    f"a row has {found} responses where groups of {self.group_size} were expected"
-                )
+                raise UsageError(f"a row has {found} responses in place of {self.group_size}")
             if not len(feature["prompt_ids"]) and self.layout != "encoder_decoder":
                 raise UsageError(
                     "a row has empty prompt_ids, and nothing would predict the first token of its "

@@ -80,9 +80,7 @@ def require_there(source: str, option: str) -> None:
                 "adapter_config.json or a .gguf file; check the path"
             )
         if path.is_file() and not is_gguf:
-            raise UsageError(
-                f"{option}: {shown(source)} is a file and no .gguf; give the folder of the model"
-            )
+            raise UsageError(f"{option}: {shown(source)} is a file and no .gguf; give its folder")
         return
     if not (is_gguf or names_path(source)):
         return

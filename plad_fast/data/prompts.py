@@ -170,9 +170,7 @@ def _require_column(table: Table, column: str, option: str) -> None:
         advice = f"choose one with {option}"
         if len(table.columns) == 1 and (mark := re.search("[;\t|]", table.columns[0])):
             advice = f"if {mark[0]!r} stands between its fields, write commas there"
-        raise UsageError(
-            f"{table.source} has no column {column!r}; it has {_listed(table)}: {advice}"
-        )
+        raise UsageError(f"{table.source} has no column {column!r}, but {_listed(table)}: {advice}")
 
 
 def _listed(table: Table) -> str:
@@ -183,9 +181,7 @@ def _listed(table: Table) -> str:
 
 def _filled(template: str, fields: Collection[str], row: Row, where: str) -> str:
     if empty := [name for name in fields if row.get(name) is None]:
-        raise UsageError(
-            f"{where} has no {empty[0]!r} for the prompt template; fill it in or drop the row"
-        )
+        raise UsageError(f"{where} has no {empty[0]!r} for the prompt template; fill it in")
     try:
         return template.format(**row)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -104,19 +104,12 @@ def require_ids(
 
 def _require_below(limit: int, part: str, ids: Sequence[int]) -> None:
     wrong = [token for token in ids if token is None or not 0 <= token < limit]
-    if not wrong:
-        return
-    if wrong[0] is None:
-        raise UsageError(f"the {part} has null among its token ids; leave it out")
-    advice = (
-        "ids are those of tokens, not labels: leave out what is masked"
-        if wrong[0] < 0
-        else "take the model's own tokenizer, or call model.resize_token_embeddings first"
-    )
-    raise UsageError(
-        f"the {part} has the token id {wrong[0]}, and the model knows the ids 0 to {limit - 1}; "
-        f"{advice}"
-    )
+    if wrong:
+        advice = "take the model's own tokenizer, or call model.resize_token_embeddings first"
+        if wrong[0] is None or wrong[0] < 0:
+            advice = "ids are those of tokens, not labels: leave out what is masked"
+        known = f"the model knows the ids 0 to {limit - 1}"
+        raise UsageError(f"the {part} has the token id {wrong[0]}, and {known}; {advice}")
 
 
 def require_dataset_ids(dataset: Dataset, limits: TokenLimits, name: str) -> None:

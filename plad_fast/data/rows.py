@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from plad_fast.checks import shown
 from plad_fast.data.chat import Content, Message, is_blank
+from plad_fast.data.chat_template import common_length
 from plad_fast.data.unicode import require_unicode
 from plad_fast.errors import UsageError
 
@@ -116,9 +117,7 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
     if with_scores:
         wanted = score_columns(there)
         if not there.issuperset(wanted):
-            raise UsageError(
-                f"{found}; this loss needs scores (higher is better) in {' and '.join(wanted)}"
-            )
+            raise UsageError(f"{found}; this loss needs scores in {' and '.join(wanted)}")
 
 
 def score_columns(columns: Collection[str]) -> list[str]:
@@ -148,11 +147,10 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
-    if rejected is not None:
-        several = isinstance(rejected, (list, tuple)) and not _is_messages(rejected)
-        responses += (
-            read_contents(rejected, "rejected") if several else [read_content(rejected, "rejected")]
-        )
+    if isinstance(rejected, (list, tuple)) and not _is_messages(rejected):
+        responses += read_contents(rejected, "rejected")
+    elif rejected is not None:
+        responses.append(read_content(rejected, "rejected"))
     return prompt, responses
 
 
@@ -166,9 +164,7 @@ def read_scores(row: Mapping[str, Any], count: int) -> list[float]:
         scores = [row.get("chosen_score"), *rejected]
     numbers = _numbers(scores)
     if len(numbers) < count or any(map(math.isnan, numbers)):
-        raise UsageError(
-            f"the scores are {shown(scores)} for {count} responses; give a number each"
-        )
+        raise UsageError(f"the scores are {shown(scores)} for {count} responses; give one each")
     return numbers[:count]
 
 
@@ -194,8 +190,7 @@ def _numbers(values: Any) -> list[float]:
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:
     """What both responses begin with is the prompt: whole messages, or text up to white space."""
     first, second = read_content(chosen, "chosen"), read_content(rejected, "rejected")
-    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    shared = next(differing, min(len(first), len(second)))
+    shared = common_length(first, second)
     if isinstance(first, str):
         # Inside of a word, the two sides would be other tokens than a model writes.
         shared = max((i for i in range(shared) if first[i].isspace()), default=0)

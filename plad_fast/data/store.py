@@ -134,9 +134,9 @@ class RowStore:
         header = {**FORMAT.header, "fingerprint": settings}
         content, self._content = self._content, b""
         first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
-        found = (
-            self._parse(first, 1, ("version", "fingerprint")) if first and not overwrite else None
-        )
+        found = None
+        if first and not overwrite:
+            found = self._parse(first, 1, ("version", "fingerprint"))
         if found is not None and found["version"] != FORMAT.version:
             raise UsageError(
                 f"{self.path} has format version {found['version']}, this plad_fast writes version "

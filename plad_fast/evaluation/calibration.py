@@ -164,38 +164,22 @@ def evaluate_calibration(
 
 
 def reliability(
-    samples: ScoredSamples,
-    *,
-    by: str = "rank",
-    bins: int = 8,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    samples: ScoredSamples, *, by: str, bins: int = 8, n_resamples: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Mean quality of samples of like log-probability, from the least likely to the likeliest.
+    """Mean quality of samples of like log-probability, from the least likely to the likeliest; of a
+    calibrated student it rises.
 
-    Of a calibrated student it rises.
-
-    Args:
-        samples: of one student.
-        by: "rank": the place of a sample among those of its prompt, which leaves out how hard the
-            prompt is, over the prompts with two or more; "quantile": its log-probability among all
-            samples.
-        bins: at most; no more than samples of a prompt ("rank"), and equal log-probabilities
-            share a bin.
-        n_resamples, seed: of the bootstrap over prompts.
+    By "rank" it is the place of a sample among those of its prompt, which leaves out how hard the
+    prompt is, over the prompts with two or more; by "quantile" its log-probability among all
+    samples. There are at most `bins`, no more than samples of a prompt ("rank"), and equal
+    log-probabilities share one.
 
     Returns:
         A dict for each bin that holds samples: `low`, `high` (of the place as a share in [0, 1], or
         of the log-probability), `logp` (their mean), `quality` (an interval), `n` (samples).
-
-    Raises:
-        UsageError: fewer than two bins or resamples, or another `by`.
     """
     if bins < 2:
         raise UsageError(f"bins is {bins}; take 2 or more")
-    require_resamples(n_resamples)
-    if by not in _CURVES:
-        raise UsageError(f"there is no reliability by {by!r}; take one of {', '.join(_CURVES)}")
     fewest = 2 if by == "rank" else 1
     chosen = [p for p, logps in enumerate(samples.logps) if len(logps) >= fewest]
     if not chosen:

@@ -92,9 +92,7 @@ def evaluate_students(
     ids = list(teacher_answers)
     for name, asks in (("score_fn", score_fn), ("scorers", scorers), ("judge", judge)):
         if asks and (prompts is None or any(key not in prompts for key in ids)):
-            raise UsageError(
-                f"{name} needs the prompts; pass prompts={{id: prompt}} for every prompt"
-            )
+            raise UsageError(f"{name} needs the prompts; pass prompts={{id: prompt}} for all")
     references = references or {}
     known = {key: text for key in ids if (text := references.get(key)) and not is_blank(text)}
     task = Task(

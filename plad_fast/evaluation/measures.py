@@ -163,9 +163,7 @@ class Task:
             target = self.references.get(key, teacher_answer)
             scores.append(float(score_fn(self.prompts[key], answer, target)))
             if not np.isfinite(scores[-1]):
-                raise UsageError(
-                    f"score_fn gave {scores[-1]} for prompt {key}; it must return a finite number"
-                )
+                raise UsageError(f"score_fn gave {scores[-1]} for prompt {key}; it must be finite")
         return np.array(scores)
 
     def _rated(self, systems: Sequence[StudentOutputs]) -> list[dict[str, FloatArray]]:
@@ -275,9 +273,7 @@ def _there(values: FloatArray | None) -> FloatArray | None:
 def _vector(values: Sequence[float | None], count: int, where: str) -> FloatArray:
     vector = np.asarray(values, dtype=np.float64)  # None becomes NaN
     if vector.shape != (count,):
-        raise UsageError(
-            f"{where} gave {len(values)} numbers for {count} items; it must give one each"
-        )
+        raise UsageError(f"{where} gave {len(values)} numbers for {count} items; give one each")
     if np.isinf(vector).any():
         raise UsageError(f"{where} gave an infinite number; it must give finite ones, or NaN")
     return vector

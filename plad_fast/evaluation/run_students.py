@@ -109,8 +109,9 @@ def evaluate_models(
     endpoint_judge = judge if isinstance(judge, EndpointJudge) else None
     if others_aside and endpoint_judge is not None and endpoint_judge.store is not None:
         set_aside(endpoint_judge.store, endpoint_judge.settings())
-    outputs, rated = [], []
-    for name, path in students.items():
+
+    def run(name: str, path: Path) -> tuple[StudentOutputs, ScoredSamples | None]:
+        """Nothing holds a student's models after this."""
         student = _Student(
             name,
             path,
@@ -122,9 +123,11 @@ def evaluate_models(
             precision,
             others_aside,
         )
-        outputs.append(student.outputs())
-        if calibration_samples:
-            rated.append(student.scored_samples(quality))
+        outputs = student.outputs()
+        return outputs, student.scored_samples(quality) if calibration_samples else None
+
+    ran = [run(name, path) for name, path in students.items()]
+    outputs = [output for output, _ in ran]
     if endpoint_judge is not None:
         endpoint_judge.restart()
     results = evaluate_students(
@@ -137,7 +140,7 @@ def evaluate_models(
     )
     results["judge"] = None if endpoint_judge is None else endpoint_judge.summary()
     results["calibration"] = None
-    if rated:
+    if rated := [samples for _, samples in ran if samples is not None]:
         results["calibration"] = measure_calibration(rated, calibration_samples, quality.name)
     return results, outputs
 

@@ -40,10 +40,6 @@ class Judge(Protocol):
         ...
 
 
-def _no_logps() -> FloatArray:
-    return np.empty(0)
-
-
 @dataclass(frozen=True, eq=False)
 class StudentOutputs:
     """Answers and log-probabilities of one student on the held-out data; arrays become float64.
@@ -58,9 +54,9 @@ class StudentOutputs:
     name: str
     answers: Mapping[str, str]
     """Prompt id -> the student's answer."""
-    chosen_logps: FloatArray = field(default_factory=_no_logps)
+    chosen_logps: FloatArray = field(default_factory=lambda: np.empty(0))
     """(P,) log-probability of the teacher's answer, in nats, normalised as in training."""
-    rejected_logps: FloatArray = field(default_factory=_no_logps)
+    rejected_logps: FloatArray = field(default_factory=lambda: np.empty(0))
     """(P,) log-probability of the pair's rejected answer."""
     pair_ids: Sequence[str] = ()
     """(P,) the pair that each log-probability belongs to."""

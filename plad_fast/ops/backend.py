@@ -128,7 +128,7 @@ class Upstream(NamedTuple):
 class Backend(Protocol):
     """A module's functions."""
 
-    SKIPS_IGNORED: bool
+    TAKES_IGNORED: bool
     """Whether `linear_preference_loss` takes ignored targets: they cost as much as others."""
 
     def unavailable(self, tensor: Tensor) -> str | None:
@@ -163,12 +163,14 @@ class Backend(Protocol):
         objective: Objective,
         denominators: Denominators,
         needs: Needs,
+        counts: Tensor | None = None,  # (S,)
         bounds: Sequence[int] | None = None,  # (S + 1,)
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-        """Of targets of which none is ignored, unless `SKIPS_IGNORED`: loss (), sums (S,), group
+        """Of targets of which none is ignored, unless `TAKES_IGNORED`: loss (), sums (S,), group
         losses (B,), whether a group is active (B,), and the gradients of the loss, in float32 for
         float16 inputs; those of weight and bias may be wider than these.
 
+        counts: targets of each sequence that are not ignored; None for all.
         bounds: cu_seqlens as the host knows them; without them a GPU may be waited for.
         """
 

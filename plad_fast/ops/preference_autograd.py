@@ -182,7 +182,7 @@ def _one_pass(
         problem.targets, problem.cu_seqlens, len(problem.weight), options.ignore_index
     )
     backend = get_backend(options.impl, hidden)
-    if hidden.is_cuda and not problem.cu_seqlens.is_cuda and backend.SKIPS_IGNORED:
+    if hidden.is_cuda and not problem.cu_seqlens.is_cuda and backend.TAKES_IGNORED:
         rows, counted, counts, bounds = None, *_with_ignored(problem)
     else:
         rows, counted, bounds = _keep_counted(problem)
@@ -192,7 +192,7 @@ def _one_pass(
     )
     with alone_on(hidden):
         loss, sums, group_losses, active, grads = backend.linear_preference_loss(
-            counted, scores, reference_logps, objective, denominators, needs, bounds
+            counted, scores, reference_logps, objective, denominators, needs, counts, bounds
         )
     if rows is not None and grads.hidden is not None:
         spread = torch.zeros_like(hidden, dtype=grads.hidden.dtype)
@@ -348,7 +348,9 @@ def _keep_counted(problem: LinearProblem) -> tuple[Tensor | None, LinearProblem,
     bounds = cu_seqlens.tolist()
     if bounds[-1] == len(targets):
         return None, problem, bounds
-    rows = torch.nonzero_static(keep, size=bounds[-1]).squeeze(1)
+    # Not all devices have the former, which does not wait again.
+    found = torch.nonzero_static(keep, size=bounds[-1]) if keep.is_cuda else keep.nonzero()
+    rows = found.squeeze(1)
     counted = problem._replace(
         hidden=problem.hidden[rows], targets=targets[rows], cu_seqlens=cu_seqlens
     )

@@ -104,9 +104,17 @@ def fused_linear_preference_loss(
 
     Args:
         hidden, weight, targets, cu_seqlens, bias, softcap, logit_scale, temperature,
-            ignore_index, impl, scratch_bytes: as in `linear_sequence_logprobs`. The sequences of a
-            group lie next to each other, best first: y+, y-, y+, y-, ... for pairs. The
-            budget must hold a group's logits for three products; a longer group takes four.
+            ignore_index, impl: as in `linear_sequence_logprobs`. The sequences of a group lie
+            next to each other, best first: y+, y-, y+, y-, ... for pairs. With targets on a GPU and
+            cu_seqlens on the CPU the Triton backend waits for the GPU only where a gradient may be
+            exactly 0, once a chunk, and multiplies ignored tokens as zeros; with both on a GPU it
+            waits once more, and leaves them out.
+        scratch_bytes: bound on the memory beside inputs, results and gradients, as in
+            `linear_sequence_logprobs`; the Triton backend takes by default room for 4,096 tokens,
+            5 V max(D, 4096) bytes, or 1 GiB if that is more, and at most a 16th of the GPU's
+            memory. Where a bfloat16 head would need a float32 accumulator beside it, all tokens
+            may be one chunk in the memory of both instead. The budget must hold a group's logits
+            for three products; a longer group takes four.
         loss: a registered name (`plad_fast.losses.available()`), or a function of `logps` (B, K)
             that returns (B,), each group on its own; it may ask for `scores`, `counts` and
             `reference_logps` (B, K) by naming them. It is evaluated on some groups at a time, and

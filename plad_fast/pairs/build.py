@@ -17,7 +17,6 @@ from plad_fast.pairs.select import (
     NEED_SCORES,
     SELECTIONS,
     Candidate,
-    Pair,
     PairFilters,
     Scores,
     common_list_size,
@@ -87,9 +86,9 @@ class PairReport:
     def dropped(self) -> dict[str, int]:
         """Prompts without a row, or pairs that are none, by reason.
 
-        The reasons are those of `filters.drop_reason` and `PairFilters.reason`, and `unscored` (an
-        answer has no score) and `few` (too few different answers for a list). Those that this
-        version does not know are left out.
+        The reasons are those of `select.drop_reason` and `PairFilters.reason`, and `missing` (there
+        is no answer), `unscored` (an answer has no score) and `few` (too few different answers for
+        a list). Those that this version does not know are left out.
         """
         counts = Counter(str(drop.get("reason")) for drop in self.drops)
         return {reason: counts[reason] for reason in _REASONS if counts[reason]}
@@ -157,7 +156,7 @@ def build_pairs(
     require_unique_ids(prompts)
     require_selection(select, has_scores=scores is not None, filters=filters, list_size=list_size)
     given = [(_list(teacher_answers, p.id), _list(student_answers, p.id)) for p in prompts]
-    selected: list[Sequence[Pair | list[Candidate] | str]]
+    selected: list[list[list[Candidate] | str]]
     if select == "ranked":
         assert scores is not None
         ranked = [rank_answers(*answers, scores, filters) for answers in given]
@@ -178,7 +177,8 @@ def build_pairs(
             if isinstance(item, str):
                 drops.append(named | _drop(prompt, item, *answers))
             else:
-                rows.append(_row(prompt, item, tokenizer) | named | {"source": source})
+                row = _row(prompt, item, tokenizer, is_pair=select != "ranked")
+                rows.append(row | named | {"source": source})
                 if prompt.reference is not None:
                     rows[-1]["reference"] = prompt.reference
     report = PairReport(len(rows), drops, "pairs" if select == "all" else "prompts")
@@ -235,12 +235,16 @@ def as_response(prompt: Content, text: str) -> Content:
 
 
 def _row(
-    prompt: Prompt, found: Pair | list[Candidate], tokenizer: PreTrainedTokenizerBase | None
+    prompt: Prompt,
+    found: list[Candidate],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    is_pair: bool,
 ) -> dict[str, Any]:
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
     responses = [as_response(content, candidate.answer.text) for candidate in found]
     scores = [candidate.score for candidate in found]
-    if not isinstance(found, Pair):
+    if not is_pair:
         return {"prompt": content, "responses": responses, "scores": scores}
     row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
     if None not in scores:

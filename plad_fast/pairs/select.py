@@ -39,13 +39,6 @@ class Candidate(NamedTuple):
     score: float | None
 
 
-class Pair(NamedTuple):
-    """Two answers to a prompt, of which the first is to be preferred."""
-
-    chosen: Candidate
-    rejected: Candidate
-
-
 @dataclass(frozen=True)
 class PairFilters:
     """Which pairs to leave out, beyond those that are none; nothing by default.
@@ -124,15 +117,12 @@ class PairFilters:
 KEEP_ALL = PairFilters()
 
 
-def drop_reason(teacher: Answer | None, student: Answer | None) -> str | None:
+def drop_reason(teacher: Answer, student: Answer) -> str | None:
     """Why two answers to a prompt make no pair, or None if they make one.
 
-    The first reason that applies: one is not there (`missing`), is blank (`empty`) or was cut off,
-    so that its end says nothing about its author (`truncated`), or both are equal up to white space
-    (`identical`).
+    The first reason that applies: one is blank (`empty`) or was cut off, so that its end says
+    nothing about its author (`truncated`), or both are equal up to white space (`identical`).
     """
-    if teacher is None or student is None:
-        return "missing"
     if is_blank(teacher.text) or is_blank(student.text):
         return "empty"
     if "length" in (teacher.finish_reason, student.finish_reason):
@@ -158,17 +148,16 @@ def pairs_of(
     scores: Scores | None,
     select: str,
     filters: PairFilters,
-) -> list[Pair | str]:
-    """The pairs of a prompt, or in their place why they are none.
+) -> list[list[Candidate] | str]:
+    """The pairs of a prompt, the better one first, or in their place why they are none.
 
     Answers come by sample number, `select` is any but "ranked", and the filters are applied to what
     was selected: nothing is selected instead.
     """
     first, rival = next(iter(teacher), None), next(iter(student), None)
-    if select == "all":
-        rivals = student if student else [None]
-        return [_pair(first, other, scores, filters) for other in rivals]
-    if select != "teacher":
+    if select == "all" and student:
+        return [_pair(first, other, scores, filters) for other in student]
+    if select.startswith("best-worst"):
         both = [*teacher, *student]
         pooled = select == "best-worst-pooled"
         best = _rank(both if pooled else teacher, scores)
@@ -243,16 +232,15 @@ def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:
 
 def _pair(
     teacher: Answer | None, student: Answer | None, scores: Scores | None, filters: PairFilters
-) -> Pair | str:
-    reason = drop_reason(teacher, student)
-    if reason is not None:
+) -> list[Candidate] | str:
+    if teacher is None or student is None:
+        return "missing"
+    if reason := drop_reason(teacher, student):
         return reason
-    assert teacher is not None
-    assert student is not None
-    pair = Pair(_candidate(teacher, scores), _candidate(student, scores))
-    if scores is not None and None in (pair.chosen.score, pair.rejected.score):
+    chosen, rejected = _candidate(teacher, scores), _candidate(student, scores)
+    if scores is not None and None in (chosen.score, rejected.score):
         return "unscored"
-    return _reason(*pair, filters) or pair
+    return _reason(chosen, rejected, filters) or [chosen, rejected]
 
 
 def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> str | None:

@@ -177,9 +177,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if key in known:
             settings[key] = text if key in raw else coerce(key, text, flag(key))
     if missing := [flag(need) for need in command.needs if need not in settings]:
-        arguments.parser.error(
-            f"{name} needs {_listed(missing)}, as flags or in the file of --config"
-        )
+        arguments.parser.error(f"{name} needs {_listed(missing)}, as flags or in --config")
     return settings
 
 
@@ -218,12 +216,10 @@ def _metavar(command: str, name: str, kind: str = "") -> str:
 
 def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
     """What is not given of the settings stays out of the result."""
-    parser.add_argument(
-        "--verbose", action="store_true", help="log decisions, such as the backend taken"
-    )
+    parser.add_argument("--verbose", action="store_true", help="log decisions, such as the backend")
     if command.needs or command.settings:
         parser.add_argument(
-            "--config", metavar="FILE", help="YAML file with these settings; flags win over it"
+            "--config", metavar="FILE", help="YAML file with these settings; flags win"
         )
     if command.overwrite:
         parser.add_argument("--overwrite", action="store_true", help=command.overwrite)
@@ -236,20 +232,18 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             help=command.help[need],
         )
     for title, members in _GROUPS.items():
-        wanted = [member for member in members if member in command.settings]
-        group = parser.add_argument_group(title) if wanted else None
-        for member in wanted:
-            assert group is not None
-            of_field = _FIELDS[member]
-            default = command.defaults.get(member, of_field.default)
-            text = command.help.get(member, of_field.metadata["help"])
+        wanted = [_FIELDS[member] for member in members if member in command.settings]
+        group = parser.add_argument_group(title) if wanted else parser
+        for of_field in wanted:
+            default = command.defaults.get(of_field.name, of_field.default)
+            text = command.help.get(of_field.name, of_field.metadata["help"])
             text += "" if default is None else f" (default: {default})"
             kind = str(of_field.type).partition(" ")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
             group.add_argument(
-                flag(member),
+                flag(of_field.name),
                 default=argparse.SUPPRESS,
-                metavar=_metavar(name, member, kind),
+                metavar=_metavar(name, of_field.name, kind),
                 help=text.replace("%", "%%"),
                 **switch,
             )
@@ -280,17 +274,17 @@ def _unrecognized(
     unknown: Sequence[str], command: str, commands: Mapping[str, argparse.ArgumentParser]
 ) -> str:
     flags = {name: list(parser._option_string_actions) for name, parser in commands.items()}
-    hints = {}
+    hints = []
     for word in unknown:
         name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-").lower()
         if not word.startswith("-") or not name[2:3].isalpha():
             continue
         others = [other for other in commands if name in flags[other]]
         if close := difflib.get_close_matches(name, flags[command], n=1):
-            hints[f"did you mean {close[0]}?"] = name
+            hints.append(f"did you mean {close[0]}?")
         elif others:
-            hints[f"{name} is a flag of {_listed(others)}, not of {command}"] = name
-    if not unknown[0].startswith("-"):
-        hints = hints or {"a value with spaces needs quotes": ""}
-    hints = hints or {f"plad-fast {command} --help lists the flags": ""}
-    return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints])
+            hints.append(f"{name} is a flag of {_listed(others)}, not of {command}")
+    if not hints and not unknown[0].startswith("-"):
+        hints.append("a value with spaces needs quotes")
+    hints = hints or [f"plad-fast {command} --help lists the flags"]
+    return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *dict.fromkeys(hints)])

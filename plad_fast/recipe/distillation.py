@@ -349,7 +349,7 @@ class _Distillation:
         )
         if not rows:
             raise UsageError(
-                "the teacher finished no answer to a fine-tuning prompt; raise --max-new-tokens"
+                "the teacher finished no answer for fine-tuning; raise --max-new-tokens"
             )
         log = self._train(
             "student",

@@ -128,9 +128,7 @@ class RunFolder:
                 # It was not reached: what follows has no record either, or one that will tell.
                 continue
             reasons, edits = self._differences(stage, inputs=False)
-            because = dict.fromkeys(
-                reason for name in stage.reads for reason in causes.get(name, ())
-            )
+            because = dict.fromkeys(why for name in stage.reads for why in causes.get(name, ()))
             self._require_no_edits(stage, [*reasons, *because], edits)
             for reason in because or reasons:
                 anew.setdefault(reason, []).append(stage.name)

@@ -55,26 +55,17 @@ class DistillConfig:
     base_url: str | None = setting(
         None, "endpoint address for openai:MODEL; default: OPENAI_BASE_URL, else OpenAI's own"
     )
-    api_key_env: str = free_setting(
-        "OPENAI_API_KEY", "environment variable that holds the endpoint's key"
-    )
-    concurrency: int = free_setting(
-        8, "number of simultaneous requests to the endpoint", AT_LEAST_1
-    )
+    api_key_env: str = free_setting("OPENAI_API_KEY", "environment variable of the endpoint's key")
+    concurrency: int = free_setting(8, "simultaneous requests to the endpoint", AT_LEAST_1)
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
-        0,
-        "tokens for the endpoint model's reasoning, on top of the length limit of its answer",
-        NOT_NEGATIVE,
+        0, "tokens for the endpoint model's reasoning, beside those of its answer", NOT_NEGATIVE
     )
     token_budget: int | None = free_setting(
-        None,
-        "token limit for the teacher at the endpoint per run, and the same again for the judge",
+        None, "token limit per run for the teacher at the endpoint, and again for the judge"
     )
     cost_budget: float | None = free_setting(
-        None,
-        "cost limit for the teacher at the endpoint per run, by the prices, and the same again for "
-        "the judge",
+        None, "cost limit per run, by the prices, for the teacher, and again for the judge"
     )
     price_in: float | None = free_setting(None, "price of a million prompt tokens")
     price_out: float | None = free_setting(None, "price of a million answer tokens")
@@ -97,9 +88,7 @@ class DistillConfig:
     )
     drop_contradicted: bool = setting(False, "drop pairs whose rejected answer scores higher")
     min_gap: float | None = setting(None, "minimum score difference of a pair")
-    max_length_ratio: float | None = setting(
-        None, "maximum ratio of the lengths of a pair's answers in words"
-    )
+    max_length_ratio: float | None = setting(None, "maximum ratio of a pair's lengths in words")
     max_repetition: float | None = setting(
         None, "maximum share of repeated 4-grams in the chosen answer"
     )
@@ -107,14 +96,13 @@ class DistillConfig:
 
     output_dir: str = free_setting("runs/distill", "run folder")
     student: str | None = setting(
-        None,
-        "student model to start from, hub id or folder; default: the teacher with fewer layers",
+        None, "model to start from, hub id or folder; default: the teacher with fewer layers"
     )
     student_layers: int | tuple[int, ...] | None = setting(
         None, "layers to keep: a number, evenly spaced, or indices such as 0,2,4; default: 9 of 10"
     )
     prompts: str = setting(
-        BUILTIN_PROMPTS, "JSONL, JSON, CSV or Parquet file, hub dataset id, or 'builtin'"
+        BUILTIN_PROMPTS, "JSONL, JSON, CSV or Parquet file, hub id, or 'builtin'"
     )
     prompt_column: str | None = setting(None, "column that holds the prompt; default: prompt")
     prompt_template: str | None = setting(
@@ -126,28 +114,19 @@ class DistillConfig:
         None, "column with reference answers, for evaluation and for ROUGE as a scorer"
     )
     split: str = setting("train", "split of a hub dataset")
-    limit: int | None = setting(
-        None, "number of prompts to use, the first ones; default: all", AT_LEAST_1
-    )
+    limit: int | None = setting(None, "number of first prompts to use; default: all", AT_LEAST_1)
     held_out: float = setting(
         0.22, "prompts kept for evaluation: a share below 1, or a number of prompts", POSITIVE
     )
     sft_share: float = setting(
-        0.46,
-        "share of the training prompts used for fine-tuning; pairs are made of the others (of all "
-        "if it is 1)",
-        SHARE,
+        0.46, "share of training prompts for fine-tuning; pairs are of the others (all if 1)", SHARE
     )
     seed: int = setting(0, "random seed of the split, of sampling and of training", SEED)
 
     max_new_tokens: int = setting(
-        256,
-        "maximum length of an answer in tokens; answers cut off there make no pairs",
-        AT_LEAST_1,
+        256, "maximum length of an answer in tokens; longer ones make no pairs", AT_LEAST_1
     )
-    teacher_temperature: float = setting(
-        0.0, "temperature of the teacher's answers; 0 is greedy", NOT_NEGATIVE
-    )
+    teacher_temperature: float = setting(0.0, "teacher's temperature; 0 is greedy", NOT_NEGATIVE)
     student_temperature: float = setting(
         1.0, "temperature of the student's samples that become rejected answers", NOT_NEGATIVE
     )
@@ -156,23 +135,17 @@ class DistillConfig:
 
     sft_epochs: float = setting(2.0, "number of passes over the fine-tuning data", POSITIVE)
     sft_learning_rate: float = setting(2e-4, "peak learning rate of fine-tuning", POSITIVE)
-    sft_batch_size: int = setting(
-        8, "number of prompts per optimizer step of fine-tuning", AT_LEAST_1
-    )
+    sft_batch_size: int = setting(8, "prompts per optimizer step of fine-tuning", AT_LEAST_1)
     rounds: int = free_setting(
         1, "number of sample-pair-train rounds; a finished run can be extended by more", AT_LEAST_1
     )
     loss: str = setting("plad_ranking", "preference loss of the calibration")
     beta: float | None = setting(
-        None,
-        "margin of the loss, or the weight of its reference; default: the loss's own",
-        NOT_NEGATIVE,
+        None, "margin of the loss, or weight of its reference; default: its own", NOT_NEGATIVE
     )
     loss_args: str | None = setting(None, 'further loss options as JSON: {"gamma": 0.5}')
     sft_weight: float | None = setting(
-        None,
-        "weight of the NLL regulariser; default: 1 for plad_*, slic, cpo and orpo, else 0",
-        NOT_NEGATIVE,
+        None, "weight of the NLL; default: 1 for plad_*, slic, cpo and orpo, else 0", NOT_NEGATIVE
     )
     length_normalization: float | None = setting(
         None,
@@ -182,15 +155,13 @@ class DistillConfig:
     )
     epochs: float = setting(2.0, "number of passes over the pairs", POSITIVE)
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration", POSITIVE)
-    batch_size: int = setting(
-        4, "number of pairs per optimizer step of the calibration", AT_LEAST_1
-    )
+    batch_size: int = setting(4, "pairs per optimizer step of the calibration", AT_LEAST_1)
     micro_batch_size: int | None = free_setting(
         None, "number of prompts in memory together; default: the batch size", AT_LEAST_1
     )
     max_tokens_per_batch: int = free_setting(
         4096,
-        "number of tokens in memory together; an optimizer step takes as many such parts as needed",
+        "tokens in memory together; an optimizer step takes as many such parts as needed",
         AT_LEAST_1,
     )
     max_length: int = setting(
@@ -203,9 +174,7 @@ class DistillConfig:
         "float32, or bfloat16 autocast; 'auto' takes bfloat16 where it is fast",
         one_of("auto", "float32", "bfloat16"),
     )
-    eval_scorer: str | None = setting(
-        None, "scorer of the held-out answers beside ROUGE; as --scorer"
-    )
+    eval_scorer: str | None = setting(None, "scorer of held-out answers beside ROUGE; as --scorer")
     calibration_samples: int = setting(
         0,
         "number of samples per student and held-out prompt, to see whether its likelihood tells "
@@ -240,9 +209,7 @@ class DistillConfig:
         if (self.price_in is None) != (self.price_out is None):
             raise UsageError("--price-in and --price-out belong together; give both")
         if self.loss == "sft":
-            raise UsageError(
-                "--loss sft is not a calibration: fine-tuning is the recipe's first stage already"
-            )
+            raise UsageError("--loss sft is no calibration, but the recipe's first stage")
         if get_loss(self.loss).needs_scores and self.scorer is None:
             raise UsageError(f"--loss {self.loss} needs scores of the answers; choose a --scorer")
         for samples, temperature in (

@@ -149,7 +149,8 @@ def train_on_pairs(
         if overwrite:
             if Path(source).expanduser().resolve() == folder.resolve():
                 raise UsageError(
-                    f"--overwrite would remove the --model {folder} before it is read; {ELSEWHERE}"
+                    f"--model and --output-dir are both {folder}, which --overwrite would empty "
+                    f"before it is read; {ELSEWHERE}"
                 )
             check_loadable(source)  # a mistyped --model costs nobody the model that is there
             discard_training(folder)

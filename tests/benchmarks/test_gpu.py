@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from ast import literal_eval
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +21,12 @@ from benchmarks.common import ROOT, Record
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import LinearConfig, RowsConfig
 
 from benchmarks.gpu import correctness, worker
 from benchmarks.gpu.__main__ import SECTIONS, Job, Running, parse
 from benchmarks.gpu.loss import all_implementations
-from benchmarks.gpu.summary import TABLES
+from benchmarks.gpu.summary import COUNTED, TABLES, losses, predictions
 from benchmarks.gpu.sweep import Sweep
 from benchmarks.gpu.worker import Section, Shape
 
@@ -90,15 +91,26 @@ def test_every_implementation_is_measured_or_named_as_missing(dry_run: Path) -> 
             assert rows[name]["extra_mib"] > 0
 
 
+def test_times_stand_beside_their_predictions() -> None:
+    known = predictions()
+    for name in COUNTED.values():
+        assert float(known["A", name, 1.0]) > 1
+    row = {"shape": "A", "impl": "trl", "active": 1.0, "median_ms": 5.0, "status": "ok"}
+    missing = {"impl": "liger", "status": "missing: liger_kernel"}
+    *_, first, last = losses([missing, row]).splitlines()
+    assert known["A", "TRL, chunked", 1.0] in first
+    assert "liger_kernel" in last
+
+
 def test_the_sweep_can_be_frozen(dry_run: Path) -> None:
     with (dry_run / "sweep.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ms"]]
-    fields = LinearConfig.__dataclass_fields__
-    kinds: dict[str, list[LinearConfig]] = {}
+    kinds: dict[str, list[LinearConfig | RowsConfig]] = {}
     for row in rows:
-        config = LinearConfig(**{name: int(row[name]) for name in fields})
-        kinds.setdefault(row["kernel"], []).append(config)
-    assert len(kinds) >= 2  # forward, gradient
+        config = LinearConfig if row["BLOCK_D"] else RowsConfig
+        fields = {name: literal_eval(row[name]) for name in config.__dataclass_fields__}
+        kinds.setdefault(row["kernel"], []).append(config(**fields))
+    assert len(kinds) >= 4  # linear and row kernels, forward and gradient
     assert all(len(set(configs)) >= 2 for configs in kinds.values())
     frozen = Counter(row["kernel"] for row in rows if row["default"] == "True")
     assert frozen == Counter(dict.fromkeys(kinds, 1))

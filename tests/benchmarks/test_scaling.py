@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,14 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, Ll
 from benchmarks import scaling, scaling_table
 from benchmarks.measure import PRODUCTS
 from benchmarks.scaling_count import (
+    GIB,
     SHAPES,
     Shape,
     Workload,
     activations,
     block_activations,
     head_products,
+    one_pass_chunk,
     rest_activations,
     scratch_rows,
     step_flops,
@@ -38,7 +41,12 @@ from plad_fast import fused_linear_preference_loss
 from plad_fast.data.packing import PreferenceBatch, PreferenceCollator
 from plad_fast.models.head import head_arguments
 from plad_fast.models.sharing import prepare
-from plad_fast.ops.backend import _MAX_CUDA_SCRATCH_BYTES, HeadOptions
+from plad_fast.ops.backend import (
+    _MAX_CUDA_SCRATCH_BYTES,
+    HeadOptions,
+    one_pass_scratch_bytes,
+)
+from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
 from plad_fast.ops.impl.workspace import Workspace
 from plad_fast.training.config import PLaDConfig
 
@@ -175,6 +183,30 @@ def test_rows_of_the_scratch_are_those_of_the_op() -> None:
         workspace = Workspace((hidden, weight, None), options, len(hidden), for_gradient=True)
         assert workspace.rows == scratch_rows(TINY, budget, 4)
     assert _MAX_CUDA_SCRATCH_BYTES == SCRATCH_BYTES
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("gib", [2, 24, 80])
+def test_chunks_of_the_one_pass_loss_are_those_of_the_kernels(
+    gib: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = gib * GIB
+    properties = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for shape, num_rows in itertools.product(SHAPES, (100, 2048, 8192, 20_000)):
+        chunk = one_pass_chunk(shape, num_rows, memory, frozen=frozen)
+        hidden = torch.empty(num_rows, shape.hidden, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(shape.vocab, shape.hidden, dtype=torch.bfloat16, device="meta")
+        budget = one_pass_scratch_bytes(torch.device("cuda", 0), *weight.shape)
+        workspace = KernelWorkspace(
+            (hidden, weight, None),
+            HeadOptions(scratch_bytes=budget),
+            num_rows,
+            for_gradient=True,
+            needs_weight=not frozen,
+        )
+        assert workspace.rows == chunk.rows
+        assert chunk.whole == (workspace.rows >= num_rows)
 
 
 @of_transformers_5

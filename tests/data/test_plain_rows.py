@@ -174,5 +174,5 @@ def test_what_is_no_collection_of_rows_is_refused_by_name(tiny_tokenizer, make, 
 @pytest.mark.parametrize("score", [True, "0.5", np.bool_(True), math.nan, None])
 def test_a_score_that_is_no_number_is_refused(tiny_tokenizer, score):
     rows = [DRESSED[0], {**DRESSED[1], "chosen_score": score}]
-    with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
+    with pytest.raises(UsageError, match=r"row 2: the scores are .* give one each"):
         tokenize_dataset(rows, tiny_tokenizer, max_length=64, with_scores=True)

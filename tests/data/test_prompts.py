@@ -248,7 +248,7 @@ def test_missing_file_names_its_neighbour(jsonl):
         ("p.jsonl", "", "has no rows"),
         ("p.json", "[]", "has no rows"),
         ("p.csv", "prompt\n", "has no rows"),
-        ("p.csv", "prompt;id\nq;1\n", "it has 'prompt;id': if ';' stands between its fields"),
+        ("p.csv", "prompt;id\nq;1\n", "but 'prompt;id': if ';' stands between its fields"),
         ("p.jsonl", '{"prompt": 3}\n', "row 1, column 'prompt' is 3; it should be text or a list"),
         ("p.jsonl", '{"prompt": "a"}\n{}\n', "row 2, column 'prompt' is None; it should be"),
         ("p.jsonl", '{"prompt": " \\n"}\n', "row 1, column 'prompt' holds a blank prompt"),
@@ -369,7 +369,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     ("options", "expected"),
     [
         ({"limit": 0}, "limit must be at least 1, not 0"),
-        ({"prompt_column": "question"}, "it has 'id', 'prompt', 'topic', 'answer'"),
+        ({"prompt_column": "question"}, "but 'id', 'prompt', 'topic', 'answer'"),
         ({"prompt_column": "question"}, "--prompt-column"),
         ({"reference_column": "gold"}, "--reference-column"),
         ({"prompt_column": "prompt", "prompt_template": "{prompt}"}, "both given"),

@@ -157,7 +157,7 @@ def test_scores_that_a_loss_can_go_without_are_read_where_there_are_some(tiny_to
     for rows in ([row], [unscored]):
         assert "scores" not in encode(rows).column_names
     for wrong in (unscored, {**scored, "rejected_score": None}):
-        with pytest.raises(UsageError, match=r"row 2: the scores are .* give a number each"):
+        with pytest.raises(UsageError, match=r"row 2: the scores are .* give one each"):
             encode([scored, wrong])
 
 
@@ -226,12 +226,12 @@ def test_tokenised_rows_are_taken_as_they_are(tiny_tokenizer):
         (
             [{"prompt": "p", "responses": ["a", "b"]}],
             {"with_scores": True},
-            "higher is better\\) in scores",
+            "this loss needs scores in scores",
         ),
         (
             [{"prompt": "p", "responses": ["a", "b"], "scores": [1.0]}],
             {"with_scores": True},
-            "row 1: the scores are .* give a number each",
+            "row 1: the scores are .* give one each",
         ),
         (
             [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "p", "responses": ["a"]}],
@@ -297,7 +297,7 @@ def test_what_a_chat_template_raises_is_a_refusal_with_the_row(tiny_tokenizer, t
         ({"prompt_ids": [9, 12], "response_ids": [[1], [2]]}, "prompt has the token id 12"),
         ({"prompt_ids": [9, 11], "response_ids": [[1], [2, 10]]}, "response has the token id 10"),
         ({"prompt_ids": [9], "response_ids": [[-100, 1], [2]]}, "response has the token id -100"),
-        ({"prompt_ids": [9], "response_ids": [[1, None], [2]]}, "response has null among"),
+        ({"prompt_ids": [9], "response_ids": [[1, None], [2]]}, "response has the token id None"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "the token id"),
     ],
 )

@@ -206,7 +206,6 @@ def test_reliability_of_equal_log_probabilities_is_one_bin():
         (lambda: evaluate_calibration([]), "no student"),
         (lambda: measure(samples([[]], [[]])), "s has no samples"),
         (lambda: measure(samples([[1.0]], [[1.0]]), bins=1), "bins is 1"),
-        (lambda: reliability(samples([[1.0]], [[1.0]]), by="age"), "no reliability by 'age'"),
         (
             lambda: evaluate_calibration([random_samples(1), random_samples(1)]),
             "different names",

@@ -38,13 +38,47 @@ def test_op_waits_once_and_only_to_leave_tokens_out(shape):
     assert count_op(shape, skip_inactive=False).waits == ()
 
 
-@pytest.mark.parametrize(
-    ("shape", "launches", "waits", "passes"),
-    [(A, 475, 26, 9), (B, 145, 8, 3), (C, 1795, 98, 33)],
-    ids="ABC",
-)
-def test_one_pass(shape, launches, waits, passes):
+@pytest.mark.parametrize(("shape", "chunks"), [(A, 1), (B, 1), (C, 4)], ids="ABC")
+@pytest.mark.parametrize("active", [1.0, 0.5])
+def test_one_pass_waits_once_a_chunk_where_pairs_may_be_satisfied(shape, chunks, active):
+    counts = count_one_pass(shape, active=active)
+    assert counts.chunks == chunks
+    assert len(counts.waits) == chunks, counts.waits
+
+
+@SHAPES
+def test_one_pass_of_a_smooth_loss_does_not_wait(shape):
+    for loss in ("dpo", "simpo", "ipo"):
+        assert count_one_pass(shape, loss=loss).waits == ()
+
+
+def test_one_pass_waits_once_more_for_lengths_on_the_gpu():
+    for loss, waits in (("dpo", 1), ("plad_ranking", 2)):
+        assert len(count_one_pass(A, loss=loss, lengths_on_host=False).waits) == waits
+
+
+@pytest.mark.parametrize(("shape", "passes"), [(A, 2), (B, 2), (C, 5)], ids="ABC")
+def test_one_pass_writes_the_gradient_of_the_head_once_a_chunk_and_once_scaled(shape, passes):
     counts = count_one_pass(shape)
-    assert len(counts.launches) <= launches
-    assert len(counts.waits) <= waits, counts.waits
-    assert counts.weight_grad_written <= passes
+    assert counts.weight_grad_written == passes
+    assert counts.weight_grad_read == passes - 1
+
+
+def test_one_pass_launches_little_around_products_and_loss():
+    """Eight launches a chunk, and those of the loss, of its gradient and of a call."""
+    few, many = count_one_pass(A), count_one_pass(C)
+    chunk = (len(many.launches) - len(few.launches)) / (many.chunks - few.chunks)
+    of_loss = 24
+    assert chunk - 3 - of_loss <= 12
+    assert len(few.launches) <= 80
+
+
+@SHAPES
+def test_one_pass_takes_the_memory_it_says(shape):
+    """Gradients, scratch and, of several chunks, the accumulator of the head's gradient."""
+    head, hidden = shape.vocab * shape.width, shape.tokens * shape.width
+    scratch = 5 * shape.vocab * max(shape.width, 4096)
+    results = 2 * (head + hidden)
+    # Beside: the hidden states with zeros for ignored tokens, and numbers of a token.
+    beside = 2 * hidden + 2**24
+    assert count_one_pass(shape).peak_bytes <= results + scratch + 4 * head + beside

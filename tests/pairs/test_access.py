@@ -13,6 +13,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.access import check_variable, one_line, warn_of_clear_text
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.recipe.settings import DistillConfig
 from tests.support.endpoints import CHAT, KEY, NOBODY, endpoint, generate, refused, teacher
 from tests.support.fault_server import FaultServer, answer_to
@@ -105,7 +106,7 @@ def test_what_a_terminal_would_obey_is_replaced():
 def test_an_endpoint_says_nothing_of_its_key():
     with FaultServer() as server:
         model = endpoint(server, prices=(1, 2), concurrency=1)
-        assert list(model.complete([ChatRequest(CHAT, 5)] * 2)) == [
+        assert list(model.complete([ChatRequest(CHAT, Sampling(5))] * 2)) == [
             (i, Reply([Choice(answer_to("chat"), "stop", 3)])) for i in (0, 1)
         ]
     assert server.keys == {KEY}

@@ -15,6 +15,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.client import most_bytes
+from plad_fast.pairs.generation.sampling import Sampling
 from tests.support.endpoints import NOBODY, PAUSE, endpoint, generate, teacher
 from tests.support.fault_server import FaultServer, Step, answer_to
 from tests.support.reply_fuzz import PIECE, Fuzzed, any_reply, bomb, install
@@ -22,8 +23,14 @@ from tests.support.reply_fuzz import PIECE, Fuzzed, any_reply, bomb, install
 pytestmark = pytest.mark.usefixtures("key")
 
 
-REQUEST = ChatRequest([{"role": "user", "content": "2+2?"}], 64, n=2, temperature=0.7, seed=1)
+REQUEST = ChatRequest(
+    [{"role": "user", "content": "2+2?"}], Sampling(64, n=2, temperature=0.7, seed=1)
+)
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def asked(question):
+    return ChatRequest([{"role": "user", "content": question}], Sampling(5))
 
 
 def test_redirections_are_followed_within_the_server_alone():
@@ -53,7 +60,7 @@ def test_reading_may_stop_at_any_answer():
         return Step() if question == "0" else Step("hang")
 
     with FaultServer(step) as server:
-        requests = [ChatRequest([{"role": "user", "content": f"{i}"}], 5) for i in range(20)]
+        requests = [asked(f"{i}") for i in range(20)]
         replies = endpoint(server, timeout=30, concurrency=4).complete(requests)
         assert next(replies)[0] == 0
         start = time.monotonic()
@@ -64,7 +71,7 @@ def test_reading_may_stop_at_any_answer():
 
 def test_no_request_starts_once_nobody_reads():
     """Some replies come at the very moment of the cancelling, which must not get lost."""
-    requests = [ChatRequest([{"role": "user", "content": f"{i}"}], 5) for i in range(300)]
+    requests = [asked(f"{i}") for i in range(300)]
     with FaultServer() as server:
         for _ in range(8):
             server.asked.clear()

@@ -37,7 +37,7 @@ class Fake:
     def complete(self, requests):
         for index in reversed(range(len(requests))):
             request = requests[index]
-            assert (request.temperature, request.n) == (0, 1)
+            assert (request.sampling.temperature, request.sampling.n) == (0, 1)
             text = request.messages[0]["content"]
             first, second = (match[3] for match in SHOWN.finditer(text))
             self.asked.append((first, second, len(request.messages)))

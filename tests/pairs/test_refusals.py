@@ -219,12 +219,12 @@ def test_a_temperature_that_is_refused_is_the_users_to_change():
 
 def test_a_request_may_do_without_its_temperature(caplog):
     """With one warning; a request that needs it still sends it."""
-    free = ChatRequest(CHAT, 5, temperature=0.0, any_temperature=True)
+    free = ChatRequest(CHAT, Sampling(5, temperature=0.0), any_temperature=True)
     with FaultServer(reasoning(0)) as server:
         model = endpoint(server)
         replies = [reply for _, reply in model.complete([free] * 12)]
         assert all(reply.own_temperature for reply in replies)
-        ((_, refused),) = model.complete([ChatRequest(CHAT, 5, temperature=0.0)])
+        ((_, refused),) = model.complete([ChatRequest(CHAT, Sampling(5, temperature=0.0))])
         assert "does not support 0 " in refused
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1

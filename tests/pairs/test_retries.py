@@ -141,7 +141,7 @@ def test_a_quota_of_a_day_stops_the_run_at_once(body, headers):
 
     with FaultServer(step) as server:
         replies = teacher(server, concurrency=2).endpoint.complete(
-            [ChatRequest([{"role": "user", "content": q}], 5) for q in "abcdefgh"]
+            [ChatRequest([{"role": "user", "content": q}], Sampling(5)) for q in "abcdefgh"]
         )
         found: list[int] = []
         with pytest.raises(UsageError, match="run the same command again"):
@@ -190,7 +190,7 @@ def test_an_endpoint_that_is_not_there_says_so_at_once(host, monkeypatch):
     with pytest.raises(UsageError, match=f"{host}:{port}.*no connection"):
         teacher.try_out(Sampling(), NOWHERE)
     assert len(waits) == 1
-    ((_, reason),) = teacher.endpoint.complete([ChatRequest(CHAT, 5)])
+    ((_, reason),) = teacher.endpoint.complete([ChatRequest(CHAT, Sampling(5))])
     assert "given up after 2 tries" in reason
 
 
@@ -225,7 +225,7 @@ def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypat
     assert len(asked) == 1
     assert asked[0] < 5
     teacher.endpoint._is_reached = True
-    list(teacher.endpoint.complete([ChatRequest(CHAT, 5)]))
+    list(teacher.endpoint.complete([ChatRequest(CHAT, Sampling(5))]))
     assert asked[1:] == [60.0] * 7
 
 

@@ -58,7 +58,7 @@ BAD_INPUTS = {
     ),
     "wrong column": (
         [*DISTILL, "--prompts", "{data}/question.jsonl"],
-        "no column 'prompt'; it has 'question': choose one with --prompt-column",
+        "no column 'prompt', but 'question': choose one with --prompt-column",
     ),
     "template names no column": (
         [*DISTILL, "--prompts", "{data}/question.jsonl", "--prompt-template", "Q: {{text}}"],
@@ -196,7 +196,7 @@ BAD_INPUTS = {
     ),
     "a file in place of a model": (
         [*TRAIN, "--pairs", "{data}/good.jsonl", "--model", "{data}/good.jsonl"],
-        "--model: '.*/good.jsonl' is a file and no .gguf; give the folder",
+        "--model: '.*/good.jsonl' is a file and no .gguf; give its folder",
     ),
     "pairs that are not there": (
         [*TRAIN, "--pairs", "{data}/none/pairs"],
@@ -235,7 +235,7 @@ BAD_INPUTS = {
     ),
     "a student named like a path": (
         [*EVALUATE, "--student", "../A={teacher}"],
-        "--student ../A=.*: a name must not contain /",
+        "--student ../A=.*: choose a name without /",
     ),
     "students that differ in case only": (
         [*EVALUATE, "--student", "A={teacher}", "--student", "a={teacher}"],

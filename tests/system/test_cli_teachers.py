@@ -252,7 +252,7 @@ def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch
             *("--token-budget", "40", "--concurrency", "1", *endpoint(running)),
         ]
         assert main(arguments(tiny_teacher, tmp_path / "run", *extra)) == 0
-        judges = [runs[0].texts.scorer, runs[0].scoring["judge"]]
+        judges = [runs[0].texts.scorer, runs[0].evaluation["judge"]]
         items = [(Prompt("p", "?"), "x", f"{n}") for n in range(9)]
         judges[0].compare(items[:1])
         judges[1].compare(items)

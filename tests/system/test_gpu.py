@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -108,6 +109,10 @@ def test_nothing_waits_for_the_device():
         )
         preference_loss(ours.sums, ours.counts, loss="plad_ranking", sft_weight=0.1).backward()
 
+    run_without_waiting(step)
+
+
+def run_without_waiting(step: Callable[[], None]) -> None:
     step()  # compiles, and probes the loss
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -115,6 +120,51 @@ def test_nothing_waits_for_the_device():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("scratch_rows", [400, None])
+def test_one_pass_of_a_smooth_loss_does_not_wait(scratch_rows):
+    """With offsets on the CPU; in chunks, too."""
+    problem = problem_of(torch.bfloat16, ignored=0.1, scratch_rows=scratch_rows)
+    offsets = problem.cu_seqlens.cpu()
+
+    def step() -> None:
+        fused_linear_preference_loss(
+            *problem.inputs[:3], offsets, impl="triton", loss="simpo", **problem.options
+        ).loss.backward()
+
+    run_without_waiting(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [128_256, 50_257])
+def test_narrow_gradients_in_the_rows_of_their_logits(dtype, vocab):
+    """Thousands of programs, whose warps must not overtake one another: the same bits as elsewhere,
+    compacted or not."""
+    from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
+
+    from plad_fast.ops.impl.workspace import compacting_order
+
+    count, width = 4096, -(-vocab // 64) * 64
+    memory = torch.randn(count, width, device="cuda")
+    logits = memory[:, :vocab]
+    targets = torch.randint(vocab, (count,), device="cuda")
+    options = {
+        "bias": None, "softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": -1
+    }  # fmt: skip
+    statistics = logits_rows_forward(logits, targets, with_entropy=False, **options)
+    given = targets, *statistics[1:4], torch.randn(count, device="cuda"), None
+    active = torch.rand(count) < 0.5
+    for order in (None, compacting_order(active).cuda()):
+        rows = slice(None) if order is None else order
+        elsewhere = torch.empty(count, vocab, dtype=dtype, device="cuda")
+        want = logits_rows_backward(logits, *given, out=elsewhere, **options)[rows]
+        own = memory.clone()
+        out = own.view(dtype)[: len(want), :vocab]
+        found = logits_rows_backward(
+            own[:, :vocab], *given, out=out, rows=order, row_width=width, **options
+        )
+        assert torch.equal(found, want)
 
 
 @pytest.mark.parametrize("one_pass", [False, True])

@@ -207,17 +207,13 @@ def _drawing(
     **options: Any,
 ) -> Iterator[list[tuple[Axes, _Panel]]]:
     """Panels one above the other, of a height in inches each; written to `path` at the end.
-    UsageError if there are none, which says `nothing`, or matplotlib is not installed."""
+    UsageError if there are none, which says `nothing`."""
     if not panels:
         raise UsageError(nothing)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from PIL import Image
-    except ImportError as error:
-        raise UsageError(
-            'plots need the package matplotlib; run: pip install "plad-fast[eval]"'
-        ) from error
+    import matplotlib
+    from matplotlib.figure import Figure
+    from PIL import Image
+
     with matplotlib.rc_context(fname=_STYLE):
         # Figure without pyplot: no window system, no global list of figures to leak into.
         heights = [height(panel) for panel in panels]

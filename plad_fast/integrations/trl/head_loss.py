@@ -6,6 +6,7 @@ S sequences in groups of K; N scored tokens, V vocabulary, D hidden.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from plad_fast.data.packing import PreferenceBatch
+from plad_fast.data.rows import TokenLimits
+from plad_fast.integrations.trl.pair_losses import Loss, length_desensitised
 from plad_fast.models.head import head_arguments
+from plad_fast.models.router import router_losses
 from plad_fast.models.wrappers import call_inside, unwrap
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 2**26
 
 METRICS = ("fast", "all")
-Loss = str | Callable[..., Tensor]
 Translated = tuple[str, Mapping[str, Any], float]
 _ATTRIBUTES = {"loss_type": "loss_types"}
 """Names of options and those of the trainer's attributes, where these differ."""
@@ -43,6 +46,8 @@ class Measured(NamedTuple):
     counts: Tensor  # (S,)
     tokens: dict[str, Tensor]
     """(N,) each: "mean_logit" if it is to be had, "entropy" and "is_top1" on request."""
+    router_loss: Tensor | None  # ()
+    """Without its coefficient; None where it is not wanted."""
 
 
 @dataclass
@@ -55,7 +60,7 @@ class HeadLoss:
         layout: of the batches, see `plad_fast.data.packing`.
         metrics: "fast", or "all" at the price of another pass, see `use_plad_fast`.
         impl, scratch_bytes: of the op.
-        vocabulary: of `pair_batch`.
+        limits: of the model.
     """
 
     translate: Callable[[Mapping[str, Any]], Translated]
@@ -64,10 +69,12 @@ class HeadLoss:
     metrics: str = "fast"
     impl: str = "auto"
     scratch_bytes: int | None = None
-    vocabulary: int | None = None
+    limits: TokenLimits | None = None
     loss: Loss = field(init=False)
     options: Mapping[str, Any] = field(init=False)
     sft_weight: float = field(init=False)
+    ld_alpha: float | None = field(default=None, init=False)
+    """What the tail of the longer response counts in DPO; None where it counts as the rest."""
     _seen: dict[str, Any] | None = field(default=None, init=False)
 
     def follow(self, trainer: Any) -> HeadLoss:
@@ -86,6 +93,7 @@ class HeadLoss:
             present[name] = own[attribute] if attribute in own else getattr(trainer.args, name)
         if present != self._seen:
             self.loss, self.options, self.sft_weight = self.translate(present)
+            self.ld_alpha = None if present.get("ld_alpha") == 1 else present.get("ld_alpha")
             self._seen = copy.deepcopy(present)
         return self
 
@@ -96,20 +104,24 @@ class HeadLoss:
         batch: PreferenceBatch,
         *,
         reference_logps: Tensor | None = None,  # (S,)
-        loss: Loss | None = None,
+        loss: Callable[..., Tensor] | None = None,
         group_size: int = 2,
         logits: bool = True,
+        router_coefficient: float | None = None,
     ) -> Measured:
         """Runs `model`, which may be wrapped by DDP.
 
         Args:
             loss: in place of the own one and its regulariser; a function without options.
             logits: whether metrics that need the logits are wanted.
+            router_coefficient: of the router loss, where that is wanted.
         """
         module = unwrap(model)
+        with_router = router_coefficient is not None
 
-        def forward(_: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-            arguments = head_arguments(module, batch)
+        def forward(_: Tensor) -> tuple[Any, ...]:
+            with router_losses(module, wanted=with_router, coefficient=1.0) as routing:
+                arguments = head_arguments(module, batch)
             out = fused_linear_preference_loss(
                 **arguments,
                 loss=self.loss if loss is None else loss,
@@ -122,11 +134,33 @@ class HeadLoss:
                 **(self.options if loss is None else {}),
             )
             tokens = _token_metrics(arguments, self.metrics == "all") if logits else {}
-            return out.loss, out.sums, out.counts, tokens
+            total, router = out.loss, None
+            if router_coefficient is not None:
+                total = total + router_coefficient * routing[0]
+                router = routing[0].detach()
+            return total, out.sums, out.counts, tokens, router
 
         # Wrappers look at their inputs: they get to see the token ids only.
         with accelerator.autocast():
             return Measured(*call_inside(model, module, forward, batch["input_ids"]))
+
+    def desensitised(self, batch: PreferenceBatch) -> Callable[..., Tensor]:
+        """The loss of a batch of pairs with their tails cut, and its regulariser."""
+        assert self.ld_alpha is not None
+        return functools.partial(
+            length_desensitised,
+            name=self.loss,
+            options=self.options,
+            ld_alpha=self.ld_alpha,
+            nll_weight=self.nll_weight(batch["cu_seqlens"].diff().view(-1, 4)[:, :2]),
+        )
+
+    def nll_weight(
+        self,
+        counts: Tensor,  # (B, parts), tokens whose likelihood is the regulariser
+    ) -> Tensor:  # ()
+        """What makes a mean over tokens of a mean over pairs of their sums."""
+        return self.sft_weight * len(counts) / counts.sum().clamp(min=1)
 
     def logps(
         self, accelerator: Accelerator, model: nn.Module, batch: PreferenceBatch
@@ -147,20 +181,11 @@ class HeadLoss:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        input_ids: Tensor,  # (R, T)
-        attention_mask: Tensor,  # (R, T)
-    ) -> Tensor:  # (R, T)
-        """Mean over the vocabulary of the logits at every place of padded rows, padding too."""
-        count = input_ids.numel()
-        batch = PreferenceBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            loss_rows=torch.arange(count, device=input_ids.device),
-            targets=input_ids.flatten(),  # which are not looked at
-            cu_seqlens=torch.tensor([0, count], device=input_ids.device),
-        )
+        batch: PreferenceBatch,
+    ) -> Tensor:  # (N,)
+        """Mean over the vocabulary of the logits of every scored token."""
         with torch.no_grad(), accelerator.autocast():
-            return _mean_logits(head_arguments(unwrap(model), batch)).view_as(input_ids)
+            return _mean_logits(head_arguments(unwrap(model), batch))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plad_fast.data.packing import PreferenceBatch, to_device
 from plad_fast.data.row_layout import RowLayout
+from plad_fast.data.rows import TokenLimits
 from plad_fast.errors import UsageError
 
 
@@ -34,7 +35,8 @@ def pair_batch(
     *,
     layout: str,
     with_prompts: bool = False,
-    vocabulary: int | None = None,
+    cut_tails: bool = False,
+    limits: TokenLimits | None = None,
 ) -> PreferenceBatch:
     """The batch in the order y+, y-, y+, y-, ... and in a layout of `plad_fast.data.packing`.
 
@@ -44,7 +46,9 @@ def pair_batch(
 
     Args:
         with_prompts: a third sequence in every group, the chosen sequence's other tokens.
-        vocabulary: how many tokens the model has embeddings for; None leaves it to the model.
+        cut_tails: both sequences of a pair in two, where the shorter one ends: the order is y+ and
+            its tail, y- and its tail.
+        limits: of the model; None leaves it to the model to refuse tokens.
 
     Returns:
         A batch on the device of `input_ids`.
@@ -60,14 +64,7 @@ def pair_batch(
             "a batch is padded on the left or in the middle; collate it with padding on the right, "
             "as TRL's own collators do"
         )
-    if vocabulary is not None and ids.numel():
-        low, high = ids.aminmax()
-        if low < 0 or high >= vocabulary:
-            wrong = int(low if low < 0 else high)
-            raise UsageError(
-                f"a batch has the token id {wrong}, and the model knows the ids 0 to "
-                f"{vocabulary - 1}; take the model's own tokenizer, also for its pad token"
-            )
+    _require_known(ids, limits and limits.inputs)
     chosen, rejected = lengths.chunk(2)
     shared = torch.zeros_like(chosen)
     if layout == "padded":
@@ -92,9 +89,13 @@ def pair_batch(
         tokens.append(tokens[0])
     scored = torch.stack([part[:, 1:] for part in taken], dim=1)  # (B, K, T - 1)
     rows = torch.stack([part[:, :-1] for part in sources], dim=1)[scored]
+    counts = scored.sum(2)  # (B, K)
+    if cut_tails:
+        common = counts.amin(1, keepdim=True).expand_as(counts)
+        counts = torch.stack([common, counts - common], dim=2)
     batch = PreferenceBatch(
         targets=torch.stack([part[:, 1:] for part in tokens], dim=1)[scored],
-        cu_seqlens=torch.nn.functional.pad(scored.sum(2).flatten().cumsum(0), (1, 0)),
+        cu_seqlens=_offsets(counts),
     )
     if layout == "padded":
         batch["input_ids"], batch["attention_mask"] = input_ids, attention_mask
@@ -108,6 +109,66 @@ def pair_batch(
         batch["position_ids"] = indexed.position_ids()[None]
         batch["row_layout"] = indexed
     return to_device(batch, device)
+
+
+def encoder_decoder_batch(
+    input_ids: Tensor,  # (2 B, T), the prompts twice
+    attention_mask: Tensor,  # (2 B, T)
+    labels: Tensor,  # (2 B, R), all chosen above all rejected; -100 behind them
+    decoder_input_ids: Tensor,  # (2 B, R)
+    *,
+    every_place: bool = False,
+    limits: TokenLimits | None = None,
+) -> PreferenceBatch:
+    """The batch in the order y+, y-, y+, y-, ..., in the layout "encoder_decoder".
+
+    Args:
+        every_place: score padding too, as token 0.
+        limits: as in `pair_batch`.
+
+    Returns:
+        A batch on the device of `input_ids`.
+
+    Raises:
+        UsageError: a token beyond the vocabulary.
+    """
+    device = input_ids.device
+    _require_known(input_ids.cpu(), limits and limits.inputs)
+    labels, decoder_ids = (
+        x.cpu().unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+        for x in (labels, decoder_input_ids)
+    )
+    scored = labels != -100
+    _require_known(labels[scored], limits and limits.outputs)
+    if every_place:
+        labels, scored = labels.where(scored, 0), torch.ones_like(scored)
+    batch = PreferenceBatch(
+        input_ids=input_ids.chunk(2)[0],
+        attention_mask=attention_mask.chunk(2)[0],
+        decoder_input_ids=decoder_ids,
+        # The decoder is causal: what lies behind a response changes nothing of it.
+        decoder_attention_mask=torch.ones_like(decoder_ids),
+        loss_rows=scored.flatten().nonzero()[:, 0],
+        targets=labels[scored],
+        cu_seqlens=_offsets(scored.sum(1)),
+    )
+    return to_device(batch, device)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
+
+
+def _require_known(ids: Tensor, vocabulary: int | None) -> None:
+    if vocabulary is None or not ids.numel():
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= vocabulary:
+        wrong = int(low if low < 0 else high)
+        raise UsageError(
+            f"a batch has the token id {wrong}, and the model knows the ids 0 to "
+            f"{vocabulary - 1}; take the model's own tokenizer, also for its pad token"
+        )
 
 
 def _common_starts(ids: Tensor, real: Tensor) -> Tensor:  # (2 B, T), (2 B, T) -> (B,)

@@ -1,14 +1,14 @@
 """Fronts for TRL's trainers with the fused loss in place of theirs; `use` mixes them in.
 
 Every class stands in front of one of TRL's and keeps all the rest of it: data, reference model,
-accumulation, logging, checkpoints. B pairs in a batch.
+accumulation, logging, checkpoints. That of the DPOTrainer is here, those of the CPOTrainer and the
+ORPOTrainer in `concatenated`. B pairs in a batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +19,9 @@ from trl.trainer.utils import use_adapter
 
 from plad_fast.data.packing import PreferenceBatch
 from plad_fast.errors import UsageError
-from plad_fast.integrations.trl.head_loss import HeadLoss, Loss, Measured
+from plad_fast.integrations.trl.head_loss import HeadLoss, Measured
+from plad_fast.integrations.trl.pair_losses import joined
 from plad_fast.integrations.trl.pair_rows import pair_batch
-from plad_fast.losses.registry import get_loss
-from plad_fast.losses.terms import (
-    MAX_EXPONENT,
-    MAX_SQUARED_EXPONENT,
-    NEAREST_TO_ONE,
-    means,
-    power_rewards,
-)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,6 +32,7 @@ _LAYOUTS = {
     "shared": "what a pair begins with runs once, and no padding",
     "packed": "no padding",
     "padded": "as TRL's own",
+    "encoder_decoder": "the encoder reads every prompt once",
 }
 _DPO_INPUTS = {"input_ids", "attention_mask", "completion_mask"}
 _DPO_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -62,13 +56,15 @@ class WithHeadLoss(Trainer):
     def _head_loss(self) -> HeadLoss:
         return self._own_head_loss.follow(self)
 
-    def _say_once(self, padded: Tensor, batch: PreferenceBatch) -> None:
-        """Prints what is done to the first batch, of which TRL would run the `padded` rows."""
+    def _say_once(self, places: int, batch: PreferenceBatch) -> None:
+        """Prints what is done to the first batch, of which TRL would run so many places."""
         if self._said or not self.is_world_process_zero():
             return
         self._said = True
         head_loss = self._head_loss
-        places, tokens, scored = padded.numel(), batch["input_ids"].numel(), len(batch["targets"])
+        tokens, scored = batch["input_ids"].numel(), len(batch["targets"])
+        if "decoder_input_ids" in batch:
+            tokens += batch["decoder_input_ids"].numel()
         # Not through a logger: at INFO nobody sees it, and a warning it is not.
         tqdm.write(
             f"plad_fast in {type(self).__bases__[1].__name__}: loss {head_loss.loss}, "
@@ -86,6 +82,8 @@ class FastDPO(WithHeadLoss):
     loss_types: list[str]
     precompute_ref_logps: bool
     ref_model: nn.Module | None
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
     _metrics: Any
     _total_train_tokens: int
 
@@ -100,17 +98,28 @@ class FastDPO(WithHeadLoss):
         by_length = sorted(DIVIDING_BY_LENGTH & set(self.loss_types))
         if by_length and bool(completion[:, 0].any()):
             raise UsageError(NO_PROMPT.format(by_length[0]))
+        head_loss = self._head_loss
+        ld_alpha = head_loss.ld_alpha
         batch = pair_batch(
             inputs["input_ids"],
             inputs["attention_mask"],
             completion,
-            layout=self._head_loss.layout,
-            vocabulary=self._head_loss.vocabulary,
+            layout=head_loss.layout,
+            limits=head_loss.limits,
+            cut_tails=ld_alpha is not None,
         )
-        self._say_once(inputs["input_ids"], batch)
-        reference = self._reference_logps(inputs, batch)  # (2 B,)
-        out = self._head_loss.measure(self.accelerator, model, batch, reference_logps=reference)
-        self._note(out, reference, inputs["attention_mask"])
+        self._say_once(inputs["input_ids"].numel(), batch)
+        reference = self._reference_logps(inputs, batch)  # (S,)
+        out = head_loss.measure(
+            self.accelerator,
+            model,
+            batch,
+            reference_logps=reference,
+            loss=None if ld_alpha is None else head_loss.desensitised(batch),
+            group_size=2 if ld_alpha is None else 4,
+            router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else None,
+        )
+        self._note(out, reference, inputs["attention_mask"], ld_alpha)
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # for compute_metrics; TRL makes these logits anew, too
@@ -121,10 +130,12 @@ class FastDPO(WithHeadLoss):
             )
         return out.loss, outputs
 
-    def _reference_logps(self, inputs: dict[str, Any], batch: PreferenceBatch) -> Tensor:  # (2 B,)
+    def _reference_logps(self, inputs: dict[str, Any], batch: PreferenceBatch) -> Tensor:  # (S,)
         if self.precompute_ref_logps:
-            chosen, rejected = (inputs[name] for name in _DPO_REFERENCE)
-            return torch.stack([chosen, rejected], dim=1).flatten().float()
+            pairs = torch.stack([inputs[name] for name in _DPO_REFERENCE], dim=1).float()
+            if self._head_loss.ld_alpha is not None:  # TRL has added the tails' share to them
+                pairs = torch.stack([pairs, torch.zeros_like(pairs)], dim=2)
+            return pairs.flatten()
         checkpointing = self.args.gradient_checkpointing_kwargs
         with disable_gradient_checkpointing(self.model, checkpointing), self._as_reference() as ref:
             return self._head_loss.logps(self.accelerator, ref, batch)
@@ -139,13 +150,21 @@ class FastDPO(WithHeadLoss):
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             yield self.model
 
-    def _note(self, out: Measured, reference: Tensor, attention_mask: Tensor) -> None:
+    def _note(
+        self, out: Measured, reference: Tensor, attention_mask: Tensor, ld_alpha: float | None
+    ) -> None:
         """TRL's metrics, by its names."""
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
         gather = self.accelerator.gather
-        logps = out.logps.detach().view(-1, 2)  # (B, 2)
-        rewards = self.beta * (logps - reference.view(-1, 2))
+
+        def pairs(values: Tensor, tail_share: float | None = ld_alpha) -> Tensor:  # (S,) -> (B, 2)
+            if ld_alpha is None or tail_share is None:
+                return values.view(-1, 2)
+            return joined(values.view(-1, 4), tail_share)
+
+        logps = pairs(out.logps.detach())
+        rewards = self.beta * (logps - pairs(reference))
         better = (rewards[:, 0] > rewards[:, 1]).float()
         rows = torch.cat([rewards, logps, better[:, None]], dim=1)  # (B, 5)
         means = gather(rows).mean(0).tolist()
@@ -156,9 +175,9 @@ class FastDPO(WithHeadLoss):
         metrics["logps/chosen"].append(means[2])
         metrics["logps/rejected"].append(means[3])
 
-        counts = out.counts.view(-1, 2)
-        sequences = torch.arange(out.counts.numel(), device=counts.device)
-        is_chosen = (sequences % 2 == 0).repeat_interleave(out.counts)  # (N,)
+        counts = pairs(out.counts, 1)
+        sequences = torch.arange(counts.numel(), device=counts.device)
+        is_chosen = (sequences % 2 == 0).repeat_interleave(counts.flatten())  # (N,)
         sums = {
             "tokens": attention_mask.sum(),
             "chosen": counts[:, 0].sum(),
@@ -174,6 +193,8 @@ class FastDPO(WithHeadLoss):
             self._total_train_tokens += int(totals["tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
         chosen, rejected = totals["chosen"], totals["rejected"]
+        if out.router_loss is not None:
+            metrics["aux_loss"].append(gather(out.router_loss).mean().item())
         if "mean_logit" in out.tokens:
             for side, count in (("chosen", chosen), ("rejected", rejected)):
                 metrics[f"logits/{side}"].append(totals[f"{side} mean_logit"] / max(count, 1))
@@ -181,170 +202,3 @@ class FastDPO(WithHeadLoss):
             entropy = totals["chosen entropy"] + totals["rejected entropy"]
             metrics["entropy"].append(entropy / max(chosen + rejected, 1))
             metrics["mean_token_accuracy"].append(totals["chosen is_top1"] / max(chosen, 1))
-
-
-class _FastConcatenated(WithHeadLoss):
-    """Common parts of the fronts of CPO's and ORPO's trainers."""
-
-    pad_token_id: int
-    concatenated_inputs: Any
-    _predicting = False
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """TRL's, whose predictions are the metrics of logits."""
-        self._predicting = not prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._predicting = False
-
-    def _both(self, batch: dict[str, Any], padding: int) -> dict[str, Tensor]:
-        return self.concatenated_inputs(
-            batch,
-            is_encoder_decoder=False,
-            padding_value=padding,
-            device=self.accelerator.device,
-        )
-
-    def _pairs(self, both: dict[str, Tensor], *, with_prompts: bool) -> PreferenceBatch:
-        batch = pair_batch(
-            both["concatenated_input_ids"],
-            both["concatenated_attention_mask"],
-            both["concatenated_labels"] != -100,
-            layout=self._head_loss.layout,
-            vocabulary=self._head_loss.vocabulary,
-            with_prompts=with_prompts,
-        )
-        self._say_once(both["concatenated_input_ids"], batch)
-        return batch
-
-    def _logits(
-        self, model: nn.Module, both: dict[str, Tensor], places: slice
-    ) -> dict[str, Tensor]:
-        """Mean logits, where they are asked for; TRL's are over prompts and padding, too."""
-        if not self._predicting and self._head_loss.metrics != "all":
-            return {}
-        means = self._head_loss.mean_logits(
-            self.accelerator,
-            model,
-            both["concatenated_input_ids"],
-            both["concatenated_attention_mask"],
-        )
-        chosen, rejected = means[:, places].chunk(2)
-        return {"logits/chosen": chosen.mean(), "logits/rejected": rejected.mean()}
-
-    def _means(self, train_eval: str, values: dict[str, Tensor]) -> dict[str, float]:
-        prefix = "eval_" if train_eval == "eval" else ""
-        gather = self.accelerator.gather_for_metrics
-        return {f"{prefix}{k}": gather(v.detach()).mean().item() for k, v in values.items()}
-
-
-class FastCPO(_FastConcatenated):
-    """In front of `trl.experimental.cpo.CPOTrainer`."""
-
-    replaces = ("get_batch_loss_metrics", "concatenated_forward", "cpo_loss", "get_batch_logps")
-    alpha: float
-    beta: float
-    cpo_alpha: float
-    loss_type: str
-
-    def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
-    ) -> tuple[Tensor, dict[str, float]]:
-        """TRL's loss and its metrics; those of logits where they are asked for."""
-        both = self._both(batch, self.pad_token_id)
-        pairs = self._pairs(both, with_prompts=False)
-        out = self._head_loss.measure(self.accelerator, model, pairs, logits=False)
-        logps, counts = out.logps.detach().view(-1, 2), out.counts.view(-1, 2)
-        nll = logps.new_zeros(())
-        if self.cpo_alpha:
-            nll = -logps[:, 0].sum() / counts[:, 0].sum().clamp(min=1)
-        # A response of no tokens has the mean 0, as in the loss, where TRL's is NaN; nor do
-        # AlphaPO's rewards end in infinity.
-        if self.loss_type in ("ipo", "simpo"):
-            logps = means(logps, counts)
-        limit = MAX_SQUARED_EXPONENT if self.loss_type == "ipo" else MAX_EXPONENT
-        chosen_rewards, rejected_rewards = (
-            self.beta * power_rewards(logps, self.alpha, limit)
-        ).unbind(1)
-        return out.loss, self._means(
-            train_eval,
-            _rewards(chosen_rewards, rejected_rewards, logps)
-            | {"nll_loss": nll}
-            | self._logits(model, both, slice(None)),
-        )
-
-
-class FastORPO(_FastConcatenated):
-    """In front of `trl.experimental.orpo.ORPOTrainer`."""
-
-    replaces = (
-        "get_batch_loss_metrics",
-        "concatenated_forward",
-        "odds_ratio_loss",
-        "get_batch_logps",
-    )
-    odds_ratio_loss: Any
-    padding_value: int
-
-    def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
-    ) -> tuple[Tensor, dict[str, float]]:
-        """TRL's loss and its metrics; those of logits where they are asked for."""
-        both = self._both(batch, self.padding_value)
-        groups = self._pairs(both, with_prompts=True)
-        lengths = groups["cu_seqlens"].diff().view(-1, 3)
-        # TRL's regulariser is the likelihood of the chosen sequence with its prompt.
-        share = len(lengths) / lengths[:, ::2].sum().clamp(min=1)
-        head_loss = self._head_loss
-        loss = functools.partial(
-            _with_prompt_nll,
-            name=head_loss.loss,
-            options=head_loss.options,
-            nll_weight=head_loss.sft_weight * share,
-        )
-        out = head_loss.measure(
-            self.accelerator, model, groups, loss=loss, group_size=3, logits=False
-        )
-        logps, counts = out.logps.detach().view(-1, 3), out.counts.view(-1, 3)
-        nll = -logps[:, ::2].sum() / counts[:, ::2].sum().clamp(min=1)
-        # Of a response without tokens, or one that is certain, TRL's odds are infinite or NaN.
-        logps = means(logps[:, :2], counts[:, :2])
-        odds = self.odds_ratio_loss(*logps.clamp(max=-NEAREST_TO_ONE).unbind(1))
-        return out.loss, self._means(
-            train_eval,
-            _rewards(odds[1], odds[2], logps)
-            | {"nll_loss": nll, "log_odds_ratio": odds[3], "log_odds_chosen": odds[4]}
-            | self._logits(model, both, slice(-1)),
-        )
-
-
-def _with_prompt_nll(
-    logps: Tensor,  # (B, 3): y+, y-, the prompt of y+
-    *,
-    counts: Tensor,  # (B, 3)
-    name: Loss,
-    options: Mapping[str, Any],
-    nll_weight: Tensor,  # ()
-) -> Tensor:  # (B,)
-    spec = get_loss(name)
-    own = {"counts": counts[:, :2]} if "counts" in spec.takes else {}
-    losses = spec.fn(logps[:, :2], **own, **options)
-    return losses - nll_weight.to(logps.dtype) * (logps[:, 0] + logps[:, 2])
-
-
-def _rewards(chosen: Tensor, rejected: Tensor, logps: Tensor) -> dict[str, Tensor]:
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": chosen - rejected,
-        "logps/rejected": logps[:, 1],
-        "logps/chosen": logps[:, 0],
-    }

@@ -22,10 +22,13 @@ from plad_fast.data.row_sets import require_column_ids
 from plad_fast.data.rows import TokenLimits
 from plad_fast.errors import UsageError
 from plad_fast.integrations.trl.head_loss import METRICS, HeadLoss, Translated
-from plad_fast.losses.trl_options import translate_cpo, translate_dpo, translate_orpo
+from plad_fast.integrations.trl.pair_losses import translate_weighted_dpo
+from plad_fast.losses.trl_options import translate_cpo, translate_orpo
 from plad_fast.models.adapters import token_limits
+from plad_fast.models.encoder_decoder import is_encoder_decoder
 from plad_fast.models.head import check_architecture
 from plad_fast.models.lm_head import find_head
+from plad_fast.models.router import check_router_loss
 from plad_fast.models.sharing import prepare
 from plad_fast.ops.backend import get_backend
 from plad_fast.ops.validation import check_impl
@@ -38,6 +41,7 @@ try:
     from trl import DPOTrainer
     from trl.trainer.base_config import _BaseConfig
 
+    from plad_fast.integrations.trl import concatenated
     from plad_fast.integrations.trl import trainers as fast
 except ImportError as error:
     raise ImportError(
@@ -72,10 +76,13 @@ _CONCATENATED = _DATA | {"max_completion_length", "generate_during_eval", "is_en
 _REFERENCE = {"precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"}
 _REFERENCE |= {"ref_model_mixup_alpha", "ref_model_sync_steps"}
 _LOGITS = ("logits/chosen", "logits/rejected")
+_TOKENS = {"prompt_ids", "chosen_ids", "rejected_ids"}
+_TOKENS |= {"prompt_input_ids", "chosen_input_ids", "rejected_input_ids"}
+_DECODER_TOKENS = {"chosen_labels", "rejected_labels"}
 
 _DPO = _Kind(
     fast.FastDPO,
-    translate_dpo,
+    translate_weighted_dpo,
     frozenset(
         {"beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting"}
         | {"f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"}
@@ -90,14 +97,14 @@ _DPO = _Kind(
     ("entropy", "mean_token_accuracy"),
 )
 _CPO = _Kind(
-    fast.FastCPO,
+    concatenated.FastCPO,
     translate_cpo,
     frozenset({"beta", "loss_type", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha"}),
     frozenset(_CONCATENATED),
     _LOGITS,
 )
 _ORPO = _Kind(
-    fast.FastORPO,
+    concatenated.FastORPO,
     translate_orpo,
     frozenset({"beta"}),
     frozenset(_CONCATENATED | {"padding_value"}),
@@ -122,7 +129,7 @@ def use_plad_fast(
 
     Args:
         trainer: a `trl.DPOTrainer`, or a `CPOTrainer` or `ORPOTrainer` of `trl.experimental`, with
-            a decoder-only model of text; in one process, or several under DDP.
+            a model of text, which for DPO has no encoder; in one process, or several under DDP.
         layout: "shared", "packed", "padded", or "auto"; see `plad_fast.models.sharing.prepare`.
         attention: see `plad_fast.models.attention.register.enable`.
         metrics: "all" has all of TRL's. "fast" leaves out what takes another pass: with DPO
@@ -161,11 +168,12 @@ def use_plad_fast(
         metrics=metrics,
         impl=impl,
         scratch_bytes=None if scratch_mib is None else scratch_mib * 2**20,
-        vocabulary=limits.inputs,
+        limits=limits,
     ).follow(trainer)
     _check_prompts(trainer)
     _check_tokens(trainer, limits)
     check_architecture(model)
+    check_router_loss(model, wanted=trainer.aux_loss_enabled)
     get_backend(impl, find_head(model).weight)
     with trainer.accelerator.autocast():
         head_loss.layout = prepare(model, layout, attention=attention)
@@ -243,13 +251,8 @@ def _unsupported(trainer: Any) -> Iterator[str]:
         yield "context, sequence or tensor parallelism"
     if isinstance(trainer.processing_class, ProcessorMixin) or getattr(trainer, "_is_vlm", False):
         yield "a vision-language model or processor"
-    if getattr(model.config, "is_encoder_decoder", False):
-        yield "an encoder-decoder model"
-    if trainer.aux_loss_enabled:
-        yield (
-            "the auxiliary loss of a mixture of experts; set router_aux_loss_coef=0.0 in the "
-            "arguments, or for CPO and ORPO output_router_logits=False in the model's config"
-        )
+    if is_encoder_decoder(model) and isinstance(trainer, DPOTrainer):
+        yield "an encoder-decoder model, which TRL's DPOTrainer does not train either"
     if getattr(args, "truncation_mode", "") == "keep_end" and (
         fast.DIVIDING_BY_LENGTH & set(args.loss_type)
     ):
@@ -303,12 +306,12 @@ def _check_prompts(trainer: Any) -> None:
 
 def _check_tokens(trainer: Any, limits: TokenLimits) -> None:
     """Raises UsageError for a row with a token that the model does not know."""
+    known = _TOKENS | (_DECODER_TOKENS if is_encoder_decoder(trainer.model) else set())
     for name, data in _datasets(trainer).items():
         if data.format["type"] == "custom":
             continue
         for column in data.column_names:
-            part = column.removesuffix("_ids").removesuffix("_input")
-            if column.endswith("_ids") and part in ("prompt", "chosen", "rejected"):
+            if column in known:
                 require_column_ids(data, column, limits, name)
 
 

@@ -28,7 +28,7 @@ from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, sof
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
 
 __all__ = [
-    "SKIPS_IGNORED",
+    "TAKES_IGNORED",
     "linear_backward",
     "linear_forward",
     "linear_preference_loss",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-SKIPS_IGNORED = False
+TAKES_IGNORED = False
 
 
 def unavailable(tensor: Tensor) -> str | None:

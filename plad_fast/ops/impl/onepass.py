@@ -26,12 +26,13 @@ from plad_fast.ops.impl.workspace import HeadGradients, TokenStatistics, Workspa
 
 
 def linear_preference_loss(
-    problem: LinearProblem,  # none of its targets is ignored
+    problem: LinearProblem,
     scores: Tensor | None,  # (S,)
     reference_logps: Tensor | None,  # (S,)
     objective: Objective,
     denominators: Denominators,
     needs: Needs,
+    counts: Tensor | None = None,  # (S,)
     bounds: Sequence[int] | None = None,  # (S + 1,)
     make_workspace: Callable[..., Workspace] = Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
@@ -40,6 +41,8 @@ def linear_preference_loss(
     See `plad_fast.ops.backend.Backend`.
 
     Args:
+        counts: targets of each sequence that are not ignored, which `make_workspace` then has to
+            know; None for all.
         bounds: cu_seqlens as the host knows them; where all rows fit one chunk it needs none.
         make_workspace: what computes rows of logits and their gradients.
     """
@@ -47,7 +50,9 @@ def linear_preference_loss(
     workspace = make_workspace(
         problem.head, problem.options, len(problem.hidden), for_gradient=any(needs)
     )
-    call = _OnePass(problem, (scores, reference_logps), objective, denominators, needs, workspace)
+    call = _OnePass(
+        problem, (scores, reference_logps), objective, denominators, needs, counts, workspace
+    )
     for group in _ranges(problem, objective.group_size, bounds, workspace):
         call.run(*group)
     results = call.results(workspace.products.dtype)
@@ -88,6 +93,7 @@ class _OnePass:
         objective: Objective,
         denominators: Denominators,
         needs: Needs,
+        counts: Tensor | None,  # (S,)
         workspace: Workspace,
     ) -> None:
         self.problem = problem
@@ -109,6 +115,7 @@ class _OnePass:
         # Where reading a value waits for a GPU, what always is need not be asked for.
         self._all_active = objective.always_active and workspace.reading_waits
         self._lengths = problem.cu_seqlens.diff()
+        self._counts = self._lengths if counts is None else counts
         self._found: list[_Found] = []
 
     def run(self, first: int, last: int, start: int, stop: int) -> None:
@@ -123,7 +130,7 @@ class _OnePass:
         if len(found) != 1:
             found = [torch.cat([hidden.new_empty(0, dtype=workspace.products.dtype), *found])]
         sums = workspace.segment_sums(found[0], offsets - start if start else offsets)
-        grad_sums = self._differentiate(slice(first * size, last * size), sums, lengths)
+        grad_sums = self._differentiate(slice(first * size, last * size), sums)
         if not (chunks and self.grads.wanted):
             return
         grad = grad_sums.repeat_interleave(lengths, output_size=stop - start)
@@ -138,7 +145,6 @@ class _OnePass:
         self,
         span: slice,  # of the S sequences
         sums: Tensor,  # (sequences,)
-        counts: Tensor,  # (sequences,)
     ) -> Tensor:  # (sequences,)
         """Evaluate the loss of some groups and differentiate it by their sums."""
         shape = (-1, self.objective.group_size)
@@ -149,7 +155,9 @@ class _OnePass:
                 None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
                 for c in self.constants
             )
-            losses = self.objective.group_losses(leaf, counts.reshape(shape), *constants)
+            losses = self.objective.group_losses(
+                leaf, self._counts[span].reshape(shape), *constants
+            )
             refuse_outside_gradients(losses, leaf)
             of_losses = _gradient(losses, leaf)
         # The value is linear in the group losses and in the first sums: the rest is arithmetic.

@@ -52,7 +52,7 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
         if store.rows[key]["prompt"] != digest(prompt.content):
             raise UsageError(
                 f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
-                "another output folder, or pass --overwrite to start anew"
+                "another output folder, or --overwrite"
             )
     return [key for key in wanted if key not in store.done]
 

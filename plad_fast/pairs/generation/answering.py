@@ -13,16 +13,8 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.answer_rows import (
-    Answered,
-    all_wanted,
-    collect,
-    failure_list,
-    missing_from,
-    report_failures,
-    row_id,
-    to_row,
-)
+from plad_fast.pairs.generation import answer_rows
+from plad_fast.pairs.generation.answer_rows import Answered
 from plad_fast.pairs.generation.completions import holds_thought
 from plad_fast.pairs.generation.ranks import joined, merge_shards, shard_path, shard_paths, share
 from plad_fast.pairs.generation.sampling import Sampling
@@ -75,7 +67,7 @@ def stored_answers(
             where another process failed.
     """
     path, settings = Path(path).expanduser(), {**fingerprint, **sampling.settings()}
-    every = all_wanted(prompts, sampling)
+    every = answer_rows.all_wanted(prompts, sampling)
     order = {key: place for place, key in enumerate(every)}
     store: RowStore | None = None  # of the first process
     model: TextModel | None = None
@@ -89,7 +81,7 @@ def stored_answers(
             renew_answers(path, prompts, sampling, settings)
         store = stack.enter_context(RowStore.open(path, settings))
         merge_shards(store, settings, order)
-        return missing_from(store, every)
+        return answer_rows.missing_from(store, every)
 
     def load_first() -> bool:
         """Tells whether every process is to have a model."""
@@ -100,9 +92,9 @@ def stored_answers(
     def close() -> Answered:
         assert store is not None
         merge_shards(store, settings, order)
-        answered = collect(prompts, store, sampling, failures)
+        answered = answer_rows.collect(prompts, store, sampling, failures)
         if model is not None:
-            report_failures(answered, path, model.name)
+            answer_rows.report_failures(answered, path, model.name)
         return answered
 
     with joined() as ranks, ExitStack() as stack:
@@ -140,7 +132,7 @@ def discard_answers(*paths: str | os.PathLike[str]) -> None:
         for file in files:
             file.unlink()
         for store in stores:
-            failure_list(store).unlink(missing_ok=True)
+            answer_rows.failure_list(store).unlink(missing_ok=True)
 
 
 def renew_answers(
@@ -150,7 +142,7 @@ def renew_answers(
     settings: Mapping[str, Any],
 ) -> None:
     """Moves answers to what prompts were before out of a store of this whole fingerprint."""
-    wanted = all_wanted(prompts, sampling)
+    wanted = answer_rows.all_wanted(prompts, sampling)
     digests = {key: digest(prompt.content) for key, (prompt, _) in wanted.items()}
     set_rows_aside(path, settings, digests)
 
@@ -183,11 +175,11 @@ def _ask(
         for batch in model.generate_samples(wanted, sampling):
             new: list[Row] = []
             for item in batch:
-                key = row_id(item.prompt_id, item.sample)
+                key = answer_rows.row_id(item.prompt_id, item.sample)
                 if isinstance(item, Failure):
                     failures[key] = item
                 else:
-                    new.append(to_row(item, digests[item.prompt_id]))
+                    new.append(answer_rows.to_row(item, digests[item.prompt_id]))
                     thoughts += holds_thought(item.text)
             store.append(new)
             bar.update(len(new))
@@ -210,11 +202,10 @@ def _is_limit_judged(name: str, store: RowStore, sampling: Sampling) -> bool:
 
     Warns if most do not, and raises UsageError if none does.
     """
-    finished: dict[str, bool] = {}
-    for key, row in store.rows.items():
-        prompt = key.removesuffix(f"\t{row['sample']}") if row.get("sample") else key
-        finished[prompt] = finished.get(prompt, False) or row["finish_reason"] != "length"
-    count, cut = len(finished), len(finished) - sum(finished.values())
+    rows = store.rows.values()
+    prompts = {row["prompt"] for row in rows}
+    count = len(prompts)
+    cut = len(prompts - {row["prompt"] for row in rows if row["finish_reason"] != "length"})
     if count < _ENOUGH:
         return False
     limit = f"max_new_tokens={sampling.max_new_tokens}"

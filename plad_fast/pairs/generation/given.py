@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
 
 def column_answers(
@@ -55,9 +55,7 @@ class ColumnModel(TextModel):
         self.answers = answers
         self.name = name
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields all answers at once; one that is missing or blank is a failure.
 
         Raises:
@@ -87,9 +85,7 @@ class CallableModel(TextModel):
         self.function = function
         self.name = name
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields an answer at a time."""
         return ([self._call(prompt, sample)] for prompt, sample in wanted)
 

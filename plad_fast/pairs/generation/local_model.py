@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,19 +73,15 @@ class LocalModel(TextModel):
                 for the model, or has tokens the model does not know. From the iterator: the model
                 produced NaN or infinite logits.
         """
-        prompts = {prompt.id: prompt for prompt, _ in wanted}
-        ids = prompt_ids(
-            self.tokenizer,
-            prompts.values(),
-            chat=self.chat,
-            encoder_decoder=self._start_token is not None,
-        )
-        self._check([(ids[prompt_id], prompt) for prompt_id, prompt in prompts.items()], sampling)
+        prompts = {prompt.id: prompt for prompt, _ in wanted}.values()
+        has_encoder = self._start_token is not None
+        ids = prompt_ids(self.tokenizer, prompts, chat=self.chat, encoder_decoder=has_encoder)
+        self._check(ids, sampling)
         rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
         rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
         return self._batches(rows, sampling)
 
-    def _check(self, rows: list[tuple[list[int], Prompt]], sampling: Sampling) -> None:
+    def _check(self, ids: Mapping[str, list[int]], sampling: Sampling) -> None:
         config = self.model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or math.inf
         limit = sampling.max_new_tokens
@@ -95,18 +91,17 @@ class LocalModel(TextModel):
             )
         # In an encoder-decoder model prompt and answer have positions of their own.
         room = positions - (limit if self._start_token is None else 0)
-        too_long = [row for row in rows if len(row[0]) > room]
-        if too_long:
-            ids, prompt = max(too_long, key=lambda row: len(row[0]))
+        if too_long := [prompt_id for prompt_id, tokens in ids.items() if len(tokens) > room]:
+            longest = max(too_long, key=lambda prompt_id: len(ids[prompt_id]))
             raise UsageError(
-                f"{len(too_long)} of {len(rows)} prompts are too long for model {self.name}: "
-                f"prompt {prompt.id!r} has {len(ids)} tokens, and of {positions} positions "
+                f"{len(too_long)} of {len(ids)} prompts are too long for model {self.name}: "
+                f"prompt {longest!r} has {len(ids[longest])} tokens, and of {positions} positions "
                 f"max_new_tokens={limit} leaves {room}; drop them, or lower max_new_tokens"
             )
-        for ids, prompt in rows:
-            if max(ids) >= config.vocab_size:
+        for prompt_id, tokens in ids.items():
+            if max(tokens) >= config.vocab_size:
                 raise UsageError(
-                    f"prompt {prompt.id!r} has token {max(ids)}, but model {self.name} knows "
+                    f"prompt {prompt_id!r} has token {max(tokens)}, but model {self.name} knows "
                     f"{config.vocab_size} tokens; use the tokenizer that belongs to the model"
                 )
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from plad_fast.errors import UsageError
@@ -58,17 +59,19 @@ def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
 class RowDecoder:
     """Next-token logits of rows that come and go. Call it in evaluation and inference mode.
 
-    The model is a causal LM that `why_not_refill` has nothing against; `pad`, which fills up
-    shorter prompts, is any token.
+    Keys and values of all rows end at the same column, and begin at the first that a row uses. The
+    model is a causal LM that `why_not_refill` has nothing against; the pad token, which fills up
+    shorter prompts, may be any.
     """
 
-    def __init__(self, model: Any, max_rows: int, pad: int, *, slack: int = 64) -> None:
-        from plad_fast.pairs.generation.row_cache import RowCache  # brings in transformers
+    def __init__(self, model: Any, pad_token: int) -> None:
+        from transformers import DynamicCache
 
         self._model = model
-        self._pad = pad
+        self._pad_token = pad_token
         self._device = model.device
-        self.cache = RowCache(max_rows, slack=slack)
+        self._cache: Any = DynamicCache()
+        self._lengths: list[int] = []
         # No logits of a prompt's tokens but for the last: they would be the largest tensor of all.
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
         self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
@@ -77,28 +80,50 @@ class RowDecoder:
         """Reads new prompts and adds rows for them, `copies` of each, after those there are."""
         from transformers import DynamicCache
 
-        ids, mask = padded(prompts, self._pad, "left", self._device)
+        ids, mask = padded(prompts, self._pad_token, "left", self._device)
         prefilled = DynamicCache()
         logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), prefilled)
         depth = base_model(self._model).config.get_text_config().num_hidden_layers
         filled = [layer.get_seq_length() for layer in prefilled.layers]
         if filled != [ids.shape[1]] * depth:
             raise ValueError("its layers do not all keep keys and values of every token")
+        there = [(self._cache, [*range(len(self._lengths))])] if self._lengths else []
         sources = [i for i, count in enumerate(copies) for _ in range(count)]
-        self.cache.insert(prefilled, sources, [len(prompts[i]) for i in sources])
+        self._lengths += [len(prompts[i]) for i in sources]
+        self._arrange([*there, (prefilled, sources)])
         return logits[sources]
 
     def step(self, tokens: Sequence[int]) -> Tensor:  # (R, V)
         """Logits of the next token of each row after these."""
-        cache = self.cache
-        cache.prepare_step()
-        ids, positions = (
-            torch.tensor(values, device=self._device)[:, None]
-            for values in (tokens, [cache.end - start for start in cache.starts])
+        ids, lengths = (
+            torch.tensor(v, device=self._device)[:, None] for v in (tokens, self._lengths)
         )
-        logits = self._forward(ids, cache.mask(self._device), positions, cache)
-        cache.finish_step()
+        width = max(self._lengths)
+        mask = (torch.arange(width + 1, device=self._device) >= width - lengths).long()
+        logits = self._forward(ids, mask, lengths, self._cache)
+        self._lengths = [length + 1 for length in self._lengths]
         return logits
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        self._lengths = [self._lengths[row] for row in rows]
+        if rows:
+            self._arrange([(self._cache, rows)])
+
+    def _arrange(self, parts: Sequence[tuple[Any, list[int]]]) -> None:
+        """Puts rows of several caches together, with the columns that they use."""
+        width = max(self._lengths)
+
+        def fitted(tensor: Tensor, rows: list[int]) -> Tensor:  # (rows, heads, width, head size)
+            # Zeros: what a mask hides is still multiplied, by 0.
+            return functional.pad(tensor[rows], (0, 0, width - tensor.shape[2], 0))
+
+        self._cache = parts[-1][0]
+        for number, layer in enumerate(self._cache.layers):
+            given = [(cache.layers[number], rows) for cache, rows in parts]
+            keys = torch.cat([fitted(each.keys, rows) for each, rows in given])
+            layer.values = torch.cat([fitted(each.values, rows) for each, rows in given])
+            layer.keys = keys
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         output = self._model(
@@ -123,7 +148,7 @@ def refilled(
     waiting = deque(rows)
     running: list[Row] = []
     size = min(sampling.batch_size, max(1, len(rows)))
-    decoder, choose = RowDecoder(model, size, pad), TokenSampler(sampling)
+    decoder, choose = RowDecoder(model, pad), TokenSampler(sampling)
     while waiting or running:
         free = min(size - len(running), len(waiting))
         # One prompt alone costs nearly as much to read as several together.
@@ -144,17 +169,15 @@ def refilled(
         require_finite(grown, broken)
         for row, token in zip(grown, tokens, strict=True):
             row.tokens.append(token)
-        finished = []
-        # From behind: the row that moves into a gap has been looked at.
-        for place in reversed(range(first, len(running))):
-            row = running[place]
-            if row.tokens[-1] in ends or len(row.tokens) == sampling.max_new_tokens:
-                decoder.cache.drop(place)
-                running[place] = running[-1]
-                running.pop()
-                finished.append(row)
-        if finished:
-            yield finished[::-1]
+        is_done = [
+            r.tokens[-1] in ends or len(r.tokens) == sampling.max_new_tokens for r in running
+        ]
+        if any(is_done):
+            kept = [place for place, done in enumerate(is_done) if not done]
+            decoder.keep(kept)
+            finished = [row for row, done in zip(running, is_done, strict=True) if done]
+            running = [running[place] for place in kept]
+            yield finished
 
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -206,9 +229,9 @@ def _difference(model: Any, pad: int) -> float:
     first, stays, comes = (
         torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in (9, 5, 7)
     )
-    decoder = RowDecoder(model, 2, pad, slack=1)
+    decoder = RowDecoder(model, pad)
     found = [decoder.admit([first[:9], stays[:5]], [1, 1]), decoder.step([first[9], stays[5]])]
-    decoder.cache.drop(0)
+    decoder.keep([1])
     found += [decoder.admit([comes[:7]], [1]), decoder.step([stays[6], comes[7]])]
     read = (first[:9], stays[:5], first[:10], stays[:6], comes[:7], stays, comes[:8])
     expected = [

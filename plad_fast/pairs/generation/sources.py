@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from plad_fast.checks import shown
@@ -21,18 +21,13 @@ from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, requi
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
+from plad_fast.pairs.generation import given
 from plad_fast.pairs.generation.endpoint.access import find_url
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
-from plad_fast.pairs.generation.given import (
-    CallableModel,
-    ColumnModel,
-    import_function,
-    source_settings,
-)
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Batches, TextModel, Wanted
 from plad_fast.pairs.generation.vllm_model import VllmModel
 
 KINDS = ("openai", "vllm", "column", "python")
@@ -62,8 +57,7 @@ def open_teacher(
     Raises:
         UsageError: there is no such thing, or options for another kind of teacher.
     """
-    require_teacher(spec)
-    kind, rest = split_spec(spec)
+    kind, rest = require_teacher(spec)
     name = spec if name is None else name
     if kind == "openai":
         return EndpointModel(Endpoint(rest, base_url=base_url, **endpoint_options), name)
@@ -72,9 +66,9 @@ def open_teacher(
     if kind == "vllm":
         return VllmModel(rest, name)
     if kind == "column":
-        return ColumnModel(_column(rest, columns), name)
+        return given.ColumnModel(_column(rest, columns), name)
     if kind == "python":
-        return CallableModel(import_function(rest), name)
+        return given.CallableModel(given.import_function(rest), name)
     return LazyLocalModel(lambda: open_local_model(rest, name, precision=precision), name)
 
 
@@ -95,7 +89,7 @@ def teacher_fingerprint(
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":
-        return {"teacher": spec, **source_settings(import_function(rest))}
+        return {"teacher": spec, **given.source_settings(given.import_function(rest))}
     return {"teacher": spec, "weights": model_digest(rest)}
 
 
@@ -121,11 +115,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     return "local", spec
 
 
-def require_teacher(spec: str, option: str = "the teacher") -> None:
-    """Raises UsageError for a wrong specification, or a model's path at which there is nothing."""
+def require_teacher(spec: str, option: str = "the teacher") -> tuple[str, str]:
+    """As `split_spec`, and raises UsageError for a model's path at which there is nothing."""
     kind, rest = split_spec(spec)
     if kind in ("local", "vllm"):
         require_there(rest, option)
+    return kind, rest
 
 
 class LazyLocalModel(TextModel):
@@ -137,7 +132,7 @@ class LazyLocalModel(TextModel):
         self.name = name
         self._model = functools.cache(load)
 
-    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Iterator[list[Answer]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         return self._model().generate_samples(wanted, sampling)
 
 

@@ -45,6 +45,9 @@ class Failure:
 Wanted: TypeAlias = Sequence[tuple[Prompt, int]]
 """Prompts and numbers of samples."""
 
+Batches: TypeAlias = Iterator[Sequence[Answer | Failure]]
+"""Answers as soon as they are there, in any order and in lists of any length."""
+
 
 class TextModel(Protocol):
     """Whatever answers prompts: a local model, an API, a column of a data set.
@@ -55,19 +58,14 @@ class TextModel(Protocol):
     name: str
 
     @abstractmethod
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[Sequence[Answer | Failure]]:
-        """Answers what is wanted and yields answers as soon as they are there.
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
+        """Answers what is wanted, each (prompt, sample) once.
 
-        In any order, and in lists of any length; each (prompt, sample) once. What is wrong with the
-        prompts or the model as a whole is raised as a UsageError from this very call, before
-        anything is generated.
+        What is wrong with the prompts or the model as a whole is raised as a UsageError from this
+        very call, before anything is generated.
         """
         ...
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[Sequence[Answer | Failure]]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Batches:
         """All samples of these prompts; see `generate_samples`."""
         return self.generate_samples([(p, k) for p in prompts for k in range(sampling.n)], sampling)

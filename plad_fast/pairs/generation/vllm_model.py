@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 from plad_fast.data.chat import is_blank
@@ -14,7 +13,7 @@ from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
 from plad_fast.pairs.generation.local_model import prompt_ids
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
 _AT_ONCE = 512  # requests in a call: what a killed run loses, and enough to keep a GPU busy
 
@@ -45,25 +44,24 @@ class VllmModel(TextModel):
         self._engine_options = engine_options
         self._engine: Any = None
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields the answers of one engine call after the other.
 
         Raises:
             UsageError: from this call: the model cannot be loaded. From the iterator: vLLM refuses
                 a prompt, such as one too long for the model.
         """
+        vllm = importlib.import_module("vllm")  # it takes long, and is not there for mypy
         if self._engine is None:
             problem = f"cannot load {self.model!r}; check the name and the GPU's free memory"
             with reported_as(problem, "vLLM"):
-                self._engine = _vllm().LLM(model=self.model, **self._engine_options)
+                self._engine = vllm.LLM(model=self.model, **self._engine_options)
         starts = range(0, len(wanted), _AT_ONCE)
-        return (self._answer(wanted[i : i + _AT_ONCE], sampling) for i in starts)
+        return (self._answer(wanted[i : i + _AT_ONCE], sampling, vllm) for i in starts)
 
-    def _answer(self, asked: Wanted, sampling: Sampling) -> list[Answer | Failure]:
+    def _answer(self, asked: Wanted, sampling: Sampling, vllm: Any) -> list[Answer | Failure]:
         params = [
-            _vllm().SamplingParams(
+            vllm.SamplingParams(
                 n=1,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -93,11 +91,6 @@ class VllmModel(TextModel):
             _read(output.outputs[0], prompt.id, sample)
             for output, (prompt, sample) in zip(outputs, asked, strict=True)
         ]
-
-
-def _vllm() -> Any:
-    """The module, which takes long to import, and is not installed where types are checked."""
-    return importlib.import_module("vllm")
 
 
 def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:

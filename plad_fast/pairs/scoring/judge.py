@@ -18,6 +18,7 @@ from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Usage
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.scoring.verdicts import CRITERIA, REMINDER, TEMPLATE, as_question, read_verdict
 from plad_fast.pairs.select import normalize_whitespace
@@ -127,10 +128,7 @@ class Judge(Scorer):
             new = {key: text for key, text in wanted.items() if key not in self._known}
             failures = self._ask(new, store)
         if wanted and not wanted.keys() & self._known.keys():
-            raise UsageError(
-                f"{self.name} gave no reply; the first failure: {failures[0]}; see that the "
-                "endpoint works, and run again"
-            )
+            raise UsageError(f"{self.name} gave no reply; the first failure: {failures[0]}")
         return [self._outcome([key for key, _ in both]) for both in questions]
 
     def score(self, items: Sequence[Item]) -> list[float]:
@@ -201,7 +199,8 @@ class Judge(Scorer):
         return key, as_question(key[:12], self.criteria, prompt, first, second)
 
     def _request(self, messages: Messages) -> ChatRequest:
-        return ChatRequest(messages, self.max_tokens, temperature=0.0, any_temperature=True)
+        greedy = Sampling(self.max_tokens, temperature=0.0)
+        return ChatRequest(messages, greedy, any_temperature=True)
 
     def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
         """Until every question has a verdict or none for good; why those failed that did."""
@@ -257,9 +256,5 @@ class Judge(Scorer):
 
 def _is_verdict(row: Row) -> bool:
     tokens = row.get("tokens", [0, 0])
-    return (
-        isinstance(row.get("verdict"), str)
-        and row["verdict"] in _WORTH
-        and isinstance(tokens, list)
-        and [type(count) for count in tokens] == [int, int]
-    )
+    is_counted = isinstance(tokens, list) and [type(count) for count in tokens] == [int, int]
+    return is_counted and row.get("verdict") in list(_WORTH)

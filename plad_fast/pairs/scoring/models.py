@@ -28,6 +28,8 @@ from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, finite_scor
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 
 class _ModelScorer(Scorer):
     """A model that is loaded when it is first needed, and kept as long as the scorer.
@@ -43,7 +45,7 @@ class _ModelScorer(Scorer):
 
     def __init__(
         self,
-        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        model: str | LoadedModel,
         *,
         batch_size: int = 8,
         dtype: str | torch.dtype = "auto",
@@ -131,11 +133,7 @@ class RewardModel(_ModelScorer):
     kind = "reward"
 
     def __init__(
-        self,
-        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
-        *,
-        label: int | str | None = None,
-        **options: Any,
+        self, model: str | LoadedModel, *, label: int | str | None = None, **options: Any
     ) -> None:
         super().__init__(model, **options)
         self.label = label
@@ -163,8 +161,7 @@ class RewardModel(_ModelScorer):
         if positions and order and len(rows[order[0]]) > positions:
             raise UsageError(
                 f"an answer to prompt {items[order[0]][0].id!r} has {len(rows[order[0]])} tokens "
-                f"with its prompt, and {self.name} has {positions} positions; drop long prompts, "
-                "or choose another scorer"
+                f"with its prompt, and {self.name} has {positions} positions; drop long prompts"
             )
         scores = [0.0] * len(items)
         with evaluating(model), torch.inference_mode():
@@ -212,10 +209,10 @@ class RewardModel(_ModelScorer):
             )
         model, loading = loaded
         if loading["missing_keys"]:
+            missing = ", ".join(sorted(loading["missing_keys"])[:3])
             raise UsageError(
-                f"{self._source!r} has no weights for "
-                f"{', '.join(sorted(loading['missing_keys'])[:3])}, which would be random: it is "
-                "no reward model; pass one that was trained as such"
+                f"{self._source!r} has no weights for {missing}, which would be random: it is no "
+                "reward model"
             )
         return model.to(device)
 
@@ -279,8 +276,6 @@ def read_reward_config(source: str) -> PretrainedConfig | None:
             f"(...{kind}); pass one that was trained as such, or score by likelihood:MODEL"
         )
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UsageError(
-            f"{source!r} is of type {config.model_type!r}, of which transformers has no sequence "
-            "classifier; pass another reward model"
-        )
+        of_type = f"{source!r} is of type {config.model_type!r}"
+        raise UsageError(f"{of_type}, of which transformers has no sequence classifier")
     return config

@@ -89,21 +89,15 @@ def find_url(url: str | None) -> str:
         shown = one_line(url.rpartition("@")[2])
         raise UsageError(f"base URL {shown!r} is none; it begins with http:// or https://")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise UsageError(
-            "the base URL holds a user, a password or parameters, which would be written to "
-            "files; give scheme, host and path alone"
-        )
+        raise UsageError("the base URL holds a user or parameters; give scheme, host and path")
     return url.rstrip("/")
 
 
 @functools.cache  # once for each URL
 def warn_of_clear_text(url: str) -> None:
     if urlsplit(url).scheme == "http" and not is_loopback(url):
-        logger.warning(
-            "%s is not encrypted, and not on this machine: key, prompts and answers can be read on "
-            "the way; use https://",
-            url,
-        )
+        read = "key, prompts and answers can be read on the way; use https://"
+        logger.warning("%s is not encrypted, and not on this machine: %s", url, read)
 
 
 def is_loopback(url: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from plad_fast.data.chat import Messages
 from plad_fast.pairs.generation.completions import Finish
+from plad_fast.pairs.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -14,21 +15,12 @@ class ChatRequest:
 
     messages: Messages
 
-    max_tokens: int
-    """Longest answer; `Endpoint.reasoning_tokens` come on top."""
-
-    n: int = 1
-    """Answers to give."""
-
-    temperature: float = 1.0
-
-    top_p: float = 1.0
-
-    seed: int | None = None
-    """Of the first answer; the one after it has the next number. Not all endpoints use seeds."""
+    sampling: Sampling
+    """`n` answers, of `max_new_tokens` at most: `Endpoint.reasoning_tokens` come on top. The first
+    one has the seed, the one after it the next number; not all endpoints use seeds."""
 
     any_temperature: bool = False
-    """Go on at the endpoint's own temperature where it refuses this one."""
+    """Go on at the endpoint's own temperature where it refuses this one, and send no seed."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +37,6 @@ class Choice:
 
     problem: str = ""
     """Why this is no answer, though the reply is whole and another would be like it."""
-
-    @property
-    def is_spent(self) -> bool:
-        """The length limit was reached before there was any text but of a thought."""
-        return self.finish_reason == "length" and bool(self.problem)
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,11 @@ class Endpoint:
                 ((_, reply),) = self.complete([request])
             finally:
                 self._is_trial = False
-            if isinstance(reply, str) or reply.choices[0].is_spent:
-                problem = reply if isinstance(reply, str) else reply.choices[0].problem
+            problem = reply
+            if isinstance(reply, Reply):
+                is_spent = reply.choices[0].finish_reason == "length"
+                problem = reply.choices[0].problem if is_spent else ""
+            if problem:
                 raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
 
         by_first(ask)
@@ -172,7 +175,7 @@ class Endpoint:
             connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
             # A proxy named in the environment is not meant for this machine itself.
             proxies=not access.is_loopback(self._url),
-            tokens=max((r.n * (r.max_tokens + self.reasoning_tokens) for r in requests), default=0),
+            tokens=max((r.sampling.n * self._limit(r) for r in requests), default=0),
         ) as client:
             count = min(self.concurrency, len(requests))
             workers = [asyncio.create_task(work(client)) for _ in range(count)]
@@ -206,10 +209,10 @@ class Endpoint:
         self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
     ) -> Reply | str:
         choices: list[Choice] = []
-        limit = request.max_tokens + self.reasoning_tokens
+        n, limit = request.sampling.n, self._limit(request)
         spent = Usage()  # of tokens
         tries, last, reason = 0, "", ""
-        while len(choices) < request.n:
+        while len(choices) < n:
             stop = self._stop_reason()
             if halted.is_set() or stop:
                 self.stopped = stop or self.stopped
@@ -227,8 +230,9 @@ class Endpoint:
                 counted = replies.read_usage(reply)
                 self._count(counted, spent)
                 self._tells_ends |= replies.tells_ends(reply)
+                missing = n - len(choices)
                 choices += replies.read_choices(
-                    reply, key, n=request.n - len(choices), told=self._tells_ends, limit=limit
+                    reply, key, n=missing, told=self._tells_ends, limit=limit
                 )
             except Exception as error:
                 trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
@@ -261,27 +265,31 @@ class Endpoint:
         own_temperature = request.any_temperature and "temperature" in self._refused
         return Reply(choices, reason, own_temperature, spent.prompt_tokens, spent.answer_tokens)
 
+    def _limit(self, request: ChatRequest) -> int:
+        return request.sampling.max_new_tokens + self.reasoning_tokens
+
     def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
         """The request for what is left to be asked for, where some choices have come."""
         limits = ["max_tokens", "max_completion_tokens"]
         if self._url == access.OPENAI_URL:  # its newer models refuse the old, other servers the new
             limits.reverse()
         limit = next((name for name in limits if name not in self._refused), limits[0])
+        sampling = request.sampling
         body: dict[str, Any] = {
             "model": self.model,
             "messages": request.messages,
-            "temperature": request.temperature,
-            limit: request.max_tokens + self.reasoning_tokens,
+            "temperature": sampling.temperature,
+            limit: self._limit(request),
         }
-        if request.top_p < 1:
-            body["top_p"] = request.top_p
-        if request.n - had > 1:
-            body["n"] = request.n - had
-        if request.seed is not None:
+        if sampling.top_p < 1:
+            body["top_p"] = sampling.top_p
+        if sampling.n - had > 1:
+            body["n"] = sampling.n - had
+        if not request.any_temperature:
             # Servers that take no `n` are asked again, and must not say the same again.
-            body["seed"] = request.seed + had
+            body["seed"] = sampling.seed + had
         left_out = self._refused - {limit}  # a request without a limit may cost anything
-        if request.temperature != 1 and not request.any_temperature:
+        if sampling.temperature != 1 and not request.any_temperature:
             left_out.discard("temperature")
         return {name: value for name, value in body.items() if name not in left_out}
 
@@ -310,15 +318,15 @@ class Endpoint:
             await asyncio.wait_for(halted.wait(), seconds)
 
     def _adapt(self, trouble: retries.Trouble, request: ChatRequest) -> None:
-        name, reason = trouble.parameter, trouble.reason
+        name, value = trouble.parameter, request.sampling.temperature
         if name in self._refused:
             return
         self._refused.add(name)
-        if name == "temperature" and request.temperature != 1:
-            what = f"{self!r} takes no temperature of {request.temperature:g}: going on at its own"
-            logger.warning("%s, so that replies are samples (%s)", what, reason)
+        if name == "temperature" and value != 1:
+            what = f"{self!r} takes no temperature of {value:g}: going on at its own"
+            logger.warning("%s, so that replies are samples (%s)", what, trouble.reason)
         else:
-            logger.info("%r takes no %s: going on without (%s)", self, name, reason)
+            logger.info("%r takes no %s: going on without (%s)", self, name, trouble.reason)
 
     def _give_up(self, trouble: retries.Trouble, tries: int) -> str:
         """The reason for one failure; raises UsageError where it concerns all requests."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.text_model import Answer, Failure, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
 
 class EndpointModel(TextModel):
@@ -36,9 +37,7 @@ class EndpointModel(TextModel):
         request = _request(Prompt("", "Say yes."), range(1), sampling)
         self.endpoint.try_out(request, store, overwrite=overwrite)
 
-    def generate_samples(
-        self, wanted: Wanted, sampling: Sampling
-    ) -> Iterator[list[Answer | Failure]]:
+    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields a prompt's answers together, as they come.
 
         Raises:
@@ -66,14 +65,8 @@ def request_seed(seed: int, prompt_id: str) -> int:
 
 
 def _request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
-    return ChatRequest(
-        as_chat(prompt.content),
-        sampling.max_new_tokens,
-        len(samples),
-        sampling.temperature,
-        sampling.top_p,
-        request_seed(sampling.seed, prompt.id) + samples[0],
-    )
+    seed = request_seed(sampling.seed, prompt.id) + samples[0]
+    return ChatRequest(as_chat(prompt.content), replace(sampling, n=len(samples), seed=seed))
 
 
 def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:

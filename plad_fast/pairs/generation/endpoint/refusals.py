@@ -33,7 +33,7 @@ _OF_VALUE = re.compile(
 _EXTRA = re.compile(r"\bextra[ _](?:input|field|argument|param|forbidden)", re.IGNORECASE)
 _INSTEAD = re.compile(r"\b(?:use|replaced|renamed|instead|in favou?r of)\b", re.IGNORECASE)
 # In what a server says of a prompt and of an answer that are too long together.
-_OF_PROMPT = re.compile(
+OF_PROMPT = re.compile(
     r"\binputs\b|\binput[ _](?:tokens|length)|\bprompt\b|\bin the messages\b|\brequested\b"
     r"|\byour request\b|\bcontext length\b",
     re.IGNORECASE,
@@ -48,6 +48,14 @@ class Refusal(NamedTuple):
 
     parameter: str = ""
     of: Literal["name", "value"] = "value"
+
+    def can_drop(self, sent: Mapping[str, Any], any_temperature: bool) -> bool:
+        """Whether the request says the same without the parameter, or by another name of it."""
+        if self.parameter == "temperature":
+            # Left out, the server's own is used, which is 1 as a rule.
+            return any_temperature or (self.of == "name" and sent["temperature"] == 1)
+        is_limit_by_name = self.parameter in LIMITS and self.of == "name"
+        return is_limit_by_name or self.parameter in ("seed", "n")
 
 
 def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
@@ -67,22 +75,6 @@ def find_refusal(named: object, said: str, sent: Mapping[str, Any]) -> Refusal:
             of_name = _OF_NAME.search(said) and not _OF_VALUE.search(said)
             return Refusal(name, "name" if of_name else "value")
     return Refusal()
-
-
-def droppable(refusal: Refusal, sent: Mapping[str, Any], any_temperature: bool) -> bool:
-    """Whether the request says the same without the parameter, or by another name of it."""
-    name = refusal.parameter
-    if name in LIMITS:
-        return refusal.of == "name"
-    # Left out, the server's own temperature would be used, which is 1 as a rule.
-    if name == "temperature":
-        return any_temperature or (refusal.of == "name" and sent[name] == 1)
-    return name in ("seed", "n")
-
-
-def is_of_prompt(said: str) -> bool:
-    """Whether what a server says of the length limit's value is about the prompt too."""
-    return _OF_PROMPT.search(said) is not None
 
 
 def _of_limit(limit: str, said: str, value: object) -> Literal["name", "value"]:

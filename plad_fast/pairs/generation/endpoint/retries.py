@@ -15,12 +15,7 @@ from typing import Any, Literal
 
 from plad_fast.errors import UsageError, causes_of
 from plad_fast.pairs.generation.endpoint.access import one_line
-from plad_fast.pairs.generation.endpoint.refusals import (
-    LIMITS,
-    droppable,
-    find_refusal,
-    is_of_prompt,
-)
+from plad_fast.pairs.generation.endpoint.refusals import LIMITS, OF_PROMPT, find_refusal
 
 _AGAIN = frozenset({408, 409, 425, 429})
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
@@ -163,8 +158,10 @@ def _of_status(
     refusal = find_refusal(named, said or code, sent)
     parameter = refusal.parameter
     trouble = Trouble("unclear", reason, status, parameter=parameter)
-    can_drop = droppable(refusal, sent, any_temperature)
-    if parameter in LIMITS and not (of_prompt or (refusal.of == "value" and is_of_prompt(said))):
+    can_drop = refusal.can_drop(sent, any_temperature)
+    if parameter in LIMITS and not (
+        of_prompt or (refusal.of == "value" and OF_PROMPT.search(said))
+    ):
         # Where the other name was refused before, this one is not: the request keeps a limit.
         if can_drop and not refused & (LIMITS - {parameter}):
             return replace(trouble, then="adapt")

@@ -1,0 +1,94 @@
+"""Losses of pairs whose sequences are more, or other, than y+ and y-.
+
+B pairs in groups of K sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from plad_fast.checks import check_number
+from plad_fast.errors import UsageError
+from plad_fast.losses.registry import get_loss
+from plad_fast.losses.trl_options import Translated, translate_dpo
+
+Loss = str | Callable[..., Tensor]
+
+
+def translate_weighted_dpo(options: Mapping[str, Any]) -> Translated:
+    """`translate_dpo` of all options but `ld_alpha`, which no loss of sequence sums can have.
+
+    Raises:
+        UsageError: as there; a value of `ld_alpha` out of its range, or without an effect.
+    """
+    share = options.get("ld_alpha")
+    loss, given, sft_weight = translate_dpo({**options, "ld_alpha": None})
+    if share is not None:
+        check_number("ld_alpha", share)
+        if not 0 <= share <= 1:
+            raise UsageError(f"ld_alpha must lie in [0, 1], got {share}")
+        if get_loss(loss).is_likelihood and share != 1:
+            raise UsageError(f"ld_alpha={share} has no effect in TRL with loss_type 'sft' alone")
+    return loss, given, sft_weight
+
+
+def pair_losses(
+    logps: Tensor,  # (B, 2)
+    *,
+    counts: Tensor,  # (B, 2)
+    reference_logps: Tensor | None = None,  # (B, 2)
+    name: Loss,
+    options: Mapping[str, Any],
+) -> Tensor:  # (B,)
+    """A registered loss with its options."""
+    given = {"counts": counts, "reference_logps": reference_logps, "length_normalization": 0.0}
+    spec = get_loss(name)
+    return spec.fn(logps, **{k: given[k] for k in spec.takes if k in given}, **options)
+
+
+def with_prompt_nll(
+    logps: Tensor,  # (B, 3): y+, y-, the prompt of y+
+    *,
+    counts: Tensor,  # (B, 3)
+    name: Loss,
+    options: Mapping[str, Any],
+    nll_weight: Tensor,  # ()
+) -> Tensor:  # (B,)
+    """ORPO's: the regulariser is the likelihood of the prompt and y+ together."""
+    losses = pair_losses(logps[:, :2], counts=counts[:, :2], name=name, options=options)
+    return losses - nll_weight.to(logps.dtype) * (logps[:, 0] + logps[:, 2])
+
+
+def length_desensitised(
+    logps: Tensor,  # (B, 4): y+, its tail, y-, its tail
+    *,
+    counts: Tensor,  # (B, 4)
+    reference_logps: Tensor,  # (B, 4)
+    name: Loss,
+    options: Mapping[str, Any],
+    ld_alpha: float,
+    nll_weight: Tensor,  # ()
+) -> Tensor:  # (B,)
+    """LD-DPO's, Liu et al. 2024, arXiv 2409.06411: what the longer response has more counts less.
+
+    The regulariser, the likelihood of y+, counts every token alike.
+    """
+    losses = pair_losses(
+        joined(logps, ld_alpha),
+        counts=joined(counts, 1),
+        reference_logps=joined(reference_logps, ld_alpha),
+        name=name,
+        options=options,
+    )
+    return losses - nll_weight.to(logps.dtype) * (logps[:, 0] + logps[:, 1])
+
+
+def joined(
+    parts: Tensor,  # (B, 4): y+, its tail, y-, its tail
+    tail_share: float,
+) -> Tensor:  # (B, 2)
+    """Both sequences, of their tails a share."""
+    return parts[:, ::2] + tail_share * parts[:, 1::2]
