@@ -68,27 +68,25 @@ class Call(NamedTuple):
 
 def _calls(everything: bool) -> Iterator[Call]:
     """A sample: bfloat16 operands and an even head with all sizes of tile and the reached cases;
-    other heads and dtypes with many tokens and all options, in bfloat16 without options, too.
-    float16 compiles to what bfloat16 does but for the type in the instructions.
+    other heads and dtypes with many tokens. Options take registers: where they do not choose
+    another tile, all of them are the case to try. float16 compiles to what bfloat16 does but for
+    the type in the instructions.
     """
     dtypes = [dtype for dtype in _TYPES if dtype.is_floating_point]
-    heads = [*_HEADS, _HEAD_WITH_A_TAIL]
     plain, *_, full = _REACHED_CASES
     if everything:
-        for dtype, head in itertools.product(dtypes, heads):
+        for dtype, head in itertools.product(dtypes, (*_HEADS, _HEAD_WITH_A_TAIL)):
             for case in _EVERY_CASE if head in _HEADS else _REACHED_CASES:
                 yield Call(dtype, head, case, _TOKENS)
         return
     for case in _REACHED_CASES:
-        yield Call(torch.bfloat16, heads[0], case, _TOKENS)
+        yield Call(torch.bfloat16, _HEADS[0], case, _TOKENS)
     most = _TOKENS[-1:]
-    for head in heads[1:]:
-        yield Call(torch.bfloat16, head, plain, most)
-        yield Call(torch.bfloat16, head, full, most)
-        yield Call(torch.float32, head, full, most)
-    for dtype in (torch.float32, torch.float16):
-        yield Call(dtype, heads[0], plain, most)
-        yield Call(dtype, heads[0], full, most)
+    for dtype, head in itertools.product((torch.bfloat16, torch.float32), _HEADS[1:]):
+        yield Call(dtype, head, full, most)
+    yield Call(torch.bfloat16, _HEAD_WITH_A_TAIL, plain, most)
+    for dtype, case in itertools.product((torch.float32, torch.float16), (plain, full)):
+        yield Call(dtype, _HEADS[0], case, most)
 
 
 def entries(capability: tuple[int, int], *, everything: bool = False) -> list[AotEntry]:
