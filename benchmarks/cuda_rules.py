@@ -62,7 +62,7 @@ def _linear_forward(arguments: Arguments) -> Touched:
     """The weight once: tiles of tokens that run together share it in the L2."""
     written = ["max_ptr", "rest_ptr", "z_target_ptr"]
     others = dict(arguments)
-    if arguments["WITH_ENTROPY"]:
+    if arguments["ENTROPY_ORDER"]:
         written.append("moment_ptr")
     else:
         del others["moment_ptr"]
@@ -74,7 +74,7 @@ def _flops(arguments: Arguments) -> float:
 
 
 def _rows_forward(arguments: Arguments) -> Touched:
-    return once(arguments, _STATISTICS if arguments["WITH_ENTROPY"] else _STATISTICS[:-1])
+    return once(arguments, _STATISTICS if arguments["ENTROPY_ORDER"] else _STATISTICS[:-1])
 
 
 def _rows_backward(arguments: Arguments) -> Touched:

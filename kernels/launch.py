@@ -87,7 +87,9 @@ class AotEntry:
 
     @property
     def flags(self) -> str:
-        return " ".join(k for k, v in self.constants.items() if v is True)
+        order = self.constants.get("ENTROPY_ORDER")
+        named = [k for k, v in self.constants.items() if v is True]
+        return " ".join([*named, f"ENTROPY_{order}"] if order else named)
 
     @property
     def linear(self) -> bool:

@@ -135,7 +135,7 @@ def _linear_forward_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
+    ENTROPY_ORDER: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -191,12 +191,12 @@ def _linear_forward_kernel(
         z, _ = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
         others, at_target = without_target(z, offs_v, targets, vocab, EVEN_V)
         z_target += at_target
-        row_max, rest, moment = online_update(others, row_max, rest, moment, WITH_ENTROPY)
+        row_max, rest, moment = online_update(others, row_max, rest, moment, ENTROPY_ORDER)
 
     out = split.to(tl.int64) * num_tokens + offs_n
     tl.store(max_ptr + out, row_max, mask=exists)
     tl.store(rest_ptr + out, rest, mask=exists)
-    if WITH_ENTROPY:
+    if ENTROPY_ORDER:
         tl.store(moment_ptr + out, moment, mask=exists)
     # One part of the vocabulary has the target.
     mine = (targets >= first * BLOCK_V) & (targets < (first + tiles_per_split) * BLOCK_V)
@@ -218,7 +218,7 @@ def _combine_kernel(
     num_tokens,
     num_splits,
     ignore_index,
-    WITH_ENTROPY: tl.constexpr,
+    ENTROPY_ORDER: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -239,10 +239,12 @@ def _combine_kernel(
         part_max = tl.load(max_ptr + part, mask=counted, other=0.0)
         part_rest = tl.load(rest_ptr + part, mask=counted, other=1.0)
         decay = tl.exp(part_max - base)
-        if WITH_ENTROPY:
+        if ENTROPY_ORDER == 1:
             part_moment = tl.load(moment_ptr + part, mask=counted, other=0.0)
             shift = tl.where(part_max == float("-inf"), 0.0, part_max - base)
             moment += decay * (part_moment + shift * part_rest)
+        elif ENTROPY_ORDER == 2:
+            moment += decay * decay * tl.load(moment_ptr + part, mask=counted, other=0.0)
         rest += decay * part_rest
         part += num_tokens
     logprob, lse, tail, miss, base, log_total = token_statistics(z_target, row_max, rest)
@@ -250,8 +252,8 @@ def _combine_kernel(
     tl.store(lse_ptr + offs_n, tl.where(counted, lse, 0.0), mask=exists)
     tl.store(tail_ptr + offs_n, tl.where(counted, tail, 0.0), mask=exists)
     tl.store(miss_ptr + offs_n, tl.where(counted, miss, 0.0), mask=exists)
-    if WITH_ENTROPY:
-        entropy = entropy_of(moment, row_max, rest, z_target, base, log_total)
+    if ENTROPY_ORDER:
+        entropy = entropy_of(moment, row_max, rest, z_target, base, log_total, ENTROPY_ORDER)
         tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
 
 
@@ -267,7 +269,7 @@ def linear_forward(
     temperature: float,
     ignore_index: int,
     length_normalization: float,
-    with_entropy: bool,
+    entropy_order: int,  # 0 for none, 1, or 2
     config: LinearConfig | None = None,
 ) -> LinearStatistics:
     """Statistics of every token and sequence; nothing waits for the device."""
@@ -279,7 +281,7 @@ def linear_forward(
         "temperature": temperature,
         "ignore_index": ignore_index,
         "length_normalization": length_normalization,
-        "with_entropy": with_entropy,
+        "entropy_order": entropy_order,
     }
     config = config or autotune.linear_config(
         linear_forward, hidden, weight, bias, targets, cu_seqlens, **options
@@ -292,7 +294,7 @@ def linear_forward(
         return torch.empty(num_tokens, device=hidden.device, dtype=torch.float32)
 
     logprobs, lse, tail, miss = per_token(), per_token(), per_token(), per_token()
-    entropy = per_token() if with_entropy else None
+    entropy = per_token() if entropy_order else None
 
     if num_tokens:
         vocab_tiles = triton.cdiv(vocab, config.BLOCK_V)
@@ -300,7 +302,7 @@ def linear_forward(
             vocab_tiles, launch.vocab_splits(num_tokens, vocab, config, device)
         )
         splits = triton.cdiv(vocab_tiles, tiles_per_split)
-        shape = (3 if with_entropy else 2, splits, num_tokens)
+        shape = (3 if entropy_order else 2, splits, num_tokens)
         row_max, rest, *moments = torch.empty(shape, device=hidden.device, dtype=torch.float32)
         moment = moments[0] if moments else rest
         z_target = per_token()
@@ -320,7 +322,7 @@ def linear_forward(
             cap_scale,
             z_scale,
             ignore_index,
-            WITH_ENTROPY=with_entropy,
+            ENTROPY_ORDER=entropy_order,
             **launch.linear_constants(hidden, weight, bias, softcap, config, loads),
         )
         _combine_kernel[(triton.cdiv(num_tokens, _COMBINED_TOKENS),)](
@@ -337,7 +339,7 @@ def linear_forward(
             num_tokens,
             splits,
             ignore_index,
-            WITH_ENTROPY=with_entropy,
+            ENTROPY_ORDER=entropy_order,
             BLOCK_N=_COMBINED_TOKENS,
             num_warps=2,
         )

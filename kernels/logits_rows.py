@@ -64,7 +64,7 @@ def _logits_rows_forward_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
+    ENTROPY_ORDER: tl.constexpr,
     EVEN_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -75,7 +75,7 @@ def _logits_rows_forward_kernel(
         tl.store(lse_ptr + row, 0.0)
         tl.store(tail_ptr + row, 0.0)
         tl.store(miss_ptr + row, 0.0)
-        if WITH_ENTROPY:
+        if ENTROPY_ORDER:
             tl.store(entropy_ptr + row, 0.0)
     else:
         sequence = (row // rows_per_sequence).to(tl.int64)
@@ -105,15 +105,15 @@ def _logits_rows_forward_kernel(
             )
             others, at_target = without_target(z[None, :], offs_v, targets, vocab, EVEN_V)
             z_target += at_target
-            row_max, rest, moment = online_update(others, row_max, rest, moment, WITH_ENTROPY)
+            row_max, rest, moment = online_update(others, row_max, rest, moment, ENTROPY_ORDER)
         logprob, lse, tail, miss, base, log_total = token_statistics(z_target, row_max, rest)
         one = row + tl.arange(0, 1)
         tl.store(logprobs_ptr + one, logprob)
         tl.store(lse_ptr + one, lse)
         tl.store(tail_ptr + one, tail)
         tl.store(miss_ptr + one, miss)
-        if WITH_ENTROPY:
-            entropy = entropy_of(moment, row_max, rest, z_target, base, log_total)
+        if ENTROPY_ORDER:
+            entropy = entropy_of(moment, row_max, rest, z_target, base, log_total, ENTROPY_ORDER)
             tl.store(entropy_ptr + one, entropy)
 
 
@@ -248,7 +248,7 @@ def logits_rows_forward(
     logit_scale: float,
     temperature: float,
     ignore_index: int,
-    with_entropy: bool,
+    entropy_order: int,  # 0 for none, 1, or 2
     row_width: int | None = None,
     config: RowsConfig | None = None,
 ) -> RowStatistics:
@@ -259,7 +259,7 @@ def logits_rows_forward(
     """
     vocab = logits.shape[-1]
     config = config or launch.rows_config(vocab)
-    count = 5 if with_entropy else 4
+    count = 5 if entropy_order else 4
     outputs = [
         torch.empty(targets.shape, device=logits.device, dtype=torch.float32) for _ in range(count)
     ]
@@ -288,7 +288,7 @@ def logits_rows_forward(
             ignore_index,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
-            WITH_ENTROPY=with_entropy,
+            ENTROPY_ORDER=entropy_order,
             EVEN_V=vocab % config.BLOCK_V == 0,
             BLOCK_V=config.BLOCK_V,
             num_warps=config.num_warps,

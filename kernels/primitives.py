@@ -74,19 +74,22 @@ def without_target(z, offs_v, targets, vocab, EVEN_V: tl.constexpr):
 
 
 @triton.jit
-def online_update(z, row_max, rest, moment, WITH_ENTROPY: tl.constexpr):
-    """Fold a tile (n, v) into each row's max, sum of exp(z - max), and its first moment.
+def online_update(z, row_max, rest, moment, ENTROPY_ORDER: tl.constexpr):
+    """Fold a tile (n, v) into each row's max, sum of exp(z - max), and its moment.
 
-    The moment is the sum of exp(z - max) * (z - max); a row of only -inf so far has max -inf.
+    The moment for the entropy of order 1 is the sum of exp(z - max) * (z - max), that of order 2
+    the sum of exp(z - max) ** 2; a row of only -inf so far has max -inf.
     """
     new_max = tl.maximum(row_max, tl.max(z, axis=1))
     base = finite_base(new_max)
     decay = tl.exp(row_max - base)
     weights = tl.exp(z - base[:, None])
-    if WITH_ENTROPY:
+    if ENTROPY_ORDER == 1:
         shift = tl.where(row_max == float("-inf"), 0.0, row_max - base)
         centred = tl.where(weights > 0, z - base[:, None], 0.0)
         moment = decay * (moment + shift * rest) + tl.sum(weights * centred, axis=1)
+    elif ENTROPY_ORDER == 2:
+        moment = decay * decay * moment + tl.sum(weights * weights, axis=1)
     rest = decay * rest + tl.sum(weights, axis=1)
     return new_max, rest, moment
 
@@ -124,14 +127,20 @@ def token_statistics(z_target, row_max, rest):
 
 
 @triton.jit
-def entropy_of(moment, row_max, rest, z_target, base, log_total):
-    """Entropy of a row: its statistics without the target, the target, and the common base."""
+def entropy_of(moment, row_max, rest, z_target, base, log_total, ENTROPY_ORDER: tl.constexpr):
+    """Entropy of a row: its statistics without the target, the target, and the common base.
+
+    Of order 1 it is Shannon's, of order 2 Renyi's: -log of the sum of squared probabilities.
+    """
     decay = tl.exp(row_max - base)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max - base)
-    moment = decay * (moment + shift * rest)
     at_target = tl.exp(z_target - base)
-    moment += at_target * tl.where(at_target > 0, z_target - base, 0.0)
-    return log_total - moment * tl.exp(-log_total)
+    if ENTROPY_ORDER == 2:
+        return 2.0 * log_total - tl.log(decay * decay * moment + at_target * at_target)
+    else:
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max - base)
+        moment = decay * (moment + shift * rest)
+        moment += at_target * tl.where(at_target > 0, z_target - base, 0.0)
+        return log_total - moment * tl.exp(-log_total)
 
 
 @triton.jit

@@ -115,13 +115,13 @@ def launches(rows: Sequence[Record]) -> str:
         fastest = min(found, key=lambda row: row["ms"])
         lines += [row | {"which": "frozen"} for row in found if row["default"]]
         lines.append(fastest | {"which": "fastest"})
-    ops = [row for row in rows if "error" in row or "op_ms" in row]
+    values = [row for row in rows if "error" in row]
     others = {"shape", "kernel", "which", "splits", "key", "default", "ms", "status"}
     fields = [name for name in dict.fromkeys(n for row in lines for n in row) if name not in others]
     return "\n\n".join(
         (
             markdown(lines, "shape", "kernel", "which", *fields, "splits", "ms"),
-            markdown(ops, "shape", "kernel", "error", "op_ms", "status"),
+            markdown(values, "shape", "kernel", "error", "status"),
         )
     )
 

@@ -3,7 +3,7 @@
 Both ops run with an autotuner that times all it is offered, and more; row kernels run on stored
 logits. Rows have the fields of a configuration as `kernels/launch.py` names them; `default` marks
 what is frozen there. The loss and gradients that the fastest linear kernels gave are compared with
-float64. The op is also timed with a library's products, for `launch.LIBRARY_FROM`.
+float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest import mock
 
 import triton.testing
 from plad_fast.kernels import autotune, launch
-from plad_fast.kernels.launch import LibraryFrom, LinearConfig, RowsConfig
+from plad_fast.kernels.launch import LinearConfig, RowsConfig
 
 from benchmarks import peers
 from benchmarks.check import errors_of, mismatch
@@ -91,7 +91,7 @@ def run_ops(section: Section, shape: Shape) -> None:
         with (
             mock.patch.object(autotune, "tuned", Sweep(section, shape).tuned),
             mock.patch.object(autotune, "wanted", return_value=True),
-            mock.patch.dict(launch.LIBRARY_FROM, clear=True),
+            mock.patch.object(launch, "uses_library", return_value=False),
             section.row(shape=shape.name, kernel=f"{name} with the fastest") as row,
         ):
             step = prepare(case.batch(), impl="triton")
@@ -102,25 +102,6 @@ def run_ops(section: Section, shape: Shape) -> None:
             problem = mismatch(errors, DTYPES[case.dtype])
             if problem:
                 row["status"] = f"wrong: {problem}"
-
-
-def run_library(section: Section, shape: Shape) -> None:
-    """The op with products of our own, and with a library's: what `launch.LIBRARY_FROM` is for."""
-    batch = shape.case(1.0, section.device).batch()
-    capability = launch.device_of(batch.hidden).capability
-    for name, forward, gradient in (
-        ("kernels", sys.maxsize, sys.maxsize),
-        ("library", 0, sys.maxsize),
-        ("library, also for the gradient", 0, 0),
-    ):
-        least = {capability: LibraryFrom(forward, gradient)}
-        with (
-            mock.patch.dict(launch.LIBRARY_FROM, least),
-            section.row(shape=shape.name, kernel=f"op by {name}") as row,
-        ):
-            step = peers.op(batch, impl="triton")
-            leaves = [leaf for leaf in (step.hidden, step.weight) if leaf is not None]
-            row["op_ms"] = triton.testing.do_bench(step.run, grad_to_none=leaves)
 
 
 def run_row_kernels(section: Section, shape: Shape) -> None:
@@ -146,10 +127,9 @@ def main() -> int:
     with mock.patch.object(triton.testing, "do_bench", timer):
         for shape in section.shapes:
             run_ops(section, shape)
-            run_library(section, shape)
         for shape in section.shapes:
             run_row_kernels(section, shape)
-    return section.exit_status
+    return section.finish()
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _plainest(
 
     def options(report: Report) -> tuple[int, int]:
         flags = report.flags.split()
-        return sum(f.startswith(("HAS", "WITH")) for f in flags), -len(flags)
+        return sum(f.startswith(("HAS", "WITH", "ENTROPY")) for f in flags), -len(flags)
 
     return min(fitting, key=options).resources if fitting else None
 

@@ -50,8 +50,8 @@ _SORTS = (
 REFUSED_DPO_LOSSES = {"aot": _SORTS, "aot_unpaired": _SORTS}
 
 REFUSED_DPO_OPTIONS = {
-    "use_weighting": "WPO weighs a pair by its tokens' probabilities over the whole vocabulary "
-    "(sums of squares), which are never computed here",
+    "use_weighting": "WPO weighs a pair by its tokens' probabilities, and a loss here sees the sum "
+    "of their logarithms; use_plad_fast honours it inside TRL's trainer",
     "ld_alpha": "LD-DPO weighs the tokens of a response differently, and a loss here sees the sum "
     "over them; use_plad_fast honours it inside TRL's trainer",
     "reference_free": "TRL has dropped it; CPOTrainer trains without a reference",

@@ -62,7 +62,7 @@ def is_batched(tensor: Tensor | None) -> bool:
 
 def _linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """`LinearStatistics`, with an empty entropy where none is asked for."""
-    *of_problem, length_normalization, _, with_entropy = arguments
+    *of_problem, length_normalization, _, entropy_order = arguments
     problem = problem_of(*of_problem)
     options = problem.options
     check.check_sequences(
@@ -70,7 +70,7 @@ def _linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
     )
     with alone_on(problem.hidden):
         statistics = get_backend(options.impl, problem.hidden).linear_forward(
-            problem, length_normalization, with_entropy
+            problem, length_normalization, entropy_order
         )
     return empty_for_none(statistics.lse, *statistics)
 
@@ -84,7 +84,7 @@ def _fake_linear_forward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(hidden.dtype)
-    with_entropy = options[-1]
+    entropy_order = options[-1]
     num_tokens, num_sequences = hidden.shape[0], cu_seqlens.shape[0] - 1
 
     def per_token() -> Tensor:
@@ -94,7 +94,7 @@ def _fake_linear_forward(
         hidden.new_empty(num_sequences, dtype=dtype),
         targets.new_empty(num_sequences),
         *(per_token() for _ in range(4)),
-        per_token() if with_entropy else hidden.new_empty(0, dtype=dtype),
+        per_token() if entropy_order else hidden.new_empty(0, dtype=dtype),
     )
 
 
@@ -172,7 +172,7 @@ def _differentiate_linear(
 
 linear_sequence_logprobs = register_op(
     f"linear_sequence_logprobs({HEAD}, {OPTIONS}, float length_normalization, bool skip_inactive, "
-    "bool with_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int entropy_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_forward,
     fake=_fake_linear_forward,
     backward=_differentiate_linear,

@@ -138,7 +138,7 @@ class Backend(Protocol):
         """Whether impl="auto" should take this backend for a tensor it can take."""
 
     def linear_forward(
-        self, problem: LinearProblem, length_normalization: float, with_entropy: bool
+        self, problem: LinearProblem, length_normalization: float, entropy_order: int
     ) -> LinearStatistics: ...
 
     def linear_backward(

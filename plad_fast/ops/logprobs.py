@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plad_fast.checks import check_flag, check_length_normalization
+from plad_fast.checks import check_flag, check_length_normalization, shown
+from plad_fast.errors import UsageError
 from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops import autograd
 from plad_fast.ops import validation as check
@@ -30,7 +31,7 @@ class SequenceLogProbs(NamedTuple):
     lse: Tensor | None = None
     """(N,) log of the sum of exponentiated logits, differentiable; on request."""
     entropy: Tensor | None = None
-    """(N,) entropy of the next-token distribution, detached; on request."""
+    """(N,) entropy of the next-token distribution, of the order asked for, detached; on request."""
 
 
 def linear_sequence_logprobs(
@@ -50,6 +51,7 @@ def linear_sequence_logprobs(
     skip_inactive: bool = True,
     return_lse: bool = False,
     return_entropy: bool = False,
+    entropy_order: int = 1,
 ) -> SequenceLogProbs:
     """Log-probabilities of the targets under an LM head, without storing its logits.
 
@@ -87,6 +89,8 @@ def linear_sequence_logprobs(
             with False the Triton backend never waits.
         return_lse: also return `lse`.
         return_entropy: also return `entropy`.
+        entropy_order: of it: 1 for Shannon's, 2 for Renyi's of order 2 (collision entropy), -log of
+            the sum of squared probabilities.
 
     Raises:
         UsageError: shapes, dtypes, devices, targets or options that do not fit; says which. Values
@@ -102,8 +106,13 @@ def linear_sequence_logprobs(
     check_flag("skip_inactive", skip_inactive)
     check_flag("return_lse", return_lse)
     check_flag("return_entropy", return_entropy)
+    if entropy_order not in (1, 2) or isinstance(entropy_order, bool):
+        raise UsageError(f"entropy_order must be 1 or 2, got {shown(entropy_order)}")
     sums, counts, token_logprobs, lse, _, _, entropy = autograd.linear_sequence_logprobs(
-        *problem.arguments, length_normalization, skip_inactive, return_entropy
+        *problem.arguments,
+        length_normalization,
+        skip_inactive,
+        entropy_order if return_entropy else 0,
     )
     return SequenceLogProbs(
         sums,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -55,6 +56,10 @@ def test_every_implementation_multiplies_what_it_should(active):
     assert found == pytest.approx({name: expected[name] for name in found})
 
 
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."),
+    reason="the same code is other operations in another version of PyTorch",
+)
 def test_the_table_is_what_the_code_counts():
     """`python -m benchmarks.counted` writes it anew."""
     with CSV.open(newline="") as file:

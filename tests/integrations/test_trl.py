@@ -196,6 +196,14 @@ DPO_CASES = [
     },
     {"ld_alpha": 0.3},
     {"ld_alpha": 0.0, "loss_type": ["ipo", "sft"], "precompute_ref_log_probs": True},
+    {"use_weighting": True, "beta": 0.7},
+    {
+        "use_weighting": True,
+        "ld_alpha": 0.3,
+        "loss_type": ["ipo", "robust"],
+        "label_smoothing": 0.1,
+    },
+    {"use_weighting": True, "loss_type": ["sigmoid_norm"], "gradient_checkpointing": True},
     {"ld_alpha": 0.6, "loss_type": ["hinge", "apo_zero"], "loss_weights": [0.5, 2.0]},
 ]
 
@@ -250,6 +258,10 @@ def strengthen(trainer, step):
     trainer.beta = 0.1 + step
 
 
+def weigh_otherwise(trainer, step):
+    trainer.ld_alpha = [None, 0.4, 1.0][step]
+
+
 def change_the_loss(trainer, step):
     trainer.loss_types[:] = ["sigmoid", "hinge", "ipo"][step : step + 1]
 
@@ -262,6 +274,7 @@ def smooth_less(trainer, step):
     ("kind", "change"),
     [
         ("dpo", change_the_loss),
+        ("dpo", weigh_otherwise),
         ("cpo", smooth_less),
         ("orpo", strengthen),
     ],
@@ -303,8 +316,9 @@ def test_a_loss_is_probed_before_the_first_step_only(kind, options, build, monke
 
 def test_an_option_that_becomes_unknown_is_refused_at_the_step(build):
     trainer = use_plad_fast(build())
-    trainer.add_callback(Schedule(trainer, lambda t, step: setattr(t, "use_weighting", step > 0)))
-    with pytest.raises(UsageError, match="use_weighting=True does not work here"):
+    later = Schedule(trainer, lambda t, step: t.loss_types.__setitem__(0, "aot" if step else "ipo"))
+    trainer.add_callback(later)
+    with pytest.raises(UsageError, match="loss_type 'aot' does not work here"):
         trainer.train()
     assert trainer.state.global_step == 1
 
@@ -562,7 +576,8 @@ REFUSED = [
     ({"args.activation_offloading": True}, "activation_offloading"),
     ({"args.metric_for_best_model": "eval_entropy"}, "metric_for_best_model"),
     ({"args.truncation_mode": "keep_end", "args.loss_type": ["ipo"]}, "keep_end"),
-    ({"use_weighting": True}, "use_weighting"),
+    ({"use_weighting": "yes"}, "use_weighting"),
+    ({"use_weighting": True, "loss_types": ["sft"]}, "use_weighting=True fails in TRL"),
     ({"ld_alpha": 1.5}, "ld_alpha"),
     ({"ld_alpha": 0.5, "loss_types": ["sft"]}, "ld_alpha=0.5 has no effect"),
     ({"loss_types": ["aot"]}, "aot"),

@@ -305,7 +305,7 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     for _ in range(2):
         got = linear_forward.linear_forward(
             hidden, weight, None, targets, torch.tensor([0, 3]), **options,
-            length_normalization=0.0, with_entropy=False,
+            length_normalization=0.0, entropy_order=0,
         )  # fmt: skip
         d_logits = linear_backward.logits_gradient(
             hidden, weight, None, targets, *got[3:6], torch.ones(3), None, **options,

@@ -348,9 +348,42 @@ def test_lse_and_entropy_on_request():
     torch.testing.assert_close(ours.lse, logits.logsumexp(1) * keep)
     torch.testing.assert_close(ours.entropy, -(logprobs.exp() * logprobs).sum(1).detach() * keep)
     assert not ours.entropy.requires_grad
+    of_order_2 = linear_sequence_logprobs(
+        *problem.inputs, return_entropy=True, entropy_order=2, **problem.options
+    )
+    collision = -logprobs.exp().square().sum(1).log().detach()
+    torch.testing.assert_close(of_order_2.entropy, collision * keep)
+    assert not of_order_2.entropy.requires_grad
     plain = linear_sequence_logprobs(*problem.inputs, **problem.options)
     assert plain.lse is None
     assert plain.entropy is None
+
+
+@pytest.mark.parametrize("order", [0, 3, True, "2"])
+def test_entropies_of_other_orders_are_refused(order):
+    problem = make_problem([4, 3])
+    with pytest.raises(UsageError, match=f"entropy_order.*{order}"):
+        linear_sequence_logprobs(*problem.inputs, return_entropy=True, entropy_order=order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_entropies_meet_the_budget(dtype, order, scale):
+    """From nearly uniform to nearly certain, over more words than a block of rows has."""
+    problem = make_problem([6], width=16, vocab=5003, scale=scale, dtype=dtype, scratch_rows=3)
+    ours = linear_sequence_logprobs(
+        *problem.inputs, return_entropy=True, entropy_order=order, impl="torch", **problem.options
+    )
+    found = []
+    for case in (problem, problem.to(torch.float64)):
+        logits = reference_logits(case.hidden, case.weight, case.bias, **case.spec).detach()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        logprobs = logits.log_softmax(1)
+        shannon = -(logprobs.exp() * logprobs).sum(1)
+        found.append(shannon if order == 1 else -(2 * logprobs).logsumexp(1))
+    assert_within_budget(ours.entropy, *found, "entropy", roundings=16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

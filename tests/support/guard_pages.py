@@ -125,7 +125,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
     targets = guard.targets(n, vocab=v)
     bounds = guard.keep(torch.tensor([0, n // 3, n // 3, n]))
     operands = hidden, weight, bias, targets
-    for splits in {1, -(-v // 16)}:
+    for splits, entropy_order in itertools.product({1, -(-v // 16)}, (1, 2)):
         with mock.patch.object(launch, "vocab_splits", lambda *_, splits=splits: splits):
             ours = forward.linear_forward(
                 *operands,
@@ -133,7 +133,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
                 softcap=3.0 if flip else None,
                 **_NO_SCALING,
                 length_normalization=0.5,
-                with_entropy=True,
+                entropy_order=entropy_order,
                 config=config,
             )
     backward.logits_gradient(
@@ -166,7 +166,7 @@ def _rows(guard: Guard, shape: tuple[int, ...], dtype: torch.dtype, flip: bool) 
         **_NO_SCALING,
         "config": launch.RowsConfig(16, num_warps=4),
     }
-    ours = rows.logits_rows_forward(logits, targets, with_entropy=True, **options)
+    ours = rows.logits_rows_forward(logits, targets, entropy_order=1, **options)
     given = (targets, *ours[1:4], guard.normal(*lead), guard.normal(*lead))
     scale = guard.keep(torch.tensor(2.0))
     if len(shape) == 2:
@@ -179,7 +179,7 @@ def _rows(guard: Guard, shape: tuple[int, ...], dtype: torch.dtype, flip: bool) 
         for width in (vocab, -(-vocab // 8) * 8):
             memory = guard.normal(*lead, width)
             raw, out = memory[..., :vocab], memory.view(torch.bfloat16)[..., :vocab]
-            rows.logits_rows_forward(raw, targets, with_entropy=True, row_width=width, **options)
+            rows.logits_rows_forward(raw, targets, entropy_order=1, row_width=width, **options)
             rows.logits_rows_backward(raw, *given, out=out, row_width=width, **options)
 
 

@@ -152,7 +152,7 @@ def test_narrow_gradients_in_the_rows_of_their_logits(dtype, vocab):
     options = {
         "bias": None, "softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": -1
     }  # fmt: skip
-    statistics = logits_rows_forward(logits, targets, with_entropy=False, **options)
+    statistics = logits_rows_forward(logits, targets, entropy_order=0, **options)
     given = targets, *statistics[1:4], torch.randn(count, device="cuda"), None
     active = torch.rand(count) < 0.5
     for order in (None, compacting_order(active).cuda()):

@@ -99,8 +99,8 @@ class _FastConcatenated(WithHeadLoss):
             return {}
         if self.is_encoder_decoder:
             batch = self._encoder_decoder_pairs(both, every_place=True)
-            means = self._head_loss.mean_logits(self.accelerator, model, batch)
-            chosen, rejected = means.view(-1, 2, both["concatenated_labels"].shape[1]).unbind(1)
+            found = self._head_loss.mean_logits(self.accelerator, model, batch)
+            chosen, rejected = found.view(-1, 2, both["concatenated_labels"].shape[1]).unbind(1)
             return {"logits/chosen": chosen.mean(), "logits/rejected": rejected.mean()}
         ids = both["concatenated_input_ids"]
         batch = PreferenceBatch(
@@ -110,8 +110,8 @@ class _FastConcatenated(WithHeadLoss):
             targets=ids.flatten(),  # which are not looked at
             cu_seqlens=torch.tensor([0, ids.numel()], device=ids.device),
         )
-        means = self._head_loss.mean_logits(self.accelerator, model, batch).view_as(ids)
-        chosen, rejected = means[:, places].chunk(2)
+        found = self._head_loss.mean_logits(self.accelerator, model, batch).view_as(ids)
+        chosen, rejected = found[:, places].chunk(2)
         return {"logits/chosen": chosen.mean(), "logits/rejected": rejected.mean()}
 
     def _means(self, train_eval: str, values: dict[str, Tensor]) -> dict[str, float]:

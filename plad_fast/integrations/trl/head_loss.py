@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from plad_fast.data.packing import PreferenceBatch
 from plad_fast.data.rows import TokenLimits
-from plad_fast.integrations.trl.pair_losses import Loss, length_desensitised
+from plad_fast.integrations.trl.pair_losses import (
+    Loss,
+    length_desensitised,
+    pair_losses,
+    policy_weights,
+)
+from plad_fast.losses.terms import segment_sums
 from plad_fast.models.head import head_arguments
 from plad_fast.models.router import router_losses
 from plad_fast.models.wrappers import call_inside, unwrap
@@ -75,6 +81,8 @@ class HeadLoss:
     sft_weight: float = field(init=False)
     ld_alpha: float | None = field(default=None, init=False)
     """What the tail of the longer response counts in DPO; None where it counts as the rest."""
+    weighted: bool = field(default=False, init=False)
+    """Whether WPO weighs the pairs."""
     _seen: dict[str, Any] | None = field(default=None, init=False)
 
     def follow(self, trainer: Any) -> HeadLoss:
@@ -94,6 +102,7 @@ class HeadLoss:
         if present != self._seen:
             self.loss, self.options, self.sft_weight = self.translate(present)
             self.ld_alpha = None if present.get("ld_alpha") == 1 else present.get("ld_alpha")
+            self.weighted = present.get("use_weighting", False)
             self._seen = copy.deepcopy(present)
         return self
 
@@ -122,27 +131,67 @@ class HeadLoss:
         def forward(_: Tensor) -> tuple[Any, ...]:
             with router_losses(module, wanted=with_router, coefficient=1.0) as routing:
                 arguments = head_arguments(module, batch)
-            out = fused_linear_preference_loss(
-                **arguments,
-                loss=self.loss if loss is None else loss,
-                group_size=group_size,
-                reference_logps=reference_logps,
-                sft_weight=self.sft_weight if loss is None else 0.0,
-                length_normalization=0.0,
-                impl=self.impl,
-                scratch_bytes=self.scratch_bytes,
-                **(self.options if loss is None else {}),
-            )
+            run = self._weighted if self.weighted else self._one_pass
+            total, sums, counts = run(arguments, reference_logps, loss, group_size)
             tokens = _token_metrics(arguments, self.metrics == "all") if logits else {}
-            total, router = out.loss, None
+            router = None
             if router_coefficient is not None:
                 total = total + router_coefficient * routing[0]
                 router = routing[0].detach()
-            return total, out.sums, out.counts, tokens, router
+            return total, sums, counts, tokens, router
 
         # Wrappers look at their inputs: they get to see the token ids only.
         with accelerator.autocast():
             return Measured(*call_inside(model, module, forward, batch["input_ids"]))
+
+    def _one_pass(
+        self,
+        arguments: Mapping[str, Any],
+        reference_logps: Tensor | None,  # (S,)
+        loss: Callable[..., Tensor] | None,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (), sums (S,) and counts (S,)."""
+        out = fused_linear_preference_loss(
+            **arguments,
+            loss=self.loss if loss is None else loss,
+            group_size=group_size,
+            reference_logps=reference_logps,
+            sft_weight=self.sft_weight if loss is None else 0.0,
+            length_normalization=0.0,
+            impl=self.impl,
+            scratch_bytes=self.scratch_bytes,
+            **(self.options if loss is None else {}),
+        )
+        return out.loss, out.sums, out.counts
+
+    def _weighted(
+        self,
+        arguments: Mapping[str, Any],
+        reference_logps: Tensor | None,  # (S,)
+        loss: Callable[..., Tensor] | None,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_one_pass`, each pair weighted by WPO.
+
+        The weights are known when all tokens are, so that gradients take a product more.
+        """
+        out = linear_sequence_logprobs(
+            **arguments,
+            impl=self.impl,
+            scratch_bytes=self.scratch_bytes,
+            return_entropy=True,
+            entropy_order=2,
+        )
+        assert out.entropy is not None
+        loss = loss or functools.partial(pair_losses, name=self.loss, options=self.options)
+        groups, counts = out.sums.view(-1, group_size), out.counts.view(-1, group_size)
+        if reference_logps is not None:
+            reference_logps = reference_logps.view_as(groups)
+        losses = loss(groups, counts=counts, reference_logps=reference_logps)
+        aligned = segment_sums(out.token_logprobs.detach() + out.entropy, arguments["cu_seqlens"])
+        weights = policy_weights(aligned.view_as(groups), counts)
+        return (losses * weights).mean(), out.sums.detach(), out.counts
 
     def desensitised(self, batch: PreferenceBatch) -> Callable[..., Tensor]:
         """The loss of a batch of pairs with their tails cut, and its regulariser."""

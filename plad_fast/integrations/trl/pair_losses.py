@@ -10,28 +10,34 @@ from typing import Any
 
 from torch import Tensor
 
-from plad_fast.checks import check_number
+from plad_fast.checks import check_flag, check_number
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
+from plad_fast.losses.terms import means
 from plad_fast.losses.trl_options import Translated, translate_dpo
 
 Loss = str | Callable[..., Tensor]
 
 
 def translate_weighted_dpo(options: Mapping[str, Any]) -> Translated:
-    """`translate_dpo` of all options but `ld_alpha`, which no loss of sequence sums can have.
+    """`translate_dpo` of all options but `ld_alpha` and `use_weighting`, which no loss of sequence
+    sums can have.
 
     Raises:
-        UsageError: as there; a value of `ld_alpha` out of its range, or without an effect.
+        UsageError: as there; a value of these two that is none, has no effect, or fails in TRL.
     """
-    share = options.get("ld_alpha")
-    loss, given, sft_weight = translate_dpo({**options, "ld_alpha": None})
+    share, weighted = options.get("ld_alpha"), options.get("use_weighting", False)
+    check_flag("use_weighting", weighted)
+    loss, given, sft_weight = translate_dpo({**options, "ld_alpha": None, "use_weighting": False})
+    likelihood = get_loss(loss).is_likelihood
     if share is not None:
         check_number("ld_alpha", share)
         if not 0 <= share <= 1:
             raise UsageError(f"ld_alpha must lie in [0, 1], got {share}")
-        if get_loss(loss).is_likelihood and share != 1:
+        if likelihood and share != 1:
             raise UsageError(f"ld_alpha={share} has no effect in TRL with loss_type 'sft' alone")
+    if weighted and (likelihood or sft_weight):
+        raise UsageError("use_weighting=True fails in TRL with loss_type 'sft'; leave one of them")
     return loss, given, sft_weight
 
 
@@ -92,3 +98,17 @@ def joined(
 ) -> Tensor:  # (B, 2)
     """Both sequences, of their tails a share."""
     return parts[:, ::2] + tail_share * parts[:, 1::2]
+
+
+def policy_weights(
+    aligned: Tensor,  # (B, 2), or (B, 4) with tails: sums over tokens of log p + H
+    counts: Tensor,  # of the same shape
+) -> Tensor:  # (B,)
+    """WPO's weights of pairs, Zhou et al. 2024, arXiv 2406.11827, equation 2.
+
+    The product of both sequences' exp(mean of log p + H), H a token's entropy of order 2: a token
+    is compared with one drawn from the policy.
+    """
+    if aligned.shape[1] == 4:
+        aligned, counts = joined(aligned, 1), joined(counts, 1)
+    return means(aligned, counts).exp().prod(dim=1)

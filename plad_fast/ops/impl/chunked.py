@@ -53,7 +53,7 @@ def preferred(tensor: Tensor) -> bool:
 
 
 def linear_forward(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
+    problem: LinearProblem, length_normalization: float, entropy_order: int
 ) -> LinearStatistics:
     hidden, _, _, targets, cu_seqlens, options = problem
     keep = targets != options.ignore_index
@@ -61,10 +61,10 @@ def linear_forward(
     workspace = Workspace(problem.head, options, len(rows), for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=workspace.products.dtype)
     lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
-    entropy = torch.zeros_like(token_logprobs) if with_entropy else None
+    entropy = torch.zeros_like(token_logprobs) if entropy_order else None
     for chunk in workspace.chunks(len(rows)):
         at = _slice_if_whole(rows[chunk], chunk, len(hidden) == len(rows))
-        part = workspace.forward(hidden[at], targets[at], with_entropy)
+        part = workspace.forward(hidden[at], targets[at], entropy_order)
         token_logprobs[at] = part.token_logprobs
         lse[at] = part.row_max + part.sum_exp.log()
         miss[at] = part.miss

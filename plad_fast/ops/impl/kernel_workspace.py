@@ -70,7 +70,7 @@ class KernelWorkspace(Workspace):
         self._buffer = self._memory[:, :vocab]
         self._slope = None
 
-    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
+    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
         from plad_fast.kernels.logits_rows import logits_rows_forward
 
         buffer = self._buffer[: len(hidden)]
@@ -80,7 +80,7 @@ class KernelWorkspace(Workspace):
             targets,
             bias=self.bias,
             **self.options.of_logits,
-            with_entropy=with_entropy,
+            entropy_order=entropy_order,
             row_width=self._row_width,
         )
 

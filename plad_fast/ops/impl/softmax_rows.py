@@ -33,9 +33,13 @@ def softmax_rows_(
     options: HeadOptions,
     bias: Tensor | None = None,  # (V,)
     tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
-    entropy_rows: int = 0,
+    entropy_order: int = 0,
+    block_rows: int = 1,
 ) -> RowStatistics:
     """Turn raw products into unnormalised probabilities and take each row's statistics.
+
+    The entropy is Shannon's (order 1) or Renyi's of order 2, -log of the sum of squared
+    probabilities; for both `block_rows` rows are copied at a time.
 
     log p(target) is (z_t - max) - log(sum of exp): for a confident target both terms are near 0
     and keep their digits, which the difference z_t - lse would lose.
@@ -44,9 +48,9 @@ def softmax_rows_(
     row_max = buffer.amax(dim=1)
     buffer.sub_(row_max.unsqueeze(1))
     centred_target = buffer.gather(1, targets.unsqueeze(1)).squeeze(1)
-    expected = None
-    if entropy_rows:
-        expected = exp_with_expectation_(buffer, entropy_rows)
+    moment = None
+    if entropy_order:
+        moment = exp_with_moment_(buffer, entropy_order, block_rows)
     else:
         buffer.exp_()
     column = targets.unsqueeze(1)
@@ -54,7 +58,10 @@ def softmax_rows_(
     rest = buffer.scatter_(1, column, 0.0).sum(dim=1)
     sum_exp = rest + at_target
     log_sum = torch.where(centred_target == 0, rest.log1p(), sum_exp.log())
-    entropy = None if expected is None else log_sum - expected / sum_exp
+    entropy = None
+    if moment is not None:
+        of_order_2 = entropy_order == 2
+        entropy = 2 * log_sum - moment.log() if of_order_2 else log_sum - moment / sum_exp
     return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
 
 
@@ -77,15 +84,20 @@ def logits_(
         buffer.mul_(options.softcap / options.temperature)
 
 
-def exp_with_expectation_(buffer: Tensor, block_rows: int) -> Tensor:  # (n,)
-    """exp in place; returns each row's sum of x exp(x), with 0 for x = -inf."""
-    expected = buffer.new_empty(buffer.shape[0])
+def exp_with_moment_(buffer: Tensor, entropy_order: int, block_rows: int) -> Tensor:  # (n,)
+    """exp in place; returns what a row's entropy needs: for order 1 the sum of x exp(x), with 0 for
+    x = -inf, for order 2 that of exp(x) ** 2.
+    """
+    moment = buffer.new_empty(buffer.shape[0])
     for start in range(0, buffer.shape[0], block_rows):
         rows = slice(start, start + block_rows)
+        if entropy_order == 2:
+            moment[rows] = buffer[rows].exp_().square().sum(dim=1)
+            continue
         logits = buffer[rows].clone()
         probabilities = buffer[rows].exp_()
-        expected[rows] = torch.where(probabilities > 0, logits.mul_(probabilities), 0).sum(dim=1)
-    return expected
+        moment[rows] = torch.where(probabilities > 0, logits.mul_(probabilities), 0).sum(dim=1)
+    return moment
 
 
 def logits_gradient_(

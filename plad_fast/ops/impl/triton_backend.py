@@ -107,7 +107,7 @@ def stored_forward(
     from plad_fast.kernels.logits_rows import logits_rows_forward
 
     statistics = logits_rows_forward(
-        logits, targets, bias=None, **options.of_logits, with_entropy=False
+        logits, targets, bias=None, **options.of_logits, entropy_order=0
     )
     return statistics[:4]
 

@@ -28,7 +28,7 @@ _NO_TARGET = -(2**31)  # wherever the columns are counted from
 
 
 def linear_forward(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
+    problem: LinearProblem, length_normalization: float, entropy_order: int
 ) -> LinearStatistics:
     from plad_fast.kernels import launch
     from plad_fast.kernels.linear_forward import linear_forward as kernel
@@ -36,19 +36,19 @@ def linear_forward(
     *tensors, options = problem
     hidden = problem.hidden
     if len(hidden) and launch.uses_library(hidden, gradient=False):
-        return _forward_by_library(problem, length_normalization, with_entropy)
+        return _forward_by_library(problem, length_normalization, entropy_order)
     return LinearStatistics(
         *kernel(
             *tensors,
             **options.of_logits,
             length_normalization=length_normalization,
-            with_entropy=with_entropy,
+            entropy_order=entropy_order,
         )
     )
 
 
 def _forward_by_library(
-    problem: LinearProblem, length_normalization: float, with_entropy: bool
+    problem: LinearProblem, length_normalization: float, entropy_order: int
 ) -> LinearStatistics:
     """Logits in float32 of a chunk of rows at a time, as a softmax must not see them rounded."""
     from plad_fast.kernels.logits_rows import logits_rows_forward
@@ -74,12 +74,12 @@ def _forward_by_library(
                 targets[chunk],
                 bias=bias,
                 **options.of_logits,
-                with_entropy=with_entropy,
+                entropy_order=entropy_order,
                 row_width=stride,
             )
         )
     logprobs, lse, tail, miss = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
-    entropy = torch.cat([part.entropy for part in parts]) if with_entropy else None
+    entropy = torch.cat([part.entropy for part in parts]) if entropy_order else None
     sums, counts = sequence_sums(
         logprobs,
         targets,

@@ -84,13 +84,14 @@ class Workspace:
         self,
         hidden: Tensor,  # (n, D)
         targets: Tensor,  # (n,)
-        with_entropy: bool = False,
+        entropy_order: int = 0,
     ) -> RowStatistics:
         """Statistics of n <= rows tokens; their exponentials stay in the buffer."""
         buffer, slope = self._buffers(len(hidden))
         self.products.logits(hidden, out=buffer)
-        entropy_rows = self.block_rows if with_entropy else 0
-        return softmax_rows_(buffer, targets, self.options, self.bias, slope, entropy_rows)
+        return softmax_rows_(
+            buffer, targets, self.options, self.bias, slope, entropy_order, self.block_rows
+        )
 
     def gradient(
         self,

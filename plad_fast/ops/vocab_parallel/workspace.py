@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadOptions
-from plad_fast.ops.impl.softmax_rows import RowStatistics, exp_with_expectation_, logits_
+from plad_fast.ops.impl.softmax_rows import RowStatistics, exp_with_moment_, logits_
 from plad_fast.ops.impl.workspace import Workspace
 from plad_fast.ops.vocab_parallel.group import Shards
 
@@ -46,7 +46,7 @@ def shard_part_(
     buffer.sub_(shard_max.where(shard_max != -torch.inf, 0).unsqueeze(1))
     more = []
     if entropy_rows:
-        more = [exp_with_expectation_(buffer, entropy_rows), buffer.sum(dim=1)]
+        more = [exp_with_moment_(buffer, 1, entropy_rows), buffer.sum(dim=1)]
     else:
         buffer.exp_()
     at_column = buffer.gather(1, column).squeeze(1)
@@ -120,9 +120,10 @@ class ShardWorkspace(Workspace):
         columns, owned = self._columns(targets)
         return shard_part_(buffer, columns, owned, self.options, self.bias, slope, entropy_rows)
 
-    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool = False) -> RowStatistics:
+    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
         """One collective."""
-        part = self.part(hidden, targets, with_entropy)
+        assert entropy_order < 2, "shards send the moment of order 1"
+        part = self.part(hidden, targets, with_entropy=bool(entropy_order))
         return seen_by_shard(whole_statistics(self.shards.gather(part)), part)
 
     def _columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
