@@ -49,7 +49,9 @@ def softmax_rows_(
     """
     rows = max(1, _CACHED_ENTRIES // max(buffer.shape[1], 1))
     if buffer.device.type != "cpu" or len(buffer) <= rows:
-        return _softmax_block_(buffer, targets, options, bias, tanh_slope, entropy_rows)
+        return _softmax_block_(
+            buffer, targets, options, bias, tanh_slope, entropy_order, block_rows
+        )
     parts = [
         _softmax_block_(
             buffer[block],
@@ -57,7 +59,8 @@ def softmax_rows_(
             options,
             bias,
             None if tanh_slope is None else tanh_slope[block],
-            entropy_rows,
+            entropy_order,
+            block_rows,
         )
         for block in (slice(i, i + rows) for i in range(0, len(buffer), rows))
     ]
@@ -73,7 +76,8 @@ def _softmax_block_(
     options: HeadOptions,
     bias: Tensor | None,
     tanh_slope: Tensor | None,
-    entropy_rows: int,
+    entropy_order: int,
+    block_rows: int,
 ) -> RowStatistics:
     logits_(buffer, options, bias, tanh_slope)
     row_max = buffer.amax(dim=1)
