@@ -157,7 +157,7 @@ def sequence_logprobs(
     if cu_seqlens is None:
         batch, length, _ = logits.shape
         cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
-    check.check_cu_seqlens(cu_seqlens, logits.device)
+    check.check_cu_seqlens(cu_seqlens, targets.numel(), logits.device)
     cu_seqlens = sent(cu_seqlens.long(), logits.device)
     token_logprobs, *_ = autograd.stored_token_logprobs(
         logits, targets.long(), cu_seqlens, *options

@@ -22,6 +22,8 @@ from torch import Tensor
 _FLOAT16_TOP = 2.0**14
 _CACHED_BYTES = 3 * 2**19
 """Of a block that a CPU finds in its cache when it needs it again."""
+# Entries of 1,024 tiles of 128 x 128, which keep a GPU busy for several waves.
+_NEVER_CUT = 2**24
 # Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
 _ADDS_TO_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
@@ -273,9 +275,9 @@ class CudaHalfProducts(Products):
         torch.addmm(out, operand.values, self.weight, out_dtype=self.dtype, beta=beta, out=out)
 
     def write_grad_weight(self, operand: Operand, hidden: Tensor, out: Tensor) -> None:
-        if operand.scale is None:
-            # Summed in float32: only in parts of the sum, which so large a result is not cut into,
-            # may cuBLAS round between (torch.backends.cuda.matmul's reduced precision).
+        # A result of few tiles cuBLAS may sum over parts of the tokens, and round between these
+        # (torch.backends.cuda.matmul's reduced precision); in float32 it has nothing to round.
+        if operand.scale is None and out.numel() >= _NEVER_CUT:
             torch.mm(operand.values.T, hidden, out=out)
         else:
             self.add_grad_weight(operand, hidden, out, overwrite=True)

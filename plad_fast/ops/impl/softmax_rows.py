@@ -64,9 +64,13 @@ def softmax_rows_(
         )
         for block in (slice(i, i + rows) for i in range(0, len(buffer), rows))
     ]
-    *statistics, entropy = zip(*parts, strict=True)
+    row_max, sum_exp, token_logprobs, miss, entropy = zip(*parts, strict=True)
     return RowStatistics(
-        *map(torch.cat, statistics), None if entropy[0] is None else torch.cat(entropy)
+        torch.cat(row_max),
+        torch.cat(sum_exp),
+        torch.cat(token_logprobs),
+        torch.cat(miss),
+        torch.cat(entropy) if entropy_order else None,
     )
 
 
