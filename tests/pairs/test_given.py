@@ -76,6 +76,18 @@ def test_ctrl_c_in_a_function_is_no_failure():
         items(CallableModel(function, "f"))
 
 
+def test_a_module_that_quotes_a_key_does_not_get_it_into_the_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    (tmp_path / "my_leaky_module.py").write_text(
+        "import os\nraise RuntimeError('\\x1b[2Jrefused ' + os.environ['OPENAI_API_KEY'])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match=r"my_leaky_module.*RuntimeError: .*refused ") as caught:
+        open_teacher("python:my_leaky_module.f")
+    assert SECRET not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
 def test_a_function_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_teacher_module.py").write_text("def answer(prompt): return prompt * 2\nx = 1\n")
     (tmp_path / "my_broken_module.py").write_text("1 / 0\n")

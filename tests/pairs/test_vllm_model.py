@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.machinery
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def vllm(monkeypatch):
     class LLM:
         def __init__(self, model, *, tensor_parallel_size=1, dtype="auto"):
             if model == "none":
-                raise OSError("no such model")
+                raise OSError(f"no such model for {os.environ.get('HF_TOKEN')}")
             module.engines.append((model, tensor_parallel_size))
 
         def get_tokenizer(self):
@@ -146,9 +147,11 @@ def test_answers_come_by_and_by(vllm, monkeypatch):
     assert [len(batch) for batch in batches] == [3, 2]
 
 
-def test_errors_say_what_to_do(vllm):
-    with pytest.raises(UsageError, match="cannot load 'none'"):
+def test_errors_say_what_to_do(vllm, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted-0123456789")
+    with pytest.raises(UsageError, match=r"cannot load 'none' .*no such model for \*") as caught:
         VllmModel("none").generate([Prompt("a", "a")], Sampling())
+    assert "planted" not in str(caught.value)
     with pytest.raises(UsageError, match=r"longer than the maximum.*shorten"):
         answers(VllmModel("m"), ["long"], Sampling())
     with pytest.raises(UsageError, match="write vllm:MODEL"):

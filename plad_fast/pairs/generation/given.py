@@ -16,7 +16,7 @@ from plad_fast.data.prompts import Prompt, load_prompts
 from plad_fast.data.records import file_digest
 from plad_fast.data.tables import read_table
 from plad_fast.data.unicode import mend
-from plad_fast.errors import UsageError, reported_as
+from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
@@ -113,9 +113,14 @@ def import_function(path: str) -> Callable[..., Any]:
         raise UsageError(f"python:{path} names no module; write python:MODULE.FUNCTION")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    problem = f"cannot import {module_name} for python:{path}; run where it lies, or install it"
-    with reported_as(problem, "Python"):
+    try:
         function = getattr(importlib.import_module(module_name), attribute, None)
+    except Exception as error:  # whatever the user's module does when it is imported
+        said = one_line(f"{type(error).__name__}: {error}")
+        raise UsageError(
+            f"cannot import {module_name} for python:{path} ({said}); run where it lies, or "
+            "install it"
+        ) from error
     if not callable(function):
         raise UsageError(f"{module_name} has no function {attribute!r}; check python:{path}")
     return function

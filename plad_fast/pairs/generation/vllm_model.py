@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 from plad_fast.data.chat import is_blank
-from plad_fast.errors import UsageError, reported_as
+from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.completions import known_end
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
@@ -53,9 +53,13 @@ class VllmModel(TextModel):
         """
         vllm = importlib.import_module("vllm")  # it takes long, and is not there for mypy
         if self._engine is None:
-            problem = f"cannot load {self.model!r}; check the name and the GPU's free memory"
-            with reported_as(problem, "vLLM"):
+            try:
                 self._engine = vllm.LLM(model=self.model, **self._engine_options)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UsageError(
+                    f"vLLM cannot load {self.model!r} ({one_line(str(error))}); check the name and "
+                    "the GPU's free memory"
+                ) from error
         starts = range(0, len(wanted), _AT_ONCE)
         return (self._answer(wanted[i : i + _AT_ONCE], sampling, vllm) for i in starts)
 
