@@ -1,5 +1,5 @@
-"""The implementations under comparison: plad_fast's, the common way in plain torch, and three
-libraries.
+"""The implementations under comparison: plad_fast's, the common way in plain torch, torch's own
+chunked op, and three libraries.
 
 Each turns a `PairBatch` into a `Step`, which runs the PLaD ranking (hinge) loss, mean over pairs,
 forward and backward to hidden states and head weight. The layout a library wants is prepared
@@ -59,7 +59,7 @@ class Impl:
         """Why it cannot run here, or None."""
         if self.package is None or importlib.util.find_spec(self.package) is not None:
             return None
-        return f"the package {self.package} is not installed; pip install -e '.[bench]'"
+        return f"there is no module {self.package}; pip install -e '.[bench]' or a newer torch"
 
 
 def _leaves(batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -192,6 +192,20 @@ def cut_cross_entropy(batch: PairBatch) -> Step:
     return _step(loss, hidden, weight)
 
 
+def torch_linear_cross_entropy(batch: PairBatch) -> Step:
+    """Per-token cross-entropy by torch's op, in chunks, with the options it chooses itself."""
+    hidden, weight = _leaves(batch)
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss() -> Tensor:
+        nll = torch.nn.functional.linear_cross_entropy(
+            hidden, weight, batch.targets, reduction="none", options=options
+        )
+        return hinge(_sequence_sums(-nll.float(), batch))
+
+    return _step(loss, hidden, weight)
+
+
 def three_products(batch: PairBatch) -> Step:
     return _bare_products(batch, batch.hidden.shape[0])
 
@@ -231,6 +245,11 @@ IMPLS: dict[str, Impl] = {
             package="cut_cross_entropy",
             compiled=True,
             multiplies_in_kernels=True,
+        ),
+        Impl(
+            "torch-lce",
+            torch_linear_cross_entropy,
+            package="torch.nn.modules.linear_cross_entropy_options",
         ),
         Impl("3 products", three_products, products_only=True),
         Impl("1+2a products", floor, products_only=True),

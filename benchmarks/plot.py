@@ -27,6 +27,7 @@ STYLE: dict[str, tuple[str, str]] = {
     "trl": ("#0072B2", "^"),
     "liger": ("#009E73", "D"),
     "cut-cross-entropy": ("#CC79A7", "v"),
+    "torch-lce": ("#56B4E9", "P"),
 }
 LABEL = {
     "one-pass": "plad_fast, one pass",
@@ -35,6 +36,7 @@ LABEL = {
     "trl": "TRL",
     "liger": "Liger",
     "cut-cross-entropy": "cut-cross-entropy",
+    "torch-lce": "torch linear_cross_entropy",
 }
 FLOOR = "3 products"
 

@@ -105,9 +105,9 @@ def linear_config(
         return launch.linear_config(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     candidates = launch.linear_candidates(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     # What the launcher tells apart has the heuristic's choice in common: the first candidate.
-    flags = [name for name, value in options.items() if value is True]
-    flags.append(launch.dot_precision(hidden.dtype))
-    key = f"{key_of(hidden, N=num_tokens, D=width, V=vocab)}, {candidates[0]}, {' '.join(flags)}"
+    order = options.get("entropy_order", 0)
+    flags = f"{launch.dot_precision(hidden.dtype)} entropy_order={order}"
+    key = f"{key_of(hidden, N=num_tokens, D=width, V=vocab)}, {candidates[0]}, {flags}"
 
     def bench(config: LinearConfig) -> float:
         return triton.testing.do_bench(

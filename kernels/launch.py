@@ -167,7 +167,8 @@ def linear_candidates(
         *(replace(first, num_warps=w) for w in (4, 8)),
         *(replace(first, num_stages=s) for s in stages),
     ]
-    if loads == "tma" and device.capability == (9, 0) and specialises_warps():
+    wide = first.BLOCK_N == 128 and loads == "tma" and device.capability == (9, 0)
+    if wide and specialises_warps():
         neighbours.append(replace(first, num_warps=4, WARP_SPECIALIZE=True))
     return list(dict.fromkeys([first, *neighbours]))
 

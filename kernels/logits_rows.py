@@ -42,7 +42,7 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None
 
 
-@triton.jit(do_not_specialize=["rows_per_sequence"])
+@triton.jit(do_not_specialize=["rows_per_sequence", "ignore_index"])
 def _logits_rows_forward_kernel(
     logits_ptr,
     bias_ptr,
@@ -149,7 +149,7 @@ def _load_logits(
     return capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
 
 
-@triton.jit(do_not_specialize=["rows_per_sequence"])
+@triton.jit(do_not_specialize=["rows_per_sequence", "ignore_index"])
 def _logits_rows_backward_kernel(
     logits_ptr,
     bias_ptr,

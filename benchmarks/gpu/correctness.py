@@ -154,7 +154,7 @@ def main() -> int:
                 check(section, problem, kind)
             except torch.OutOfMemoryError:
                 print(f"{problem.name} in {kind}: no memory for plain torch", flush=True)
-    return section.exit_status
+    return section.finish()
 
 
 if __name__ == "__main__":

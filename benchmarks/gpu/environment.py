@@ -34,7 +34,7 @@ def main() -> int:
     for what, measured in rates(section).items():
         with section.row(what=what) as row:
             row["value"] = f"{measured():.4g}"
-    return section.exit_status
+    return section.finish()
 
 
 def driver_facts() -> str:

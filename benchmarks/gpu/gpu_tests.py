@@ -38,7 +38,7 @@ def main() -> int:
     ]
     options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "not graph and not flex"]
     status = pytest.main([*options, *files], plugins=[rows])
-    return max(section.exit_status, int(status), int(rows.count == 0))
+    return max(section.finish(), int(status), int(rows.count == 0))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def main() -> int:
         for active in shares if impl.ours else shares[:1]:
             measure_one(section, impl, shape, active)
     # What another library cannot do, or does wrong, is a result.
-    return section.exit_status if impl.ours else 0
+    return section.finish() if impl.ours else 0
 
 
 if __name__ == "__main__":

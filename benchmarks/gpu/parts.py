@@ -1,8 +1,8 @@
-"""Parts of the loss one by one: library products, row kernels, the linear kernel and the cast, then
-where the device time of whole calls goes.
+"""Where the device time of whole calls goes, and parts of the loss one by one: both passes of the
+op by linear kernels and by library products with row kernels, the products, row kernels, the cast.
 
-What takes how long here decides the length of a chunk, and whether a library product with row
-kernels beats the linear kernels.
+What takes how long here decides the length of a chunk, and from which size on the library's
+products are to be preferred.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
+from plad_fast.kernels import launch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -80,15 +83,32 @@ def row_kernels(batch: PairBatch, rows: int) -> Iterator[Part]:
     )
 
 
+def _forward(hidden: Tensor, weight: Tensor, batch: PairBatch, *, by_library: bool) -> Tensor:
+    with mock.patch.object(launch, "uses_library", return_value=by_library):
+        return plad_fast.linear_sequence_logprobs(
+            hidden, weight, batch.targets, batch.cu_seqlens, impl="triton"
+        ).sums
+
+
+def _backward(
+    sums: Tensor, leaves: tuple[Tensor, Tensor], upstream: Tensor, *, by_library: bool
+) -> None:
+    with mock.patch.object(launch, "uses_library", return_value=by_library):
+        torch.autograd.grad(sums, leaves, upstream, retain_graph=True)
+
+
 def whole(batch: PairBatch, shape: Shape) -> Iterator[Part]:
-    """What concerns all tokens, or the head."""
-    inputs = batch.hidden, batch.weight, batch.targets, batch.cu_seqlens
-
-    def forward() -> None:
-        with torch.no_grad():
-            plad_fast.linear_sequence_logprobs(*inputs, impl="triton")
-
-    yield Part("forward of the op", forward, shape.product)
+    """What concerns all tokens, or the head; the op with logits in registers and, behind a library
+    product, in memory (`launch.LIBRARY_FROM`).
+    """
+    hidden, weight = (x.detach().requires_grad_() for x in (batch.hidden, batch.weight))
+    sums = _forward(hidden, weight, batch, by_library=False)
+    upstream = torch.ones_like(sums)
+    for place, by_library in (("registers", False), ("memory", True)):
+        forward = partial(_forward, batch.hidden, batch.weight, batch, by_library=by_library)
+        backward = partial(_backward, sums, (hidden, weight), upstream, by_library=by_library)
+        yield Part(f"op, logits in {place}, forward", forward, shape.product)
+        yield Part(f"op, logits in {place}, backward", backward, 3 * shape.product)
     total = torch.zeros(batch.weight.shape, device=batch.weight.device)
     size = 4.0 + batch.weight.element_size()
     yield Part(
@@ -147,7 +167,7 @@ def main() -> int:
             measure(section, shape, rows, products(batch, rows))
             measure(section, shape, rows, row_kernels(batch, rows))
         del batch
-    return section.exit_status
+    return section.finish()
 
 
 if __name__ == "__main__":

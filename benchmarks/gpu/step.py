@@ -85,7 +85,7 @@ def main() -> int:
                 ]
                 if wrong:
                     row["status"] = f"wrong: {', '.join(wrong)}, beside {other['impl']}"
-    return section.exit_status if impl.ours else 0
+    return section.finish() if impl.ours else 0
 
 
 if __name__ == "__main__":

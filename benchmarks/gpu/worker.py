@@ -65,7 +65,7 @@ class Section:
         self.device = torch.device(self.args.device)
         self.tiny: bool = self.args.tiny
         self.shapes = TINY if self.tiny else SHAPES
-        self.exit_status = 0
+        self.failures: list[str] = []
 
     @contextmanager
     def row(self, **facts: Any) -> Iterator[Record]:
@@ -85,10 +85,15 @@ class Section:
             traceback.print_exc()
             row["status"] = f"failed: {error!r}"[:300]
         if row["status"].startswith(("failed", "wrong")):
-            self.exit_status = 1
+            self.failures.append(row["status"])
         append(self.args.out, row)
         print(row, flush=True)
         release_memory(self.device)
+
+    def finish(self) -> int:
+        """Exit status; the last line of output names the first failure."""
+        print(*self.failures[:1])
+        return int(bool(self.failures))
 
 
 def append(folder: Path, row: Record) -> None:

@@ -2,9 +2,8 @@
 
     python -m plad_fast.kernels.aot --arch 80 90 100 [--all] [--json PATH] [--markdown PATH]
 
-Every kernel that the calls of `calls` launch: each dtype and each size of tile, heads of even,
-odd and unaligned sizes, without options, with a softcap, and with everything. --all compiles every
-combination of options.
+Every kernel that the calls of `calls` launch. --all compiles each dtype and each size of tile,
+heads of even, odd and unaligned sizes, and every combination of options; without it a sample.
 Exit status 1 on any spilled register, any block that does not fit a multiprocessor, and any linear
 kernel of 16-bit operands without its architecture's tensor core instruction in the inner loop.
 --spills BYTES lets a kernel spill that much outside of its inner loop. Nothing is timed; see
@@ -61,9 +60,7 @@ def entries(arch: int, everything: bool = False, module: str | None = None) -> l
     capability = (arch // 10, arch % 10)
     if module:
         return list(importlib.import_module(module).aot_entries(capability))
-    return aot_calls.entries(
-        capability, aot_calls.EVERY_CASE if everything else aot_calls.REACHED_CASES
-    )
+    return aot_calls.entries(capability, everything=everything)
 
 
 def amd_entries() -> list[AotEntry]:
@@ -98,13 +95,14 @@ def inspect(entry: AotEntry, arch: int, spills: int = 0) -> Report:
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
             compiled = compile_entry(entry, GPUTarget("cuda", arch, 32))
+    warps = compiled.metadata.num_warps  # with those that only load
     resources = resources_of(
         arch,
         log.getvalue() if _TRITON_LOGS else ptxas_log(compiled.asm["ptx"]),
         compiled.asm["cubin"],
         compiled.metadata.shared,
         compiled.metadata.tmem_size or 0,
-        entry.tile.num_warps,
+        warps,
     )
     return Report(
         arch,
@@ -112,7 +110,7 @@ def inspect(entry: AotEntry, arch: int, spills: int = 0) -> Report:
         entry.dtype,
         tile_name(entry.tile),
         entry.flags,
-        entry.tile.num_warps,
+        warps,
         entry.tile.num_stages,
         resources,
         tuple(problems_of(entry, arch, resources, spills)),
@@ -203,7 +201,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").partition("\n\n")[0],
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=GPUS, default=[80, 90, 100])
-    parser.add_argument("--all", action="store_true", help="every combination of options")
+    parser.add_argument("--all", action="store_true", help="every size and combination of options")
     parser.add_argument("--json", type=Path, help="write all of it there")
     parser.add_argument("--markdown", type=Path, help="write the tables there")
     parser.add_argument(

@@ -6,8 +6,9 @@ knowledge of what is divisible by 16.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -40,7 +41,7 @@ _TOKENS = (16, 32, 64, 2048)
 _HEADS = ((2048, 128_256), (768, 50_257), (1001, 4099))
 """D and V: Llama-3.2-1B; GPT-2, whose vocabulary is odd; and rows that are not aligned."""
 _HEAD_WITH_A_TAIL = (896, 151_936)
-"""Qwen2.5-0.5B, whose vocabulary is no multiple of the widest tile; for the reached cases alone."""
+"""Qwen2.5-0.5B, whose vocabulary is no multiple of the widest tile."""
 _TRITON_STAGES = 3  # what a launch without num_stages gets
 
 
@@ -53,12 +54,42 @@ class Case:
     rest: bool = False
 
 
-EVERY_CASE = tuple(Case(*x) for x in itertools.product((False, True), repeat=3))
-REACHED_CASES = (Case(), Case(softcap=True), Case(bias=True, softcap=True, rest=True))
+_EVERY_CASE = tuple(Case(*x) for x in itertools.product((False, True), repeat=3))
+_REACHED_CASES = (Case(), Case(softcap=True), Case(bias=True, softcap=True, rest=True))
 """Most heads, Gemma 2's, and all that there is."""
 
 
-def entries(capability: tuple[int, int], cases: tuple[Case, ...]) -> list[AotEntry]:
+class Call(NamedTuple):
+    dtype: torch.dtype
+    head: tuple[int, int]
+    case: Case
+    tokens: tuple[int, ...]
+
+
+def _calls(everything: bool) -> Iterator[Call]:
+    """A sample: bfloat16 operands and an even head with all sizes of tile and the reached cases;
+    other heads and dtypes with many tokens. Options take registers: where they do not choose
+    another tile, all of them are the case to try. float16 compiles to what bfloat16 does but for
+    the type in the instructions.
+    """
+    dtypes = [dtype for dtype in _TYPES if dtype.is_floating_point]
+    plain, *_, full = _REACHED_CASES
+    if everything:
+        for dtype, head in itertools.product(dtypes, (*_HEADS, _HEAD_WITH_A_TAIL)):
+            for case in _EVERY_CASE if head in _HEADS else _REACHED_CASES:
+                yield Call(dtype, head, case, _TOKENS)
+        return
+    for case in _REACHED_CASES:
+        yield Call(torch.bfloat16, _HEADS[0], case, _TOKENS)
+    most = _TOKENS[-1:]
+    for dtype, head in itertools.product((torch.bfloat16, torch.float32), _HEADS[1:]):
+        yield Call(dtype, head, full, most)
+    yield Call(torch.bfloat16, _HEAD_WITH_A_TAIL, plain, most)
+    for dtype, case in itertools.product((torch.float32, torch.float16), (plain, full)):
+        yield Call(dtype, _HEADS[0], case, most)
+
+
+def entries(capability: tuple[int, int], *, everything: bool = False) -> list[AotEntry]:
     """Every kernel that these calls launch on a GPU, once each."""
     device, found = Device(capability, 100), {}
 
@@ -70,25 +101,21 @@ def entries(capability: tuple[int, int], cases: tuple[Case, ...]) -> list[AotEnt
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(launch, "device_of", return_value=device),
     ):
-        calls = [
-            *itertools.product(_HEADS, cases),
-            *itertools.product([_HEAD_WITH_A_TAIL], REACHED_CASES),
-        ]
-        for dtype, (head, case) in itertools.product(_TYPES, calls):
-            if dtype.is_floating_point:
-                _call(dtype, head, case)
+        for call in _calls(everything):
+            _call(*call)
         before = torch.get_float32_matmul_precision()
+        tokens = _TOKENS if everything else _TOKENS[-1:]
         try:
             for precision in ("high", "medium"):
                 torch.set_float32_matmul_precision(precision)
-                _call_linear(torch.float32, _HEADS[0], cases[0])
+                _call_linear(torch.float32, _HEADS[0], Case(), tokens)
         finally:
             torch.set_float32_matmul_precision(before)
     return list(found.values())
 
 
-def _call(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
-    _call_linear(dtype, head, case)
+def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[int, ...]) -> None:
+    _call_linear(dtype, head, case, tokens)
     # One pass: float32 logits in wider rows, which take the operand of the next product as well.
     _call_rows(torch.float32, dtype, head[1], case, -(-head[1] // 64) * 64)
     if not case.bias:
@@ -101,33 +128,42 @@ def _call(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
     scaled(_empty(*head), None, dtype)
 
 
-def _call_linear(dtype: torch.dtype, head: tuple[int, int], case: Case) -> None:
+def _call_linear(
+    dtype: torch.dtype, head: tuple[int, int], case: Case, sizes: tuple[int, ...]
+) -> None:
+    """As the heuristic chooses, and with specialised warps where `kernels.autotune` offers them."""
     width, vocab = head
     bounds = _empty(3, dtype=torch.int64)
-    for n in _TOKENS:
-        operands = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
+    device = launch.device_of(bounds)
+    for n in sizes:
+        hidden, weight = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
         bias = _empty(vocab, dtype=dtype) if case.bias else None
         targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
-        for entropy_order in _orders(vocab, case):
-            linear_forward(
-                *operands,
-                bias,
-                targets,
-                bounds,
-                **_options(case),
-                length_normalization=float(case.rest),
-                entropy_order=entropy_order,
-            )
-        logits_gradient(
-            *operands,
-            bias,
-            targets,
-            *(tokens, tokens, tokens, tokens),
-            tokens if case.rest else None,
-            **_options(case),
-            out=_empty(n, vocab, dtype=dtype),
-            scale=_scale(dtype),
+        options = _options(case)
+        candidates = launch.linear_candidates(
+            dtype,
+            n,
+            device,
+            loads=launch.load_kind(device, hidden, weight),
+            lean=launch.is_lean(bias, options["softcap"], vocab),
         )
+        for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
+            for entropy_order in _orders(vocab, case):
+                linear_forward(
+                    *(hidden, weight, bias, targets, bounds),
+                    **options,
+                    length_normalization=float(case.rest),
+                    entropy_order=entropy_order,
+                    config=config,
+                )
+            logits_gradient(
+                *(hidden, weight, bias, targets, tokens, tokens, tokens, tokens),
+                tokens if case.rest else None,
+                **options,
+                out=_empty(n, vocab, dtype=dtype),
+                scale=_scale(dtype),
+                config=config,
+            )
 
 
 def _orders(vocab: int, case: Case) -> tuple[int, ...]:
@@ -210,5 +246,5 @@ def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | SegmentsConfig:
     blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
     rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
     if len(blocks) == 3:
-        return LinearConfig(*blocks, *rest)
+        return LinearConfig(*blocks, *rest, values["WARP_SPECIALIZE"])
     return (RowsConfig if "BLOCK_V" in values else SegmentsConfig)(*blocks, *rest)

@@ -170,6 +170,8 @@ class Objective:
         The numbers given have passed `plad_fast.ops.validation.check_denominators`.
         """
         groups = _denominator(len(counts) if num_groups is None else num_groups)
+        if not (self.sft_weight or self.spec.is_likelihood):
+            return groups, 1  # which nothing is divided by
         tokens = _denominator(counts[:, 0].sum() if num_tokens is None else num_tokens)
         return (tokens if self.spec.is_likelihood else groups), tokens
 

@@ -75,8 +75,9 @@ def linear_sequence_logprobs(
         temperature: divides the logits at last.
         length_normalization: alpha of sum / count ** alpha: 0 for sums, 1 for means.
         ignore_index: targets equal to it count for nothing. Their tokens cost nothing either, but
-            for the Triton backend's forward, in tiles that they share with tokens that count, and
-            for its backward with `skip_inactive=False`.
+            for the Triton backend's forward, in tiles that they share with tokens that count (on
+            an H100, with 16-bit hidden states of 1024 or more: all of them; many should be left out
+            by the caller), and for its backward with `skip_inactive=False`.
         impl: "auto", or a backend by name ("triton", "torch"); a named one never falls back.
         scratch_bytes: bound on the memory beside inputs, results and gradients; by default
             64 MiB on the CPU, and on CUDA a 64th of the memory, up to 1 GiB. At least one row of
@@ -156,7 +157,7 @@ def sequence_logprobs(
     if cu_seqlens is None:
         batch, length, _ = logits.shape
         cu_seqlens = torch.arange(batch + 1, device=logits.device) * length
-    check.check_cu_seqlens(cu_seqlens, logits.device)
+    check.check_cu_seqlens(cu_seqlens, targets.numel(), logits.device)
     cu_seqlens = sent(cu_seqlens.long(), logits.device)
     token_logprobs, *_ = autograd.stored_token_logprobs(
         logits, targets.long(), cu_seqlens, *options

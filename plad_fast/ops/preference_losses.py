@@ -107,8 +107,8 @@ def fused_linear_preference_loss(
             ignore_index, impl: as in `linear_sequence_logprobs`. The sequences of a group lie
             next to each other, best first: y+, y-, y+, y-, ... for pairs. With targets on a GPU and
             cu_seqlens on the CPU the Triton backend waits for the GPU only where a gradient may be
-            exactly 0, once a chunk, and multiplies ignored tokens as zeros; with both on a GPU it
-            waits once more, and leaves them out.
+            exactly 0, once a chunk, and multiplies ignored tokens as zeros, in a copy of hidden
+            that is not in the bound; with both on a GPU it waits once more, and leaves them out.
         scratch_bytes: bound on the memory beside inputs, results and gradients, as in
             `linear_sequence_logprobs`; the Triton backend takes by default room for 4,096 tokens,
             5 V max(D, 4096) bytes, or 1 GiB if that is more, and at most a 16th of the GPU's

@@ -28,13 +28,13 @@ def checked_problem(
     *,
     may_lack_rows: bool = False,
 ) -> LinearProblem:
-    """The inputs of an op, as autocast wants them; all but the values of targets and offsets."""
+    """The inputs of an op, as autocast wants them; all but values that `check_sequences` sees."""
     check_are_tensors(hidden=hidden, weight=weight, bias=bias)
     refuse_transforms(hidden, weight, bias)
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     _check_head(hidden, weight, bias, may_lack_rows)
     check_targets(targets, len(hidden), hidden.device)
-    check_cu_seqlens(cu_seqlens, hidden.device)
+    check_cu_seqlens(cu_seqlens, len(targets), hidden.device)
     return LinearProblem(hidden, weight, bias, targets.long(), cu_seqlens.long(), options)
 
 
@@ -164,14 +164,30 @@ def check_logits(logits: Tensor, targets: Tensor, has_seqlens: bool) -> None:
         raise UsageError("logits have a vocabulary of 0 entries")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
-    """cu_seqlens (S + 1,) integers on the CPU, or on the device of the logits."""
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
+    """cu_seqlens (S + 1,) integers on the CPU, or on the device of the logits.
+
+    Values that would be sent to another device are looked at before.
+    """
     _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS)
     if cu_seqlens.device.type != "cpu":
         _check_tensor("cu_seqlens", cu_seqlens, _INTEGERS, None, device)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise UsageError(
             f"cu_seqlens must be a vector of S + 1 integers, got shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device and not torch.compiler.is_compiling():
+        _check_offsets(cu_seqlens, num_tokens)
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Values that the host has: they start at 0, never fall and end at N."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
+        raise UsageError(
+            f"cu_seqlens must start at 0, never fall and end at the number of tokens "
+            f"({num_tokens}); got "
+            f"{bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
         )
 
 
@@ -188,19 +204,14 @@ def check_sequences(
     """
     kept = targets != ignore_index
     in_range = ~kept | ((targets >= 0) & (targets < vocab))
-    steps = cu_seqlens.diff()
     if cu_seqlens.is_cuda:
         ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(targets))
         torch._assert_async(
-            ends & (steps >= 0).all(), "cu_seqlens must start at 0, never fall and end at N"
+            ends & (cu_seqlens.diff() >= 0).all(),
+            "cu_seqlens must start at 0, never fall and end at N",
         )
-    elif cu_seqlens[0] != 0 or cu_seqlens[-1] != len(targets) or (steps < 0).any():
-        bounds = cu_seqlens.tolist()
-        raise UsageError(
-            f"cu_seqlens must start at 0, never fall and end at the number of tokens "
-            f"({len(targets)}); got "
-            f"{bounds if len(bounds) < 12 else f'{bounds[:5]}...{bounds[-3:]}'}"
-        )
+    else:
+        _check_offsets(cu_seqlens, len(targets))
     if targets.is_cuda:
         torch._assert_async(in_range.all(), f"targets must lie in [0, {vocab}) or be ignored")
     elif not in_range.all():

@@ -316,3 +316,17 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     torch.testing.assert_close(got.token_logprobs, want.gather(1, targets[:, None]).squeeze(1))
     onehot = torch.nn.functional.one_hot(targets, 40)
     torch.testing.assert_close(d_logits, onehot - want.exp(), rtol=1e-5, atol=1e-6)
+
+
+def test_each_order_of_the_entropy_has_a_key_of_its_own(monkeypatch, tmp_path):
+    """The moment is another number of a token to keep, in registers."""
+    monkeypatch.setattr(autotune, "wanted", lambda tensor: True)
+    keys = []
+    monkeypatch.setattr(
+        autotune, "tuned", lambda name, key, candidates, bench: keys.append(key) or candidates[0]
+    )
+    hidden, weight = torch.randn(3, 16), torch.randn(40, 16)
+    for order in (0, 1, 2):
+        options = {"softcap": None, "entropy_order": order}
+        autotune.linear_config(tuned, hidden, weight, None, **options)
+    assert len(set(keys)) == 3

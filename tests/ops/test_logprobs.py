@@ -259,10 +259,28 @@ def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
     ):
         assert (got.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
     d_logits = torch.randn(9, 50, generator=draw)
-    rounded = torch.empty_like(weight)
-    made.write_grad_weight(made.operand(d_logits.clone()), hidden, rounded)
     want = d_logits.double().T @ hidden.double()
-    assert (rounded.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
+    for never_cut in (1, 2**24):
+        monkeypatch.setattr(products, "_NEVER_CUT", never_cut)
+        rounded = torch.full_like(weight, torch.nan)
+        made.write_grad_weight(made.operand(d_logits.clone()), hidden, rounded)
+        assert (rounded.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("columns", "widened"), [(4096, False), (2048, True)])
+def test_a_product_that_a_gpu_may_sum_in_parts_leaves_it_in_float32(columns, widened):
+    """Of many tokens a slice of the vocabulary may be narrow: few tiles, and long sums."""
+    pytest.importorskip("triton")
+    from benchmarks.cuda_recorder import counting
+
+    with counting() as recorder:
+        hidden, weight = recorder.empty(2**18, 4096), recorder.empty(columns, 4096)
+        made = products.CudaHalfProducts(weight, block_bytes=2**26)
+        operand = made.operand(recorder.empty(2**18, columns))
+        recorder.start(weight)
+        made.write_grad_weight(operand, hidden, torch.empty_like(weight))
+        written = sum(x.written for x in recorder.launches if x.kind == "product")
+    assert written == columns * 4096 * (4 if widened else 2)
 
 
 def test_logits_far_beyond_the_softcap():

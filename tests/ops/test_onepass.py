@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from plad_fast import (
     fused_linear_preference_loss,
     linear_sequence_logprobs,
     losses,
+    sequence_logprobs,
 )
 from plad_fast.losses.objective import Objective
 from plad_fast.ops import backend, preference_autograd
@@ -195,3 +197,21 @@ def test_offsets_elsewhere_are_refused_but_on_the_cpu():
     for op in (fused_linear_preference_loss, linear_sequence_logprobs):
         with pytest.raises(UsageError, match="cu_seqlens must be on cpu"):
             op(*problem.inputs[:3], elsewhere)
+
+
+def test_offsets_of_the_host_are_looked_at_before_they_are_sent():
+    """Not by an assertion of the GPU, which says nothing of their values and ends the process."""
+    pytest.importorskip("triton")
+    from benchmarks.cuda_recorder import counting
+
+    with counting() as recorder:
+        head = recorder.empty(5, 64), recorder.empty(256, 64)
+        targets = recorder.tensor(torch.arange(5))
+        for wrong in ([0, 3, 4], [1, 3, 5], [0, 4, 2, 5]):
+            offsets = torch.tensor(wrong)
+            for op in (fused_linear_preference_loss, linear_sequence_logprobs):
+                with pytest.raises(UsageError, match=re.escape(f"(5); got {wrong}")):
+                    op(*head, targets, offsets, impl="triton")
+            with pytest.raises(UsageError, match=re.escape(f"(5); got {wrong}")):
+                sequence_logprobs(recorder.empty(5, 64), targets, offsets)
+    assert recorder.waits == []

@@ -26,6 +26,7 @@ from plad_fast.losses.terms import segment_sums
 from plad_fast.models.head import head_arguments
 from plad_fast.models.router import router_losses
 from plad_fast.models.wrappers import call_inside, unwrap
+from plad_fast.ops.backend import sent
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.reference import transform_logits
@@ -189,7 +190,8 @@ class HeadLoss:
         if reference_logps is not None:
             reference_logps = reference_logps.view_as(groups)
         losses = loss(groups, counts=counts, reference_logps=reference_logps)
-        aligned = segment_sums(out.token_logprobs.detach() + out.entropy, arguments["cu_seqlens"])
+        offsets = sent(arguments["cu_seqlens"], out.entropy.device)  # from the host
+        aligned = segment_sums(out.token_logprobs.detach() + out.entropy, offsets)
         weights = policy_weights(aligned.view_as(groups), counts)
         return (losses * weights).mean(), out.sums.detach(), out.counts
 

@@ -210,6 +210,8 @@ class _OnePass:
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss (), sums (S,), group losses (B,), active (B,) of all groups, in order."""
+        if len(self._found) == 1:
+            return self._found[0]
         empty = self.problem.hidden.new_empty(0, dtype=dtype)
         values, sums, losses, active = zip(*self._found, strict=True) if self._found else [()] * 4
         return (

@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 
 _FLOAT16_TOP = 2.0**14
+_CACHED_BYTES = 3 * 2**19
+"""Of a block that a CPU finds in its cache when it needs it again."""
+# Entries of 1,024 tiles of 128 x 128, which keep a GPU busy for several waves.
+_NEVER_CUT = 2**24
 # Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
 _ADDS_TO_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
@@ -68,10 +72,14 @@ class Products:
     def __init__(self, weight: Tensor, block_bytes: int) -> None:
         self.weight = weight  # (V, D)
         self.dtype = accumulation_dtype(weight.dtype)
+        if weight.device.type == "cpu":
+            block_bytes = min(block_bytes, _CACHED_BYTES)
         self.block_bytes = block_bytes
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:  # (n, D) -> (n, V)
-        torch.mm(hidden, self.weight.T, out=out)
+        on_cpu = self.weight.device.type == "cpu"
+        for rows in self._vocab_blocks() if on_cpu else [slice(None)]:
+            torch.mm(hidden, self.weight[rows].T, out=out[:, rows])
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -172,22 +180,27 @@ class CpuBfloat16Products(Products):
     2**-17, and both products together still cost half of a float32 one.
     """
 
-    extra_bytes_per_logit = 2
-
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         for rows in self._vocab_blocks(len(hidden)):
             block = self.weight[rows].T
             high = hidden @ block
+            out[:, rows].copy_(high)
             # An infinite logit leaves inf - inf; its high half alone is right.
-            low = torch.addmm(high, hidden, block, beta=-1).nan_to_num_(nan=0.0)
-            out[:, rows].copy_(high).add_(low)
+            low = high.addmm_(hidden, block, beta=-1).nan_to_num_(nan=0.0)
+            out[:, rows].add_(low)
 
     @property
     def operand_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
     def operand(self, d_logits: Tensor) -> Operand:
-        return Operand(d_logits.to(self.weight.dtype))
+        """In the memory of `d_logits`: a row's values in the front half of the row itself."""
+        vocab = d_logits.shape[1]
+        values = d_logits.view(self.weight.dtype)[:, :vocab]
+        step = max(1, self.block_bytes // max(2 * vocab, 1))
+        for wide, narrow in zip(d_logits.split(step), values.split(step), strict=True):
+            narrow.copy_(wide.to(self.weight.dtype))
+        return Operand(values)
 
     def grad_hidden(self, operand: Operand) -> Tensor:
         return operand.values @ self.weight
@@ -262,9 +275,9 @@ class CudaHalfProducts(Products):
         torch.addmm(out, operand.values, self.weight, out_dtype=self.dtype, beta=beta, out=out)
 
     def write_grad_weight(self, operand: Operand, hidden: Tensor, out: Tensor) -> None:
-        if operand.scale is None:
-            # Summed in float32: only in parts of the sum, which so large a result is not cut into,
-            # may cuBLAS round between (torch.backends.cuda.matmul's reduced precision).
+        # A result of few tiles cuBLAS may sum over parts of the tokens, and round between these
+        # (torch.backends.cuda.matmul's reduced precision); in float32 it has nothing to round.
+        if operand.scale is None and out.numel() >= _NEVER_CUT:
             torch.mm(operand.values.T, hidden, out=out)
         else:
             self.add_grad_weight(operand, hidden, out, overwrite=True)

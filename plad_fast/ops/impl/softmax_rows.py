@@ -13,6 +13,9 @@ from torch import Tensor
 
 from plad_fast.ops.backend import HeadOptions
 
+_CACHED_ENTRIES = 2**19
+"""Logits that a CPU takes through all passes at a time, so that they stay in its cache."""
+
 
 class RowStatistics(NamedTuple):
     """What of a row of logits survives the chunk it was computed in."""
@@ -44,6 +47,42 @@ def softmax_rows_(
     log p(target) is (z_t - max) - log(sum of exp): for a confident target both terms are near 0
     and keep their digits, which the difference z_t - lse would lose.
     """
+    rows = max(1, _CACHED_ENTRIES // max(buffer.shape[1], 1))
+    if buffer.device.type != "cpu" or len(buffer) <= rows:
+        return _softmax_block_(
+            buffer, targets, options, bias, tanh_slope, entropy_order, block_rows
+        )
+    parts = [
+        _softmax_block_(
+            buffer[block],
+            targets[block],
+            options,
+            bias,
+            None if tanh_slope is None else tanh_slope[block],
+            entropy_order,
+            block_rows,
+        )
+        for block in (slice(i, i + rows) for i in range(0, len(buffer), rows))
+    ]
+    row_max, sum_exp, token_logprobs, miss, entropy = zip(*parts, strict=True)
+    return RowStatistics(
+        torch.cat(row_max),
+        torch.cat(sum_exp),
+        torch.cat(token_logprobs),
+        torch.cat(miss),
+        torch.cat(entropy) if entropy_order else None,
+    )
+
+
+def _softmax_block_(
+    buffer: Tensor,
+    targets: Tensor,
+    options: HeadOptions,
+    bias: Tensor | None,
+    tanh_slope: Tensor | None,
+    entropy_order: int,
+    block_rows: int,
+) -> RowStatistics:
     logits_(buffer, options, bias, tanh_slope)
     row_max = buffer.amax(dim=1)
     buffer.sub_(row_max.unsqueeze(1))
