@@ -188,8 +188,8 @@ def _ask(
                 told = True
                 what = f"{thoughts} of {seen} answers so far hold the model's thought"
                 logger.warning(
-                    "%s: %s (<think>, say), which a student would learn; switch its thinking off, "
-                    "or give the server its reasoning parser",
+                    "%s: %s (<think>, say), which would enter the training data; switch its "
+                    "thinking off, or give the server its reasoning parser",
                     model.name,
                     what,
                 )
