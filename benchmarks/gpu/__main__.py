@@ -184,7 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if left < LEAST_SECONDS:
                         note(job, "no time left")
                     else:
-                        running.append(start(job, args, Path(truths), min(job.limit, left)))
+                        # A section's own limit is a GPU's.
+                        limit = left if args.device == "cpu" else min(job.limit, left)
+                        running.append(start(job, args, Path(truths), limit))
                 time.sleep(0.05)
                 for one in list(running):
                     status = one.status()

@@ -38,7 +38,8 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of every section."""
     out = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(out)],
+        [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--minutes", "15",
+         "--out", str(out)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
