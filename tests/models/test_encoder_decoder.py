@@ -494,7 +494,7 @@ def test_positions_bound_prompts_and_answers(tokenizer, tmp_path, monkeypatch):
     fits, long = Prompt("1", "a" * 95), Prompt("2", "a" * 96)
     [[answer]] = local.generate([fits], Sampling(max_new_tokens=96, temperature=0))
     assert answer.n_tokens == 96
-    with pytest.raises(UsageError, match="prompt '2' has 97 tokens, and of 96 positions"):
+    with pytest.raises(UsageError, match="'2' has 97 tokens, and the encoder has 96"):
         local.generate([fits, long], Sampling(max_new_tokens=8))
     with pytest.raises(UsageError, match="max_new_tokens=97, and model bart has 96"):
         local.generate([fits], Sampling(max_new_tokens=97))
