@@ -62,7 +62,17 @@ def test_fine_tuning_has_no_weights_of_preferences(tiny_teacher, pairs, tmp_path
     assert (record["sft_weight"], record["length_normalization"]) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("loss", losses.available())
+# One of each kind: none, by margin, by scores, with a reference, without pairs.
+ONE_OF_A_KIND = ("sft", "plad_ranking", "plad_listwise", "dpo", "kto")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        loss if loss in ONE_OF_A_KIND else pytest.param(loss, marks=pytest.mark.slow)
+        for loss in losses.available()
+    ],
+)
 def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_path):
     """The loss of the first step on the same pairs, with nothing set but the loss's name."""
     rows = [{**row, "chosen_score": 0.5, "rejected_score": 0.25} for row in PAIRS[:4]]
