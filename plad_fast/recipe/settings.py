@@ -53,10 +53,14 @@ class DistillConfig:
     student_samples: int = setting(1, "number of student samples per prompt", AT_LEAST_1)
 
     base_url: str | None = setting(
-        None, "endpoint address for openai:MODEL; default: OPENAI_BASE_URL, else OpenAI's own"
+        None,
+        "endpoint address for openai:MODEL, or several with commas between them, of servers of the "
+        "same model; default: OPENAI_BASE_URL, else OpenAI's own",
     )
     api_key_env: str = free_setting("OPENAI_API_KEY", "environment variable of the endpoint's key")
-    concurrency: int = free_setting(8, "simultaneous requests to the endpoint", AT_LEAST_1)
+    concurrency: int = free_setting(
+        8, "simultaneous requests to the endpoint, all servers", AT_LEAST_1
+    )
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
         0, "tokens for the endpoint model's reasoning, beside those of its answer", NOT_NEGATIVE
