@@ -77,8 +77,9 @@ class RayModel(TextModel):
                 max_task_retries=_LIVES,
             )
             try:
-                for row in answered.iter_rows():
-                    found: list[Answer | Failure] | UsageError = pickle.loads(row["found"])
+                # One that is prefetched would be lost with those that are under way.
+                for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+                    found: list[Answer | Failure] | UsageError = pickle.loads(batch["found"][0])
                     if isinstance(found, UsageError):
                         raise found
                     yield found
