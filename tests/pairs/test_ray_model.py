@@ -126,11 +126,12 @@ def test_a_command_that_was_ended_goes_on(ending, status, ray, tiny_teacher, pro
     run = [sys.executable, "-c", "import sys; from plad_fast.cli import main; sys.exit(main())"]
     process = subprocess.Popen([*run, *command])
     until(lambda: rows(store) > 0)
+    at_work = actors()
     os.kill(process.pid, ending)
     assert process.wait(60) == status
     had = store.read_bytes()
     assert 0 < rows(store) < 160
-    until(lambda: not actors())
+    until(lambda: not any(actor.is_running() for actor in at_work))
     # Without Ray: a store does not know who filled it.
     assert main(command[: -len(RAY)]) == 0
     assert store.read_bytes().startswith(had)

@@ -152,8 +152,8 @@ def _cluster() -> Iterator[Any]:
         return
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    where = os.environ.get("RAY_ADDRESS", "this machine")
-    with reported_as(f"there is no Ray cluster at {where}; check RAY_ADDRESS", "Ray"):
+    where = os.environ.get("RAY_ADDRESS") or "this machine"
+    with reported_as(f"cannot connect to Ray at {where}; check RAY_ADDRESS", "Ray"):
         ray.init(logging_level=logging.WARNING)
     try:
         if is_main:  # Ray has set one of its own, which leaves with the status 15
