@@ -37,6 +37,7 @@ _ENDPOINT = (
     *("base_url", "api_key_env", "concurrency", "request_timeout"),
     *("reasoning_tokens", "token_budget", "cost_budget", "price_in", "price_out"),
 )
+_ENGINE = ("engine", "actors", "gpus_per_actor")
 _SELECTION = ("teacher_samples", "student_samples", *SELECTION)
 _LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
 _RESOURCES = (
@@ -48,7 +49,7 @@ _EVALUATION = ("eval_scorer", "calibration_samples")
 _GROUPS = {
     "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
     "prompts": (*_PROMPTS, "held_out", "sft_share"),
-    "answers": ("teacher_temperature", *_GENERATION),
+    "answers": ("teacher_temperature", *_GENERATION, *_ENGINE),
     "scores and pairs": _SELECTION,
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
     "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS),
@@ -96,7 +97,7 @@ COMMANDS = {
         needs=("teacher", "student", "output_dir"),
         settings=(
             *(*_PROMPTS, "teacher_temperature", *_GENERATION, "seed", "precision"),
-            *(*_SELECTION, *_ENDPOINT),
+            *(*_ENGINE, *_SELECTION, *_ENDPOINT),
         ),
         help={
             "teacher": f"{_OF_MODEL}, openai:MODEL, vllm:MODEL, column:NAME, or "

@@ -53,10 +53,14 @@ class DistillConfig:
     student_samples: int = setting(1, "number of student samples per prompt", AT_LEAST_1)
 
     base_url: str | None = setting(
-        None, "endpoint address for openai:MODEL; default: OPENAI_BASE_URL, else OpenAI's own"
+        None,
+        "endpoint address for openai:MODEL, or several with commas between them, of servers of the "
+        "same model; default: OPENAI_BASE_URL, else OpenAI's own",
     )
     api_key_env: str = free_setting("OPENAI_API_KEY", "environment variable of the endpoint's key")
-    concurrency: int = free_setting(8, "simultaneous requests to the endpoint", AT_LEAST_1)
+    concurrency: int = free_setting(
+        8, "simultaneous requests to the endpoint, all servers", AT_LEAST_1
+    )
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
         0, "tokens for the endpoint model's reasoning, beside those of its answer", NOT_NEGATIVE
@@ -69,6 +73,20 @@ class DistillConfig:
     )
     price_in: float | None = free_setting(None, "price of a million prompt tokens")
     price_out: float | None = free_setting(None, "price of a million answer tokens")
+
+    engine: str = free_setting(
+        "local",
+        "place of models that answer: local, in this process, or ray, in actors of Ray Data",
+        one_of("local", "ray"),
+    )
+    actors: int | None = free_setting(
+        None, "number of Ray actors; default: one per GPU of the cluster, or one", AT_LEAST_1
+    )
+    gpus_per_actor: float | None = free_setting(
+        None,
+        "GPUs of a Ray actor, or a share of one; default: 1 where the cluster has any",
+        Rule("must be a share of 1, or whole", lambda v: 0 <= v <= 1 or (v > 1 and v == int(v))),
+    )
 
     scorer: str | None = setting(
         None,
@@ -206,6 +224,9 @@ class DistillConfig:
             filters=self.pair_filters(),
             list_size=self.list_size,
         )
+        for name in ("actors", "gpus_per_actor"):
+            if self.engine != "ray" and getattr(self, name) is not None:
+                raise UsageError(f"{flag(name)} is of Ray's actors; add --engine ray, or drop it")
         if (self.price_in is None) != (self.price_out is None):
             raise UsageError("--price-in and --price-out belong together; give both")
         if self.loss == "sft":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ from plad_fast.errors import UsageError
 from plad_fast.evaluation.run_students import scorer_file
 from plad_fast.models.loading import offline_teacher_path
 from plad_fast.pairs.generation import sources
+from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.given import ColumnModel
+from plad_fast.pairs.generation.ray_model import RayModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring import scorers as scoring
 from plad_fast.pairs.scoring.judge import Judge
@@ -31,14 +35,26 @@ def open_teacher(
     is_endpoint = config.teacher.startswith("openai:")
     # Where the teacher is none, the endpoint may be the judge's.
     is_judges = not is_endpoint and any(map(_is_judge, (config.scorer, config.eval_scorer)))
-    return sources.open_teacher(
+    open_it = functools.partial(
+        sources.open_teacher,
         config.teacher,
         name="teacher",
-        columns=columns,
+        columns=columns if config.teacher.startswith("column:") else None,
         precision=config.precision,
         base_url=None if is_judges else config.base_url,
         **(config.endpoint_options() if is_endpoint else {}),
     )
+    teacher = open_it()
+    if isinstance(teacher, (EndpointModel, ColumnModel)):
+        return teacher  # there is no work in it that actors could share
+    return on_engine(config, open_it, "teacher")
+
+
+def on_engine(config: DistillConfig, open_it: Callable[[], TextModel], name: str) -> TextModel:
+    """A model in this process, or in the actors that the settings ask for."""
+    if config.engine == "local":
+        return open_it()
+    return RayModel(open_it, name, actors=config.actors, gpus=config.gpus_per_actor)
 
 
 def open_scorer(

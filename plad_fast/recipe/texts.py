@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.ray_model import require_ray
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
 from plad_fast.pairs.generation.text_model import Answer
@@ -22,7 +24,7 @@ from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.select import is_usable
 from plad_fast.recipe.inputs import answer_columns, dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import open_scorer, open_teacher, sampling_for
+from plad_fast.recipe.sources import on_engine, open_scorer, open_teacher, sampling_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +61,8 @@ class RecipeTexts:
         self.scores_file, self.verdicts_file = pairs / "scores.jsonl", pairs / "verdicts.jsonl"
         self._pairs = pairs
         self._sampling = sampling_for(config, "teacher")
+        if config.engine == "ray":
+            require_ray()
         self.scorer = None
         if config.scorer is not None:
             self.scorer = open_scorer(config, config.scorer, self.verdicts_file, judges)
@@ -145,7 +149,9 @@ class RecipeTexts:
         precision = self.config.precision
         suffix = "" if round_number == 1 else f"-{round_number}"
         return stored_answers(
-            lambda: open_local_model(model, name, precision=precision),
+            lambda: on_engine(
+                self.config, partial(open_local_model, model, name, precision=precision), name
+            ),
             prompts,
             self.answers / f"student{suffix}.jsonl",
             sampling_for(self.config, "student", round_number, n),

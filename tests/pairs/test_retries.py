@@ -224,7 +224,7 @@ def test_a_server_that_takes_no_connection_is_given_seconds_in_a_trial(monkeypat
         teacher.try_out(Sampling(), NOWHERE)
     assert len(asked) == 1
     assert asked[0] < 5
-    teacher.endpoint._is_reached = True
+    teacher.endpoint._servers.every[0].is_reached = True
     list(teacher.endpoint.complete([ChatRequest(CHAT, Sampling(5))]))
     assert asked[1:] == [60.0] * 7
 

@@ -25,13 +25,14 @@ from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.sources import open_teacher
+from plad_fast.pairs.generation.text_model import Answer
 
 KEY = "sk-planted-0123456789"
 
 
 @contextlib.contextmanager
 def served(folder, log, *, patience: float = 120):
-    """The URL of a server of this model, once it has loaded it."""
+    """The URL of a server of this model, once it has loaded it, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,7 +50,7 @@ def served(folder, log, *, patience: float = 120):
                 if process.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield f"http://127.0.0.1:{port}/v1", process
         finally:
             process.terminate()
             try:
@@ -78,7 +79,7 @@ def test_pairs_from_a_served_teacher(tiny_teacher, tiny_tokenizer, tmp_path, mon
     (folder / "generation_config.json").write_text(json.dumps({**config, "do_sample": True}))
     local = LocalModel(load_model(folder), tiny_tokenizer, "local")
     prompts = [Prompt(f"p{i}", f"say {i}") for i in range(12)]
-    with served(folder, tmp_path / "server.log") as url:
+    with served(folder, tmp_path / "server.log") as (url, _):
         teacher = open_teacher(f"openai:{folder}", base_url=url, concurrency=2, timeout=60)
         greedy = Sampling(max_new_tokens=12, temperature=0)
         asked = answers(teacher, prompts, tmp_path / "greedy.jsonl", replace(greedy, n=2))
@@ -99,6 +100,36 @@ def test_pairs_from_a_served_teacher(tiny_teacher, tiny_tokenizer, tmp_path, mon
 
 
 @pytest.mark.slow
+def test_two_servers_of_which_one_is_killed(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):
+    """Greedy answers of both are those that the model gives here, and none is missing."""
+    from plad_fast.models.loading import load_model
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts = [Prompt(f"p{i}", f"say {i}") for i in range(40)]
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    local = LocalModel(load_model(tiny_teacher), tiny_tokenizer, "local")
+    here = answers(local, prompts, tmp_path / "here.jsonl", greedy).first
+    first = served(tiny_teacher, tmp_path / "first.log")
+    second = served(tiny_teacher, tmp_path / "second.log")
+    with first as (url, process), second as (other, _):
+        teacher = open_teacher(
+            f"openai:{tiny_teacher}", base_url=f"{url},{other}", concurrency=4, timeout=60
+        )
+        teacher.try_out(greedy, tmp_path / "none.jsonl")
+        found = []
+        for batch in teacher.generate(prompts, greedy):
+            found += batch
+            if len(found) == 10:
+                process.kill()
+    assert {item.prompt_id for item in found} == set(here)
+    texts = {item.prompt_id: item.text for item in found if isinstance(item, Answer)}
+    assert texts == {i: answer.text for i, answer in here.items() if answer.text}
+    by_url = {server.url: server for server in teacher.endpoint._servers.every}
+    assert by_url[url].is_down
+    assert 5 < by_url[url].asked < by_url[other].asked
+
+
+@pytest.mark.slow
 def test_pairs_from_smollm2_behind_a_server(tmp_path, capsys):
     """Minutes on two cores. The student is the teacher itself, drawn at a higher temperature:
     one of fewer layers would have to be trained first to come to an end."""
@@ -111,7 +142,7 @@ def test_pairs_from_smollm2_behind_a_server(tmp_path, capsys):
     tokenizer.save_pretrained(folder)
     prompts = builtin_prompts()[:8]
     start = time.monotonic()
-    with served(folder, tmp_path / "server.log") as url:
+    with served(folder, tmp_path / "server.log") as (url, _):
         ready = time.monotonic()
         teacher = open_teacher(f"openai:{folder}", base_url=url, concurrency=2, timeout=120)
         sampling = Sampling(max_new_tokens=64, temperature=0.5)

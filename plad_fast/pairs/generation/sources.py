@@ -22,7 +22,7 @@ from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.pairs.generation import given
-from plad_fast.pairs.generation.endpoint.access import find_url
+from plad_fast.pairs.generation.endpoint.access import find_urls
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -85,7 +85,7 @@ def teacher_fingerprint(
     """
     kind, rest = split_spec(spec)
     if kind == "openai":
-        return {"teacher": spec, "base_url": find_url(base_url)}
+        return {"teacher": spec, "base_url": find_urls(base_url)[0]}
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":

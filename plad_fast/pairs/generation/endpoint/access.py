@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from plad_fast.data.unicode import without_controls
@@ -62,22 +63,33 @@ def check_variable(variable: str) -> None:
     )
 
 
-def read_key(variable: str, url: str) -> str:
-    """The key in an environment variable; a stand-in for an endpoint on this machine."""
+def read_key(variable: str, urls: Sequence[str]) -> str:
+    """The key in an environment variable; a stand-in for endpoints on this machine."""
     check_variable(variable)
     key = os.environ.get(variable, "").strip()
-    if not key and is_loopback(url):
+    away = [url for url in urls if not is_loopback(url)]
+    if not (key or away):
         return "none"
     if not key:
-        raise UsageError(f"{url} needs a key, and {variable} is not set (--api-key-env); set it")
+        raise UsageError(
+            f"{away[0]} needs a key, and {variable} is not set (--api-key-env); set it"
+        )
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise UsageError(f"{variable} holds characters that no key has; copy the key anew")
     return key
 
 
-def find_url(url: str | None) -> str:
-    """The URL of the API: as given, else from the environment, else OpenAI's."""
-    url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+def find_urls(urls: str | None) -> list[str]:
+    """The URLs of the API's servers, given with commas between them, else from the environment,
+    else OpenAI's."""
+    given = urls or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    found = [_checked(url.strip()) for url in given.split(",")]
+    if twice := [url for url in found if found.count(url) > 1]:
+        raise UsageError(f"base URL {twice[0]!r} is given twice; name each server once")
+    return found
+
+
+def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname)

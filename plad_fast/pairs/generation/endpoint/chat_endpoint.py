@@ -24,6 +24,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
+from plad_fast.pairs.generation.endpoint.servers import Server, Servers
 from plad_fast.pairs.generation.ranks import by_first
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,16 @@ class Endpoint:
 
     base_url: str | None = None
     """Of the API, usually ending in `/v1`; else the environment variable OPENAI_BASE_URL, else
-    OpenAI's own."""
+    OpenAI's own. Several with commas between them are servers of the same model, any of which may
+    answer: the one with the fewest requests under way is asked, one that is down is left out and
+    tried again later, and the first address stands for all of them in `settings`."""
 
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. The key itself is passed to the client and to
     nothing else; an endpoint on this machine may do without."""
 
     concurrency: int = 8
-    """Requests under way at once, at most."""
+    """Requests under way at once, at most, at all servers together."""
 
     timeout: float = 60.0
     """Seconds for a whole request, after which it counts as failed."""
@@ -81,24 +84,24 @@ class Endpoint:
     """Of a million tokens of prompts, and of answers."""
 
     def __post_init__(self) -> None:
-        self.base_url = self._url = access.find_url(self.base_url)
+        self._urls = access.find_urls(self.base_url)
+        self.base_url = ",".join(self._urls)
+        self._servers = Servers(self._urls)
         self.usage = Usage(prices=self.prices)
         self.stopped = ""  # why `complete` left requests out the last time, if it did
         self.has_answered = False  # whether the first replies need no watching any more
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._tells_ends = False  # whether any reply had a finish_reason
         self._is_trial = False
-        self._is_reached = False  # whether there ever was a server
-        self._has_replied = False  # to anything but a trial
-        self._unclear = self._empty = self._given_up_in_a_row = 0
+        self._empty = self._given_up_in_a_row = 0
         self._check()
 
     def __repr__(self) -> str:
-        return f"Endpoint({self.model!r}, base_url={self._url!r})"
+        return f"Endpoint({self.model!r}, base_url={self.base_url!r})"
 
     def settings(self) -> dict[str, str]:
         """What answers depend on, as JSON; without anything secret."""
-        return {"model": self.model, "base_url": self._url}
+        return {"model": self.model, "base_url": self._urls[0]}
 
     def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | str]]:
         """Yields the index of every request once, with its reply or why it failed, as they come.
@@ -110,13 +113,14 @@ class Endpoint:
                 requests, or the first replies hold no answer at all: their tokens are spent
                 before, or they are a thought or a tool call alone.
         """
-        key = access.read_key(self.api_key_env, self._url)
+        key = access.read_key(self.api_key_env, self._urls)
         return iterate_in_thread(lambda emit: self._answer_all(requests, key, emit))
 
     def try_out(
         self, request: ChatRequest, store: str | os.PathLike[str] | None, *, overwrite: bool
     ) -> None:
-        """Makes one plain request, to find out before long work whether any will be answered.
+        """Makes one plain request of each server, to find out before long work whether any will be
+        answered. A server that is not there is passed over as long as another one answers.
 
         In a run of several processes all are to call this, and the first one asks.
 
@@ -135,15 +139,16 @@ class Endpoint:
                 return
             self._is_trial = True
             try:
-                ((_, reply),) = self.complete([request])
+                found = [reply for _, reply in self.complete([request] * len(self._urls))]
             finally:
                 self._is_trial = False
-            problem = reply
-            if isinstance(reply, Reply):
-                is_spent = reply.choices[0].finish_reason == "length"
-                problem = reply.choices[0].problem if is_spent else ""
-            if problem:
-                raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+            for reply in found:
+                problem = reply
+                if isinstance(reply, Reply):
+                    is_spent = reply.choices[0].finish_reason == "length"
+                    problem = reply.choices[0].problem if is_spent else ""
+                if problem:
+                    raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
 
         by_first(ask)
 
@@ -159,26 +164,34 @@ class Endpoint:
         waiting = iter(enumerate(requests))
         halted = asyncio.Event()
 
-        async def work(client: Any) -> None:
+        async def work() -> None:
             for index, request in waiting:
-                reply = await self._ask(client, request, key, halted)
+                reply = await self._ask(clients, request, key, halted)
                 emit((index, reply))
                 if isinstance(reply, Reply) and not self._is_trial and not self.has_answered:
                     self._look_for_answer(reply.choices)
                 if halted.is_set():
                     return
 
-        async with open_client(
-            key=key,
-            base_url=self._url,
-            timeout=self.timeout,
-            connect=self.timeout if self._is_reached else min(self.timeout, _FIRST_CONNECTION),
-            # A proxy named in the environment is not meant for this machine itself.
-            proxies=not access.is_loopback(self._url),
-            tokens=max((r.sampling.n * self._limit(r) for r in requests), default=0),
-        ) as client:
+        def client(server: Server) -> Any:
+            first = min(self.timeout, _FIRST_CONNECTION)
+            return open_client(
+                key=key,
+                base_url=server.url,
+                timeout=self.timeout,
+                connect=self.timeout if server.is_reached else first,
+                # A proxy named in the environment is not meant for this machine itself.
+                proxies=not access.is_loopback(server.url),
+                tokens=max((r.sampling.n * self._limit(r) for r in requests), default=0),
+            )
+
+        async with contextlib.AsyncExitStack() as stack:
+            clients = {
+                server: await stack.enter_async_context(client(server))
+                for server in self._servers.every
+            }
             count = min(self.concurrency, len(requests))
-            workers = [asyncio.create_task(work(client)) for _ in range(count)]
+            workers = [asyncio.create_task(work()) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
             except Exception:
@@ -206,9 +219,10 @@ class Endpoint:
             )
 
     async def _ask(
-        self, client: Any, request: ChatRequest, key: str, halted: asyncio.Event
+        self, clients: dict[Server, Any], request: ChatRequest, key: str, halted: asyncio.Event
     ) -> Reply | str:
         choices: list[Choice] = []
+        failed: list[Server] = []
         n, limit = request.sampling.n, self._limit(request)
         spent = Usage()  # of tokens
         tries, last, reason = 0, "", ""
@@ -223,9 +237,9 @@ class Endpoint:
             counted = (0, 0)
             try:
                 self.usage.requests += 1
-                response = await asyncio.wait_for(
-                    client.chat.completions.with_raw_response.create(**body), self.timeout
-                )
+                with self._servers.least_loaded(failed) as server:
+                    create = clients[server].chat.completions.with_raw_response.create
+                    response = await asyncio.wait_for(create(**body), self.timeout)
                 reply = replies.parse_reply(response.content)
                 counted = replies.read_usage(reply)
                 self._count(counted, spent)
@@ -236,7 +250,7 @@ class Endpoint:
                 )
             except Exception as error:
                 trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
-                self._is_reached |= not trouble.unreachable
+                self._servers.note_failure(server, trouble)
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
                     # Four bytes make a token, about, and the answers are taken to be as long as
@@ -245,18 +259,21 @@ class Endpoint:
                     self._count((-(-size // 4), limit * body.get("n", 1)), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
-                elif tries < self._most_retries(trouble):
+                    continue
+                failed.append(server)
+                moves = self._moves(trouble, server, failed)
+                if moves or tries < self._most_retries(trouble, server):
                     logger.debug("%s: trying again: %s", self.model, trouble.reason)
                     last = f"; the last try: {trouble.reason}"
                     self.usage.retries += 1
-                    await self._rest(tries, trouble, halted)
-                    tries += 1
+                    if not moves:
+                        await self._rest(tries, trouble, halted)
+                        tries += 1
                 else:
-                    reason = self._give_up(trouble, tries)
+                    reason = self._give_up(trouble, tries, server)
                     break
             else:
-                self._is_reached = True
-                self._has_replied |= not self._is_trial
+                self._servers.note_reply(server, is_trial=self._is_trial)
                 self._given_up_in_a_row = 0
                 self.usage.replies += 1
                 self.usage.uncounted += not any(counted)
@@ -271,7 +288,7 @@ class Endpoint:
     def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
         """The request for what is left to be asked for, where some choices have come."""
         limits = ["max_tokens", "max_completion_tokens"]
-        if self._url == access.OPENAI_URL:  # its newer models refuse the old, other servers the new
+        if access.OPENAI_URL in self._urls:  # its newer models refuse the old, others the new
             limits.reverse()
         limit = next((name for name in limits if name not in self._refused), limits[0])
         sampling = request.sampling
@@ -298,14 +315,19 @@ class Endpoint:
             usage.prompt_tokens += tokens[0]
             usage.answer_tokens += tokens[1]
 
-    def _most_retries(self, trouble: retries.Trouble) -> int:
+    def _moves(self, trouble: retries.Trouble, server: Server, failed: Sequence[Server]) -> bool:
+        """Whether a request goes on at another server, at once, rather than wait for this one."""
+        refuses = trouble.then == "stop" and not self._ends(trouble, server)
+        return (trouble.unreachable or refuses) and self._servers.has_other(failed)
+
+    def _most_retries(self, trouble: retries.Trouble, server: Server) -> int:
         if trouble.then == "once":
             # Where replies have come, a page or a stream in place of one will pass.
-            passes = self.usage.replies and trouble.advice
+            passes = server.replies and trouble.advice
             return self.max_retries if passes else min(1, self.max_retries)
         if trouble.then != "again":
             return 0
-        if trouble.unreachable and not self._is_reached:
+        if trouble.unreachable and not self._servers.is_reached:
             # No server there: said at once, rather than after all the pauses.
             return min(self.max_retries, 0 if trouble.reason.endswith("in time") else 1)
         return self.max_retries
@@ -328,22 +350,26 @@ class Endpoint:
         else:
             logger.info("%r takes no %s: going on without (%s)", self, name, trouble.reason)
 
-    def _give_up(self, trouble: retries.Trouble, tries: int) -> str:
-        """The reason for one failure; raises UsageError where it concerns all requests."""
+    def _ends(self, trouble: retries.Trouble, server: Server) -> bool:
+        """Whether a failure concerns all requests."""
         # A server that has answered may refuse one request by any status; not so its key, the
         # credit and the quota, nor for a wait of hours.
         lasts = trouble.status in _LASTING or trouble.retry_after is not None
-        self._unclear += trouble.then == "unclear" and not self._has_replied
         ends = {
-            "stop": lasts or not self.usage.replies,
-            "once": bool(trouble.advice) and not self.usage.replies,
+            "stop": lasts or not server.replies,
+            "once": bool(trouble.advice) and not server.replies,
             # A request that tries the endpoint out is not refused for its text.
-            "unclear": self._is_trial or (self._unclear >= _UNCLEAR and not self._has_replied),
+            "unclear": self._is_trial or (server.unclear >= _UNCLEAR and not server.has_replied),
         }.get(trouble.then, False)
         # In a trial a refused parameter is the length limit: no prompt is too long for it there.
-        if ends or (self._is_trial and trouble.parameter):
+        return ends or (self._is_trial and bool(trouble.parameter))
+
+    def _give_up(self, trouble: retries.Trouble, tries: int, server: Server) -> str:
+        """The reason for one failure; raises UsageError where it concerns all requests."""
+        server.unclear += trouble.then == "unclear" and not server.has_replied
+        if self._ends(trouble, server):
             # `from None`: a traceback would show the client's own error too, with the key, maybe.
-            raise retries.refusal(trouble, self.model, self._url, self.api_key_env) from None
+            raise retries.refusal(trouble, self.model, server.url, self.api_key_env) from None
         if trouble.then in ("again", "once", "stop") and not trouble.parameter:
             self._given_up_in_a_row += 1
         if trouble.then in ("again", "once"):
@@ -382,5 +408,6 @@ class Endpoint:
             check_weight("prices", price)
         if self.cost_budget is not None and self.prices is None:
             raise UsageError("cost_budget needs prices; give them, or a token_budget instead")
-        access.read_key(self.api_key_env, self._url)
-        access.warn_of_clear_text(self._url)
+        access.read_key(self.api_key_env, self._urls)
+        for url in self._urls:
+            access.warn_of_clear_text(url)

@@ -1,0 +1,161 @@
+"""Answers by actors of Ray: the same as without them, whatever is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from plad_fast.cli import main
+from plad_fast.data.prompts import Prompt
+from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.ray_model import _parts
+from plad_fast.recipe.settings import DistillConfig
+from tests.support.recipe_runs import pair
+
+RAY = ["--engine", "ray", "--actors", "2", "--generation-batch-size", "1"]
+
+
+def test_parts_hold_everything_once_the_longest_first():
+    wanted = [(Prompt(f"p{i}", "x" * (i % 7)), k) for i in range(50) for k in range(2)]
+    parts = _parts(wanted, batch_size=2, actors=3)
+    shared = [asked for part in parts for asked in part]
+    assert sorted(map(str, shared)) == sorted(map(str, wanted))
+    assert {len(part) for part in parts[:-1]} == {16}
+    lengths = [len(prompt.content) for prompt, _ in shared]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(part) for part in _parts(wanted[:10], batch_size=16, actors=4)] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("option", ["actors", "gpus_per_actor"])
+def test_options_of_actors_need_the_engine(option):
+    name = f"--{option.replace('_', '-')}"
+    with pytest.raises(UsageError, match=f"{name} is of Ray's actors"):
+        DistillConfig(**{option: 1})
+    with pytest.raises(UsageError, match=f"{name} must be"):
+        DistillConfig(engine="ray", **{option: -1})
+
+
+def test_a_missing_ray_is_named_before_a_teacher_is_asked(
+    tiny_teacher, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "answer": "b"}\n')
+    assert main(pair("column:answer", tiny_teacher, prompts, tmp_path / "out", *RAY)) == 2
+    assert 'pip install "plad-fast[ray]"' in capsys.readouterr().err
+    assert not (tmp_path / "out" / "teacher.jsonl").exists()
+
+
+@pytest.fixture
+def ray():
+    return pytest.importorskip("ray")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(160)))
+    return path
+
+
+def rows(path):
+    """How many a store has after its header."""
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def until(holds, patience=120):
+    deadline = time.monotonic() + patience
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def actors():
+    """Processes of actors that descend from this one."""
+    import psutil
+
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "_Actor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_pairs_are_those_of_one_process_though_an_actor_is_killed(
+    ray, tiny_teacher, prompts, tmp_path
+):
+    assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "one")) == 0
+    store = tmp_path / "ray" / "teacher.jsonl"
+    killed = []
+
+    def kill():
+        until(lambda: rows(store) > 0)
+        before = actors()
+        assert len(before) == 2
+        before[0].kill()
+        killed.append(rows(store))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "ray", *RAY)) == 0
+    killer.join()
+    assert killed
+    assert killed[0] < 160
+    names = ("pairs.jsonl", "dropped.jsonl")
+    one, other = ([(tmp_path / f / n).read_bytes() for n in names] for f in ("one", "ray"))
+    assert one == other
+    assert not actors()
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_command_that_was_ended_goes_on(ending, status, ray, tiny_teacher, prompts, tmp_path):
+    command = pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "out", *RAY)
+    store = tmp_path / "out" / "teacher.jsonl"
+    run = [sys.executable, "-c", "import sys; from plad_fast.cli import main; sys.exit(main())"]
+    process = subprocess.Popen([*run, *command])
+    until(lambda: rows(store) > 0)
+    at_work = actors()
+    os.kill(process.pid, ending)
+    assert process.wait(60) == status
+    had = store.read_bytes()
+    assert 0 < rows(store) < 160
+    until(lambda: not any(actor.is_running() for actor in at_work))
+    # Without Ray: a store does not know who filled it.
+    assert main(command[: -len(RAY)]) == 0
+    assert store.read_bytes().startswith(had)
+    assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "one")) == 0
+    one, other = ((tmp_path / f / "pairs.jsonl").read_bytes() for f in ("one", "out"))
+    assert one == other
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monkeypatch, capfd):
+    """A prompt too long, a function that ends its process, and GPUs that are not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.py").write_text(
+        "import os\ndef ask(prompt):\n    return 'fine' if prompt != 'die' else os._exit(1)\n"
+    )
+    rows = [{"prompt": p} for p in ("a", "b" * 300, "c")]
+    long, deadly = tmp_path / "long.jsonl", tmp_path / "deadly.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    deadly.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["a", "die", "c"]))
+    for teacher, given, extra, says in (
+        (tiny_teacher, long, [], "prompt '2' has 30"),
+        ("python:asked.ask", deadly, [], "teacher: 4 actors died over the same prompts"),
+        (tiny_teacher, long, ["--gpus-per-actor", "1"], "is to have 1 GPUs, and the cluster has 0"),
+    ):
+        out = tmp_path / given.stem
+        assert main(pair(teacher, tiny_teacher, given, out, *RAY, *extra)) == 2
+        assert says in capfd.readouterr().err
