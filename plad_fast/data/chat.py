@@ -13,7 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from plad_fast.data.chat_template import ChatTemplate, Whole, common_length, is_tag
+from plad_fast.data.chat_template import (
+    ChatTemplate,
+    Whole,
+    common_length,
+    is_tag,
+    opened_thought,
+)
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,6 +96,13 @@ def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]
     token, and `added` the tokenizer's `added_tokens_decoder`, slow to get where there are
     thousands."""
     return last == end or (whole.marked and last in added and not is_tag(added[last].content))
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template begins every answer with a thought."""
+    if not tokenizer.chat_template:
+        return False
+    return bool(opened_thought(render_prompt(tokenizer, [{"role": "user", "content": "a"}])))
 
 
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -52,6 +52,12 @@ def is_tag(token: str) -> bool:
     return bool(_TAG.search(token))
 
 
+def opened_thought(text: str) -> str:
+    """The mark of a thought, with the white space behind it, that a rendered prompt ends in."""
+    opened = _LEFT_OPEN.search(text)
+    return opened[0] if opened else ""
+
+
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.name_or_path or "this tokenizer"
 

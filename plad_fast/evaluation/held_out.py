@@ -13,6 +13,7 @@ from plad_fast.data.records import digest
 from plad_fast.data.rows import read_row, refuse_template_options
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.reasoning import spoken
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ class HeldOut:
         return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
 
 
-def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
+def read_held_out(
+    rows: Sequence[Mapping[str, Any]], source: str, *, reasoning: str = "keep"
+) -> HeldOut:
     """Prompts, answers and pairs in the rows of a file in the standard preference format, in any of
     the forms that `tokenize_dataset` lists.
 
     Rows with the same prompt are pairs of one prompt, which has the id of the first of them; so are
     those that a row with several rejected responses stands for, or a list: its best response
-    against each of the others. The teacher's answer to a prompt is the first chosen response.
+    against each of the others. The teacher's answer to a prompt is the first chosen response, with
+    its reasoning as `pairs.generation.reasoning.REASONING` has it.
 
     Raises UsageError with the number of a row that is no pair, or whose reference is no text, or
     that shares its id with one of another prompt.
@@ -60,6 +64,7 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             # In the form in which its answers are scored: students answer that very one.
             prompt, answered = as_conversation(prompt, responses)
             best = answered[0] if isinstance(answered[0], str) else answered[0]["content"] or ""
+            best = spoken(best, reasoning)
             if is_blank(best):
                 raise UsageError("the best response has no text to compare; leave the row out")
         except UsageError as error:

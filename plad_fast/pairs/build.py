@@ -127,8 +127,9 @@ def build_pairs(
     """Rows in the standard preference format, in the order of the prompts.
 
     A row has `prompt`, `chosen`, `rejected`, `id`, `source`, and `reference` if the prompt has one;
-    with scores also `chosen_score` and `rejected_score`. A ranked row has `responses` and `scores`,
-    best first, in place of those. Prompt and responses are chat messages if the prompt is, or if
+    with scores also `chosen_score` and `rejected_score`; where answers have their reasoning beside
+    them also `chosen_reasoning` and `rejected_reasoning`, empty texts where one has none. A ranked
+    row has `responses`, `scores` and `reasoning`, best first, in place of those. Prompt and responses are chat messages if the prompt is, or if
     the tokenizer has a chat template; else they are text, and the responses start with a space
     where the prompt does not end in white space, so that their sum reads as a model would write it.
 
@@ -181,6 +182,7 @@ def build_pairs(
                 rows.append(row | named | {"source": source})
                 if prompt.reference is not None:
                     rows[-1]["reference"] = prompt.reference
+    _leave_out_empty(rows, "reasoning")
     report = PairReport(len(rows), drops, "pairs" if select == "all" else "prompts")
     if not rows:
         raise NoPairsError(report)
@@ -244,12 +246,24 @@ def _row(
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
     responses = [as_response(content, candidate.answer.text) for candidate in found]
     scores = [candidate.score for candidate in found]
+    reasoning = [candidate.answer.reasoning for candidate in found]
     if not is_pair:
-        return {"prompt": content, "responses": responses, "scores": scores}
+        lists = {"responses": responses, "scores": scores, "reasoning": reasoning}
+        return {"prompt": content, **lists}
     row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
+    row |= {"chosen_reasoning": reasoning[0], "rejected_reasoning": reasoning[1]}
     if None not in scores:
         row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row
+
+
+def _leave_out_empty(rows: Sequence[dict[str, Any]], column: str) -> None:
+    """Removes columns of one kind where no row has anything in them."""
+    names = (column, f"chosen_{column}", f"rejected_{column}")
+    if not any(any(row.get(name) or ()) for row in rows for name in names):
+        for row in rows:
+            for name in names:
+                row.pop(name, None)
 
 
 def _drop(

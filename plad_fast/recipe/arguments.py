@@ -129,9 +129,11 @@ COMMANDS = {
         needs=("student", "pairs", "output_dir"),
         settings=(
             *("length_normalization", *_GENERATION, "seed", "max_length", "precision"),
-            *(*_EVALUATION, *_ENDPOINT),
+            *("reasoning", *_EVALUATION, *_ENDPOINT),
         ),
         help={
+            "reasoning": "reasoning before students' answers: keep compares it too, drop and column "
+            "do not",
             "student": "a student and its folder; repeat: the first is the baseline, the last the "
             "one that the report is about; in a --config file `student: {NAME: PATH}`",
             "pairs": "held-out pairs of prompt, chosen, rejected, in files as train takes",

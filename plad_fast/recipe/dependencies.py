@@ -20,15 +20,15 @@ STAGES: dict[str, tuple[str, ...]] = {
     "student": ("student", "student_layers"),
     # What else its answers depend on, the folder is bound to: see `bound_settings`.
     "teacher's answers": ("teacher_samples",),
-    "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size", *_OF_TRAINING),
-    "samples": ("student_samples", *_OF_SAMPLES),
+    "fine-tuning": ("reasoning", "sft_epochs", "sft_learning_rate", "sft_batch_size", *_OF_TRAINING),
+    "samples": ("reasoning", "student_samples", *_OF_SAMPLES),
     "pairs": SELECTION,
     "calibration": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
     "evaluation": (
-        *("scorer", "eval_scorer", "calibration_samples", "length_normalization", "max_length"),
+        *("reasoning", "scorer", "eval_scorer", "calibration_samples", "length_normalization", "max_length"),
         *_OF_SAMPLES,
     ),
 }

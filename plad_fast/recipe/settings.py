@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BUILTIN_PROMPTS = "builtin"
 SELECTION = (
-    *("scorer", "select", "list_size", "drop_contradicted"),
+    *("reasoning", "scorer", "select", "list_size", "drop_contradicted"),
     *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
 )
 """The settings by which pairs are made of answers."""
@@ -59,7 +59,13 @@ class DistillConfig:
     concurrency: int = free_setting(8, "simultaneous requests to the endpoint", AT_LEAST_1)
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
-        0, "tokens for the endpoint model's reasoning, beside those of its answer", NOT_NEGATIVE
+        0, "tokens for reasoning of the teacher or the judge, beside those of an answer", NOT_NEGATIVE
+    )
+    reasoning: str = setting(
+        "drop",
+        "reasoning before an answer: drop, keep (as part of the answer) or column (beside it, as "
+        "chosen_reasoning and rejected_reasoning)",
+        one_of("drop", "keep", "column"),
     )
     token_budget: int | None = free_setting(
         None, "token limit per run for the teacher at the endpoint, and again for the judge"

@@ -28,7 +28,7 @@ def open_teacher(
     config: DistillConfig, columns: Callable[[str], Mapping[str, str | None]] | None
 ) -> TextModel:
     """The teacher; see `plad_fast.pairs.generation.sources.open_teacher`."""
-    is_endpoint = config.teacher.startswith("openai:")
+    is_endpoint = _is_endpoint(config.teacher)
     # Where the teacher is none, the endpoint may be the judge's.
     is_judges = not is_endpoint and any(map(_is_judge, (config.scorer, config.eval_scorer)))
     return sources.open_teacher(
@@ -75,8 +75,10 @@ def sampling_for(
     changed little, and equal models would give equal answers.
     """
     is_teacher = role == "teacher"
+    # An endpoint adds these tokens itself.
+    more = config.reasoning_tokens if is_teacher and not _is_endpoint(config.teacher) else 0
     return Sampling(
-        config.max_new_tokens,
+        config.max_new_tokens + more,
         temperature=config.teacher_temperature if is_teacher else config.student_temperature,
         top_p=1.0 if is_teacher else config.top_p,
         seed=config.seed + (0 if is_teacher else round_number),
@@ -114,11 +116,16 @@ def held_out_options(
         "length_normalization": config.alpha,
         "max_length": config.max_length,
         "precision": config.precision,
+        "reasoning": config.reasoning,
         "scorers": scorers,
         "judge": judge,
         "calibration_samples": config.calibration_samples,
         "calibration_scorer": scorers.get(config.eval_scorer or config.scorer or ""),
     }
+
+
+def _is_endpoint(teacher: str) -> bool:
+    return teacher.startswith("openai:")
 
 
 def _is_judge(spec: str | None) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import model_digest
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
+from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
@@ -102,6 +104,7 @@ class RecipeTexts:
             self._sampling,
             fingerprint=self.teacher_made_by,
             to_the_end=True,
+            reasoning=self.config.reasoning,
         )
 
     def teacher_answers(self) -> Answers:
@@ -112,7 +115,8 @@ class RecipeTexts:
         """
         settings = {**self.teacher_made_by, **self._sampling.settings()}
         with RowStore.open(self.teacher_file, settings) as store:
-            return collect(self.prompts, store, self._sampling, {}).answers
+            reasoning = self.config.reasoning
+            return collect(self.prompts, store, self._sampling, {}, reasoning).answers
 
     def best_teacher_answers(self) -> dict[str, Answer]:
         """Prompt id -> the first answer that the teacher finished."""
@@ -145,18 +149,24 @@ class RecipeTexts:
         precision = self.config.precision
         suffix = "" if round_number == 1 else f"-{round_number}"
         return stored_answers(
-            lambda: open_local_model(model, name, precision=precision),
+            lambda: open_local_model(
+                model, name, precision=precision, thinks=self.config.reasoning == "keep"
+            ),
             prompts,
             self.answers / f"student{suffix}.jsonl",
             sampling_for(self.config, "student", round_number, n),
             fingerprint=self.student_made_by(made_by or name, model),
             others_aside=others_aside,
+            reasoning=self.config.reasoning,
         ).answers
 
     def student_made_by(self, name: str, model: str | Path) -> dict[str, Any]:
         """What a student's samples depend on besides prompts and sampling."""
         precision = self.config.precision
-        return {"student": name, "weights": model_digest(model), "precision": precision}
+        made_by = {"student": name, "weights": model_digest(model), "precision": precision}
+        if self.config.reasoning == "keep" and opens_thought(load_tokenizer(model)):
+            made_by["reasoning"] = "keep"  # the student begins with one, as it does not else
+        return made_by
 
     def make_pairs(
         self,

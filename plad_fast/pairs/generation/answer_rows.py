@@ -12,6 +12,7 @@ from plad_fast.data.prompts import Prompt, require_unique_ids
 from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.reasoning import with_reasoning
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
 
@@ -58,14 +59,21 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
 
 
 def collect(
-    prompts: Sequence[Prompt], store: RowStore, sampling: Sampling, failures: Mapping[str, Failure]
+    prompts: Sequence[Prompt],
+    store: RowStore,
+    sampling: Sampling,
+    failures: Mapping[str, Failure],
+    reasoning: str,
 ) -> Answered:
-    """The answers to these prompts; a failure counts where there is none."""
+    """The answers to these prompts, as `with_reasoning` has them; a failure counts where there is
+    none."""
     answered = Answered({}, [])
     for key, (prompt, sample) in all_wanted(prompts, sampling).items():
         if (row := store.rows.get(key)) is not None:
-            answer = Answer(prompt.id, row["text"], row["finish_reason"], row["n_tokens"], sample)
-            answered.answers.setdefault(prompt.id, []).append(answer)
+            said = (row["text"], row["finish_reason"], row["n_tokens"])
+            answer = Answer(prompt.id, *said, sample, row.get("reasoning", ""))
+            told = with_reasoning(answer, reasoning)
+            answered.answers.setdefault(prompt.id, []).append(told)
         elif key in failures:
             answered.failures.append(failures[key])
     return answered
@@ -104,8 +112,8 @@ def row_id(prompt_id: str, sample: int) -> str:
 
 
 def _is_answer(row: Row) -> bool:
-    types = {"prompt": str, "text": str, "n_tokens": int, "sample": int}
-    given = {"sample": 0, **row}
+    types = {"prompt": str, "text": str, "n_tokens": int, "sample": int, "reasoning": str}
+    given = {"sample": 0, "reasoning": "", **row}
     fits = all(isinstance(given.get(name), kind) for name, kind in types.items())
     return fits and row.get("finish_reason") in ("stop", "length")
 
@@ -118,4 +126,5 @@ def to_row(answer: Answer, prompt_digest: str) -> Row:
         "finish_reason": answer.finish_reason,
         "n_tokens": answer.n_tokens,
         **({"sample": answer.sample} if answer.sample else {}),
+        **({"reasoning": answer.reasoning} if answer.reasoning else {}),
     }

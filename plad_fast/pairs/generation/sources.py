@@ -137,13 +137,13 @@ class LazyLocalModel(TextModel):
 
 
 def open_local_model(
-    source: str | os.PathLike[str], name: str, *, precision: str = "auto"
+    source: str | os.PathLike[str], name: str, *, precision: str = "auto", thinks: bool = True
 ) -> LocalModel:
     """A model loaded into this process, on a GPU if there is one, with its tokenizer."""
     from plad_fast.models.loading import load_model, load_tokenizer  # brings in transformers
 
     model = load_model(source, dtype=autocast_dtype(precision), device=best_device())
-    return LocalModel(model, load_tokenizer(source), name)
+    return LocalModel(model, load_tokenizer(source), name, thinks=thinks)
 
 
 def _column(column: str, columns: Columns | None) -> Mapping[str, str | None]:

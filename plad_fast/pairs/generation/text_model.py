@@ -18,7 +18,8 @@ class Answer:
     prompt_id: str
 
     text: str
-    """Without special tokens and surrounding white space."""
+    """Without special tokens and surrounding white space. Where the prompt has opened a thought,
+    this begins with that mark: `<think>`, say."""
 
     finish_reason: Literal["stop", "length"]
     """`stop`: the model ended its answer itself. `length`: it was cut off."""
@@ -28,6 +29,9 @@ class Answer:
 
     sample: int = 0
     """Which of a prompt's `Sampling.n` answers this is, from 0."""
+
+    reasoning: str = ""
+    """What the model thought first, where that is not in the text."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class Choice:
     problem: str = ""
     """Why this is no answer, though the reply is whole and another would be like it."""
 
+    reasoning: str = ""
+    """What the reply gives of it apart from the text."""
+
 
 @dataclass(frozen=True)
 class Reply:

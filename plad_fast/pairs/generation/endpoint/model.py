@@ -91,5 +91,6 @@ def _read(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | F
             end: Literal["stop", "length"] = (
                 "length" if choice.finish_reason == "length" else "stop"
             )
-            found.append(Answer(prompt_id, choice.text, end, choice.n_tokens, sample))
+            said = (choice.text, end, choice.n_tokens)
+            found.append(Answer(prompt_id, *said, sample, choice.reasoning))
     return found + [Failure(prompt_id, missing, sample) for sample in samples[len(choices) :]]

@@ -125,7 +125,9 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
         return problem("tool_calls", f"the model called a tool, and none was offered ({named})")
     text, parts = _text(message.get("content"))
     text = "" if is_blank(mend(text)) else mask(mend(text).strip(), key)
-    thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
+    thoughts = {name: message[name] for name in _THOUGHTS if message.get(name)} | parts
+    # Servers that give it under several names give it twice.
+    said = next(filter(None, map(_thought_text, thoughts.values())), "")
     why = ""
     if end == "length" and not after_thought(text):
         why = (
@@ -135,24 +137,35 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
     elif end == "stop" and text:
         why = "the answer ends inside its thought" if is_all_thought(text) else ""
     elif end == "stop" and thoughts:
-        why = f"the answer is empty: all that was said is in {thoughts[0]}"
-    return Choice(text, end, n_tokens, why)
+        why = f"the answer is empty: all that was said is in {next(iter(thoughts))}"
+    return Choice(text, end, n_tokens, why, mask(mend(said).strip(), key))
 
 
-def _text(content: Any) -> tuple[str, list[str]]:
-    """Text of a message and the names of parts that are left out: the model's thoughts."""
+def _text(content: Any) -> tuple[str, dict[str, Any]]:
+    """Text of a message, and the parts that are the model's thoughts by what they are called."""
     if content is None or isinstance(content, str):
-        return content or "", []
-    texts, thoughts = [], []
+        return content or "", {}
+    texts: list[str] = []
+    thoughts: dict[str, Any] = {}
     for part in content if isinstance(content, list) else [content]:
         kind, text = (part.get(k) if isinstance(part, dict) else None for k in ("type", "text"))
         if isinstance(kind, str) and kind in _THOUGHT_PARTS:
-            thoughts.append(f"content of type {kind!r}")
+            thoughts.setdefault(f"content of type {kind!r}", []).append(part)
         elif isinstance(text, str) and (kind is None or kind in ("text", "output_text")):
             texts.append(text)
         else:
             raise BadReplyError(f"the answer is not text: {_shown(part)}", "once")
     return "".join(texts), thoughts
+
+
+def _thought_text(value: Any) -> str:
+    """Text of a thought: a text, a part that has one, or a list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        named = (value.get(name) for name in ("text", "thinking", "reasoning", "summary", "thought"))
+        return next((text for text in map(_thought_text, named) if text), "")
+    return "".join(map(_thought_text, value)) if isinstance(value, list) else ""
 
 
 def _count(value: Any) -> int:
