@@ -319,9 +319,7 @@ class _Student:
         def load() -> LocalModel:
             dtype = autocast_dtype(self.precision)
             model = load_model(self.path, dtype=dtype, device=best_device())
-            return LocalModel(
-                model, self.tokenizer, file.stem, chat=self.chat, thinks=self._thinks
-            )
+            return LocalModel(model, self.tokenizer, file.stem, chat=self.chat, thinks=self._thinks)
 
         return stored_answers(
             load,

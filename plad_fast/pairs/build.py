@@ -128,10 +128,12 @@ def build_pairs(
 
     A row has `prompt`, `chosen`, `rejected`, `id`, `source`, and `reference` if the prompt has one;
     with scores also `chosen_score` and `rejected_score`; where answers have their reasoning beside
-    them also `chosen_reasoning` and `rejected_reasoning`, empty texts where one has none. A ranked
-    row has `responses`, `scores` and `reasoning`, best first, in place of those. Prompt and responses are chat messages if the prompt is, or if
-    the tokenizer has a chat template; else they are text, and the responses start with a space
-    where the prompt does not end in white space, so that their sum reads as a model would write it.
+    them also `chosen_reasoning` and `rejected_reasoning`, empty texts where one has none; where
+    they say who gave them also `chosen_by` and `rejected_by`. A ranked row has `responses`,
+    `scores`, `reasoning` and `by`, best first, in place of those. Prompt and responses are chat
+    messages if the prompt is, or if the tokenizer has a chat template; else they are text, and the
+    responses start with a space where the prompt does not end in white space, so that their sum
+    reads as a model would write it.
 
     The id is the prompt's, with its tabs doubled; with a tab and the student's sample number behind
     it where that is not 0 and `select` is "all".
@@ -182,7 +184,8 @@ def build_pairs(
                 rows.append(row | named | {"source": source})
                 if prompt.reference is not None:
                     rows[-1]["reference"] = prompt.reference
-    _leave_out_empty(rows, "reasoning")
+    for column in ("reasoning", "by"):
+        _leave_out_empty(rows, column)
     report = PairReport(len(rows), drops, "pairs" if select == "all" else "prompts")
     if not rows:
         raise NoPairsError(report)
@@ -246,12 +249,12 @@ def _row(
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
     responses = [as_response(content, candidate.answer.text) for candidate in found]
     scores = [candidate.score for candidate in found]
-    reasoning = [candidate.answer.reasoning for candidate in found]
+    more = {name: [getattr(c.answer, name) for c in found] for name in ("reasoning", "by")}
     if not is_pair:
-        lists = {"responses": responses, "scores": scores, "reasoning": reasoning}
-        return {"prompt": content, **lists}
+        return {"prompt": content, "responses": responses, "scores": scores, **more}
     row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
-    row |= {"chosen_reasoning": reasoning[0], "rejected_reasoning": reasoning[1]}
+    for name, values in more.items():
+        row |= {f"chosen_{name}": values[0], f"rejected_{name}": values[1]}
     if None not in scores:
         row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row

@@ -20,7 +20,13 @@ STAGES: dict[str, tuple[str, ...]] = {
     "student": ("student", "student_layers"),
     # What else its answers depend on, the folder is bound to: see `bound_settings`.
     "teacher's answers": ("teacher_samples",),
-    "fine-tuning": ("reasoning", "sft_epochs", "sft_learning_rate", "sft_batch_size", *_OF_TRAINING),
+    "fine-tuning": (
+        "reasoning",
+        "sft_epochs",
+        "sft_learning_rate",
+        "sft_batch_size",
+        *_OF_TRAINING,
+    ),
     "samples": ("reasoning", "student_samples", *_OF_SAMPLES),
     "pairs": SELECTION,
     "calibration": (
@@ -28,7 +34,14 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
     "evaluation": (
-        *("reasoning", "scorer", "eval_scorer", "calibration_samples", "length_normalization", "max_length"),
+        *(
+            "reasoning",
+            "scorer",
+            "eval_scorer",
+            "calibration_samples",
+            "length_normalization",
+            "max_length",
+        ),
         *_OF_SAMPLES,
     ),
 }
@@ -61,7 +74,7 @@ def stage_settings(
 
 def bound_settings(config: DistillConfig, teacher_made_by: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run folder with answers is bound to, by names that a user knows.
-    `teacher_made_by` is that of `RecipeTexts`."""
+    `teacher_made_by` is that of `Teachers`."""
     settings = {
         name if name in ("teacher", "base_url") else f"teacher's {name}": value
         for name, value in teacher_made_by.items()

@@ -25,18 +25,23 @@ JUDGE_STORE = "judge.jsonl"
 
 
 def open_teacher(
-    config: DistillConfig, columns: Callable[[str], Mapping[str, str | None]] | None
+    config: DistillConfig,
+    columns: Callable[[str], Mapping[str, str | None]] | None,
+    teacher: str,
+    name: str,
 ) -> TextModel:
-    """The teacher; see `plad_fast.pairs.generation.sources.open_teacher`."""
-    is_endpoint = _is_endpoint(config.teacher)
-    # Where the teacher is none, the endpoint may be the judge's.
-    is_judges = not is_endpoint and any(map(_is_judge, (config.scorer, config.eval_scorer)))
+    """One of the teachers; see `plad_fast.pairs.generation.sources.open_teacher`."""
+    is_endpoint = _is_endpoint(teacher)
+    # Where this teacher is none, the endpoint may be the judge's, or another teacher's.
+    is_others = any(map(_is_judge, (config.scorer, config.eval_scorer))) or any(
+        map(_is_endpoint, config.teachers)
+    )
     return sources.open_teacher(
-        config.teacher,
-        name="teacher",
+        teacher,
+        name=name,
         columns=columns,
         precision=config.precision,
-        base_url=None if is_judges else config.base_url,
+        base_url=None if is_others and not is_endpoint else config.base_url,
         **(config.endpoint_options() if is_endpoint else {}),
     )
 
@@ -66,17 +71,22 @@ def open_scorer(
 
 
 def sampling_for(
-    config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
+    config: DistillConfig,
+    role: str,
+    round_number: int = 1,
+    n: int | None = None,
+    *,
+    teacher: str = "",
 ) -> Sampling:
-    """Drawing of the "teacher"'s answers or of a "student"'s samples, `n` of a prompt in place of
-    those of the settings.
+    """Drawing of the answers of the "teacher" of this specification, or of a "student"'s samples,
+    `n` of a prompt in place of those of the settings.
 
     Every round of samples has seeds of its own, none of them the teacher's: the student may have
     changed little, and equal models would give equal answers.
     """
     is_teacher = role == "teacher"
     # An endpoint adds these tokens itself.
-    more = config.reasoning_tokens if is_teacher and not _is_endpoint(config.teacher) else 0
+    more = config.reasoning_tokens if is_teacher and not _is_endpoint(teacher) else 0
     return Sampling(
         config.max_new_tokens + more,
         temperature=config.teacher_temperature if is_teacher else config.student_temperature,

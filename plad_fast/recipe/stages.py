@@ -66,14 +66,13 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         student_made_by = texts.student_made_by(config.student, source)
         settings: dict[str, Any] = {
             **{name: getattr(config, name) for name in _OF_PAIRS},
-            **{f"teacher's {name}": value for name, value in texts.teacher_made_by.items()},
+            **{f"teacher's {name}": value for name, value in texts.teachers.made_by.items()},
             **{f"student's {name}": value for name, value in student_made_by.items()},
             "prompts": prompts_digest(prompts),
         }
 
         def discard(_: Mapping[str, Any]) -> None:
-            stores = (texts.teacher_file, folder / "student.jsonl")
-            discard_answers(*stores, texts.scores_file, texts.verdicts_file)
+            discard_answers(*texts.stores, folder / "student.jsonl")
 
         def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
             first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
@@ -100,7 +99,7 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
 
         with joined() as ranks:
             ranks.from_first(claim)
-        texts.ask_teacher()
+        texts.teachers.ask()
         samples = texts.samples(prompts, source, "student", made_by=config.student)
         with joined() as ranks:
             report = ranks.from_first(write)

@@ -72,7 +72,8 @@ def test_reasoning_is_dropped_kept_or_put_beside_the_answers(tiny_teacher, tmp_p
         beside, kept = rows("--reasoning", "column"), rows("--reasoning", "keep")
         # What was spent before any answer is no answer, and is asked for by each run.
         assert sum(server.asked.values()) == asked + 2
-    assert dropped and {key[-1] for key in dropped} <= set("012346")
+    assert dropped
+    assert {key[-1] for key in dropped} <= set("012346")
     for prompt, row in dropped.items():
         answer = f"It is {prompt[-1]}."
         assert row["chosen"][0]["content"] == answer == beside[prompt]["chosen"][0]["content"]
@@ -81,7 +82,8 @@ def test_reasoning_is_dropped_kept_or_put_beside_the_answers(tiny_teacher, tmp_p
         assert beside[prompt]["chosen_reasoning"] == thought
         assert beside[prompt]["rejected_reasoning"] == ""
         whole = kept[prompt]["chosen"][0]["content"]
-        assert whole.endswith(answer) and (thought in whole)
+        assert whole.endswith(answer)
+        assert thought in whole
         assert ("</think>" in whole) == bool(thought)
     train = ["train", "--model", str(tiny_teacher), "--pairs", str(out / "pairs.jsonl")]
     assert main([*train, "--output-dir", str(tmp_path / "t"), "--precision", "float32"]) == 0
@@ -99,7 +101,8 @@ def test_a_thought_that_the_template_opens_belongs_to_the_answer(opening_teacher
     assert "truncated" in {row["reason"] for row in dropped}
     stored = [json.loads(line) for line in (out / "teacher.jsonl").open()][1:]
     texts = [row["text"] for row in stored if row["text"]]
-    assert texts and all(text.startswith("<think>\n") for text in texts)
+    assert texts
+    assert all(text.startswith("<think>\n") for text in texts)
     sampled = [json.loads(line) for line in (out / "student.jsonl").open()][1:]
     assert not any(row["text"].startswith("<think>") for row in sampled)
     assert main([*pair(opening_teacher, opening_teacher, prompts, out), "--reasoning", "keep"]) == 2

@@ -67,8 +67,8 @@ def stored_answers(
 
     Raises:
         UsageError: an unknown `reasoning`, two prompts have the same id, a prompt has another
-            content than when its answer was stored, the model cannot answer, no answer came at all, as `RowStore.open`, and
-            where another process failed.
+            content than when its answer was stored, the model cannot answer, no answer came at
+            all, as `RowStore.open`, and where another process failed.
     """
     if reasoning not in REASONING:
         raise UsageError(f"reasoning is {reasoning!r}; it is one of {', '.join(REASONING)}")

@@ -33,6 +33,9 @@ class Answer:
     reasoning: str = ""
     """What the model thought first, where that is not in the text."""
 
+    by: str = ""
+    """Who said it, where it may have been one of several."""
+
 
 @dataclass(frozen=True)
 class Failure:

@@ -163,7 +163,9 @@ def _thought_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        named = (value.get(name) for name in ("text", "thinking", "reasoning", "summary", "thought"))
+        named = (
+            value.get(name) for name in ("text", "thinking", "reasoning", "summary", "thought")
+        )
         return next((text for text in map(_thought_text, named) if text), "")
     return "".join(map(_thought_text, value)) if isinstance(value, list) else ""
 
