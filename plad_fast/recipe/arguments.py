@@ -54,7 +54,7 @@ _GROUPS = {
     "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS),
     "evaluation": _EVALUATION,
     "memory, precision, checkpoints": _RESOURCES,
-    "teacher or judge by endpoint": _ENDPOINT,
+    "teacher or judge by endpoint": (*_ENDPOINT, "batch"),
 }
 _METAVARS = {"output_dir": "DIR", "pairs": "FILE"}
 _OF_TYPES = {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}
@@ -96,7 +96,7 @@ COMMANDS = {
         needs=("teacher", "student", "output_dir"),
         settings=(
             *(*_PROMPTS, "teacher_temperature", *_GENERATION, "seed", "precision"),
-            *(*_SELECTION, *_ENDPOINT),
+            *(*_SELECTION, *_ENDPOINT, "batch"),
         ),
         help={
             "teacher": f"{_OF_MODEL}, openai:MODEL, vllm:MODEL, column:NAME, or "

@@ -58,6 +58,9 @@ class DistillConfig:
     )
     api_key_env: str = free_setting("OPENAI_API_KEY", "environment variable of the endpoint's key")
     concurrency: int = free_setting(8, "simultaneous requests to the endpoint", AT_LEAST_1)
+    batch: bool = free_setting(
+        False, "ask openai:MODEL by the Batch API: half the price, within a day"
+    )
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
         0,
@@ -251,6 +254,11 @@ class DistillConfig:
             raise UsageError(
                 f"no scorer decides between the teachers {', '.join(self.teachers)}; choose a "
                 "--scorer"
+            )
+
+        if self.batch and not any(name.startswith("openai:") for name in self.teachers):
+            raise UsageError(
+                f"--batch is for teachers of openai:MODEL, and there is {', '.join(self.teachers)}"
             )
 
     @property

@@ -29,6 +29,7 @@ def open_teacher(
     columns: Callable[[str], Mapping[str, str | None]] | None,
     teacher: str,
     name: str,
+    batches: Path | None = None,
 ) -> TextModel:
     """One of the teachers; see `plad_fast.pairs.generation.sources.open_teacher`."""
     is_endpoint = _is_endpoint(teacher)
@@ -42,6 +43,7 @@ def open_teacher(
         columns=columns,
         precision=config.precision,
         base_url=None if is_others and not is_endpoint else config.base_url,
+        batches=batches if config.batch else None,
         **(config.endpoint_options() if is_endpoint else {}),
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.answer_rows import Answered, collect
+from plad_fast.pairs.generation.answer_rows import Answered, batch_record, collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.set_aside import set_aside
@@ -83,11 +83,19 @@ class Teachers:
             # Made now, so that what is wrong with an endpoint's settings is found before any work.
             is_first = number == 1
             name = "teacher" if len(config.teachers) == 1 else f"teacher {spec}"
-            opened = model if model and is_first else open_teacher(config, columns, spec, name)
+            store = answers / ("teacher.jsonl" if is_first else f"teacher-{number}.jsonl")
+            batches = batch_record(store)
+            if batches.exists() and not config.batch:
+                raise UsageError(
+                    f"a batch that was paid for is under way for {spec}: add --batch to take its "
+                    f"answers, or delete {batches} to give it up"
+                )
+            opened = model if is_first else None
+            if opened is None:
+                opened = open_teacher(config, columns, spec, name, batches)
             made_by = teacher_fingerprint(spec, base_url=config.base_url, columns=columns)
             if split_spec(spec)[0] == "local":
                 made_by["precision"] = config.precision
-            store = answers / ("teacher.jsonl" if is_first else f"teacher-{number}.jsonl")
             sampling = sampling_for(config, "teacher", teacher=spec)
             endpoint = getattr(opened, "endpoint", None)
             return _Teacher(spec, store, sampling, made_by, opened, endpoint)

@@ -102,6 +102,11 @@ def failure_list(store_path: Path) -> Path:
     return store_path.with_suffix(".failed.jsonl")
 
 
+def batch_record(store_path: Path) -> Path:
+    """Where the batches under way for a store are recorded."""
+    return store_path.with_suffix(".batches.json")
+
+
 def row_id(prompt_id: str, sample: int) -> str:
     """A row's id in the store: the prompt's, with a tab and the sample's number from 1 on.
 

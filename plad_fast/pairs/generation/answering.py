@@ -125,7 +125,8 @@ def stored_answers(
 
 
 def discard_answers(*paths: str | os.PathLike[str]) -> None:
-    """Removes stores, and the shares and the lists of failures beside them, where there are any.
+    """Removes stores, and the shares, lists of failures and records of batches beside them, where
+    there are any.
 
     Raises:
         UsageError: a file is no store, or is open in another process; all are left alone.
@@ -139,6 +140,7 @@ def discard_answers(*paths: str | os.PathLike[str]) -> None:
             file.unlink()
         for store in stores:
             answer_rows.failure_list(store).unlink(missing_ok=True)
+            answer_rows.batch_record(store).unlink(missing_ok=True)
 
 
 def renew_answers(

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
 from plad_fast.pairs.generation.ranks import by_first
+from plad_fast.pairs.generation.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,45 @@ class Endpoint:
 
         by_first(ask)
 
+    def body(self, request: ChatRequest) -> dict[str, Any]:
+        """A request as it is sent, less what the endpoint was seen to refuse."""
+        return self._body(request, 0)
+
+    def takes(self, parameter: str) -> bool:
+        """Whether the endpoint was not seen to refuse a parameter."""
+        return parameter not in self._refused
+
+    def read_body(
+        self, body: Mapping[str, Any], sampling: Sampling, key: str, *, n: int
+    ) -> list[Choice]:
+        """At most `n` choices of a reply that came in another way, counted as if it had been asked
+        for here; `BadReplyError` where it holds none."""
+        self.usage.requests += 1
+        counted = replies.read_usage(body)
+        self._count(counted, Usage())
+        self.usage.uncounted += not any(counted)
+        limit = sampling.max_new_tokens + self.reasoning_tokens
+        choices = replies.read_choices(body, key, n=n, told=True, limit=limit)
+        self.usage.replies += 1
+        return choices
+
+    def require_budget(self, requests: Sequence[ChatRequest]) -> None:
+        """Raises UsageError where requests that are all made at once may exceed a budget."""
+        guess = Usage(prices=self.prices)
+        for request in requests:
+            guess.prompt_tokens += _guessed_tokens(request)
+            guess.answer_tokens += self._limit(request) * request.sampling.n
+        for name, budget, spent, more in (
+            ("token", self.token_budget, self.usage.tokens, guess.tokens),
+            ("cost", self.cost_budget, self.usage.cost or 0.0, guess.cost or 0.0),
+        ):
+            if budget is not None and spent + more > budget:
+                raise UsageError(
+                    f"a batch of {len(requests):,} requests may take {more:,.6g} of the {name} "
+                    f"budget of {budget:,}, every answer at its whole length, and {spent:,.6g} is "
+                    f"spent; raise --{name}-budget, or lower --limit or --max-new-tokens"
+                )
+
     async def _answer_all(
         self,
         requests: Sequence[ChatRequest],
@@ -239,10 +279,9 @@ class Endpoint:
                 self._is_reached |= not trouble.unreachable
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
-                    # Four bytes make a token, about, and the answers are taken to be as long as
-                    # they may be: it is the long ones that come too late.
-                    size = len(json.dumps(request.messages, ensure_ascii=False, default=str))
-                    self._count((-(-size // 4), limit * body.get("n", 1)), spent)
+                    # The answers are taken to be as long as they may be: it is the long ones that
+                    # come too late.
+                    self._count((_guessed_tokens(request), limit * body.get("n", 1)), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
                 elif tries < self._most_retries(trouble):
@@ -384,3 +423,8 @@ class Endpoint:
             raise UsageError("cost_budget needs prices; give them, or a token_budget instead")
         access.read_key(self.api_key_env, self._url)
         access.warn_of_clear_text(self._url)
+
+
+def _guessed_tokens(request: ChatRequest) -> int:
+    """Of a prompt: four bytes make a token, about."""
+    return -(-len(json.dumps(request.messages, ensure_ascii=False, default=str)) // 4)

@@ -34,8 +34,11 @@ class EndpointModel(TextModel):
 
     def try_out(self, sampling: Sampling, store: Path, *, overwrite: bool = False) -> None:
         """Asks for a word, unless the store has answers already; see `Endpoint.try_out`."""
-        request = _request(Prompt("", "Say yes."), range(1), sampling)
-        self.endpoint.try_out(request, store, overwrite=overwrite)
+        self.endpoint.try_out(self.trial(sampling), store, overwrite=overwrite)
+
+    def trial(self, sampling: Sampling) -> ChatRequest:
+        """A short question, in all else like the others."""
+        return as_request(Prompt("", "Say yes."), range(1), sampling)
 
     def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields a prompt's answers together, as they come.
@@ -44,13 +47,18 @@ class EndpointModel(TextModel):
             UsageError: from this call: the sampling wants what the API does not have. From the
                 iterator: as `Endpoint.complete`.
         """
+        self.require_settings(sampling)
+        asked = runs_of_samples(wanted)
+        replies = self.endpoint.complete([as_request(*run, sampling) for run in asked])
+        return (read_reply(asked[i][0].id, asked[i][1], reply) for i, reply in replies)
+
+    @staticmethod
+    def require_settings(sampling: Sampling) -> None:
+        """Raises UsageError for what the API does not have."""
         if sampling.top_k:
             raise UsageError(
                 f"the chat API has no top_k, which is {sampling.top_k}; leave it 0, and use top_p"
             )
-        asked = _runs(wanted)
-        replies = self.endpoint.complete([_request(*run, sampling) for run in asked])
-        return (_read(asked[i][0].id, asked[i][1], reply) for i, reply in replies)
 
 
 def as_chat(content: Content) -> Messages:
@@ -64,12 +72,13 @@ def request_seed(seed: int, prompt_id: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 2
 
 
-def _request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
+def as_request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
+    """A request for these samples of a prompt's answers, whose numbers follow one another."""
     seed = request_seed(sampling.seed, prompt.id) + samples[0]
     return ChatRequest(as_chat(prompt.content), replace(sampling, n=len(samples), seed=seed))
 
 
-def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
+def runs_of_samples(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
     """A prompt's samples of successive numbers together."""
     runs: list[tuple[Prompt, range]] = []
     for prompt, sample in wanted:
@@ -80,7 +89,8 @@ def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
     return runs
 
 
-def _read(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | Failure]:
+def read_reply(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | Failure]:
+    """What came of a request for these samples."""
     choices, missing = ([], reply) if isinstance(reply, str) else (reply.choices, reply.missing)
     found: list[Answer | Failure] = []
     for sample, choice in zip(samples, choices, strict=False):
