@@ -120,6 +120,35 @@ class ChatTemplate(NamedTuple):
         end = probe.rpartition(_PROBE)[2] if _PROBE in probe else ""
         return _whole(_continued(head, content, thinks) + end, content)
 
+    def require_tools_shown(self, prompt: Sequence[Message], text: str) -> None:
+        """Raises UsageError where the template leaves tools, calls or results of a prompt out of
+        its text."""
+        called = [m for m in prompt if not _is_empty(m.get("tool_calls"))]
+        told = [m for m in prompt if m.get("role") == "tool"]
+        others: dict[str, tuple[ChatTemplate, list[Message]]] = {}
+        if not _is_empty((self.options or {}).get("tools")):
+            options = {
+                name: value for name, value in (self.options or {}).items() if name != "tools"
+            }
+            others["tools"] = self._replace(options=options), [*prompt]
+        if called:
+            kept = [{**m, "tool_calls": None} if m in called else m for m in prompt]
+            others["tool_calls"] = self, kept
+        if told:
+            kept = [{**m, "content": _PROBE} if m in told else m for m in prompt]
+            others["messages of the role tool"] = self, kept
+        for what, (template, messages) in others.items():
+            try:
+                ignored = template.text(messages, generation_prompt=True) == text
+            except UsageError:
+                continue
+            if ignored:
+                raise UsageError(
+                    f"the prompt has {what}, which the chat template of "
+                    f"{template_name(self.tokenizer)} does not show: they would be lost; leave the "
+                    "row out, or set a tokenizer.chat_template that shows them"
+                )
+
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         name = template_name(self.tokenizer)
         if not self.tokenizer.chat_template:

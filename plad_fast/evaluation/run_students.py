@@ -268,6 +268,7 @@ class _Student:
                 rows,
                 length_normalization=LENGTH_NORMALIZATION,
                 max_length=self.max_length,
+                templates=[prompt.template for prompt in prompts],
             )
             return {"logps": [row.tolist() for row in logps]}
 

@@ -7,6 +7,7 @@ A setting that no stage is listed with belongs to all of them: better anew than 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
@@ -67,7 +68,7 @@ def stage_settings(
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
     settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
     if prompts:
-        given = prompts if references else [Prompt(p.id, p.content) for p in prompts]
+        given = prompts if references else [replace(p, reference=None) for p in prompts]
         settings["prompts"] = prompts_digest(given)
     return {**settings, **more}
 

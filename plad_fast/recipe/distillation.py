@@ -48,6 +48,7 @@ from plad_fast.recipe.inputs import RunPrompts, data_of_run, dropped_file, show_
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
+from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
 from plad_fast.training.train import train_model
 
@@ -99,6 +100,11 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     for scorer in evaluation["scorers"].values():
         scorer.check(prompts.held_out)
     teacher = _LocalTeacher(config)
+    if any(prompt.has_tools for prompt in prompts.all):
+        student = teacher.source
+        if config.student is not None:
+            student = find_model(config.student, "--student")
+        require_tools(config, prompts.all, load_tokenizer(student))
     texts = RecipeTexts(
         config,
         prompts.all,

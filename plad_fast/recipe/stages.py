@@ -25,6 +25,7 @@ from plad_fast.recipe.inputs import (
 )
 from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
+from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.train import train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
@@ -60,6 +61,7 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         source = find_model(config.student, "--student")
         check_loadable(source)
         tokenizer = load_tokenizer(source)
+        require_tools(config, prompts, tokenizer)
         texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
         texts.try_endpoints(texts.scorer, overwrite=overwrite)
         path = texts.pairs_file("pairs")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.prompts import Prompt
+from plad_fast.data.prompts import Prompt, check_tools
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
+from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.generation.answer_rows import Answered, batch_record, collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
@@ -26,6 +27,8 @@ from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import open_teacher, sampling_for
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.generation.sampling import Sampling
 
@@ -207,6 +210,32 @@ class Teachers:
             return not is_usable(answer), -score
 
         return {prompt_id: sorted(answers, key=place) for prompt_id, answers in found.items()}
+
+
+def require_tools(
+    config: DistillConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises UsageError where prompts have tools, calls or results, and the student, whose
+    tokenizer this is, or a teacher could not do with them."""
+    if not any(prompt.has_tools for prompt in prompts):
+        return
+    check_tools(tokenizer, prompts)
+    for spec in config.teachers:
+        kind, rest = split_spec(spec)
+        if kind == "python":
+            raise UsageError(
+                f"prompts have tools, and a function is given the prompt alone: {spec} cannot call "
+                "them; name another --teacher"
+            )
+        if (
+            kind in ("local", "vllm")
+            and load_tokenizer(rest).chat_template != tokenizer.chat_template
+        ):
+            raise UsageError(
+                f"prompts have tools, and {spec} would write its calls in other marks than the "
+                "student, whose chat template is another; serve the teacher with a parser of calls "
+                "(vllm serve --enable-auto-tool-choice) and name it as openai:MODEL"
+            )
 
 
 class _Watched(TextModel):

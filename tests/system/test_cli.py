@@ -164,7 +164,7 @@ BAD_INPUTS = {
     "a student without a name": ([*EVALUATE, "--student", "{teacher}"], "must be NAME=PATH"),
     "an evaluation of pairs with tools": (
         [*EVALUATE, "--pairs", "{data}/tools.jsonl", "--student", "A={teacher}"],
-        "tools.jsonl, row 2 has tools or chat_template_kwargs, and models are asked the prompt",
+        "pair 1: the prompt has tools, which the chat template of .* does not show",
     ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],

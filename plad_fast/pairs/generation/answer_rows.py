@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plad_fast.data.prompts import Prompt, require_unique_ids
-from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.reasoning import with_reasoning
@@ -48,7 +47,7 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
     another prompt.
     """
     store.require(_is_answer)
-    digests = {prompt.id: digest(prompt.content) for prompt, _ in wanted.values()}
+    digests = {prompt.id: prompt.digest for prompt, _ in wanted.values()}
     for key, (prompt, _) in wanted.items():
         if key in store.done and store.rows[key]["prompt"] != digests[prompt.id]:
             raise UsageError(
@@ -71,7 +70,8 @@ def collect(
     for key, (prompt, sample) in all_wanted(prompts, sampling).items():
         if (row := store.rows.get(key)) is not None:
             said = (row["text"], row["finish_reason"], row["n_tokens"])
-            answer = Answer(prompt.id, *said, sample, row.get("reasoning", ""))
+            calls = tuple(row.get("tool_calls", ()))
+            answer = Answer(prompt.id, *said, sample, row.get("reasoning", ""), tool_calls=calls)
             told = with_reasoning(answer, reasoning)
             answered.answers.setdefault(prompt.id, []).append(told)
         elif key in failures:
@@ -118,7 +118,8 @@ def row_id(prompt_id: str, sample: int) -> str:
 
 def _is_answer(row: Row) -> bool:
     types = {"prompt": str, "text": str, "n_tokens": int, "sample": int, "reasoning": str}
-    given = {"sample": 0, "reasoning": "", **row}
+    types["tool_calls"] = list
+    given = {"sample": 0, "reasoning": "", "tool_calls": [], **row}
     fits = all(isinstance(given.get(name), kind) for name, kind in types.items())
     return fits and row.get("finish_reason") in ("stop", "length")
 
@@ -132,4 +133,5 @@ def to_row(answer: Answer, prompt_digest: str) -> Row:
         "n_tokens": answer.n_tokens,
         **({"sample": answer.sample} if answer.sample else {}),
         **({"reasoning": answer.reasoning} if answer.reasoning else {}),
+        **({"tool_calls": [*answer.tool_calls]} if answer.tool_calls else {}),
     }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation import answer_rows
@@ -151,7 +150,7 @@ def renew_answers(
 ) -> None:
     """Moves answers to what prompts were before out of a store of this whole fingerprint."""
     wanted = answer_rows.all_wanted(prompts, sampling)
-    digests = {key: digest(prompt.content) for key, (prompt, _) in wanted.items()}
+    digests = {key: prompt.digest for key, (prompt, _) in wanted.items()}
     set_rows_aside(path, settings, digests)
 
 
@@ -168,7 +167,7 @@ def _ask(
     """Stores the answers that are wanted as they come, and returns what failed by row id."""
     from tqdm import tqdm
 
-    digests = {prompt.id: digest(prompt.content) for prompt, _ in wanted}
+    digests = {prompt.id: prompt.digest for prompt, _ in wanted}
     failures: dict[str, Failure] = {}
     watched = to_the_end and not _is_limit_judged(model.name, store, sampling)
     seen = thoughts = 0

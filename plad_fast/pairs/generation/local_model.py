@@ -221,7 +221,7 @@ def prompt_ids(
     for prompt in prompts:
         content = as_messages(tokenizer, prompt.content) if chat else prompt.content
         try:
-            ids[prompt.id] = encoder.prompt(content, thinks=thinks)
+            ids[prompt.id] = encoder.prompt(content, prompt.template, thinks=thinks)
         except UsageError as error:
             raise UsageError(f"prompt {prompt.id!r}: {error}") from None
     return ids

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.sampling import Sampling
@@ -32,6 +32,9 @@ class Answer:
 
     reasoning: str = ""
     """What the model thought first, where that is not in the text."""
+
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """Calls that the text ends in (`written_calls`), where a server told them apart."""
 
     by: str = ""
     """Who said it, where it may have been one of several."""

@@ -84,6 +84,8 @@ class VllmModel(TextModel):
             opened = {key: thought_before(tokenizer, tokens) for key, tokens in ids.items()}
             call = self._engine.generate
             inputs = [{"prompt_token_ids": ids[prompt.id]} for prompt, _ in asked]
+        elif any(prompt.has_tools for prompt, _ in asked):
+            raise UsageError(f"{self.model!r} has a tokenizer of its own, which is given no tools")
         else:  # one with its own way of chatting, such as Mistral's
             call, inputs = self._engine.chat, [as_chat(prompt.content) for prompt, _ in asked]
         try:

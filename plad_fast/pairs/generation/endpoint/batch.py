@@ -196,8 +196,9 @@ class _Run:
         name, *numbers = str(line.get("custom_id")).split("-")
         if name not in self.prompts or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
             return []  # of a prompt that is asked no more
-        prompt_id, samples = self.prompts[name].id, range(*map(int, numbers))
-        found = self._read(prompt_id, samples, line)
+        prompt, samples = self.prompts[name], range(*map(int, numbers))
+        prompt_id = prompt.id
+        found = self._read(prompt, samples, line)
         if isinstance(found, str):
             self.left |= {(prompt_id, k): found for k in samples if (prompt_id, k) in self.left}
             return []
@@ -207,7 +208,7 @@ class _Run:
         return found
 
     def _read(
-        self, prompt_id: str, samples: range, line: Mapping[str, Any]
+        self, prompt: Prompt, samples: range, line: Mapping[str, Any]
     ) -> list[Answer | Failure] | str:
         """Answers and failures that are final, or why there are none this time."""
         key, response = self.client.key, line.get("response")
@@ -219,17 +220,18 @@ class _Run:
             said = f"status {status}: {_said(body.get('error') or body, key)}"
             if not isinstance(status, int) or status in AGAIN or status >= 500:
                 return said
-            return [Failure(prompt_id, said, sample) for sample in samples]
+            return [Failure(prompt.id, said, sample) for sample in samples]
         try:
-            choices = self.endpoint.read_body(body, self.sampling, key, n=len(samples))
+            request = as_request(prompt, samples, self.sampling)
+            choices = self.endpoint.read_body(body, request, key)
         except BadReplyError as error:
             return one_line(str(error), key)
         # The samples for which the reply has no choice are left.
-        return read_reply(prompt_id, samples[: len(choices)], Reply(choices))
+        return read_reply(prompt.id, samples[: len(choices)], Reply(choices))
 
 
 def _name(prompt: Prompt) -> str:
-    return digest([prompt.id, prompt.content])
+    return digest([prompt.id, prompt.digest])
 
 
 def _files(requests: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[list[bytes]]:

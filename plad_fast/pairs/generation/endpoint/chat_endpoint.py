@@ -25,7 +25,6 @@ from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
 from plad_fast.pairs.generation.ranks import by_first
-from plad_fast.pairs.generation.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -156,17 +155,21 @@ class Endpoint:
         """Whether the endpoint was not seen to refuse a parameter."""
         return parameter not in self._refused
 
-    def read_body(
-        self, body: Mapping[str, Any], sampling: Sampling, key: str, *, n: int
-    ) -> list[Choice]:
-        """At most `n` choices of a reply that came in another way, counted as if it had been asked
-        for here; `BadReplyError` where it holds none."""
+    def read_body(self, body: Mapping[str, Any], request: ChatRequest, key: str) -> list[Choice]:
+        """The choices of a reply that came in another way, counted as if it had been asked for
+        here; `BadReplyError` where it holds none."""
         self.usage.requests += 1
         counted = replies.read_usage(body)
         self._count(counted, Usage())
         self.usage.uncounted += not any(counted)
-        limit = sampling.max_new_tokens + self.reasoning_tokens
-        choices = replies.read_choices(body, key, n=n, told=True, limit=limit)
+        choices = replies.read_choices(
+            body,
+            key,
+            n=request.sampling.n,
+            told=True,
+            limit=self._limit(request),
+            tools=bool(request.tools),
+        )
         self.usage.replies += 1
         return choices
 
@@ -272,7 +275,12 @@ class Endpoint:
                 self._tells_ends |= replies.tells_ends(reply)
                 missing = n - len(choices)
                 choices += replies.read_choices(
-                    reply, key, n=missing, told=self._tells_ends, limit=limit
+                    reply,
+                    key,
+                    n=missing,
+                    told=self._tells_ends,
+                    limit=limit,
+                    tools=bool(request.tools),
                 )
             except Exception as error:
                 trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
@@ -320,6 +328,8 @@ class Endpoint:
             "temperature": sampling.temperature,
             limit: self._limit(request),
         }
+        if request.tools:
+            body["tools"] = list(request.tools)
         if sampling.top_p < 1:
             body["top_p"] = sampling.top_p
         if sampling.n - had > 1:
@@ -427,4 +437,5 @@ class Endpoint:
 
 def _guessed_tokens(request: ChatRequest) -> int:
     """Of a prompt: four bytes make a token, about."""
-    return -(-len(json.dumps(request.messages, ensure_ascii=False, default=str)) // 4)
+    sent = [*request.messages, *request.tools]
+    return -(-len(json.dumps(sent, ensure_ascii=False, default=str)) // 4)

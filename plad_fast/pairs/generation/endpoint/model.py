@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
@@ -62,8 +63,23 @@ class EndpointModel(TextModel):
 
 
 def as_chat(content: Content) -> Messages:
-    """Messages as they are, and plain text as what the user says."""
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+    """Plain text as what the user says, and messages as they are; but that the API takes the
+    arguments of a call as JSON text."""
+    if isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    return [
+        {**message, "tool_calls": [*map(_with_json, message["tool_calls"])]}
+        if message.get("tool_calls")
+        else message
+        for message in content
+    ]
+
+
+def _with_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", {})
+    given = function.get("arguments", {})
+    arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def request_seed(seed: int, prompt_id: str) -> int:
@@ -75,7 +91,8 @@ def request_seed(seed: int, prompt_id: str) -> int:
 def as_request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
     """A request for these samples of a prompt's answers, whose numbers follow one another."""
     seed = request_seed(sampling.seed, prompt.id) + samples[0]
-    return ChatRequest(as_chat(prompt.content), replace(sampling, n=len(samples), seed=seed))
+    drawn = replace(sampling, n=len(samples), seed=seed)
+    return ChatRequest(as_chat(prompt.content), drawn, prompt.tools)
 
 
 def runs_of_samples(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
@@ -102,5 +119,6 @@ def read_reply(prompt_id: str, samples: range, reply: Reply | str) -> list[Answe
                 "length" if choice.finish_reason == "length" else "stop"
             )
             said = (choice.text, end, choice.n_tokens)
-            found.append(Answer(prompt_id, *said, sample, choice.reasoning))
+            calls = choice.tool_calls
+            found.append(Answer(prompt_id, *said, sample, choice.reasoning, tool_calls=calls))
     return found + [Failure(prompt_id, missing, sample) for sample in samples[len(choices) :]]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from plad_fast.data.chat import is_blank
+from plad_fast.data.chat import is_blank, written_calls
 from plad_fast.data.unicode import mend
 from plad_fast.pairs.generation.completions import (
     Finish,
@@ -66,7 +66,7 @@ def tells_ends(body: Mapping[str, Any]) -> bool:
 
 
 def read_choices(
-    body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int
+    body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int, tools: bool = False
 ) -> list[Choice]:
     """The answers in a reply, at most `n`; bad ones are left out, and BadReplyError if all are.
 
@@ -74,6 +74,7 @@ def read_choices(
         key: masked in texts: some servers play back what they were sent.
         told: the server is known to say how a reply ended: one that does not was interrupted.
         limit: tokens that an answer could have.
+        tools: whether the model could call any.
     """
     if error := body.get("error"):
         raise BadReplyError(f"the reply is an error: {_shown(error)}", code=_code(error))
@@ -87,7 +88,7 @@ def read_choices(
     choices, bad = [], []
     for choice in found[:n]:
         try:
-            choices.append(_read_choice(choice, n_tokens, key, told, limit))
+            choices.append(_read_choice(choice, n_tokens, key, told, limit, tools))
         except BadReplyError as error:
             bad.append(error)
     if not choices:
@@ -95,7 +96,9 @@ def read_choices(
     return choices
 
 
-def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -> Choice:
+def _read_choice(
+    choice: Any, n_tokens: int, key: str, told: bool, limit: int, tools: bool
+) -> Choice:
     if not isinstance(choice, dict):
         raise BadReplyError(f"the reply holds an answer that is none: {_shown(choice)}")
     message, reason = choice.get("message"), choice.get("finish_reason")
@@ -120,7 +123,12 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
         raise BadReplyError("the reply holds an answer without a message")
     if refusal := message.get("refusal"):
         return problem("content_filter", f"{withheld} (refusal {_shown(refusal)})")
-    if end == "tool_calls" or message.get("tool_calls") or message.get("function_call"):
+    calls = _calls(message.get("tool_calls"), key) if tools and end != "length" else []
+    if (
+        not calls
+        and (end == "tool_calls" or message.get("tool_calls") or message.get("function_call"))
+        and not (tools and end == "length")
+    ):
         named = f"finish_reason {reason!r}" if end == "tool_calls" else "a tool call"
         return problem("tool_calls", f"the model called a tool, and none was offered ({named})")
     text, parts = _text(message.get("content"))
@@ -128,6 +136,8 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
     thoughts = {name: message[name] for name in _THOUGHTS if message.get(name)} | parts
     # Servers that give it under several names give it twice.
     said = next(filter(None, map(_thought_text, thoughts.values())), "")
+    if calls:
+        text = "\n".join(filter(None, (text, written_calls(calls))))
     why = ""
     if end == "length" and not after_thought(text):
         why = (
@@ -138,7 +148,7 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
         why = "the answer ends inside its thought" if is_all_thought(text) else ""
     elif end == "stop" and thoughts:
         why = f"the answer is empty: all that was said is in {next(iter(thoughts))}"
-    return Choice(text, end, n_tokens, why, mask(mend(said).strip(), key))
+    return Choice(text, end, n_tokens, why, mask(mend(said).strip(), key), tuple(calls))
 
 
 def _text(content: Any) -> tuple[str, dict[str, Any]]:
@@ -156,6 +166,24 @@ def _text(content: Any) -> tuple[str, dict[str, Any]]:
         else:
             raise BadReplyError(f"the answer is not text: {_shown(part)}", "once")
     return "".join(texts), thoughts
+
+
+def _calls(value: Any, key: str) -> list[dict[str, Any]]:
+    """Calls of functions as chat templates take them: without ids, which are drawn at random, and
+    with arguments as an object."""
+    calls = []
+    for call in value or ():
+        try:
+            function = call["function"]
+            name, arguments = function["name"], function.get("arguments") or "{}"
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+            arguments = mend(json.loads(mask(text, key)))
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
+            raise BadReplyError(f"a call that cannot be read: {_shown(call)}", "once") from None
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise BadReplyError(f"a call that cannot be read: {_shown(call)}", "once")
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
 
 
 def _thought_text(value: Any) -> str:
