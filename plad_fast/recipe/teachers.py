@@ -16,6 +16,7 @@ from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.generation.answer_rows import Answered, batch_record, collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.ranks import has_others
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import split_spec, teacher_fingerprint
 from plad_fast.pairs.generation.text_model import Answer, Batches, TextModel, Wanted
@@ -168,7 +169,8 @@ class Teachers:
                     reasoning=self._reasoning,
                 )
             except UsageError as error:
-                if len(self._all) == 1 or not model.has_failed:
+                # Of several processes the others have stopped.
+                if len(self._all) == 1 or not model.has_failed or has_others():
                     raise
                 logger.warning("%s is asked no more, and the others are: %s", teacher.spec, error)
                 errors.append(error)

@@ -110,7 +110,7 @@ class RecipeTexts:
         """
         precision = self.config.precision
         suffix = "" if round_number == 1 else f"-{round_number}"
-        return stored_answers(
+        drawn = stored_answers(
             lambda: open_local_model(
                 model, name, precision=precision, thinks=self.config.reasoning == "keep"
             ),
@@ -121,6 +121,8 @@ class RecipeTexts:
             others_aside=others_aside,
             reasoning=self.config.reasoning,
         ).answers
+        by = "student" if len(self.config.teachers) > 1 else ""
+        return {key: [replace(answer, by=by) for answer in own] for key, own in drawn.items()}
 
     def student_made_by(self, name: str, model: str | Path) -> dict[str, Any]:
         """What a student's samples depend on besides prompts and sampling."""
@@ -144,8 +146,6 @@ class RecipeTexts:
         """
         config, scorer, path = self.config, self.scorer, self.pairs_file(file)
         teacher, scores = self.teachers.answers(), None
-        if len(config.teachers) > 1:
-            samples = {i: [replace(a, by="student") for a in told] for i, told in samples.items()}
         if scorer is not None:
             for store in filter(None, (self.scores_file, getattr(scorer, "store", None))):
                 set_aside(store, scorer.settings())

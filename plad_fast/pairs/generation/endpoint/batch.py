@@ -130,7 +130,7 @@ class _Run:
     def _submit(self) -> None:
         """New batches of what is left."""
         if not self.endpoint.usage.requests:  # else it is known what the endpoint takes
-            self.endpoint.try_out(self.model.trial(self.sampling), None, overwrite=False)
+            self.endpoint.require_reply(self.model.trial(self.sampling))
         left = [
             (prompt, sample) for prompt, sample in self.wanted if (prompt.id, sample) in self.left
         ]

@@ -131,21 +131,24 @@ class Endpoint:
 
         def ask() -> None:
             self.has_answered = store is not None and has_rows(store) and not overwrite
-            if self.has_answered:
-                return
-            self._is_trial = True
-            try:
-                ((_, reply),) = self.complete([request])
-            finally:
-                self._is_trial = False
-            problem = reply
-            if isinstance(reply, Reply):
-                is_spent = reply.choices[0].finish_reason == "length"
-                problem = reply.choices[0].problem if is_spent else ""
-            if problem:
-                raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+            if not self.has_answered:
+                self.require_reply(request)
 
         by_first(ask)
+
+    def require_reply(self, request: ChatRequest) -> None:
+        """As `try_out`, for a process alone, and whatever is stored."""
+        self._is_trial = True
+        try:
+            ((_, reply),) = self.complete([request])
+        finally:
+            self._is_trial = False
+        problem = reply
+        if isinstance(reply, Reply):
+            is_spent = reply.choices[0].finish_reason == "length"
+            problem = reply.choices[0].problem if is_spent else ""
+        if problem:
+            raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
         """A request as it is sent, less what the endpoint was seen to refuse."""
