@@ -156,7 +156,7 @@ def written_out(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def written_calls(calls: Sequence[Mapping[str, Any]]) -> str:
     """Calls of tools as text, in the marks that most models use (Hermes, Qwen)."""
-    texts = (json.dumps(call["function"], ensure_ascii=False) for call in calls)
+    texts = (json.dumps(call.get("function", call), ensure_ascii=False) for call in calls)
     return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 

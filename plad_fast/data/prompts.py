@@ -52,6 +52,7 @@ class Prompt:
         # They become names, keys and report text; of the content itself nothing is changed.
         for name in ("id", "reference"):
             object.__setattr__(self, name, mend(getattr(self, name)))
+        object.__setattr__(self, "tools", tuple(self.tools))
         if isinstance(self.reference, str) and is_blank(self.reference):
             object.__setattr__(self, "reference", None)
 

@@ -68,7 +68,7 @@ def read_held_out(
                 raise UsageError("the best response has no text to compare; leave the row out")
         except UsageError as error:
             raise UsageError(f"{source}, row {number}: {error}") from None
-        tools = read_tools(row, f"{source}, row {number}") if template else []
+        tools = tuple(read_tools(row, f"{source}, row {number}") if template else ())
         row_id = mend(str(number - 1 if row.get("id") is None else row["id"]))
         prompt_id = ids.setdefault(Prompt("", prompt, tools=tools).digest, row_id)
         first_row = first_rows.setdefault(prompt_id, number)

@@ -175,8 +175,8 @@ class Teachers:
                 logger.warning("%s is asked no more, and the others are: %s", teacher.spec, error)
                 errors.append(error)
                 continue
-            finally:
-                teacher.model = None
+            if not model.was_loaded:  # all is stored, also what a kill left in a record of batches
+                batch_record(teacher.store).unlink(missing_ok=True)
             for prompt_id, answers in answered.answers.items():
                 every.answers.setdefault(prompt_id, []).extend(answers)
             every.failures.extend(answered.failures)
@@ -246,12 +246,13 @@ class _Watched(TextModel):
     def __init__(self, teacher: _Teacher) -> None:
         self._teacher = teacher
         self.name = ""
-        self.has_failed = False
+        self.was_loaded = self.has_failed = False
 
     def load(self) -> TextModel:
         """Itself, with the model; nothing else holds that any more."""
         assert self._teacher.model is not None
         self._model, self._teacher.model = self._teacher.model, None
+        self.was_loaded = True
         self.name = self._model.name
         self.sharded = getattr(self._model, "sharded", False)
         return self

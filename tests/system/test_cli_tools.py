@@ -61,9 +61,10 @@ def prompts(tmp_path):
 
 def call(question, tries, body):
     """Calls the tool, says something, or both."""
-    if "tools" not in body:
-        return Step("status", 400, {"error": {"message": "no tools"}})
-    number = int(question.split()[-1]) if question != "Say yes." else 1
+    if question == "Say yes.":
+        return Step(choices=[said("Yes.")])
+    assert body["tools"] == TOOLS
+    number = int(question.split()[-1])
     function = {"name": "add", "arguments": json.dumps({"a": number, "b": [1, None]})}
     calls = [{"id": f"call_{tries}", "type": "function", "function": function}]
     return Step(
@@ -153,7 +154,7 @@ def test_those_who_cannot_call_tools_are_refused_before_any_work(
 def test_pairs_with_tools_are_refused_to_a_model_that_does_not_see_them(
     tiny_teacher, tmp_path, capsys
 ):
-    answers = {"chosen": "It is 1.", "rejected": "no"}
+    answers = {"chosen": "It is 2.", "rejected": "no"}
     asked = [{"role": "user", "content": "sum 1"}]
     function = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     called = [*asked, {"role": "assistant", "content": "", "tool_calls": [function]}]
@@ -164,10 +165,9 @@ def test_pairs_with_tools_are_refused_to_a_model_that_does_not_see_them(
         ({"prompt": asked, "chosen": called[1:]}, "has the key 'tool_calls', which"),
         ({"prompt": told}, ""),  # this template shows every role
     ):
-        pairs = tmp_path / "pairs.jsonl"
-        pairs.write_text(
-            (json.dumps({**answers, **row}) + "\n") * 2 + json.dumps(answers | {"prompt": told})
-        )
+        pairs, last = tmp_path / "pairs.jsonl", {"prompt": told, "chosen": "no", "rejected": "so"}
+        lines = [{**answers, **row}, {"prompt": told, **answers}, last]
+        pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
         status = main(train(tiny_teacher, pairs, tmp_path / "trained"))
         assert says in capsys.readouterr().err
         assert status == (2 if says else 0)
