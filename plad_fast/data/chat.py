@@ -13,7 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from plad_fast.data.chat_template import ChatTemplate, Whole, common_length, is_tag
+from plad_fast.data.chat_template import (
+    ChatTemplate,
+    Whole,
+    common_length,
+    is_tag,
+    opened_thought,
+)
 from plad_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,10 +63,14 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Messages, template: Mapping[str, Any] | None = None
 ) -> str:
     """The text after which the model starts to answer messages; `template` is what the chat
-    template gets beside these, such as `tools`."""
+    template gets beside these, such as `tools`. UsageError where the template refuses them, or
+    does not show tools, calls or results."""
     if prompt[-1]["role"] == "assistant":
         raise UsageError("the prompt ends in an assistant message; cut it off")
-    return ChatTemplate(tokenizer, template).text(prompt, generation_prompt=True)
+    chat = ChatTemplate(tokenizer, template)
+    text = chat.text(prompt, generation_prompt=True)
+    chat.require_tools_shown(prompt, text)
+    return text
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, head: str, whole: Whole) -> str:
@@ -90,6 +100,13 @@ def ends_turn(whole: Whole, last: int, end: int | None, added: Mapping[int, Any]
     token, and `added` the tokenizer's `added_tokens_decoder`, slow to get where there are
     thousands."""
     return last == end or (whole.marked and last in added and not is_tag(added[last].content))
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template begins every answer with a thought."""
+    if not tokenizer.chat_template:
+        return False
+    return bool(opened_thought(render_prompt(tokenizer, [{"role": "user", "content": "a"}])))
 
 
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -135,6 +152,12 @@ def written_out(messages: Sequence[Mapping[str, Any]]) -> str:
                 said.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
         texts.append(f"{message['role']}: " + "\n".join(said))
     return "\n\n".join(texts)
+
+
+def written_calls(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Calls of tools as text, in the marks that most models use (Hermes, Qwen)."""
+    texts = (json.dumps(call.get("function", call), ensure_ascii=False) for call in calls)
+    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 
 def _answer(prompt: Messages, response: Content) -> Message:

@@ -52,6 +52,12 @@ def is_tag(token: str) -> bool:
     return bool(_TAG.search(token))
 
 
+def opened_thought(text: str) -> str:
+    """The mark of a thought, with the white space behind it, that a rendered prompt ends in."""
+    opened = _LEFT_OPEN.search(text)
+    return opened[0] if opened else ""
+
+
 def template_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.name_or_path or "this tokenizer"
 
@@ -113,6 +119,35 @@ class ChatTemplate(NamedTuple):
         probe = self.text([*prompt, {"role": "assistant", "content": _PROBE}]).rstrip()
         end = probe.rpartition(_PROBE)[2] if _PROBE in probe else ""
         return _whole(_continued(head, content, thinks) + end, content)
+
+    def require_tools_shown(self, prompt: Sequence[Message], text: str) -> None:
+        """Raises UsageError where the template leaves tools, calls or results of a prompt out of
+        its text."""
+        called = [m for m in prompt if not _is_empty(m.get("tool_calls"))]
+        told = [m for m in prompt if m.get("role") == "tool"]
+        others: dict[str, tuple[ChatTemplate, list[Message]]] = {}
+        if not _is_empty((self.options or {}).get("tools")):
+            options = {
+                name: value for name, value in (self.options or {}).items() if name != "tools"
+            }
+            others["tools"] = self._replace(options=options), [*prompt]
+        if called:
+            kept = [{**m, "tool_calls": None} if m in called else m for m in prompt]
+            others["tool_calls"] = self, kept
+        if told:
+            kept = [{**m, "content": _PROBE} if m in told else m for m in prompt]
+            others["messages of the role tool"] = self, kept
+        for what, (template, messages) in others.items():
+            try:
+                ignored = template.text(messages, generation_prompt=True) == text
+            except UsageError:
+                continue
+            if ignored:
+                raise UsageError(
+                    f"the prompt has {what}, which the chat template of "
+                    f"{template_name(self.tokenizer)} does not show: they would be lost; leave the "
+                    "row out, or set a tokenizer.chat_template that shows them"
+                )
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         name = template_name(self.tokenizer)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
+import json
 import logging
 import os
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.checks import shown
-from plad_fast.data.chat import Content, is_blank
+from plad_fast.data.chat import Content, Messages, is_blank, render_prompt
+from plad_fast.data.chat_template import ChatTemplate
 from plad_fast.data.plain_rows import made_by_arrow, without_nulls
 from plad_fast.data.records import digest
-from plad_fast.data.rows import read_content, refuse_template_options
+from plad_fast.data.rows import read_content, read_tools
 from plad_fast.data.tables import Row, Table, read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -43,12 +45,42 @@ class Prompt:
     reference: str | None = None
     """A reference answer, for evaluation; no model sees it. A blank one is none."""
 
+    tools: Sequence[Mapping[str, Any]] = ()
+    """What the model may call, as JSON schemas, beside messages."""
+
     def __post_init__(self) -> None:
         # They become names, keys and report text; of the content itself nothing is changed.
         for name in ("id", "reference"):
             object.__setattr__(self, name, mend(getattr(self, name)))
+        object.__setattr__(self, "tools", tuple(self.tools))
         if isinstance(self.reference, str) and is_blank(self.reference):
             object.__setattr__(self, "reference", None)
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked: an answer belongs to it."""
+        return digest([self.content, self.tools] if self.tools else self.content)
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """What a chat template gets beside the messages."""
+        return {"tools": list(self.tools)} if self.tools else {}
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether tools may be called, or were in its messages."""
+        messages = [] if isinstance(self.content, str) else self.content
+        return bool(self.tools) or any(
+            message["role"] == "tool" or message.get("tool_calls") for message in messages
+        )
+
+    @property
+    def written(self) -> Content:
+        """What is asked, for a reader, with the tools as a message in front."""
+        if not self.tools:
+            return self.content
+        tools = {"role": "tools", "content": json.dumps(self.tools, ensure_ascii=False)}
+        return [tools, *_messages(self.content)]
 
 
 def load_prompts(
@@ -106,19 +138,25 @@ def load_prompts(
             content = _as_content(row.get(column), f"{where}, column {column!r}")
         else:
             content = _as_content(_filled(prompt_template, fields, row, where), where)
+        tools: Sequence[Mapping[str, Any]] = ()
         if not isinstance(content, str):
-            refuse_template_options(row, where)
+            tools = read_tools(row, where)
+        elif prompt_template is None and isinstance(row.get("tools"), list) and row["tools"]:
+            raise UsageError(
+                f"{where} has tools and a prompt of plain text, which passes through no chat "
+                'template; write it as messages: [{"role": "user", "content": ...}]'
+            )
         if ids is not None:
             prompt_id = ids[index]
         else:
-            key = digest(content)
+            key = digest([content, tools] if tools else content)
             prompt_id = f"{key}-{repeats[key]}" if repeats[key] else key
             repeats[key] += 1
         reference = None
         if reference_column is not None:
             place = f"{where}, column {reference_column!r}"
             reference = read_reference(row.get(reference_column), place)
-        prompts.append(Prompt(prompt_id, content, reference))
+        prompts.append(Prompt(prompt_id, content, reference, tools))
     return prompts
 
 
@@ -138,6 +176,26 @@ def as_messages(tokenizer: PreTrainedTokenizerBase, content: Content) -> Content
     if isinstance(content, str) and tokenizer.chat_template:
         return [{"role": "user", "content": content}]
     return content
+
+
+def _messages(content: Content) -> Messages:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
+def check_tools(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
+    """Raises UsageError where the chat template does not show the tools, calls and results of
+    prompts, or a call in an answer."""
+    asked = [prompt for prompt in prompts if prompt.has_tools]
+    call = {"type": "function", "function": {"name": "probe", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for prompt in asked:
+        messages = _messages(prompt.content)
+        try:
+            head = render_prompt(tokenizer, messages, prompt.template)
+            if prompt.tools:
+                ChatTemplate(tokenizer, prompt.template).whole(messages, answer, head)
+        except UsageError as error:
+            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
 
 
 def require_unique_ids(prompts: Sequence[Prompt]) -> None:
@@ -217,10 +275,10 @@ def _as_content(value: Any, where: str) -> Content:
             raise UsageError(
                 f"{where} ends in an assistant message, which leaves nothing to answer; cut it off"
             )
-        if any(message["content"] is None for message in content):
+        if any(m["content"] is None and not m.get("tool_calls") for m in content):
             raise UsageError(f"{where} has a message without content; every turn needs a text")
-        asked = [message["content"] for message in content if message["role"] != "system"]
-        asked = asked or [message["content"] for message in content]
+        said = [m for m in content if m["role"] != "system"] or content
+        asked = [message["content"] or "" for message in said]
     if all(map(is_blank, asked)):
         raise UsageError(f"{where} holds a blank prompt; fill it in or drop the row")
     return content

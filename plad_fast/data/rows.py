@@ -65,17 +65,20 @@ def _reserved() -> frozenset[str]:
     return _RESERVED | (taken.keys() - _FOR_TEMPLATES)
 
 
-def refuse_template_options(row: Mapping[str, Any], name: str) -> None:
-    """Raise a UsageError for a row that has some, where its prompt is asked without them."""
+def read_tools(row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The tools of a row whose prompt is asked; raises UsageError for `chat_template_kwargs`, with
+    which it is not."""
     try:
-        if not read_template_options(row):
-            return
+        options = read_template_options(row)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
-    raise UsageError(
-        f"{name} has tools or chat_template_kwargs, and models are asked the prompt alone; leave "
-        "such rows out, or these columns"
-    )
+    tools = options.pop("tools", [])
+    if options:
+        raise UsageError(
+            f"{name} has chat_template_kwargs, and models are asked without them; leave such rows "
+            "out, or this column"
+        )
+    return tools
 
 
 _MOST_LISTED = 20  # columns in a message

@@ -22,7 +22,7 @@ from plad_fast.data.chat import (
     render_prompt,
     with_eos,
 )
-from plad_fast.data.chat_template import ChatTemplate, common_length
+from plad_fast.data.chat_template import ChatTemplate, common_length, opened_thought
 from plad_fast.data.rows import read_content, read_contents
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError
@@ -87,13 +87,22 @@ class TextIds:
     def _added(self) -> Mapping[int, Any]:
         return self.tokenizer.added_tokens_decoder
 
-    def prompt(self, prompt: Content) -> list[int]:
-        """As `plad_fast.data.tokenization.encode_prompt`."""
+    def prompt(
+        self,
+        prompt: Content,
+        template: Mapping[str, Any] | None = None,
+        *,
+        thinks: bool = True,
+    ) -> list[int]:
+        """As `plad_fast.data.tokenization.encode_prompt`; without `thinks`, up to the thought that
+        the chat template opens, as responses without a thought are trained."""
         if isinstance(prompt, str):
             if self.encoder_decoder:
                 return _required(self.tokenizer(prompt)["input_ids"])
             return self._started(prompt, self._text.ids([prompt])[0])
-        text = render_prompt(self.tokenizer, self._hidden(prompt))
+        text = render_prompt(self.tokenizer, self._hidden(prompt), self._hidden(template))
+        if not thinks:
+            text = text.removesuffix(opened_thought(text))
         return _required(self._text.ids([text])[0])
 
     def encode(

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plad_fast.data.chat import as_conversation, is_blank
+from plad_fast.data.chat import Message, as_conversation, is_blank, written_calls
 from plad_fast.data.plain_rows import made_by_arrow, without_nulls
 from plad_fast.data.prompts import Prompt, read_reference
-from plad_fast.data.records import digest
-from plad_fast.data.rows import read_row, refuse_template_options
+from plad_fast.data.rows import read_row, read_tools
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.reasoning import spoken
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ class HeldOut:
         return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
 
 
-def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
+def read_held_out(
+    rows: Sequence[Mapping[str, Any]], source: str, *, reasoning: str = "keep"
+) -> HeldOut:
     """Prompts, answers and pairs in the rows of a file in the standard preference format, in any of
     the forms that `tokenize_dataset` lists.
 
     Rows with the same prompt are pairs of one prompt, which has the id of the first of them; so are
     those that a row with several rejected responses stands for, or a list: its best response
-    against each of the others. The teacher's answer to a prompt is the first chosen response.
+    against each of the others. The teacher's answer to a prompt is the first chosen response, with
+    its reasoning as `pairs.generation.reasoning.REASONING` has it.
 
     Raises UsageError with the number of a row that is no pair, or whose reference is no text, or
     that shares its id with one of another prompt.
@@ -59,24 +62,24 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
                 raise UsageError("there is no rejected response, and evaluation ranks pairs")
             # In the form in which its answers are scored: students answer that very one.
             prompt, answered = as_conversation(prompt, responses)
-            best = answered[0] if isinstance(answered[0], str) else answered[0]["content"] or ""
+            best = answered[0] if isinstance(answered[0], str) else _said(answered[0])
+            best = spoken(best, reasoning)
             if is_blank(best):
                 raise UsageError("the best response has no text to compare; leave the row out")
         except UsageError as error:
             raise UsageError(f"{source}, row {number}: {error}") from None
-        if template:
-            refuse_template_options(row, f"{source}, row {number}")
+        tools = tuple(read_tools(row, f"{source}, row {number}") if template else ())
         row_id = mend(str(number - 1 if row.get("id") is None else row["id"]))
-        prompt_id = ids.setdefault(digest(prompt), row_id)
+        prompt_id = ids.setdefault(Prompt("", prompt, tools=tools).digest, row_id)
         first_row = first_rows.setdefault(prompt_id, number)
         known = prompts.get(prompt_id)
-        if known is not None and known.content != prompt:
+        if known is not None and (known.content, known.tools) != (prompt, tools):
             raise UsageError(
                 f"{source}, rows {first_row} and {number} have the id {row_id!r} and different "
                 "prompts; give every prompt an id of its own, or none"
             )
         if known is None or known.reference is None:
-            prompts[prompt_id] = Prompt(prompt_id, prompt, reference)
+            prompts[prompt_id] = Prompt(prompt_id, prompt, reference, tools)
         answers.setdefault(prompt_id, best.strip())
         for place, rejected in enumerate(responses[1:]):
             pair = {**row, "prompt": prompt, "chosen": responses[0], "rejected": rejected}
@@ -84,3 +87,9 @@ def read_held_out(rows: Sequence[Mapping[str, Any]], source: str) -> HeldOut:
             pairs.append({**pair, "id": f"{row_id}\t{place}" if place else row_id})
             prompts_of_pairs.append(prompt_id)
     return HeldOut([*prompts.values()], answers, pairs, prompts_of_pairs)
+
+
+def _said(message: Message) -> str:
+    """What a message says, and the calls that it makes."""
+    calls = written_calls(message.get("tool_calls") or ())
+    return "\n".join(filter(None, (message.get("content"), calls)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from plad_fast.data.chat import is_blank
+from plad_fast.data.chat import is_blank, opens_thought
 from plad_fast.data.prompts import as_messages
 from plad_fast.data.records import digest, model_digest, recorded_scores
 from plad_fast.evaluation.calibration import ScoredSamples
@@ -59,6 +59,7 @@ def evaluate_models(
     length_normalization: float = 0.0,
     max_length: int = 1024,
     precision: str = "auto",
+    reasoning: str = "drop",
     scorers: Mapping[str, Scorer] | None = None,
     judge: Judge | None = None,
     calibration_samples: int = 0,
@@ -75,6 +76,8 @@ def evaluate_models(
         length_normalization: alpha, as in the training.
         max_length: tokens of prompt and answer.
         precision: of generation; log-probabilities are always taken in float32.
+        reasoning: of the students' answers; see `stored_answers`. Only under "keep" do students go
+            on with a thought that their chat template opens.
         scorers: see `evaluate_students`; what they say is stored.
         judge: see `evaluate_students`. It is asked anew each time: give it a store of its own.
         calibration_samples: answers that each student samples to each prompt, over which the
@@ -122,6 +125,7 @@ def evaluate_models(
             max_length,
             precision,
             others_aside,
+            reasoning,
         )
         outputs = student.outputs()
         return outputs, student.scored_samples(quality) if calibration_samples else None
@@ -190,6 +194,7 @@ class _Student:
     max_length: int
     precision: str
     others_aside: bool
+    reasoning: str
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -263,6 +268,7 @@ class _Student:
                 rows,
                 length_normalization=LENGTH_NORMALIZATION,
                 max_length=self.max_length,
+                templates=[prompt.template for prompt in prompts],
             )
             return {"logps": [row.tolist() for row in logps]}
 
@@ -301,13 +307,20 @@ class _Student:
     def _made_by(self) -> dict[str, Any]:
         # The weights rather than the path: a run folder may move, and a path get other weights.
         weights = model_digest(self.path)
-        return {"student": self.name, "weights": weights, "precision": self.precision}
+        made_by = {"student": self.name, "weights": weights, "precision": self.precision}
+        if self._thinks and opens_thought(self.tokenizer):
+            made_by["reasoning"] = "keep"
+        return made_by
+
+    @property
+    def _thinks(self) -> bool:
+        return self.reasoning == "keep"
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
         def load() -> LocalModel:
             dtype = autocast_dtype(self.precision)
             model = load_model(self.path, dtype=dtype, device=best_device())
-            return LocalModel(model, self.tokenizer, file.stem, chat=self.chat)
+            return LocalModel(model, self.tokenizer, file.stem, chat=self.chat, thinks=self._thinks)
 
         return stored_answers(
             load,
@@ -316,6 +329,7 @@ class _Student:
             sampling,
             fingerprint=self._made_by,
             others_aside=self.others_aside,
+            reasoning=self.reasoning,
         )
 
     @cached_property

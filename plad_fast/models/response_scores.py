@@ -117,6 +117,7 @@ def score_responses(
     max_length: int = 1024,
     progress: bool = True,
     names: Sequence[str] | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[NDArray[np.float64]]:
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
@@ -130,6 +131,7 @@ def score_responses(
             prompt loses its beginning.
         progress: show a progress bar.
         names: of the prompts in messages; by default their numbers.
+        templates: what the chat template gets beside the messages of each, such as `tools`.
 
     Returns:
         For each row a float64 array with one log-probability a response, in nats.
@@ -142,7 +144,10 @@ def score_responses(
     return _score(
         model,
         tokenizer,
-        [_Row(f"prompt {name}", *row, {}) for name, row in zip(named, rows, strict=True)],
+        [
+            _Row(f"prompt {name}", *row, template)
+            for name, row, template in zip(named, rows, templates or [{}] * len(rows), strict=True)
+        ],
         unit="prompt",
         length_normalization=length_normalization,
         batch_size=batch_size,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.chat import Content, is_blank
+from plad_fast.data.chat import Content, is_blank, written_calls
 from plad_fast.data.prompts import Prompt, as_messages, require_unique_ids
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.answer_rows import row_id
@@ -126,11 +126,15 @@ def build_pairs(
 ) -> tuple[list[dict[str, Any]], PairReport]:
     """Rows in the standard preference format, in the order of the prompts.
 
-    A row has `prompt`, `chosen`, `rejected`, `id`, `source`, and `reference` if the prompt has one;
-    with scores also `chosen_score` and `rejected_score`. A ranked row has `responses` and `scores`,
-    best first, in place of those. Prompt and responses are chat messages if the prompt is, or if
-    the tokenizer has a chat template; else they are text, and the responses start with a space
-    where the prompt does not end in white space, so that their sum reads as a model would write it.
+    A row has `prompt`, `chosen`, `rejected`, `id`, `source`, and `reference` and `tools` if the
+    prompt has them;
+    with scores also `chosen_score` and `rejected_score`; where answers have their reasoning beside
+    them also `chosen_reasoning` and `rejected_reasoning`, empty texts where one has none; where
+    they say who gave them also `chosen_by` and `rejected_by`. A ranked row has `responses`,
+    `scores`, `reasoning` and `by`, best first, in place of those. Prompt and responses are chat
+    messages if the prompt is, or if the tokenizer has a chat template; else they are text, and the
+    responses start with a space where the prompt does not end in white space, so that their sum
+    reads as a model would write it.
 
     The id is the prompt's, with its tabs doubled; with a tab and the student's sample number behind
     it where that is not 0 and `select` is "all".
@@ -178,9 +182,11 @@ def build_pairs(
                 drops.append(named | _drop(prompt, item, *answers))
             else:
                 row = _row(prompt, item, tokenizer, is_pair=select != "ranked")
-                rows.append(row | named | {"source": source})
+                rows.append(row | prompt.template | named | {"source": source})
                 if prompt.reference is not None:
                     rows[-1]["reference"] = prompt.reference
+    for column in ("reasoning", "by"):
+        _leave_out_empty(rows, column)
     report = PairReport(len(rows), drops, "pairs" if select == "all" else "prompts")
     if not rows:
         raise NoPairsError(report)
@@ -221,16 +227,25 @@ def build_answers(
     asked = [p for p in prompts if p.id in answers]
     contents = [as_messages(tokenizer, prompt.content) for prompt in asked]
     return [
-        {"prompt": content, "chosen": as_response(content, answers[prompt.id].text)}
+        {"prompt": content, "chosen": _response(content, answers[prompt.id]), **prompt.template}
         for prompt, content in zip(asked, contents, strict=True)
     ]
 
 
-def as_response(prompt: Content, text: str) -> Content:
-    """An answer in the form of its prompt: an assistant message, or text that may follow text."""
+def _response(prompt: Content, answer: Answer) -> Content:
+    return as_response(prompt, answer.text, answer.tool_calls)
+
+
+def as_response(
+    prompt: Content, text: str, tool_calls: Sequence[Mapping[str, Any]] = ()
+) -> Content:
+    """An answer in the form of its prompt: an assistant message, with the calls that its text ends
+    in apart, or text that may follow text."""
     text = text.strip()
     if not isinstance(prompt, str):
-        return [{"role": "assistant", "content": text}]
+        content = text.removesuffix(written_calls(tool_calls)).strip()
+        calls = {"tool_calls": list(tool_calls)} if tool_calls else {}
+        return [{"role": "assistant", "content": content, **calls}]
     return text if prompt[-1:].isspace() else f" {text}"
 
 
@@ -242,14 +257,26 @@ def _row(
     is_pair: bool,
 ) -> dict[str, Any]:
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
-    responses = [as_response(content, candidate.answer.text) for candidate in found]
+    responses = [_response(content, candidate.answer) for candidate in found]
     scores = [candidate.score for candidate in found]
+    more = {name: [getattr(c.answer, name) for c in found] for name in ("reasoning", "by")}
     if not is_pair:
-        return {"prompt": content, "responses": responses, "scores": scores}
+        return {"prompt": content, "responses": responses, "scores": scores, **more}
     row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
+    for name, values in more.items():
+        row |= {f"chosen_{name}": values[0], f"rejected_{name}": values[1]}
     if None not in scores:
         row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row
+
+
+def _leave_out_empty(rows: Sequence[dict[str, Any]], column: str) -> None:
+    """Removes columns of one kind where no row has anything in them."""
+    names = (column, f"chosen_{column}", f"rejected_{column}")
+    if not any(any(row.get(name) or ()) for row in rows for name in names):
+        for row in rows:
+            for name in names:
+                row.pop(name, None)
 
 
 def _drop(

@@ -55,7 +55,7 @@ _GROUPS = {
     "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS),
     "evaluation": _EVALUATION,
     "memory, precision, checkpoints": _RESOURCES,
-    "teacher or judge by endpoint": _ENDPOINT,
+    "teacher or judge by endpoint": (*_ENDPOINT, "batch"),
 }
 _METAVARS = {"output_dir": "DIR", "pairs": "FILE"}
 _OF_TYPES = {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}
@@ -97,11 +97,11 @@ COMMANDS = {
         needs=("teacher", "student", "output_dir"),
         settings=(
             *(*_PROMPTS, "teacher_temperature", *_GENERATION, "seed", "precision"),
-            *(*_ENGINE, *_SELECTION, *_ENDPOINT),
+            *(*_ENGINE, *_SELECTION, *_ENDPOINT, "batch"),
         ),
         help={
             "teacher": f"{_OF_MODEL}, openai:MODEL, vllm:MODEL, column:NAME, or "
-            "python:MODULE.FUNCTION",
+            "python:MODULE.FUNCTION; repeat the flag for several, of which the scorer decides",
             "student": _OF_MODEL,
             "output_dir": "folder for pairs.jsonl, dropped.jsonl and the answers",
             "seed": "random seed of sampling",
@@ -130,9 +130,10 @@ COMMANDS = {
         needs=("student", "pairs", "output_dir"),
         settings=(
             *("length_normalization", *_GENERATION, "seed", "max_length", "precision"),
-            *(*_EVALUATION, *_ENDPOINT),
+            *("reasoning", *_EVALUATION, *_ENDPOINT),
         ),
         help={
+            "reasoning": "reasoning before an answer: keep compares it too, drop and column do not",
             "student": "a student and its folder; repeat: the first is the baseline, the last the "
             "one that the report is about; in a --config file `student: {NAME: PATH}`",
             "pairs": "held-out pairs of prompt, chosen, rejected, in files as train takes",
@@ -227,7 +228,7 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
     for need in command.needs:
         parser.add_argument(
             flag(need),
-            action="append" if (name, need) == ("evaluate", "student") else "store",
+            action="append" if (name, need) == ("evaluate", "student") else _action(need),
             default=argparse.SUPPRESS,
             metavar=_metavar(name, need),
             help=command.help[need],
@@ -246,8 +247,15 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
                 default=argparse.SUPPRESS,
                 metavar=_metavar(name, of_field.name, kind),
                 help=text.replace("%", "%%"),
+                action=_action(of_field.name),
                 **switch,
             )
+
+
+def _action(name: str) -> str:
+    """Of a flag: a setting that may be several takes it more than once."""
+    of_field = _FIELDS.get(name)
+    return "append" if of_field and str(of_field.type).startswith("str | tuple") else "store"
 
 
 def _unescape(text: str) -> str:

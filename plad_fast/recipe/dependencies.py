@@ -7,6 +7,7 @@ A setting that no stage is listed with belongs to all of them: better anew than 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
@@ -20,15 +21,28 @@ STAGES: dict[str, tuple[str, ...]] = {
     "student": ("student", "student_layers"),
     # What else its answers depend on, the folder is bound to: see `bound_settings`.
     "teacher's answers": ("teacher_samples",),
-    "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size", *_OF_TRAINING),
-    "samples": ("student_samples", *_OF_SAMPLES),
+    "fine-tuning": (
+        "reasoning",
+        "sft_epochs",
+        "sft_learning_rate",
+        "sft_batch_size",
+        *_OF_TRAINING,
+    ),
+    "samples": ("reasoning", "student_samples", *_OF_SAMPLES),
     "pairs": SELECTION,
     "calibration": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
     "evaluation": (
-        *("scorer", "eval_scorer", "calibration_samples", "length_normalization", "max_length"),
+        *(
+            "reasoning",
+            "scorer",
+            "eval_scorer",
+            "calibration_samples",
+            "length_normalization",
+            "max_length",
+        ),
         *_OF_SAMPLES,
     ),
 }
@@ -54,14 +68,14 @@ def stage_settings(
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
     settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
     if prompts:
-        given = prompts if references else [Prompt(p.id, p.content) for p in prompts]
+        given = prompts if references else [replace(p, reference=None) for p in prompts]
         settings["prompts"] = prompts_digest(given)
     return {**settings, **more}
 
 
 def bound_settings(config: DistillConfig, teacher_made_by: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run folder with answers is bound to, by names that a user knows.
-    `teacher_made_by` is that of `RecipeTexts`."""
+    `teacher_made_by` is that of `Teachers`."""
     settings = {
         name if name in ("teacher", "base_url") else f"teacher's {name}": value
         for name, value in teacher_made_by.items()

@@ -48,6 +48,7 @@ from plad_fast.recipe.inputs import RunPrompts, data_of_run, dropped_file, show_
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
+from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
 from plad_fast.training.train import train_model
 
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
-_TEACHER_FILE = "answers/teacher.jsonl"
 _OF_TRAINING = (
     *("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing"),
     *("seed", "precision", "max_length"),
@@ -87,8 +87,8 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     config.require_room()
     if not config.has_local_teacher and config.student is None:
         raise UsageError(
-            f"a student cannot be made of the teacher {config.teacher}, whose weights are not "
-            "here; give a model to start from with --student"
+            f"a student cannot be made of the teacher {' and '.join(config.teachers)}, whose "
+            "weights are not here, or of several; give a model to start from with --student"
         )
     path = Path(config.output_dir)
     prompts = RunPrompts.of(config)
@@ -100,6 +100,11 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     for scorer in evaluation["scorers"].values():
         scorer.check(prompts.held_out)
     teacher = _LocalTeacher(config)
+    if any(prompt.has_tools for prompt in prompts.all):
+        student = teacher.source
+        if config.student is not None:
+            student = find_model(config.student, "--student")
+        require_tools(config, prompts.all, load_tokenizer(student))
     texts = RecipeTexts(
         config,
         prompts.all,
@@ -115,9 +120,9 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
             check_loadable(teacher.source)
     folder = RunFolder(
         path,
-        bound_settings(config, texts.teacher_made_by),
+        bound_settings(config, texts.teachers.made_by),
         overwrite=overwrite,
-        is_bound=lambda: has_rows(texts.teacher_file),
+        is_bound=lambda: any(map(has_rows, texts.teachers.stores)),
         is_own=lambda name: re.fullmatch(_MADE, name) is not None,
         # Before the folder keeps settings that an endpoint refuses.
         check=lambda: texts.try_endpoints(evaluation["judge"], overwrite=overwrite),
@@ -133,7 +138,7 @@ class _LocalTeacher:
 
     def __init__(self, config: DistillConfig) -> None:
         is_offline = config.teacher == OFFLINE
-        self.source = str(offline_teacher_path()) if is_offline else config.teacher
+        self.source = str(offline_teacher_path()) if is_offline else config.teachers[0]
         self._precision = config.precision
 
     @cached_property
@@ -191,13 +196,13 @@ class _Distillation:
                 "teacher's answers",
                 self._answer,
                 of("teacher's answers", prompts=self.prompts.all),
-                makes=[_TEACHER_FILE],
+                makes=self._teacher_files,
             ),
             Stage(
                 "fine-tuning",
                 self._fine_tune,
-                of("fine-tuning", prompts=self.prompts.sft),
-                reads=["student", _TEACHER_FILE],
+                of("fine-tuning", prompts=self.prompts.sft, **self.texts.teachers.choice),
+                reads=["student", *self._teacher_files],
                 makes=["sft"],
             ),
             *(stage for number in rounds for stage in self._round(number)),
@@ -210,10 +215,14 @@ class _Distillation:
                     references=True,
                     **{f"settings of {name}": s.settings() for name, s in scorers.items()},
                 ),
-                reads=[*self._students(), _TEACHER_FILE, "pairs/held-out.jsonl"],
+                reads=[*self._students(), *self._teacher_files, "pairs/held-out.jsonl"],
                 makes=["evaluation"],
             ),
         ]
+
+    @property
+    def _teacher_files(self) -> list[str]:
+        return [f"answers/{store.name}" for store in self.texts.teachers.stores]
 
     def _round(self, number: int) -> list[Stage]:
         """Samples of the student that the round starts from, pairs, and training on these."""
@@ -252,7 +261,7 @@ class _Distillation:
                 told.append(f"train: {report}")
                 if is_first:
                     # The teacher's first answer > the student's first sample, whatever is trained.
-                    prompts, teacher = "held-out", texts.teacher_answers()
+                    prompts, teacher = "held-out", texts.teachers.answers()
                     rows, report = build_pairs(
                         self.prompts.held_out, teacher, drawn, tokenizer=tokenizer
                     )
@@ -287,7 +296,7 @@ class _Distillation:
                     references=True,
                     **({} if texts.scorer is None else texts.scorer.settings()),
                 ),
-                reads=[start, _TEACHER_FILE, samples_file],
+                reads=[start, *self._teacher_files, samples_file],
                 makes=[*files, *dropped],
             ),
             Stage(
@@ -319,9 +328,9 @@ class _Distillation:
         return f"{depth(model)} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        answered = self.texts.ask_teacher(renew=True)
+        answered = self.texts.teachers.ask(renew=True)
         vars(self.teacher).pop("model", None)  # makes room for the student
-        stopped, total = getattr(self.texts.endpoint, "stopped", ""), len(self.prompts.all)
+        stopped, total = self.texts.teachers.stopped, len(self.prompts.all)
         if answered.failures and stopped:
             raise UsageError(
                 f"the teacher has answered {len(answered.answers)} of {total} prompts and is asked "
@@ -340,7 +349,9 @@ class _Distillation:
         told = [f"{len(finished)} of {total} answers finished, the others are dropped"]
         if answered.failures:
             told.append(f"{len(answered.failures)} could not be had")
-        return "; ".join([*told, *filter(None, [self.texts.usage().get("teacher")])])
+        spent = self.texts.teachers.usage()
+        named = len(spent) > 1
+        return "; ".join([*told, *(f"{n}: {u}" if named else u for n, u in spent.items())])
 
     def _fine_tune(self) -> str:
         config, tokenizer = self.config, load_tokenizer(self.folder / "student")
@@ -368,6 +379,7 @@ class _Distillation:
 
     def _report(self, command: str) -> dict[str, Any]:
         config, texts = self.config, self.texts
+        sources = [self.teacher.source, *config.teachers[1:]]
         results, outputs = self._measure()
         files = {
             _of_round("training pairs", number): texts.pairs_file(_numbered("train", number))
@@ -385,7 +397,7 @@ class _Distillation:
             results,
             outputs,
             self._held_out_data(),
-            title=f"Distillation of {Path(self.teacher.source).stem}",
+            title=f"Distillation of {' and '.join(Path(name).stem for name in sources)}",
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
@@ -445,8 +457,9 @@ class _Distillation:
 
 def _require_outside(folder: Path, config: DistillConfig) -> None:
     """Raises UsageError where emptying the folder would remove what the run is to read."""
-    for name in ("teacher", "student", "prompts", "scorer", "eval_scorer"):
-        text = getattr(config, name) or ""
+    names = ("student", "prompts", "scorer", "eval_scorer")
+    given = [(name, getattr(config, name) or "") for name in names]
+    for name, text in [*(("teacher", teacher) for teacher in config.teachers), *given]:
         place = re.sub("^(likelihood|reward):", "", text)
         if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
             raise UsageError(

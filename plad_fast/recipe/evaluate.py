@@ -63,7 +63,7 @@ def evaluate_on_pairs(
     folder = Path(config.output_dir)
     with held_by_first(folder):
         rows = read_pairs(pairs)
-        held_out = read_held_out(rows, pairs)
+        held_out = read_held_out(rows, pairs, reasoning=config.reasoning)
         findings = check_rows(rows, "held-out pairs")
         show_findings(findings)
         for path in models.values():  # what cannot be scored is found before any student is run

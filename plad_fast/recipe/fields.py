@@ -69,6 +69,9 @@ def read_value(kind: str, value: Any, where: str) -> Any:
             raise UsageError(f"{where} needs a value")
         return None
     if kind.startswith("str"):
+        if "tuple" in kind and isinstance(value, (list, tuple)) and value:
+            first, *others = (read_value("str", text, where) for text in value)
+            return (first, *others) if others else first
         if not isinstance(value, str):  # of 007, "no" or a date YAML keeps no spelling
             raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
         return value

@@ -73,7 +73,8 @@ def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """What a run records of its prompts, to notice that a file has changed since."""
-    return f"{len(prompts)} prompts, {digest([[p.id, p.content, p.reference] for p in prompts])}"
+    known = [[p.id, p.content, p.reference, *([p.tools] if p.tools else [])] for p in prompts]
+    return f"{len(prompts)} prompts, {digest(known)}"
 
 
 def split_prompts(

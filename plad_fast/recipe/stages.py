@@ -25,6 +25,7 @@ from plad_fast.recipe.inputs import (
 )
 from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
+from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.train import train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
@@ -60,20 +61,20 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         source = find_model(config.student, "--student")
         check_loadable(source)
         tokenizer = load_tokenizer(source)
+        require_tools(config, prompts, tokenizer)
         texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
         texts.try_endpoints(texts.scorer, overwrite=overwrite)
         path = texts.pairs_file("pairs")
         student_made_by = texts.student_made_by(config.student, source)
         settings: dict[str, Any] = {
             **{name: getattr(config, name) for name in _OF_PAIRS},
-            **{f"teacher's {name}": value for name, value in texts.teacher_made_by.items()},
+            **{f"teacher's {name}": value for name, value in texts.teachers.made_by.items()},
             **{f"student's {name}": value for name, value in student_made_by.items()},
             "prompts": prompts_digest(prompts),
         }
 
         def discard(_: Mapping[str, Any]) -> None:
-            stores = (texts.teacher_file, folder / "student.jsonl")
-            discard_answers(*stores, texts.scores_file, texts.verdicts_file)
+            discard_answers(*texts.stores, folder / "student.jsonl")
 
         def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
             first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
@@ -100,7 +101,7 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
 
         with joined() as ranks:
             ranks.from_first(claim)
-        texts.ask_teacher()
+        texts.teachers.ask()
         samples = texts.samples(prompts, source, "student", made_by=config.student)
         with joined() as ranks:
             report = ranks.from_first(write)

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import model_digest
-from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
+from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
-from plad_fast.pairs.generation.answer_rows import collect
-from plad_fast.pairs.generation.answering import renew_answers, stored_answers
-from plad_fast.pairs.generation.endpoint.model import EndpointModel
+from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.ray_model import require_ray
 from plad_fast.pairs.generation.set_aside import set_aside
-from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
+from plad_fast.pairs.generation.sources import open_local_model
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.select import is_usable
-from plad_fast.recipe.inputs import answer_columns, dropped_file, read_jsonl, write_pairs
+from plad_fast.recipe.inputs import dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import on_engine, open_scorer, open_teacher, sampling_for
+from plad_fast.recipe.sources import on_engine, open_scorer, sampling_for
+from plad_fast.recipe.teachers import Answers, Teachers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from plad_fast.pairs.generation.answer_rows import Answered
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.generation.text_model import TextModel
-
-Answers = Mapping[str, Sequence[Answer]]
 
 
 class RecipeTexts:
     """Answers, scores and pairs in two folders, stored as they come, and taken from the store the
     next time.
 
-    The teacher, the settings' own if it is None, answers `prompts`; `judges` as in `open_scorer`.
-    UsageError where teacher or scorer cannot be what the settings say.
+    `teacher` takes the place of the first one of the settings, if given; `judges` as in
+    `open_scorer`. UsageError where teacher or scorer cannot be what the settings say.
     """
 
     def __init__(
@@ -57,76 +55,44 @@ class RecipeTexts:
         self.config = config
         self.prompts = prompts
         self.answers = answers
-        self.teacher_file = answers / "teacher.jsonl"
         self.scores_file, self.verdicts_file = pairs / "scores.jsonl", pairs / "verdicts.jsonl"
         self._pairs = pairs
-        self._sampling = sampling_for(config, "teacher")
         if config.engine == "ray":
             require_ray()
         self.scorer = None
         if config.scorer is not None:
             self.scorer = open_scorer(config, config.scorer, self.verdicts_file, judges)
             self.scorer.check(prompts)
-        # Made now, so that what is wrong with an endpoint's settings is found out before any work.
-        columns = answer_columns(config)
-        self._teacher: TextModel | None = teacher or open_teacher(config, columns)
-        self.endpoint = getattr(self._teacher, "endpoint", None)
-        self.teacher_made_by = teacher_fingerprint(
-            config.teacher, base_url=config.base_url, columns=columns
+        self.teachers = Teachers(
+            config,
+            prompts,
+            answers,
+            model=teacher,
+            scorer=self.scorer,
+            scores=pairs / "scores-teachers.jsonl",
         )
-        """What the teacher's answers depend on besides prompts and sampling."""
-        if config.has_local_teacher:
-            self.teacher_made_by["precision"] = config.precision
+
+    @property
+    def stores(self) -> list[Path]:
+        """The files that are filled up with what is asked, and are not to be lost."""
+        return [*self.teachers.stores, self.scores_file, self.verdicts_file, self.teachers.scores]
 
     def try_endpoints(self, judge: object, *, overwrite: bool) -> None:
-        """A word with teacher and judge, where they are behind endpoints, before long work."""
-        if isinstance(self._teacher, EndpointModel):
-            self._teacher.try_out(self._sampling, self.teacher_file, overwrite=overwrite)
+        """A word with teachers and judge, where they are behind endpoints, before long work."""
+        self.teachers.try_out(overwrite=overwrite)
         if isinstance(judge, Judge):
             judge.try_out(overwrite=overwrite)
 
-    def ask_teacher(self, *, renew: bool = False) -> Answered:
-        """Let the teacher answer what it has not answered yet, and let go of its model; see
-        `stored_answers`. With `renew`, answers to what prompts were before are put aside first;
-        those of another teacher or other settings are refused, for they may have been paid for."""
-        if renew:
-            settings = {**self.teacher_made_by, **self._sampling.settings()}
-            renew_answers(self.teacher_file, self.prompts, self._sampling, settings)
-
-        def load() -> TextModel:
-            # Nothing here holds a local teacher when the student is loaded.
-            teacher, self._teacher = self._teacher, None
-            assert teacher is not None
-            return teacher
-
-        return stored_answers(
-            load,
-            self.prompts,
-            self.teacher_file,
-            self._sampling,
-            fingerprint=self.teacher_made_by,
-            to_the_end=True,
-        )
-
-    def teacher_answers(self) -> Answers:
-        """Prompt id -> the teacher's answers, in the order of the prompts.
-
-        What it failed at in its own stage stays so: an answer that came later would be in the data
-        of some stages only.
-        """
-        settings = {**self.teacher_made_by, **self._sampling.settings()}
-        with RowStore.open(self.teacher_file, settings) as store:
-            return collect(self.prompts, store, self._sampling, {}).answers
-
     def best_teacher_answers(self) -> dict[str, Answer]:
-        """Prompt id -> the first answer that the teacher finished."""
-        usable = ((i, next(filter(is_usable, a), None)) for i, a in self.teacher_answers().items())
+        """Prompt id -> the first answer that the teacher finished, or the best of several's."""
+        told = self.teachers.answers()
+        usable = ((i, next(filter(is_usable, a), None)) for i, a in told.items())
         return {prompt_id: answer for prompt_id, answer in usable if answer is not None}
 
     def usage(self) -> dict[str, str]:
-        """What this run spent at endpoints, by "teacher" and "judge" where there are such, and
-        what became of the judge's comparisons."""
-        found = {} if self.endpoint is None else {"teacher": str(self.endpoint.usage)}
+        """What this run spent at endpoints, by teacher and "judge" where there are such, and what
+        became of the judge's comparisons."""
+        found = self.teachers.usage()
         return found | ({"judge": self.scorer.spent()} if isinstance(self.scorer, Judge) else {})
 
     def samples(
@@ -148,21 +114,27 @@ class RecipeTexts:
         """
         precision = self.config.precision
         suffix = "" if round_number == 1 else f"-{round_number}"
-        return stored_answers(
-            lambda: on_engine(
-                self.config, partial(open_local_model, model, name, precision=precision), name
-            ),
+        thinks = self.config.reasoning == "keep"
+        open_it = partial(open_local_model, model, name, precision=precision, thinks=thinks)
+        drawn = stored_answers(
+            lambda: on_engine(self.config, open_it, name),
             prompts,
             self.answers / f"student{suffix}.jsonl",
             sampling_for(self.config, "student", round_number, n),
             fingerprint=self.student_made_by(made_by or name, model),
             others_aside=others_aside,
+            reasoning=self.config.reasoning,
         ).answers
+        by = "student" if len(self.config.teachers) > 1 else ""
+        return {key: [replace(answer, by=by) for answer in own] for key, own in drawn.items()}
 
     def student_made_by(self, name: str, model: str | Path) -> dict[str, Any]:
         """What a student's samples depend on besides prompts and sampling."""
         precision = self.config.precision
-        return {"student": name, "weights": model_digest(model), "precision": precision}
+        made_by = {"student": name, "weights": model_digest(model), "precision": precision}
+        if self.config.reasoning == "keep" and opens_thought(load_tokenizer(model)):
+            made_by["reasoning"] = "keep"  # the student begins with one, as it does not else
+        return made_by
 
     def make_pairs(
         self,
@@ -177,7 +149,7 @@ class RecipeTexts:
         (UsageError).
         """
         config, scorer, path = self.config, self.scorer, self.pairs_file(file)
-        teacher, scores = self.teacher_answers(), None
+        teacher, scores = self.teachers.answers(), None
         if scorer is not None:
             for store in filter(None, (self.scores_file, getattr(scorer, "store", None))):
                 set_aside(store, scorer.settings())

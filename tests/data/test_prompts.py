@@ -128,10 +128,31 @@ def test_a_system_message_alone_can_be_a_prompt(tmp_path):
                 load_prompts(path)
 
 
+def test_tools_belong_to_a_prompt_of_messages(tmp_path):
+    tool = {"name": "f"}
+    rows = [{"prompt": CHAT, "tools": given} for given in ([], [tool], json.dumps([tool]))]
+    found = load_prompts(write_jsonl(tmp_path / "tools.jsonl", rows))
+    assert [list(prompt.tools) for prompt in found] == [[], [tool], [tool]]
+    assert found[0].id == load_prompts(write_jsonl(tmp_path / "a.jsonl", rows[:1]))[0].id
+    assert found[2].id == f"{found[1].id}-1" != f"{found[0].id}-1"
+    assert len({prompt.digest for prompt in found}) == 2
+    called = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]},
+              {"role": "tool", "content": "4"}]  # fmt: skip
+    (prompt,) = load_prompts(write_jsonl(tmp_path / "called.jsonl", [{"prompt": called}]))
+    assert prompt.content == called
+    assert prompt.has_tools
+
+
 def test_tools_that_no_model_would_see_are_refused(tmp_path):
-    rows = [{"prompt": CHAT, "tools": []}, {"prompt": CHAT, "tools": '[{"name": "f"}]'}]
-    with pytest.raises(UsageError, match=r"row 2 has tools or chat_template_kwargs"):
-        load_prompts(write_jsonl(tmp_path / "tools.jsonl", rows))
+    for row, says in (
+        (
+            {"prompt": CHAT, "chat_template_kwargs": {"think": True}},
+            "row 1 has chat_template_kwargs",
+        ),
+        ({"prompt": "say", "tools": [{"name": "f"}]}, "row 1 has tools and a prompt of plain text"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            load_prompts(write_jsonl(tmp_path / "tools.jsonl", [row]))
     path = write_jsonl(tmp_path / "text.jsonl", [{"prompt": "Which tools?", "tools": "saw"}])
     assert load_prompts(path)[0].content == "Which tools?"
 

@@ -84,7 +84,7 @@ def test_a_blank_reference_is_none():
         ({**PAIR, "prompt": 3}, "prompt is 3; it"),
         ({**PAIR, "reference": 7}, "reference holds a int; a reference is text or null"),
         (
-            {**PAIR, "chosen": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            {**PAIR, "chosen": [{"role": "assistant", "content": None, "thinking": "hm"}]},
             "the best response has no text",
         ),
         ({**PAIR, "chosen": "\u200b"}, "the best response has no text"),

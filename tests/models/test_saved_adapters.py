@@ -17,7 +17,7 @@ from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_pairs
-from plad_fast.recipe.texts import RecipeTexts
+from plad_fast.recipe.teachers import Teachers
 from tests.support.recipe_runs import arguments, write_pairs
 
 peft = pytest.importorskip("peft")
@@ -206,7 +206,7 @@ def test_the_student_of_a_run_is_the_merged_model(role, adapters, tmp_path, monk
     def far_enough(texts, **_):
         raise UsageError("far enough")
 
-    monkeypatch.setattr(RecipeTexts, "ask_teacher", far_enough)
+    monkeypatch.setattr(Teachers, "ask", far_enough)
     command = arguments(tmp_path / "base", tmp_path / "run", role, str(adapters))
     assert main([*command, "--student-layers", "2"]) == 2
     assert "far enough" in capsys.readouterr().err

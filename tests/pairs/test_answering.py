@@ -12,6 +12,7 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.answering import discard_answers, stored_answers
+from plad_fast.pairs.generation.given import ColumnModel
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
@@ -277,4 +278,27 @@ def test_thoughts_beside_answers_are_told_once_and_soon(count, tmp_path, caplog)
     run(tmp_path / "a.jsonl", Thoughtful(), MANY[:count])
     (warning,) = (record.getMessage() for record in caplog.records)
     assert warning.startswith(f"scripted: {min(count, 16)} of {min(count, 16)} answers")
-    assert "thinking off" in warning
+    assert "--reasoning says" in warning
+
+
+def test_a_store_gives_the_reasoning_in_each_way_that_it_is_asked_for(tmp_path):
+    """And asks nobody anew; an answer that ends inside its reasoning counts as cut off."""
+    said = {"a": "<think>hm</think>4", "b": "<think>hm", "c": "5", "d": "hm\n</think>\n6"}
+    model = ColumnModel(said, "texts")
+    prompts = [Prompt(key, key) for key in said]
+    expected = {
+        "drop": ["4", "<think>hm", "5", "6"],
+        "keep": [*said.values()],
+        "column": ["4", "<think>hm", "5", "6"],
+    }
+    for load in (lambda: model, None):
+        for reasoning, texts in expected.items():
+            found = stored_answers(
+                load, prompts, tmp_path / "a.jsonl", Sampling(9), fingerprint={},
+                progress=False, reasoning=reasoning,
+            )  # fmt: skip
+            first = [*found.first.values()]
+            assert [answer.text for answer in first] == texts
+            assert [answer.finish_reason for answer in first] == ["stop", "length", "stop", "stop"]
+            thoughts = ["hm", "", "", "hm"] if reasoning == "column" else [""] * 4
+            assert [answer.reasoning for answer in first] == thoughts

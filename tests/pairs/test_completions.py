@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from plad_fast.pairs.generation.completions import after_thought, holds_thought, known_end
+from plad_fast.pairs.generation.completions import (
+    after_thought,
+    holds_thought,
+    known_end,
+    split_thought,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +64,24 @@ def test_thoughts_are_known_by_their_marks(text, answer):
 def test_what_speaks_of_thoughts_holds_none(text):
     assert not holds_thought(text)
     assert after_thought(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>\nlet me\nsee\n</think>\n\n4", "let me\nsee", "4"),
+        ("let me see\n</think>\n\n4", "let me see", "4"),
+        ("<think>a</think>\n<think>b</think>\n4", "a\n\nb", "4"),
+        (
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4",
+            "hm",
+            "4",
+        ),
+        ("<answer>4</answer>\n<reasoning>2 + 2</reasoning>", "", None),
+        ("Sure:\n<think>hm</think>\n4", "", None),
+        ("Close it by </think> and go on.", "", None),
+        ("4", "", None),
+    ],
+)
+def test_a_thought_is_told_from_the_answer_behind_it(text, thought, answer):
+    assert split_thought(text) == (thought, text if answer is None else answer)

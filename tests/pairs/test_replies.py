@@ -139,17 +139,39 @@ def test_a_reply_without_an_end_is_whole_only_where_the_server_never_says_one(si
 
 
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("content", "text", "thought"),
     [
-        ([{"type": "text", "text": "4"}], "4"),
-        ([{"type": "text", "text": "It is "}, {"type": "output_text", "text": "4"}], "It is 4"),
-        ([{"type": "thinking", "thinking": [{}]}, {"type": "text", "text": "4"}], "4"),
-        ([{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "4"}], "4"),
-        ({"text": "4"}, "4"),
+        ([{"type": "text", "text": "4"}], "4", ""),
+        ([{"type": "text", "text": "It is "}, {"type": "output_text", "text": "4"}], "It is 4", ""),
+        ([{"type": "thinking", "thinking": [{}]}, {"type": "text", "text": "4"}], "4", ""),
+        ([{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "4"}], "4", "hm"),
+        (
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "h"}]},
+                {"type": "thinking", "thinking": "m"},
+                {"type": "text", "text": "4"},
+            ],
+            "4",
+            "hm",
+        ),
+        ({"text": "4"}, "4", ""),
     ],
 )
-def test_the_text_parts_of_an_answer_are_joined(content, text):
-    assert replied(said(content)) == ([Answer("a", text, "stop", 3)], 1)
+def test_the_text_parts_of_an_answer_are_joined(content, text, thought):
+    assert replied(said(content)) == ([Answer("a", text, "stop", 3, reasoning=thought)], 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"reasoning_content": "hm", "reasoning": "hm"},
+        {"reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]},
+        {"reasoning_details": [{"type": "reasoning.summary", "summary": "hm"}]},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "x"}]},
+    ],
+)
+def test_reasoning_beside_an_answer_is_kept_apart_from_it(message):
+    assert replied(said("4", **message))[0] == [Answer("a", "4", "stop", 3, reasoning="hm")]
 
 
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, 5, ["a"], {"text": 5}])

@@ -22,7 +22,7 @@ from plad_fast.pairs.generation.endpoint import servers
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.sampling import Sampling
-from plad_fast.pairs.generation.sources import teacher_fingerprint
+from plad_fast.pairs.generation.sources import open_teacher, teacher_fingerprint
 from tests.support.endpoints import NOBODY, NOWHERE, refused
 from tests.support.fault_server import FaultServer, Step, answer_to
 from tests.support.recipe_runs import pair
@@ -210,3 +210,8 @@ def test_the_first_address_stands_for_all_in_records():
     assert Endpoint("m", base_url=several).settings() == {"model": "m", "base_url": NOBODY}
     found, alone = (teacher_fingerprint("openai:m", base_url=url) for url in (several, NOBODY))
     assert found == alone
+
+
+def test_batches_are_asked_of_one_server(tmp_path):
+    with pytest.raises(UsageError, match=f"--batch asks one server, but --base-url is {NOBODY},"):
+        open_teacher("openai:m", base_url=f"{NOBODY},http://127.0.0.1:2/v1", batches=tmp_path / "b")

@@ -94,7 +94,7 @@ def test_the_endpoint_of_the_settings_may_be_the_judges_alone(monkeypatch):
 
     def teacher(**settings):
         config = DistillConfig(teacher="column:x", base_url="http://127.0.0.1:1/v1", **settings)
-        return sources.open_teacher(config, lambda name: {"a": "A"})
+        return sources.open_teacher(config, lambda name: {"a": "A"}, "column:x", "teacher")
 
     for name in ("scorer", "eval_scorer"):
         assert items(teacher(**{name: "judge:openai:m"}))["a", 0].text == "A"

@@ -137,6 +137,13 @@ def test_prompts_are_those_on_which_a_student_is_trained(vllm, tiny_tokenizer):
     ]
 
 
+def test_an_answer_begins_with_the_thought_that_the_template_opens(vllm, tiny_tokenizer):
+    vllm.tokenizer = copy.deepcopy(tiny_tokenizer)
+    vllm.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    found = answers(VllmModel("m"), ["a"], Sampling())["a", 0]
+    assert found.text.startswith("<think>\n<|bos|><|user|>a")
+
+
 def test_answers_come_by_and_by(vllm, monkeypatch):
     """What is stored between two calls is not lost with a killed run."""
     monkeypatch.setattr("plad_fast.pairs.generation.vllm_model._AT_ONCE", 3)

@@ -323,7 +323,7 @@ def test_nothing_is_emptied_that_the_run_is_to_read(option, tiny_teacher, tmp_pa
     RunFolder(run, {}).close()
     shutil.copytree(tiny_teacher, run / "sft")
     place = f"reward:{run / 'sft'}#good" if option == "--scorer" else str(run / "sft")
-    assert main([*arguments(tiny_teacher, run), option, place, "--overwrite"]) == 2
+    assert main(arguments(tiny_teacher, run, option, place, "--overwrite")) == 2
     assert f"{option} {place} lies in --output-dir" in capsys.readouterr().err
     assert (run / "sft" / "config.json").exists()
 
@@ -336,7 +336,7 @@ def test_nothing_is_emptied_for_a_model_that_is_not_there(option, tiny_teacher, 
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "config.json").write_text("{}")
     place = str(tmp_path / "nothing")
-    assert main([*arguments(tiny_teacher, run), option, place, "--overwrite"]) == 2
+    assert main(arguments(tiny_teacher, run, option, place, "--overwrite")) == 2
     assert place in capsys.readouterr().err
     assert (run / "sft").exists()
 

@@ -188,7 +188,7 @@ def test_an_interrupted_overwriting_goes_on_without_the_flag(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("plad_fast.recipe.texts.stored_answers", interrupted)
+        patch.setattr("plad_fast.recipe.teachers.stored_answers", interrupted)
         assert main([*anew, "--overwrite"]) == 130
     assert [path.name for path in output.iterdir()] == ["stage.json"]
     assert main(anew) == 0

@@ -19,10 +19,11 @@ def test_answers_of_another_teacher_are_refused_and_left_alone(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DistillConfig(teacher="column:gold", prompts=str(data), student="s")
     texts = RecipeTexts(config, load_recipe_prompts(config), answers=answers, pairs=tmp_path)
-    with RowStore.open(texts.teacher_file, {"teacher": "openai:m"}) as store:
+    (store_file,) = texts.teachers.stores
+    with RowStore.open(store_file, {"teacher": "openai:m"}) as store:
         store.append([{"id": "0", "prompt": "p", "text": "t"}])
-    before = texts.teacher_file.read_bytes()
+    before = store_file.read_bytes()
     with pytest.raises(UsageError, match="teacher was 'openai:m' and is 'column:gold'"):
-        texts.ask_teacher(renew=True)
+        texts.teachers.ask(renew=True)
     assert [path.name for path in answers.iterdir()] == ["teacher.jsonl"]
-    assert texts.teacher_file.read_bytes() == before
+    assert store_file.read_bytes() == before

@@ -18,7 +18,8 @@ from plad_fast.models.loading import load_model
 
 def arguments(teacher, output, *extra: str) -> list[str]:
     return [
-        "distill", "--teacher", str(teacher), "--student-layers", "1", "--limit", "24",
+        "distill", *(() if "--teacher" in extra else ("--teacher", str(teacher))),
+        "--student-layers", "1", "--limit", "24",
         "--held-out", "8", "--teacher-temperature", "1", "--student-temperature", "1",
         "--max-new-tokens", "60", "--batch-size", "2", "--sft-batch-size", "2",
         "--sft-share", "0.5", "--precision", "float32",

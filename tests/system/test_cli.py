@@ -44,6 +44,12 @@ DISTILL = ["distill", "--teacher", "{teacher}", "--student-layers", "1", "--outp
            "--max-new-tokens", "40", "--teacher-temperature", "1", "--student-temperature", "1",
            "--precision", "float32"]  # fmt: skip
 GOOD = [*DISTILL, "--prompts", "{data}/good.jsonl", "--held-out", "3"]
+
+
+def _of_teacher(teacher):
+    return [part.replace("{teacher}", teacher) for part in GOOD]
+
+
 TRAIN = ["train", "--model", "{teacher}", "--output-dir", "{out}"]
 EVALUATE = ["evaluate", "--output-dir", "{out}", "--pairs", "{data}/good.jsonl"]
 
@@ -118,10 +124,8 @@ BAD_INPUTS = {
     ),
     "all answers identical": (
         [
-            *GOOD,
+            *_of_teacher("{silent}"),
             "--student",
-            "{silent}",
-            "--teacher",
             "{silent}",
             "--student-layers",
             "2",
@@ -140,7 +144,7 @@ BAD_INPUTS = {
         r"no pair is left: kept 0 of 8 prompts: 8 identical; give the student another seed.*; "
         r".*/dropped.jsonl has every one with its reason",
     ),
-    "NaN weights": ([*GOOD, "--teacher", "{nan}"], "produced NaN or infinite logits"),
+    "NaN weights": (_of_teacher("{nan}"), "produced NaN or infinite logits"),
     "training on NaN weights": (
         [*TRAIN, "--model", "{nan}", "--pairs", "{data}/good.jsonl"],
         "not finite|NaN",
@@ -160,7 +164,7 @@ BAD_INPUTS = {
     "a student without a name": ([*EVALUATE, "--student", "{teacher}"], "must be NAME=PATH"),
     "an evaluation of pairs with tools": (
         [*EVALUATE, "--pairs", "{data}/tools.jsonl", "--student", "A={teacher}"],
-        "tools.jsonl, row 2 has tools or chat_template_kwargs, and models are asked the prompt",
+        "pair 1: the prompt has tools, which the chat template of .* does not show",
     ),
     "a student that is not there": (
         [*EVALUATE, "--student", "A={data}/none"],

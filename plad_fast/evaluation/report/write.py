@@ -116,7 +116,7 @@ def example_answers(
         {
             "group": group,
             "badge": badges.get(by_prompt.get(key, {}).get("outcome")),
-            "prompt": prompts[key].content,
+            "prompt": prompts[key].written,
             "reference": prompts[key].reference,
             "teacher": held_out.teacher_answers[key],
             "students": {student.name: student.answers[key] for student in outputs},

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plad_fast.data.prompts import Prompt, require_unique_ids
-from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.reasoning import with_reasoning
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
 
@@ -47,7 +47,7 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
     another prompt.
     """
     store.require(_is_answer)
-    digests = {prompt.id: digest(prompt.content) for prompt, _ in wanted.values()}
+    digests = {prompt.id: prompt.digest for prompt, _ in wanted.values()}
     for key, (prompt, _) in wanted.items():
         if key in store.done and store.rows[key]["prompt"] != digests[prompt.id]:
             raise UsageError(
@@ -58,14 +58,22 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
 
 
 def collect(
-    prompts: Sequence[Prompt], store: RowStore, sampling: Sampling, failures: Mapping[str, Failure]
+    prompts: Sequence[Prompt],
+    store: RowStore,
+    sampling: Sampling,
+    failures: Mapping[str, Failure],
+    reasoning: str,
 ) -> Answered:
-    """The answers to these prompts; a failure counts where there is none."""
+    """The answers to these prompts, as `with_reasoning` has them; a failure counts where there is
+    none."""
     answered = Answered({}, [])
     for key, (prompt, sample) in all_wanted(prompts, sampling).items():
         if (row := store.rows.get(key)) is not None:
-            answer = Answer(prompt.id, row["text"], row["finish_reason"], row["n_tokens"], sample)
-            answered.answers.setdefault(prompt.id, []).append(answer)
+            said = (row["text"], row["finish_reason"], row["n_tokens"])
+            calls = tuple(row.get("tool_calls", ()))
+            answer = Answer(prompt.id, *said, sample, row.get("reasoning", ""), tool_calls=calls)
+            told = with_reasoning(answer, reasoning)
+            answered.answers.setdefault(prompt.id, []).append(told)
         elif key in failures:
             answered.failures.append(failures[key])
     return answered
@@ -94,6 +102,11 @@ def failure_list(store_path: Path) -> Path:
     return store_path.with_suffix(".failed.jsonl")
 
 
+def batch_record(store_path: Path) -> Path:
+    """Where the batches under way for a store are recorded."""
+    return store_path.with_suffix(".batches.json")
+
+
 def row_id(prompt_id: str, sample: int) -> str:
     """A row's id in the store: the prompt's, with a tab and the sample's number from 1 on.
 
@@ -104,8 +117,9 @@ def row_id(prompt_id: str, sample: int) -> str:
 
 
 def _is_answer(row: Row) -> bool:
-    types = {"prompt": str, "text": str, "n_tokens": int, "sample": int}
-    given = {"sample": 0, **row}
+    types = {"prompt": str, "text": str, "n_tokens": int, "sample": int, "reasoning": str}
+    types["tool_calls"] = list
+    given = {"sample": 0, "reasoning": "", "tool_calls": [], **row}
     fits = all(isinstance(given.get(name), kind) for name, kind in types.items())
     return fits and row.get("finish_reason") in ("stop", "length")
 
@@ -118,4 +132,6 @@ def to_row(answer: Answer, prompt_digest: str) -> Row:
         "finish_reason": answer.finish_reason,
         "n_tokens": answer.n_tokens,
         **({"sample": answer.sample} if answer.sample else {}),
+        **({"reasoning": answer.reasoning} if answer.reasoning else {}),
+        **({"tool_calls": [*answer.tool_calls]} if answer.tool_calls else {}),
     }

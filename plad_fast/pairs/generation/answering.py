@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.records import digest
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation import answer_rows
 from plad_fast.pairs.generation.answer_rows import Answered
-from plad_fast.pairs.generation.completions import holds_thought
+from plad_fast.pairs.generation.completions import holds_thought, is_all_thought
 from plad_fast.pairs.generation.ranks import joined, merge_shards, shard_path, shard_paths, share
+from plad_fast.pairs.generation.reasoning import REASONING
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
 from plad_fast.pairs.generation.text_model import Failure, TextModel, Wanted
@@ -36,6 +36,7 @@ def stored_answers(
     others_aside: bool = False,
     progress: bool = True,
     to_the_end: bool = False,
+    reasoning: str = "drop",
 ) -> Answered:
     """Answers from a store, which is filled up first where it lacks some.
 
@@ -60,12 +61,16 @@ def stored_answers(
         to_the_end: answers that are cut off are of no use. Once sixteen prompts are answered, and
             before more are paid for, it is an error if no answer to them ended, and a warning if
             most did not. Models that several processes share are not watched.
+        reasoning: what becomes of what a model thought before its answer: one of
+            `reasoning.REASONING`. The store has all of it, whatever this is.
 
     Raises:
-        UsageError: two prompts have the same id, a prompt has another content than when its answer
-            was stored, the model cannot answer, no answer came at all, as `RowStore.open`, and
-            where another process failed.
+        UsageError: an unknown `reasoning`, two prompts have the same id, a prompt has another
+            content than when its answer was stored, the model cannot answer, no answer came at
+            all, as `RowStore.open`, and where another process failed.
     """
+    if reasoning not in REASONING:
+        raise UsageError(f"reasoning is {reasoning!r}; it is one of {', '.join(REASONING)}")
     path, settings = Path(path).expanduser(), {**fingerprint, **sampling.settings()}
     every = answer_rows.all_wanted(prompts, sampling)
     order = {key: place for place, key in enumerate(every)}
@@ -92,7 +97,7 @@ def stored_answers(
     def close() -> Answered:
         assert store is not None
         merge_shards(store, settings, order)
-        answered = answer_rows.collect(prompts, store, sampling, failures)
+        answered = answer_rows.collect(prompts, store, sampling, failures, reasoning)
         if model is not None:
             answer_rows.report_failures(answered, path, model.name)
         return answered
@@ -119,7 +124,8 @@ def stored_answers(
 
 
 def discard_answers(*paths: str | os.PathLike[str]) -> None:
-    """Removes stores, and the shares and the lists of failures beside them, where there are any.
+    """Removes stores, and the shares, lists of failures and records of batches beside them, where
+    there are any.
 
     Raises:
         UsageError: a file is no store, or is open in another process; all are left alone.
@@ -133,6 +139,7 @@ def discard_answers(*paths: str | os.PathLike[str]) -> None:
             file.unlink()
         for store in stores:
             answer_rows.failure_list(store).unlink(missing_ok=True)
+            answer_rows.batch_record(store).unlink(missing_ok=True)
 
 
 def renew_answers(
@@ -143,7 +150,7 @@ def renew_answers(
 ) -> None:
     """Moves answers to what prompts were before out of a store of this whole fingerprint."""
     wanted = answer_rows.all_wanted(prompts, sampling)
-    digests = {key: digest(prompt.content) for key, (prompt, _) in wanted.items()}
+    digests = {key: prompt.digest for key, (prompt, _) in wanted.items()}
     set_rows_aside(path, settings, digests)
 
 
@@ -160,7 +167,7 @@ def _ask(
     """Stores the answers that are wanted as they come, and returns what failed by row id."""
     from tqdm import tqdm
 
-    digests = {prompt.id: digest(prompt.content) for prompt, _ in wanted}
+    digests = {prompt.id: prompt.digest for prompt, _ in wanted}
     failures: dict[str, Failure] = {}
     watched = to_the_end and not _is_limit_judged(model.name, store, sampling)
     seen = thoughts = 0
@@ -180,21 +187,20 @@ def _ask(
                     failures[key] = item
                 else:
                     new.append(answer_rows.to_row(item, digests[item.prompt_id]))
-                    thoughts += holds_thought(item.text)
+                    thoughts += bool(item.reasoning) or holds_thought(item.text)
             store.append(new)
             bar.update(len(new))
             seen += len(new)
             if thoughts and not told and (seen >= _ENOUGH or seen + len(failures) == len(wanted)):
                 told = True
-                what = f"{thoughts} of {seen} answers so far hold the model's thought"
-                logger.warning(
-                    "%s: %s (<think>, say), which would enter the training data; switch its "
-                    "thinking off, or give the server its reasoning parser",
-                    model.name,
-                    what,
-                )
+                what = f"{thoughts} of {seen} answers so far have the model's reasoning"
+                logger.warning("%s: %s; --reasoning says what becomes of it", model.name, what)
             watched = watched and not _is_limit_judged(model.name, store, sampling)
     return failures
+
+
+def _ended(row: Row) -> bool:
+    return row["finish_reason"] == "stop" and (not row["text"] or not is_all_thought(row["text"]))
 
 
 def _is_limit_judged(name: str, store: RowStore, sampling: Sampling) -> bool:
@@ -205,7 +211,7 @@ def _is_limit_judged(name: str, store: RowStore, sampling: Sampling) -> bool:
     rows = store.rows.values()
     prompts = {row["prompt"] for row in rows}
     count = len(prompts)
-    cut = len(prompts - {row["prompt"] for row in rows if row["finish_reason"] != "length"})
+    cut = len(prompts - {row["prompt"] for row in rows if _ended(row)})
     if count < _ENOUGH:
         return False
     limit = f"max_new_tokens={sampling.max_new_tokens}"

@@ -50,6 +50,13 @@ _CLOSE = re.compile(
 )
 
 
+# Where the prompt opened the thought, its end alone is written, on a line's edge.
+_CLOSE_ALONE = re.compile(
+    rf"^[ \t]*{_CLOSE.pattern}|{_CLOSE.pattern}[ \t]*$", re.IGNORECASE | re.MULTILINE
+)
+_INSIDE = re.compile(r"<\|(?:message|end|start)\|>(?:assistant)?")  # of gpt-oss's thoughts
+
+
 def is_told(reason: Any) -> bool:
     """Whether a reply gives a finish reason, be it an unknown one."""
     return not (reason is None or (isinstance(reason, str) and _plain(reason) in _NOTHING))
@@ -92,6 +99,20 @@ def is_all_thought(text: str) -> bool:
         return True
     # An answer stands before it, which may be asked to end in its reasons; they are closed then.
     return _OPEN.search(text, _closed(text)) is not None
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """The thought before an answer, without its marks, and the answer; see `is_all_thought` for a
+    text without one. What stands in the middle of an answer stays there."""
+    thoughts, rest = [], text.strip()
+    while (opened := _OPEN.match(rest)) and (closed := _CLOSE.search(rest, opened.end())):
+        thoughts.append(rest[opened.end() : closed.start()])
+        rest = rest[closed.end() :].strip()
+    if not thoughts and (closed := _CLOSE_ALONE.search(rest)):
+        before = rest[: closed.start()]
+        if _OPEN.search(before) is None:
+            thoughts, rest = [before], rest[closed.end() :].strip()
+    return "\n\n".join(_INSIDE.sub("", thought).strip() for thought in thoughts), rest
 
 
 def _closed(text: str) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from plad_fast.data.chat import decode_answer, turn_end_token
+from plad_fast.data.chat_template import opened_thought
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_MARK = 24  # tokens, where each is a byte
 
 
 class LocalModel(TextModel):
@@ -42,6 +45,9 @@ class LocalModel(TextModel):
         chat: ask plain-text prompts as a user message if the tokenizer has a chat template, as
             `build_pairs` writes them. False: continue plain text as it is, which is how rows of
             plain text are trained and scored.
+        thinks: go on with the thought that the chat template opens, if it does; an answer then
+            begins with that mark. False: leave the mark out of the prompt, as a student has it that
+            was trained on answers without a thought.
         refill: a finished row of a batch makes room for another prompt. False, and wherever the
             model's cache does not allow it: batches last as long as their longest answer.
     """
@@ -56,12 +62,14 @@ class LocalModel(TextModel):
         name: str,
         *,
         chat: bool = True,
+        thinks: bool = True,
         refill: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.chat = chat
+        self.thinks = thinks
         self._refills: bool | None = None if refill else False
         self._start_token = decoder_start_token(model)
 
@@ -75,7 +83,13 @@ class LocalModel(TextModel):
         """
         prompts = {prompt.id: prompt for prompt, _ in wanted}.values()
         has_encoder = self._start_token is not None
-        ids = prompt_ids(self.tokenizer, prompts, chat=self.chat, encoder_decoder=has_encoder)
+        ids = prompt_ids(
+            self.tokenizer,
+            prompts,
+            chat=self.chat,
+            thinks=self.thinks,
+            encoder_decoder=has_encoder,
+        )
         self._check(ids, sampling)
         rows = [Row(prompt.id, ids[prompt.id], sample) for prompt, sample in wanted]
         rows.sort(key=lambda row: (-len(row.prompt), row.prompt_id, row.sample))
@@ -184,6 +198,8 @@ class LocalModel(TextModel):
         length = next((i for i, token in enumerate(tokens) if token in ends), None)
         # Not every end token is special to the tokenizer: cut before it rather than skip it.
         text = decode_answer(self.tokenizer, tokens[:length]).strip()
+        if text:
+            text = thought_before(self.tokenizer, row.prompt) + text
         if length is None:
             return Answer(row.prompt_id, text, "length", len(tokens), row.sample)
         return Answer(row.prompt_id, text, "stop", length + 1, row.sample)
@@ -194,6 +210,7 @@ def prompt_ids(
     prompts: Iterable[Prompt],
     *,
     chat: bool = True,
+    thinks: bool = True,
     encoder_decoder: bool = False,
 ) -> dict[str, list[int]]:
     """The tokens of prompts by their ids, as a student is trained on them; see `LocalModel`."""
@@ -204,10 +221,17 @@ def prompt_ids(
     for prompt in prompts:
         content = as_messages(tokenizer, prompt.content) if chat else prompt.content
         try:
-            ids[prompt.id] = encoder.prompt(content)
+            ids[prompt.id] = encoder.prompt(content, prompt.template, thinks=thinks)
         except UsageError as error:
             raise UsageError(f"prompt {prompt.id!r}: {error}") from None
     return ids
+
+
+def thought_before(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """The mark of a thought that a prompt, as token ids, ends in; see `opened_thought`."""
+    text = tokenizer.decode(prompt[-_LONGEST_MARK:])
+    assert isinstance(text, str)
+    return opened_thought(text)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -80,7 +80,7 @@ def joined() -> Iterator[Ranks]:
     A process that leaves the block by an exception disconnects, and the others get a UsageError
     where they wait for it, as all do where the environment names processes that do not answer.
     """
-    if not _several():
+    if not has_others():
         yield Ranks()
         return
     # Its own group: the training's may be one that only sends from GPU to GPU.
@@ -102,7 +102,8 @@ def by_first(make: Callable[[], T]) -> T:
         return ranks.from_first(make)
 
 
-def _several() -> bool:
+def has_others() -> bool:
+    """Whether there are other processes of this run."""
     if not dist.is_available():
         return False
     if not dist.is_initialized():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from plad_fast.checks import shown
@@ -23,6 +24,7 @@ from plad_fast.errors import UsageError
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.pairs.generation import given
 from plad_fast.pairs.generation.endpoint.access import find_urls
+from plad_fast.pairs.generation.endpoint.batch import BatchModel
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -43,6 +45,7 @@ def open_teacher(
     columns: Columns | None = None,
     precision: str = "auto",
     base_url: str | None = None,
+    batches: Path | None = None,
     **endpoint_options: Any,
 ) -> TextModel:
     """What the specification names. Local models are loaded when they are first asked.
@@ -52,6 +55,7 @@ def open_teacher(
         name: for progress and messages; the specification if None.
         columns: where `column:NAME` finds its texts.
         precision: of a local model: "auto", "float32" or "bfloat16".
+        batches: ask `openai:MODEL` by its Batch API, with what is under way in this file.
         base_url, endpoint_options: of `Endpoint`, for `openai:MODEL` alone.
 
     Raises:
@@ -60,7 +64,12 @@ def open_teacher(
     kind, rest = require_teacher(spec)
     name = spec if name is None else name
     if kind == "openai":
-        return EndpointModel(Endpoint(rest, base_url=base_url, **endpoint_options), name)
+        endpoint = Endpoint(rest, base_url=base_url, **endpoint_options)
+        return (
+            EndpointModel(endpoint, name)
+            if batches is None
+            else BatchModel(endpoint, name, batches)
+        )
     if base_url is not None:
         raise UsageError(f"a base URL is given, but the teacher {spec!r} is no endpoint; drop it")
     if kind == "vllm":
@@ -137,13 +146,13 @@ class LazyLocalModel(TextModel):
 
 
 def open_local_model(
-    source: str | os.PathLike[str], name: str, *, precision: str = "auto"
+    source: str | os.PathLike[str], name: str, *, precision: str = "auto", thinks: bool = True
 ) -> LocalModel:
     """A model loaded into this process, on a GPU if there is one, with its tokenizer."""
     from plad_fast.models.loading import load_model, load_tokenizer  # brings in transformers
 
     model = load_model(source, dtype=autocast_dtype(precision), device=best_device())
-    return LocalModel(model, load_tokenizer(source), name)
+    return LocalModel(model, load_tokenizer(source), name, thinks=thinks)
 
 
 def _column(column: str, columns: Columns | None) -> Mapping[str, str | None]:

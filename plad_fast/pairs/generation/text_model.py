@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.sampling import Sampling
@@ -18,7 +18,8 @@ class Answer:
     prompt_id: str
 
     text: str
-    """Without special tokens and surrounding white space."""
+    """Without special tokens and surrounding white space. Where the prompt has opened a thought,
+    this begins with that mark: `<think>`, say."""
 
     finish_reason: Literal["stop", "length"]
     """`stop`: the model ended its answer itself. `length`: it was cut off."""
@@ -28,6 +29,15 @@ class Answer:
 
     sample: int = 0
     """Which of a prompt's `Sampling.n` answers this is, from 0."""
+
+    reasoning: str = ""
+    """What the model thought first, where that is not in the text."""
+
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """Calls that the text ends in (`written_calls`), where a server told them apart."""
+
+    by: str = ""
+    """Who said it, where it may have been one of several."""
 
 
 @dataclass(frozen=True)

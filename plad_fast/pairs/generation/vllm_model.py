@@ -11,7 +11,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.completions import known_end
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
-from plad_fast.pairs.generation.local_model import prompt_ids
+from plad_fast.pairs.generation.local_model import prompt_ids, thought_before
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
@@ -76,12 +76,16 @@ class VllmModel(TextModel):
             for prompt, sample in asked
         ]
         tokenizer = self._engine.get_tokenizer()
+        opened = {}
         call: Any
         inputs: list[Any]
         if hasattr(tokenizer, "added_tokens_decoder"):  # one of transformers
             ids = prompt_ids(tokenizer, [prompt for prompt, _ in asked])
+            opened = {key: thought_before(tokenizer, tokens) for key, tokens in ids.items()}
             call = self._engine.generate
             inputs = [{"prompt_token_ids": ids[prompt.id]} for prompt, _ in asked]
+        elif any(prompt.has_tools for prompt, _ in asked):
+            raise UsageError(f"{self.model!r} has a tokenizer of its own, which is given no tools")
         else:  # one with its own way of chatting, such as Mistral's
             call, inputs = self._engine.chat, [as_chat(prompt.content) for prompt, _ in asked]
         try:
@@ -92,12 +96,12 @@ class VllmModel(TextModel):
                 "drop such prompts, or change the sampling"
             ) from error
         return [
-            _read(output.outputs[0], prompt.id, sample)
+            _read(output.outputs[0], prompt.id, sample, opened.get(prompt.id, ""))
             for output, (prompt, sample) in zip(outputs, asked, strict=True)
         ]
 
 
-def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:
+def _read(completion: Any, prompt_id: str, sample: int, opened: str) -> Answer | Failure:
     text = completion.text.strip()
     if is_blank(text):
         return Failure(prompt_id, "the answer is empty", sample)
@@ -105,4 +109,4 @@ def _read(completion: Any, prompt_id: str, sample: int) -> Answer | Failure:
     if end not in ("stop", "length"):
         reason = f"the answer ended by {completion.finish_reason!r}, which is no end of a whole one"
         return Failure(prompt_id, reason, sample)
-    return Answer(prompt_id, text, end, len(completion.token_ids), sample)
+    return Answer(prompt_id, opened + text, end, len(completion.token_ids), sample)

@@ -116,7 +116,7 @@ class Judge(Scorer):
         questions = [
             []
             if normalize_whitespace(a) == normalize_whitespace(b)
-            else [self._question(prompt.content, a, b), self._question(prompt.content, b, a)]
+            else [self._question(prompt.written, a, b), self._question(prompt.written, b, a)]
             for prompt, a, b in items
         ]
         wanted = {key: messages for both in questions for key, messages in both}

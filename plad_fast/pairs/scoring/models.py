@@ -66,7 +66,12 @@ class _ModelScorer(Scorer):
         return settings | ({} if self._given else {"weights": model_digest(self._source)})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Any prompt will do. Raises UsageError where there is no such model."""
+        """Raises UsageError where there is no such model, and for prompts with tools."""
+        if with_tools := next((prompt for prompt in prompts if prompt.tools), None):
+            raise UsageError(
+                f"prompt {with_tools.id!r} has tools, and {self.name} is shown the prompt alone; "
+                "take another scorer"
+            )
         _ = self._tokenizer  # what is quick to load tells whether the rest is there
 
     @cached_property
@@ -144,7 +149,7 @@ class RewardModel(_ModelScorer):
         return {**super().settings(), "label": self.label}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Any prompt will do. Raises UsageError where the model is missing, is no sequence
+        """Raises UsageError for prompts with tools, and where the model is missing, is no sequence
         classifier, or does not have the label."""
         super().check(prompts)
         if self._config is not None:

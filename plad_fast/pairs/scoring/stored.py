@@ -107,7 +107,7 @@ def _keys(scorer: Scorer, items: Sequence[Item]) -> list[str]:
         for index in group:
             prompt, text = items[index]
             reference = prompt.reference if scorer.uses_reference else None
-            keys[index] = digest([prompt.content, reference, text, rivals])
+            keys[index] = digest([prompt.written, reference, text, rivals])
     return keys
 
 

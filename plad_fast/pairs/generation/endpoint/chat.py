@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from plad_fast.data.chat import Messages
 from plad_fast.pairs.generation.completions import Finish
@@ -18,6 +20,9 @@ class ChatRequest:
     sampling: Sampling
     """`n` answers, of `max_new_tokens` at most: `Endpoint.reasoning_tokens` come on top. The first
     one has the seed, the one after it the next number; not all endpoints use seeds."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    """What the model may call."""
 
     any_temperature: bool = False
     """Go on at the endpoint's own temperature where it refuses this one, and send no seed."""
@@ -37,6 +42,12 @@ class Choice:
 
     problem: str = ""
     """Why this is no answer, though the reply is whole and another would be like it."""
+
+    reasoning: str = ""
+    """What the reply gives of it apart from the text."""
+
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """Those that the text ends in, as `data.chat.written_calls` writes them."""
 
 
 @dataclass(frozen=True)

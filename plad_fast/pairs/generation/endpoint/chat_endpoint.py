@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -135,22 +135,68 @@ class Endpoint:
 
         def ask() -> None:
             self.has_answered = store is not None and has_rows(store) and not overwrite
-            if self.has_answered:
-                return
-            self._is_trial = True
-            try:
-                found = [reply for _, reply in self.complete([request] * len(self._urls))]
-            finally:
-                self._is_trial = False
-            for reply in found:
-                problem = reply
-                if isinstance(reply, Reply):
-                    is_spent = reply.choices[0].finish_reason == "length"
-                    problem = reply.choices[0].problem if is_spent else ""
-                if problem:
-                    raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+            if not self.has_answered:
+                self.require_reply(request)
 
         by_first(ask)
+
+    def require_reply(self, request: ChatRequest) -> None:
+        """As `try_out`, for a process alone, and whatever is stored."""
+        self._is_trial = True
+        try:
+            found = [reply for _, reply in self.complete([request] * len(self._urls))]
+        finally:
+            self._is_trial = False
+        for reply in found:
+            problem = reply
+            if isinstance(reply, Reply):
+                is_spent = reply.choices[0].finish_reason == "length"
+                problem = reply.choices[0].problem if is_spent else ""
+            if problem:
+                raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
+
+    def body(self, request: ChatRequest) -> dict[str, Any]:
+        """A request as it is sent, less what the endpoint was seen to refuse."""
+        return self._body(request, 0)
+
+    def takes(self, parameter: str) -> bool:
+        """Whether the endpoint was not seen to refuse a parameter."""
+        return parameter not in self._refused
+
+    def read_body(self, body: Mapping[str, Any], request: ChatRequest, key: str) -> list[Choice]:
+        """The choices of a reply that came in another way, counted as if it had been asked for
+        here; `BadReplyError` where it holds none."""
+        self.usage.requests += 1
+        counted = replies.read_usage(body)
+        self._count(counted, Usage())
+        self.usage.uncounted += not any(counted)
+        choices = replies.read_choices(
+            body,
+            key,
+            n=request.sampling.n,
+            told=True,
+            limit=self._limit(request),
+            tools=bool(request.tools),
+        )
+        self.usage.replies += 1
+        return choices
+
+    def require_budget(self, requests: Sequence[ChatRequest]) -> None:
+        """Raises UsageError where requests that are all made at once may exceed a budget."""
+        guess = Usage(prices=self.prices)
+        for request in requests:
+            guess.prompt_tokens += _guessed_tokens(request)
+            guess.answer_tokens += self._limit(request) * request.sampling.n
+        for name, budget, spent, more in (
+            ("token", self.token_budget, self.usage.tokens, guess.tokens),
+            ("cost", self.cost_budget, self.usage.cost or 0.0, guess.cost or 0.0),
+        ):
+            if budget is not None and spent + more > budget:
+                raise UsageError(
+                    f"a batch of {len(requests):,} requests may take {more:,.6g} of the {name} "
+                    f"budget of {budget:,}, every answer at its whole length, and {spent:,.6g} is "
+                    f"spent; raise --{name}-budget, or lower --limit or --max-new-tokens"
+                )
 
     async def _answer_all(
         self,
@@ -246,17 +292,21 @@ class Endpoint:
                 self._tells_ends |= replies.tells_ends(reply)
                 missing = n - len(choices)
                 choices += replies.read_choices(
-                    reply, key, n=missing, told=self._tells_ends, limit=limit
+                    reply,
+                    key,
+                    n=missing,
+                    told=self._tells_ends,
+                    limit=limit,
+                    tools=bool(request.tools),
                 )
             except Exception as error:
                 trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
                 self._servers.note_failure(server, trouble)
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
-                    # Four bytes make a token, about, and the answers are taken to be as long as
-                    # they may be: it is the long ones that come too late.
-                    size = len(json.dumps(request.messages, ensure_ascii=False, default=str))
-                    self._count((-(-size // 4), limit * body.get("n", 1)), spent)
+                    # The answers are taken to be as long as they may be: it is the long ones that
+                    # come too late.
+                    self._count((_guessed_tokens(request), limit * body.get("n", 1)), spent)
                 if trouble.then == "adapt":
                     self._adapt(trouble, request)
                     continue
@@ -298,6 +348,8 @@ class Endpoint:
             "temperature": sampling.temperature,
             limit: self._limit(request),
         }
+        if request.tools:
+            body["tools"] = list(request.tools)
         if sampling.top_p < 1:
             body["top_p"] = sampling.top_p
         if sampling.n - had > 1:
@@ -411,3 +463,9 @@ class Endpoint:
         access.read_key(self.api_key_env, self._urls)
         for url in self._urls:
             access.warn_of_clear_text(url)
+
+
+def _guessed_tokens(request: ChatRequest) -> int:
+    """Of a prompt: four bytes make a token, about."""
+    sent = [*request.messages, *request.tools]
+    return -(-len(json.dumps(sent, ensure_ascii=False, default=str)) // 4)

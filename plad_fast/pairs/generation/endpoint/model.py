@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from plad_fast.data.chat import Content, Messages
 from plad_fast.data.prompts import Prompt
@@ -34,8 +35,11 @@ class EndpointModel(TextModel):
 
     def try_out(self, sampling: Sampling, store: Path, *, overwrite: bool = False) -> None:
         """Asks for a word, unless the store has answers already; see `Endpoint.try_out`."""
-        request = _request(Prompt("", "Say yes."), range(1), sampling)
-        self.endpoint.try_out(request, store, overwrite=overwrite)
+        self.endpoint.try_out(self.trial(sampling), store, overwrite=overwrite)
+
+    def trial(self, sampling: Sampling) -> ChatRequest:
+        """A short question, in all else like the others."""
+        return as_request(Prompt("", "Say yes."), range(1), sampling)
 
     def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
         """Yields a prompt's answers together, as they come.
@@ -44,18 +48,38 @@ class EndpointModel(TextModel):
             UsageError: from this call: the sampling wants what the API does not have. From the
                 iterator: as `Endpoint.complete`.
         """
+        self.require_settings(sampling)
+        asked = runs_of_samples(wanted)
+        replies = self.endpoint.complete([as_request(*run, sampling) for run in asked])
+        return (read_reply(asked[i][0].id, asked[i][1], reply) for i, reply in replies)
+
+    @staticmethod
+    def require_settings(sampling: Sampling) -> None:
+        """Raises UsageError for what the API does not have."""
         if sampling.top_k:
             raise UsageError(
                 f"the chat API has no top_k, which is {sampling.top_k}; leave it 0, and use top_p"
             )
-        asked = _runs(wanted)
-        replies = self.endpoint.complete([_request(*run, sampling) for run in asked])
-        return (_read(asked[i][0].id, asked[i][1], reply) for i, reply in replies)
 
 
 def as_chat(content: Content) -> Messages:
-    """Messages as they are, and plain text as what the user says."""
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+    """Plain text as what the user says, and messages as they are; but that the API takes the
+    arguments of a call as JSON text."""
+    if isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    return [
+        {**message, "tool_calls": [*map(_with_json, message["tool_calls"])]}
+        if message.get("tool_calls")
+        else message
+        for message in content
+    ]
+
+
+def _with_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", {})
+    given = function.get("arguments", {})
+    arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def request_seed(seed: int, prompt_id: str) -> int:
@@ -64,12 +88,14 @@ def request_seed(seed: int, prompt_id: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 2
 
 
-def _request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
+def as_request(prompt: Prompt, samples: range, sampling: Sampling) -> ChatRequest:
+    """A request for these samples of a prompt's answers, whose numbers follow one another."""
     seed = request_seed(sampling.seed, prompt.id) + samples[0]
-    return ChatRequest(as_chat(prompt.content), replace(sampling, n=len(samples), seed=seed))
+    drawn = replace(sampling, n=len(samples), seed=seed)
+    return ChatRequest(as_chat(prompt.content), drawn, prompt.tools)
 
 
-def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
+def runs_of_samples(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
     """A prompt's samples of successive numbers together."""
     runs: list[tuple[Prompt, range]] = []
     for prompt, sample in wanted:
@@ -80,7 +106,8 @@ def _runs(wanted: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, range]]:
     return runs
 
 
-def _read(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | Failure]:
+def read_reply(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | Failure]:
+    """What came of a request for these samples."""
     choices, missing = ([], reply) if isinstance(reply, str) else (reply.choices, reply.missing)
     found: list[Answer | Failure] = []
     for sample, choice in zip(samples, choices, strict=False):
@@ -91,5 +118,7 @@ def _read(prompt_id: str, samples: range, reply: Reply | str) -> list[Answer | F
             end: Literal["stop", "length"] = (
                 "length" if choice.finish_reason == "length" else "stop"
             )
-            found.append(Answer(prompt_id, choice.text, end, choice.n_tokens, sample))
+            said = (choice.text, end, choice.n_tokens)
+            calls = choice.tool_calls
+            found.append(Answer(prompt_id, *said, sample, choice.reasoning, tool_calls=calls))
     return found + [Failure(prompt_id, missing, sample) for sample in samples[len(choices) :]]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from plad_fast.data.chat import is_blank
+from plad_fast.data.chat import is_blank, written_calls
 from plad_fast.data.unicode import mend
 from plad_fast.pairs.generation.completions import (
     Finish,
@@ -66,7 +66,7 @@ def tells_ends(body: Mapping[str, Any]) -> bool:
 
 
 def read_choices(
-    body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int
+    body: Mapping[str, Any], key: str, *, n: int, told: bool, limit: int, tools: bool = False
 ) -> list[Choice]:
     """The answers in a reply, at most `n`; bad ones are left out, and BadReplyError if all are.
 
@@ -74,6 +74,7 @@ def read_choices(
         key: masked in texts: some servers play back what they were sent.
         told: the server is known to say how a reply ended: one that does not was interrupted.
         limit: tokens that an answer could have.
+        tools: whether the model could call any.
     """
     if error := body.get("error"):
         raise BadReplyError(f"the reply is an error: {_shown(error)}", code=_code(error))
@@ -87,7 +88,7 @@ def read_choices(
     choices, bad = [], []
     for choice in found[:n]:
         try:
-            choices.append(_read_choice(choice, n_tokens, key, told, limit))
+            choices.append(_read_choice(choice, n_tokens, key, told, limit, tools))
         except BadReplyError as error:
             bad.append(error)
     if not choices:
@@ -95,7 +96,9 @@ def read_choices(
     return choices
 
 
-def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -> Choice:
+def _read_choice(
+    choice: Any, n_tokens: int, key: str, told: bool, limit: int, tools: bool
+) -> Choice:
     if not isinstance(choice, dict):
         raise BadReplyError(f"the reply holds an answer that is none: {_shown(choice)}")
     message, reason = choice.get("message"), choice.get("finish_reason")
@@ -120,12 +123,21 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
         raise BadReplyError("the reply holds an answer without a message")
     if refusal := message.get("refusal"):
         return problem("content_filter", f"{withheld} (refusal {_shown(refusal)})")
-    if end == "tool_calls" or message.get("tool_calls") or message.get("function_call"):
+    calls = _calls(message.get("tool_calls"), key) if tools and end != "length" else []
+    if (
+        not calls
+        and (end == "tool_calls" or message.get("tool_calls") or message.get("function_call"))
+        and not (tools and end == "length")
+    ):
         named = f"finish_reason {reason!r}" if end == "tool_calls" else "a tool call"
         return problem("tool_calls", f"the model called a tool, and none was offered ({named})")
     text, parts = _text(message.get("content"))
     text = "" if is_blank(mend(text)) else mask(mend(text).strip(), key)
-    thoughts = [name for name in _THOUGHTS if message.get(name)] + parts
+    thoughts = {name: message[name] for name in _THOUGHTS if message.get(name)} | parts
+    # Servers that give it under several names give it twice.
+    said = next(filter(None, map(_thought_text, thoughts.values())), "")
+    if calls:
+        text = "\n".join(filter(None, (text, written_calls(calls))))
     why = ""
     if end == "length" and not after_thought(text):
         why = (
@@ -135,24 +147,55 @@ def _read_choice(choice: Any, n_tokens: int, key: str, told: bool, limit: int) -
     elif end == "stop" and text:
         why = "the answer ends inside its thought" if is_all_thought(text) else ""
     elif end == "stop" and thoughts:
-        why = f"the answer is empty: all that was said is in {thoughts[0]}"
-    return Choice(text, end, n_tokens, why)
+        why = f"the answer is empty: all that was said is in {next(iter(thoughts))}"
+    return Choice(text, end, n_tokens, why, mask(mend(said).strip(), key), tuple(calls))
 
 
-def _text(content: Any) -> tuple[str, list[str]]:
-    """Text of a message and the names of parts that are left out: the model's thoughts."""
+def _text(content: Any) -> tuple[str, dict[str, Any]]:
+    """Text of a message, and the parts that are the model's thoughts by what they are called."""
     if content is None or isinstance(content, str):
-        return content or "", []
-    texts, thoughts = [], []
+        return content or "", {}
+    texts: list[str] = []
+    thoughts: dict[str, Any] = {}
     for part in content if isinstance(content, list) else [content]:
         kind, text = (part.get(k) if isinstance(part, dict) else None for k in ("type", "text"))
         if isinstance(kind, str) and kind in _THOUGHT_PARTS:
-            thoughts.append(f"content of type {kind!r}")
+            thoughts.setdefault(f"content of type {kind!r}", []).append(part)
         elif isinstance(text, str) and (kind is None or kind in ("text", "output_text")):
             texts.append(text)
         else:
             raise BadReplyError(f"the answer is not text: {_shown(part)}", "once")
     return "".join(texts), thoughts
+
+
+def _calls(value: Any, key: str) -> list[dict[str, Any]]:
+    """Calls of functions as chat templates take them: without ids, which are drawn at random, and
+    with arguments as an object."""
+    calls = []
+    for call in value or ():
+        try:
+            function = call["function"]
+            name, arguments = function["name"], function.get("arguments") or "{}"
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+            arguments = mend(json.loads(mask(text, key)))
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
+            raise BadReplyError(f"a call that cannot be read: {_shown(call)}", "once") from None
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise BadReplyError(f"a call that cannot be read: {_shown(call)}", "once")
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
+
+
+def _thought_text(value: Any) -> str:
+    """Text of a thought: a text, a part that has one, or a list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        named = (
+            value.get(name) for name in ("text", "thinking", "reasoning", "summary", "thought")
+        )
+        return next((text for text in map(_thought_text, named) if text), "")
+    return "".join(map(_thought_text, value)) if isinstance(value, list) else ""
 
 
 def _count(value: Any) -> int:

@@ -17,7 +17,8 @@ from plad_fast.errors import UsageError, causes_of
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.refusals import LIMITS, OF_PROMPT, find_refusal
 
-_AGAIN = frozenset({408, 409, 425, 429})
+AGAIN = frozenset({408, 409, 425, 429})
+"""Statuses below 500 of what may work later."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 LONGEST_ASKED = 900.0
 """Seconds that a server may ask to wait for; a longer wait is the user's."""
@@ -143,7 +144,7 @@ def _of_status(
         target = error.response.headers.get("location", "nowhere")
         reason = f"status {status}: a redirection to {target}"
         return Trouble("stop", reason, status, advice=_REDIRECTED)
-    if status in _AGAIN or status >= 500:
+    if status in AGAIN or status >= 500:
         wait = retry_after(error.response.headers)
         if status == 429 and _LONG_QUOTA.search(str(error.body)):
             return Trouble("stop", reason, status, advice=_LATER)
