@@ -55,9 +55,7 @@ class BatchModel(EndpointModel):
 
     def __init__(self, endpoint: Endpoint, name: str | None, record: Path) -> None:
         if "," in str(endpoint.base_url):
-            raise UsageError(
-                f"--batch asks one server, and there are {endpoint.base_url}; give one"
-            )
+            raise UsageError(f"--batch asks one server, but --base-url is {endpoint.base_url}")
         super().__init__(endpoint, name)
         self._record = record
 
