@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -155,7 +158,7 @@ def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monke
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     deadly.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["a", "die", "c"]))
     for teacher, given, extra, says in (
-        (tiny_teacher, long, [], "prompt '2' has 30"),
+        (tiny_teacher, long, [], "has 304 tokens, and of 256 positions"),
         (
             "python:asked.ask",
             deadly,
@@ -167,3 +170,43 @@ def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monke
         out = tmp_path / given.stem
         assert main(pair(teacher, tiny_teacher, given, out, *RAY, *extra)) == 2
         assert says in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_cluster_that_runs_is_used_and_left_alone(ray, tiny_teacher, tmp_path, monkeypatch):
+    """The answers name the parent of the process that gave them, which starts a node's workers."""
+    import psutil
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.py").write_text("import os\ndef ask(p):\n    return str(os.getppid())\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(20)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2"]
+    start += ["--node-ip-address", "127.0.0.1", "--port", str(port)]
+    # In a folder of its own, so that no other test finds it; the path of a socket is short.
+    start += ["--temp-dir", own := tempfile.mkdtemp(prefix="ray-")]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with subprocess.Popen([sys.executable, *start], stdout=subprocess.DEVNULL) as cluster:
+        try:
+            until(lambda: is_listening(port))
+            out = tmp_path / "out"
+            assert main(pair("python:asked.ask", tiny_teacher, prompts, out, *RAY)) == 0
+            lines = (out / "teacher.jsonl").read_text().splitlines()[1:]
+            (parent,) = {json.loads(line)["text"] for line in lines}
+            of_cluster = psutil.Process(cluster.pid).children(recursive=True)
+            assert int(parent) in {process.pid for process in of_cluster}
+            until(lambda: not actors())
+            assert cluster.poll() is None
+        finally:
+            cluster.terminate()
+            cluster.wait(60)
+            shutil.rmtree(own)
+
+
+def is_listening(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
