@@ -23,6 +23,7 @@ from plad_fast.pairs.generation.ray_model import _parts
 from plad_fast.recipe.settings import DistillConfig
 from tests.support.recipe_runs import pair
 
+RUN = [sys.executable, "-c", "import sys; from plad_fast.cli import main; sys.exit(main())"]
 RAY = ["--engine", "ray", "--actors", "2", "--generation-batch-size", "1"]
 
 
@@ -126,10 +127,9 @@ def test_a_command_that_was_ended_goes_on(ray, tiny_teacher, prompts, tmp_path):
     """Twice, and then without Ray: a store does not know who filled it."""
     command = pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "out", *RAY)
     store = tmp_path / "out" / "teacher.jsonl"
-    run = [sys.executable, "-c", "import sys; from plad_fast.cli import main; sys.exit(main())"]
     had = b""
     for ending, status in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen([*run, *command])
+        process = subprocess.Popen([*RUN, *command])
         before = rows(store)
         until(lambda before=before: rows(store) > before)
         at_work = actors()
@@ -189,11 +189,14 @@ def test_a_cluster_that_runs_is_used_and_left_alone(ray, tiny_teacher, tmp_path,
     # In a folder of its own, so that no other test finds it; the path of a socket is short.
     start += ["--temp-dir", own := tempfile.mkdtemp(prefix="ray-")]
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with subprocess.Popen([sys.executable, *start], stdout=subprocess.DEVNULL) as cluster:
         try:
             until(lambda: is_listening(port))
             out = tmp_path / "out"
-            assert main(pair("python:asked.ask", tiny_teacher, prompts, out, *RAY)) == 0
+            subprocess.run(
+                [*RUN, *pair("python:asked.ask", tiny_teacher, prompts, out, *RAY)], check=True
+            )
             lines = (out / "teacher.jsonl").read_text().splitlines()[1:]
             (parent,) = {json.loads(line)["text"] for line in lines}
             of_cluster = psutil.Process(cluster.pid).children(recursive=True)

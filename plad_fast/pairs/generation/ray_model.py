@@ -183,7 +183,8 @@ def _cluster() -> Iterator[Any]:
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     where = os.environ.get("RAY_ADDRESS") or "this machine"
-    with reported_as(f"cannot connect to Ray at {where}; check RAY_ADDRESS", "Ray"):
+    advice = "check RAY_ADDRESS, and RAY_AUTH_MODE=token where the cluster wants a token"
+    with reported_as(f"cannot connect to Ray at {where}; {advice}", "Ray"):
         ray.init(logging_level=logging.WARNING)
     try:
         if is_main:  # Ray has set one of its own, which leaves with the status 15
