@@ -13,13 +13,14 @@ import sys
 import tempfile
 import threading
 import time
+import types
 
 import pytest
 
 from plad_fast.cli import main
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.ray_model import _parts
+from plad_fast.pairs.generation.ray_model import RayModel, _parts
 from plad_fast.recipe.settings import DistillConfig
 from tests.support.recipe_runs import pair
 
@@ -61,6 +62,24 @@ def test_a_missing_ray_is_named_before_a_teacher_is_asked(
 @pytest.fixture
 def ray():
     return pytest.importorskip("ray")
+
+
+@pytest.mark.parametrize(
+    ("actors", "gpus", "has", "pool"),
+    [
+        (None, None, {}, (1, 0)),
+        (3, None, {"CPU": 2.0}, (3, 0)),
+        (None, None, {"GPU": 8.0}, (8, 1)),
+        (None, 0.5, {"GPU": 8.0}, (16, 0.5)),
+        (None, 3, {"GPU": 8.0}, (2, 3)),
+        (2, 0, {"GPU": 8.0}, (2, 0)),
+    ],
+)
+def test_there_is_an_actor_for_every_gpu(actors, gpus, has, pool, ray):
+    cluster = types.SimpleNamespace(cluster_resources=lambda: has)
+    assert RayModel(dict, "m", actors=actors, gpus=gpus)._pool(cluster) == pool
+    with pytest.raises(UsageError, match="is to have 9 GPUs, and the cluster has"):
+        RayModel(dict, "m", gpus=9)._pool(cluster)
 
 
 @pytest.fixture
@@ -148,7 +167,7 @@ def test_a_command_that_was_ended_goes_on(ray, tiny_teacher, prompts, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monkeypatch, capfd):
-    """A prompt too long, a function that ends its process, and GPUs that are not there."""
+    """A prompt too long, and a function that ends its process."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.py").write_text(
         "import os\ndef ask(prompt):\n    return 'fine' if prompt != 'die' else os._exit(1)\n"
@@ -157,18 +176,12 @@ def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monke
     long, deadly = tmp_path / "long.jsonl", tmp_path / "deadly.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     deadly.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["a", "die", "c"]))
-    for teacher, given, extra, says in (
-        (tiny_teacher, long, [], "has 304 tokens, and of 256 positions"),
-        (
-            "python:asked.ask",
-            deadly,
-            [],
-            "teacher: 4 actors died over the same prompts, the first of which",
-        ),
-        (tiny_teacher, long, ["--gpus-per-actor", "1"], "is to have 1 GPUs, and the cluster has 0"),
+    died = "teacher: 4 actors died over the same prompts, the first of which"
+    for teacher, given, says in (
+        (tiny_teacher, long, "has 304 tokens, and of 256 positions"),
+        ("python:asked.ask", deadly, died),
     ):
-        out = tmp_path / given.stem
-        assert main(pair(teacher, tiny_teacher, given, out, *RAY, *extra)) == 2
+        assert main(pair(teacher, tiny_teacher, given, tmp_path / given.stem, *RAY)) == 2
         assert says in capfd.readouterr().err
 
 
