@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import types
 
 import pytest
 
 from plad_fast.cli import main
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.ray_model import _parts
+from plad_fast.pairs.generation.ray_model import RayModel, _parts
 from plad_fast.recipe.settings import DistillConfig
 from tests.support.recipe_runs import pair
 
+RUN = [sys.executable, "-c", "import sys; from plad_fast.cli import main; sys.exit(main())"]
 RAY = ["--engine", "ray", "--actors", "2", "--generation-batch-size", "1"]
 
 
@@ -57,6 +62,24 @@ def test_a_missing_ray_is_named_before_a_teacher_is_asked(
 @pytest.fixture
 def ray():
     return pytest.importorskip("ray")
+
+
+@pytest.mark.parametrize(
+    ("actors", "gpus", "has", "pool"),
+    [
+        (None, None, {}, (1, 0)),
+        (3, None, {"CPU": 2.0}, (3, 0)),
+        (None, None, {"GPU": 8.0}, (8, 1)),
+        (None, 0.5, {"GPU": 8.0}, (16, 0.5)),
+        (None, 3, {"GPU": 8.0}, (2, 3)),
+        (2, 0, {"GPU": 8.0}, (2, 0)),
+    ],
+)
+def test_there_is_an_actor_for_every_gpu(actors, gpus, has, pool, ray):
+    cluster = types.SimpleNamespace(cluster_resources=lambda: has)
+    assert RayModel(dict, "m", actors=actors, gpus=gpus)._pool(cluster) == pool
+    with pytest.raises(UsageError, match="is to have 9 GPUs, and the cluster has"):
+        RayModel(dict, "m", gpus=9)._pool(cluster)
 
 
 @pytest.fixture
@@ -119,20 +142,22 @@ def test_pairs_are_those_of_one_process_though_an_actor_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ending", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_a_command_that_was_ended_goes_on(ending, status, ray, tiny_teacher, prompts, tmp_path):
+def test_a_command_that_was_ended_goes_on(ray, tiny_teacher, prompts, tmp_path):
+    """Twice, and then without Ray: a store does not know who filled it."""
     command = pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "out", *RAY)
     store = tmp_path / "out" / "teacher.jsonl"
-    run = [sys.executable, "-c", "import sys; from plad_fast.cli import main; sys.exit(main())"]
-    process = subprocess.Popen([*run, *command])
-    until(lambda: rows(store) > 0)
-    at_work = actors()
-    os.kill(process.pid, ending)
-    assert process.wait(60) == status
-    had = store.read_bytes()
-    assert 0 < rows(store) < 160
-    until(lambda: not any(actor.is_running() for actor in at_work))
-    # Without Ray: a store does not know who filled it.
+    had = b""
+    for ending, status in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen([*RUN, *command])
+        before = rows(store)
+        until(lambda before=before: rows(store) > before)
+        at_work = actors()
+        os.kill(process.pid, ending)
+        assert process.wait(60) == status
+        until(lambda at_work=at_work: not any(actor.is_running() for actor in at_work))
+        assert store.read_bytes().startswith(had)
+        had = store.read_bytes()
+    assert rows(store) < 160
     assert main(command[: -len(RAY)]) == 0
     assert store.read_bytes().startswith(had)
     assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "one")) == 0
@@ -142,7 +167,7 @@ def test_a_command_that_was_ended_goes_on(ending, status, ray, tiny_teacher, pro
 
 @pytest.mark.slow
 def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monkeypatch, capfd):
-    """A prompt too long, a function that ends its process, and GPUs that are not there."""
+    """A prompt too long, and a function that ends its process."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.py").write_text(
         "import os\ndef ask(prompt):\n    return 'fine' if prompt != 'die' else os._exit(1)\n"
@@ -151,11 +176,53 @@ def test_what_is_wrong_is_told_as_without_ray(ray, tiny_teacher, tmp_path, monke
     long, deadly = tmp_path / "long.jsonl", tmp_path / "deadly.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     deadly.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["a", "die", "c"]))
-    for teacher, given, extra, says in (
-        (tiny_teacher, long, [], "prompt '2' has 30"),
-        ("python:asked.ask", deadly, [], "teacher: 4 actors died over the same prompts"),
-        (tiny_teacher, long, ["--gpus-per-actor", "1"], "is to have 1 GPUs, and the cluster has 0"),
+    died = "teacher: 4 actors died over the same prompts, the first of which"
+    for teacher, given, says in (
+        (tiny_teacher, long, "has 304 tokens, and of 256 positions"),
+        ("python:asked.ask", deadly, died),
     ):
-        out = tmp_path / given.stem
-        assert main(pair(teacher, tiny_teacher, given, out, *RAY, *extra)) == 2
+        assert main(pair(teacher, tiny_teacher, given, tmp_path / given.stem, *RAY)) == 2
         assert says in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_cluster_that_runs_is_used_and_left_alone(ray, tiny_teacher, tmp_path, monkeypatch):
+    """The answers name the parent of the process that gave them, which starts a node's workers."""
+    import psutil
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.py").write_text("import os\ndef ask(p):\n    return str(os.getppid())\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(20)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2"]
+    start += ["--node-ip-address", "127.0.0.1", "--port", str(port)]
+    # In a folder of its own, so that no other test finds it; the path of a socket is short.
+    start += ["--temp-dir", own := tempfile.mkdtemp(prefix="ray-")]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with subprocess.Popen([sys.executable, *start], stdout=subprocess.DEVNULL) as cluster:
+        try:
+            until(lambda: is_listening(port))
+            out = tmp_path / "out"
+            subprocess.run(
+                [*RUN, *pair("python:asked.ask", tiny_teacher, prompts, out, *RAY)], check=True
+            )
+            lines = (out / "teacher.jsonl").read_text().splitlines()[1:]
+            (parent,) = {json.loads(line)["text"] for line in lines}
+            of_cluster = psutil.Process(cluster.pid).children(recursive=True)
+            assert int(parent) in {process.pid for process in of_cluster}
+            until(lambda: not actors())
+            assert cluster.poll() is None
+        finally:
+            cluster.terminate()
+            cluster.wait(60)
+            shutil.rmtree(own)
+
+
+def is_listening(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False

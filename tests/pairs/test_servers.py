@@ -138,6 +138,14 @@ def test_a_server_that_hangs_costs_some_time_and_no_answer(tmp_path):
         assert well.asked.total() == 60
 
 
+def test_a_request_does_not_wait_for_a_busy_server(tmp_path, caplog):
+    busy = Step("status", 429, headers={"retry-after": "600"})
+    with FaultServer(lambda *_: busy) as full, FaultServer() as free:
+        assert texts(run(teacher(full.url, free.url), tmp_path)) == ANSWERS
+        assert full.asked.total() > 10
+    assert "left out" not in caplog.text
+
+
 def test_a_server_that_is_not_there_yet_is_passed_over(tmp_path, caplog):
     with FaultServer() as server:
         model = teacher(NOBODY, server.url)

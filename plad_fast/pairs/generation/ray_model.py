@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
 _BATCHES = 8  # that an actor takes at a time: what a killed run loses, and enough to refill from
-_LIVES = 3  # actors that the same answers may cost besides the first, before the run ends
+_LIVES = 3  # actors that the same prompts may cost; Ray itself would try for ever
 
 
 class RayModel(TextModel):
@@ -58,36 +59,32 @@ class RayModel(TextModel):
 
         Raises:
             UsageError: from the iterator, with the longest prompts first: the cluster cannot be
-                reached or has too few GPUs, whatever the model raises, and where one part of the
-                prompts cost several actors their lives.
+                reached or has too few GPUs, whatever the model raises, and where several actors
+                died over the same prompts.
         """
         with _cluster() as ray:
             actors, gpus = self._pool(ray)
             ray.data.DataContext.get_current().enable_progress_bars = False
             logging.getLogger("ray.data").setLevel(logging.WARNING)
+            # It warns that there are no bars.
+            logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
             parts = _parts(wanted, sampling.batch_size, actors)
+            tries = ray.remote(num_cpus=0)(_Tries).remote()
             answered = ray.data.from_items(
                 [{"wanted": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts)
             ).map_batches(
                 _Actor,
-                fn_constructor_args=(self._open_model, sampling, os.getcwd()),
+                fn_constructor_args=(self._open_model, sampling, self.name, tries, os.getcwd()),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
                 num_gpus=gpus,
-                max_task_retries=_LIVES,
             )
-            try:
-                # One that is prefetched would be lost with those that are under way.
-                for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-                    found: list[Answer | Failure] | UsageError = pickle.loads(batch["found"][0])
-                    if isinstance(found, UsageError):
-                        raise found
-                    yield found
-            except ray.exceptions.RayActorError as error:
-                raise UsageError(
-                    f"{self.name}: {_LIVES + 1} actors died over the same prompts, for lack of "
-                    "memory maybe; what came is stored; lower --generation-batch-size and run again"
-                ) from error
+            # One that is prefetched would be lost with those that are under way.
+            for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+                found: list[Answer | Failure] | UsageError = pickle.loads(batch["found"][0])
+                if isinstance(found, UsageError):
+                    raise found
+                yield found
 
     def _pool(self, ray: Any) -> tuple[int, float]:
         """Number of actors, and the GPUs of each."""
@@ -111,10 +108,17 @@ class _Actor:
     """A model in a process of Ray, opened when it is first asked."""
 
     def __init__(
-        self, open_model: Callable[[], TextModel], sampling: Sampling, folder: str
+        self,
+        open_model: Callable[[], TextModel],
+        sampling: Sampling,
+        name: str,
+        tries: Any,  # of `_Tries`
+        folder: str,
     ) -> None:
         self._open_model = open_model
         self._sampling = sampling
+        self._name = name
+        self._tries = tries
         self._model: TextModel | None = None
         # Relative paths, and functions of modules, are the driver's.
         if os.path.isdir(folder):
@@ -122,8 +126,10 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         wanted: Wanted = pickle.loads(batch["wanted"][0])
+        first, sample = wanted[0]
         found: list[Answer | Failure] | UsageError
         try:
+            self._require_lives(first.id, sample)
             if self._model is None:
                 _quiet_loading()
                 self._model = self._open_model()
@@ -132,6 +138,30 @@ class _Actor:
         except UsageError as error:  # Ray would try again, and hide it among errors of its own
             found = UsageError(str(error))
         return {"found": [pickle.dumps(found)]}
+
+    def _require_lives(self, prompt_id: str, sample: int) -> None:
+        """Raises UsageError where the actors before this one died over the same part."""
+        import ray
+
+        died = ray.get(self._tries.before.remote((prompt_id, sample)))
+        if died > _LIVES:
+            raise UsageError(
+                f"{self._name}: {died} actors died over the same prompts, the first of which is "
+                f"{prompt_id!r} (out of memory?); what has come is stored: lower "
+                "--generation-batch-size, and run again"
+            )
+
+
+class _Tries:
+    """How often each part was begun, in a process that outlives those of the models."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[Any] = Counter()
+
+    def before(self, part: Any) -> int:
+        """Counts one, and tells how many there were before."""
+        self._begun[part] += 1
+        return self._begun[part] - 1
 
 
 def _parts(wanted: Wanted, batch_size: int, actors: int) -> list[Wanted]:
@@ -153,7 +183,8 @@ def _cluster() -> Iterator[Any]:
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     where = os.environ.get("RAY_ADDRESS") or "this machine"
-    with reported_as(f"cannot connect to Ray at {where}; check RAY_ADDRESS", "Ray"):
+    advice = "check RAY_ADDRESS, and RAY_AUTH_MODE=token where the cluster wants a token"
+    with reported_as(f"cannot connect to Ray at {where}; {advice}", "Ray"):
         ray.init(logging_level=logging.WARNING)
     try:
         if is_main:  # Ray has set one of its own, which leaves with the status 15

@@ -369,8 +369,9 @@ class Endpoint:
 
     def _moves(self, trouble: retries.Trouble, server: Server, failed: Sequence[Server]) -> bool:
         """Whether a request goes on at another server, at once, rather than wait for this one."""
-        refuses = trouble.then == "stop" and not self._ends(trouble, server)
-        return (trouble.unreachable or refuses) and self._servers.has_other(failed)
+        refuses = trouble.then == "stop"
+        away = trouble.unreachable or refuses or trouble.status == 429  # it is busy
+        return away and not self._ends(trouble, server) and self._servers.has_other(failed)
 
     def _most_retries(self, trouble: retries.Trouble, server: Server) -> int:
         if trouble.then == "once":
