@@ -6,6 +6,7 @@ from .build import build_pairs as build_pairs
 from .generation.answer_rows import Answered as Answered
 from .generation.answering import discard_answers as discard_answers
 from .generation.answering import stored_answers as stored_answers
+from .generation.endpoint.batch import BatchModel as BatchModel
 from .generation.endpoint.chat import ChatRequest as ChatRequest
 from .generation.endpoint.chat import Choice as Choice
 from .generation.endpoint.chat import Reply as Reply

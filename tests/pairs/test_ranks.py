@@ -47,7 +47,8 @@ def single(model, folder, **options):
         progress=False,
         **options,
     )
-    return [vars(a) for answers in answered.answers.values() for a in answers]
+    rows = [vars(a) for answers in answered.answers.values() for a in answers]
+    return json.loads(json.dumps(rows))  # as those of other processes come
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -97,6 +97,7 @@ def test_an_interrupted_batch_is_paid_for_once(
     assert not (tmp_path / "out" / "teacher.batches.json").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_of_a_killed_run_is_found_again(server, command, tmp_path):
     kill_at(f"{RECORD}.write", 2, command)
     assert list(server.batches) == ["batch_0"]

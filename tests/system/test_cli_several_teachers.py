@@ -96,6 +96,17 @@ def test_a_teacher_that_fails_on_the_way_loses_its_own_answers_alone(
     assert len((out / "teacher-2.jsonl").read_text().splitlines()) == 13
 
 
+def test_teachers_at_addresses_of_their_own(tiny_teacher, prompts, tmp_path, capsys):
+    pytest.importorskip("openai")
+    with FaultServer() as first, FaultServer() as second:
+        names = [f"openai:m@{first.url}", f"openai:n@{second.url}"]
+        command = pair(names[0], tiny_teacher, prompts, tmp_path / "out", "--scorer", "length")
+        assert main([*command, "--teacher", names[1]]) == 0, capsys.readouterr().err
+    for server, model in ((first, "m"), (second, "n")):
+        assert {body["model"] for body in server.bodies} == {model}
+        assert len(server.bodies) == 13  # one to try it out
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

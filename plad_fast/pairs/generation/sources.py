@@ -1,7 +1,7 @@
 """Teachers by their specification, which is what a user writes after `--teacher`.
 
 Written as          | what answers
-`openai:MODEL`      | an OpenAI-compatible endpoint
+`openai:MODEL`      | an OpenAI-compatible endpoint; `openai:MODEL@URL` one at this address
 `vllm:MODEL`        | vLLM in this process
 `column:NAME`       | a column of the data, which holds the answers
 `python:MODULE.FUNCTION` | a function of the user's
@@ -64,7 +64,8 @@ def open_teacher(
     kind, rest = require_teacher(spec)
     name = spec if name is None else name
     if kind == "openai":
-        endpoint = Endpoint(rest, base_url=base_url, **endpoint_options)
+        model, url = split_url(rest)
+        endpoint = Endpoint(model, base_url=url or base_url, **endpoint_options)
         return (
             EndpointModel(endpoint, name)
             if batches is None
@@ -94,7 +95,7 @@ def teacher_fingerprint(
     """
     kind, rest = split_spec(spec)
     if kind == "openai":
-        return {"teacher": spec, "base_url": find_urls(base_url)[0]}
+        return {"teacher": spec, "base_url": find_urls(split_url(rest)[1] or base_url)[0]}
     if kind == "column":
         return {"teacher": spec, "answers": digest(dict(_column(rest, columns)))}
     if kind == "python":
@@ -122,6 +123,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     if not spec:
         raise UsageError("no teacher is named; give a hub id, a folder, or openai:MODEL")
     return "local", spec
+
+
+def split_url(model: str) -> tuple[str, str | None]:
+    """The model of an endpoint, and its address where the specification names one."""
+    name, at, url = model.partition("@http")
+    return name, f"http{url}" if at else None
 
 
 def require_teacher(spec: str, option: str = "the teacher") -> tuple[str, str]:
