@@ -176,7 +176,7 @@ class _Distillation:
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
-        source = self.config.student or self.teacher.source
+        source = self._student_source()
         rounds = range(1, self.config.rounds + 1)
         judge = {} if self.evaluation["judge"] is None else {"judge": self.evaluation["judge"]}
         scorers = {**self.evaluation["scorers"], **judge}
@@ -301,12 +301,11 @@ class _Distillation:
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
-        config, source, layers = self.config, self.teacher.source, self.config.student_layers
+        config, source, layers = self.config, self._student_source(), self.config.student_layers
         if config.student is None:
             model = self.teacher.model
             layers = max(1, round(_LAYERS_KEPT * depth(model))) if layers is None else layers
         else:
-            source = find_model(config.student, "--student")
             model = load_model(source, merge_adapters=True)
         if layers is not None:
             model = drop_layers(model, layers)
@@ -317,6 +316,11 @@ class _Distillation:
 
         self.folder.make_folder("student", fill)
         return f"{depth(model)} layers, from {config.student or 'the teacher'}"
+
+    def _student_source(self) -> str:
+        """Of the model that the student is made of."""
+        student = self.config.student
+        return self.teacher.source if student is None else find_model(student, "--student")
 
     def _answer(self) -> str:
         answered = self.texts.ask_teacher(renew=True)

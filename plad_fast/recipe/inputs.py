@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.plain_rows import without_nulls
-from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
+from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts
 from plad_fast.data.records import digest
 from plad_fast.data.rows import require_columns
 from plad_fast.data.tables import read_table, refuse_written_lists
@@ -61,10 +61,8 @@ def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | 
     @functools.cache
     def read(column: str) -> dict[str, str | None]:
         if config.prompts == BUILTIN_PROMPTS:
-            raise UsageError(
-                f"column:{column} takes answers from the data of the prompts, and the built-in "
-                "prompts have none; give --prompts"
-            )
+            with builtin_file() as path:
+                return column_answers(str(path), column)
         options = {name: getattr(config, name) for name in _OF_COLUMNS}
         return column_answers(config.prompts, column, **options)
 
