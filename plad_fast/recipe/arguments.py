@@ -47,11 +47,11 @@ _EVALUATION = ("eval_scorer", "calibration_samples")
 # Of `--help`, in this order.
 _GROUPS = {
     "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
-    "prompts": (*_PROMPTS, "held_out", "sft_share"),
+    "prompts": (*_PROMPTS, "held_out", "validation", "sft_share"),
     "answers": ("teacher_temperature", *_GENERATION),
     "scores and pairs": _SELECTION,
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
-    "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS),
+    "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS, "patience"),
     "evaluation": _EVALUATION,
     "memory, precision, checkpoints": _RESOURCES,
     "teacher or judge by endpoint": _ENDPOINT,

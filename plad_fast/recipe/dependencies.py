@@ -27,6 +27,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
+    # Of the calibration, where it is validated.
+    "validation": ("patience", "max_new_tokens", "eval_scorer"),
     "evaluation": (
         *("scorer", "eval_scorer", "calibration_samples", "length_normalization", "max_length"),
         *_OF_SAMPLES,
@@ -35,7 +37,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 # They say which prompts there are, and stages depend on these.
 _OF_PROMPTS = (
     *("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit"),
-    *("held_out", "sft_share"),
+    *("held_out", "validation", "sft_share"),
 )
 
 

@@ -39,6 +39,7 @@ from plad_fast.models.loading import (
 from plad_fast.pairs.build import build_answers, build_pairs
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES, bound_settings, stage_settings
@@ -49,7 +50,10 @@ from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.texts import Answers, RecipeTexts
+from plad_fast.recipe.validation import AnswerCheck, verdict
 from plad_fast.training.train import train_model
+from plad_fast.training.trained_folders import log_history
+from plad_fast.training.validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +102,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     judges: dict[str, Endpoint] = {}
     evaluation = held_out_options(config, path / "evaluation", judges)
     for scorer in evaluation["scorers"].values():
-        scorer.check(prompts.held_out)
+        scorer.check([*prompts.held_out, *prompts.validation])
     teacher = _LocalTeacher(config)
     texts = RecipeTexts(
         config,
@@ -161,8 +165,8 @@ class _Distillation:
         prompts = self.prompts
         print(
             f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
-            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.held_out)} held out; "
-            f"run folder {self.folder.path}",
+            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.validation)} to validate "
+            f"on, {len(prompts.held_out)} held out; run folder {self.folder.path}",
             flush=True,
         )
         stages = self._stages()
@@ -265,10 +269,14 @@ class _Distillation:
 
         def calibrate() -> str:
             options = {name: getattr(config, name) for name in STAGES["calibration"]}
-            log = self._train(start, texts.pairs(train), _numbered("plad", number), **options)
+            if self.prompts.validation:
+                options["validation"] = self._validation()
+            output = _numbered("plad", number)
+            log = self._train(start, texts.pairs(train), output, **options)
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = _last(log, "ranking_accuracy", accuracy)
-            return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
+            inside = _last(log, "active_pairs", "{:.0%} inside the margin")
+            return "; ".join([f"{ranked}, {inside}", *self._kept(number)])
 
         return [
             Stage(
@@ -293,11 +301,41 @@ class _Distillation:
             Stage(
                 _of_round("calibration", number),
                 calibrate,
-                of("calibration"),
+                of("calibration", prompts=self.prompts.validation, **self._validated_by()),
                 reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
         ]
+
+    def _validated_by(self) -> dict[str, Any]:
+        """What a validated calibration depends on besides its own settings and the prompts."""
+        if not self.prompts.validation:
+            return {}
+        named = {name: getattr(self.config, name) for name in STAGES["validation"]}
+        return {**named, "saves_per_stage": self.config.saves_per_stage}
+
+    def _validation(self) -> Validation:
+        config, answers = self.config, self.texts.best_teacher_answers()
+        prompts = [prompt for prompt in self.prompts.validation if prompt.id in answers]
+        check = AnswerCheck(
+            prompts,
+            {prompt.id: answers[prompt.id].text for prompt in prompts},
+            load_tokenizer(self.folder / "sft"),
+            Sampling(
+                config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
+            ),
+            config.max_length,
+            # A judge compares, and rates nothing by itself.
+            self.evaluation["scorers"].get(config.eval_scorer),
+        )
+        return Validation(check.measure, check.settings(), config.patience)
+
+    def _kept(self, number: int) -> list[str]:
+        """What a round's validation kept, and why; nothing without one."""
+        students = self._students()
+        start = students["sft" if number == 1 else _numbered("plad", number - 1)]
+        told = verdict(log_history(self.folder / _numbered("plad", number)), start)
+        return [told] if told else []
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""

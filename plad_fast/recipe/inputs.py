@@ -75,10 +75,10 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def split_prompts(
-    prompts: Sequence[Prompt], held_out: float, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Shuffled by the seed: those to train on, and those held out, a share of the different prompts
-    below 1 or a number of them.
+    prompts: Sequence[Prompt], held_out: float, seed: int, validation: float = 0
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """Shuffled by the seed: those to train on, those held out, a share of the different prompts
+    below 1 or a number of them, and of the rest those to validate on, likewise.
 
     Prompts that differ in white space only are copies and stay together: a student must not be
     measured on what it was trained on. Raises UsageError where fewer than two different prompts
@@ -98,8 +98,20 @@ def split_prompts(
             f"{len(groups) - count} to train on and {count} to evaluate; each needs at least "
             f"{_FEWEST}"
         )
+    rest = len(groups) - count
+    validated = round(validation * rest) if validation < 1 else int(validation)
+    if rest - validated < _FEWEST:
+        raise UsageError(
+            f"--validation {validation:g} of {rest} prompts leaves {rest - validated} to train on; "
+            f"give a smaller number, so that {_FEWEST} are left"
+        )
     random.Random(seed).shuffle(groups)
-    return [*chain(*groups[count:])], [*chain(*groups[:count])]
+    ends = count, count + validated
+    return (
+        [*chain(*groups[ends[1] :])],
+        [*chain(*groups[:count])],
+        [*chain(*groups[count : ends[1]])],
+    )
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,8 @@ class RunPrompts:
     all: list[Prompt]
     train: list[Prompt]
     held_out: list[Prompt]
+    validation: list[Prompt]
+    """Of none of the others: the checkpoint is chosen by them."""
     sft: list[Prompt]
     pairs: list[Prompt]
 
@@ -116,10 +130,12 @@ class RunPrompts:
     def of(cls, config: DistillConfig) -> RunPrompts:
         """Raises UsageError as `load_recipe_prompts` and `split_prompts`."""
         prompts = load_recipe_prompts(config)
-        train, held_out = split_prompts(prompts, config.held_out, config.seed)
+        train, held_out, validation = split_prompts(
+            prompts, config.held_out, config.seed, config.validation
+        )
         sft = train[: max(1, round(len(train) * config.sft_share))]
         # Samples for prompts that fine-tuning has seen come out too close to the teacher's answers.
-        return cls(prompts, train, held_out, sft, train[len(sft) :] or train)
+        return cls(prompts, train, held_out, validation, sft, train[len(sft) :] or train)
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:

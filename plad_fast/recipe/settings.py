@@ -121,6 +121,15 @@ class DistillConfig:
     sft_share: float = setting(
         0.46, "share of training prompts for fine-tuning; pairs are of the others (all if 1)", SHARE
     )
+    validation: float = setting(
+        0.1,
+        "training prompts by whose answers the best checkpoint of the calibration, or what it began "
+        "with, is kept: a share below 1, or a number of prompts; 0 keeps the last checkpoint",
+        NOT_NEGATIVE,
+    )
+    patience: int = setting(
+        2, "validations in a row without a new best after which the calibration ends", AT_LEAST_1
+    )
     seed: int = setting(0, "random seed of the split, of sampling and of training", SEED)
 
     max_new_tokens: int = setting(
@@ -184,7 +193,9 @@ class DistillConfig:
     gradient_checkpointing: bool = free_setting(
         False, "recompute activations in the backward: less memory, more time"
     )
-    saves_per_stage: int = free_setting(2, "number of checkpoints per training", AT_LEAST_1)
+    saves_per_stage: int = free_setting(
+        4, "number of checkpoints per training; each of the calibration's is validated", AT_LEAST_1
+    )
 
     def __post_init__(self) -> None:
         # `--help` loads no torch.
