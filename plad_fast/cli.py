@@ -86,8 +86,6 @@ def _run(arguments: Namespace) -> None:
         config = DistillConfig(**given)
         evaluate_on_pairs(students, pairs, config, overwrite=overwrite, command=_command())
         return
-    if name == "quickstart":
-        given["max_new_tokens"] = 48  # the built-in prompts ask for a sentence or two
     config = DistillConfig(**given)
     _quiet_libraries()
     if name == "pairs":

@@ -21,7 +21,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     # What else its answers depend on, the folder is bound to: see `bound_settings`.
     "teacher's answers": ("teacher_samples",),
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size", *_OF_TRAINING),
-    "samples": ("student_samples", *_OF_SAMPLES),
+    "samples": ("student_samples", "rejected_from", *_OF_SAMPLES),
     "pairs": SELECTION,
     "calibration": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),

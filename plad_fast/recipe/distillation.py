@@ -50,7 +50,7 @@ from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.texts import Answers, RecipeTexts
-from plad_fast.recipe.validation import AnswerCheck, verdict
+from plad_fast.recipe.validation import AnswerCheck, validation_table, verdict
 from plad_fast.training.train import train_model
 from plad_fast.training.trained_folders import log_history
 from plad_fast.training.validation import Validation
@@ -228,24 +228,26 @@ class _Distillation:
         train = _numbered("train", number)
         # The samples of the first round are also those of the held-out pairs.
         asked = [*self.prompts.pairs, *(self.prompts.held_out if is_first else ())]
-        samples_file = f"answers/{_numbered('student', number)}.jsonl"
+        students = [(self.folder / start, self._students()[start])]
+        base = [] if config.rejected_from == "sft" else ["student"]
+        students += [(self.folder / name, "base student") for name in base]
+        # Turn 0 is that of the held-out pairs.
+        turns = {*config.sample_turns, *([0] if is_first else [])}
+        stored = [texts.samples_file(number, turn) for turn in sorted(turns)]
+        sample_files = [f"answers/{file.name}" for file in stored]
         files = [f"pairs/{name}.jsonl" for name in ([train, "held-out"] if is_first else [train])]
         dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
 
         def samples() -> Answers:
-            draw = partial(
-                texts.samples,
-                model=self.folder / start,
-                name=self._students()[start],
-                round_number=number,
-                others_aside=True,
-            )
-            drawn = draw(self.prompts.pairs)
-            return {**drawn, **draw(self.prompts.held_out, n=1)} if is_first else drawn
+            options: dict[str, Any] = {"round_number": number, "others_aside": True}
+            drawn = texts.samples_in_turn(self.prompts.pairs, students, **options)
+            held_out = self.prompts.held_out if is_first else []
+            return {**drawn, **texts.samples(held_out, *students[0], **options)}
 
         def sample() -> str:
             count = sum(map(len, samples().values()))
-            return f"{count} samples at temperature {config.student_temperature:g}"
+            temperatures = ", ".join(f"{value:g}" for value in config.temperatures)
+            return f"{count} samples at temperature {temperatures}"
 
         def pair() -> str:
             drawn, tokenizer = samples(), load_tokenizer(self.folder / "sft")
@@ -276,15 +278,16 @@ class _Distillation:
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = _last(log, "ranking_accuracy", accuracy)
             inside = _last(log, "active_pairs", "{:.0%} inside the margin")
-            return "; ".join([f"{ranked}, {inside}", *self._kept(number)])
+            told = [verdict for verdict, _ in self._validations(number)]
+            return "; ".join([f"{ranked}, {inside}", *told])
 
         return [
             Stage(
                 _of_round("student's samples", number),
                 sample,
                 of("samples", prompts=asked),
-                reads=[start],
-                makes=[samples_file],
+                reads=[start, *base],
+                makes=sample_files,
             ),
             Stage(
                 _of_round("pairs", number),
@@ -295,7 +298,7 @@ class _Distillation:
                     references=True,
                     **({} if texts.scorer is None else texts.scorer.settings()),
                 ),
-                reads=[start, _TEACHER_FILE, samples_file],
+                reads=[start, _TEACHER_FILE, *sample_files],
                 makes=[*files, *dropped],
             ),
             Stage(
@@ -330,12 +333,14 @@ class _Distillation:
         )
         return Validation(check.measure, check.settings(), config.patience)
 
-    def _kept(self, number: int) -> list[str]:
-        """What a round's validation kept, and why; nothing without one."""
-        students = self._students()
-        start = students["sft" if number == 1 else _numbered("plad", number - 1)]
-        told = verdict(log_history(self.folder / _numbered("plad", number)), start)
-        return [told] if told else []
+    def _validations(self, *rounds: int) -> list[tuple[str, list[list[str]]]]:
+        """What the validation of each of these rounds, or of all, kept and why, with its table."""
+        students, found = list(self._students().items()), []
+        for number in rounds or range(1, self.config.rounds + 1):
+            log = log_history(self.folder / students[number][0])
+            if told := verdict(log, students[number - 1][1]):
+                found.append((told, validation_table(log)))
+        return found
 
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
@@ -436,6 +441,7 @@ class _Distillation:
             },
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             data=data,
+            validations=self._validations(),
             command=command,
             versions=versions(),
         )

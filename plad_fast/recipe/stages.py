@@ -72,8 +72,8 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         }
 
         def discard(_: Mapping[str, Any]) -> None:
-            stores = (texts.teacher_file, folder / "student.jsonl")
-            discard_answers(*stores, texts.scores_file, texts.verdicts_file)
+            stores = (texts.teacher_file, texts.scores_file, texts.verdicts_file)
+            discard_answers(*stores, folder / "student.jsonl", *folder.glob("student.turn?.jsonl"))
 
         def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
             first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
@@ -101,7 +101,8 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         with joined() as ranks:
             ranks.from_first(claim)
         texts.ask_teacher()
-        samples = texts.samples(prompts, source, "student", made_by=config.student)
+        student = (source, "student")
+        samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
         with joined() as ranks:
             report = ranks.from_first(write)
             if ranks.rank == 0:

@@ -18,7 +18,7 @@ from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.text_metrics import repetition_shares, word_counts
 from plad_fast.recipe.inputs import prompts_digest
-from plad_fast.training.validation import SCORE, best_check, checks
+from plad_fast.training.validation import PREFIX, SCORE, best_check, checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from plad_fast.pairs.scoring.scorers import Scorer
 
 MEASURES = {
-    "score": "score",
+    "score": "score of the answers",
     "words": "words",
     "repetition": "repetition",
     "cut_off": "cut off",
@@ -115,9 +115,19 @@ def verdict(log: Sequence[Mapping[str, Any]], start: str) -> str:
     best = best_check(log)
     if best is None:
         return ""
-    found = {entry["step"]: f"{entry[SCORE]:.3f}" for entry in checks(log)}
-    before = found.pop(0)
-    scores = ", ".join(f"{score} at step {step}" for step, score in found.items())
+    scores = [f"{entry[SCORE]:.3f} at step {entry['step']}" for entry in checks(log)[1:]]
+    before = f"{checks(log)[0][SCORE]:.3f} for the {start}"
     if best["step"] == 0:
-        return f"no checkpoint answered better than the {start}, which is kept: {before}; {scores}"
-    return f"the {start} scored {before}, then {scores}; step {best['step']} is kept"
+        what = f"no checkpoint answered better than the {start}, which is kept"
+    else:
+        what = f"the checkpoint of step {best['step']} is kept"
+    return f"{what}: score {', '.join([before, *scores])}"
+
+
+def validation_table(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The checks of a training for the report: a line of titles, then one for each check."""
+    lines = [["step", *MEASURES.values()]]
+    for entry in checks(log):
+        values = (entry[f"{PREFIX}{name}"] for name in MEASURES)
+        lines.append([str(entry["step"]), *(f"{value:.3f}" for value in values)])
+    return lines

@@ -126,7 +126,7 @@ def train_model(
         "length_normalization": length_normalization,
     }
     # What the weights depend on; what is in memory at once changes no more than their rounding.
-    record = {
+    record: dict[str, Any] = {
         "source": model_digest(source),
         "rows": f"{len(rows)} rows, {digest(list(rows))}",
         "epochs": epochs,
@@ -155,7 +155,8 @@ def train_model(
         last = _resumable(checkpoints, record, replace=replace)
         write_record(checkpoints, record)
         # The Trainer would take a step too many from a checkpoint of the last one.
-        if last is None or not has_ended(last, validation and validation.patience):
+        patience = None if validation is None else validation.patience
+        if last is None or not has_ended(last, patience):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             trainer = _trainer(
                 source,

@@ -101,10 +101,10 @@ def test_a_training_that_was_ended_early_takes_no_other_step(tiny_teacher, tmp_p
 
 
 def test_a_damaged_best_checkpoint_is_refused(tiny_teacher, tmp_path, monkeypatch):
+    script = Scripted(0.1, 0.9, 0.3, 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(trained_folders, "publish_folder", stop)
         with pytest.raises(KeyboardInterrupt):
-            script = Scripted(0.1, 0.9, 0.3, 0.2)
             train(tiny_teacher, tmp_path / "out", validation=script.validation())
     (tmp_path / "out.checkpoints" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match=r"checkpoint-2, the best .*model\.safetensors has 0 by"):
