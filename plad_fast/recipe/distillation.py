@@ -241,8 +241,9 @@ class _Distillation:
         def samples() -> Answers:
             options: dict[str, Any] = {"round_number": number, "others_aside": True}
             drawn = texts.samples_in_turn(self.prompts.pairs, students, **options)
-            held_out = self.prompts.held_out if is_first else []
-            return {**drawn, **texts.samples(held_out, *students[0], **options)}
+            if not is_first:
+                return drawn
+            return {**drawn, **texts.samples(self.prompts.held_out, *students[0], **options)}
 
         def sample() -> str:
             count = sum(map(len, samples().values()))
