@@ -214,7 +214,12 @@ class _Distillation:
                     references=True,
                     **{f"settings of {name}": s.settings() for name, s in scorers.items()},
                 ),
-                reads=[*self._students(), _TEACHER_FILE, "pairs/held-out.jsonl"],
+                reads=[
+                    *self._students(),
+                    _TEACHER_FILE,
+                    "pairs/held-out.jsonl",
+                    *(f"answers/{file.name}" for file in self._samples_of_pairs().values()),
+                ],
                 makes=["evaluation"],
             ),
         ]
@@ -453,9 +458,15 @@ class _Distillation:
             {name: self.folder / folder for folder, name in self._students().items()},
             self._held_out_data(),
             self.folder / "evaluation",
+            samples=self._samples_of_pairs(),
             others_aside=True,
             **self.evaluation,
         )
+
+    def _samples_of_pairs(self) -> dict[str, Path]:
+        """Those of the SFT student that the held-out pairs reject, where an evaluation needs no
+        more of them."""
+        return {} if self.config.calibration_samples else {SFT: self.texts.samples_file()}
 
     def _train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
