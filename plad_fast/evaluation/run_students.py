@@ -33,7 +33,7 @@ from plad_fast.evaluation.samples import (
 from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.models.response_scores import score_pairs, score_responses
+from plad_fast.models.response_scores import score_responses, score_rows
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -343,35 +343,28 @@ class _Student:
         what a pair rejects. One that is no whole answer gets None, as in `scored_samples`.
         """
 
-        def score(pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-            alpha = self.length_normalization
-            return score_pairs(
-                self._model(torch.float32),
-                self.tokenizer,
-                pairs,
-                length_normalization=alpha,
-                max_length=self.max_length,
-            )
-
-        pairs = self.held_out.pairs
-        scores = score(pairs)
-        chosen, rejected = scores["chosen"].tolist(), scores["rejected"].tolist()
-        own: dict[str, float] = {}
-        rows: dict[str, dict[str, Any]] = {}
-        for pair, sample, logp in zip(pairs, samples, rejected, strict=True):
-            if _is_whole(sample):
-                answer = as_response(pair["prompt"], sample.text)
-                if answer == pair["rejected"]:
-                    own[sample.prompt_id] = logp
-                rows.setdefault(sample.prompt_id, {**pair, "rejected": answer})
-        left = {prompt_id: row for prompt_id, row in rows.items() if prompt_id not in own}
-        if left:
-            logps = score(list(left.values()))["rejected"].tolist()
-            own |= zip(left, logps, strict=True)
+        rows: list[dict[str, Any]] = []
+        places: dict[str, tuple[int, int]] = {}  # of the samples: row, response
+        for pair, sample in zip(self.held_out.pairs, samples, strict=True):
+            rejected = [pair["rejected"]]
+            if _is_whole(sample) and sample.prompt_id not in places:
+                own = as_response(pair["prompt"], sample.text)
+                if own != pair["rejected"]:
+                    rejected.append(own)
+                places[sample.prompt_id] = len(rows), len(rejected)
+            rows.append({**pair, "rejected": rejected})
+        logps = score_rows(
+            self._model(torch.float32),
+            self.tokenizer,
+            rows,
+            length_normalization=self.length_normalization,
+            max_length=self.max_length,
+        )
+        by_prompt = {key: logps[row].tolist()[place] for key, (row, place) in places.items()}
         return {
-            "chosen": chosen,
-            "rejected": rejected,
-            "own": [own.get(sample.prompt_id) for sample in samples],
+            "chosen": [row.tolist()[0] for row in logps],
+            "rejected": [row.tolist()[1] for row in logps],
+            "own": [by_prompt.get(sample.prompt_id) for sample in samples],
         }
 
 

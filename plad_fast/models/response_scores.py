@@ -76,6 +76,32 @@ def score_pairs(
     return {"chosen": chosen, "rejected": rejected}
 
 
+def score_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    length_normalization: float = 0.0,
+    max_length: int = 1024,
+) -> list[NDArray[np.float64]]:
+    """As `score_pairs` for rows whose `rejected` may be a list of several responses.
+
+    Returns:
+        For each row the log-probabilities of its responses, chosen first, in nats.
+    """
+    logps, _ = _score(
+        model,
+        tokenizer,
+        _read_rows(rows),
+        unit="pair",
+        length_normalization=length_normalization,
+        batch_size=8,
+        max_length=max_length,
+        progress=True,
+    )
+    return logps
+
+
 def check_pairs(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Mapping[str, Any]],
@@ -93,14 +119,22 @@ def check_pairs(
 
 
 def _read_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
+    rows = _read_rows(pairs)
+    for row in rows:
+        if len(row.responses) != 2:
+            raise UsageError(
+                f"{row.name}: {len(row.responses)} responses; give one chosen and one rejected"
+            )
+    return rows
+
+
+def _read_rows(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
     found = plain_rows(pairs, "pairs")
     rows = []
     for index, pair in enumerate(found if isinstance(found, list) else map(without_nulls, found)):
         name = f"pair {pair.get('id', f'number {index}')}"
         try:
             prompt, responses, template = read_row(pair)
-            if len(responses) != 2:
-                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         rows.append(_Row(name, prompt, responses, template))
