@@ -90,6 +90,14 @@ _QUICKSTART = {
     "saves_per_stage": 2,
     "generation_batch_size": 48,
 }
+QUICKSTART_SHARES = {
+    "student": 0.07,
+    "fine-tuning": 0.13,
+    "student's samples": 0.15,
+    "calibration": 0.35,
+    "evaluation": 0.3,
+}
+"""Of its time; what is not listed takes none."""
 _EMPTY_FIRST = "empty the folder of an earlier run first"
 
 COMMANDS = {

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,13 @@ _MADE = (
 )
 
 
-def distill(config: DistillConfig, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+def distill(
+    config: DistillConfig,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Run the recipe, or what is left of it, and return the metrics.
 
     Args:
@@ -82,6 +88,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
             changed run anew; one with answers of another teacher is refused.
         overwrite: start anew in a folder of an earlier run.
         command: what the report says to run again.
+        shares: name of a stage -> its share of the time, to say how much is left.
 
     Raises:
         UsageError: bad input, found before long work where it can be.
@@ -128,7 +135,9 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     )
     with closing(folder):
         write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
-        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(command)
+        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(
+            command, shares or {}
+        )
 
 
 class _LocalTeacher:
@@ -160,7 +169,7 @@ class _Distillation:
     evaluation: Mapping[str, Any]
     folder: RunFolder
 
-    def run(self, command: str) -> dict[str, Any]:
+    def run(self, command: str, shares: Mapping[str, float]) -> dict[str, Any]:
         """Runs what is left of the stages, and writes the report."""
         prompts = self.prompts
         print(
@@ -169,7 +178,7 @@ class _Distillation:
             f"on, {len(prompts.held_out)} held out; run folder {self.folder.path}",
             flush=True,
         )
-        stages = self._stages()
+        stages = [replace(stage, share=shares.get(stage.name, 0)) for stage in self._stages()]
         self.folder.announce(stages)
         for stage in stages:
             self.folder.stage(stage)

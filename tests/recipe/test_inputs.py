@@ -6,7 +6,15 @@ import pytest
 
 from plad_fast import UsageError
 from plad_fast.data.prompts import Prompt
-from plad_fast.recipe.inputs import read_jsonl, split_prompts, write_jsonl
+from plad_fast.recipe.arguments import COMMANDS
+from plad_fast.recipe.inputs import (
+    RunPrompts,
+    answer_columns,
+    read_jsonl,
+    split_prompts,
+    write_jsonl,
+)
+from plad_fast.recipe.settings import DistillConfig
 
 
 def test_split_is_disjoint_complete_and_seeded():
@@ -41,3 +49,14 @@ def test_rows_may_hold_any_line_separator(tmp_path):
     rows = [{"prompt": "a\u2028b\u2029c\x85d\ne\x0bf"}, {"prompt": "g"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_the_quickstart_has_an_answer_to_every_prompt():
+    config = DistillConfig(**COMMANDS["quickstart"].defaults)
+    prompts = RunPrompts.of(config)
+    answers = answer_columns(config)("answer")
+    assert all(answers[prompt.id].strip() for prompt in prompts.all)
+    assert len(prompts.held_out) >= 80
+    assert len(prompts.pairs) > len(prompts.sft) >= 80
+    with pytest.raises(UsageError, match="has no column 'other' to take answers from"):
+        answer_columns(config)("other")
