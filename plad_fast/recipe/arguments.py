@@ -81,14 +81,17 @@ class Command:
 _QUICKSTART = {
     "teacher": "column:answer",
     "student": "offline",
-    "max_new_tokens": 40,
+    "limit": 400,
     "held_out": 100,
-    "validation": 24,
-    "sft_share": 0.5,
+    "validation": 20,
+    "sft_share": 0.3,
+    "max_new_tokens": 40,
     "sft_epochs": 1.0,
     "epochs": 1.0,
+    "learning_rate": 5e-5,
+    "batch_size": 8,
     "saves_per_stage": 2,
-    "generation_batch_size": 48,
+    "generation_batch_size": 64,
 }
 QUICKSTART_SHARES = {
     "student": 0.07,
