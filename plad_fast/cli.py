@@ -20,7 +20,7 @@ from typing import Any
 from plad_fast.checks import shown
 from plad_fast.data.files import disk_advice
 from plad_fast.errors import UsageError
-from plad_fast.recipe.arguments import COMMANDS, given_settings, parse_command
+from plad_fast.recipe.arguments import COMMANDS, QUICKSTART_SHARES, given_settings, parse_command
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.signals import Terminated, raised_signals
 
@@ -86,8 +86,6 @@ def _run(arguments: Namespace) -> None:
         config = DistillConfig(**given)
         evaluate_on_pairs(students, pairs, config, overwrite=overwrite, command=_command())
         return
-    if name == "quickstart":
-        given["max_new_tokens"] = 48  # the built-in prompts ask for a sentence or two
     config = DistillConfig(**given)
     _quiet_libraries()
     if name == "pairs":
@@ -97,7 +95,8 @@ def _run(arguments: Namespace) -> None:
     else:
         from plad_fast.recipe.distillation import distill
 
-        distill(config, overwrite=overwrite, command=_command())
+        shares = QUICKSTART_SHARES if name == "quickstart" else {}
+        distill(config, overwrite=overwrite, command=_command(), shares=shares)
 
 
 def _students(given: Any) -> dict[str, str]:

@@ -11,7 +11,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.checks import shown
@@ -162,9 +164,14 @@ def load_prompts(
 
 def builtin_prompts() -> list[Prompt]:
     """The short instructions that ship with the package."""
-    file = importlib.resources.files("plad_fast.data").joinpath("builtin_prompts.jsonl")
-    with importlib.resources.as_file(file) as path:
+    with builtin_file() as path:
         return load_prompts(path)
+
+
+def builtin_file() -> AbstractContextManager[Path]:
+    """The file of the built-in prompts, each with a written `answer`."""
+    file = importlib.resources.files("plad_fast.data").joinpath("builtin_prompts.jsonl")
+    return importlib.resources.as_file(file)
 
 
 def as_messages(tokenizer: PreTrainedTokenizerBase, content: Content) -> Content:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from plad_fast.data.chat import is_blank, opens_thought
 from plad_fast.data.prompts import as_messages
@@ -32,7 +33,7 @@ from plad_fast.evaluation.samples import (
 from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.models.response_scores import score_pairs, score_responses
+from plad_fast.models.response_scores import score_responses, score_rows
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
@@ -64,6 +65,7 @@ def evaluate_models(
     judge: Judge | None = None,
     calibration_samples: int = 0,
     calibration_scorer: Scorer | None = None,
+    samples: Mapping[str, Path] | None = None,
     others_aside: bool = False,
 ) -> tuple[dict[str, Any], list[StudentOutputs]]:
     """Measure students on held-out data.
@@ -84,6 +86,8 @@ def evaluate_models(
             calibration of its likelihood is measured; 0 leaves that out.
         calibration_scorer: rates these samples; what it says is stored. Default: ROUGE-L to the
             reference where there is one, else to the teacher's answer.
+        samples: name -> store that has this student's samples already; others are drawn and stored
+            in the folder.
         others_aside: what the folder has of other models or settings is no error: answers and
             scores of scorers are kept in files beside the new ones, log-probabilities replaced.
 
@@ -119,7 +123,7 @@ def evaluate_models(
             name,
             path,
             held_out,
-            student_files(name, folder),
+            _with_samples(student_files(name, folder), (samples or {}).get(name)),
             replace(sampling, n=max(sampling.n, calibration_samples)),
             length_normalization,
             max_length,
@@ -167,6 +171,10 @@ def student_files(name: str, folder: Path) -> StudentFiles:
     return StudentFiles(*(folder / f"{stem}-{end}" for end in names))
 
 
+def _with_samples(files: StudentFiles, samples: Path | None) -> StudentFiles:
+    return files if samples is None else files._replace(sampled=samples)
+
+
 def scorer_file(name: str, folder: Path) -> Path:
     """Where the scores of a scorer are stored, of all students."""
     return folder / f"scores-{file_stem(name)}.jsonl"
@@ -182,7 +190,7 @@ class _Student:
     """A saved model on held-out data: it is run, or what it gave before is read; see
     `evaluate_models`.
 
-    It is loaded for every set of answers, and once in float32 for log-probabilities.
+    It is loaded for its answers, and in float32 for log-probabilities.
     """
 
     name: str
@@ -263,7 +271,7 @@ class _Student:
                 for content, answers in zip(contents, texts, strict=True)
             ]
             logps = score_responses(
-                self._model,
+                self._model(torch.float32),
                 self.tokenizer,
                 rows,
                 length_normalization=LENGTH_NORMALIZATION,
@@ -318,8 +326,7 @@ class _Student:
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
         def load() -> LocalModel:
-            dtype = autocast_dtype(self.precision)
-            model = load_model(self.path, dtype=dtype, device=best_device())
+            model = self._model(autocast_dtype(self.precision))
             return LocalModel(model, self.tokenizer, file.stem, chat=self.chat, thinks=self._thinks)
 
         return stored_answers(
@@ -333,39 +340,45 @@ class _Student:
         )
 
     @cached_property
-    def _model(self) -> PreTrainedModel:
-        return load_model(self.path, dtype="float32", device=best_device())
+    def _loaded(self) -> list[PreTrainedModel]:
+        return []
+
+    def _model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model, of which there is one at a time."""
+        if not self._loaded or self._loaded[0].dtype != dtype:
+            self._loaded.clear()  # makes room
+            self._loaded.append(load_model(self.path, dtype=dtype, device=best_device()))
+        return self._loaded[0]
 
     def _score_pairs(self, samples: Sequence[Answer]) -> dict[str, list[float | None]]:
         """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
 
-        Pairs of one prompt have the same sample, which is scored once. One that is no whole answer
-        gets None, as in `scored_samples`.
+        Pairs of one prompt have the same sample, which is scored once, and not again where it is
+        what a pair rejects. One that is no whole answer gets None, as in `scored_samples`.
         """
 
-        def score(pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-            alpha = self.length_normalization
-            return score_pairs(
-                self._model,
-                self.tokenizer,
-                pairs,
-                length_normalization=alpha,
-                max_length=self.max_length,
-            )
-
-        pairs = self.held_out.pairs
-        scores = score(pairs)
-        rows: dict[str, dict[str, Any]] = {}
-        for pair, sample in zip(pairs, samples, strict=True):
-            if _is_whole(sample):
-                rejected = as_response(pair["prompt"], sample.text)
-                rows.setdefault(sample.prompt_id, {**pair, "rejected": rejected})
-        logps = score(list(rows.values()))["rejected"].tolist() if rows else []
-        own = dict(zip(rows, logps, strict=True))
+        rows: list[dict[str, Any]] = []
+        places: dict[str, tuple[int, int]] = {}  # of the samples: row, response
+        for pair, sample in zip(self.held_out.pairs, samples, strict=True):
+            rejected = [pair["rejected"]]
+            if _is_whole(sample) and sample.prompt_id not in places:
+                own = as_response(pair["prompt"], sample.text)
+                if own != pair["rejected"]:
+                    rejected.append(own)
+                places[sample.prompt_id] = len(rows), len(rejected)
+            rows.append({**pair, "rejected": rejected})
+        logps = score_rows(
+            self._model(torch.float32),
+            self.tokenizer,
+            rows,
+            length_normalization=self.length_normalization,
+            max_length=self.max_length,
+        )
+        by_prompt = {key: logps[row].tolist()[place] for key, (row, place) in places.items()}
         return {
-            "chosen": scores["chosen"].tolist(),
-            "rejected": scores["rejected"].tolist(),
-            "own": [own.get(sample.prompt_id) for sample in samples],
+            "chosen": [row.tolist()[0] for row in logps],
+            "rejected": [row.tolist()[1] for row in logps],
+            "own": [by_prompt.get(sample.prompt_id) for sample in samples],
         }
 
 

@@ -62,7 +62,7 @@ def score_pairs(
     Raises:
         UsageError: a pair that is not as above, or as `score_responses`.
     """
-    logps = _score(
+    logps, _ = _score(
         model,
         tokenizer,
         _read_pairs(pairs),
@@ -74,6 +74,32 @@ def score_pairs(
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
+
+
+def score_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    length_normalization: float = 0.0,
+    max_length: int = 1024,
+) -> list[NDArray[np.float64]]:
+    """As `score_pairs` for rows whose `rejected` may be a list of several responses.
+
+    Returns:
+        For each row the log-probabilities of its responses, chosen first, in nats.
+    """
+    logps, _ = _score(
+        model,
+        tokenizer,
+        _read_rows(rows),
+        unit="pair",
+        length_normalization=length_normalization,
+        batch_size=8,
+        max_length=max_length,
+        progress=True,
+    )
+    return logps
 
 
 def check_pairs(
@@ -93,14 +119,22 @@ def check_pairs(
 
 
 def _read_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
+    rows = _read_rows(pairs)
+    for row in rows:
+        if len(row.responses) != 2:
+            raise UsageError(
+                f"{row.name}: {len(row.responses)} responses; give one chosen and one rejected"
+            )
+    return rows
+
+
+def _read_rows(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
     found = plain_rows(pairs, "pairs")
     rows = []
     for index, pair in enumerate(found if isinstance(found, list) else map(without_nulls, found)):
         name = f"pair {pair.get('id', f'number {index}')}"
         try:
             prompt, responses, template = read_row(pair)
-            if len(responses) != 2:
-                raise UsageError(f"{len(responses)} responses; give one chosen and one rejected")
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         rows.append(_Row(name, prompt, responses, template))
@@ -141,7 +175,7 @@ def score_responses(
             log-probability that is not finite.
     """
     named = names or [f"number {index}" for index in range(len(rows))]
-    return _score(
+    logps, _ = _score(
         model,
         tokenizer,
         [
@@ -154,6 +188,41 @@ def score_responses(
         max_length=max_length,
         progress=progress,
     )
+    return logps
+
+
+def score_with_ends(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Content, Content]],
+    *,
+    max_length: int = 1024,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log-probabilities per token of one response to every prompt, and those of the last tokens.
+
+    The last token of a response to chat messages is the one that ends it.
+
+    Args:
+        model, tokenizer, max_length: as in `score_responses`.
+        rows: a prompt and a response each.
+
+    Returns:
+        ((P,), (P,)) float64, in nats.
+
+    Raises:
+        UsageError: as `score_responses`.
+    """
+    logps, ends = _score(
+        model,
+        tokenizer,
+        [_Row(f"prompt number {n}", prompt, [one], {}) for n, (prompt, one) in enumerate(rows)],
+        unit="prompt",
+        length_normalization=1.0,
+        batch_size=8,
+        max_length=max_length,
+        progress=False,
+    )
+    return np.concatenate(logps), np.concatenate(ends)
 
 
 def _score(
@@ -166,7 +235,8 @@ def _score(
     batch_size: int,
     max_length: int,
     progress: bool,
-) -> list[NDArray[np.float64]]:
+) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
+    """For each row the log-probabilities of its responses, and those of their last tokens."""
     from plad_fast.models.sharing import prepare  # brings in transformers
 
     if batch_size < 1:
@@ -176,6 +246,7 @@ def _score(
     pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device
     logps: dict[int, NDArray[np.float64]] = {}
+    ends: dict[int, NDArray[np.float64]] = {}
     with (
         evaluating(model),
         torch.inference_mode(),
@@ -187,8 +258,10 @@ def _score(
             )
             batch = to_device(collate([features[index] for index in indices]), device)
             result = causal_lm_logprobs(model, batch, length_normalization=length_normalization)
-            sums = result.sums.double().cpu().numpy().reshape(-1, size)
-            logps |= dict(zip(indices, sums, strict=True))
+            last = result.token_logprobs[(batch["cu_seqlens"][1:] - 1).to(device)]
+            for found, values in ((logps, result.sums), (ends, last)):
+                by_row = values.double().cpu().numpy().reshape(-1, size)
+                found |= dict(zip(indices, by_row, strict=True))
             bar.update(len(indices))
     bad = [index for index in range(len(rows)) if not np.isfinite(logps[index]).all()]
     if bad:
@@ -197,7 +270,7 @@ def _score(
             f"first is {rows[bad[0]].name}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
-    return [logps[index] for index in range(len(rows))]
+    return [logps[index] for index in range(len(rows))], [ends[i] for i in range(len(rows))]
 
 
 def _encode(

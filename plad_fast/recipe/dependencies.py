@@ -28,12 +28,14 @@ STAGES: dict[str, tuple[str, ...]] = {
         "sft_batch_size",
         *_OF_TRAINING,
     ),
-    "samples": ("reasoning", "student_samples", *_OF_SAMPLES),
+    "samples": ("reasoning", "student_samples", "rejected_from", *_OF_SAMPLES),
     "pairs": SELECTION,
     "calibration": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
+    # Of the calibration, where it is validated.
+    "validation": ("patience", "max_new_tokens", "eval_scorer"),
     "evaluation": (
         *(
             "reasoning",
@@ -49,7 +51,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 # They say which prompts there are, and stages depend on these.
 _OF_PROMPTS = (
     *("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit"),
-    *("held_out", "sft_share"),
+    *("held_out", "validation", "sft_share"),
 )
 
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from plad_fast.models.loading import (
 from plad_fast.pairs.build import build_answers, build_pairs
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES, bound_settings, stage_settings
@@ -50,7 +51,10 @@ from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
+from plad_fast.recipe.validation import AnswerCheck, validation_table, verdict
 from plad_fast.training.train import train_model
+from plad_fast.training.trained_folders import log_history
+from plad_fast.training.validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +74,13 @@ _MADE = (
 )
 
 
-def distill(config: DistillConfig, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+def distill(
+    config: DistillConfig,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Run the recipe, or what is left of it, and return the metrics.
 
     Args:
@@ -78,6 +88,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
             changed run anew; one with answers of another teacher is refused.
         overwrite: start anew in a folder of an earlier run.
         command: what the report says to run again.
+        shares: name of a stage -> its share of the time, to say how much is left.
 
     Raises:
         UsageError: bad input, found before long work where it can be.
@@ -98,7 +109,7 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     judges: dict[str, Endpoint] = {}
     evaluation = held_out_options(config, path / "evaluation", judges)
     for scorer in evaluation["scorers"].values():
-        scorer.check(prompts.held_out)
+        scorer.check([*prompts.held_out, *prompts.validation])
     teacher = _LocalTeacher(config)
     if any(prompt.has_tools for prompt in prompts.all):
         student = teacher.source
@@ -129,7 +140,9 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
     )
     with closing(folder):
         write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
-        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(command)
+        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(
+            command, shares or {}
+        )
 
 
 class _LocalTeacher:
@@ -161,16 +174,16 @@ class _Distillation:
     evaluation: Mapping[str, Any]
     folder: RunFolder
 
-    def run(self, command: str) -> dict[str, Any]:
+    def run(self, command: str, shares: Mapping[str, float]) -> dict[str, Any]:
         """Runs what is left of the stages, and writes the report."""
         prompts = self.prompts
         print(
             f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
-            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.held_out)} held out; "
-            f"run folder {self.folder.path}",
+            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.validation)} to validate "
+            f"on, {len(prompts.held_out)} held out; run folder {self.folder.path}",
             flush=True,
         )
-        stages = self._stages()
+        stages = [replace(stage, share=shares.get(stage.name, 0)) for stage in self._stages()]
         self.folder.announce(stages)
         for stage in stages:
             self.folder.stage(stage)
@@ -181,7 +194,7 @@ class _Distillation:
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
-        source = self.config.student or self.teacher.source
+        source = self._student_source()
         rounds = range(1, self.config.rounds + 1)
         judge = {} if self.evaluation["judge"] is None else {"judge": self.evaluation["judge"]}
         scorers = {**self.evaluation["scorers"], **judge}
@@ -215,7 +228,12 @@ class _Distillation:
                     references=True,
                     **{f"settings of {name}": s.settings() for name, s in scorers.items()},
                 ),
-                reads=[*self._students(), *self._teacher_files, "pairs/held-out.jsonl"],
+                reads=[
+                    *self._students(),
+                    *self._teacher_files,
+                    "pairs/held-out.jsonl",
+                    *(f"answers/{file.name}" for file in self._samples_of_pairs().values()),
+                ],
                 makes=["evaluation"],
             ),
         ]
@@ -233,24 +251,27 @@ class _Distillation:
         train = _numbered("train", number)
         # The samples of the first round are also those of the held-out pairs.
         asked = [*self.prompts.pairs, *(self.prompts.held_out if is_first else ())]
-        samples_file = f"answers/{_numbered('student', number)}.jsonl"
+        students = [(self.folder / start, self._students()[start])]
+        base = [] if config.rejected_from == "sft" else ["student"]
+        students += [(self.folder / name, "base student") for name in base]
+        # Turn 0 is that of the held-out pairs.
+        turns = {*config.sample_turns, *([0] if is_first else [])}
+        stored = [texts.samples_file(number, turn) for turn in sorted(turns)]
+        sample_files = [f"answers/{file.name}" for file in stored]
         files = [f"pairs/{name}.jsonl" for name in ([train, "held-out"] if is_first else [train])]
         dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
 
         def samples() -> Answers:
-            draw = partial(
-                texts.samples,
-                model=self.folder / start,
-                name=self._students()[start],
-                round_number=number,
-                others_aside=True,
-            )
-            drawn = draw(self.prompts.pairs)
-            return {**drawn, **draw(self.prompts.held_out, n=1)} if is_first else drawn
+            options: dict[str, Any] = {"round_number": number, "others_aside": True}
+            drawn = texts.samples_in_turn(self.prompts.pairs, students, **options)
+            if not is_first:
+                return drawn
+            return {**drawn, **texts.samples(self.prompts.held_out, *students[0], **options)}
 
         def sample() -> str:
             count = sum(map(len, samples().values()))
-            return f"{count} samples at temperature {config.student_temperature:g}"
+            temperatures = ", ".join(f"{value:g}" for value in config.temperatures)
+            return f"{count} samples at temperature {temperatures}"
 
         def pair() -> str:
             drawn, tokenizer = samples(), load_tokenizer(self.folder / "sft")
@@ -274,18 +295,23 @@ class _Distillation:
 
         def calibrate() -> str:
             options = {name: getattr(config, name) for name in STAGES["calibration"]}
-            log = self._train(start, texts.pairs(train), _numbered("plad", number), **options)
+            if self.prompts.validation:
+                options["validation"] = self._validation()
+            output = _numbered("plad", number)
+            log = self._train(start, texts.pairs(train), output, **options)
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = _last(log, "ranking_accuracy", accuracy)
-            return f"{ranked}, {_last(log, 'active_pairs', '{:.0%} inside the margin')}"
+            inside = _last(log, "active_pairs", "{:.0%} inside the margin")
+            told = [verdict for verdict, _ in self._validations(number)]
+            return "; ".join([f"{ranked}, {inside}", *told])
 
         return [
             Stage(
                 _of_round("student's samples", number),
                 sample,
                 of("samples", prompts=asked),
-                reads=[start],
-                makes=[samples_file],
+                reads=[start, *base],
+                makes=sample_files,
             ),
             Stage(
                 _of_round("pairs", number),
@@ -296,26 +322,57 @@ class _Distillation:
                     references=True,
                     **({} if texts.scorer is None else texts.scorer.settings()),
                 ),
-                reads=[start, *self._teacher_files, samples_file],
+                reads=[start, *self._teacher_files, *sample_files],
                 makes=[*files, *dropped],
             ),
             Stage(
                 _of_round("calibration", number),
                 calibrate,
-                of("calibration"),
+                of("calibration", prompts=self.prompts.validation, **self._validated_by()),
                 reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
         ]
 
+    def _validated_by(self) -> dict[str, Any]:
+        """What a validated calibration depends on besides its own settings and the prompts."""
+        if not self.prompts.validation:
+            return {}
+        named = {name: getattr(self.config, name) for name in STAGES["validation"]}
+        return {**named, "saves_per_stage": self.config.saves_per_stage}
+
+    def _validation(self) -> Validation:
+        config, answers = self.config, self.texts.best_teacher_answers()
+        prompts = [prompt for prompt in self.prompts.validation if prompt.id in answers]
+        check = AnswerCheck(
+            prompts,
+            {prompt.id: answers[prompt.id].text for prompt in prompts},
+            load_tokenizer(self.folder / "sft"),
+            Sampling(
+                config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
+            ),
+            config.max_length,
+            # A judge compares, and rates nothing by itself.
+            self.evaluation["scorers"].get(config.eval_scorer),
+        )
+        return Validation(check.measure, check.settings(), config.patience)
+
+    def _validations(self, *rounds: int) -> list[tuple[str, list[list[str]]]]:
+        """What the validation of each of these rounds, or of all, kept and why, with its table."""
+        students, found = list(self._students().items()), []
+        for number in rounds or range(1, self.config.rounds + 1):
+            log = log_history(self.folder / students[number][0])
+            if told := verdict(log, students[number - 1][1]):
+                found.append((told, validation_table(log)))
+        return found
+
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
-        config, source, layers = self.config, self.teacher.source, self.config.student_layers
+        config, source, layers = self.config, self._student_source(), self.config.student_layers
         if config.student is None:
             model = self.teacher.model
             layers = max(1, round(_LAYERS_KEPT * depth(model))) if layers is None else layers
         else:
-            source = find_model(config.student, "--student")
             model = load_model(source, merge_adapters=True)
         if layers is not None:
             model = drop_layers(model, layers)
@@ -326,6 +383,11 @@ class _Distillation:
 
         self.folder.make_folder("student", fill)
         return f"{depth(model)} layers, from {config.student or 'the teacher'}"
+
+    def _student_source(self) -> str:
+        """Of the model that the student is made of."""
+        student = self.config.student
+        return self.teacher.source if student is None else find_model(student, "--student")
 
     def _answer(self) -> str:
         answered = self.texts.teachers.ask(renew=True)
@@ -406,6 +468,7 @@ class _Distillation:
             },
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             data=data,
+            validations=self._validations(),
             command=command,
             versions=versions(),
         )
@@ -416,9 +479,15 @@ class _Distillation:
             {name: self.folder / folder for folder, name in self._students().items()},
             self._held_out_data(),
             self.folder / "evaluation",
+            samples=self._samples_of_pairs(),
             others_aside=True,
             **self.evaluation,
         )
+
+    def _samples_of_pairs(self) -> dict[str, Path]:
+        """Those of the SFT student that the held-out pairs reject, where an evaluation needs no
+        more of them."""
+        return {} if self.config.calibration_samples else {SFT: self.texts.samples_file()}
 
     def _train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any

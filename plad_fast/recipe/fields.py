@@ -25,8 +25,17 @@ class Rule(NamedTuple):
 AT_LEAST_1 = Rule("must be at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("must be at least 0", lambda value: value >= 0)
 POSITIVE = Rule("must be positive", lambda value: value > 0)
+NOT_NEGATIVE_EACH = Rule(
+    "must be a number of at least 0, or several different ones",
+    lambda value: min(each(value)) >= 0 and len(set(each(value))) == len(each(value)),
+)
 SHARE = Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Rule("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+def each(value: Any) -> tuple[Any, ...]:
+    """The values of a setting that may have one or several."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def one_of(*values: str) -> Rule:
@@ -76,7 +85,8 @@ def read_value(kind: str, value: Any, where: str) -> Any:
             raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
         return value
     for name, read, what in (
-        ("tuple", _layers, "a whole number or several"),
+        ("tuple[int", _several(_whole), "a whole number or several"),
+        ("tuple[float", _several(_finite), "a number or several"),
         ("int", _whole, "a whole number"),
         ("float", _finite, "a finite number"),
         ("bool", _truth, "true or false"),
@@ -108,7 +118,16 @@ def _truth(value: Any) -> bool:
     return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
 
 
-def _layers(value: Any) -> int | tuple[int, ...]:
-    if isinstance(value, str) and "," in value:
-        value = value.split(",")
-    return tuple(map(_whole, value)) if isinstance(value, (list, tuple)) else _whole(value)
+def _several(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Reads a value, or a tuple of a list or of a text with commas."""
+
+    def read_each(value: Any) -> Any:
+        if isinstance(value, str) and "," in value:
+            value = value.split(",")
+        if not isinstance(value, (list, tuple)):
+            return read(value)
+        if not value:
+            raise ValueError
+        return tuple(map(read, value))
+
+    return read_each

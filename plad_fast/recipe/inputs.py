@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.plain_rows import without_nulls
-from plad_fast.data.prompts import Prompt, builtin_prompts, load_prompts
+from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts
 from plad_fast.data.records import digest
 from plad_fast.data.rows import require_columns
 from plad_fast.data.tables import read_table, refuse_written_lists
@@ -61,10 +61,8 @@ def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | 
     @functools.cache
     def read(column: str) -> dict[str, str | None]:
         if config.prompts == BUILTIN_PROMPTS:
-            raise UsageError(
-                f"column:{column} takes answers from the data of the prompts, and the built-in "
-                "prompts have none; give --prompts"
-            )
+            with builtin_file() as path:
+                return column_answers(str(path), column)
         options = {name: getattr(config, name) for name in _OF_COLUMNS}
         return column_answers(config.prompts, column, **options)
 
@@ -78,10 +76,10 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def split_prompts(
-    prompts: Sequence[Prompt], held_out: float, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Shuffled by the seed: those to train on, and those held out, a share of the different prompts
-    below 1 or a number of them.
+    prompts: Sequence[Prompt], held_out: float, seed: int, validation: float = 0
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """Shuffled by the seed: those to train on, those held out, a share of the different prompts
+    below 1 or a number of them, and of the rest those to validate on, likewise.
 
     Prompts that differ in white space only are copies and stay together: a student must not be
     measured on what it was trained on. Raises UsageError where fewer than two different prompts
@@ -101,8 +99,20 @@ def split_prompts(
             f"{len(groups) - count} to train on and {count} to evaluate; each needs at least "
             f"{_FEWEST}"
         )
+    rest = len(groups) - count
+    validated = round(validation * rest) if validation < 1 else int(validation)
+    if rest - validated < _FEWEST:
+        raise UsageError(
+            f"--validation {validation:g} of {rest} prompts leaves {rest - validated} to train on; "
+            f"give a smaller number, so that {_FEWEST} are left"
+        )
     random.Random(seed).shuffle(groups)
-    return [*chain(*groups[count:])], [*chain(*groups[:count])]
+    ends = count, count + validated
+    return (
+        [*chain(*groups[ends[1] :])],
+        [*chain(*groups[:count])],
+        [*chain(*groups[count : ends[1]])],
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,8 @@ class RunPrompts:
     all: list[Prompt]
     train: list[Prompt]
     held_out: list[Prompt]
+    validation: list[Prompt]
+    """Of none of the others: the checkpoint is chosen by them."""
     sft: list[Prompt]
     pairs: list[Prompt]
 
@@ -119,10 +131,12 @@ class RunPrompts:
     def of(cls, config: DistillConfig) -> RunPrompts:
         """Raises UsageError as `load_recipe_prompts` and `split_prompts`."""
         prompts = load_recipe_prompts(config)
-        train, held_out = split_prompts(prompts, config.held_out, config.seed)
+        train, held_out, validation = split_prompts(
+            prompts, config.held_out, config.seed, config.validation
+        )
         sft = train[: max(1, round(len(train) * config.sft_share))]
         # Samples for prompts that fine-tuning has seen come out too close to the teacher's answers.
-        return cls(prompts, train, held_out, sft, train[len(sft) :] or train)
+        return cls(prompts, train, held_out, validation, sft, train[len(sft) :] or train)
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:

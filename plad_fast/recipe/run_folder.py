@@ -8,6 +8,7 @@ of these are as they were recorded.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -49,6 +50,8 @@ class Stage:
     reads: Sequence[str] = ()
     """Files and folders in the run folder."""
     makes: Sequence[str] = ()
+    share: float = 0.0
+    """Of the time of all stages, as far as it is known; 0 if not."""
 
 
 class RunFolder:
@@ -82,6 +85,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(path).expanduser()
         self._record: dict[str, Any] = {"settings": as_json(settings), "stages": {}}
+        self._plan: list[Stage] = []
         self._held = ExitStack()
         self._held.enter_context(held_folder(self.path))
         try:
@@ -121,6 +125,7 @@ class RunFolder:
     def announce(self, stages: Sequence[Stage]) -> None:
         """Say which of these stages, in their order, will run anew, and why; refuses (UsageError)
         as `stage`, before any of them runs."""
+        self._plan = list(stages)
         anew: dict[str, list[str]] = {}  # reason -> names of stages
         causes: dict[str, list[str]] = {}  # file -> why it will be another
         for stage in stages:
@@ -167,7 +172,7 @@ class RunFolder:
             # Killed in the middle, it must not pass for what it was.
             del self.stages[stage.name]
             self._write()
-        print(f"== {stage.name}{why}", flush=True)
+        print(f"== {stage.name}{why}{self._time_left(stage)}", flush=True)
         read = self._states(stage.reads)
         start = time.monotonic()
         summary = stage.run()
@@ -182,6 +187,16 @@ class RunFolder:
         }
         self._write()
         print(f"   {summary} ({seconds:.0f} s)", flush=True)
+
+    def _time_left(self, stage: Stage) -> str:
+        """By the time that the stages before it took, and their shares."""
+        before = [*itertools.takewhile(lambda other: other.name != stage.name, self._plan)]
+        known = sum(other.share for other in before)
+        if not (known and stage.share):
+            return ""
+        seconds = sum(self.stages[other.name]["seconds"] for other in before)
+        left = seconds / known * (sum(other.share for other in self._plan) - known)
+        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"
 
     def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
         """A subfolder that is there whole, or not at all; one of that name gives way to it."""

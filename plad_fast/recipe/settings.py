@@ -13,11 +13,13 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import (
     AT_LEAST_1,
     NOT_NEGATIVE,
+    NOT_NEGATIVE_EACH,
     POSITIVE,
     SEED,
     SHARE,
     Rule,
     checked,
+    each,
     flag,
     free_setting,
     one_of,
@@ -151,14 +153,32 @@ class DistillConfig:
     sft_share: float = setting(
         0.46, "share of training prompts for fine-tuning; pairs are of the others (all if 1)", SHARE
     )
+    validation: float = setting(
+        0.1,
+        "training prompts set aside, by whose answers the best checkpoint of the calibration, or "
+        "the student before it, is kept: a share below 1, or a number; 0 keeps the last checkpoint",
+        NOT_NEGATIVE,
+    )
+    patience: int = setting(
+        2, "validations in a row without a new best after which the calibration ends", AT_LEAST_1
+    )
     seed: int = setting(0, "random seed of the split, of sampling and of training", SEED)
 
     max_new_tokens: int = setting(
         256, "maximum length of an answer in tokens; longer ones make no pairs", AT_LEAST_1
     )
     teacher_temperature: float = setting(0.0, "teacher's temperature; 0 is greedy", NOT_NEGATIVE)
-    student_temperature: float = setting(
-        1.0, "temperature of the student's samples that become rejected answers", NOT_NEGATIVE
+    student_temperature: float | tuple[float, ...] = setting(
+        1.0,
+        "temperature of the student's samples that become rejected answers; several, such as "
+        "0,0.7,1, take turns among prompts and samples",
+        NOT_NEGATIVE_EACH,
+    )
+    rejected_from: str = setting(
+        "sft",
+        "student whose samples become rejected answers: sft, base (as it was before fine-tuning), "
+        "or mixed (both in turn)",
+        one_of("sft", "base", "mixed"),
     )
     top_p: float = setting(1.0, "nucleus sampling threshold of the student's samples", SHARE)
     generation_batch_size: int = free_setting(16, "number of prompts answered together", AT_LEAST_1)
@@ -214,7 +234,9 @@ class DistillConfig:
     gradient_checkpointing: bool = free_setting(
         False, "recompute activations in the backward: less memory, more time"
     )
-    saves_per_stage: int = free_setting(2, "number of checkpoints per training", AT_LEAST_1)
+    saves_per_stage: int = free_setting(
+        4, "number of checkpoints per training; each of the calibration's is validated", AT_LEAST_1
+    )
 
     def __post_init__(self) -> None:
         # `--help` loads no torch.
@@ -247,14 +269,16 @@ class DistillConfig:
             raise UsageError("--loss sft is no calibration, but the recipe's first stage")
         if get_loss(self.loss).needs_scores and self.scorer is None:
             raise UsageError(f"--loss {self.loss} needs scores of the answers; choose a --scorer")
-        for samples, temperature in (
-            ("teacher_samples", "teacher_temperature"),
-            ("student_samples", "student_temperature"),
-            ("calibration_samples", "student_temperature"),
+        temperatures, turns = self.temperatures, len(self.sample_turns)
+        for samples, temperature, are_same in (
+            ("teacher_samples", "teacher_temperature", self.teacher_temperature == 0),
+            ("student_samples", "student_temperature", min(temperatures) == 0),
+            ("calibration_samples", "student_temperature", max(temperatures) == 0),
         ):
-            if getattr(self, samples) > 1 and getattr(self, temperature) == 0:
+            count = getattr(self, samples)
+            if are_same and count > (turns if samples == "student_samples" else 1):
                 raise UsageError(
-                    f"{flag(samples)} {getattr(self, samples)} would all be the same at "
+                    f"{flag(samples)} {count} would give the same answer several times at "
                     f"{flag(temperature)} 0; raise it"
                 )
         check_settings(self.loss, vars(self), flag)
@@ -293,6 +317,19 @@ class DistillConfig:
         from plad_fast.pairs.generation.sources import KINDS
 
         return isinstance(self.teacher, str) and self.teacher.partition(":")[0] not in KINDS
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Of the student's samples."""
+        return each(self.student_temperature)
+
+    @property
+    def sample_turns(self) -> range:
+        """Numbers of the turns in which samples for pairs are drawn: one for each temperature of
+        the student that is trained, then one for each of the student before fine-tuning."""
+        count = len(self.temperatures)
+        turns = {"sft": range(count), "base": range(count, 2 * count), "mixed": range(2 * count)}
+        return turns[self.rejected_from]
 
     def endpoint_options(self) -> dict[str, Any]:
         """Of an `Endpoint`, but for its address."""

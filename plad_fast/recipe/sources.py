@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
     from plad_fast.pairs.generation.text_model import TextModel
 
+_FURTHER = 2**32  # from seed to seed of turns: no seed of a round comes so far
 JUDGE_STORE = "judge.jsonl"
 """In the folder of an evaluation: what the judge said."""
 
@@ -88,29 +89,32 @@ def open_scorer(
     return judge
 
 
-def sampling_for(
-    config: DistillConfig,
-    role: str,
-    round_number: int = 1,
-    n: int | None = None,
-    *,
-    teacher: str = "",
-) -> Sampling:
-    """Drawing of the answers of the "teacher" of this specification, or of a "student"'s samples,
-    `n` of a prompt in place of those of the settings.
-
-    Every round of samples has seeds of its own, none of them the teacher's: the student may have
-    changed little, and equal models would give equal answers.
-    """
-    is_teacher = role == "teacher"
+def teacher_sampling(config: DistillConfig, teacher: str) -> Sampling:
+    """Drawing of the answers of the teacher of this specification."""
     # An endpoint adds these tokens itself.
-    more = config.reasoning_tokens if is_teacher and not _is_endpoint(teacher) else 0
+    more = 0 if _is_endpoint(teacher) else config.reasoning_tokens
     return Sampling(
         config.max_new_tokens + more,
-        temperature=config.teacher_temperature if is_teacher else config.student_temperature,
-        top_p=1.0 if is_teacher else config.top_p,
-        seed=config.seed + (0 if is_teacher else round_number),
-        n=n or (config.teacher_samples if is_teacher else config.student_samples),
+        temperature=config.teacher_temperature,
+        seed=config.seed,
+        n=config.teacher_samples,
+        batch_size=config.generation_batch_size,
+    )
+
+
+def student_sampling(config: DistillConfig, turn: int = 0, round_number: int = 1) -> Sampling:
+    """Drawing of a student's samples, one of a prompt, at the temperature of this turn.
+
+    Turns go through the temperatures, from the highest down. Every round and every turn has a seed
+    of its own, none of them the teacher's: the student may have changed little, and equal models
+    would give equal answers.
+    """
+    temperatures = sorted(config.temperatures, reverse=True)
+    return Sampling(
+        config.max_new_tokens,
+        temperature=temperatures[turn % len(temperatures)],
+        top_p=config.top_p,
+        seed=config.seed + round_number + _FURTHER * turn,
         batch_size=config.generation_batch_size,
     )
 
@@ -140,7 +144,7 @@ def held_out_options(
             "which their files are named; rename a folder"
         )
     return {
-        "sampling": sampling_for(config, "student", n=1),
+        "sampling": student_sampling(config),
         "length_normalization": config.alpha,
         "max_length": config.max_length,
         "precision": config.precision,

@@ -74,7 +74,9 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         }
 
         def discard(_: Mapping[str, Any]) -> None:
-            discard_answers(*texts.stores, folder / "student.jsonl")
+            discard_answers(
+                *texts.stores, folder / "student.jsonl", *folder.glob("student.turn?.jsonl")
+            )
 
         def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
             first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
@@ -102,7 +104,8 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         with joined() as ranks:
             ranks.from_first(claim)
         texts.teachers.ask()
-        samples = texts.samples(prompts, source, "student", made_by=config.student)
+        student = (source, "student")
+        samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
         with joined() as ranks:
             report = ranks.from_first(write)
             if ranks.rank == 0:

@@ -25,7 +25,7 @@ from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.select import is_usable
 from plad_fast.recipe.inputs import answer_columns
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import open_teacher, sampling_for
+from plad_fast.recipe.sources import open_teacher, teacher_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ class Teachers:
             made_by = teacher_fingerprint(spec, base_url=config.base_url, columns=columns)
             if split_spec(spec)[0] == "local":
                 made_by["precision"] = config.precision
-            sampling = sampling_for(config, "teacher", teacher=spec)
+            sampling = teacher_sampling(config, spec)
             endpoint = getattr(opened, "endpoint", None)
             return _Teacher(spec, store, sampling, made_by, opened, endpoint)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.records import model_digest
+from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
@@ -24,7 +24,7 @@ from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.select import is_usable
 from plad_fast.recipe.inputs import dropped_file, read_jsonl, write_pairs
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import on_engine, open_scorer, sampling_for
+from plad_fast.recipe.sources import on_engine, open_scorer, student_sampling
 from plad_fast.recipe.teachers import Answers, Teachers
 
 if TYPE_CHECKING:
@@ -103,30 +103,70 @@ class RecipeTexts:
         *,
         made_by: str | None = None,
         round_number: int = 1,
-        n: int | None = None,
+        turn: int = 0,
+        n: int = 1,
         others_aside: bool = False,
     ) -> Answers:
-        """The samples of a student to some prompts.
+        """The samples of a student to some prompts, `n` of each.
 
         `name` is for progress and messages, and what the student is known by unless that is
-        `made_by`; `round_number` and `n` are those of `sampling_for`, `others_aside` of
+        `made_by`; `round_number` and `turn` are those of `student_sampling`, `others_aside` of
         `stored_answers`.
         """
         precision = self.config.precision
-        suffix = "" if round_number == 1 else f"-{round_number}"
         thinks = self.config.reasoning == "keep"
         open_it = partial(open_local_model, model, name, precision=precision, thinks=thinks)
         drawn = stored_answers(
             lambda: on_engine(self.config, open_it, name),
             prompts,
-            self.answers / f"student{suffix}.jsonl",
-            sampling_for(self.config, "student", round_number, n),
+            self.samples_file(round_number, turn),
+            replace(student_sampling(self.config, turn, round_number), n=n),
             fingerprint=self.student_made_by(made_by or name, model),
             others_aside=others_aside,
             reasoning=self.config.reasoning,
         ).answers
         by = "student" if len(self.config.teachers) > 1 else ""
         return {key: [replace(answer, by=by) for answer in own] for key, own in drawn.items()}
+
+    def samples_file(self, round_number: int = 1, turn: int = 0) -> Path:
+        """Where samples are stored: student.jsonl, student-2.jsonl of the second round, and
+        student.turn1.jsonl and so on of further turns."""
+        number = "" if round_number == 1 else f"-{round_number}"
+        return self.answers / f"student{number}{f'.turn{turn}' if turn else ''}.jsonl"
+
+    def samples_in_turn(
+        self,
+        prompts: Sequence[Prompt],
+        students: Sequence[tuple[str | Path, str]],
+        **options: Any,
+    ) -> Answers:
+        """The samples of which pairs are made, `student_samples` of each prompt, in the turns of
+        the settings.
+
+        Which turn has the first sample of a prompt depends on its id, so that a prompt that is
+        added changes no other's. `students` has models and names: of the one that is trained and,
+        where `rejected_from` wants it, of the one before fine-tuning. `options` are those of
+        `samples`.
+        """
+        config, turns = self.config, self.config.sample_turns
+        first = {p.id: int(digest(p.id), 16) % len(turns) for p in prompts}
+        drawn: list[dict[str, Sequence[Answer]]] = []
+        for place, turn in enumerate(turns):
+            wanted: dict[int, list[Prompt]] = {}  # by the number of samples of this turn
+            for p in prompts:
+                mine = range((place - first[p.id]) % len(turns), config.student_samples, len(turns))
+                wanted.setdefault(len(mine), []).append(p)
+            model, name = students[turn // len(config.temperatures)]
+            drawn.append({})
+            for n in wanted.keys() - {0}:
+                drawn[-1] |= self.samples(wanted[n], model, name, turn=turn, n=n, **options)
+
+        def sample(prompt: Prompt, number: int) -> Answer:
+            again, place = divmod(number, len(turns))
+            own = drawn[(first[prompt.id] + place) % len(turns)]
+            return replace(own[prompt.id][again], sample=number)
+
+        return {p.id: [sample(p, k) for k in range(config.student_samples)] for p in prompts}
 
     def student_made_by(self, name: str, model: str | Path) -> dict[str, Any]:
         """What a student's samples depend on besides prompts and sampling."""

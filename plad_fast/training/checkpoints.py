@@ -1,4 +1,5 @@
-"""Checkpoints that are verified before a training resumes from them; the newest two are kept."""
+"""Checkpoints that are verified before a training resumes from them; the newest two are kept, and
+the one that a validation found best."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from plad_fast.data.files import sync_folder, sync_tree
 from plad_fast.data.manifest import NAME, damage, write_manifest
 from plad_fast.training.signals import Asked
+from plad_fast.training.validation import best_check, has_stalled
 
 logger = logging.getLogger("plad_fast")
 
@@ -51,10 +53,12 @@ def newest_checkpoint(folder: Path, training: str) -> Path | None:
     return found
 
 
-def has_ended(checkpoint: Path) -> bool:
-    """Whether a checkpoint is that of its training's last step."""
+def has_ended(checkpoint: Path, patience: int | None = None) -> bool:
+    """Whether a checkpoint is that of its training's last step, or of the one at which the
+    `patience` of its validation came to an end."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"]
+    stalled = patience is not None and has_stalled(state["log_history"], patience)
+    return stalled or state["global_step"] >= state["max_steps"]
 
 
 class Checkpoints(TrainerCallback):
@@ -94,8 +98,10 @@ class Checkpoints(TrainerCallback):
         sync_tree(path)
         write_manifest(path, step=state.global_step, training=self._training)
         sync_folder(self._folder)
-        for _, old in _checkpoints(self._folder)[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        best = best_check(state.log_history)
+        for step, old in _checkpoints(self._folder)[:-_KEPT]:
+            if best is None or step != best["step"]:
+                shutil.rmtree(old, ignore_errors=True)
         self._saved = time.monotonic()
         self._wait = max(_SECONDS, (self._saved - self._began) / _SHARE)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast.data.locks import locked
-from plad_fast.data.manifest import require_whole
+from plad_fast.data.manifest import damage, require_whole
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
@@ -24,6 +27,7 @@ from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
     RECORD,
     checkpoints_of,
+    copy_model,
     discard_checkpoints,
     found_record,
     is_trained,
@@ -35,6 +39,7 @@ from plad_fast.training.trained_folders import (
     write_record,
 )
 from plad_fast.training.trainer import PLaDTrainer
+from plad_fast.training.validation import Validation, Validator, best_check
 
 _WARMUP_SHARE = 0.1
 # transformers 5 has another name for it.
@@ -66,6 +71,7 @@ def train_model(
     loss_args: str | None = None,
     sft_weight: float | None = None,
     length_normalization: float | None = None,
+    validation: Validation | None = None,
     replace: bool = False,
 ) -> list[dict[str, Any]]:
     """Train the model in `source` on preference rows and save it in `output`.
@@ -94,6 +100,9 @@ def train_model(
         precision: "float32", "bfloat16" autocast, or "auto".
         max_length: tokens of prompt and response.
         gradient_checkpointing: compute activations again in the backward rather than keep them.
+        validation: keeps the model that does best by it, measured before the training and at the
+            `saves`, that before the training included, and ends one that only gets worse. Default:
+            the model of the last step.
         replace: a model that another training made, and checkpoints of one, are no error. The model
             stays until the new one is trained.
 
@@ -117,7 +126,7 @@ def train_model(
         "length_normalization": length_normalization,
     }
     # What the weights depend on; what is in memory at once changes no more than their rounding.
-    record = {
+    record: dict[str, Any] = {
         "source": model_digest(source),
         "rows": f"{len(rows)} rows, {digest(list(rows))}",
         "epochs": epochs,
@@ -128,6 +137,8 @@ def train_model(
         "max_length": max_length,
         **objective,
     }
+    if validation is not None:
+        record["validation"] = {**validation.settings(), "checks": saves}
     if is_trained(output):  # a run may be killed between this and its own record of it
         if not replace or found_record(output) == record:
             require_record(output, record)
@@ -144,7 +155,8 @@ def train_model(
         last = _resumable(checkpoints, record, replace=replace)
         write_record(checkpoints, record)
         # The Trainer would take a step too many from a checkpoint of the last one.
-        if last is None or not has_ended(last):
+        patience = None if validation is None else validation.patience
+        if last is None or not has_ended(last, patience):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             trainer = _trainer(
                 source,
@@ -165,15 +177,40 @@ def train_model(
                 save_steps=max(1, math.ceil(steps / saves)),
                 logging_steps=max(1, steps // 20),
             )
+            if validation is not None:
+                trainer.add_callback(Validator(validation, trainer))
             with deferred_signals(_NOTICE) as asked:
                 trainer.add_callback(Checkpoints(checkpoints, digest(record), asked))
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
             last = checkpoints / f"checkpoint-{trainer.state.global_step}"  # saved at the end
             del trainer
             gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
-        publish(last, output)
+        publish(last, output, partial(_save_best, source, last, digest(record)))
         discard_checkpoints(output)
     return log_history(output)
+
+
+def _save_best(source: str | Path, last: Path, training: str, folder: Path) -> None:
+    """Saves what a validation found best, or the model of the last step if there was none; it may
+    be the source, which had no step.
+
+    Raises UsageError where the best checkpoint is not as it was written.
+    """
+    state = json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    best = best_check(state["log_history"])
+    step = state["global_step"] if best is None else best["step"]
+    if step == 0:
+        load_model(source, dtype=torch.float32, merge_adapters=True).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+        return
+    checkpoint = last.with_name(f"checkpoint-{step}")
+    reason = None if checkpoint == last else damage(checkpoint, step=step, training=training)
+    if reason is not None:
+        raise UsageError(
+            f"{checkpoint}, the best of its training, is not as it was written ({reason}); delete "
+            f"{last.parent} to train again"
+        )
+    copy_model(checkpoint, folder)
 
 
 def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -80,18 +80,24 @@ def log_history(model_folder: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def publish(checkpoint: Path, output: Path) -> None:
-    """Makes the model's folder of the training's last checkpoint."""
+def publish(last: Path, output: Path, save: Callable[[Path], None]) -> None:
+    """Makes the model's folder: `save` puts the model and its tokenizer into a folder, and the
+    checkpoint with which the training ended has the log."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*OF_TRAINING))
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    save(partial)
+    state = json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     (partial / LOG).write_text(json.dumps(state["log_history"], indent=1), encoding="utf-8")
-    shutil.copy(checkpoint.with_name(RECORD), partial / RECORD)
+    shutil.copy(last.with_name(RECORD), partial / RECORD)
     write_manifest(partial)
     if is_trained(output):  # to be replaced, as was found before
         remove_model(output)
     publish_folder(partial, output)
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """What a checkpoint has of a model, without what is there to go on from it."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*OF_TRAINING))
 
 
 def require_ours(model: Path) -> None:

@@ -320,15 +320,21 @@ class PLaDTrainer(Trainer):
         """Replaces the mean of batch losses by means over groups and tokens."""
         if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
             raise UsageError(f"compute_metrics is set, and {NO_PREDICTIONS}")
-        paused = time.perf_counter()
         self._eval_meter.reset()
         self._eval_meter.start()
-        output = super().evaluation_loop(*args, **kwargs)
+        with self.paused():
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._eval_meter.summary()
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        self._train_meter.skip(time.perf_counter() - paused)
         return output
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no part of the time in `tokens_per_second`."""
+        start = time.perf_counter()
+        yield
+        self._train_meter.skip(time.perf_counter() - start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last training log."""

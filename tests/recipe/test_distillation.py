@@ -109,7 +109,7 @@ def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, t
         pytest.param(LOSS, 6, "fine-tuning", marks=pytest.mark.slow),
         pytest.param("data.store._line", 38, "student's samples", marks=pytest.mark.slow),
         (LOSS, 14, "calibration"),
-        ("evaluation.run_students.score_pairs", 3, "evaluation"),
+        ("evaluation.run_students.score_rows", 2, "evaluation"),
         # The model is in its place, and run.json does not know yet.
         ("recipe.run_folder.RunFolder._write", 4, "fine-tuning"),
     ],

@@ -325,3 +325,25 @@ def test_a_stage_that_is_killed_while_it_runs_anew_is_not_done(chain, tmp_path):
         folder.stage(Stage("a", killed, {"x": 2}, makes=["a.jsonl"]))
     folder.close()
     assert chain(x=2) == ["a"]
+
+
+def test_the_time_left_is_that_of_the_shares(tmp_path, capsys, monkeypatch):
+    """From the stages that were done, this time or before; nothing is said where nothing is
+    known."""
+    clock = iter([0, 30, 100, 160])
+    monkeypatch.setattr("plad_fast.recipe.run_folder.time.monotonic", lambda: next(clock))
+    names = {"a": 0.1, "b": 0.0, "c": 0.2, "d": 0.7}
+    stages = [Stage(name, lambda: "done", share=share) for name, share in names.items()]
+    folder = RunFolder(tmp_path / "run", {})
+    folder.announce(stages)
+    folder.stage(stages[0])
+    assert "left" not in capsys.readouterr().out
+    folder.stages["b"] = {**folder.stages["a"], "seconds": 0.0}
+    folder.stage(stages[2])  # a tenth took half a minute
+    assert "== c, about 4 min left" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("plad_fast.recipe.run_folder.time.monotonic", lambda: 0)
+        folder.stages["c"]["seconds"] = 3.0
+        folder.stage(stages[3])
+    assert "== d, about 77 s left" in capsys.readouterr().out
+    folder.close()

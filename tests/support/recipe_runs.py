@@ -22,8 +22,8 @@ def arguments(teacher, output, *extra: str) -> list[str]:
         "--student-layers", "1", "--limit", "24",
         "--held-out", "8", "--teacher-temperature", "1", "--student-temperature", "1",
         "--max-new-tokens", "60", "--batch-size", "2", "--sft-batch-size", "2",
-        "--sft-share", "0.5", "--precision", "float32",
-        "--output-dir", str(output), *extra,
+        "--sft-share", "0.5", "--precision", "float32", "--saves-per-stage", "2",
+        "--validation", "0", "--output-dir", str(output), *extra,
     ]  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_what_is_mistyped_is_told_with_the_usage_of_the_command(typed, usage, me
 
 CONFIGS = {
     "distill": ("teacher: t\nbeta: 2", ["--beta=3"], {"teacher": "t", "beta": 3.0}),
-    "quickstart": ("output_dir: q", [], {"output_dir": "q", "max_new_tokens": 48}),
+    "quickstart": ("output_dir: q", [], {"output_dir": "q", "teacher": "column:answer"}),
     "pairs": (
         "teacher: t\nstudent: s\noutput-dir: o\nselect: all",
         ["--student=z"],

@@ -71,6 +71,7 @@ def test_clocks_that_are_wrong_do_not_make_new_checkpoints_go(killed, tmp_path):
 class _State:
     def __init__(self, step: int) -> None:
         self.global_step = step
+        self.log_history = []
 
 
 @pytest.mark.parametrize("fault", ["unlisted", "unsynced"])

@@ -41,6 +41,7 @@ def write_report(
     metrics: Mapping[str, Any],
     stages: Sequence[Mapping[str, Any]] = (),
     data: Mapping[str, Any] | None = None,
+    validations: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
     plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     examples: Sequence[Mapping[str, Any]] = (),
     margin_unit: str = "nat",
@@ -60,6 +61,8 @@ def write_report(
         stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
         data: `findings`, lines on what to look at in the data, and `funnels`: name -> the steps of
             `PairReport.funnel`.
+        validations: what was kept of each preference training, and why, and the table behind it:
+            a line of titles, then lines of values.
         plots: (caption, PNG file), embedded.
         examples: `{"prompt", "teacher", "students"}` and optionally `reference`, `badge` (won, tied
             or lost), `group` (a heading) and `cut_off` (names of students): texts, or chat messages
@@ -82,6 +85,7 @@ def write_report(
         metrics=metrics,
         tiles=tiles(metrics),
         data={"findings": (), "funnels": {}, **(data or {})},
+        validations=validations,
         table=measures_table(metrics, margin_unit),
         pair_counts=pair_counts(metrics),
         wins=wins_tables(metrics),

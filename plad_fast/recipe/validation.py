@@ -1,0 +1,133 @@
+"""Answers to prompts that a student is not trained on, by which the best checkpoint is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from plad_fast.data.prompts import Prompt, as_messages
+from plad_fast.data.records import digest
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.samples import RougeL
+from plad_fast.models.response_scores import score_with_ends
+from plad_fast.pairs.build import as_response
+from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.text_metrics import repetition_shares, word_counts
+from plad_fast.recipe.inputs import prompts_digest
+from plad_fast.training.validation import PREFIX, SCORE, best_check, checks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from plad_fast.pairs.generation.text_model import Answer
+    from plad_fast.pairs.scoring.scorers import Scorer
+
+MEASURES = {
+    "score": "score of the answers",
+    "words": "words",
+    "repetition": "repetition",
+    "cut_off": "cut off",
+    "nll": "NLL of the teacher's answer",
+    "end_logp": "log-probability of its end",
+}
+"""Metrics of `AnswerCheck.measure` and their titles."""
+
+
+@dataclass(frozen=True)
+class AnswerCheck:
+    """Greedy answers to validation prompts and what the student makes of the teacher's.
+
+    Raises UsageError without a prompt that the teacher answered.
+    """
+
+    prompts: Sequence[Prompt]
+    teacher_answers: Mapping[str, str]
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    max_length: int
+    scorer: Scorer | None = None
+    """Of the answers; None takes ROUGE-L to the reference, or else to the teacher's answer."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise UsageError(
+                "the teacher finished no answer to a validation prompt; raise --max-new-tokens, or "
+                "keep the last checkpoint with --validation 0"
+            )
+
+    @property
+    def quality(self) -> Scorer | RougeL:
+        return self.scorer or RougeL(self.prompts, self.teacher_answers)
+
+    def settings(self) -> dict[str, Any]:
+        """What the metrics depend on besides the model."""
+        return {
+            "prompts": prompts_digest(self.prompts),
+            "teacher's answers": digest([self.teacher_answers[p.id] for p in self.prompts]),
+            "scorer": self.quality.name if self.scorer is None else self.scorer.settings(),
+            "sampling": self.sampling.settings(),
+        }
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Means over the prompts: the `score` of the answers, their length in `words`,
+        `repetition` (the share of 4-grams that came before) and share `cut_off` by the length
+        limit; the `nll` of the teacher's answers in nats per token, and the log-probability of
+        their last token, `end_logp`."""
+        student = LocalModel(model, self.tokenizer, "validation")
+        batches = student.generate_samples([(p, 0) for p in self.prompts], self.sampling)
+        by_id: dict[str, Answer] = {
+            answer.prompt_id: answer for batch in batches for answer in batch
+        }
+        answers = [by_id[prompt.id] for prompt in self.prompts]
+        texts = [answer.text for answer in answers]
+        scores = np.array(self.quality.score(list(zip(self.prompts, texts, strict=True))))
+        if np.isnan(scores).all():
+            raise UsageError(
+                f"{self.quality.name} gave no score to any answer on validation prompts"
+            )
+        contents = [as_messages(self.tokenizer, prompt.content) for prompt in self.prompts]
+        rows = [
+            (content, as_response(content, self.teacher_answers[prompt.id]))
+            for content, prompt in zip(contents, self.prompts, strict=True)
+        ]
+        logps, ends = score_with_ends(model, self.tokenizer, rows, max_length=self.max_length)
+        return {
+            "score": float(np.nanmean(scores)),
+            "words": float(word_counts(texts).mean()),
+            "repetition": float(repetition_shares(texts).mean()),
+            "cut_off": float(np.mean([answer.finish_reason == "length" for answer in answers])),
+            "nll": -float(logps.mean()),
+            "end_logp": float(ends.mean()),
+        }
+
+
+def verdict(log: Sequence[Mapping[str, Any]], start: str) -> str:
+    """What a validation kept, and why, in a line; empty where there was none.
+
+    Args:
+        log: the log history of the training.
+        start: name of the student that it began with.
+    """
+    best = best_check(log)
+    if best is None:
+        return ""
+    scores = [f"{entry[SCORE]:.3f} at step {entry['step']}" for entry in checks(log)[1:]]
+    before = f"{checks(log)[0][SCORE]:.3f} for the {start}"
+    if best["step"] == 0:
+        what = f"no checkpoint answered better than the {start}, which is kept"
+    else:
+        what = f"the checkpoint of step {best['step']} is kept"
+    return f"{what}: score {', '.join([before, *scores])}"
+
+
+def validation_table(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The checks of a training for the report: a line of titles, then one for each check."""
+    lines = [["step", *MEASURES.values()]]
+    for entry in checks(log):
+        values = (entry[f"{PREFIX}{name}"] for name in MEASURES)
+        lines.append([str(entry["step"]), *(f"{value:.3f}" for value in values)])
+    return lines
