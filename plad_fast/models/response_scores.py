@@ -197,13 +197,14 @@ def score_with_ends(
     rows: Sequence[tuple[Content, Content]],
     *,
     max_length: int = 1024,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Log-probabilities per token of one response to every prompt, and those of the last tokens.
 
     The last token of a response to chat messages is the one that ends it.
 
     Args:
-        model, tokenizer, max_length: as in `score_responses`.
+        model, tokenizer, max_length, templates: as in `score_responses`.
         rows: a prompt and a response each.
 
     Returns:
@@ -215,7 +216,12 @@ def score_with_ends(
     logps, ends = _score(
         model,
         tokenizer,
-        [_Row(f"prompt number {n}", prompt, [one], {}) for n, (prompt, one) in enumerate(rows)],
+        [
+            _Row(f"prompt number {number}", prompt, [response], template)
+            for number, ((prompt, response), template) in enumerate(
+                zip(rows, templates or [{}] * len(rows), strict=True)
+            )
+        ],
         unit="prompt",
         length_normalization=1.0,
         batch_size=8,

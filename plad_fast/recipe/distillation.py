@@ -354,6 +354,7 @@ class _Distillation:
             config.max_length,
             # A judge compares, and rates nothing by itself.
             self.evaluation["scorers"].get(config.eval_scorer),
+            config.reasoning,
         )
         return Validation(check.measure, check.settings(), config.patience)
 

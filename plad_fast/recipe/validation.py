@@ -15,6 +15,7 @@ from plad_fast.evaluation.samples import RougeL
 from plad_fast.models.response_scores import score_with_ends
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.local_model import LocalModel
+from plad_fast.pairs.generation.reasoning import with_reasoning
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.text_metrics import repetition_shares, word_counts
 from plad_fast.recipe.inputs import prompts_digest
@@ -51,6 +52,8 @@ class AnswerCheck:
     max_length: int
     scorer: Scorer | None = None
     """Of the answers; None takes ROUGE-L to the reference, or else to the teacher's answer."""
+    reasoning: str = "drop"
+    """What becomes of the student's; see `plad_fast.pairs.generation.reasoning.REASONING`."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -70,6 +73,7 @@ class AnswerCheck:
             "teacher's answers": digest([self.teacher_answers[p.id] for p in self.prompts]),
             "scorer": self.quality.name if self.scorer is None else self.scorer.settings(),
             "sampling": self.sampling.settings(),
+            "reasoning": self.reasoning,
         }
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
@@ -77,10 +81,13 @@ class AnswerCheck:
         `repetition` (the share of 4-grams that came before) and share `cut_off` by the length
         limit; the `nll` of the teacher's answers in nats per token, and the log-probability of
         their last token, `end_logp`."""
-        student = LocalModel(model, self.tokenizer, "validation")
+        thinks = self.reasoning == "keep"
+        student = LocalModel(model, self.tokenizer, "validation", thinks=thinks)
         batches = student.generate_samples([(p, 0) for p in self.prompts], self.sampling)
         by_id: dict[str, Answer] = {
-            answer.prompt_id: answer for batch in batches for answer in batch
+            answer.prompt_id: with_reasoning(answer, self.reasoning)
+            for batch in batches
+            for answer in batch
         }
         answers = [by_id[prompt.id] for prompt in self.prompts]
         texts = [answer.text for answer in answers]
@@ -94,7 +101,13 @@ class AnswerCheck:
             (content, as_response(content, self.teacher_answers[prompt.id]))
             for content, prompt in zip(contents, self.prompts, strict=True)
         ]
-        logps, ends = score_with_ends(model, self.tokenizer, rows, max_length=self.max_length)
+        logps, ends = score_with_ends(
+            model,
+            self.tokenizer,
+            rows,
+            max_length=self.max_length,
+            templates=[prompt.template for prompt in self.prompts],
+        )
         return {
             "score": float(np.nanmean(scores)),
             "words": float(word_counts(texts).mean()),
