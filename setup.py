@@ -73,7 +73,7 @@ setup(
     package_dir={"plad_fast.kernels": "kernels"},
     package_data={
         "": ["*.pyi"],
-        "plad_fast": ["py.typed", "data/*.jsonl", "evaluation/report/report.*"],
+        "plad_fast": ["py.typed", "data/*.jsonl", "evaluation/report/report.*", "training/*.j2"],
     },
     install_requires=[
         "torch>=2.8",

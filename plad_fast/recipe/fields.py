@@ -73,6 +73,7 @@ def read_value(kind: str, value: Any, where: str) -> Any:
             raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
         return value
     for name, read, what in (
+        ("Mapping", _mapping, "KEY=VALUE, or a mapping in a file"),
         ("tuple", _layers, "a whole number or several"),
         ("int", _whole, "a whole number"),
         ("float", _finite, "a finite number"),
@@ -103,6 +104,23 @@ def _whole(value: Any) -> int:
 
 def _truth(value: Any) -> bool:
     return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Of a mapping, or of texts KEY=VALUE, whose values are read as in a YAML file."""
+    import yaml
+
+    if isinstance(value, dict):
+        pairs = value.items()
+    else:
+        texts = [text.partition("=") for text in value]
+        if not all(key and equals for key, equals, _ in texts):
+            raise ValueError
+        try:
+            pairs = [(key, yaml.safe_load(text)) for key, _, text in texts]
+        except yaml.YAMLError:
+            raise ValueError from None
+    return {str(key).replace("-", "_"): inner for key, inner in pairs}
 
 
 def _layers(value: Any) -> int | tuple[int, ...]:
