@@ -46,8 +46,6 @@ class Lora:
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", 2.0 * self.r if self.alpha is None else self.alpha)
         object.__setattr__(self, "targets", self.targets or ALL_LINEAR)
-        object.__setattr__(self, "dropout", self.dropout or 0.0)
-        object.__setattr__(self, "in_4bit", bool(self.in_4bit))
         _require_package("peft", "--lora-r")
         if self.in_4bit:
             _require_package("bitsandbytes", "--load-in-4bit")
@@ -56,8 +54,8 @@ class Lora:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Lora | None:
         """By the names of the command line; None without `lora_r`."""
-        values = [settings.get(name) for name in _SETTINGS]
-        return None if values[0] is None else cls(*values)
+        r, alpha, targets, dropout, in_4bit = (settings.get(name) for name in _SETTINGS)
+        return None if r is None else cls(r, alpha, targets, dropout or 0.0, bool(in_4bit))
 
     def settings(self) -> dict[str, Any]:
         """By the names of the command line, as JSON values."""
@@ -114,7 +112,7 @@ def load_with_lora(
     task = TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(source) else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT multiplies with any number
         target_modules=lora.target_modules,
         lora_dropout=lora.dropout,
         task_type=task,

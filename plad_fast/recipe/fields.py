@@ -110,17 +110,15 @@ def _mapping(value: Any) -> dict[str, Any]:
     """Of a mapping, or of texts KEY=VALUE, whose values are read as in a YAML file."""
     import yaml
 
-    if isinstance(value, dict):
-        pairs = value.items()
-    else:
+    if not isinstance(value, dict):
         texts = [text.partition("=") for text in value]
         if not all(key and equals for key, equals, _ in texts):
             raise ValueError
         try:
-            pairs = [(key, yaml.safe_load(text)) for key, _, text in texts]
+            value = {key: yaml.safe_load(text) for key, _, text in texts}
         except yaml.YAMLError:
             raise ValueError from None
-    return {str(key).replace("-", "_"): inner for key, inner in pairs}
+    return {str(key).replace("-", "_"): inner for key, inner in value.items()}
 
 
 def _layers(value: Any) -> int | tuple[int, ...]:
