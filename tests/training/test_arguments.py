@@ -123,23 +123,40 @@ def test_no_value_leaves_a_setting_as_it_is():
         training_arguments({"optm": None, "optim_": 3})
 
 
-def test_the_best_checkpoint_becomes_the_model(tiny_teacher, pairs, tmp_path, monkeypatch, capsys):
-    """Trained on pairs that are the wrong way round in the file that is measured: the first
-    evaluation is the best. Killed after it, the training ends with the same model."""
+@pytest.fixture
+def measured(pairs, tmp_path):
+    """Flags that measure what is trained on the wrong way round: the first evaluation is the best.
+    Twelve steps, and as many checkpoints as evaluations."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    swapped = tmp_path / "swapped.jsonl"
-    swapped.write_text(
-        "".join(
-            json.dumps({**row, "chosen": row["rejected"], "rejected": row["chosen"]}) + "\n"
-            for row in rows
-        )
-    )
-    measured = ("--eval-pairs", str(swapped), "--eval-steps", "3", "--epochs", "3")
-    measured += ("--saves-per-stage", "4")  # of 12 steps
-    best = ("--metric-for-best-model", "margin")
-    weights = run(tiny_teacher, pairs, tmp_path / "out", *measured, *best)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    file = tmp_path / "turned.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in turned))
+    return ("--eval-pairs", str(file), "--eval-steps", "3", "--metric-for-best-model", "margin",
+            "--learning-rate", "1e-2", "--epochs", "3", "--saves-per-stage", "4")  # fmt: skip
+
+
+def interrupted(command, monkeypatch, *, checkpoint: int) -> None:
+    """Killed before that checkpoint counts."""
+    saved = []
+
+    def write(*given, **about):
+        saved.append(given)
+        return stop() if len(saved) == checkpoint else real(*given, **about)
+
+    with monkeypatch.context() as patch:
+        real = checkpoints.write_manifest
+        patch.setattr(checkpoints, "write_manifest", write)
+        assert main(command) == 130
+
+
+def test_the_best_checkpoint_becomes_the_model(
+    tiny_teacher, pairs, measured, tmp_path, monkeypatch, capsys
+):
+    """Also of a training that was killed after it."""
+    output = tmp_path / "out"
+    weights = run(tiny_teacher, pairs, output, *measured)
     assert "best checkpoint: step 3, eval_loss" in capsys.readouterr().out
-    log = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    log = json.loads((output / "log_history.json").read_text())
     margins = {entry["step"]: entry["eval_margin"] for entry in log if "eval_margin" in entry}
     assert list(margins) == [3, 6, 9, 12]
     assert max(margins, key=margins.get) == 3
@@ -147,24 +164,29 @@ def test_the_best_checkpoint_becomes_the_model(tiny_teacher, pairs, tmp_path, mo
     last = run(tiny_teacher, pairs, tmp_path / "last", "--epochs", "3")
     assert not all(torch.equal(last[name], weight) for name, weight in weights.items())
 
-    saved = []
-    with monkeypatch.context() as patch:
-        real = checkpoints.write_manifest
-        patch.setattr(
-            checkpoints,
-            "write_manifest",
-            lambda *given, **about: (
-                stop() if len(saved) > 2 else saved.append(real(*given, **about))
-            ),
-        )
-        assert main(train(tiny_teacher, pairs, tmp_path / "killed", "--learning-rate", "1e-2",
-                          *measured, *best)) == 130  # fmt: skip
-    kept = {path.name for path in (tmp_path / "killed.checkpoints").glob("checkpoint-*")}
-    assert kept == {"checkpoint-3", "checkpoint-6", "checkpoint-9", "checkpoint-12"}
-    resumed = run(tiny_teacher, pairs, tmp_path / "killed", *measured, *best)
+    interrupted(
+        train(tiny_teacher, pairs, tmp_path / "killed", *measured), monkeypatch, checkpoint=4
+    )
+    folder = tmp_path / "killed.checkpoints"
+    kept = {path.name for path in folder.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{step}" for step in (3, 6, 9, 12)}
+    resumed = run(tiny_teacher, pairs, tmp_path / "killed", *measured)
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
-    assert main(train(tiny_teacher, pairs, tmp_path / "out", *measured)) == 2
-    assert "metric_for_best_model was 'margin' and is 'loss'" in capsys.readouterr().err
+    command = train(tiny_teacher, pairs, output, *measured, "--metric-for-best-model", "nll")
+    assert main(command) == 2
+    assert "metric_for_best_model was 'margin' and is 'nll'" in capsys.readouterr().err
+
+
+def test_checkpoints_without_their_best_one_are_not_gone_on_from(
+    tiny_teacher, pairs, measured, tmp_path, monkeypatch, caplog
+):
+    command = train(tiny_teacher, pairs, tmp_path / "out", *measured)
+    interrupted(command, monkeypatch, checkpoint=4)
+    (tmp_path / "out.checkpoints" / "checkpoint-3" / "model.safetensors").write_bytes(b"")
+    assert main(command) == 0
+    told = "".join(record.getMessage() for record in caplog.records)
+    assert "checkpoint-9 (of checkpoint-3, the best until then, model.safetensors has 0" in told
+    assert "goes on from its start" in told
 
 
 def test_a_metric_that_no_evaluation_has(tiny_teacher, pairs, tmp_path, capsys):
@@ -173,26 +195,3 @@ def test_a_metric_that_no_evaluation_has(tiny_teacher, pairs, tmp_path, capsys):
     assert "--metric-for-best-model does nothing without --eval-pairs" in capsys.readouterr().err
     assert main([*command, "--eval-pairs", str(pairs)]) == 2
     assert "metric_for_best_model is 'bleu', and the evaluation has:" in capsys.readouterr().err
-
-
-def test_a_training_goes_on_without_a_checkpoint_whose_best_is_damaged(
-    tiny_teacher, pairs, tmp_path, monkeypatch, caplog
-):
-    measured = (
-        "--eval-pairs",
-        str(pairs),
-        "--eval-steps",
-        "1",
-        "--metric-for-best-model",
-        "margin",
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr("plad_fast.training.trained_folders.publish_folder", stop)
-        assert main(train(tiny_teacher, pairs, tmp_path / "out", *measured)) == 130
-    folder = tmp_path / "out.checkpoints"
-    for path in folder.glob("checkpoint-*"):
-        state = json.loads((path / "trainer_state.json").read_text())
-        if state["best_global_step"] == state["global_step"] == 4:
-            (path / "model.safetensors").write_bytes(b"")
-    assert main(train(tiny_teacher, pairs, tmp_path / "out", *measured)) == 0
-    assert "checkpoint-4" in "".join(r.getMessage() for r in caplog.records)
