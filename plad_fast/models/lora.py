@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from plad_fast.data.places import expanded, is_there
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.models.devices import best_device
-from plad_fast.models.loading import is_encoder_decoder, load_model
+from plad_fast.models.loading import load_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
 _SETTINGS = ("lora_r", "lora_alpha", "lora_targets", "lora_dropout", "load_in_4bit")
@@ -69,15 +69,22 @@ class Lora:
             return ALL_LINEAR
         return [name.strip() for name in self.targets.split(",")]
 
-    def check(self, model: nn.Module) -> None:
-        """Raises UsageError unless the model has all target layers."""
-        names = [name for name, part in model.named_modules() if hasattr(part, "weight")]
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises UsageError unless the model has all target layers, and each of them alone."""
+        parts = {name: part for name, part in model.named_modules() if hasattr(part, "weight")}
+        weights = [part.weight for part in parts.values()]
         for target in [] if self.targets == ALL_LINEAR else self.target_modules:
-            if not any(f".{name}".endswith(f".{target}") for name in names):
-                linear = {name.rpartition(".")[2] for name in names if ".layers." in f".{name}"}
+            found = [part for name, part in parts.items() if f".{name}".endswith(f".{target}")]
+            if not found:
+                linear = {name.rpartition(".")[2] for name, w in parts.items() if w.weight.ndim > 1}
                 raise UsageError(
                     f"--lora-targets {self.targets}: the model has no layer {target!r}; it has "
                     f"{', '.join(sorted(linear))}"
+                )
+            if any(sum(part.weight is weight for weight in weights) > 1 for part in found):
+                raise UsageError(
+                    f"--lora-targets {self.targets}: the weights of {target!r} are those of another "
+                    "layer, too, so that adapters there could not be merged; leave it out"
                 )
 
 
@@ -109,7 +116,7 @@ def load_with_lora(
         # Merged in float32, and only then rounded.
         model = load_model(source, dtype=torch.float32, merge_adapters=True).to(dtype)
     lora.check(model)
-    task = TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(source) else TaskType.CAUSAL_LM
+    task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT multiplies with any number

@@ -12,7 +12,7 @@ from plad_fast.errors import UsageError, reason_of, reported_as
 from plad_fast.training.trained_folders import LOG, RECORD
 
 # Of this machine, or of no use without it.
-_STAYS = [MANIFEST, RECORD, LOG, "training_args.bin"]
+_STAYS = (MANIFEST, RECORD, LOG, "training_args.bin")
 _TOKEN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -53,7 +53,7 @@ def push(folder: Path, repository: str) -> str:
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            ignore_patterns=_STAYS,
+            ignore_patterns=[*_STAYS],
             commit_message="Add a model trained with plad_fast",
         )
     except Exception as error:

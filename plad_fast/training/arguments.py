@@ -95,7 +95,10 @@ def _try_out(settings: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     """Finds out at once what a trainer would refuse once its model and data are loaded."""
     listed = " ".join(f"{name}={value}" for name, value in settings.items())
     with reported_as(f"--training {listed}: the trainer does not take it"):
-        config = PLaDConfig("unused", use_cpu=True, **settings, **others)
+        try:
+            config = PLaDConfig("unused", use_cpu=True, **settings, **others)
+        except UsageError as error:
+            raise UsageError(f"--training: {error}") from None
         # These two make optimizers of parts of a model, which is not there yet.
         if not config.optim_target_modules:
             Trainer.get_optimizer_cls_and_kwargs(config)
