@@ -71,20 +71,23 @@ class Lora:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises UsageError unless the model has all target layers, and each of them alone."""
-        parts = {name: part for name, part in model.named_modules() if hasattr(part, "weight")}
-        weights = [part.weight for part in parts.values()]
+        weights = {
+            name: part.weight
+            for name, part in model.named_modules()
+            if getattr(part, "weight", None) is not None
+        }
         for target in [] if self.targets == ALL_LINEAR else self.target_modules:
-            found = [part for name, part in parts.items() if f".{name}".endswith(f".{target}")]
+            found = [w for name, w in weights.items() if f".{name}".endswith(f".{target}")]
             if not found:
-                linear = {name.rpartition(".")[2] for name, w in parts.items() if w.weight.ndim > 1}
+                linear = {name.rpartition(".")[2] for name, w in weights.items() if w.ndim > 1}
                 raise UsageError(
                     f"--lora-targets {self.targets}: the model has no layer {target!r}; it has "
                     f"{', '.join(sorted(linear))}"
                 )
-            if any(sum(part.weight is weight for weight in weights) > 1 for part in found):
+            if any(sum(w is weight for w in weights.values()) > 1 for weight in found):
                 raise UsageError(
-                    f"--lora-targets {self.targets}: the weights of {target!r} are those of another "
-                    "layer, too, so that adapters there could not be merged; leave it out"
+                    f"--lora-targets {self.targets}: {target!r} shares its weights with another "
+                    "layer, so that adapters there could not be merged; leave it out"
                 )
 
 

@@ -193,6 +193,19 @@ def test_what_adapters_do_not_take_is_named(options, named, tiny_teacher, pairs,
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_on_a_tied_head_are_refused(tiny_model, tiny_tokenizer, pairs, tmp_path, capsys):
+    """No later training could begin with them."""
+    config = transformers.LlamaConfig(
+        **{**tiny_model.config.to_dict(), "tie_word_embeddings": True}
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    tiny_tokenizer.save_pretrained(tmp_path / "tied")
+    command = train(tmp_path / "tied", pairs, tmp_path / "out", "--lora-r", "2")
+    assert main([*command, "--lora-targets", "q_proj,lm_head"]) == 2
+    assert "'lm_head' shares its weights with another layer" in capsys.readouterr().err
+    assert main([*command, "--epochs", "1"]) == 0
+
+
 def test_layers_that_a_student_lacks_are_found_before_its_teacher_answers(
     tiny_teacher, tmp_path, capsys
 ):
