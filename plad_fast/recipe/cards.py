@@ -28,11 +28,16 @@ def training_summary(log: Sequence[Mapping[str, Any]]) -> str:
 
 
 def describe_training(
-    folder: Path, model: str, pairs: str, log: Sequence[Mapping[str, Any]]
+    folder: Path,
+    model: str,
+    pairs: str,
+    eval_pairs: str | None,
+    log: Sequence[Mapping[str, Any]],
 ) -> None:
     """Writes the card of a model of `plad-fast train`."""
     record = found_record(folder) or {}
     settings = {name: value for name, value in record.items() if name not in _NOT_SETTINGS}
+    settings = {"model": model, "pairs": pairs, "eval_pairs": eval_pairs, **settings}
     write_card(
         folder,
         base_model=model,
@@ -42,11 +47,7 @@ def describe_training(
             "outcome": training_summary(log),
         },
         command="plad-fast train",
-        settings={
-            "model": model,
-            "pairs": pairs,
-            **{name: value for name, value in settings.items() if value is not None},
-        },
+        settings={name: value for name, value in settings.items() if value is not None},
         versions=versions(),
         datasets=[pairs],
     )

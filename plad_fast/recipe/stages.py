@@ -180,7 +180,7 @@ def train_on_pairs(
     if done_before:
         print("done before, with the same settings and pairs", flush=True)
     print(f"{training_summary(log)}\nmodel: {folder}", flush=True)
-    describe_training(folder, model, pairs, log)
+    describe_training(folder, model, pairs, eval_pairs, log)
     if push_to_hub is not None:
         print(f"pushed: {push(folder, push_to_hub)}", flush=True)
     return folder

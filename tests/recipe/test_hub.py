@@ -34,7 +34,9 @@ def settings_of(card: ModelCard) -> dict:
 
 def test_a_push_is_the_model_with_its_card(hub, tiny_teacher, pairs, tmp_path, capsys):
     output = tmp_path / "out"
-    assert main(train(tiny_teacher, pairs, output, *PUSH, "--training", "optim=adafactor")) == 0
+    measured = ("--eval-pairs", str(pairs), "--eval-steps", "1")
+    optimizer = ("--training", "optim=adafactor")
+    assert main(train(tiny_teacher, pairs, output, *PUSH, *measured, *optimizer)) == 0
     assert f"pushed: {hub.address}/someone/student" in capsys.readouterr().out
     assert hub.created[0]["visibility"] == "private"
     pushed = hub.files["someone/student"]
@@ -51,10 +53,18 @@ def test_a_push_is_the_model_with_its_card(hub, tiny_teacher, pairs, tmp_path, c
     assert card.data.library_name == "transformers"
     assert card.data.base_model is None  # a folder of this machine
     assert str(tmp_path) not in card.content
-    for told in ("plad_ranking", "4 rows", "all weights", "nll", "To be stated by whoever"):
+    for told in (
+        "plad_ranking",
+        "4 rows",
+        "all weights",
+        "best checkpoint",
+        "To be stated by whoever",
+    ):
         assert told in card.text
     # The card's settings make the model again.
-    config = {**settings_of(card), "model": str(tiny_teacher), "pairs": str(pairs)}
+    config = settings_of(card)
+    assert (config["model"], config["eval_pairs"]) == (tiny_teacher.name, pairs.name)
+    config |= {"model": str(tiny_teacher), "pairs": str(pairs), "eval_pairs": str(pairs)}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config))
     again = ["train", "--config", str(tmp_path / "settings.yaml"), "--output-dir"]
     assert main([*again, str(tmp_path / "again")]) == 0
