@@ -238,7 +238,9 @@ def _class_of(location: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM
     source = location["pretrained_model_name_or_path"]
     if not Path(source, "config.json").is_file():  # that of adapters alone is with their base
-        source = _base_of_adapters(location) or source
+        base = _base_of_adapters(location)
+        if base is not None:
+            return _class_of(_locate(base))
     config = AutoConfig.from_pretrained(source, **_NO_FOREIGN_CODE)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from fnmatch import fnmatch
@@ -54,7 +55,8 @@ _FREE = ("report_to", "run_name", "project", "trackio_*", "log_*", "logging_*", 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Instead of a line of usage and the end of the process."""
-        raise UsageError(f"--training: {message.removeprefix('argument ').lstrip('-')}")
+        message = re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message)
+        raise UsageError(f"--training {message}")
 
 
 def training_arguments(

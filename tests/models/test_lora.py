@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from plad_fast.cli import main
+from plad_fast.models import lora
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_pairs
 from plad_fast.training import checkpoints
@@ -213,6 +214,27 @@ def test_layers_that_a_student_lacks_are_found_before_its_teacher_answers(
     assert main(command) == 2
     assert "--lora-targets wq: the model has no layer 'wq'" in capsys.readouterr().err
     assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_in_bfloat16_the_adapters_keep_float32(tiny_teacher, pairs, tmp_path, monkeypatch):
+    """The frozen weights do not; the losses are close to those in float32."""
+    frozen = []
+    real = lora.Lora.check
+    monkeypatch.setattr(
+        lora.Lora, "check", lambda self, model: (frozen.append(model.dtype), real(self, model))
+    )
+    logs = {}
+    for precision in ("float32", "bfloat16"):
+        options = ("--epochs", "4", "--precision", precision)
+        output = run(tiny_teacher, pairs, tmp_path / precision, *options)
+        logs[precision] = json.loads((output / "log_history.json").read_text())
+        weights = load_file(output / ADAPTERS).values()
+        assert {weight.dtype for weight in weights} == {torch.float32}
+    assert frozen == [torch.float32, torch.bfloat16]
+    first, last = ([log[i]["nll"] for log in logs.values()] for i in (0, -2))
+    assert first[1] == pytest.approx(first[0], rel=0.01)
+    assert last[1] == pytest.approx(last[0], rel=0.1)
+    assert last[1] < 0.8 * first[1]
 
 
 def test_four_bits(tiny_teacher, pairs, tmp_path, monkeypatch):
