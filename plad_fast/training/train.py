@@ -192,7 +192,6 @@ def train_model(
         if last is None or not has_ended(last):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options: dict[str, Any] = {
-                "output_dir": str(checkpoints),
                 **objective,
                 "max_length": max_length,
                 "num_train_epochs": epochs,
@@ -215,7 +214,8 @@ def train_model(
                     "eval_steps": eval_steps or math.ceil(steps / _EVALUATIONS),
                     "metric_for_best_model": metric_for_best_model,
                 }
-            trainer = _trainer(source, rows, eval_rows, lora, **{**options, **arguments})
+            options |= {"output_dir": str(checkpoints), **arguments}
+            trainer = _trainer(source, rows, eval_rows, lora, **options)
             with deferred_signals(_NOTICE) as asked:
                 trainer.add_callback(Checkpoints(checkpoints, digest(record), asked))
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
