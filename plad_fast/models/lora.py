@@ -128,10 +128,9 @@ def load_with_lora(
         task_type=task,
     )
     set_seed(seed)
-    with (
-        reported_as(f"cannot put adapters on the model from {os.fspath(source)!r}", "peft"),
-        warnings.catch_warnings(action="ignore", category=FutureWarning),  # of PEFT's own calls
-    ):
+    problem = f"cannot put adapters on the model from {os.fspath(source)!r}"
+    with reported_as(problem, "peft"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
         adapted = get_peft_model(model, config)
     path = expanded(source)
     base = str(path.resolve()) if is_there(path) else os.fspath(source)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 TOKEN = "hf_of_this_test"
 
@@ -37,12 +38,19 @@ class HubServer(ThreadingHTTPServer):
         self._patch.setattr(constants, "ENDPOINT", self.address)
         self._patch.setattr(constants, "HF_HUB_OFFLINE", False)
         self._patch.setenv("HF_TOKEN", TOKEN)
+        _forget_session()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._patch.undo()
+        _forget_session()
         self.shutdown()
         self.server_close()
+
+
+def _forget_session() -> None:
+    """Of the library's older versions, which keep one that is offline."""
+    getattr(_http, "reset_sessions", lambda: None)()
 
 
 class _Handler(BaseHTTPRequestHandler):
