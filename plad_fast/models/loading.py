@@ -71,12 +71,18 @@ def load_model(
                     "move the adapters to a folder of their own, and name this one there as "
                     "base_model_name_or_path"
                 )
-            model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
             adapters = location["pretrained_model_name_or_path"]
-            if merge_adapters:
-                return merged_adapters(adapters, model)
-            model.load_adapter(adapters)
-            return model.eval().requires_grad_(False)
+            if not merge_adapters:
+                model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
+                model.load_adapter(adapters)
+                return model.eval().requires_grad_(False)
+            # What adapters add is small beside a weight: it is rounded with the sum, not before.
+            wide = dtype
+            if isinstance(dtype, torch.dtype):
+                wide = torch.promote_types(dtype, torch.float32)
+            model = load_model(base, dtype=wide, device=device, merge_adapters=True)
+            merged = merged_adapters(adapters, model)
+            return merged.to(dtype) if isinstance(dtype, torch.dtype) else merged
         model, loaded = _class_of(location).from_pretrained(
             **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
         )

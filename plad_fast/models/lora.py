@@ -116,8 +116,7 @@ def load_with_lora(
     if lora.in_4bit:
         model = load_model(source, dtype=dtype, device=best_device(), in_4bit=True)
     else:
-        # Merged in float32, and only then rounded.
-        model = load_model(source, dtype=torch.float32, merge_adapters=True).to(dtype)
+        model = load_model(source, dtype=dtype, merge_adapters=True)
     lora.check(model)
     task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(
