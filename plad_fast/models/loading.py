@@ -33,6 +33,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     merge_adapters: bool = False,
+    in_4bit: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal or an encoder-decoder language model, in evaluation mode.
 
@@ -44,34 +45,84 @@ def load_model(
         dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
         device: where to put the weights; None leaves them on the CPU.
         merge_adapters: merge adapters into the base model's weights, which can then all be trained,
-            and are saved whole. Left in the layers, adapters keep every weight frozen.
+            and are saved whole. Left in the layers, adapters keep every weight frozen. (A base
+            that is itself a .gguf file, or adapters, is made whole either way.)
+        in_4bit: quantise the linear layers but the head, by bitsandbytes (NF4, double
+            quantisation), and multiply in `dtype`; all weights are frozen.
 
     Raises:
-        UsageError: nothing there, not a language model, or not all of its weights; and adapters
-            that cannot be merged.
+        UsageError: nothing there, not a language model, or not all of its weights; adapters that
+            cannot be merged; and, to be quantised, a .gguf file or adapters.
     """
     location = _locate(source)
+    if in_4bit:
+        return _load_in_4bit(location, source, dtype, device)
     if "gguf_file" in location:
         _require_gguf()
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
     with _loading("a language model", source):
-        base = _base_of_adapters(location) if merge_adapters else None
-        if base is not None:
-            if expanded(base).resolve() == expanded(source).resolve():
+        base = _base_of_adapters(location)
+        is_beside = base is not None and expanded(base).resolve() == expanded(source).resolve()
+        if base is not None and (merge_adapters or not (is_beside or _is_plain(base))):
+            if is_beside:
                 raise UsageError(
                     f"folder {os.fspath(source)!r} holds adapters and the model that they are on; "
                     "move the adapters to a folder of their own, and name this one there as "
                     "base_model_name_or_path"
                 )
-            model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
-            return merged_adapters(location["pretrained_model_name_or_path"], model)
+            adapters = location["pretrained_model_name_or_path"]
+            if not merge_adapters:
+                model = load_model(base, dtype=dtype, device=device, merge_adapters=True)
+                model.load_adapter(adapters)
+                return model.eval().requires_grad_(False)
+            # What adapters add is small beside a weight: it is rounded with the sum, not before.
+            wide = dtype
+            if isinstance(dtype, torch.dtype):
+                wide = torch.promote_types(dtype, torch.float32)
+            model = load_model(base, dtype=wide, device=device, merge_adapters=True)
+            merged = merged_adapters(adapters, model)
+            return merged.to(dtype) if isinstance(dtype, torch.dtype) else merged
         model, loaded = _class_of(location).from_pretrained(
             **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
         )
     _require_all_weights(model, loaded, source)
     _forget_quantization(model)
     return model if device is None else model.to(device)
+
+
+def _load_in_4bit(
+    location: dict[str, Any],
+    source: str | os.PathLike[str],
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+) -> PreTrainedModel:
+    from transformers import BitsAndBytesConfig
+
+    if "gguf_file" in location or _base_of_adapters(location) is not None:
+        what = "is a .gguf file" if "gguf_file" in location else "holds adapters"
+        raise UsageError(
+            f"--load-in-4bit: {os.fspath(source)!r} {what}, and only a model with weights of its "
+            "own can be quantised as it is loaded; save it whole first (train with --merge, or "
+            "load_model(..., merge_adapters=True).save_pretrained)"
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    with _loading("a language model in 4 bits", source):
+        model, loaded = _class_of(location).from_pretrained(
+            **location,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": device or "cpu"},
+            output_loading_info=True,
+            **_NO_FOREIGN_CODE,
+        )
+    _require_all_weights(model, loaded, source)
+    return model.requires_grad_(False)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -193,7 +244,9 @@ def _class_of(location: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM
     source = location["pretrained_model_name_or_path"]
     if not Path(source, "config.json").is_file():  # that of adapters alone is with their base
-        source = _base_of_adapters(location) or source
+        base = _base_of_adapters(location)
+        if base is not None:
+            return _class_of(_locate(base))
     config = AutoConfig.from_pretrained(source, **_NO_FOREIGN_CODE)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
@@ -218,6 +271,12 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
         )
     _require_an_end(Path(source), base)
     return base
+
+
+def _is_plain(base: str) -> bool:
+    """Whether transformers puts adapters on a base model by itself."""
+    location = _locate(base)
+    return "gguf_file" not in location and _base_of_adapters(location) is None
 
 
 def _named_base(config_file: str | os.PathLike[str]) -> str:

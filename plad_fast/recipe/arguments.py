@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from plad_fast import __version__
 from plad_fast.recipe.fields import flag
-from plad_fast.recipe.settings import SELECTION, DistillConfig
+from plad_fast.recipe.settings import SELECTION, DistillConfig, TrainConfig
 from plad_fast.recipe.settings_file import coerce, load_settings
 
 _EPILOG = """\
@@ -30,7 +30,13 @@ After 75 and 130 the same command goes on from where it was: a training saves a
 checkpoint at the end of its step. A second signal ends it at once.
 """
 
-_FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
+_OF_DISTILL = tuple(field.name for field in dataclasses.fields(DistillConfig))
+_OF_TRAIN = tuple(field.name for field in dataclasses.fields(TrainConfig))
+_FIELDS = {
+    field.name: field
+    for config in (DistillConfig, TrainConfig)
+    for field in dataclasses.fields(config)
+}
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
 _ENDPOINT = (
@@ -44,6 +50,9 @@ _RESOURCES = (
     *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),
     *("precision", "saves_per_stage"),
 )
+_ADAPTERS = (
+    "lora_r", "lora_alpha", "lora_targets", "lora_dropout", "load_in_4bit", "merge",
+)  # fmt: skip
 _EVALUATION = ("eval_scorer", "calibration_samples")
 # Of `--help`, in this order.
 _GROUPS = {
@@ -52,13 +61,22 @@ _GROUPS = {
     "answers": ("teacher_temperature", *_GENERATION, "rejected_from", *_ENGINE),
     "scores and pairs": _SELECTION,
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
-    "loss and optimizer": ("rounds", "loss", "epochs", "learning_rate", *_LOSS, "patience"),
-    "evaluation": _EVALUATION,
+    "loss and optimizer": (
+        *("rounds", "loss", "epochs", "learning_rate", *_LOSS, "patience", "training"),
+    ),
+    "adapters": _ADAPTERS,
+    "evaluation": (*_EVALUATION, *_OF_TRAIN),
+    "publishing": ("push_to_hub",),
     "memory, precision, checkpoints": _RESOURCES,
     "teacher or judge by endpoint": (*_ENDPOINT, "batch"),
 }
+# Of transformers' trainer, and looked for among the flags.
+_OF_TRAINER = ("optim", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay",
+               "max_grad_norm", "report_to", "run_name", "logging_steps")  # fmt: skip
 _METAVARS = {"output_dir": "DIR", "pairs": "FILE"}
-_OF_TYPES = {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}
+_OF_TYPES = {
+    "int": "N", "float": "X", "str": "TEXT", "bool": "true|false", "Mapping": "KEY=VALUE",
+}  # fmt: skip
 _OF_MODEL = "hub id, folder or .gguf file, or offline"
 
 
@@ -107,7 +125,7 @@ _EMPTY_FIRST = "empty the folder of an earlier run first"
 COMMANDS = {
     "distill": Command(
         "The whole recipe: fine-tune, pair, calibrate, evaluate.",
-        settings=tuple(_FIELDS),
+        settings=_OF_DISTILL,
         overwrite=_EMPTY_FIRST,
     ),
     "quickstart": Command(
@@ -135,7 +153,10 @@ COMMANDS = {
     "train": Command(
         "Train a model on preference pairs, or fine-tune on their chosen responses.",
         needs=("model", "pairs", "output_dir"),
-        settings=("loss", "epochs", "learning_rate", *_LOSS, *_RESOURCES, "seed"),
+        settings=(
+            *("loss", "epochs", "learning_rate", *_LOSS, *_RESOURCES, "seed", "training"),
+            *(*_ADAPTERS, *_OF_TRAIN, "push_to_hub"),
+        ),
         help={
             "model": f"{_OF_MODEL}; PEFT adapters are merged into their base first",
             "pairs": "JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected",
@@ -201,7 +222,9 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if key == "prompt_template":
             text = _unescape(text)
         if key in known:
-            settings[key] = text if key in raw else coerce(key, text, flag(key))
+            value = text if key in raw else coerce(key, text, flag(key))
+            both = isinstance(value, dict) and key in settings
+            settings[key] = {**settings[key], **value} if both else value
     if missing := [flag(need) for need in command.needs if need not in settings]:
         arguments.parser.error(f"{name} needs {_listed(missing)}, as flags or in --config")
     return settings
@@ -264,8 +287,10 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             default = command.defaults.get(of_field.name, of_field.default)
             text = command.help.get(of_field.name, of_field.metadata["help"])
             text += "" if default is None else f" (default: {default})"
-            kind = str(of_field.type).partition(" ")[0]
+            kind = str(of_field.type).partition(" ")[0].partition("[")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
+            if kind == "Mapping":
+                switch = {"action": "append"}
             group.add_argument(
                 flag(of_field.name),
                 default=argparse.SUPPRESS,
@@ -315,6 +340,8 @@ def _unrecognized(
         others = [other for other in commands if name in flags[other]]
         if close := difflib.get_close_matches(name, flags[command], n=1):
             hints.append(f"did you mean {close[0]}?")
+        elif name.strip("-").replace("-", "_") in _OF_TRAINER and command in ("train", "distill"):
+            hints.append(f"settings of the trainer are given as --training {name[2:]}=...")
         elif others:
             hints.append(f"{name} is a flag of {_listed(others)}, not of {command}")
     if not hints and not unknown[0].startswith("-"):

@@ -14,7 +14,10 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.recipe.inputs import prompts_digest
 from plad_fast.recipe.settings import SELECTION, DistillConfig
 
-_OF_TRAINING = ("seed", "precision", "max_length")
+_OF_TRAINING = (
+    *("seed", "precision", "max_length", "training"),
+    *("lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "merge"),
+)
 _OF_SAMPLES = ("max_new_tokens", "student_temperature", "top_p", "seed", "precision")
 _OF_TEACHER = ("teacher", "base_url", "teacher_temperature", "teacher_samples")
 STAGES: dict[str, tuple[str, ...]] = {
@@ -22,10 +25,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     # What else its answers depend on, the folder is bound to: see `bound_settings`.
     "teacher's answers": ("teacher_samples",),
     "fine-tuning": (
-        "reasoning",
-        "sft_epochs",
-        "sft_learning_rate",
-        "sft_batch_size",
+        *("reasoning", "sft_epochs", "sft_learning_rate", "sft_batch_size", "lora_dropout"),
         *_OF_TRAINING,
     ),
     "samples": ("reasoning", "student_samples", "rejected_from", *_OF_SAMPLES),

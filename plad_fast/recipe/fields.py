@@ -85,6 +85,7 @@ def read_value(kind: str, value: Any, where: str) -> Any:
             raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
         return value
     for name, read, what in (
+        ("Mapping", _mapping, "KEY=VALUE, or a mapping in a file"),
         ("tuple[int", _several(_whole), "a whole number or several"),
         ("tuple[float", _several(_finite), "a number or several"),
         ("int", _whole, "a whole number"),
@@ -131,3 +132,18 @@ def _several(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return tuple(map(read, value))
 
     return read_each
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Of a mapping, or of texts KEY=VALUE, whose values are read as in a YAML file."""
+    import yaml
+
+    if not isinstance(value, dict):
+        texts = [text.partition("=") for text in value]
+        if not all(key and equals for key, equals, _ in texts):
+            raise ValueError
+        try:
+            value = {key: yaml.safe_load(text) for key, _, text in texts}
+        except yaml.YAMLError:
+            raise ValueError from None
+    return {str(key).replace("-", "_"): inner for key, inner in value.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +237,35 @@ class DistillConfig:
     saves_per_stage: int = free_setting(
         4, "number of checkpoints per training; each of the calibration's is validated", AT_LEAST_1
     )
+    training: Mapping[str, Any] | None = setting(
+        None,
+        "further setting of the trainer, KEY=VALUE, by its name in transformers.TrainingArguments "
+        "or PLaDConfig (optim=adafactor, lr_scheduler_type=cosine, report_to=wandb); repeat; in a "
+        "--config file `training: {KEY: VALUE}`",
+    )
+
+    lora_r: int | None = setting(
+        None, "rank of LoRA adapters to train in place of all weights", AT_LEAST_1
+    )
+    lora_alpha: float | None = setting(
+        None, "scale of the adapters, times the rank; default: twice the rank", POSITIVE
+    )
+    lora_targets: str | None = setting(
+        None, "names of layers with adapters, with commas; default: all-linear, all but the head"
+    )
+    lora_dropout: float = setting(
+        0.0,
+        "dropout before the adapters in fine-tuning; losses that compare responses have none",
+        Rule("must be at least 0 and below 1", lambda value: 0 <= value < 1),
+    )
+    load_in_4bit: bool = setting(
+        False, "quantise the frozen weights to 4 bits by bitsandbytes (QLoRA); needs a GPU"
+    )
+    merge: bool = setting(False, "save the whole model, adapters merged, in place of adapters")
+
+    push_to_hub: str | None = free_setting(
+        None, "repository to push the trained model to, NAME/MODEL; private where it is new"
+    )
 
     def __post_init__(self) -> None:
         # `--help` loads no torch.
@@ -282,6 +311,12 @@ class DistillConfig:
                     f"{flag(temperature)} 0; raise it"
                 )
         check_settings(self.loss, vars(self), flag)
+        check_adapters(vars(self))
+        if self.load_in_4bit and not self.merge:
+            raise UsageError(
+                "--load-in-4bit: the calibration begins with the fine-tuned student, which can be "
+                "quantised only as a whole model; add --merge"
+            )
         size = self.micro_batch_size
         if size is not None and (self.batch_size % size or self.sft_batch_size % size):
             raise UsageError(
@@ -371,10 +406,16 @@ class DistillConfig:
 
     def results_settings(self) -> dict[str, Any]:
         """The settings on which results depend, as plain values, the loss's own among them."""
+        from plad_fast.training.arguments import of_weights
+
         affecting = {f.name for f in dataclasses.fields(self) if f.metadata["affects_results"]}
-        return {name: value for name, value in self.as_dict().items() if name in affecting} | dict(
-            zip(("sft_weight", "length_normalization"), self._terms, strict=True)
-        )
+        settings = {name: value for name, value in self.as_dict().items() if name in affecting}
+        sft_weight, alpha = self._terms
+        return settings | {
+            "sft_weight": sft_weight,
+            "length_normalization": alpha,
+            "training": of_weights(self.training or {}) or None,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""
@@ -382,16 +423,46 @@ class DistillConfig:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
 
 
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `plad-fast train` can be told beside the settings that it shares with `distill`."""
+
+    eval_pairs: str | None = setting(
+        None, "pairs to measure while training; the best checkpoint becomes the model"
+    )
+    eval_steps: int | None = setting(
+        None, "optimizer steps between evaluations; default: a tenth of all", AT_LEAST_1
+    )
+    metric_for_best_model: str = setting(
+        "loss", "metric of --eval-pairs that says which checkpoint is the best"
+    )
+
+
 def check_training(settings: Mapping[str, Any]) -> None:
-    """Checks the settings of a training, by the names of `DistillConfig`, before a model or a row
-    is read. Any but `loss` may be missing or None. UsageError with the flag's name for a value out
-    of range, or an option that the loss does not have."""
+    """Checks the settings of a training, by the names of `DistillConfig` and `TrainConfig`, before
+    a model or a row is read. Any but `loss` may be missing or None. UsageError with the flag's name
+    for a value out of range, an option that the loss does not have, or one that would do nothing.
+    """
     from plad_fast.losses.objective import check_settings
 
-    for field in dataclasses.fields(DistillConfig):
+    for field in (*dataclasses.fields(DistillConfig), *dataclasses.fields(TrainConfig)):
         if settings.get(field.name) is not None:
             checked(field, settings[field.name])
     check_settings(settings["loss"], settings, flag)
+    check_adapters(settings)
+    _require("eval_pairs", settings, ("eval_steps", "metric_for_best_model"))
+
+
+def check_adapters(settings: Mapping[str, Any]) -> None:
+    """Raises UsageError for settings of adapters where there are none."""
+    names = ("lora_alpha", "lora_targets", "lora_dropout", "load_in_4bit", "merge")
+    _require("lora_r", settings, names)
+
+
+def _require(needed: str, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+    given = [name for name in names if settings.get(name)]
+    if given and settings.get(needed) is None:
+        raise UsageError(f"{flag(given[0])} does nothing without {flag(needed)}")
 
 
 def expanded(output_dir: str) -> str:

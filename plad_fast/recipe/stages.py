@@ -14,8 +14,10 @@ from plad_fast.models.devices import require_one_gpu
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.generation.ranks import joined
+from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES
+from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import (
     dropped_file,
     load_recipe_prompts,
@@ -27,7 +29,7 @@ from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, 
 from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
-from plad_fast.training.train import train_model
+from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
 # The endpoint's address is among what the teacher is known by.
@@ -122,14 +124,18 @@ def train_on_pairs(
     loss: str = "plad_ranking",
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
+    eval_pairs: str | None = None,
+    push_to_hub: str | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Train a model on a file of pairs; make `output_dir`. Resumable.
+    """Train a model on a file of pairs; make `output_dir`, with a model card in it. Resumable.
 
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
+        eval_pairs: likewise; see `eval_rows` of `train_model`.
+        push_to_hub: repository to push the model to, NAME/MODEL.
         overwrite: remove a model that an earlier training made there, and its checkpoints, first. A
             folder with anything else in it is refused.
         options: of `train_model`, whose defaults they have, and `saves_per_stage`.
@@ -140,13 +146,19 @@ def train_on_pairs(
             this very training made.
     """
     require_one_gpu()
-    given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate}
-    check_training({**given, **options})
+    given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate, **options}
+    given |= {} if eval_pairs is None else {"eval_pairs": eval_pairs}
+    check_training(given)
+    lora, _ = adapters_and_arguments(given)
     source = find_model(model, "--model")
+    if push_to_hub is not None:
+        check_push(push_to_hub, base=None if lora is None or options.get("merge") else source)
     rows = read_pairs(pairs)
     findings = check_rows(rows)
     show_findings(findings)
     require_learnable(findings, "give other --pairs")
+    if eval_pairs is not None:
+        options["eval_rows"] = read_pairs(eval_pairs)
     folder = Path(expanded(output_dir))
     # One that is not there is made at the end; its checkpoints are locked until then.
     with held_folder(folder) if folder.exists() else nullcontext():
@@ -171,8 +183,8 @@ def train_on_pairs(
         )
     if done_before:
         print("done before, with the same settings and pairs", flush=True)
-    last: Mapping[str, Any] = next((entry for entry in reversed(log) if "nll" in entry), {})
-    shown = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
-    metrics = ", ".join(f"{name} {last[name]:.3f}" for name in shown if name in last)
-    print(f"{metrics}\nmodel: {folder}", flush=True)
+    print(f"{training_summary(log)}\nmodel: {folder}", flush=True)
+    describe_training(folder, model, pairs, eval_pairs, log)
+    if push_to_hub is not None:
+        print(f"pushed: {push(folder, push_to_hub)}", flush=True)
     return folder

@@ -1,5 +1,5 @@
 """Checkpoints that are verified before a training resumes from them; the newest two are kept, and
-the one that a validation found best."""
+the one that a validation, or evaluations, found best."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def newest_checkpoint(folder: Path, training: str) -> Path | None:
     found, broken = None, []
     for step, path in reversed(_checkpoints(folder)):
         reason = damage(path, step=step, training=training)
+        best = best_checkpoint(path) if reason is None else None
+        if best not in (None, path):
+            reason = damage(best, training=training)
+            reason = reason and f"of {best.name}, the best until then, {reason}"
         if reason is None:
             found = path
             break
@@ -53,12 +57,28 @@ def newest_checkpoint(folder: Path, training: str) -> Path | None:
     return found
 
 
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state as it was saved."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+
+
 def has_ended(checkpoint: Path, patience: int | None = None) -> bool:
     """Whether a checkpoint is that of its training's last step, or of the one at which the
     `patience` of its validation came to an end."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = trainer_state(checkpoint)
     stalled = patience is not None and has_stalled(state["log_history"], patience)
     return stalled or state["global_step"] >= state["max_steps"]
+
+
+def best_checkpoint(last: Path) -> Path | None:
+    """The one that the validation or the evaluations until `last` found best, or this where there
+    were none; None for the model that the training began with."""
+    state = trainer_state(last)
+    check = best_check(state["log_history"])
+    if check is not None and check["step"] == 0:
+        return None
+    step = state.get("best_global_step") if check is None else check["step"]
+    return last.with_name(f"checkpoint-{step}") if step else last
 
 
 class Checkpoints(TrainerCallback):
@@ -66,7 +86,8 @@ class Checkpoints(TrainerCallback):
 
     A list of their files is written when all of them are on the disk; older ones go after that,
     by their step: clocks may be wrong. Beside the Trainer's own steps it saves after every ten
-    minutes, and at the next step when the process is asked to end, which also ends the training.
+    minutes, with every evaluation, and at the next step when the process is asked to end, which
+    also ends the training.
 
     Args:
         folder: of the checkpoints, the Trainer's `output_dir`.
@@ -92,16 +113,20 @@ class Checkpoints(TrainerCallback):
         elif self._began - self._saved >= self._wait:
             control.should_save = True
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Whether it is the best so far is found out after this."""
+        control.should_save = True
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes the new checkpoint count, and removes older ones."""
         path = self._folder / f"checkpoint-{state.global_step}"
         sync_tree(path)
         write_manifest(path, step=state.global_step, training=self._training)
         sync_folder(self._folder)
-        best = best_check(state.log_history)
-        for step, old in _checkpoints(self._folder)[:-_KEPT]:
-            if best is None or step != best["step"]:
-                shutil.rmtree(old, ignore_errors=True)
+        paths = [path for _, path in _checkpoints(self._folder)]
+        kept = {*paths[-_KEPT:], *map(best_checkpoint, paths[-_KEPT:])}
+        for old in [path for path in paths if path not in kept]:
+            shutil.rmtree(old, ignore_errors=True)
         self._saved = time.monotonic()
         self._wait = max(_SECONDS, (self._saved - self._began) / _SHARE)
 

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ProgressCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast.data.locks import locked
-from plad_fast.data.manifest import damage, require_whole
+from plad_fast.data.manifest import require_whole
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
+from plad_fast.models.lora import Lora, load_with_lora
+from plad_fast.training.arguments import of_weights, training_arguments
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.config import PLaDConfig
+from plad_fast.training.setup import BASE
 from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
+    LOGS,
     RECORD,
     checkpoints_of,
-    copy_model,
     discard_checkpoints,
     found_record,
     is_trained,
@@ -39,9 +39,10 @@ from plad_fast.training.trained_folders import (
     write_record,
 )
 from plad_fast.training.trainer import PLaDTrainer
-from plad_fast.training.validation import Validation, Validator, best_check
+from plad_fast.training.validation import Validation, Validator
 
 _WARMUP_SHARE = 0.1
+_EVALUATIONS = 10  # of a training, where nothing else is said
 # transformers 5 has another name for it.
 _CHECKPOINTING = (
     "activation_checkpointing"
@@ -71,6 +72,16 @@ def train_model(
     loss_args: str | None = None,
     sft_weight: float | None = None,
     length_normalization: float | None = None,
+    lora_r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: str | None = None,
+    lora_dropout: float = 0.0,
+    load_in_4bit: bool = False,
+    merge: bool = False,
+    training: Mapping[str, Any] | None = None,
+    eval_rows: Sequence[Mapping[str, Any]] | None = None,
+    eval_steps: int | None = None,
+    metric_for_best_model: str = "loss",
     validation: Validation | None = None,
     replace: bool = False,
 ) -> list[dict[str, Any]]:
@@ -83,12 +94,12 @@ def train_model(
     resumed from. One more is made every ten minutes, and at the end of the step at which Ctrl-C,
     SIGTERM or SIGHUP comes, whose usual effect comes after that.
 
-    Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1;
-    parameters in float32.
+    Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1,
+    unless `training` says otherwise; trained parameters in float32.
 
     Args:
         source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
-            are merged into their base model first, and all of its weights are trained.
+            are merged into their base model first.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
@@ -100,6 +111,16 @@ def train_model(
         precision: "float32", "bfloat16" autocast, or "auto".
         max_length: tokens of prompt and response.
         gradient_checkpointing: compute activations again in the backward rather than keep them.
+        lora_r: rank of adapters, which are trained in place of the weights; None trains these. The
+            folder then holds the adapters, and names `source` as their base. Frozen weights are
+            in the dtype of `precision`.
+        lora_alpha, lora_targets, lora_dropout, load_in_4bit: see `Lora`; None for 2 * lora_r, and
+            for all linear layers but the head. Losses that compare responses train without dropout.
+        merge: the folder holds the whole model instead, in float32.
+        training: further settings by the names of `transformers.TrainingArguments` and
+            `PLaDConfig`; see `training_arguments`.
+        eval_rows: rows to measure every `eval_steps` steps (None: ten times), and after the last
+            one; the checkpoint with the best `metric_for_best_model` becomes the model.
         validation: keeps the model that does best by it, measured before the training and at the
             `saves`, that before the training included, and ends one that only gets worse. Default:
             the model of the last step.
@@ -111,9 +132,21 @@ def train_model(
 
     Raises:
         UsageError: the folder holds something else, or a damaged model, or checkpoints of another
-            training lie beside it, or another process trains there; and from loading or from the
-            trainer.
+            training lie beside it, or another process trains there; a dropout that would not act;
+            and from loading, from `Lora`, `training_arguments` or the trainer.
     """
+    lora, arguments = adapters_and_arguments(
+        {
+            "loss": loss,
+            "lora_r": lora_r,
+            "lora_alpha": lora_alpha,
+            "lora_targets": lora_targets,
+            "lora_dropout": lora_dropout,
+            "load_in_4bit": load_in_4bit,
+            "training": training,
+            "eval_pairs": eval_rows,
+        }
+    )
     sft_weight, length_normalization = get_loss(loss).terms(sft_weight, length_normalization)
     micro = micro_batch_size or batch_size
     if batch_size % micro:
@@ -136,9 +169,17 @@ def train_model(
         "precision": precision,
         "max_length": max_length,
         **objective,
+        **({} if lora is None else {**lora.settings(), "merge": merge}),
+        **({"training": of_weights(arguments)} if of_weights(arguments) else {}),
     }
     if validation is not None:
         record["validation"] = {**validation.settings(), "checks": saves}
+    if eval_rows is not None:
+        record |= {
+            "eval_pairs": f"{len(eval_rows)} rows, {digest(list(eval_rows))}",
+            "eval_steps": eval_steps,
+            "metric_for_best_model": metric_for_best_model,
+        }
     if is_trained(output):  # a run may be killed between this and its own record of it
         if not replace or found_record(output) == record:
             require_record(output, record)
@@ -158,25 +199,31 @@ def train_model(
         patience = None if validation is None else validation.patience
         if last is None or not has_ended(last, patience):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
-            trainer = _trainer(
-                source,
-                rows,
-                output_dir=str(checkpoints),
+            options: dict[str, Any] = {
                 **objective,
-                max_length=max_length,
-                num_train_epochs=epochs,
-                learning_rate=learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=round(_WARMUP_SHARE * steps),
-                per_device_train_batch_size=micro,
-                gradient_accumulation_steps=batch_size // micro,
-                max_tokens_per_batch=max_tokens_per_batch,
-                **{_CHECKPOINTING: gradient_checkpointing},
-                bf16=autocast_dtype(precision) == torch.bfloat16,
-                seed=seed,
-                save_steps=max(1, math.ceil(steps / saves)),
-                logging_steps=max(1, steps // 20),
-            )
+                "max_length": max_length,
+                "num_train_epochs": epochs,
+                "learning_rate": learning_rate,
+                "lr_scheduler_type": "linear",
+                "per_device_train_batch_size": micro,
+                "gradient_accumulation_steps": batch_size // micro,
+                "max_tokens_per_batch": max_tokens_per_batch,
+                _CHECKPOINTING: gradient_checkpointing,
+                "bf16": autocast_dtype(precision) == torch.bfloat16,
+                "seed": seed,
+                "save_steps": max(1, math.ceil(steps / saves)),
+                "logging_steps": max(1, steps // 20),
+            }
+            if not {"warmup_steps", "warmup_ratio"} & arguments.keys():
+                options["warmup_steps"] = round(_WARMUP_SHARE * steps)
+            if eval_rows is not None:
+                options |= {
+                    "eval_strategy": "steps",
+                    "eval_steps": eval_steps or math.ceil(steps / _EVALUATIONS),
+                    "metric_for_best_model": metric_for_best_model,
+                }
+            options |= {"output_dir": str(checkpoints), **arguments}
+            trainer = _trainer(source, rows, eval_rows, lora, **options)
             if validation is not None:
                 trainer.add_callback(Validator(validation, trainer))
             with deferred_signals(_NOTICE) as asked:
@@ -185,38 +232,31 @@ def train_model(
             last = checkpoints / f"checkpoint-{trainer.state.global_step}"  # saved at the end
             del trainer
             gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
-        publish(last, output, partial(_save_best, source, last, digest(record)))
+        publish(last, output, source, merge=merge)
         discard_checkpoints(output)
     return log_history(output)
 
 
-def _save_best(source: str | Path, last: Path, training: str, folder: Path) -> None:
-    """Saves what a validation found best, or the model of the last step if there was none; it may
-    be the source, which had no step.
-
-    Raises UsageError where the best checkpoint is not as it was written.
-    """
-    state = json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    best = best_check(state["log_history"])
-    step = state["global_step"] if best is None else best["step"]
-    if step == 0:
-        load_model(source, dtype=torch.float32, merge_adapters=True).save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
-        return
-    checkpoint = last.with_name(f"checkpoint-{step}")
-    reason = None if checkpoint == last else damage(checkpoint, step=step, training=training)
-    if reason is not None:
+def adapters_and_arguments(settings: Mapping[str, Any]) -> tuple[Lora | None, dict[str, Any]]:
+    """What a training's settings say of these, by the names of the command line, before a model or
+    a row is read; UsageError as from `Lora` and `training_arguments`, and for a dropout that would
+    not act."""
+    lora = Lora.of(settings)
+    evaluates = settings.get("eval_pairs") is not None
+    arguments = training_arguments(settings.get("training"), evaluates=evaluates)
+    compares = not get_loss(settings["loss"]).is_likelihood
+    if lora and lora.dropout and compares and arguments.get("disable_dropout", True):
         raise UsageError(
-            f"{checkpoint}, the best of its training, is not as it was written ({reason}); delete "
-            f"{last.parent} to train again"
+            f"--lora-dropout {lora.dropout}: loss {settings['loss']} compares responses, without "
+            "dropout; leave it out, or add --training disable_dropout=false"
         )
-    copy_model(checkpoint, folder)
+    return lora, arguments
 
 
 def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -> Path | None:
     """The checkpoint to go on from; those of another training are removed, or refused."""
     # A training that was refused leaves its record alone, which keeps nobody from another.
-    names = {entry.name for entry in checkpoints.iterdir()} - {RECORD}
+    names = {entry.name for entry in checkpoints.iterdir()} - {RECORD, LOGS}
     if any(not name.startswith(".") for name in names):
         if replace and found_record(checkpoints) not in (None, record):
             remove_training(checkpoints)
@@ -225,21 +265,34 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
     return newest_checkpoint(checkpoints, digest(record))
 
 
-def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:
+def _trainer(
+    source: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]] | None,
+    lora: Lora | None,
+    **options: Any,
+) -> PLaDTrainer:
     """A trainer with the settings that all trainings share."""
-    config = PLaDConfig(
-        use_cpu=best_device() == "cpu",
-        dataloader_pin_memory=False,
-        disable_tqdm=False,
-        save_strategy="steps",
-        save_total_limit=None,  # `Checkpoints` sees to it
-        **options,
-    )
+    shared = {
+        "use_cpu": best_device() == "cpu",
+        "dataloader_pin_memory": False,
+        "disable_tqdm": False,
+        "save_strategy": "steps",
+        "save_total_limit": None,  # `Checkpoints` sees to it
+    }
+    config = PLaDConfig(**{**shared, **options})
+    if lora is None:
+        model: Any = load_model(source, dtype=torch.float32, merge_adapters=True)
+    else:
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        model = load_with_lora(source, lora, dtype=dtype, seed=config.seed)
     trainer = PLaDTrainer(
-        load_model(source, dtype=torch.float32, merge_adapters=True),
+        model,
         config,
         train_dataset=list(rows),
+        eval_dataset=None if eval_rows is None else list(eval_rows),
         processing_class=load_tokenizer(source),
+        reference_model=None if lora is None else BASE,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)

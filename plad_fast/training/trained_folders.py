@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+import torch
 
+from plad_fast.data.file_states import CARD
 from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import NAME as MANIFEST
 from plad_fast.data.manifest import listed_files, write_manifest
 from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.errors import UsageError
-from plad_fast.training.checkpoints import OF_TRAINING, remove_checkpoints
+from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.training.card import is_as_written
+from plad_fast.training.checkpoints import (
+    OF_TRAINING,
+    best_checkpoint,
+    remove_checkpoints,
+    trainer_state,
+)
 
 RECORD = "training.json"
 """Settings that the weights depend on; in the folder of the model, and of its checkpoints."""
@@ -28,10 +36,12 @@ _FORMAT = RecordFormat("plad-fast training", 1)
 LOG = "log_history.json"
 
 REFERENCE = "reference"  # see `PLaDConfig.reference_cache`
+LOGS = "runs"  # where TensorBoard writes if it is asked to; they stay
 
 # What transformers writes beside a model, where the list of our files cannot be read.
 _OF_MODELS = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    "adapter_config.json",
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "chat_template*", "training_args.bin"),
 )
@@ -80,24 +90,30 @@ def log_history(model_folder: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def publish(last: Path, output: Path, save: Callable[[Path], None]) -> None:
-    """Makes the model's folder: `save` puts the model and its tokenizer into a folder, and the
-    checkpoint with which the training ended has the log."""
+def publish(last: Path, output: Path, source: str | Path, *, merge: bool = False) -> None:
+    """Makes the model's folder of the training's last checkpoint, or of the best one if there was a
+    validation or were evaluations; that may be the `source`, which had no step. With `merge`, its
+    adapters become a part of their base model's weights."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save(partial)
-    state = json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    (partial / LOG).write_text(json.dumps(state["log_history"], indent=1), encoding="utf-8")
+    checkpoint = best_checkpoint(last)
+    if checkpoint is not None:
+        left_out = [*OF_TRAINING, CARD, *(["adapter_*"] if merge else [])]
+        shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*left_out))
+    if checkpoint is None or merge:
+        found = source if checkpoint is None else checkpoint
+        load_model(found, dtype=torch.float32, merge_adapters=True).save_pretrained(partial)
+        load_tokenizer(found).save_pretrained(partial)
+    state = trainer_state(last)
+    log = state["log_history"]
+    if step := state.get("best_global_step"):
+        log = [*log, {"best_step": step, "best_metric": state["best_metric"]}]
+    (partial / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
     shutil.copy(last.with_name(RECORD), partial / RECORD)
     write_manifest(partial)
     if is_trained(output):  # to be replaced, as was found before
         remove_model(output)
     publish_folder(partial, output)
-
-
-def copy_model(checkpoint: Path, folder: Path) -> None:
-    """What a checkpoint has of a model, without what is there to go on from it."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*OF_TRAINING))
 
 
 def require_ours(model: Path) -> None:
@@ -130,6 +146,8 @@ def _files(model: Path) -> list[str]:
 
 def _ours(model: Path) -> list[str]:
     known = {RECORD, LOG, MANIFEST, *listed_files(model)}
+    if is_as_written(model / CARD):
+        known.add(CARD)
     return [
         name
         for name in _files(model)

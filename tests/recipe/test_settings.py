@@ -69,7 +69,7 @@ def test_losses_have_the_terms_of_their_papers(loss, terms):
 def test_every_setting_is_in_the_help_once(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    shown = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
     names = {*COMMANDS[command].needs, *COMMANDS[command].settings}
     assert {flag(name) for name in names} <= set(shown)
     assert len(shown) == len(set(shown))

@@ -18,7 +18,7 @@ from plad_fast import PLaDConfig, PLaDTrainer, losses
 from plad_fast.cli import main
 from plad_fast.data.locks import locked
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.recipe.settings import DistillConfig, flag
+from plad_fast.recipe.settings import DistillConfig, TrainConfig, flag
 from plad_fast.training.train import train_model
 from tests.support.loss_options import REQUIRED
 from tests.support.recipe_runs import changed_copy, content, kill_at, train, write_pairs
@@ -107,12 +107,14 @@ def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_
 
 
 def test_the_function_has_the_defaults_of_the_settings():
-    of_settings = {f.name: f.default for f in dataclasses.fields(DistillConfig)}
+    fields = (*dataclasses.fields(DistillConfig), *dataclasses.fields(TrainConfig))
+    of_settings = {field.name: field.default for field in fields}
     of_settings["saves"] = of_settings["saves_per_stage"]
     parameters = inspect.signature(train_model).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     # None stands for those of the loss.
     assert defaults.pop("replace") is False  # of the recipe's own calls
+    assert defaults.pop("eval_rows") is None  # those in --eval-pairs
     assert defaults.pop("sft_weight") is defaults.pop("length_normalization") is None
     assert defaults.keys() > {"batch_size", "max_tokens_per_batch", "max_length"}
     assert defaults == {name: of_settings[name] for name in defaults}

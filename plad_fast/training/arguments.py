@@ -1,0 +1,113 @@
+"""Settings of `PLaDConfig`, and so of `transformers.TrainingArguments`, given by name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from fnmatch import fnmatch
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, Trainer
+from transformers.integrations import get_reporting_integration_callbacks
+
+from plad_fast.errors import UsageError, reported_as
+from plad_fast.training.config import PLaDConfig
+
+# Patterns of names -> the flag that sets it; "" where the program decides.
+_TAKEN = {
+    "output_dir": "--output-dir",
+    "loss": "--loss",
+    "beta": "--beta",
+    "loss_args": "--loss-args",
+    "sft_weight": "--sft-weight",
+    "length_normalization": "--length-normalization",
+    "learning_rate": "--learning-rate",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--epochs",
+    "per_device_train_batch_size": "--batch-size and --micro-batch-size",
+    "gradient_accumulation_steps": "--batch-size and --micro-batch-size",
+    "auto_find_batch_size": "--max-tokens-per-batch",
+    "max_tokens_per_batch": "--max-tokens-per-batch",
+    "max_length": "--max-length",
+    "seed": "--seed",
+    "[bf]*16": "--precision",
+    "[bf]*16_full_eval": "--precision",
+    "*_checkpointing": "--gradient-checkpointing",
+    "save_st*": "--saves-per-stage",
+    "eval_st*": "--eval-pairs and --eval-steps of `plad-fast train`",
+    "*_best_model*": "--eval-pairs and --metric-for-best-model of `plad-fast train`",
+    "push_to_hub*": "--push-to-hub",
+    "hub_*": "--push-to-hub",
+    **dict.fromkeys(
+        ("use_cpu", "no_cuda", "use_mps_device", "save_*", "do_*", "resume_from_checkpoint"), ""
+    ),
+    **dict.fromkeys(("overwrite_output_dir", "remove_unused_columns", "reference_cache"), ""),
+    **dict.fromkeys(("ignore_data_skip", "restore_callback*", "enable_jit_checkpoint"), ""),
+    **dict.fromkeys(("fsdp*", "deepspeed", "ddp_*", "local_rank", "*_config", "debug"), ""),
+    **dict.fromkeys(("greater_is_better", "eval_on_start", "eval_delay", "label_names"), ""),
+}
+# What is logged, where, and how much of it is shown: no weight depends on these.
+_FREE = ("report_to", "run_name", "project", "trackio_*", "log_*", "logging_*", "disable_tqdm")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of a line of usage and the end of the process."""
+        message = re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message)
+        raise UsageError(f"--training {message}")
+
+
+def training_arguments(
+    given: Mapping[str, Any] | None, *, evaluates: bool = False
+) -> dict[str, Any]:
+    """Settings by the names of `PLaDConfig`, in their types.
+
+    Args:
+        given: values as YAML has them; None leaves a setting as it is.
+        evaluates: whether the training has evaluations, which some schedules need.
+
+    Raises:
+        UsageError: no such setting, or a value that it does not take; one that a flag sets, or that
+            the commands decide themselves; a package that an optimizer or `report_to` needs.
+    """
+    texts = {name: value for name, value in (given or {}).items() if value is not None}
+    if not texts:
+        return {}
+    known = [field.name for field in fields(PLaDConfig) if field.init]
+    for name in texts:
+        if name in known and (taken := [p for p in _TAKEN if fnmatch(name, p)]):
+            use = f"use {_TAKEN[taken[0]]}" if _TAKEN[taken[0]] else "the command decides it itself"
+            raise UsageError(f"--training {name}: {use}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "see transformers.TrainingArguments"
+            raise UsageError(f"--training {name}: no such setting of the trainer; {hint}")
+    # Lists and mappings are as the trainer wants them.
+    plain = {name: v for name, v in texts.items() if not isinstance(v, (list, dict))}
+    words = [f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in plain.items()]
+    parsed = _Parser(PLaDConfig, allow_abbrev=False).parse_args(["--output_dir=-", *words])
+    settings = {name: getattr(parsed, name) if name in plain else texts[name] for name in texts}
+    _try_out(settings, {"eval_strategy": "steps", "eval_steps": 1} if evaluates else {})
+    return settings
+
+
+def _try_out(settings: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Finds out at once what a trainer would refuse once its model and data are loaded."""
+    listed = " ".join(f"{name}={value}" for name, value in settings.items())
+    with reported_as(f"--training {listed}: the trainer does not take it"):
+        try:
+            config = PLaDConfig("unused", use_cpu=True, **settings, **others)
+        except UsageError as error:
+            raise UsageError(f"--training: {error}") from None
+        # These two make optimizers of parts of a model, which is not there yet.
+        if not config.optim_target_modules:
+            Trainer.get_optimizer_cls_and_kwargs(config)
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()
+
+
+def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those on which weights may depend."""
+    return {k: v for k, v in settings.items() if not any(fnmatch(k, free) for free in _FREE)}
