@@ -289,8 +289,6 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             text += "" if default is None else f" (default: {default})"
             kind = str(of_field.type).partition(" ")[0].partition("[")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
-            if kind == "Mapping":
-                switch = {"action": "append"}
             group.add_argument(
                 flag(of_field.name),
                 default=argparse.SUPPRESS,
@@ -303,8 +301,8 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
 
 def _action(name: str) -> str:
     """Of a flag: a setting that may be several takes it more than once."""
-    of_field = _FIELDS.get(name)
-    return "append" if of_field and str(of_field.type).startswith("str | tuple") else "store"
+    kind = str(_FIELDS[name].type) if name in _FIELDS else ""
+    return "append" if kind.startswith(("str | tuple", "Mapping")) else "store"
 
 
 def _unescape(text: str) -> str:
