@@ -447,7 +447,7 @@ class _Distillation:
             results,
             outputs,
             self._held_out_data(),
-            title=f"Distillation of {Path(self.teacher.source).stem}",
+            title=self._title(),
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
@@ -456,11 +456,32 @@ class _Distillation:
             },
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             data=data,
+            about=self._about(),
             validations=self._validations(),
             command=command,
             versions=versions(),
         )
         return results
+
+    def _title(self) -> str:
+        config = self.config
+        teacher = _name_of(self.teacher.source) if config.has_local_teacher else config.teacher
+        into = "" if config.student is None else f" into {_name_of(self._student_source())}"
+        return f"Distillation of {teacher}{into}"
+
+    def _about(self) -> str:
+        """What the students were trained on, so that nobody takes the whole gain for the
+        ranking's."""
+        answers, last = self.texts.best_teacher_answers(), list(self._students().values())[-1]
+        tuned_on = {prompt.id for prompt in self.prompts.sft if prompt.id in answers}
+        pairs = self.texts.pairs("train")
+        are_new = tuned_on.isdisjoint(prompt.id for prompt in self.prompts.pairs)
+        return (
+            f"The {SFT} was fine-tuned on {len(tuned_on)} of the teacher's answers; the {last} is "
+            f"that student trained further on {len(pairs)} pairs"
+            + " of other prompts, and owes part of any gain to the answers to these" * are_new
+            + "."
+        )
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(
@@ -522,6 +543,11 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
                 f"before it is read; {ELSEWHERE}"
             )
+
+
+def _name_of(model: str) -> str:
+    """Of a hub id, a folder or a file."""
+    return Path(model).name.removesuffix(".gguf")
 
 
 def _numbered(name: str, number: int) -> str:
