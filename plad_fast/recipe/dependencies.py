@@ -28,7 +28,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
     # Of the calibration, where it is validated.
-    "validation": ("patience", "max_new_tokens", "eval_scorer"),
+    "validation": ("patience", "max_new_tokens"),
     "evaluation": (
         *("scorer", "eval_scorer", "calibration_samples", "length_normalization", "max_length"),
         *_OF_SAMPLES,

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+    from plad_fast.pairs.scoring.scorers import Scorer
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
@@ -319,7 +320,12 @@ class _Distillation:
             Stage(
                 _of_round("calibration", number),
                 calibrate,
-                of("calibration", prompts=self.prompts.validation, **self._validated_by()),
+                of(
+                    "calibration",
+                    prompts=self.prompts.validation,
+                    references=True,
+                    **self._validated_by(),
+                ),
                 reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
@@ -330,7 +336,16 @@ class _Distillation:
         if not self.prompts.validation:
             return {}
         named = {name: getattr(self.config, name) for name in STAGES["validation"]}
-        return {**named, "saves_per_stage": self.config.saves_per_stage}
+        scorer = self._validation_scorer()
+        return {
+            **named,
+            "saves_per_stage": self.config.saves_per_stage,
+            "validation's scorer": None if scorer is None else scorer.settings(),
+        }
+
+    def _validation_scorer(self) -> Scorer | None:
+        """None for ROUGE-L. A judge compares, and rates nothing by itself."""
+        return self.evaluation["scorers"].get(self.config.eval_scorer)
 
     def _validation(self) -> Validation:
         config, answers = self.config, self.texts.best_teacher_answers()
@@ -343,8 +358,7 @@ class _Distillation:
                 config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
             ),
             config.max_length,
-            # A judge compares, and rates nothing by itself.
-            self.evaluation["scorers"].get(config.eval_scorer),
+            self._validation_scorer(),
         )
         return Validation(check.measure, check.settings(), config.patience)
 
