@@ -95,8 +95,8 @@ def _run(arguments: Namespace) -> None:
     else:
         from plad_fast.recipe.distillation import distill
 
-        shares = QUICKSTART_SHARES if name == "quickstart" else {}
-        distill(config, overwrite=overwrite, command=_command(), shares=shares)
+        options = {"shares": QUICKSTART_SHARES} if name == "quickstart" else {}
+        distill(config, overwrite=overwrite, command=_command(), **options)
 
 
 def _students(given: Any) -> dict[str, str]:

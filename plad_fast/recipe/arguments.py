@@ -107,7 +107,7 @@ _QUICKSTART = {
     "max_new_tokens": 40,
     "sft_epochs": 1.0,
     "epochs": 1.0,
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-4,
     "batch_size": 8,
     "saves_per_stage": 2,
     "generation_batch_size": 64,

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+    from plad_fast.pairs.scoring.scorers import Scorer
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
@@ -342,7 +343,12 @@ class _Distillation:
             Stage(
                 _of_round("calibration", number),
                 calibrate,
-                of("calibration", prompts=self.prompts.validation, **self._validated_by()),
+                of(
+                    "calibration",
+                    prompts=self.prompts.validation,
+                    references=True,
+                    **self._validated_by(),
+                ),
                 reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
@@ -353,7 +359,16 @@ class _Distillation:
         if not self.prompts.validation:
             return {}
         named = {name: getattr(self.config, name) for name in STAGES["validation"]}
-        return {**named, "saves_per_stage": self.config.saves_per_stage}
+        scorer = self._validation_scorer()
+        return {
+            **named,
+            "saves_per_stage": self.config.saves_per_stage,
+            "validation's scorer": None if scorer is None else scorer.settings(),
+        }
+
+    def _validation_scorer(self) -> Scorer | None:
+        """None for ROUGE-L. A judge compares, and rates nothing by itself."""
+        return self.evaluation["scorers"].get(self.config.eval_scorer)
 
     def _validation(self) -> Validation:
         config, answers = self.config, self.texts.best_teacher_answers()
@@ -366,9 +381,13 @@ class _Distillation:
                 config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
             ),
             config.max_length,
+<<<<<<< HEAD
             # A judge compares, and rates nothing by itself.
             self.evaluation["scorers"].get(config.eval_scorer),
             config.reasoning,
+=======
+            self._validation_scorer(),
+>>>>>>> q-quickstart
         )
         return Validation(check.measure, check.settings(), config.patience)
 
@@ -477,7 +496,11 @@ class _Distillation:
             results,
             outputs,
             self._held_out_data(),
+<<<<<<< HEAD
             title=f"Distillation of {' and '.join(Path(name).stem for name in sources)}",
+=======
+            title=self._title(),
+>>>>>>> q-quickstart
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
@@ -486,11 +509,32 @@ class _Distillation:
             },
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             data=data,
+            about=self._about(),
             validations=self._validations(),
             command=command,
             versions=versions(),
         )
         return results
+
+    def _title(self) -> str:
+        config = self.config
+        teacher = _name_of(self.teacher.source) if config.has_local_teacher else config.teacher
+        into = "" if config.student is None else f" into {_name_of(self._student_source())}"
+        return f"Distillation of {teacher}{into}"
+
+    def _about(self) -> str:
+        """What the students were trained on, so that nobody takes the whole gain for the
+        ranking's."""
+        answers, last = self.texts.best_teacher_answers(), list(self._students().values())[-1]
+        tuned_on = {prompt.id for prompt in self.prompts.sft if prompt.id in answers}
+        pairs = self.texts.pairs("train")
+        are_new = tuned_on.isdisjoint(prompt.id for prompt in self.prompts.pairs)
+        return (
+            f"The {SFT} was fine-tuned on {len(tuned_on)} of the teacher's answers; the {last} is "
+            f"that student trained further on {len(pairs)} pairs"
+            + " of other prompts, and owes part of any gain to the answers to these" * are_new
+            + "."
+        )
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(
@@ -553,6 +597,11 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
                 f"before it is read; {ELSEWHERE}"
             )
+
+
+def _name_of(model: str) -> str:
+    """Of a hub id, a folder or a file."""
+    return Path(model).name.removesuffix(".gguf")
 
 
 def _numbered(name: str, number: int) -> str:
