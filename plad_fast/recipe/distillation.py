@@ -381,13 +381,8 @@ class _Distillation:
                 config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
             ),
             config.max_length,
-<<<<<<< HEAD
-            # A judge compares, and rates nothing by itself.
-            self.evaluation["scorers"].get(config.eval_scorer),
-            config.reasoning,
-=======
             self._validation_scorer(),
->>>>>>> q-quickstart
+            config.reasoning,
         )
         return Validation(check.measure, check.settings(), config.patience)
 
@@ -478,7 +473,6 @@ class _Distillation:
 
     def _report(self, command: str) -> dict[str, Any]:
         config, texts = self.config, self.texts
-        sources = [self.teacher.source, *config.teachers[1:]]
         results, outputs = self._measure()
         files = {
             _of_round("training pairs", number): texts.pairs_file(_numbered("train", number))
@@ -496,11 +490,7 @@ class _Distillation:
             results,
             outputs,
             self._held_out_data(),
-<<<<<<< HEAD
-            title=f"Distillation of {' and '.join(Path(name).stem for name in sources)}",
-=======
             title=self._title(),
->>>>>>> q-quickstart
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
@@ -518,7 +508,8 @@ class _Distillation:
 
     def _title(self) -> str:
         config = self.config
-        teacher = _name_of(self.teacher.source) if config.has_local_teacher else config.teacher
+        sources = [self.teacher.source] if config.has_local_teacher else config.teachers
+        teacher = " and ".join(map(_name_of, sources))
         into = "" if config.student is None else f" into {_name_of(self._student_source())}"
         return f"Distillation of {teacher}{into}"
 
