@@ -54,7 +54,8 @@ def workspace(n, width, vocab, dtype=torch.bfloat16, *, scratch=2**30, needs_wei
         None,
     )
     options = HeadOptions(scratch_bytes=scratch)
-    return KernelWorkspace(tensors, options, n, for_gradient=True, needs_weight=needs_weight)
+    needs = (True, needs_weight, False)
+    return KernelWorkspace(tensors, options, n, for_gradient=True, needs=needs)
 
 
 def test_the_room_of_the_accumulator_goes_to_a_single_chunk():
@@ -174,17 +175,22 @@ def test_ignored_targets_as_zeros_equal_those_left_out(loss, scratch_rows):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gaps", [(9.0, 9.0, 9.0), (-99.0, 9.0, 9.0)])
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_chunks_of_16_bits_equal_a_single_one(impl):
-    """The accumulator of several chunks, and the product of one that is rounded by itself."""
+def test_chunks_of_16_bits_equal_a_single_one(impl, gaps):
+    """The accumulator of several chunks, and the product of one that is rounded by itself; also
+    where the rows of pairs without a gradient are left out."""
     pytest.importorskip("triton")
     base = make_problem([15] * 6, width=16, vocab=70, scale=0.3)
+    scores = torch.stack([torch.tensor(gaps), torch.zeros(3)], dim=1).view(-1)
+    options = {"loss": "plad_margin", "scores": scores, "sft_weight": 0.0}
     found = []
     for scratch in (2**24, 30_000):
         problem = base.to(torch.bfloat16)
         ours = fused_linear_preference_loss(
-            *problem.inputs, impl=impl, beta=9.0, scratch_bytes=scratch
+            *problem.inputs, impl=impl, scratch_bytes=scratch, **options
         )
+        assert ours.active.tolist() == [gap > 0 for gap in gaps]
         ours.loss.backward()
         found.append((ours.loss, problem.hidden.grad.float(), problem.weight.grad.float()))
     for mine, other in zip(*found, strict=True):

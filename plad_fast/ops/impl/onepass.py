@@ -184,8 +184,8 @@ class _OnePass:
         if active is not None and not active.all():
             if not active.any():
                 return
-            order = sent(compacting_order(active), grad.device)
-            rows = start + order if start else order
+            order = compacting_order(active)
+            rows = sent(start + order, grad.device)
         d_logits = self.workspace.gradient(targets, statistics, grad, order=order)
         self.grads.add(d_logits, self.problem.hidden[rows], rows)
 
