@@ -29,7 +29,7 @@ import triton.language as tl
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import RowsConfig
 from plad_fast.kernels.logits_rows import load_logits
-from plad_fast.kernels.primitives import finite_base, token_statistics, without_target
+from plad_fast.kernels.primitives import capped_logits, finite_base, token_statistics
 from torch import Tensor
 
 _SLACK = tl.constexpr(40.0)
@@ -77,12 +77,14 @@ def _exponential_rows_kernel(
             nothing = tl.zeros((BLOCK_V,), dtype=out_ptr.dtype.element_ty)
             tl.store(out_ptr + offs_v, nothing, mask=offs_v < row_width)
     else:
-        # Vectors of one: the helpers are written for tiles of rows.
-        targets = tl.full((1,), 0, dtype=tl.int64) + target
-        reference = tl.full((1,), float("-inf"), dtype=tl.float32)
-        row_max = tl.full((1,), float("-inf"), dtype=tl.float32)
-        rest = tl.zeros((1,), dtype=tl.float32)
-        z_target = tl.zeros((1,), dtype=tl.float32)
+        column = target.to(tl.int32)
+        raw = tl.load(logits_ptr + target).to(tl.float32)
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + target * stride_b).to(tl.float32)
+        z_target, capped_target = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
+        reference = float("-inf")
+        row_max = float("-inf")
+        rests = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             z, capped = load_logits(
@@ -99,41 +101,41 @@ def _exponential_rows_kernel(
                 HAS_SOFTCAP,
                 EVEN_V,
             )
-            others, at_target = without_target(z[None, :], offs_v, targets, vocab, EVEN_V)
-            z_target += at_target
-            block_max = tl.max(others, axis=1)
+            left_out = offs_v == column
+            if not EVEN_V:
+                left_out = left_out | (offs_v >= vocab)
+            z = tl.where(left_out, float("-inf"), z)
+            block_max = tl.max(z, axis=0)
             row_max = tl.maximum(row_max, block_max)
-            if tl.max((block_max > reference + _SLACK).to(tl.int32), axis=0) > 0:
+            if block_max > reference + _SLACK:
                 decay = tl.exp(reference - block_max)
                 reference = block_max
-                rest *= decay
+                rests *= decay
                 tl.debug_barrier()
                 for before in range(0, start, BLOCK_V):
                     out_ptrs = out_ptr + before + tl.arange(0, BLOCK_V)
                     values = tl.load(out_ptrs).to(tl.float32) * decay
                     tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty))
-            values = tl.exp(others - finite_base(reference)[:, None])
-            rest += tl.sum(values, axis=1)
+            values = tl.exp(z - finite_base(reference))
+            rests += values
             if HAS_SOFTCAP:
-                values *= (1.0 - capped * capped)[None, :]
+                values *= 1.0 - capped * capped
+            values = (-values).to(out_ptr.dtype.element_ty)
             # Of the same memory another warp may still have this block, or one before it, to read.
             tl.debug_barrier()
-            values = (-values).to(out_ptr.dtype.element_ty)
-            out_ptrs = out_ptr + offs_v[None, :]
             if EVEN_V:
-                tl.store(out_ptrs, values)
+                tl.store(out_ptr + offs_v, values)
             else:
-                tl.store(out_ptrs, values, mask=offs_v[None, :] < row_width)
+                tl.store(out_ptr + offs_v, values, mask=offs_v < row_width)
+        rest = tl.sum(rests, axis=0)
         of_max = rest * tl.exp(reference - finite_base(row_max))
         logprob, _, _, _, base, log_total = token_statistics(z_target, row_max, of_max)
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(factor_ptr + row, slope * tl.exp((finite_base(reference) - base) - log_total))
         if HAS_SOFTCAP:
-            capped_target = z_target / z_scale
             rest *= 1.0 - capped_target * capped_target
-        one = row + tl.arange(0, 1)
-        tl.store(logprobs_ptr + one, logprob)
-        tl.store(factor_ptr + one, slope * tl.exp((finite_base(reference) - base) - log_total))
         tl.debug_barrier()
-        tl.store(out_ptr + targets, rest.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + target, rest.to(out_ptr.dtype.element_ty))
 
 
 def exponential_rows(

@@ -13,6 +13,7 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -173,6 +174,7 @@ class _OnePass:
         shape = (-1, self.objective.group_size)
         # Also under inference mode: which groups are active is told by their gradients.
         with torch.inference_mode(False), torch.enable_grad():
+            sums = sums.clone() if sums.is_inference() else sums
             leaf = sums.reshape(shape).detach().requires_grad_()
             constants = (
                 None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
@@ -266,11 +268,11 @@ def _balanced_groups(
     bounds: Sequence[int], rows: int, ranges: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """As few ranges as these, but of nearly the same length: a GPU is idle in a short last one."""
-    for fewer in range(-(-bounds[-1] // len(ranges)), rows, _ALIGNED_ROWS):
-        balanced = _packed_groups(bounds, fewer)
-        if len(balanced) == len(ranges):
-            return balanced
-    return ranges
+    lengths = range(-(-bounds[-1] // len(ranges)), rows, _ALIGNED_ROWS)
+    suffices = bisect.bisect_left(
+        lengths, True, key=lambda length: len(_packed_groups(bounds, length)) <= len(ranges)
+    )
+    return _packed_groups(bounds, lengths[suffices]) if suffices < len(lengths) else ranges
 
 
 def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
@@ -281,9 +283,7 @@ def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     first = 0
     while first < len(bounds) - 1:
-        last = first + 1
-        while last < len(bounds) - 1 and bounds[last + 1] - bounds[first] <= rows:
-            last += 1
+        last = max(first + 1, bisect.bisect_right(bounds, bounds[first] + rows) - 1)
         ranges.append((first, last))
         first = last
     return ranges
