@@ -15,8 +15,8 @@ where instructions are counted in the SASS, and a clock is longer than at boost 
 tensor cores' load slows a GPU down (`Gpu.loaded`). Blocks that share an SM hide each other's
 phases: of b blocks a tile costs max(product, epilogue, (product + epilogue + fill) / b). A launch
 lasts as long as the SM with the most tiles, or as HBM takes for what it carries: the weights once
-for every group of token tiles that run together, hidden once, results. Row kernels are the longest of the
-bytes they move, their instructions and their exponentials, at the boost clock.
+for every group of token tiles that run together, hidden once, results. Row kernels are the longest
+of the bytes they move, their instructions and their exponentials, at the boost clock.
 """
 
 from __future__ import annotations

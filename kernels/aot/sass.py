@@ -127,8 +127,8 @@ class Code:
 
 
 def analyse(blocks: Sequence[Block]) -> Code:
-    """Find the inner loop and describe it. Loops inside of it that do not do its work are rare
-    cases: they are not counted.
+    """Find the inner loop and describe it, without loops inside of it that write to global memory:
+    what they do is rare.
     """
     loops = find_loops(blocks)
 
@@ -142,7 +142,7 @@ def analyse(blocks: Sequence[Block]) -> Code:
             inner = max(innermost, key=lambda x: count(x).total())
             break
     around = min((x for x in loops if inner < x), key=len, default=frozenset(range(len(blocks))))
-    rare = frozenset[int]().union(*(x for x in loops if x < inner))
+    rare = frozenset[int]().union(*(x for x in loops if x < inner and count(x)["STG"]))
     names, other = count(inner - rare), count(around - inner)
     found = [kind for name, kind in TENSOR_CORE.items() if names[name]]
     return Code(

@@ -46,6 +46,23 @@ def test_balanced_chunks_are_as_few_and_nearly_as_long_as_possible(lengths, rows
     assert longest(balanced) <= longest(packed)
 
 
+def test_many_short_groups_are_balanced_in_a_few_tries(monkeypatch):
+    """A small vocabulary lets hundreds of thousands of tokens into one chunk."""
+    tried = []
+    packed_groups = onepass._packed_groups
+    monkeypatch.setattr(
+        onepass,
+        "_packed_groups",
+        lambda bounds, rows: tried.append(rows) or packed_groups(bounds, rows),
+    )
+    bounds = range(0, 10**6 + 1, 4)
+    packed = packed_groups(bounds, 260_000)
+    balanced = onepass._balanced_groups(bounds, 260_000, packed)
+    assert len(balanced) == len(packed) == 4
+    assert max(4 * (b - a) for a, b in balanced) <= 250_000 + onepass._ALIGNED_ROWS
+    assert len(tried) < 12
+
+
 def workspace(n, width, vocab, dtype=torch.bfloat16, *, scratch=2**30, needs_weight=True, **head):
     """Of tensors without memory."""
     tensors = (
