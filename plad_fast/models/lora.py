@@ -138,7 +138,7 @@ def load_with_lora(
 
 
 def _require_gpu() -> None:
-    # On a CPU with AVX512-BF16, layers of bitsandbytes that were once run in evaluation mode have no
+    # On a CPU with AVX512-BF16, layers of bitsandbytes that once ran in evaluation mode have no
     # gradient, and do not say so.
     if best_device() == "cpu":
         raise UsageError("--load-in-4bit: bitsandbytes trains on a CUDA GPU, and there is none")
