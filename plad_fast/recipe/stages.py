@@ -150,10 +150,9 @@ def train_on_pairs(
     lora, _ = adapters_and_arguments(given)
     source = find_model(model, "--model")
     if push_to_hub is not None:
-        is_needed = (
-            lora is not None and not options.get("merge") and is_there(expanded_path(source))
-        )
-        check_push(push_to_hub, adapters_on=source if is_needed else None)
+        has_adapters = lora is not None and not options.get("merge")
+        is_here = is_there(expanded_path(source))
+        check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
     rows = read_pairs(pairs)
     findings = check_rows(rows)
     show_findings(findings)
