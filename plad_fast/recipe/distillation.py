@@ -102,8 +102,8 @@ def distill(
     require_one_gpu()
     adapters_and_arguments({**vars(config), "loss": "sft"})
     if config.push_to_hub is not None:
-        adapters_on = None if config.lora_r is None or config.merge else config.output_dir
-        check_push(config.push_to_hub, base=adapters_on)
+        has_adapters = config.lora_r is not None and not config.merge
+        check_push(config.push_to_hub, adapters_on="the student" if has_adapters else None)
     config.require_room()
     if not config.has_local_teacher and config.student is None:
         raise UsageError(

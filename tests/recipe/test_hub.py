@@ -125,8 +125,10 @@ def test_adapters_on_a_model_of_this_machine_are_not_pushed(
     hub, tiny_teacher, pairs, tmp_path, capsys
 ):
     command = train(tiny_teacher, pairs, tmp_path / "out", *PUSH, "--lora-r", "2")
-    assert main(command) == 2
-    assert "add --merge" in capsys.readouterr().err
+    for others in (arguments(tiny_teacher, tmp_path / "run", *PUSH, "--lora-r", "2"), command):
+        assert main(others) == 2
+        assert "add --merge" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl"}
     assert main([*command, "--merge"]) == 0
     assert "model.safetensors" in hub.files["someone/student"]
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
