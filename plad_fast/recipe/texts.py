@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest, model_digest
 from plad_fast.data.store import RowStore
-from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
@@ -79,6 +79,12 @@ class RecipeTexts:
         """What the teacher's answers depend on besides prompts and sampling."""
         if config.has_local_teacher:
             self.teacher_made_by["precision"] = config.precision
+
+    def with_settings(self, config: DistillConfig) -> RecipeTexts:
+        """The same texts, with other settings of the pairs, but for the scorer."""
+        other = copy(self)
+        other.config = config
+        return other
 
     def try_endpoints(self, judge: object, *, overwrite: bool) -> None:
         """A word with teacher and judge, where they are behind endpoints, before long work."""
@@ -235,8 +241,8 @@ class RecipeTexts:
             )
         except NoPairsError as error:
             write_pairs(path, [], error.report)
-            advice = f"{dropped_file(path)} has every one with its reason"
-            raise UsageError(f"{error}; {advice}") from None
+            error.args = (f"{error}; {dropped_file(path)} has every one with its reason",)
+            raise
         write_pairs(path, rows, report)
         return rows, report
 
