@@ -14,6 +14,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from plad_fast.checks import shown
 from plad_fast.data.files import disk_advice
 from plad_fast.errors import UsageError
 from plad_fast.recipe.arguments import COMMANDS, QUICKSTART_SHARES, given_settings, parse_command
+from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.signals import Terminated, raised_signals
 
@@ -86,9 +88,16 @@ def _run(arguments: Namespace) -> None:
         config = DistillConfig(**given)
         evaluate_on_pairs(students, pairs, config, overwrite=overwrite, command=_command())
         return
+    plan = {
+        field.name: given.pop(field.name) for field in fields(TuneConfig) if field.name in given
+    }
     config = DistillConfig(**given)
     _quiet_libraries()
-    if name == "pairs":
+    if name == "tune":
+        from plad_fast.recipe.tune import tune
+
+        tune(config, TuneConfig(**plan), fixed=given.keys(), overwrite=overwrite)
+    elif name == "pairs":
         from plad_fast.recipe.stages import pair_models
 
         pair_models(config, overwrite=overwrite)

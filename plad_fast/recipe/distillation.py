@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import OFFLINE, lies_in
-from plad_fast.data.records import ELSEWHERE, model_digest
+from plad_fast.data.records import ELSEWHERE, digest, model_digest, recorded_scores
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
@@ -74,7 +74,7 @@ _OF_TRAINING = (
 )
 # In the folder of a run, with what a kill leaves; what else lies there is the user's.
 _MADE = (
-    r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
+    r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots|tune"
     r"|student|(sft|plad)(-\d+)?(\.checkpoints)?|\..+\.(partial|tmp)"
 )
 
@@ -98,6 +98,18 @@ def distill(
     Raises:
         UsageError: bad input, found before long work where it can be.
     """
+    with opened_run(config, overwrite=overwrite) as run:
+        return run.run(command, shares or {})
+
+
+@contextmanager
+def opened_run(
+    config: DistillConfig, prompts: RunPrompts | None = None, *, overwrite: bool = False
+) -> Iterator[Distillation]:
+    """A run in its folder, which no other process has meanwhile; see `distill`.
+
+    `prompts` are those of the settings where none are given.
+    """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
     require_one_gpu()
     adapters_and_arguments({**vars(config), "loss": "sft"})
@@ -111,7 +123,7 @@ def distill(
             "weights are not here, or of several; give a model to start from with --student"
         )
     path = Path(config.output_dir)
-    prompts = RunPrompts.of(config)
+    prompts = prompts or RunPrompts.of(config)
     if overwrite:
         _require_outside(path, config)
     # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
@@ -149,9 +161,13 @@ def distill(
     )
     with closing(folder):
         write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
-        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(
-            command, shares or {}
+        print(
+            f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
+            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.validation)} to validate "
+            f"on, {len(prompts.held_out)} held out; run folder {folder.path}",
+            flush=True,
         )
+        yield Distillation(config, prompts, teacher, texts, evaluation, folder)
 
 
 class _LocalTeacher:
@@ -173,7 +189,7 @@ class _LocalTeacher:
 
 
 @dataclass(frozen=True)
-class _Distillation:
+class Distillation:
     """The stages of a run, on what was read and opened for them."""
 
     config: DistillConfig
@@ -185,17 +201,8 @@ class _Distillation:
 
     def run(self, command: str, shares: Mapping[str, float]) -> dict[str, Any]:
         """Runs what is left of the stages, and writes the report."""
-        prompts = self.prompts
-        print(
-            f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
-            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.validation)} to validate "
-            f"on, {len(prompts.held_out)} held out; run folder {self.folder.path}",
-            flush=True,
-        )
         stages = [replace(stage, share=shares.get(stage.name, 0)) for stage in self._stages()]
-        self.folder.announce(stages)
-        for stage in stages:
-            self.folder.stage(stage)
+        self.run_stages(stages)
         # Cheap, and made of what the stages left: done again by every run.
         results = self._report(command)
         table = comparison_table(results)
@@ -206,6 +213,36 @@ class _Distillation:
         if self.config.push_to_hub is not None:
             print(f"pushed: {push(students[-1], self.config.push_to_hub)}", flush=True)
         return results
+
+    def prepare(self) -> dict[str, Any]:
+        """Runs what is left of the stages before the pairs, and returns what the pairs and the
+        calibration depend on, as JSON values. Of a run of one round."""
+        *before, pairs, calibration, _ = self._stages()
+        self.run_stages(before)
+        made = [self.folder.stages[stage.name]["made"] for stage in before]
+        settings = {stage.name: stage.settings for stage in (pairs, calibration)}
+        return {"student and answers": digest(made), **settings}
+
+    def with_settings(self, config: DistillConfig) -> Distillation:
+        """The run with other settings of its stages from the samples on, but for the scorer; what
+        these make takes the place of what the folder has."""
+        return replace(self, config=config, texts=self.texts.with_settings(config))
+
+    def make_pairs(self) -> list[dict[str, Any]]:
+        """Makes the pairs unless they are there, after `prepare`, and returns them."""
+        self.folder.stage(self._round(1)[1])
+        return self.texts.pairs("train")
+
+    def calibrate(self) -> list[dict[str, Any]]:
+        """Trains on the pairs unless that is done, after `make_pairs`, and returns the log."""
+        self.folder.stage(self._round(1)[2])
+        return log_history(self.folder / "plad")
+
+    def run_stages(self, stages: Sequence[Stage]) -> None:
+        """Runs what is left of these."""
+        self.folder.announce(stages)
+        for stage in stages:
+            self.folder.stage(stage)
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
@@ -304,14 +341,15 @@ class _Distillation:
                     write_pairs(texts.pairs_file("held-out"), rows, report)
                     told.append(f"held-out: {report}")
             except UsageError as error:
-                raise UsageError(f"{prompts} prompts: {error}") from None
+                error.args = (f"{prompts} prompts: {error}",)
+                raise
             spent = texts.usage().get("judge")
             return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
 
         def calibrate() -> str:
             options = {name: getattr(config, name) for name in STAGES["calibration"]}
             if self.prompts.validation:
-                options["validation"] = self._validation()
+                options["validation"] = self._validation(number, start)
             output = _numbered("plad", number)
             log = self._train(start, texts.pairs(train), output, **options)
             accuracy = "{:.0%} of the last training pairs ranked right"
@@ -370,7 +408,7 @@ class _Distillation:
         """None for ROUGE-L. A judge compares, and rates nothing by itself."""
         return self.evaluation["scorers"].get(self.config.eval_scorer)
 
-    def _validation(self) -> Validation:
+    def _validation(self, number: int, start: str) -> Validation:
         config, answers = self.config, self.texts.best_teacher_answers()
         prompts = [prompt for prompt in self.prompts.validation if prompt.id in answers]
         check = AnswerCheck(
@@ -384,7 +422,13 @@ class _Distillation:
             self._validation_scorer(),
             config.reasoning,
         )
-        return Validation(check.measure, check.settings(), config.patience)
+
+        def measure_start(model: PreTrainedModel) -> dict[str, float]:
+            file = self.folder / "answers" / f"{_numbered('validation', number)}.json"
+            made_by = {"weights": model_digest(self.folder / start), **check.settings()}
+            return recorded_scores(file, made_by, lambda: check.measure(model), replace=True)
+
+        return Validation(check.measure, check.settings(), config.patience, measure_start)
 
     def _validations(self, *rounds: int) -> list[tuple[str, list[list[str]]]]:
         """What the validation of each of these rounds, or of all, kept and why, with its table."""

@@ -35,6 +35,8 @@ class Validation:
     """What the metrics depend on besides the model, as JSON values."""
     patience: int = 2
     """Checks in a row without a new best after which the training ends."""
+    measure_start: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
+    """As `measure`, of the model before the training, where that may be known already."""
 
     def settings(self) -> dict[str, Any]:
         """What the weights that are kept depend on, for the record of the training."""
@@ -68,7 +70,7 @@ class Validator(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures the model that the training begins with, unless one that goes on has."""
         if not checks(state.log_history):
-            self._check()
+            self._check(self._validation.measure_start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures before the checkpoint is saved, which then has the log of it."""
@@ -79,8 +81,8 @@ class Validator(TrainerCallback):
         if has_stalled(state.log_history, self._validation.patience):
             control.should_training_stop = True
 
-    def _check(self) -> None:
-        trainer = self._trainer
+    def _check(self, measure: Callable[..., Mapping[str, float]] | None = None) -> None:
+        trainer, measure = self._trainer, measure or self._validation.measure
         with trainer.paused():
-            metrics = self._validation.measure(trainer.accelerator.unwrap_model(trainer.model))
+            metrics = measure(trainer.accelerator.unwrap_model(trainer.model))
         trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})
