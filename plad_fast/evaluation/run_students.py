@@ -10,11 +10,12 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plad_fast.data.chat import is_blank
 from plad_fast.data.prompts import as_messages
@@ -30,14 +31,15 @@ from plad_fast.evaluation.samples import (
     require_samples,
 )
 from plad_fast.evaluation.students import Judge, StudentOutputs
-from plad_fast.models.devices import autocast_dtype, best_device
+from plad_fast.models.devices import best_device
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_pairs, score_responses
+from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.answering import stored_answers
-from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
+from plad_fast.pairs.generation.sources import LazyLocalModel, open_local_model
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
 
@@ -257,14 +259,7 @@ class _Student:
                 (content, [as_response(content, text) for text in answers])
                 for content, answers in zip(contents, texts, strict=True)
             ]
-            logps = score_responses(
-                self._model,
-                self.tokenizer,
-                rows,
-                length_normalization=LENGTH_NORMALIZATION,
-                max_length=self.max_length,
-            )
-            return {"logps": [row.tolist() for row in logps]}
+            return {"logps": self._scores(rows, LENGTH_NORMALIZATION)}
 
         stored = recorded_scores(
             self.files.calibration,
@@ -304,13 +299,11 @@ class _Student:
         return {"student": self.name, "weights": weights, "precision": self.precision}
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
-        def load() -> LocalModel:
-            dtype = autocast_dtype(self.precision)
-            model = load_model(self.path, dtype=dtype, device=best_device())
-            return LocalModel(model, self.tokenizer, file.stem, chat=self.chat)
-
+        load = partial(
+            open_local_model, self.path, file.stem, precision=self.precision, chat=self.chat
+        )
         return stored_answers(
-            load,
+            lambda: LazyLocalModel(load, file.stem),
             self.held_out.prompts,
             file,
             sampling,
@@ -322,37 +315,51 @@ class _Student:
     def _model(self) -> PreTrainedModel:
         return load_model(self.path, dtype="float32", device=best_device())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads the model itself."""
+        return {name: value for name, value in vars(self).items() if name != "_model"}
+
     def _score_pairs(self, samples: Sequence[Answer]) -> dict[str, list[float | None]]:
         """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
 
         Pairs of one prompt have the same sample, which is scored once. One that is no whole answer
         gets None, as in `scored_samples`.
         """
-
-        def score(pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-            alpha = self.length_normalization
-            return score_pairs(
-                self._model,
-                self.tokenizer,
-                pairs,
-                length_normalization=alpha,
-                max_length=self.max_length,
-            )
-
-        pairs = self.held_out.pairs
-        scores = score(pairs)
+        pairs, alpha = self.held_out.pairs, self.length_normalization
+        scores = self._scores(pairs, alpha)
         rows: dict[str, dict[str, Any]] = {}
         for pair, sample in zip(pairs, samples, strict=True):
             if _is_whole(sample):
                 rejected = as_response(pair["prompt"], sample.text)
                 rows.setdefault(sample.prompt_id, {**pair, "rejected": rejected})
-        logps = score(list(rows.values()))["rejected"].tolist() if rows else []
-        own = dict(zip(rows, logps, strict=True))
+        logps = self._scores([*rows.values()], alpha) if rows else []
+        own = {prompt_id: values[1] for prompt_id, values in zip(rows, logps, strict=True)}
         return {
-            "chosen": scores["chosen"].tolist(),
-            "rejected": scores["rejected"].tolist(),
+            "chosen": [chosen for chosen, _ in scores],
+            "rejected": [rejected for _, rejected in scores],
             "own": [own.get(sample.prompt_id) for sample in samples],
         }
+
+    def _scores(self, rows: Sequence[Any], length_normalization: float) -> list[list[float]]:
+        """Log-probabilities of the responses in pairs, or in what `score_responses` takes; all
+        processes of a run share the batches."""
+        parts = together(_scored_part, self, rows, length_normalization)
+        return [np.nanmax(of_row, axis=0).tolist() for of_row in zip(*parts, strict=True)]
+
+
+def _scored_part(
+    student: _Student, rows: Sequence[Any], length_normalization: float
+) -> list[NDArray[np.float64]]:
+    options: dict[str, Any] = {
+        "length_normalization": length_normalization,
+        "max_length": student.max_length,
+        "progress": rank() == 0,
+        "part": (rank(), size()),
+    }
+    if not rows or isinstance(rows[0], Mapping):
+        found = score_pairs(student._model, student.tokenizer, rows, **options)
+        return [*np.stack([found["chosen"], found["rejected"]], axis=1)]
+    return score_responses(student._model, student.tokenizer, rows, **options)
 
 
 def _is_whole(answer: Answer) -> bool:

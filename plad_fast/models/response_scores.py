@@ -47,13 +47,14 @@ def score_pairs(
     batch_size: int = 8,
     max_length: int = 1024,
     progress: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, NDArray[np.float64]]:
     """Log-probabilities of the chosen and the rejected response of every pair.
 
     Args:
         pairs: rows of the standard preference format (`prompt`, `chosen`, `rejected`; text or chat
             messages), in any of the forms that `tokenize_dataset` takes.
-        model, tokenizer, length_normalization, batch_size, max_length, progress: see
+        model, tokenizer, length_normalization, batch_size, max_length, progress, part: see
             `score_responses`.
 
     Returns:
@@ -71,6 +72,7 @@ def score_pairs(
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
+        part=part,
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
@@ -117,6 +119,7 @@ def score_responses(
     max_length: int = 1024,
     progress: bool = True,
     names: Sequence[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> list[NDArray[np.float64]]:
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
@@ -130,6 +133,8 @@ def score_responses(
             prompt loses its beginning.
         progress: show a progress bar.
         names: of the prompts in messages; by default their numbers.
+        part: of several processes that share the batches, the number of this one and how many there
+            are; the rows of the others are NaN.
 
     Returns:
         For each row a float64 array with one log-probability a response, in nats.
@@ -148,6 +153,7 @@ def score_responses(
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
+        part=part,
     )
 
 
@@ -161,6 +167,7 @@ def _score(
     batch_size: int,
     max_length: int,
     progress: bool,
+    part: tuple[int, int],
 ) -> list[NDArray[np.float64]]:
     from plad_fast.models.sharing import prepare  # brings in transformers
 
@@ -171,12 +178,20 @@ def _score(
     pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device
     logps: dict[int, NDArray[np.float64]] = {}
+    batches = [*_batches(features, batch_size)]
+    number, count = part
+    own = batches[number::count]
     with (
         evaluating(model),
         torch.inference_mode(),
-        tqdm(total=len(rows), desc="scoring", unit=unit, disable=not progress) as bar,
+        tqdm(
+            total=sum(len(indices) for _, indices in own),
+            desc="scoring",
+            unit=unit,
+            disable=not progress,
+        ) as bar,
     ):
-        for size, indices in _batches(features, batch_size):
+        for size, indices in own:
             collate = PreferenceCollator(
                 pad, group_size=size, layout=layout, decoder_start_token_id=start
             )
@@ -185,13 +200,15 @@ def _score(
             sums = result.sums.double().cpu().numpy().reshape(-1, size)
             logps |= dict(zip(indices, sums, strict=True))
             bar.update(len(indices))
-    bad = [index for index in range(len(rows)) if not np.isfinite(logps[index]).all()]
+    bad = sorted(index for index, values in logps.items() if not np.isfinite(values).all())
     if bad:
         raise UsageError(
             f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
             f"first is {rows[bad[0]].name}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
+    for size, indices in batches:
+        logps |= {index: np.full(size, np.nan) for index in indices if index not in logps}
     return [logps[index] for index in range(len(rows))]
 
 

@@ -27,7 +27,7 @@ from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs
-from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (
     check_loadable,
@@ -49,6 +49,7 @@ from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.texts import Answers, RecipeTexts
+from plad_fast.training.launch import check_launch
 from plad_fast.training.train import train_model
 
 if TYPE_CHECKING:
@@ -83,7 +84,14 @@ def distill(config: DistillConfig, *, overwrite: bool = False, command: str = ""
         UsageError: bad input, found before long work where it can be.
     """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
-    require_one_gpu()
+    check_launch(
+        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
+        loss=config.loss,
+        loss_args=config.loss_args,
+        micro_batch_size=config.micro_batch_size,
+        max_tokens_per_batch=config.max_tokens_per_batch,
+        precision=config.precision,
+    )
     config.require_room()
     if not config.has_local_teacher and config.student is None:
         raise UsageError(
@@ -139,6 +147,10 @@ class _LocalTeacher:
     @cached_property
     def model(self) -> PreTrainedModel:
         return load_model(self.source, merge_adapters=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads the model itself."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
     def as_text(self) -> LocalModel:
         model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))

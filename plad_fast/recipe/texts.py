@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,11 @@ from plad_fast.pairs.generation.answer_rows import collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.set_aside import set_aside
-from plad_fast.pairs.generation.sources import open_local_model, teacher_fingerprint
+from plad_fast.pairs.generation.sources import (
+    LazyLocalModel,
+    open_local_model,
+    teacher_fingerprint,
+)
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
@@ -145,7 +150,9 @@ class RecipeTexts:
         precision = self.config.precision
         suffix = "" if round_number == 1 else f"-{round_number}"
         return stored_answers(
-            lambda: open_local_model(model, name, precision=precision),
+            lambda: LazyLocalModel(
+                partial(open_local_model, model, name, precision=precision), name
+            ),
             prompts,
             self.answers / f"student{suffix}.jsonl",
             sampling_for(self.config, "student", round_number, n),

@@ -14,12 +14,13 @@ from transformers import ProgressCallback
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import require_whole
 from plad_fast.data.records import digest, model_digest
-from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
+from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.config import PLaDConfig
+from plad_fast.training.launch import split_batch
 from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
     RECORD,
@@ -80,14 +81,18 @@ def train_model(
     Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1;
     parameters in float32.
 
+    The processes of a run (`plad_fast.models.led`) share every step, and the weights are those of a
+    single one but for rounding.
+
     Args:
         source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
             are merged into their base model first, and all of its weights are trained.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
-        batch_size: rows in an optimizer step.
-        micro_batch_size: rows in memory at once; it divides the batch size.
+        batch_size: rows in an optimizer step, of all processes together.
+        micro_batch_size: rows in memory at once, in each process; with their number it divides the
+            batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
         saves: checkpoints in the course of the training.
         seed: of the order of the rows and of dropout.
@@ -106,9 +111,7 @@ def train_model(
             trainer.
     """
     sft_weight, length_normalization = get_loss(loss).terms(sft_weight, length_normalization)
-    micro = micro_batch_size or batch_size
-    if batch_size % micro:
-        raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
+    micro, accumulated = split_batch(batch_size, micro_batch_size)
     objective = {
         "loss": loss,
         "beta": beta,
@@ -146,31 +149,24 @@ def train_model(
         # The Trainer would take a step too many from a checkpoint of the last one.
         if last is None or not has_ended(last):
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
-            trainer = _trainer(
-                source,
-                rows,
-                output_dir=str(checkpoints),
+            options = {
                 **objective,
-                max_length=max_length,
-                num_train_epochs=epochs,
-                learning_rate=learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=round(_WARMUP_SHARE * steps),
-                per_device_train_batch_size=micro,
-                gradient_accumulation_steps=batch_size // micro,
-                max_tokens_per_batch=max_tokens_per_batch,
-                **{_CHECKPOINTING: gradient_checkpointing},
-                bf16=autocast_dtype(precision) == torch.bfloat16,
-                seed=seed,
-                save_steps=max(1, math.ceil(steps / saves)),
-                logging_steps=max(1, steps // 20),
-            )
-            with deferred_signals(_NOTICE) as asked:
-                trainer.add_callback(Checkpoints(checkpoints, digest(record), asked))
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            last = checkpoints / f"checkpoint-{trainer.state.global_step}"  # saved at the end
-            del trainer
-            gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
+                "max_length": max_length,
+                "num_train_epochs": epochs,
+                "learning_rate": learning_rate,
+                "lr_scheduler_type": "linear",
+                "warmup_steps": round(_WARMUP_SHARE * steps),
+                "per_device_train_batch_size": micro,
+                "gradient_accumulation_steps": accumulated,
+                "max_tokens_per_batch": max_tokens_per_batch,
+                _CHECKPOINTING: gradient_checkpointing,
+                "bf16": autocast_dtype(precision) == torch.bfloat16,
+                "seed": seed,
+                "save_steps": max(1, math.ceil(steps / saves)),
+                "logging_steps": max(1, steps // 20),
+            }
+            step, *_ = together(_run, source, rows, checkpoints, digest(record), last, options)
+            last = checkpoints / f"checkpoint-{step}"  # saved at the end
         publish(last, output)
         discard_checkpoints(output)
     return log_history(output)
@@ -186,6 +182,26 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
         else:
             require_record(checkpoints, record)
     return newest_checkpoint(checkpoints, digest(record))
+
+
+def _run(
+    source: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    checkpoints: Path,
+    training: str,
+    last: Path | None,
+    options: Mapping[str, Any],
+) -> int:
+    """Trains to the end, in every process of a run; returns the number of the last step."""
+    require_seen(checkpoints / RECORD)
+    trainer = _trainer(source, rows, output_dir=str(checkpoints), **options)
+    with deferred_signals(_NOTICE if rank() == 0 else "") as asked:
+        trainer.add_callback(Checkpoints(checkpoints, training, asked))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    step = trainer.state.global_step
+    del trainer
+    gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
+    return step
 
 
 def _trainer(source: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> PLaDTrainer:

@@ -24,7 +24,6 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
-from plad_fast.pairs.generation.ranks import by_first
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +117,6 @@ class Endpoint:
     ) -> None:
         """Makes one plain request, to find out before long work whether any will be answered.
 
-        In a run of several processes all are to call this, and the first one asks.
-
         Args:
             request: to make, unless there are replies to such requests in the store.
             store: of rows that are made of replies.
@@ -128,24 +125,20 @@ class Endpoint:
         Raises:
             UsageError: as `complete`, no reply came, or all its tokens were spent before an answer.
         """
-
-        def ask() -> None:
-            self.has_answered = store is not None and has_rows(store) and not overwrite
-            if self.has_answered:
-                return
-            self._is_trial = True
-            try:
-                ((_, reply),) = self.complete([request])
-            finally:
-                self._is_trial = False
-            problem = reply
-            if isinstance(reply, Reply):
-                is_spent = reply.choices[0].finish_reason == "length"
-                problem = reply.choices[0].problem if is_spent else ""
-            if problem:
-                raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
-
-        by_first(ask)
+        self.has_answered = store is not None and has_rows(store) and not overwrite
+        if self.has_answered:
+            return
+        self._is_trial = True
+        try:
+            ((_, reply),) = self.complete([request])
+        finally:
+            self._is_trial = False
+        problem = reply
+        if isinstance(reply, Reply):
+            is_spent = reply.choices[0].finish_reason == "length"
+            problem = reply.choices[0].problem if is_spent else ""
+        if problem:
+            raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
 
     async def _answer_all(
         self,

@@ -18,8 +18,8 @@ from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.ranks import share
 from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.shards import share
 from tests.support import two_answerers
 from tests.support.two_answerers import PROMPTS
 
@@ -83,10 +83,6 @@ def two_processes(folder, **more):
     return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
-def results(folder):
-    return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(2)]
-
-
 def test_torchrun_gives_the_answers_of_one_process(folder, expected):
     """Through the environment that torchrun sets, with no group made before."""
     done = subprocess.run(
@@ -95,7 +91,7 @@ def test_torchrun_gives_the_answers_of_one_process(folder, expected):
         env=environment(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert results(folder) == [expected, expected]
+    assert json.loads((folder / "result.json").read_text()) == expected
     assert (folder / "loaded0").exists()
     assert (folder / "loaded1").exists()
     assert not list(folder.glob("*rank*"))

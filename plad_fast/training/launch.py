@@ -1,0 +1,97 @@
+"""What a launcher asks for, held against a training before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from plad_fast.errors import UsageError
+from plad_fast.losses.registry import get_loss, read_loss_args
+from plad_fast.models.devices import autocast_dtype, require_own_gpu
+from plad_fast.models.team import size
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "no"}
+
+
+def check_launch(
+    batch_sizes: Mapping[str, int],
+    *,
+    loss: str,
+    loss_args: str | None = None,
+    micro_batch_size: int | None = None,
+    max_tokens_per_batch: int | None = None,
+    precision: str = "auto",
+    has_reference: bool = False,
+) -> None:
+    """Raises UsageError where the processes of this run cannot train so, or what `accelerate
+    launch` has put into the environment contradicts the settings.
+
+    Args:
+        batch_sizes: flag -> rows in an optimizer step.
+        loss, loss_args, micro_batch_size, max_tokens_per_batch, precision: as `train_model` will
+            get them.
+        has_reference: whether the rows have `reference_logps`.
+    """
+    require_own_gpu(size())
+    for flag, batch_size in batch_sizes.items():
+        split_batch(batch_size, micro_batch_size, flag)
+    asked, own = _variable("MIXED_PRECISION", "no"), _DTYPES[autocast_dtype(precision)]
+    if asked not in ("no", own):
+        raise UsageError(
+            f"the launcher asks for mixed_precision {asked}, and --precision {precision} is "
+            f"{own} here; set mixed_precision to no, and --precision decides"
+        )
+    if (compiler := _variable("DYNAMO_BACKEND", "no")) != "no":
+        raise UsageError(
+            f"the launcher asks for dynamo_backend {compiler}, and the loss would be compiled "
+            "again for every step; set it to no"
+        )
+    is_fsdp, is_deepspeed = (_variable(f"USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if is_fsdp:
+        _require("fsdp_version", os.environ.get("FSDP_VERSION", "1"), "2")
+        kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+        _require("fsdp_state_dict_type", kind, "FULL_STATE_DICT")
+    if is_deepspeed and max_tokens_per_batch is not None:
+        raise UsageError(
+            "--max-tokens-per-batch makes several backwards a step, and DeepSpeed counts them; "
+            "pass --max-tokens-per-batch none, and a --micro-batch-size that fits"
+        )
+    compares = get_loss(loss).needs_reference_for(read_loss_args(loss, loss_args) or {})
+    if (is_fsdp or is_deepspeed) and compares and not has_reference:
+        raise UsageError(
+            f"--loss {loss} compares with the model before training, and one that FSDP or "
+            "DeepSpeed shards is not whole in any process; train with DDP (torchrun), or add "
+            "reference_logps to the pairs (plad_fast.training.add_reference_logps)"
+        )
+
+
+def split_batch(
+    batch_size: int, micro_batch_size: int | None, flag: str = "--batch-size"
+) -> tuple[int, int]:
+    """Rows at once in every process of this run, and how often they have them in a step.
+
+    Raises UsageError where they do not make up the batch of `flag`.
+    """
+    count = size()
+    if batch_size % count:
+        raise UsageError(
+            f"{flag} {batch_size} is no multiple of the {count} processes, which share it; choose "
+            "another, or start fewer processes"
+        )
+    micro = micro_batch_size or batch_size // count
+    if batch_size % (micro * count):
+        of_all = f" in each of {count} processes" if count > 1 else ""
+        raise UsageError(f"--micro-batch-size {micro}{of_all} must divide {flag} {batch_size}")
+    return micro, batch_size // (micro * count)
+
+
+def _variable(name: str, default: str = "false") -> str:
+    """What `accelerate launch` has set."""
+    return os.environ.get(f"ACCELERATE_{name}", default).lower()
+
+
+def _require(name: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise UsageError(f"the launcher asks for {name} {found}, and this takes {wanted}; set it")
