@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +19,7 @@ from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.shards import share
 from tests.support import two_answerers
+from tests.support.launched import SPAWN, environment
 from tests.support.two_answerers import PROMPTS
 
 SETTINGS = {"max_new_tokens": 10, "batch_size": 3, "n": 2}
@@ -48,20 +47,6 @@ def single(model, folder, **options):
         **options,
     )
     return [vars(a) for answers in answered.answers.values() for a in answers]
-
-
-def environment(**more: str) -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return {
-        **os.environ,
-        "PYTHONPATH": root,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    } | more
-
-
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["tests.support.two_answerers"])  # imported once for all
 
 
 def two_processes(folder, **more):
