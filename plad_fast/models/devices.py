@@ -40,23 +40,17 @@ def best_device() -> str:
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda"
 
 
-def require_own_gpu(processes: int) -> None:
+def require_one_gpu() -> None:
     """The Trainer would spread the batch of a single process over all GPUs that it sees, which
     changes what a step is.
 
     Raises:
-        UsageError: a single process sees more than one GPU, or processes outnumber the GPUs of
-            their machine.
+        UsageError: more than one GPU is visible.
     """
     count = torch.cuda.device_count()
-    if count > 1 and processes == 1:
+    if count > 1:
         raise UsageError(
-            f"{count} GPUs are visible and a process uses one; start one for each, with torchrun "
-            f"--nproc-per-node {count} -m plad_fast ..., or choose a GPU, for example with "
-            "CUDA_VISIBLE_DEVICES=0 before the command"
-        )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if count and processes > 1 and here > count:
-        raise UsageError(
-            f"{here} processes on this machine have {count} GPUs; start one for each GPU"
+            f"{count} GPUs are visible and a process uses one; start a process for each, with "
+            f"torchrun --nproc-per-node {count} -m plad_fast ..., or choose a GPU, for example "
+            "with CUDA_VISIBLE_DEVICES=0 before the command"
         )

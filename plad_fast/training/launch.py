@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss, read_loss_args
-from plad_fast.models.devices import autocast_dtype, require_own_gpu
+from plad_fast.models.devices import autocast_dtype, require_one_gpu
 from plad_fast.models.team import size
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "no"}
@@ -34,7 +35,8 @@ def check_launch(
             get them.
         has_reference: whether the rows have `reference_logps`.
     """
-    require_own_gpu(size())
+    if size() == 1:
+        require_one_gpu()
     for flag, batch_size in batch_sizes.items():
         split_batch(batch_size, micro_batch_size, flag)
     asked, own = _variable("MIXED_PRECISION", "no"), _DTYPES[autocast_dtype(precision)]
@@ -48,22 +50,34 @@ def check_launch(
             f"the launcher asks for dynamo_backend {compiler}, and the loss would be compiled "
             "again for every step; set it to no"
         )
-    is_fsdp, is_deepspeed = (_variable(f"USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-    if is_fsdp:
+    wrapper = _wrapper()
+    if wrapper == "FSDP":
         _require("fsdp_version", os.environ.get("FSDP_VERSION", "1"), "2")
         kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
         _require("fsdp_state_dict_type", kind, "FULL_STATE_DICT")
-    if is_deepspeed and max_tokens_per_batch is not None:
+    if wrapper == "DeepSpeed" and max_tokens_per_batch is not None:
         raise UsageError(
             "--max-tokens-per-batch makes several backwards a step, and DeepSpeed counts them; "
             "pass --max-tokens-per-batch none, and a --micro-batch-size that fits"
         )
     compares = get_loss(loss).needs_reference_for(read_loss_args(loss, loss_args) or {})
-    if (is_fsdp or is_deepspeed) and compares and not has_reference:
+    if wrapper and compares and not has_reference:
         raise UsageError(
-            f"--loss {loss} compares with the model before training, and one that FSDP or "
-            "DeepSpeed shards is not whole in any process; train with DDP (torchrun), or add "
-            "reference_logps to the pairs (plad_fast.training.add_reference_logps)"
+            f"--loss {loss} compares with the model before training, and one that {wrapper} shards "
+            "is not whole in any process; train with DDP (torchrun), or add reference_logps to the "
+            "pairs (plad_fast.training.add_reference_logps)"
+        )
+
+
+def require_own_kind(checkpoint: Path) -> None:
+    """Raises UsageError for a checkpoint that another wrapper has saved than this run's."""
+    kinds = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
+    saved = next((name for name, files in kinds.items() if any(checkpoint.glob(files))), "")
+    if saved != _wrapper():
+        raise UsageError(
+            f"{checkpoint} was saved under {saved or 'neither FSDP nor DeepSpeed'}, and this run "
+            f"is under {_wrapper() or 'neither'}; start it as before, or delete "
+            f"{checkpoint.parent} to train from the beginning"
         )
 
 
@@ -85,6 +99,12 @@ def split_batch(
         of_all = f" in each of {count} processes" if count > 1 else ""
         raise UsageError(f"--micro-batch-size {micro}{of_all} must divide {flag} {batch_size}")
     return micro, batch_size // (micro * count)
+
+
+def _wrapper() -> str:
+    """What shards the model, if anything does."""
+    names = ("FSDP", "DeepSpeed")
+    return next((name for name in names if _variable(f"USE_{name.upper()}") == "true"), "")
 
 
 def _variable(name: str, default: str = "false") -> str:

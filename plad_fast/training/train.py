@@ -20,7 +20,7 @@ from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
 from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.config import PLaDConfig
-from plad_fast.training.launch import split_batch
+from plad_fast.training.launch import require_own_kind, split_batch
 from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
     RECORD,
@@ -148,6 +148,8 @@ def train_model(
         write_record(checkpoints, record)
         # The Trainer would take a step too many from a checkpoint of the last one.
         if last is None or not has_ended(last):
+            if last is not None:
+                require_own_kind(last)
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options = {
                 **objective,

@@ -125,6 +125,20 @@ def test_sigterm_in_a_training_and_another_number_of_processes(
     assert_same_weights(tmp_path / "out", trained_alone)
 
 
+def test_a_checkpoint_of_fsdp2_goes_on_under_fsdp2_alone(teacher, pairs, trained_alone, tmp_path):
+    command = training(teacher, pairs, tmp_path / "out")
+    started = Started(2, command, tmp_path / "logs", f"{IN_TRAINING} 3 wait", **FSDP2)
+    started.wait_for("REACHED")
+    started.send(signal.SIGTERM)
+    assert started.statuses(30) == [AGAIN, AGAIN], started.said()
+    refused = Started(1, command, tmp_path / "logs")
+    assert refused.statuses() == [2], refused.said()
+    assert "checkpoint-3 was saved under FSDP, and this run is under neither" in refused.errors()[0]
+    again = Started(2, command, tmp_path / "logs", **FSDP2)
+    assert again.statuses() == [0, 0], again.said()
+    assert_same_weights(tmp_path / "out", trained_alone)
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_failure_in_one_process_ends_all_with_one_message(command, teacher, pairs, tmp_path):
     typed, plant = training(teacher, pairs, tmp_path / "out"), f"{IN_TRAINING} 2 raise"
@@ -150,7 +164,7 @@ def test_a_failure_in_one_process_ends_all_with_one_message(command, teacher, pa
         ((), {"ACCELERATE_USE_DEEPSPEED": "true"}, "--max-tokens-per-batch none"),
     ],
 )
-def test_refused_before_any_work(typed, variables, said, teacher, pairs, tmp_path, monkeypatch):
+def test_refused_before_any_work(typed, variables, said, teacher, pairs, tmp_path):
     """What a launcher asks for, in a single process; and batches, in two."""
     command = [*training(teacher, pairs, tmp_path / "out"), *typed]
     started = Started(1 if variables else 2, command, tmp_path / "logs", **variables)
