@@ -27,7 +27,7 @@ from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs
-from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (
     check_loadable,
@@ -55,6 +55,7 @@ from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
 from plad_fast.recipe.validation import AnswerCheck, validation_table, verdict
+from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import log_history
 from plad_fast.training.validation import Validation
@@ -98,8 +99,17 @@ def distill(
         UsageError: bad input, found before long work where it can be.
     """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
-    require_one_gpu()
     adapters_and_arguments({**vars(config), "loss": "sft"})
+    check_launch(
+        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
+        loss=config.loss,
+        loss_args=config.loss_args,
+        micro_batch_size=config.micro_batch_size,
+        max_tokens_per_batch=config.max_tokens_per_batch,
+        precision=config.precision,
+        load_in_4bit=config.load_in_4bit,
+        validates=config.validation > 0,
+    )
     if config.push_to_hub is not None:
         adapters_on = None if config.lora_r is None or config.merge else config.output_dir
         check_push(config.push_to_hub, base=adapters_on)
@@ -165,6 +175,10 @@ class _LocalTeacher:
     @cached_property
     def model(self) -> PreTrainedModel:
         return load_model(self.source, merge_adapters=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads the model itself."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
     def as_text(self) -> LocalModel:
         model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from plad_fast.training.processes import whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,7 +32,8 @@ class Validation:
 
     measure: Callable[[PreTrainedModel], Mapping[str, float]]
     """Metrics by name; the best model is the one with the largest `score`. It has to leave the
-    model, and PyTorch's random numbers, as they were."""
+    model, and PyTorch's random numbers, as they were. All processes of a run call it at the same
+    time, on a whole model each, and have to get the same."""
     made_by: Mapping[str, Any]
     """What the metrics depend on besides the model, as JSON values."""
     patience: int = 2
@@ -81,6 +84,6 @@ class Validator(TrainerCallback):
 
     def _check(self) -> None:
         trainer = self._trainer
-        with trainer.paused():
-            metrics = self._validation.measure(trainer.accelerator.unwrap_model(trainer.model))
+        with trainer.paused(), whole(trainer.model, trainer.accelerator) as model:
+            metrics = self._validation.measure(model)
         trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})
