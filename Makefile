@@ -16,8 +16,8 @@ LONG = benchmarks/% data/test_rows integrations/% kernels/test_aot kernels/test_
 	kernels/test_linear kernels/test_logits_rows models/test_architectures \
 	models/test_encoder_decoder models/test_register models/test_router ops/test_autograd \
 	ops/test_triton_backend ops/test_vocab_parallel pairs/test_chat_endpoint pairs/test_ranks \
-	pairs/test_refill recipe/test_distillation recipe/test_stage_folder recipe/test_stages \
-	training/test_checkpoints training/test_micro_batches training/test_peft \
+	pairs/test_refill pairs/test_servers recipe/test_distillation recipe/test_stage_folder \
+	recipe/test_stages training/test_checkpoints training/test_micro_batches training/test_peft \
 	training/test_signals training/test_train training/test_trainer system/%
 TRL = tests/integrations/test_trl.py
 FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.py)) \
@@ -27,7 +27,7 @@ FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.p
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart check test test-all lint docs site bench gpu study no-dialogues aot clean
+.PHONY: quickstart check test test-all lint docs site bench gpu study aot clean
 
 quickstart: $(VENV)/.dev
 	$(BIN)/plad-fast quickstart --output-dir $(RUN)
@@ -88,12 +88,9 @@ bench: $(VENV)/.bench
 gpu: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
-# Two hours. DIALOGSUM=path/to/dialogsum.jsonl
-study: $(if $(DIALOGSUM),,no-dialogues) $(VENV)/.dev
-	$(BIN)/python -m benchmarks.plad_vs_sft --dialogsum $(DIALOGSUM)
-
-no-dialogues:
-	@echo "give the dialogues: make study DIALOGSUM=path/to/dialogsum.jsonl"; exit 2
+# DAYS. Data as in benchmarks/README.md: STUDY='--dialogsum dev.jsonl --scitldr train.jsonl dev.jsonl'
+study: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.plad_vs_sft $(STUDY)
 
 # Compiles the GPU kernels without a GPU and fails on what would not run well there.
 aot: $(VENV)/.dev

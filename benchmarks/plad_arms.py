@@ -1,124 +1,126 @@
-"""The arms of the small PLaD experiment: ways to go on from a fine-tuned student."""
+"""The tasks of the PLaD study, and its arms: ways to go on from a fine-tuned student."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import re
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plad_fast.checks import check_number, is_whole
+from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
-from plad_fast.losses.objective import Objective
-from plad_fast.pairs.select import KEEP_ALL, PairFilters
-from plad_fast.training.config import PLaDConfig
+from plad_fast.models.loading import load_tokenizer
+from plad_fast.recipe.inputs import RunPrompts, write_jsonl
 
-TRAINING_OPTIONS = {"beta", "loss_args", "sft_weight", "length_normalization"}
+PARTS = ("sft", "pairs", "validation", "held_out")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Texts with summaries that people wrote: a teacher of which the text alone is known."""
+
+    name: str
+    files: Sequence[Path]
+    """One, or one for all parts but the held-out one and another for that."""
+    text: str
+    """Column of the text, and of its summary or list of summaries, of which the first teaches."""
+    summaries: str
+    request: str
+
+    def read(self, sizes: Mapping[str, int], longest: int, student: str) -> dict[str, Any]:
+        """Part -> rows of `id`, `prompt`, `answer` and `references`, the same for every seed.
+
+        Args:
+            sizes: part -> number of rows.
+            longest: tokens of a prompt; longer ones are left out.
+            student: whose tokens.
+
+        Raises:
+            UsageError: a file without these columns, or too few rows.
+        """
+        tokenizer, of_files = load_tokenizer(student), []
+        for number, file in enumerate(self.files):
+            found = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+            if not found or not found[0].keys() >= {self.text, self.summaries}:
+                raise UsageError(f"{file} has no columns {self.text} and {self.summaries}")
+            rows = []
+            for line, row in enumerate(found):
+                prompt = self.request.format(row[self.text])
+                summaries = row[self.summaries]
+                references = [summaries] if isinstance(summaries, str) else summaries
+                if len(tokenizer(prompt)["input_ids"]) <= longest:
+                    fields = {"id": f"{number}-{line}", "prompt": prompt, "answer": references[0]}
+                    rows.append({**fields, "references": references})
+            random.Random(0).shuffle(rows)
+            of_files.append(rows)
+        *others, last = of_files
+        pools = {"held_out": last, **dict.fromkeys(PARTS[:-1], others[0] if others else last)}
+        parts = {}
+        for part, rows in pools.items():
+            if len(rows) < sizes[part]:
+                raise UsageError(f"{self.name} has {len(rows)} rows left for {sizes[part]} {part}")
+            parts[part] = [rows.pop() for _ in range(sizes[part])]
+        return parts
+
+
+def read_tasks(scitldr: Sequence[Path] | None, dialogsum: Path | None) -> list[Task]:
+    tasks = []
+    if scitldr:
+        request = "{}\n\nWhat does this paper do? Answer in one short sentence."
+        tasks.append(Task("SciTLDR", scitldr, "abstract", "tldrs", request))
+    if dialogsum:
+        request = "{}\n\nWhat is this conversation about? Answer in one short sentence."
+        tasks.append(Task("DialogSum", [dialogsum], "dialogue", "summary", request))
+    return tasks
+
+
+def run_prompts(parts: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> RunPrompts:
+    """The prompts of a run on these parts, whose rows become the file that the run reads."""
+    write_jsonl(file, [row for part in PARTS for row in parts[part]])
+    sft, pairs, validation, held_out = (
+        [Prompt(row["id"], row["prompt"], row["answer"]) for row in parts[part]] for part in PARTS
+    )
+    every = [*sft, *pairs, *validation, *held_out]
+    return RunPrompts(every, [*sft, *pairs], held_out, validation, sft, pairs)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to go on from the fine-tuned student.
-
-    Raises:
-        UsageError: a field has not the kind or range that it needs.
-    """
+    """One way to go on from the fine-tuned student."""
 
     name: str
-    """Letters, digits, spaces, - and _: it names a folder."""
-    loss: str
-    learning_rate: float
-    batch_size: int = 4
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `train_model`: `TRAINING_OPTIONS`."""
-    filters: PairFilters = KEEP_ALL
-    pairs: int | None = None
-    """The first so many only, more often: the compute stays the same."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w -]*", self.name):
-            raise UsageError(f"a name is letters, digits, spaces, - and _, not {self.name!r}")
-        check_number("learning_rate", self.learning_rate)
-        if not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"learning_rate must be positive, not {self.learning_rate}")
-        for name, count in (("batch_size", self.batch_size), ("pairs", self.pairs)):
-            if count is not None and (not is_whole(count) or count < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1, not {count!r}")
-        if not isinstance(self.options, Mapping):
-            raise UsageError(f"options must be an object, not {self.options!r}")
-        if unknown := sorted(self.options.keys() - TRAINING_OPTIONS):
-            raise UsageError(f"there is no option {', '.join(unknown)}")
-        if self.fine_tunes and (self.pairs is not None or self.filters != KEEP_ALL):
-            raise UsageError("loss 'sft' takes answers: it has neither pairs nor filters of pairs")
-
-    @property
-    def fine_tunes(self) -> bool:
-        return self.loss == "sft"
-
-    @property
-    def objective(self) -> Objective:
-        """Raises UsageError: no such loss, or options that it does not take."""
-        args = PLaDConfig(output_dir="unused", use_cpu=True, loss=self.loss, **self.options)
-        return args.objective(group_size=2)
+    settings: Mapping[str, Any]
+    """Of `DistillConfig`."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """What is searched besides the learning rate, as `plad-fast tune --search`."""
 
 
-MEANS = {"length_normalization": 1.0}
+SFT = "SFT"
+"""The student before all arms."""
+_NLL = {"sft_weight": "0.1,0.3,1"}
+_DPO = {"beta": "0.02..1", "sft_weight": "0,0.1,1"}
 ARMS = (
-    Arm("SFT longer", "sft", 1e-5),
-    Arm("PLaD ranking", "plad_ranking", 3e-5, options={**MEANS, "beta": 8.0, "sft_weight": 1.0}),
-    Arm("PLaD margin", "plad_margin", 3e-5, options={**MEANS, "beta": 200.0, "sft_weight": 1.0}),
-    Arm("DPO", "dpo", 1e-5, options={"beta": 0.1}),
-    Arm("SimPO", "simpo", 1e-5, options={"beta": 2.0, "loss_args": '{"gamma": 1.0}'}),
+    Arm("SFT longer", {"loss": "sft"}),
+    Arm("PLaD ranking", {"loss": "plad_ranking"}, {"beta": "0.5..16", **_NLL}),
+    Arm("PLaD margin", {"loss": "plad_margin"}, {"beta": "5..400", **_NLL}),
+    Arm(
+        "PLaD listwise",
+        {"loss": "plad_listwise", "select": "ranked"},
+        {"beta": "0.25..8", **_NLL},
+    ),
+    Arm("DPO", {"loss": "dpo"}, _DPO),
+    Arm(
+        "SimPO",
+        {"loss": "simpo"},
+        {
+            "beta": "1..10",
+            "loss_args": [f'{{"gamma": {gamma}}}' for gamma in (0.5, 1.0, 2.0)],
+            "sft_weight": "0,0.1,1",
+        },
+    ),
+    Arm("IPO", {"loss": "ipo"}, _DPO),
+    Arm("SODA", {"loss": "dpo", "rejected_from": "base"}, _DPO),
 )
-BASELINE = ARMS[0]
-FINE_TUNED = "SFT"
-
-
-def read_arms(path: Path) -> tuple[Arm, ...]:
-    """Arms from a JSON list of objects with the fields of `Arm`.
-
-    Raises:
-        UsageError: the file is no such list, an arm could not train, or two would share a folder.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from None
-    if not isinstance(found, list) or not all(isinstance(fields, dict) for fields in found):
-        raise UsageError(f"{path} must hold a list of objects")
-    if not found:
-        raise UsageError(f"{path} holds no arm")
-    arms = []
-    for number, fields in enumerate(found, start=1):
-        try:
-            arms.append(_read_arm(fields))
-        except (TypeError, ValueError) as error:
-            known = ", ".join(f.name for f in dataclasses.fields(Arm))
-            raise UsageError(f"{path}: arm {number}: {error}; an arm has {known}") from None
-    taken = {"evaluation", slug(FINE_TUNED), slug(BASELINE.name)}
-    for arm in arms:
-        if slug(arm.name) in taken:
-            raise UsageError(f"{path}: the name {arm.name!r} is taken; choose another")
-        taken.add(slug(arm.name))
-    return tuple(arms)
-
-
-def _read_arm(fields: Mapping[str, Any]) -> Arm:
-    filters = fields.get("filters", {})
-    if not isinstance(filters, Mapping):
-        raise UsageError(f"filters must be an object, not {filters!r}")
-    for name, value in filters.items():
-        # Numbers are checked where they are used; of the others a text would count as True.
-        if isinstance(getattr(KEEP_ALL, name, None), bool) != isinstance(value, bool):
-            raise UsageError(f"filters: {name} cannot be {value!r}")
-    arm = Arm(**{**fields, "filters": PairFilters(**filters)})
-    arm.objective  # noqa: B018  # for its errors
-    return arm
-
-
-def slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
+BASELINE = ARMS[0].name

@@ -212,19 +212,20 @@ class LibraryFrom(NamedTuple):
     gradient: int
 
 
-LIBRARY_FROM: dict[tuple[int, int], LibraryFrom] = {(9, 0): LibraryFrom(1024, 3072)}
+LIBRARY_FROM: dict[tuple[int, int], LibraryFrom] = {(9, 0): LibraryFrom(2048, 3072)}
 """By compute capability: from where on 16-bit operands are multiplied by the library, to logits in
 float32, which a kernel then reads row by row, rather than by our product, which keeps them in
 registers. What is measured on a GPU goes here; of the H100 it is a count, in picoseconds a logit:
 
     D                            896    1024    2048    3072    4096
-    ours, 400 to 560 TFLOP/s     4.5     4.9     7.9    11.2    14.6
+    ours, 450 to 560 TFLOP/s     4.0     4.4     7.8    11.2    14.6
     library, 720 TFLOP/s         2.5     2.8     5.7     8.5    11.4
       and the forward            4.5     4.8     7.7    10.5    13.4
       and the gradient           5.2     5.5     8.4    11.2    14.0
 
-Memory takes 3 TB/s. The library's rate includes 16-bit results: 2 bytes of a logit are written
-beyond these, 4 are read again, and for the gradient 2 more are written.
+Memory takes 3 TB/s, and our rates are predictions of `plad_fast.kernels.aot`. The library's rate
+includes 16-bit results: 2 bytes of a logit are written beyond these, 4 are read again, and for the
+gradient 2 more are written.
 """
 
 

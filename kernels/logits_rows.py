@@ -89,7 +89,7 @@ def _logits_rows_forward_kernel(
         z_target = tl.zeros((1,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
-            z, _ = _load_logits(
+            z, _ = load_logits(
                 logits_ptr,
                 bias_ptr,
                 offs_v,
@@ -118,7 +118,7 @@ def _logits_rows_forward_kernel(
 
 
 @triton.jit
-def _load_logits(
+def load_logits(
     logits_ptr,
     bias_ptr,
     offs_v,
@@ -210,7 +210,7 @@ def _logits_rows_backward_kernel(
         slope = slope / tl.load(scale_ptr)
     for start in range(0, vocab, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        z, capped = _load_logits(
+        z, capped = load_logits(
             logits_ptr,
             bias_ptr,
             offs_v,

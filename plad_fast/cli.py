@@ -15,6 +15,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from plad_fast.checks import shown
 from plad_fast.data.files import disk_advice
 from plad_fast.errors import UsageError
 from plad_fast.recipe.arguments import COMMANDS, QUICKSTART_SHARES, given_settings, parse_command
+from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.signals import Terminated, raised_signals
 
@@ -106,17 +108,24 @@ def _run(arguments: Namespace) -> None:
         config = DistillConfig(**given)
         evaluate_on_pairs(students, pairs, config, overwrite=overwrite, command=_command())
         return
+    plan = {
+        field.name: given.pop(field.name) for field in fields(TuneConfig) if field.name in given
+    }
     config = DistillConfig(**given)
     _quiet_libraries()
-    if name == "pairs":
+    if name == "tune":
+        from plad_fast.recipe.tune import tune
+
+        tune(config, TuneConfig(**plan), fixed=given.keys(), overwrite=overwrite)
+    elif name == "pairs":
         from plad_fast.recipe.stages import pair_models
 
         pair_models(config, overwrite=overwrite)
     else:
         from plad_fast.recipe.distillation import distill
 
-        shares = QUICKSTART_SHARES if name == "quickstart" else {}
-        distill(config, overwrite=overwrite, command=_command(), shares=shares)
+        options = {"shares": QUICKSTART_SHARES} if name == "quickstart" else {}
+        distill(config, overwrite=overwrite, command=_command(), **options)
 
 
 def _led() -> AbstractContextManager[bool]:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from plad_fast.kernels import launch
+from plad_fast.kernels.exponential_rows import exponential_rows
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -25,6 +26,7 @@ from benchmarks import peers
 from benchmarks.common import time_runs
 from benchmarks.data import PairBatch
 from benchmarks.gpu.worker import Section, Shape
+from plad_fast.ops.backend import HeadOptions
 
 CHUNKS = (1024, 2048, 4096, 8192)
 MOST_KERNELS = 12  # of a profile
@@ -80,6 +82,19 @@ def row_kernels(batch: PairBatch, rows: int) -> Iterator[Part]:
         "row kernel, backward to float32",
         lambda: torch.autograd.grad(total, logits, retain_graph=True),
         moved=8.0 * logits.numel(),
+    )
+    values = torch.empty_like(logits, dtype=torch.bfloat16)
+    yield Part(
+        "row kernel, exponentials in bfloat16",
+        lambda: exponential_rows(
+            logits.detach(),
+            batch.targets[:rows],
+            bias=None,
+            **HeadOptions().of_logits,
+            out=values,
+            row_width=len(batch.weight),
+        ),
+        moved=6.0 * logits.numel(),
     )
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from plad_fast.kernels import launch
+from plad_fast.kernels.exponential_rows import exponential_rows, move_rows_
 from plad_fast.kernels.launch import (
     AotEntry,
     Device,
@@ -117,7 +118,10 @@ def entries(capability: tuple[int, int], *, everything: bool = False) -> list[Ao
 def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[int, ...]) -> None:
     _call_linear(dtype, head, case, tokens)
     # One pass: float32 logits in wider rows, which take the operand of the next product as well.
-    _call_rows(torch.float32, dtype, head[1], case, -(-head[1] // 64) * 64)
+    row_width = -(-head[1] // 64) * 64
+    _call_rows(torch.float32, dtype, head[1], case, row_width)
+    if dtype == torch.bfloat16 and not case.rest:
+        _call_exponentials(head[1], case, row_width)
     if not case.bias:
         # Logits that the user holds.
         _call_rows(dtype, dtype, head[1], case)
@@ -201,6 +205,17 @@ def _call_rows(
         rows=_empty(n, dtype=torch.int64) if case.rest else None,
         scale=_scale(out_dtype) if dtype == torch.float32 else None,
     )
+
+
+def _call_exponentials(vocab: int, case: Case, row_width: int) -> None:
+    n = _TOKENS[-1]
+    memory, targets = _empty(n, row_width), _empty(n, dtype=torch.int64)
+    values = memory.view(torch.bfloat16)[:, :vocab]
+    bias = _empty(vocab, dtype=torch.bfloat16) if case.bias else None
+    exponential_rows(
+        memory[:, :vocab], targets, bias=bias, out=values, row_width=row_width, **_options(case)
+    )
+    move_rows_(values, targets, targets)
 
 
 def _options(case: Case) -> dict[str, Any]:

@@ -11,11 +11,12 @@ It counts clocks of a streaming multiprocessor (SM). A tile of BLOCK_N x BLOCK_V
                 exp      those of them that are exp, log or 1/x x warps x 32 / 16
     fill      1000 clocks (assumed) until a tile's first operands arrive
 
-where instructions are counted in the SASS. Blocks that share an SM hide each other's phases: of b
-blocks a tile costs max(product, epilogue, (product + epilogue + fill) / b). A launch lasts as long
-as the SM with the most tiles, or as HBM takes for what it carries: the weights once for every
-group of token tiles that run together, hidden once, results. Row kernels are the longest of the
-bytes they move, their instructions and their exponentials.
+where instructions are counted in the SASS, and a clock is longer than at boost as far as the
+tensor cores' load slows a GPU down (`Gpu.loaded`). Blocks that share an SM hide each other's
+phases: of b blocks a tile costs max(product, epilogue, (product + epilogue + fill) / b). A launch
+lasts as long as the SM with the most tiles, or as HBM takes for what it carries: the weights once
+for every group of token tiles that run together, hidden once, results. Row kernels are the longest
+of the bytes they move, their instructions and their exponentials, at the boost clock.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def predict_linear(
     num_tokens: int = TOKENS,
 ) -> Prediction:
     """Of `_linear_forward_kernel` or `_logits_gradient_kernel` on 16-bit operands."""
-    code, clock = resources.code, gpu.clock_ghz * 1e9
-    flop_per_clock = gpu.tensor_tflops * 1e12 / gpu.sms / clock
+    code, boost = resources.code, gpu.clock_ghz * 1e9
+    clock = boost * gpu.loaded
+    flop_per_clock = gpu.tensor_tflops * 1e12 / gpu.sms / boost
     step = {
         "tensor": 2 * tile.BLOCK_N * tile.BLOCK_V * tile.BLOCK_D / flop_per_clock,
         "L2": 2 * (tile.BLOCK_N + tile.BLOCK_V) * tile.BLOCK_D / (gpu.l2_bytes_per_clock / gpu.sms),

@@ -127,24 +127,27 @@ class Code:
 
 
 def analyse(blocks: Sequence[Block]) -> Code:
-    """Find the inner loop and describe it."""
+    """Find the inner loop and describe it, without loops inside of it that write to global memory:
+    what they do is rare.
+    """
     loops = find_loops(blocks)
 
     def count(part: Iterable[int]) -> Counter[str]:
         return Counter(x.name for i in part for x in blocks[i].instructions)
 
     inner: frozenset[int] = frozenset()
-    for work in (tuple(TENSOR_CORE), ("FFMA", "FFMA2"), ("LDG", "LDGSTS")):
+    for work in (tuple(TENSOR_CORE), ("FFMA", "FFMA2"), ("MUFU",), ("LDG", "LDGSTS")):
         if working := [x for x in loops if any(count(x)[name] for name in work)]:
             innermost = [x for x in working if not any(y < x for y in working)]
             inner = max(innermost, key=lambda x: count(x).total())
             break
     around = min((x for x in loops if inner < x), key=len, default=frozenset(range(len(blocks))))
-    names, other = count(inner), count(around - inner)
+    rare = frozenset[int]().union(*(x for x in loops if x < inner and count(x)["STG"]))
+    names, other = count(inner - rare), count(around - inner)
     found = [kind for name, kind in TENSOR_CORE.items() if names[name]]
     return Code(
         tensor_core=found[0] if found else None,
-        loads=_load_widths(x for i in sorted(inner) for x in blocks[i].instructions),
+        loads=_load_widths(x for i in sorted(inner - rare) for x in blocks[i].instructions),
         inner=names.total(),
         inner_special=names["MUFU"],
         inner_spills=names["LDL"] + names["STL"],

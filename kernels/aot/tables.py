@@ -76,6 +76,7 @@ def predictions(reports: Sequence[Report]) -> list[dict[str, Any]]:
                 ("_logits_gradient_kernel", tile, "bf16"),
                 ("_logits_rows_forward_kernel", rows, "fp32"),
                 ("_logits_rows_backward_kernel", rows, "fp32"),
+                ("_exponential_rows_kernel", rows, "fp32"),
             ):
                 resources = _plainest(reports, arch, kernel, dtype, config, capped)
                 if resources is None:

@@ -146,8 +146,9 @@ class Objective:
             **{"counts": counts, "scores": scores, "reference_logps": reference_logps},
             "length_normalization": self.length_normalization,
         }
-        # A copy: the function may work in place.
-        logps = length_normalized(sums, counts, alpha).clone()
+        logps = length_normalized(sums, counts, alpha)
+        if logps is sums:  # which is not the function's to work in
+            logps = sums.clone()
         losses = self.spec.fn(logps, **{k: given[k] for k in self.spec.takes}, **self.options)
         expected = logps.shape[:1]
         is_tensor = isinstance(losses, Tensor)

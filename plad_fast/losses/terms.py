@@ -147,4 +147,7 @@ def length_normalized(
     alpha: float,
 ) -> Tensor:  # (S,)
     """sums / counts ** alpha; an empty sequence stays 0."""
-    return sums if alpha == 0 else sums / counts.clamp(min=1).to(sums.dtype) ** alpha
+    if alpha == 0:
+        return sums
+    counts = counts.clamp(min=1)
+    return sums / (counts if alpha == 1 else counts.to(sums.dtype) ** alpha)

@@ -138,7 +138,8 @@ def load_with_lora(
 
 
 def _require_gpu() -> None:
-    # On a CPU, in evaluation mode, products of bitsandbytes have no gradient and do not say so.
+    # On a CPU with AVX512-BF16, layers of bitsandbytes that once ran in evaluation mode have no
+    # gradient, and do not say so.
     if best_device() == "cpu":
         raise UsageError("--load-in-4bit: bitsandbytes trains on a CUDA GPU, and there is none")
 

@@ -76,7 +76,7 @@ def linear_sequence_logprobs(
         length_normalization: alpha of sum / count ** alpha: 0 for sums, 1 for means.
         ignore_index: targets equal to it count for nothing. Their tokens cost nothing either, but
             for the Triton backend's forward, in tiles that they share with tokens that count (on
-            an H100, with 16-bit hidden states of 1024 or more: all of them; many should be left out
+            an H100, with 16-bit hidden states of 2048 or more: all of them; many should be left out
             by the caller), and for its backward with `skip_inactive=False`.
         impl: "auto", or a backend by name ("triton", "torch"); a named one never falls back.
         scratch_bytes: bound on the memory beside inputs, results and gradients; by default

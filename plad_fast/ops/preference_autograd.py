@@ -363,7 +363,7 @@ def _with_ignored(problem: LinearProblem) -> tuple[LinearProblem, Tensor, list[i
     """
     bounds = problem.cu_seqlens.tolist()
     problem = problem.on_one_device()
-    keep = problem.targets != problem.options.ignore_index
+    ignored = problem.targets == problem.options.ignore_index
     # Whatever an ignored token holds, even if it is not finite, adds nothing.
-    hidden = problem.hidden.masked_fill(~keep[:, None], 0)
-    return problem._replace(hidden=hidden), segment_counts(keep, problem.cu_seqlens), bounds
+    hidden = problem.hidden.masked_fill(ignored[:, None], 0)
+    return problem._replace(hidden=hidden), segment_counts(~ignored, problem.cu_seqlens), bounds

@@ -202,8 +202,8 @@ def check_sequences(
     Of CUDA tensors this is a device-side assertion, as in PyTorch's own losses: nothing waits for
     the device.
     """
-    kept = targets != ignore_index
-    in_range = ~kept | ((targets >= 0) & (targets < vocab))
+    ignored = targets == ignore_index
+    in_range = ignored | ((targets >= 0) & (targets < vocab))
     if cu_seqlens.is_cuda:
         ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(targets))
         torch._assert_async(
@@ -215,7 +215,7 @@ def check_sequences(
     if targets.is_cuda:
         torch._assert_async(in_range.all(), f"targets must lie in [0, {vocab}) or be ignored")
     elif not in_range.all():
-        low, high = (int(x) for x in torch.aminmax(targets[kept]))
+        low, high = (int(x) for x in torch.aminmax(targets[~ignored]))
         raise UsageError(
             f"targets must lie in [0, {vocab}) or equal ignore_index; they span {low} to {high}"
         )

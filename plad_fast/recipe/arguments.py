@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from plad_fast import __version__
 from plad_fast.recipe.fields import flag
+from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import SELECTION, DistillConfig, TrainConfig
 from plad_fast.recipe.settings_file import coerce, load_settings
 
@@ -30,12 +31,14 @@ After 75 and 130 the same command goes on from where it was: a training saves a
 checkpoint at the end of its step. A second signal ends it at once.
 """
 
-_OF_DISTILL = tuple(field.name for field in dataclasses.fields(DistillConfig))
-_OF_TRAIN = tuple(field.name for field in dataclasses.fields(TrainConfig))
+_OF_DISTILL, _OF_TRAIN, _OF_TUNING = (
+    tuple(field.name for field in dataclasses.fields(of))
+    for of in (DistillConfig, TrainConfig, TuneConfig)
+)
 _FIELDS = {
     field.name: field
-    for config in (DistillConfig, TrainConfig)
-    for field in dataclasses.fields(config)
+    for of in (DistillConfig, TrainConfig, TuneConfig)
+    for field in dataclasses.fields(of)
 }
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
@@ -56,6 +59,7 @@ _ADAPTERS = (
 _EVALUATION = ("eval_scorer", "calibration_samples")
 # Of `--help`, in this order.
 _GROUPS = {
+    "search": _OF_TUNING,
     "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
     "prompts": (*_PROMPTS, "held_out", "validation", "sft_share"),
     "answers": ("teacher_temperature", *_GENERATION, "rejected_from", *_ENGINE),
@@ -73,7 +77,9 @@ _GROUPS = {
 # Of transformers' trainer, and looked for among the flags.
 _OF_TRAINER = ("optim", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay",
                "max_grad_norm", "report_to", "run_name", "logging_steps")  # fmt: skip
-_METAVARS = {"output_dir": "DIR", "pairs": "FILE"}
+_METAVARS = {"output_dir": "DIR", "pairs": "FILE", "search": "NAME=VALUES"}
+# Given several times as flags, and as they stand there in a file.
+_LISTED = {("evaluate", "student"), ("tune", "search")}
 _OF_TYPES = {
     "int": "N", "float": "X", "str": "TEXT", "bool": "true|false", "Mapping": "KEY=VALUE",
 }  # fmt: skip
@@ -107,7 +113,7 @@ _QUICKSTART = {
     "max_new_tokens": 40,
     "sft_epochs": 1.0,
     "epochs": 1.0,
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-4,
     "batch_size": 8,
     "saves_per_stage": 2,
     "generation_batch_size": 64,
@@ -126,6 +132,13 @@ COMMANDS = {
     "distill": Command(
         "The whole recipe: fine-tune, pair, calibrate, evaluate.",
         settings=_OF_DISTILL,
+        overwrite=_EMPTY_FIRST,
+    ),
+    "tune": Command(
+        "Search the settings of pairs and calibration by validation prompts, for `distill`.",
+        settings=tuple(
+            name for name in (*_OF_TUNING, *_OF_DISTILL) if name not in ("rounds", "push_to_hub")
+        ),
         overwrite=_EMPTY_FIRST,
     ),
     "quickstart": Command(
@@ -214,7 +227,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     `load_settings`. Exits with status 2 where one that the command needs is missing."""
     name, command = arguments.command, COMMANDS[arguments.command]
     known = (*command.needs, *command.settings)
-    raw = ["student"] if name == "evaluate" else []
+    raw = [setting for of, setting in _LISTED if of == name]
     settings = {}
     if getattr(arguments, "config", None):
         settings = load_settings(arguments.config, known, command=name, raw=raw)
@@ -275,7 +288,7 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
     for need in command.needs:
         parser.add_argument(
             flag(need),
-            action="append" if (name, need) == ("evaluate", "student") else _action(need),
+            action=_action(name, need),
             default=argparse.SUPPRESS,
             metavar=_metavar(name, need),
             help=command.help[need],
@@ -289,22 +302,21 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             text += "" if default is None else f" (default: {default})"
             kind = str(of_field.type).partition(" ")[0].partition("[")[0]
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
-            if kind == "Mapping":
-                switch = {"action": "append"}
             group.add_argument(
                 flag(of_field.name),
                 default=argparse.SUPPRESS,
                 metavar=_metavar(name, of_field.name, kind),
                 help=text.replace("%", "%%"),
-                action=_action(of_field.name),
+                action=_action(name, of_field.name),
                 **switch,
             )
 
 
-def _action(name: str) -> str:
+def _action(command: str, setting: str) -> str:
     """Of a flag: a setting that may be several takes it more than once."""
-    of_field = _FIELDS.get(name)
-    return "append" if of_field and str(of_field.type).startswith("str | tuple") else "store"
+    kind = str(_FIELDS[setting].type) if setting in _FIELDS else ""
+    is_list = (command, setting) in _LISTED or kind.startswith(("str | tuple", "Mapping"))
+    return "append" if is_list else "store"
 
 
 def _unescape(text: str) -> str:

@@ -105,11 +105,15 @@ def check_drops(drops: Sequence[Mapping[str, Any]], total: int, what: str) -> li
     return findings
 
 
+class NothingToLearnError(UsageError):
+    """Data from which nothing can be learned."""
+
+
 def require_learnable(findings: Sequence[Finding], advice: str) -> None:
-    """Raises UsageError where one of the findings is hopeless; it names them all."""
+    """Raises NothingToLearnError where one of the findings is hopeless; it names them all."""
     if any(finding.hopeless for finding in findings):
         listed = "; ".join(finding.text for finding in findings if finding.hopeless)
-        raise UsageError(f"nothing can be learned from this data: {listed}; {advice}")
+        raise NothingToLearnError(f"nothing can be learned from this data: {listed}; {advice}")
 
 
 def show_findings(findings: Sequence[Finding | str]) -> None:

@@ -35,7 +35,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
     # Of the calibration, where it is validated.
-    "validation": ("patience", "max_new_tokens", "eval_scorer", "reasoning"),
+    "validation": ("patience", "max_new_tokens", "reasoning"),
     "evaluation": (
         *(
             "reasoning",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import OFFLINE, lies_in
-from plad_fast.data.records import ELSEWHERE, model_digest
+from plad_fast.data.records import (
+    ELSEWHERE,
+    digest,
+    found_scores,
+    model_digest,
+    recorded_scores,
+)
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
@@ -54,16 +60,17 @@ from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
-from plad_fast.recipe.validation import AnswerCheck, validation_table, verdict
+from plad_fast.recipe.validation import AnswerCheck, measures, validation_table, verdict
 from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import log_history
-from plad_fast.training.validation import Validation
+from plad_fast.training.validation import Validation, checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+    from plad_fast.pairs.scoring.scorers import Scorer
 
 SFT, PLAD = "SFT student", "PLaD student"
 _LAYERS_KEPT = 0.9
@@ -74,7 +81,7 @@ _OF_TRAINING = (
 )
 # In the folder of a run, with what a kill leaves; what else lies there is the user's.
 _MADE = (
-    r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots"
+    r"(config|metrics)\.json|report\.html|plad-fast-error\.log|answers|evaluation|pairs|plots|tune"
     r"|student|(sft|plad)(-\d+)?(\.checkpoints)?|\..+\.(partial|tmp)"
 )
 
@@ -98,21 +105,24 @@ def distill(
     Raises:
         UsageError: bad input, found before long work where it can be.
     """
+    with opened_run(config, overwrite=overwrite) as run:
+        return run.run(command, shares or {})
+
+
+@contextmanager
+def opened_run(
+    config: DistillConfig, prompts: RunPrompts | None = None, *, overwrite: bool = False
+) -> Iterator[Distillation]:
+    """A run in its folder, which no other process has meanwhile; see `distill`.
+
+    `prompts` are those of the settings where none are given.
+    """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
     adapters_and_arguments({**vars(config), "loss": "sft"})
-    check_launch(
-        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
-        loss=config.loss,
-        loss_args=config.loss_args,
-        micro_batch_size=config.micro_batch_size,
-        max_tokens_per_batch=config.max_tokens_per_batch,
-        precision=config.precision,
-        load_in_4bit=config.load_in_4bit,
-        validates=config.validation > 0,
-    )
+    _check_launch(config)
     if config.push_to_hub is not None:
-        adapters_on = None if config.lora_r is None or config.merge else config.output_dir
-        check_push(config.push_to_hub, base=adapters_on)
+        has_adapters = config.lora_r is not None and not config.merge
+        check_push(config.push_to_hub, adapters_on="the student" if has_adapters else None)
     config.require_room()
     if not config.has_local_teacher and config.student is None:
         raise UsageError(
@@ -120,7 +130,7 @@ def distill(
             "weights are not here, or of several; give a model to start from with --student"
         )
     path = Path(config.output_dir)
-    prompts = RunPrompts.of(config)
+    prompts = prompts or RunPrompts.of(config)
     if overwrite:
         _require_outside(path, config)
     # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
@@ -158,9 +168,13 @@ def distill(
     )
     with closing(folder):
         write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=2))
-        return _Distillation(config, prompts, teacher, texts, evaluation, folder).run(
-            command, shares or {}
+        print(
+            f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
+            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.validation)} to validate "
+            f"on, {len(prompts.held_out)} held out; run folder {folder.path}",
+            flush=True,
         )
+        yield Distillation(config, prompts, teacher, texts, evaluation, folder)
 
 
 class _LocalTeacher:
@@ -186,7 +200,7 @@ class _LocalTeacher:
 
 
 @dataclass(frozen=True)
-class _Distillation:
+class Distillation:
     """The stages of a run, on what was read and opened for them."""
 
     config: DistillConfig
@@ -198,17 +212,8 @@ class _Distillation:
 
     def run(self, command: str, shares: Mapping[str, float]) -> dict[str, Any]:
         """Runs what is left of the stages, and writes the report."""
-        prompts = self.prompts
-        print(
-            f"{len(prompts.all)} prompts: {len(prompts.train)} to train on "
-            f"({len(prompts.sft)} of them for fine-tuning), {len(prompts.validation)} to validate "
-            f"on, {len(prompts.held_out)} held out; run folder {self.folder.path}",
-            flush=True,
-        )
         stages = [replace(stage, share=shares.get(stage.name, 0)) for stage in self._stages()]
-        self.folder.announce(stages)
-        for stage in stages:
-            self.folder.stage(stage)
+        self.run_stages(stages)
         # Cheap, and made of what the stages left: done again by every run.
         results = self._report(command)
         table = comparison_table(results)
@@ -219,6 +224,38 @@ class _Distillation:
         if self.config.push_to_hub is not None:
             print(f"pushed: {push(students[-1], self.config.push_to_hub)}", flush=True)
         return results
+
+    def prepare(self) -> dict[str, Any]:
+        """Runs what is left of the stages before the pairs, and returns what the pairs and the
+        calibration depend on, as JSON values. Of a run of one round."""
+        *before, pairs, calibration, _ = self._stages()
+        self.run_stages(before)
+        made = [self.folder.stages[stage.name]["made"] for stage in before]
+        settings = {stage.name: stage.settings for stage in (pairs, calibration)}
+        return {"student and answers": digest(made), **settings}
+
+    def with_settings(self, config: DistillConfig) -> Distillation:
+        """The run with other settings of its stages from the samples on, but for the scorer; what
+        these make takes the place of what the folder has. UsageError where the processes of this
+        run cannot train so."""
+        _check_launch(config)
+        return replace(self, config=config, texts=self.texts.with_settings(config))
+
+    def make_pairs(self) -> list[dict[str, Any]]:
+        """Makes the pairs unless they are there, after `prepare`, and returns them."""
+        self.folder.stage(self._round(1)[1])
+        return self.texts.pairs("train")
+
+    def calibrate(self) -> list[dict[str, Any]]:
+        """Trains on the pairs unless that is done, after `make_pairs`, and returns the log."""
+        self.folder.stage(self._round(1)[2])
+        return log_history(self.folder / "plad")
+
+    def run_stages(self, stages: Sequence[Stage]) -> None:
+        """Runs what is left of these."""
+        self.folder.announce(stages)
+        for stage in stages:
+            self.folder.stage(stage)
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
@@ -317,16 +354,24 @@ class _Distillation:
                     write_pairs(texts.pairs_file("held-out"), rows, report)
                     told.append(f"held-out: {report}")
             except UsageError as error:
-                raise UsageError(f"{prompts} prompts: {error}") from None
+                error.args = (f"{prompts} prompts: {error}",)
+                raise
             spent = texts.usage().get("judge")
             return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
 
         def calibrate() -> str:
             options = {name: getattr(config, name) for name in STAGES["calibration"]}
+            output, validation = _numbered("plad", number), None
             if self.prompts.validation:
-                options["validation"] = self._validation()
-            output = _numbered("plad", number)
-            log = self._train(start, texts.pairs(train), output, **options)
+                # Of the student before it depends on no setting of a calibration.
+                validation = self._validation()
+                file = self.folder / "answers" / f"{_numbered('validation', number)}.json"
+                made_by = {"weights": model_digest(self.folder / start), **validation.made_by}
+                known = found_scores(file, made_by, replace=True)
+                validation = replace(validation, start=known)
+            log = self._train(start, texts.pairs(train), output, validation=validation, **options)
+            if validation is not None and validation.start is None:
+                recorded_scores(file, made_by, lambda: measures(checks(log)[0]), replace=True)
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = _last(log, "ranking_accuracy", accuracy)
             inside = _last(log, "active_pairs", "{:.0%} inside the margin")
@@ -356,7 +401,12 @@ class _Distillation:
             Stage(
                 _of_round("calibration", number),
                 calibrate,
-                of("calibration", prompts=self.prompts.validation, **self._validated_by()),
+                of(
+                    "calibration",
+                    prompts=self.prompts.validation,
+                    references=True,
+                    **self._validated_by(),
+                ),
                 reads=[start, files[0]],
                 makes=[_numbered("plad", number)],
             ),
@@ -367,7 +417,16 @@ class _Distillation:
         if not self.prompts.validation:
             return {}
         named = {name: getattr(self.config, name) for name in STAGES["validation"]}
-        return {**named, "saves_per_stage": self.config.saves_per_stage}
+        scorer = self._validation_scorer()
+        return {
+            **named,
+            "saves_per_stage": self.config.saves_per_stage,
+            "validation's scorer": None if scorer is None else scorer.settings(),
+        }
+
+    def _validation_scorer(self) -> Scorer | None:
+        """None for ROUGE-L. A judge compares, and rates nothing by itself."""
+        return self.evaluation["scorers"].get(self.config.eval_scorer)
 
     def _validation(self) -> Validation:
         config, answers = self.config, self.texts.best_teacher_answers()
@@ -380,8 +439,7 @@ class _Distillation:
                 config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
             ),
             config.max_length,
-            # A judge compares, and rates nothing by itself.
-            self.evaluation["scorers"].get(config.eval_scorer),
+            self._validation_scorer(),
             config.reasoning,
         )
         return Validation(check.measure, check.settings(), config.patience)
@@ -473,7 +531,6 @@ class _Distillation:
 
     def _report(self, command: str) -> dict[str, Any]:
         config, texts = self.config, self.texts
-        sources = [self.teacher.source, *config.teachers[1:]]
         results, outputs = self._measure()
         files = {
             _of_round("training pairs", number): texts.pairs_file(_numbered("train", number))
@@ -491,7 +548,7 @@ class _Distillation:
             results,
             outputs,
             self._held_out_data(),
-            title=f"Distillation of {' and '.join(Path(name).stem for name in sources)}",
+            title=self._title(),
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
@@ -500,11 +557,33 @@ class _Distillation:
             },
             stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
             data=data,
+            about=self._about(),
             validations=self._validations(),
             command=command,
             versions=versions(),
         )
         return results
+
+    def _title(self) -> str:
+        config = self.config
+        sources = [self.teacher.source] if config.has_local_teacher else config.teachers
+        teacher = " and ".join(map(_name_of, sources))
+        into = "" if config.student is None else f" into {_name_of(self._student_source())}"
+        return f"Distillation of {teacher}{into}"
+
+    def _about(self) -> str:
+        """What the students were trained on, so that nobody takes the whole gain for the
+        ranking's."""
+        answers, last = self.texts.best_teacher_answers(), list(self._students().values())[-1]
+        tuned_on = {prompt.id for prompt in self.prompts.sft if prompt.id in answers}
+        pairs = self.texts.pairs("train")
+        are_new = tuned_on.isdisjoint(prompt.id for prompt in self.prompts.pairs)
+        return (
+            f"The {SFT} was fine-tuned on {len(tuned_on)} of the teacher's answers; the {last} is "
+            f"that student trained further on {len(pairs)} pairs"
+            + " of other prompts, and owes part of any gain to the answers to these" * are_new
+            + "."
+        )
 
     def _measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
         return evaluate_models(
@@ -556,6 +635,19 @@ class _Distillation:
         return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
 
 
+def _check_launch(config: DistillConfig) -> None:
+    check_launch(
+        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
+        loss=config.loss,
+        loss_args=config.loss_args,
+        micro_batch_size=config.micro_batch_size,
+        max_tokens_per_batch=config.max_tokens_per_batch,
+        precision=config.precision,
+        load_in_4bit=config.load_in_4bit,
+        validates=config.validation > 0,
+    )
+
+
 def _require_outside(folder: Path, config: DistillConfig) -> None:
     """Raises UsageError where emptying the folder would remove what the run is to read."""
     names = ("student", "prompts", "scorer", "eval_scorer")
@@ -567,6 +659,11 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
                 f"before it is read; {ELSEWHERE}"
             )
+
+
+def _name_of(model: str) -> str:
+    """Of a hub id, a folder or a file."""
+    return Path(model).name.removesuffix(".gguf")
 
 
 def _numbered(name: str, number: int) -> str:

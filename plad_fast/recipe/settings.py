@@ -189,7 +189,11 @@ class DistillConfig:
     rounds: int = free_setting(
         1, "number of sample-pair-train rounds; a finished run can be extended by more", AT_LEAST_1
     )
-    loss: str = setting("plad_ranking", "preference loss of the calibration")
+    loss: str = setting(
+        "plad_ranking",
+        "preference loss of the calibration; or sft, which fine-tunes on the chosen answers for "
+        "comparison",
+    )
     beta: float | None = setting(
         None, "margin of the loss, or weight of its reference; default: its own", NOT_NEGATIVE
     )
@@ -297,8 +301,6 @@ class DistillConfig:
                 raise UsageError(f"{flag(name)} is of Ray's actors; add --engine ray, or drop it")
         if (self.price_in is None) != (self.price_out is None):
             raise UsageError("--price-in and --price-out belong together; give both")
-        if self.loss == "sft":
-            raise UsageError("--loss sft is no calibration, but the recipe's first stage")
         if get_loss(self.loss).needs_scores and self.scorer is None:
             raise UsageError(f"--loss {self.loss} needs scores of the answers; choose a --scorer")
         temperatures, turns = self.temperatures, len(self.sample_turns)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.locks import held_folder
+from plad_fast.data.places import expanded as expanded_path
+from plad_fast.data.places import is_there
 from plad_fast.data.records import ELSEWHERE, as_json
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
@@ -140,7 +142,9 @@ def train_on_pairs(
     lora, _ = adapters_and_arguments(given)
     source = find_model(model, "--model")
     if push_to_hub is not None:
-        check_push(push_to_hub, base=None if lora is None or options.get("merge") else source)
+        has_adapters = lora is not None and not options.get("merge")
+        is_here = is_there(expanded_path(source))
+        check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
     rows = read_pairs(pairs)
     names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
     check_launch(

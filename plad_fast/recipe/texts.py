@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest, model_digest
-from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answering import stored_answers
@@ -76,6 +76,12 @@ class RecipeTexts:
     def stores(self) -> list[Path]:
         """The files that are filled up with what is asked, and are not to be lost."""
         return [*self.teachers.stores, self.scores_file, self.verdicts_file, self.teachers.scores]
+
+    def with_settings(self, config: DistillConfig) -> RecipeTexts:
+        """The same texts, with other settings of the pairs, but for the scorer."""
+        other = copy(self)
+        other.config = config
+        return other
 
     def try_endpoints(self, judge: object, *, overwrite: bool) -> None:
         """A word with teachers and judge, where they are behind endpoints, before long work."""
@@ -207,8 +213,8 @@ class RecipeTexts:
             )
         except NoPairsError as error:
             write_pairs(path, [], error.report)
-            advice = f"{dropped_file(path)} has every one with its reason"
-            raise UsageError(f"{error}; {advice}") from None
+            error.args = (f"{error}; {dropped_file(path)} has every one with its reason",)
+            raise
         write_pairs(path, rows, report)
         return rows, report
 

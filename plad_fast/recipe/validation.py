@@ -131,6 +131,11 @@ class AnswerCheck:
         }
 
 
+def measures(check: Mapping[str, Any]) -> dict[str, float]:
+    """The `MEASURES` of a check in a log history."""
+    return {name: check[f"{PREFIX}{name}"] for name in MEASURES}
+
+
 def verdict(log: Sequence[Mapping[str, Any]], start: str) -> str:
     """What a validation kept, and why, in a line; empty where there was none.
 
@@ -154,6 +159,5 @@ def validation_table(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The checks of a training for the report: a line of titles, then one for each check."""
     lines = [["step", *MEASURES.values()]]
     for entry in checks(log):
-        values = (entry[f"{PREFIX}{name}"] for name in MEASURES)
-        lines.append([str(entry["step"]), *(f"{value:.3f}" for value in values)])
+        lines.append([str(entry["step"]), *(f"{v:.3f}" for v in measures(entry).values())])
     return lines

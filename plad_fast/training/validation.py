@@ -38,6 +38,8 @@ class Validation:
     """What the metrics depend on besides the model, as JSON values."""
     patience: int = 2
     """Checks in a row without a new best after which the training ends."""
+    start: Mapping[str, float] | None = None
+    """The metrics of the model before the training, where they are known already."""
 
     def settings(self) -> dict[str, Any]:
         """What the weights that are kept depend on, for the record of the training."""
@@ -71,7 +73,8 @@ class Validator(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures the model that the training begins with, unless one that goes on has."""
         if not checks(state.log_history):
-            self._check()
+            start = self._validation.start
+            self._check() if start is None else self._log(start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures before the checkpoint is saved, which then has the log of it."""
@@ -85,5 +88,7 @@ class Validator(TrainerCallback):
     def _check(self) -> None:
         trainer = self._trainer
         with trainer.paused(), whole(trainer.model, trainer.accelerator) as model:
-            metrics = self._validation.measure(model)
-        trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})
+            self._log(self._validation.measure(model))
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self._trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})

@@ -119,7 +119,9 @@ def test_the_reference_of_a_loss_is_the_model_without_adapters(tiny_teacher, pai
     assert (margins[1] - margins[0]).mean() > 0.1
 
 
-def test_merged_is_the_whole_model_that_the_adapters_make(tiny_teacher, pairs, tmp_path, capsys):
+def test_merged_is_the_whole_model_that_the_adapters_make(
+    tiny_teacher, pairs, tmp_path, capsys, no_plots
+):
     adapters = run(tiny_teacher, pairs, tmp_path / "adapters")
     whole = run(tiny_teacher, pairs, tmp_path / "whole", "--merge")
     assert not list(whole.glob("adapter_*"))
@@ -171,8 +173,6 @@ def test_a_run_with_adapters(tiny_teacher, tmp_path, capsys, no_plots):
     assert {path for path, data in content(tmp_path / "run").items() if before[path] != data} <= {
         tmp_path / "run" / "report.html"
     }
-    assert main([*command, "--loss", "dpo"]) == 0
-    assert "calibration and evaluation run anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -238,13 +238,15 @@ def test_in_bfloat16_the_adapters_keep_float32(tiny_teacher, pairs, tmp_path, mo
 
 
 def test_four_bits(tiny_teacher, pairs, tmp_path, monkeypatch):
-    """On a CPU, whose products have gradients while training; a run with evaluations needs a
-    GPU. The first loss is that of the quantised model, and the reference, too."""
+    """On a CPU, by the products that bitsandbytes has for CPUs without AVX512-BF16: with it, layers
+    that were once run in evaluation mode have no gradient."""
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     monkeypatch.setattr("plad_fast.models.lora._require_gpu", lambda: None)
-    output = run(tiny_teacher, pairs, tmp_path / "out", "--load-in-4bit", "--epochs", "4")
+    options = ("--epochs", "4")
+    output = run(tiny_teacher, pairs, tmp_path / "out", "--load-in-4bit", *options)
     log = json.loads((output / "log_history.json").read_text())
-    plain = run(tiny_teacher, pairs, tmp_path / "plain", "--epochs", "4")
+    plain = run(tiny_teacher, pairs, tmp_path / "plain", *options)
     first = json.loads((plain / "log_history.json").read_text())[0]
     quantised = load_model(tiny_teacher, dtype=torch.float32, in_4bit=True)
     assert type(quantised.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"

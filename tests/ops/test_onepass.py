@@ -46,6 +46,23 @@ def test_balanced_chunks_are_as_few_and_nearly_as_long_as_possible(lengths, rows
     assert longest(balanced) <= longest(packed)
 
 
+def test_many_short_groups_are_balanced_in_a_few_tries(monkeypatch):
+    """A small vocabulary lets hundreds of thousands of tokens into one chunk."""
+    tried = []
+    packed_groups = onepass._packed_groups
+    monkeypatch.setattr(
+        onepass,
+        "_packed_groups",
+        lambda bounds, rows: tried.append(rows) or packed_groups(bounds, rows),
+    )
+    bounds = range(0, 10**6 + 1, 4)
+    packed = packed_groups(bounds, 260_000)
+    balanced = onepass._balanced_groups(bounds, 260_000, packed)
+    assert len(balanced) == len(packed) == 4
+    assert max(4 * (b - a) for a, b in balanced) <= 250_000 + onepass._ALIGNED_ROWS
+    assert len(tried) < 12
+
+
 def workspace(n, width, vocab, dtype=torch.bfloat16, *, scratch=2**30, needs_weight=True, **head):
     """Of tensors without memory."""
     tensors = (
@@ -54,7 +71,8 @@ def workspace(n, width, vocab, dtype=torch.bfloat16, *, scratch=2**30, needs_wei
         None,
     )
     options = HeadOptions(scratch_bytes=scratch)
-    return KernelWorkspace(tensors, options, n, for_gradient=True, needs_weight=needs_weight)
+    needs = (True, needs_weight, False)
+    return KernelWorkspace(tensors, options, n, for_gradient=True, needs=needs)
 
 
 def test_the_room_of_the_accumulator_goes_to_a_single_chunk():
@@ -174,17 +192,22 @@ def test_ignored_targets_as_zeros_equal_those_left_out(loss, scratch_rows):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gaps", [(9.0, 9.0, 9.0), (-99.0, 9.0, 9.0)])
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_chunks_of_16_bits_equal_a_single_one(impl):
-    """The accumulator of several chunks, and the product of one that is rounded by itself."""
+def test_chunks_of_16_bits_equal_a_single_one(impl, gaps):
+    """The accumulator of several chunks, and the product of one that is rounded by itself; also
+    where the rows of pairs without a gradient are left out."""
     pytest.importorskip("triton")
     base = make_problem([15] * 6, width=16, vocab=70, scale=0.3)
+    scores = torch.stack([torch.tensor(gaps), torch.zeros(3)], dim=1).view(-1)
+    options = {"loss": "plad_margin", "scores": scores, "sft_weight": 0.0}
     found = []
     for scratch in (2**24, 30_000):
         problem = base.to(torch.bfloat16)
         ours = fused_linear_preference_loss(
-            *problem.inputs, impl=impl, beta=9.0, scratch_bytes=scratch
+            *problem.inputs, impl=impl, scratch_bytes=scratch, **options
         )
+        assert ours.active.tolist() == [gap > 0 for gap in gaps]
         ours.loss.backward()
         found.append((ours.loss, problem.hidden.grad.float(), problem.weight.grad.float()))
     for mine, other in zip(*found, strict=True):

@@ -83,6 +83,7 @@ def test_what_became_of_every_prompt_is_told(finished):
         assert f">prompts</th><td>{total}</td>" in table
         assert f">kept</th><td>{len(kept)}</td>" in table
     assert "the number of training pairs is" in report
+    assert "owes part of any gain to the answers to these" in report
 
 
 def copy_of(run, tmp_path):

@@ -125,16 +125,21 @@ def test_adapters_on_a_model_of_this_machine_are_not_pushed(
     hub, tiny_teacher, pairs, tmp_path, capsys
 ):
     command = train(tiny_teacher, pairs, tmp_path / "out", *PUSH, "--lora-r", "2")
-    assert main(command) == 2
-    assert "add --merge" in capsys.readouterr().err
+    for others in (arguments(tiny_teacher, tmp_path / "run", *PUSH, "--lora-r", "2"), command):
+        assert main(others) == 2
+        assert "add --merge" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl"}
     assert main([*command, "--merge"]) == 0
     assert "model.safetensors" in hub.files["someone/student"]
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
     assert "LoRA adapters of rank 2, alpha 4, on all-linear, merged" in card.text
 
 
-def test_the_cards_of_a_run_have_its_evaluation(finished_run, tiny_teacher, tmp_path, no_plots):
-    """With intervals; one that was edited is kept, and no part of the run."""
+def test_the_cards_of_a_run_have_its_evaluation(
+    hub, finished_run, tiny_teacher, tmp_path, no_plots
+):
+    """With intervals; one that was edited is kept, and no part of the run. The last student is
+    pushed."""
     run = shutil.copytree(finished_run, tmp_path / "run")
     cards = [ModelCard.load(run / name / "README.md") for name in ("sft", "plad")]
     for card in cards:
@@ -151,5 +156,8 @@ def test_the_cards_of_a_run_have_its_evaluation(finished_run, tiny_teacher, tmp_
     assert (run / "plad" / "README.md").read_text() == edited
     assert main([*command, "--beta", "3"]) == 2  # would replace the model and the card beside it
     (run / "plad" / "README.md").unlink()
-    assert main([*command, "--beta", "3"]) == 0
+    assert main([*command, "--beta", "3", *PUSH]) == 0
+    pushed = hub.files["someone/student"]
+    assert pushed["README.md"] == (run / "plad" / "README.md").read_bytes()
+    assert pushed["model.safetensors"] == (run / "plad" / "model.safetensors").read_bytes()
     assert settings_of(ModelCard.load(run / "plad" / "README.md"))["beta"] == 3.0

@@ -101,3 +101,17 @@ def test_pairs_of_several_temperatures(tiny_teacher, tmp_path):
 def test_turns_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         DistillConfig(**options)
+
+
+def test_parts_of_a_file_give_the_pairs_of_the_whole(tiny_teacher, tmp_path):
+    """So that prompts which do not fit into memory can be paired part by part."""
+    rows = [json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(30)]
+    found = {}
+    for name, part in {"whole": rows, "first": rows[:15], "second": rows[15:]}.items():
+        prompts, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        prompts.write_text("".join(part))
+        assert main(pair(tiny_teacher, tiny_teacher, prompts, out)) == 0
+        found[name] = (out / "pairs.jsonl").read_text()
+    assert found["first"]
+    assert found["second"]
+    assert found["whole"] == found["first"] + found["second"]

@@ -183,6 +183,26 @@ def _rows(guard: Guard, shape: tuple[int, ...], dtype: torch.dtype, flip: bool) 
             rows.logits_rows_backward(raw, *given, out=out, row_width=width, **options)
 
 
+def exponentials_cases(guard: Guard) -> Iterator[Case]:
+    """A block and one entry less or more, the last target ignored or not."""
+    for (n, vocab), ignored in itertools.product(((3, 37), (1, 1), (2, 16), (0, 9)), (True, False)):
+        yield f"{n} {vocab} {ignored}", partial(_exponentials, guard, n, vocab, ignored)
+
+
+def _exponentials(guard: Guard, n: int, vocab: int, ignored: bool) -> None:
+    rows, launch = kernels("exponential_rows"), kernels("launch")
+    config = launch.RowsConfig(16, num_warps=4)
+    targets = guard.targets(n, vocab=vocab)
+    targets[-1:] = -100 if ignored else 0
+    out = guard.normal(n, vocab, dtype=torch.bfloat16)
+    bias = guard.normal(vocab, dtype=torch.bfloat16)
+    options = {"softcap": 3.0, **_NO_SCALING, "row_width": vocab, "config": config}
+    rows.exponential_rows(guard.normal(n, vocab), targets, bias=bias, out=out, **options)
+    ends = guard.keep(torch.arange(n)[:1]), guard.keep(torch.arange(n)[-1:])
+    for sources, places in (ends, ends[::-1]):
+        rows.move_rows_(out, sources, places, config)
+
+
 def segments_cases(guard: Guard) -> Iterator[Case]:
     for lengths in ([17], [1], [16, 0, 5], [0, 0], []):
         yield str(lengths), partial(_segments, guard, lengths)
@@ -215,6 +235,7 @@ def _scaling(guard: Guard, shape: tuple[int, ...], flip: bool) -> None:
 CASES = {
     "linear": linear_cases,
     "rows": rows_cases,
+    "exponentials": exponentials_cases,
     "segments": segments_cases,
     "scaling": scaling_cases,
 }
@@ -222,6 +243,7 @@ FAMILIES = {
     "linear_forward": "linear",
     "linear_backward": "linear",
     "logits_rows": "rows",
+    "exponential_rows": "exponentials",
     "segments": "segments",
     "scaling": "scaling",
 }

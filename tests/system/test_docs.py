@@ -35,7 +35,10 @@ RUN_ELSEWHERE = {"scaling.md"}
 """Pages whose code has a test module of its own (tests/benchmarks/test_scaling.py)."""
 
 TINY = ["--student-temperature", "1", "--max-new-tokens", "60"]
-EXTRA = {"distill": [*TINY, "--held-out", "4"], "pairs": TINY, "evaluate": TINY}
+DISTILL = [*TINY, "--held-out", "4"]
+EXTRA = {
+    "distill": DISTILL, "tune": [*DISTILL, "--trials", "1"], "pairs": TINY, "evaluate": TINY,
+}  # fmt: skip
 """What tiny models need beside what a page says; all else is run as it stands."""
 
 
@@ -130,10 +133,10 @@ def test_the_commands_of_a_page_run(page, tiny_teacher, endpoint, tmp_path, monk
     for line in commands(page, "plad-fast "):
         words = shlex.split(line)[1:]
         if not any(word.startswith("openai:") for word in words):
-            words += ["--teacher-temperature", "1"] * (words[0] in ("distill", "pairs"))
-        if words[0] == "distill" and "--teacher" not in words:
+            words += ["--teacher-temperature", "1"] * (words[0] in ("distill", "tune", "pairs"))
+        if words[0] in ("distill", "tune") and "--teacher" not in words:
             words += ["--teacher", str(tiny_teacher)]
-        if words[0] == "distill" and "--student" not in words:
+        if words[0] in ("distill", "tune") and "--student" not in words:
             words += ["--student-layers", "1"]
         words = [str(tiny_teacher) if word in ("offline", SMOLLM) else word for word in words]
         assert main([*words, *EXTRA.get(words[0], [])]) == 0, capsys.readouterr().err

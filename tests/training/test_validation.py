@@ -100,15 +100,18 @@ def test_a_training_that_was_ended_early_takes_no_other_step(tiny_teacher, tmp_p
     assert torch.equal(kept(tmp_path / "out"), script.seen[0])
 
 
-def test_a_damaged_best_checkpoint_is_refused(tiny_teacher, tmp_path, monkeypatch):
-    script = Scripted(0.1, 0.9, 0.3, 0.2)
+def test_a_damaged_best_checkpoint_is_trained_again(tiny_teacher, tmp_path, monkeypatch, caplog):
+    scores = (0.1, 0.9, 0.3, 0.2)
+    expected = train(tiny_teacher, tmp_path / "whole", validation=Scripted(*scores).validation())
     with monkeypatch.context() as patch:
         patch.setattr(trained_folders, "publish_folder", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny_teacher, tmp_path / "out", validation=script.validation())
+            train(tiny_teacher, tmp_path / "out", validation=Scripted(*scores).validation())
     (tmp_path / "out.checkpoints" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"checkpoint-2, the best .*model\.safetensors has 0 by"):
-        train(tiny_teacher, tmp_path / "out", validation=Scripted().validation())
+    again = Scripted(*scores)
+    assert train(tiny_teacher, tmp_path / "out", validation=again.validation()) == expected
+    assert len(again.seen) == 4
+    assert "of checkpoint-2, the best until then, model.safetensors has 0 by" in caplog.text
 
 
 def test_another_validation_is_another_training(tiny_teacher, tmp_path):

@@ -41,6 +41,7 @@ def write_report(
     metrics: Mapping[str, Any],
     stages: Sequence[Mapping[str, Any]] = (),
     data: Mapping[str, Any] | None = None,
+    about: str = "",
     validations: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
     plots: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     examples: Sequence[Mapping[str, Any]] = (),
@@ -61,6 +62,7 @@ def write_report(
         stages: `{"name", "seconds", "summary"}` in order; the summary is text or a mapping.
         data: `findings`, lines on what to look at in the data, and `funnels`: name -> the steps of
             `PairReport.funnel`.
+        about: how the students came about, in a sentence or two.
         validations: what was kept of each preference training, and why, and the table behind it:
             a line of titles, then lines of values.
         plots: (caption, PNG file), embedded.
@@ -85,6 +87,7 @@ def write_report(
         metrics=metrics,
         tiles=tiles(metrics),
         data={"findings": (), "funnels": {}, **(data or {})},
+        about=about,
         validations=validations,
         table=measures_table(metrics, margin_unit),
         pair_counts=pair_counts(metrics),

@@ -41,7 +41,7 @@ def write_results(
         held_out: what the students were measured on.
         length_normalization: alpha, for the unit of the margins.
         trainings: stage name -> folder of the model it made, for the training curves.
-        page: title, config, stages, data, validations, command and versions, see
+        page: title, config, stages, data, about, validations, command and versions, see
             `write_report`.
 
     Returns:

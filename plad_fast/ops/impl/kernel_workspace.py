@@ -1,5 +1,10 @@
 """Scratch memory of the one-pass loss in kernels: raw products, and the operands made of them.
 
+In bfloat16 one kernel reads the raw products, and leaves values in their place of which the logits'
+gradient is a multiple, row by row: see `plad_fast.kernels.exponential_rows`. float16, whose numbers
+end too soon for that, float32 and a wanted gradient of the bias take two: the raw products are read
+for the statistics, and again to be turned into the gradient.
+
 N tokens, V vocabulary, D hidden.
 """
 
@@ -10,18 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plad_fast.ops.backend import Head, HeadOptions, one_pass_scratch_bytes
+from plad_fast.ops.backend import Head, HeadOptions, Needs, one_pass_scratch_bytes, sent
 from plad_fast.ops.impl.products import Operand, products_for
 from plad_fast.ops.impl.two_phase import ALIGNED_ENTRIES, ALIGNED_ROWS
-from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace
+from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace, moves
 
 if TYPE_CHECKING:
+    from plad_fast.kernels.exponential_rows import ExponentialRows
     from plad_fast.kernels.logits_rows import RowStatistics
 
 
 class KernelWorkspace(Workspace):
-    """A workspace whose buffer keeps the raw products: one kernel reads them for the statistics,
-    and one turns them into the operand of the next two products, compacting rows on the way.
+    """A workspace whose operands take the place of the raw products that they are made of.
 
     An operand of 16 bits takes the first half of its float32 row, so that a logit has 4 bytes in
     all. Where the budget and the accumulator of a 16-bit weight's gradient together hold the
@@ -29,7 +34,7 @@ class KernelWorkspace(Workspace):
     accumulator.
 
     Args:
-        needs_weight: whether the gradient of the weight is wanted.
+        needs: which gradients are wanted.
         others: as in `Workspace`.
     """
 
@@ -44,7 +49,7 @@ class KernelWorkspace(Workspace):
         num_rows: int,
         *,
         for_gradient: bool,
-        needs_weight: bool,
+        needs: Needs,
     ) -> None:
         hidden, weight, self.bias = head
         self.options = options
@@ -58,7 +63,7 @@ class KernelWorkspace(Workspace):
         bytes_per_row = self._row_width * dtype.itemsize
         bytes_per_row += width * (dtype.itemsize + weight.dtype.itemsize)
         # float16 keeps float32 until backward: a loss scale comes only with the upstream.
-        rounds = for_gradient and needs_weight and weight.dtype == torch.bfloat16
+        rounds = for_gradient and needs[1] and weight.dtype == torch.bfloat16
         accumulator_bytes = vocab * width * dtype.itemsize if rounds else 0
         if num_rows * bytes_per_row <= scratch_bytes + accumulator_bytes:
             self.rows = max(1, num_rows)
@@ -69,12 +74,27 @@ class KernelWorkspace(Workspace):
         self._memory = weight.new_empty(self.rows, self._row_width, dtype=dtype)
         self._buffer = self._memory[:, :vocab]
         self._slope = None
+        self._operands = self._memory.view(self.products.operand_dtype)[:, :vocab]
+        self._exponentials = for_gradient and weight.dtype == torch.bfloat16 and not needs[2]
 
-    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
+    def forward(
+        self, hidden: Tensor, targets: Tensor, entropy_order: int = 0
+    ) -> RowStatistics | ExponentialRows:
+        from plad_fast.kernels.exponential_rows import exponential_rows
         from plad_fast.kernels.logits_rows import logits_rows_forward
 
         buffer = self._buffer[: len(hidden)]
         self.products.logits(hidden, out=buffer)
+        if self._exponentials:
+            assert not entropy_order
+            return exponential_rows(
+                buffer,
+                targets,
+                bias=self.bias,
+                **self.options.of_logits,
+                out=self._operands[: len(hidden)],
+                row_width=self._row_width,
+            )
         return logits_rows_forward(
             buffer,
             targets,
@@ -92,15 +112,23 @@ class KernelWorkspace(Workspace):
         grad_lse: Tensor | None = None,
         order: Tensor | None = None,
     ) -> Operand:
+        from plad_fast.kernels.exponential_rows import ExponentialRows, move_rows_
         from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward
 
-        assert isinstance(statistics, RowStatistics)
         count = len(targets) if order is None else len(order)
+        rows = None if order is None else sent(order, targets.device)
+        if isinstance(statistics, ExponentialRows):
+            assert grad_lse is None
+            of_rows = grad_logprobs * statistics.factor
+            if order is not None:
+                of_rows = of_rows[rows]
+                move_rows_(self._operands, *sent(torch.stack(moves(order)), targets.device))
+            return Operand(self._operands[:count], of_rows=of_rows)
+        assert isinstance(statistics, RowStatistics)
         scale = None
         if self.products.scales_operands:
             bound = self.options.gradient_bound(grad_logprobs, grad_lse)
             scale = self.products.operand_scale(bound)
-        memory = self._memory.view(self.products.operand_dtype)
         values = logits_rows_backward(
             self._buffer[: len(targets)],
             targets,
@@ -111,8 +139,8 @@ class KernelWorkspace(Workspace):
             grad_lse,
             bias=self.bias,
             **self.options.of_logits,
-            out=memory[:count, : self._buffer.shape[1]],
-            rows=order,
+            out=self._operands[:count],
+            rows=rows,
             scale=scale,
             row_width=self._row_width,
         )

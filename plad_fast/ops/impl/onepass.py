@@ -13,6 +13,7 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -43,19 +44,28 @@ def linear_preference_loss(
     Args:
         counts: targets of each sequence that are not ignored, which `make_workspace` then has to
             know; None for all.
-        bounds: cu_seqlens as the host knows them; where all rows fit one chunk it needs none.
+        bounds: cu_seqlens as the host knows them, for which a GPU may be waited for without.
         make_workspace: what computes rows of logits and their gradients.
     """
     problem = problem.on_one_device()
     workspace = make_workspace(
         problem.head, problem.options, len(problem.hidden), for_gradient=any(needs)
     )
+    # Where reading a value waits for a GPU, what always is need not be asked for.
+    asks = not (objective.always_active and workspace.reading_waits)
+    if bounds is None and (asks or workspace.rows < len(problem.hidden)):
+        bounds = problem.cu_seqlens.tolist()
     call = _OnePass(
         problem, (scores, reference_logps), objective, denominators, needs, counts, workspace
     )
     for group in _ranges(problem, objective.group_size, bounds, workspace):
-        call.run(*group)
-    results = call.results(workspace.products.dtype)
+        lengths = None
+        if asks:
+            assert bounds is not None
+            size = objective.group_size
+            lengths = torch.tensor(bounds[group.first * size : group.last * size + 1]).diff()
+        call.run(*group, lengths)
+    results = call.results()
     dtype = None if call.half or workspace.keeps_wide else problem.weight.dtype
     del workspace, call.workspace  # the scratch is free before the gradient is copied
     return *results, call.grads.finish(dtype)
@@ -77,10 +87,9 @@ class _Range(NamedTuple):
 class _Found(NamedTuple):
     """Of some groups, detached."""
 
-    value: Tensor  # ()
-    sums: Tensor  # (sequences,)
+    sums: Tensor  # (groups, K)
     losses: Tensor  # (groups,)
-    active: Tensor  # (groups,) bool
+    grad: Tensor  # (groups, K), of the value without its regulariser
 
 
 class _OnePass:
@@ -101,10 +110,9 @@ class _OnePass:
         self.objective = objective
         self.denominators = denominators
         self.workspace = workspace
-        dtype = problem.hidden.dtype
         # float16 keeps float32 until backward: a loss scale comes only with the upstream.
-        self.half = dtype == torch.float16
-        hidden_dtype = torch.float32 if self.half else workspace.grad_hidden_dtype or dtype
+        self.half = problem.hidden.dtype == torch.float16
+        hidden_dtype = torch.float32 if self.half else workspace.grad_hidden_dtype
         self.grads = HeadGradients(
             problem.head,
             needs,
@@ -112,13 +120,27 @@ class _OnePass:
             hidden_dtype=hidden_dtype,
             weight_dtype=workspace.grad_weight_dtype,
         )
-        # Where reading a value waits for a GPU, what always is need not be asked for.
-        self._all_active = objective.always_active and workspace.reading_waits
         self._lengths = problem.cu_seqlens.diff()
         self._counts = self._lengths if counts is None else counts
+        # What the value is of each group's loss, and of the sums of a group.
+        of_groups, of_tokens = denominators
+        dtype = workspace.products.dtype
+        one = torch.ones((), dtype=dtype, device=problem.hidden.device)
+        self._of_losses = (one / of_groups).to(dtype)
+        self._of_sums = None
+        if objective.sft_weight:
+            of_first = (one * (-objective.sft_weight / of_tokens)).to(dtype)
+            self._of_sums = torch.nn.functional.pad(of_first[None], (0, objective.group_size - 1))
         self._found: list[_Found] = []
 
-    def run(self, first: int, last: int, start: int, stop: int) -> None:
+    def run(
+        self,
+        first: int,
+        last: int,
+        start: int,
+        stop: int,
+        host_lengths: Tensor | None,  # (sequences,) on the CPU; None if all have a gradient
+    ) -> None:
         """Forward, loss and gradients of groups [first, last), whose rows are [start, stop)."""
         hidden, targets, workspace = self.problem.hidden, self.problem.targets, self.workspace
         size = self.objective.group_size
@@ -134,7 +156,9 @@ class _OnePass:
         if not (chunks and self.grads.wanted):
             return
         grad = grad_sums.repeat_interleave(lengths, output_size=stop - start)
-        active = None if self._all_active else (grad != 0).cpu()
+        active = None
+        if host_lengths is not None:
+            active = (grad_sums.cpu() != 0).repeat_interleave(host_lengths)
         kept = chunks[-1].start - start
         self._backward_in_place(
             parts[-1], grad[kept:], None if active is None else active[kept:], start + kept
@@ -150,7 +174,8 @@ class _OnePass:
         shape = (-1, self.objective.group_size)
         # Also under inference mode: which groups are active is told by their gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = sums.clone().reshape(shape).requires_grad_()
+            sums = sums.clone() if sums.is_inference() else sums
+            leaf = sums.reshape(shape).detach().requires_grad_()
             constants = (
                 None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
                 for c in self.constants
@@ -159,16 +184,10 @@ class _OnePass:
                 leaf, self._counts[span].reshape(shape), *constants
             )
             refuse_outside_gradients(losses, leaf)
-            of_losses = _gradient(losses, leaf)
-        # The value is linear in the group losses and in the first sums: the rest is arithmetic.
-        of_groups, of_tokens = self.denominators
-        grad = of_losses / of_groups
-        if self.objective.sft_weight:
-            grad[:, 0] -= self.objective.sft_weight / of_tokens
-        losses = losses.detach()
-        value = self.objective.value(losses, leaf.detach(), self.denominators)
-        self._found.append(_Found(value, sums, losses, (of_losses != 0).any(dim=1)))
-        return grad.reshape(-1)
+            grad = _gradient(losses, leaf, self._of_losses)
+        self._found.append(_Found(leaf.detach(), losses.detach(), grad))
+        # The value is linear in the group losses and in the first sums.
+        return (grad if self._of_sums is None else grad + self._of_sums).reshape(-1)
 
     def _backward_in_place(
         self,
@@ -184,8 +203,8 @@ class _OnePass:
         if active is not None and not active.all():
             if not active.any():
                 return
-            order = sent(compacting_order(active), grad.device)
-            rows = start + order if start else order
+            order = compacting_order(active)
+            rows = sent(start + order, grad.device)
         d_logits = self.workspace.gradient(targets, statistics, grad, order=order)
         self.grads.add(d_logits, self.problem.hidden[rows], rows)
 
@@ -208,25 +227,24 @@ class _OnePass:
             d_logits = self.workspace.gradient(targets, statistics, grad[local])
             self.grads.add(d_logits, hidden, rows)
 
-    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss (), sums (S,), group losses (B,), active (B,) of all groups, in order."""
         if len(self._found) == 1:
-            return self._found[0]
-        empty = self.problem.hidden.new_empty(0, dtype=dtype)
-        values, sums, losses, active = zip(*self._found, strict=True) if self._found else [()] * 4
-        return (
-            torch.stack(values).sum() if values else empty.sum(),
-            torch.cat([empty, *sums]),
-            torch.cat([empty, *losses]),
-            torch.cat([empty.bool(), *active]),
-        )
+            sums, losses, grad = self._found[0]
+        else:
+            empty = self._of_losses.new_empty(0)
+            none = _Found(empty.reshape(0, self.objective.group_size), empty, empty.reshape(0, 1))
+            sums, losses, grad = map(torch.cat, zip(*(self._found or [none]), strict=True))
+        value = self.objective.value(losses, sums, self.denominators)
+        return value, sums.reshape(-1), losses, (grad != 0).any(dim=1)
 
 
-def _gradient(losses: Tensor, leaf: Tensor) -> Tensor:
-    """Gradient of each group's loss by its sums; 0 for a loss that is constant in them."""
+def _gradient(losses: Tensor, leaf: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weighted losses by the sums; 0 for losses that are constant in them."""
     if not losses.requires_grad:
         return torch.zeros_like(leaf)
-    (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True, materialize_grads=True)
+    weights = weight.to(losses.dtype).expand_as(losses)
+    (grad,) = torch.autograd.grad(losses, leaf, weights, allow_unused=True, materialize_grads=True)
     return grad
 
 
@@ -250,11 +268,11 @@ def _balanced_groups(
     bounds: Sequence[int], rows: int, ranges: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """As few ranges as these, but of nearly the same length: a GPU is idle in a short last one."""
-    for fewer in range(-(-bounds[-1] // len(ranges)), rows, _ALIGNED_ROWS):
-        balanced = _packed_groups(bounds, fewer)
-        if len(balanced) == len(ranges):
-            return balanced
-    return ranges
+    lengths = range(-(-bounds[-1] // len(ranges)), rows, _ALIGNED_ROWS)
+    suffices = bisect.bisect_left(
+        lengths, True, key=lambda length: len(_packed_groups(bounds, length)) <= len(ranges)
+    )
+    return _packed_groups(bounds, lengths[suffices]) if suffices < len(lengths) else ranges
 
 
 def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
@@ -265,9 +283,7 @@ def _packed_groups(bounds: Sequence[int], rows: int) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     first = 0
     while first < len(bounds) - 1:
-        last = first + 1
-        while last < len(bounds) - 1 and bounds[last + 1] - bounds[first] <= rows:
-            last += 1
+        last = max(first + 1, bisect.bisect_right(bounds, bounds[first] + rows) - 1)
         ranges.append((first, last))
         first = last
     return ranges

@@ -97,7 +97,7 @@ def linear_preference_loss(
         needs,
         counts,
         bounds,
-        functools.partial(KernelWorkspace, needs_weight=needs[1]),
+        functools.partial(KernelWorkspace, needs=needs),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.terms import segment_sums
-from plad_fast.ops.backend import Head, HeadGradient, HeadOptions, Needs
+from plad_fast.ops.backend import Head, HeadGradient, HeadOptions, Needs, sent
 from plad_fast.ops.impl.products import Operand, Products, products_for
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 
@@ -99,7 +99,7 @@ class Workspace:
         statistics: TokenStatistics,  # of the same n rows, as `forward` gave it
         grad_logprobs: Tensor,  # (n,)
         grad_lse: Tensor | None = None,  # (n,)
-        order: Tensor | None = None,  # (m,), from `compacting_order`
+        order: Tensor | None = None,  # (m,) on the CPU, from `compacting_order`
     ) -> Tensor | Operand:  # (m, V), or (n, V) without an order
         """The gradient of the raw product of the rows order[0], order[1], ..., or of all.
 
@@ -108,6 +108,7 @@ class Workspace:
         assert isinstance(statistics, RowStatistics)
         if order is not None:
             self._keep_rows_(order)
+            order = sent(order, targets.device)
             targets, grad_logprobs = targets[order], grad_logprobs[order]
             statistics = statistics.take(order)
             grad_lse = None if grad_lse is None else grad_lse[order]
@@ -133,11 +134,12 @@ class Workspace:
 
     def _keep_rows_(self, order: Tensor) -> None:
         """Bring the buffer's rows order[0], order[1], ... to its front."""
-        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
+        sources, places = sent(torch.stack(moves(order)), self._buffer.device)
         for buffer in (self._buffer, self._slope):
             if buffer is not None:
-                for places in moved.split(self.block_rows):
-                    buffer.index_copy_(0, places, buffer.index_select(0, order[places]))
+                for some in range(0, len(places), self.block_rows):
+                    block = slice(some, some + self.block_rows)
+                    buffer.index_copy_(0, places[block], buffer.index_select(0, sources[block]))
 
 
 def compacting_order(active: Tensor) -> Tensor:  # (n,) bool -> (number of active,) int64
@@ -152,6 +154,12 @@ def compacting_order(active: Tensor) -> Tensor:  # (n,) bool -> (number of activ
     gaps = (~active[:front]).nonzero().squeeze(1)
     order[gaps] = rows[rows >= front]
     return order
+
+
+def moves(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an order on the CPU: rows that leave their place, and the places that they take."""
+    places = (order != torch.arange(len(order))).nonzero().squeeze(1)
+    return order[places], places
 
 
 class HeadGradients:
@@ -196,15 +204,19 @@ class HeadGradients:
         rows: Tensor | slice,  # which of the N rows these are
     ) -> None:
         if self.bias is not None:
+            assert not (isinstance(d_logits, Operand) and d_logits.of_rows is not None)
             self.bias += _column_sums(d_logits, self.products.dtype)
         operand = d_logits if isinstance(d_logits, Operand) else self.products.operand(d_logits)
+        of_rows = None if operand.of_rows is None else operand.of_rows.unsqueeze(1)
         if self.hidden is not None:
             product = self.products.grad_hidden(operand)
             if isinstance(rows, slice):
-                self.hidden[rows].copy_(product)
+                _rounded(product, of_rows, self.hidden[rows])
             else:
-                self.hidden[rows] = product.to(self.hidden.dtype)
+                self.hidden[rows] = _rounded(product, of_rows, self.hidden.new_empty(product.shape))
         if self.weight is not None:
+            if of_rows is not None:
+                hidden = _rounded(hidden, of_rows, torch.empty_like(hidden))
             overwrite, self._weight_is_empty = self._weight_is_empty, False
             if self.weight.dtype == self.products.dtype:
                 self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
@@ -227,6 +239,11 @@ class HeadGradients:
             None if weight is None else weight.to(dtype),
             None if bias is None else bias.to(dtype),
         )
+
+
+def _rounded(values: Tensor, factors: Tensor | None, out: Tensor) -> Tensor:
+    """Rows times their factors, in the dtype of `out`."""
+    return out.copy_(values) if factors is None else torch.mul(values, factors, out=out)
 
 
 def _column_sums(d_logits: Tensor | Operand, dtype: torch.dtype) -> Tensor:  # (V,)

@@ -172,7 +172,7 @@ def _calls(value: Any, key: str) -> list[dict[str, Any]]:
     """Calls of functions as chat templates take them: without ids, which are drawn at random, and
     with arguments as an object."""
     calls = []
-    for call in value or ():
+    for call in value if isinstance(value, list) else [value] * bool(value):
         try:
             function = call["function"]
             name, arguments = function["name"], function.get("arguments") or "{}"

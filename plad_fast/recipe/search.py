@@ -1,0 +1,299 @@
+"""The settings that `plad-fast tune` varies, and its suggestions, which Optuna makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from plad_fast.checks import shown
+from plad_fast.errors import UsageError
+from plad_fast.recipe.dependencies import STAGES
+from plad_fast.recipe.fields import AT_LEAST_1, POSITIVE, checked, flag, free_setting, read_value
+from plad_fast.recipe.settings import DistillConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+_FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
+# Of the pairs and of the training on them: all before is made once. The scorer is opened before it.
+_SEARCHED = ({*STAGES["pairs"], *STAGES["calibration"]} & _FIELDS.keys()) - {
+    *("scorer", "seed", "precision", "max_length"),
+}
+_LOG_FROM = 10
+"""The ratio of its ends from which on a range is searched in logarithmic steps."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What `plad-fast tune` can be told besides the settings of `distill`.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    trials: int = free_setting(20, "number of trials, each one training", AT_LEAST_1)
+    minutes: float | None = free_setting(
+        None, "minutes that trials may take together; none begins after them", POSITIVE
+    )
+    search: str | Mapping[str, Any] | Sequence[str] | None = free_setting(
+        None,
+        "setting of pairs or calibration and its values: a range such as beta=0.1..2, a list such "
+        "as loss=dpo,simpo, or a single one; of one loss: dpo.beta=0.05..1; repeat; in a --config "
+        "file `search: {beta: 0.1..2}`. Default: learning_rate, epochs, beta, sft_weight, "
+        "length_normalization, max_length_ratio, and with a scorer drop_contradicted, each unless "
+        "it is set",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name != "search":
+                object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+    @property
+    def is_log(self) -> bool:
+        return self.low > 0 and self.high / self.low >= _LOG_FROM
+
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high}{' (log)' if self.is_log else ''}"
+
+
+class Choice(NamedTuple):
+    """Some values."""
+
+    values: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return ", ".join("none" if value is None else str(value) for value in self.values)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The values of the settings that are searched."""
+
+    config: DistillConfig
+    by_loss: Mapping[str, Mapping[str, Range | Choice]]
+    """Loss -> setting -> its values, in the order of suggestion."""
+
+    @classmethod
+    def of(cls, config: DistillConfig, search: Any, fixed: Collection[str] = ()) -> SearchSpace:
+        """The space of a search.
+
+        Args:
+            config: the settings of all trials.
+            search: setting, or LOSS.SETTING, -> its values, as in `TuneConfig.search`.
+            fixed: settings that are not searched unless `search` names them.
+
+        Raises:
+            UsageError: no such setting or value, or one that the loss does not have.
+        """
+        given = {key.replace("-", "_"): value for key, value in _mapping(search).items()}
+        losses = _read("loss", given.pop("loss", config.loss), "search: loss")
+        assert isinstance(losses, Choice)
+        by_loss = {}
+        for loss in losses.values:
+            space = {n: v for n, v in _defaults(config, loss).items() if n not in fixed}
+            for key, value in given.items():
+                of_loss, dot, name = key.rpartition(".")
+                if dot and of_loss not in losses.values:
+                    raise UsageError(
+                        f"search: {key}: {shown(of_loss)} is none of the losses searched, "
+                        f"{losses}; name it in loss"
+                    )
+                if name == "loss":
+                    raise UsageError(f"search: {key} is no setting of a loss; name a setting")
+                if not dot or of_loss == loss:
+                    space[name] = _read(name, value, f"search: {key}")
+            by_loss[loss] = space
+        found = cls(config, by_loss)
+        found._check()
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            loss: {name: str(options) for name, options in space.items()}
+            for loss, space in self.by_loss.items()
+        }
+
+    def suggest(self, trials: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+        """Settings of the next trial, the same for the same trials before it.
+
+        The first has the settings as they are, as far as they lie in the space. The others are
+        drawn at random until there are ten, then by Optuna's TPE sampler.
+
+        Args:
+            trials: "settings" and "score" of each, in order; None for one that failed.
+            seed: of the search.
+        """
+        import optuna
+        from optuna.distributions import CategoricalDistribution
+        from optuna.trial import TrialState, create_trial
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # Of the trial's number too: one that was killed is suggested again.
+        sampler = optuna.samplers.TPESampler(seed=(seed + 2**16 * len(trials)) % 2**32)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        of_loss = CategoricalDistribution(tuple(self.by_loss))
+        for before in trials:
+            settings = before["settings"]
+            space = self.by_loss[settings["loss"]]
+            names = {name: self._parameter(settings["loss"], name) for name in space}
+            score = before["score"]
+            study.add_trial(
+                create_trial(
+                    state=TrialState.FAIL if score is None else TrialState.COMPLETE,
+                    value=score,
+                    params={"loss": settings["loss"]} | {names[n]: settings[n] for n in space},
+                    distributions={"loss": of_loss}
+                    | {names[n]: _distribution(options) for n, options in space.items()},
+                )
+            )
+        if not trials:
+            first = self._first()
+            loss = first.pop("loss")
+            named = {self._parameter(loss, name): value for name, value in first.items()}
+            study.enqueue_trial({"loss": loss, **named})
+        trial = study.ask()
+        loss = trial.suggest_categorical("loss", of_loss.choices)
+        assert isinstance(loss, str)
+        settings = {"loss": loss}
+        for name, options in self.by_loss[loss].items():
+            settings[name] = _suggest(trial, self._parameter(loss, name), options)
+        return settings
+
+    def _parameter(self, loss: str, name: str) -> str:
+        """What Optuna knows a setting by: of one loss, unless it has the same values for all."""
+        spaces = self.by_loss.values()
+        shared = all(space.get(name) == self.by_loss[loss][name] for space in spaces)
+        return name if shared else f"{loss}.{name}"
+
+    def _first(self) -> dict[str, Any]:
+        """The settings as they are, and the first value of those that lie outside the space."""
+        loss = self.config.loss if self.config.loss in self.by_loss else next(iter(self.by_loss))
+        first: dict[str, Any] = {"loss": loss}
+        for name, options in self.by_loss[loss].items():
+            value, values = _own(self.config, loss, name), _values(options)
+            inside = value in values
+            if isinstance(options, Range):
+                inside = value is not None and options.low <= value <= options.high
+            first[name] = value if inside else values[0]
+        return first
+
+    def _check(self) -> None:
+        """Every value beside the first ones of the other settings."""
+        for loss, space in self.by_loss.items():
+            start = {name: _values(options)[0] for name, options in space.items()}
+            every = [(name, value) for name in space for value in _values(space[name])]
+            for name, value in [("loss", loss), *every]:
+                try:
+                    replace(self.config, **{**start, "loss": loss, name: value})
+                except UsageError as error:
+                    what = "" if name == "loss" else f" with {name} {shown(value)}"
+                    raise UsageError(f"search: loss {loss}{what}: {error}") from None
+
+
+def _mapping(search: Any) -> dict[str, Any]:
+    """NAME=VALUES of the flag, or a mapping of the file, as a mapping."""
+    if search is None or isinstance(search, Mapping):
+        found = dict(search or {})
+        if not all(isinstance(name, str) for name in found):
+            raise UsageError(f"search has a name that is no text: {shown(list(found))}")
+        return found
+    found = {}
+    for text in [search] if isinstance(search, str) else search:
+        name, equals, values = text.partition("=") if isinstance(text, str) else ("", "", "")
+        if not (name and equals and values) or name in found:
+            raise UsageError(
+                f"--search {shown(text)} must be NAME=VALUES, each name once, such as beta=0.1..2"
+            )
+        found[name] = values
+    return found
+
+
+def _read(name: str, value: Any, where: str) -> Range | Choice:
+    """The values of a setting from a flag or a file; UsageError that begins with `where`."""
+    if name not in _SEARCHED:
+        what = "is made once for all trials, or none of a trial" if name in _FIELDS else "is none"
+        raise UsageError(
+            f"{where}: {flag(name)} {what}; what can be searched is {', '.join(sorted(_SEARCHED))}"
+        )
+    field = _FIELDS[name]
+    if isinstance(value, str) and ".." in value:
+        ends = [read_value("float", end, where) for end in value.split("..", 1)]
+        if "float" not in str(field.type) or "tuple" in str(field.type):
+            raise UsageError(f"{where}: {flag(name)} has no range; list its values")
+        if ends[0] >= ends[1]:
+            raise UsageError(f"{where}: {value} must be a range, the lower end first")
+        return Range(*(checked(field, end) for end in ends))
+    if isinstance(value, str) and name != "loss_args":
+        value = value.split(",")
+    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not listed:
+        raise UsageError(f"{where} has no value")
+    read = []
+    for entry in listed:
+        is_none = entry is None or (isinstance(entry, str) and entry.lower() in ("none", "null"))
+        value_of = read_value(str(field.type), None if is_none else entry, where)
+        read.append(checked(field, value_of))
+    if len(set(map(repr, read))) < len(read):
+        raise UsageError(f"{where} has a value twice: {shown(value)}")
+    return Choice(tuple(read))
+
+
+def _defaults(config: DistillConfig, loss: str) -> dict[str, Range | Choice]:
+    from plad_fast.losses.registry import get_loss
+
+    spec = get_loss(loss)
+    space: dict[str, Range | Choice] = {
+        "learning_rate": Range(3e-6, 1e-4),
+        "epochs": Choice((1.0, 2.0, 4.0)),
+    }
+    beta = spec.options.get("beta")
+    if isinstance(beta, float):
+        space["beta"] = Range(beta / 10, beta * 10)
+    if not spec.is_likelihood:
+        space["sft_weight"] = Choice((0.0, 0.1, 0.3, 1.0))
+        if spec.length_normalized:
+            space["length_normalization"] = Choice((0.0, 1.0))
+    space["max_length_ratio"] = Choice((None, 1.5, 3.0))
+    if config.scorer is not None:
+        space["drop_contradicted"] = Choice((False, True))
+    return space
+
+
+def _own(config: DistillConfig, loss: str, name: str) -> Any:
+    """The value of a setting; where none is given, what the loss has."""
+    from plad_fast.losses.registry import get_loss
+
+    spec, value = get_loss(loss), getattr(config, name)
+    if value is None and name in ("beta", "sft_weight", "length_normalization"):
+        return spec.options.get("beta") if name == "beta" else getattr(spec, name)
+    return value
+
+
+def _values(options: Range | Choice) -> tuple[Any, ...]:
+    """Those of a choice, or the ends of a range."""
+    return options.values if isinstance(options, Choice) else tuple(options)
+
+
+def _distribution(options: Range | Choice) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if isinstance(options, Choice):
+        return CategoricalDistribution(options.values)
+    return FloatDistribution(options.low, options.high, log=options.is_log)
+
+
+def _suggest(trial: optuna.Trial, name: str, options: Range | Choice) -> Any:
+    if isinstance(options, Choice):
+        return trial.suggest_categorical(name, options.values)
+    return trial.suggest_float(name, options.low, options.high, log=options.is_log)

@@ -1,0 +1,182 @@
+"""`plad-fast tune` on a tiny model: its trials, a kill, and what `distill` makes of the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from plad_fast.cli import main
+from plad_fast.errors import UsageError
+from plad_fast.recipe.search import Choice, Range, SearchSpace
+from plad_fast.recipe.settings import DistillConfig
+from plad_fast.training.trained_folders import log_history
+from tests.support.recipe_runs import arguments, kill_at
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+SEARCH = ("loss=plad_ranking,dpo", "learning_rate=1e-3..1e-1", "epochs=1", "dpo.beta=0.05..0.5")
+
+
+def command(teacher, output, *extra: str) -> list[str]:
+    _, *given = arguments(teacher, output, "--validation", "4", "--saves-per-stage", "1")
+    searched = [text for one in SEARCH for text in ("--search", one)]
+    return ["tune", *given, "--trials", "3", *searched, *extra]
+
+
+def trials_of(run) -> list[dict]:
+    """The stored trials without their times."""
+    rows = map(json.loads, (run / "tune" / "trials.jsonl").read_text().splitlines()[1:])
+    return [{name: v for name, v in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_teacher, tmp_path_factory):
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    assert main(command(tiny_teacher, run)) == 0
+    return run
+
+
+def test_trials_are_of_the_space_and_reported(tuned):
+    trials = trials_of(tuned)
+    assert [trial["id"] for trial in trials] == ["0", "1", "2"]
+    # The first has the loss's own settings where they lie in the space.
+    first = trials[0]["settings"]
+    assert (first["loss"], first["beta"], first["learning_rate"]) == ("plad_ranking", 1.0, 1e-3)
+    for trial in trials:
+        settings = trial["settings"]
+        low, high = (0.05, 0.5) if settings["loss"] == "dpo" else (0.1, 10)
+        assert low <= settings["beta"] <= high
+        assert settings["epochs"] == 1
+        assert trial["start"] == trials[0]["start"]
+    report = (tuned / "tune" / "report.md").read_text()
+    best = max(trials, key=lambda trial: trial["score"])
+    assert (
+        f"trial {best['id']} is best: its score on validation prompts, {best['score']:.3f}"
+        in report
+    )
+    lines = [line.split(" | ") for line in report.splitlines() if line.startswith("|")]
+    assert lines[2][0].strip("| ") == "before"
+    assert float(lines[3][1]) == pytest.approx(best["score"], abs=5e-4)
+    assert len(lines) == 3 + len(trials)
+
+
+def test_a_killed_search_goes_on_to_the_same_trials(tuned, tiny_teacher, tmp_path):
+    """Within the training of the second trial; and more trials can be asked for later."""
+    run = tmp_path / "run"
+    kill_at("training.train.Checkpoints.__init__", 3, command(tiny_teacher, run))
+    assert len(trials_of(run)) == 1
+    assert main(command(tiny_teacher, run)) == 0
+    assert trials_of(run) == trials_of(tuned)
+    best = (run / "tune" / "best.yaml").read_text()
+    assert best.replace(str(run), str(tuned)) == (tuned / "tune" / "best.yaml").read_text()
+
+
+def test_distill_takes_what_was_found(tuned, tmp_path, capsys):
+    """In the same folder, where all before the pairs is done, to the score of the trial."""
+    copy = shutil.copytree(tuned, tmp_path / "run")
+    file = copy / "tune" / "best.yaml"
+    best = max(trials_of(tuned), key=lambda trial: trial["score"])
+    found = yaml.safe_load(file.read_text())
+    assert found["learning_rate"] == best["settings"]["learning_rate"]
+    assert main(["distill", "--config", str(file), "--output-dir", str(copy)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("done before") >= 4
+    checks = [entry for entry in log_history(copy / "plad") if "validation/score" in entry]
+    assert max(entry["validation/score"] for entry in checks[1:]) == best["score"]
+    assert checks[0]["validation/score"] == best["start"]["score"]
+    # More fine-tuning on the same answers, for comparison.
+    unset = [
+        text
+        for name in ("--beta", "--sft-weight", "--length-normalization")
+        for text in (name, "none")
+    ]
+    control = ["--loss", "sft", *unset]
+    assert main(["distill", "--config", str(file), "--output-dir", str(copy), *control]) == 0
+    assert "calibration: anew, beta was" in capsys.readouterr().out
+
+
+def test_trials_without_pairs_fail_and_the_search_goes_on(tuned, tiny_teacher, tmp_path, capsys):
+    """Another search in the folder has its own trials; those of the first come back with it."""
+    copy = shutil.copytree(tuned, tmp_path / "run")
+    by_words = ("--scorer", "brevity", "--search", "min_gap=1000000,0")
+    assert main(command(tiny_teacher, copy, *by_words, "--trials", "1")) == 2
+    assert "all trials failed, the first: train prompts: no pair is left" in capsys.readouterr().err
+    assert main(command(tiny_teacher, copy, *by_words, "--trials", "4")) == 0
+    assert None in (scores := [trial["score"] for trial in trials_of(copy)])
+    assert len(scores) == 4
+    assert set(scores) != {None}
+    assert "| failed " in (copy / "tune" / "report.md").read_text()
+    assert main(command(tiny_teacher, copy)) == 0
+    assert trials_of(copy) == trials_of(tuned)
+
+
+def test_the_space_has_defaults_of_each_loss():
+    config = DistillConfig(scorer="rougeL")
+    space = SearchSpace.of(config, {"loss": ["dpo", "sft"], "dpo.beta": "0.5..1"}, ["epochs"])
+    assert space.by_loss["dpo"]["beta"] == Range(0.5, 1.0)
+    assert not space.by_loss["dpo"]["beta"].is_log
+    assert space.by_loss["dpo"]["drop_contradicted"] == Choice((False, True))
+    assert "epochs" not in space.by_loss["dpo"]
+    assert "sft_weight" not in space.by_loss["sft"]
+
+
+def test_suggestions_depend_on_seed_and_trials_alone():
+    space = SearchSpace.of(DistillConfig(), {"loss": "plad_ranking,simpo,slic"})
+    trials: list[dict] = []
+    for number in range(14):
+        settings = space.suggest(trials, 7)
+        assert space.suggest(trials, 7) == settings
+        if number > 1:
+            assert space.suggest(trials, 8) != settings
+        score = None if number == 3 else settings["learning_rate"]
+        trials.append({"settings": settings, "score": score})
+    assert len({trial["settings"]["loss"] for trial in trials}) > 1
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"seed": 1}, "--seed is made once for all trials"),
+        ({"betta": 1}, "betta: --betta is none; what can be searched"),
+        ({"beta": "2..1"}, "2..1 must be a range"),
+        ({"beta": "-1..1"}, "--beta must be at least 0"),
+        ({"batch_size": "2..4"}, "--batch-size has no range; list its values"),
+        ({"loss": "dpo,nope"}, "unknown loss 'nope'"),
+        ({"loss": "sft", "beta": 1}, "loss sft: --loss sft has no beta"),
+        ({"sft_weight": "0,1", "loss": "sft"}, "loss sft with sft_weight 1.0"),
+        ({"loss": "plad_margin"}, "loss plad_margin: .*choose a --scorer"),
+        ({"dpo.beta": 1}, "'dpo' is none of the losses searched"),
+        ({"epochs": [1, 1.0]}, "has a value twice"),
+        ({"epochs": []}, "has no value"),
+        ({"select": "ranked"}, "loss plad_ranking: .*score"),
+        (["beta"], "must be NAME=VALUES"),
+    ],
+)
+def test_searches_that_cannot_be(search, message):
+    with pytest.raises(UsageError, match=message):
+        SearchSpace.of(DistillConfig(), search)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--validation", "0"), "--validation 0: a search goes by validation prompts"),
+        (("--search", "beta=x"), "search: beta must be a finite number, got 'x'"),
+        (("--trials", "0"), "--trials must be at least 1"),
+    ],
+)
+def test_refusals_before_any_work(tiny_teacher, tmp_path, capsys, extra, message):
+    assert main(command(tiny_teacher, tmp_path / "run", *extra)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_in_a_file(tiny_teacher, tmp_path, capsys):
+    """A mapping, as NAME=VALUES of the flag; a wrong one is told by its name."""
+    file = tmp_path / "tune.yaml"
+    file.write_text("trials: 2\nsearch:\n  beta: 0.1..2\n  dropout: 1\n")
+    assert main(["tune", "--config", str(file), "--output-dir", str(tmp_path / "run")]) == 2
+    assert "search: dropout" in capsys.readouterr().err
