@@ -41,7 +41,7 @@ def assert_same_weights(folder: Path, other: Path) -> None:
     found, expected = weights(folder), weights(other)
     assert found.keys() == expected.keys()
     for name, weight in found.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
@@ -76,8 +76,8 @@ def pairs(tmp_path_factory):
 
 def training(teacher: Path, pairs: Path, folder: Path) -> list[str]:
     """Two steps of four pairs, and one of one, twice; a pair at a time."""
-    more = ("--learning-rate", "1e-3", "--epochs", "2", "--saves-per-stage", "1")
-    parts = ("--batch-size", "4", "--max-tokens-per-batch", "30")
+    more = ("--learning-rate", "1e-4", "--epochs", "2", "--saves-per-stage", "1")
+    parts = ("--batch-size", "4", "--max-tokens-per-batch", "20")
     return train(teacher, pairs, folder, *more, *parts)
 
 
@@ -92,7 +92,7 @@ def test_distill_in_two_processes_equals_one(teacher, alone, tmp_path):
     started = Started(2, small(teacher, tmp_path / "run"), tmp_path / "logs")
     assert started.statuses() == [0, 0], started.said()
     assert_same_run(tmp_path / "run", alone)
-    assert started.logs[1].read_text() == ""
+    assert "%" not in started.logs[1].read_text()  # the first process alone shows progress
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (tmp_path / "run", alone)]
     for ours, theirs in zip(*(found["students"] for found in metrics), strict=True):
         assert ours["ranking_accuracy"] == theirs["ranking_accuracy"]
@@ -176,7 +176,7 @@ def test_refused_before_any_work(typed, variables, said, teacher, pairs, tmp_pat
 
 
 MOMENTS = (
-    "recipe.inputs.load_prompts 1",
+    "recipe.inputs.builtin_prompts 1",
     "recipe.distillation.drop_layers 1",
     "pairs.generation.answering._ask 1",
     f"{IN_TRAINING} 2",
