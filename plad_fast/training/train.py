@@ -149,7 +149,7 @@ def train_model(
         # The Trainer would take a step too many from a checkpoint of the last one.
         if last is None or not has_ended(last):
             if last is not None:
-                require_own_kind(last)
+                require_own_kind(last, micro)
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options = {
                 **objective,

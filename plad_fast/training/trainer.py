@@ -207,9 +207,10 @@ class PLaDTrainer(Trainer):
         they would count twice."""
         several = self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last
         if several and self.accelerator.gradient_state.end_of_dataloader:
+            rows: Any = self.train_dataset
             size = len(last.features)
             # Not accelerate's own `remainder`, which an epoch that is resumed does not have.
-            if left := len(self.train_dataset) % (size * self.accelerator.num_processes):
+            if left := len(rows) % (size * self.accelerator.num_processes):
                 last.keep(left - self.accelerator.process_index * size)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
