@@ -40,7 +40,7 @@ class _Team:
     size: int = 1
     group: Any = None
     works: bool = False
-    """Whether the processes are in the middle of what `together` was given."""
+    """Whether the first process has given them something and not got it back."""
     follows: bool = False
     """Whether the first process has said why it ends, and this one ends with it."""
 
@@ -53,9 +53,15 @@ class _Team:
     def work(self, function: Callable[..., T], given: tuple[Any, ...]) -> list[T]:
         """This process's part, and what all of them have found."""
         self.works = True
-        found = self.gather(function(*given))
+        try:
+            found = function(*given)
+        except RuntimeError as error:
+            if isinstance(error, dist.DistBackendError) or "by peer" in str(error):
+                raise self._alone() from error
+            raise
+        every = self.gather(found)
         self.works = False
-        return found
+        return every
 
     def gather(self, value: T) -> list[T]:
         found = [value] * self.size
@@ -80,11 +86,14 @@ class _Team:
         try:
             exchange()
         except RuntimeError as error:
-            time.sleep(_MOMENT)  # a signal that has come meanwhile is the better reason
-            raise UsageError(
-                f"process {self.rank} of {self.size} goes no further, since another one has failed "
-                "or was killed; what is stored is safe, run again"
-            ) from error
+            raise self._alone() from error
+
+    def _alone(self) -> UsageError:
+        time.sleep(_MOMENT)  # a signal that has come meanwhile is the better reason
+        return UsageError(
+            f"process {self.rank} of {self.size} goes no further, since another one has failed or "
+            "was killed; what is stored is safe, run again"
+        )
 
 
 _team = _Team()
@@ -138,6 +147,7 @@ def together(function: Callable[..., T], *given: Any) -> list[T]:
     if _team.size == 1:
         return [function(*given)]
     assert _team.rank == 0
+    _team.works = True
     _team.broadcast((function, given))
     return _team.work(function, given)
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss, read_loss_args
 from plad_fast.models.devices import autocast_dtype, require_one_gpu
 from plad_fast.models.team import size
+from plad_fast.training.checkpoints import trainer_state
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -82,8 +84,9 @@ def check_launch(
         )
 
 
-def require_own_kind(checkpoint: Path) -> None:
-    """Raises UsageError for a checkpoint that another wrapper has saved than this run's."""
+def require_own_kind(checkpoint: Path, micro_batch_size: int) -> None:
+    """Raises UsageError for a checkpoint that another wrapper has saved than this run's, and where
+    transformers 4 would go on with other rows at once than these."""
     kinds = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
     saved = next((name for name, files in kinds.items() if any(checkpoint.glob(files))), "")
     if saved != _wrapper():
@@ -91,6 +94,13 @@ def require_own_kind(checkpoint: Path) -> None:
             f"{checkpoint} was saved under {saved or 'neither FSDP nor DeepSpeed'}, and this run "
             f"is under {_wrapper() or 'neither'}; start it as before, or delete "
             f"{checkpoint.parent} to train from the beginning"
+        )
+    rows = trainer_state(checkpoint)["train_batch_size"]
+    if transformers.__version__.startswith("4.") and rows != micro_batch_size:
+        raise UsageError(
+            f"{checkpoint} was saved with {rows} rows at once in each process, which transformers "
+            f"{transformers.__version__} keeps, and now there are {micro_batch_size}; start as "
+            "many processes with the same --micro-batch-size, or install transformers 5"
         )
 
 

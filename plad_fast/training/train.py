@@ -204,7 +204,7 @@ def train_model(
         patience = None if validation is None else validation.patience
         if last is None or not has_ended(last, patience):
             if last is not None:
-                require_own_kind(last)
+                require_own_kind(last, micro)
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options: dict[str, Any] = {
                 **objective,

@@ -205,10 +205,13 @@ class PLaDTrainer(Trainer):
     def _drop_repeated(self, last: Groups) -> None:
         """Drops the rows by which accelerate fills up the last batch of an epoch for all processes:
         they would count twice."""
-        position, size = self.accelerator.gradient_state, len(last.features)
-        several = self.accelerator.num_processes > 1
-        if several and position.end_of_dataloader and position.remainder > 0:
-            last.keep(position.remainder - self.accelerator.process_index * size)
+        several = self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last
+        if several and self.accelerator.gradient_state.end_of_dataloader:
+            rows: Any = self.train_dataset
+            size = len(last.features)
+            # Not accelerate's own `remainder`, which an epoch that is resumed does not have.
+            if left := len(rows) % (size * self.accelerator.num_processes):
+                last.keep(left - self.accelerator.process_index * size)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of forward and backward, by the rule of 6 a parameter and token."""
