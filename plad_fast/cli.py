@@ -13,7 +13,8 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,40 @@ _TERMINATED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status; no exception leaves this function."""
-    arguments = parse_command(sys.argv[1:] if argv is None else argv)
+    """Run a command and return the exit status; no exception leaves this function.
+
+    Of several processes, as `torchrun` starts them, the first one runs it: see
+    `plad_fast.models.team`.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("plad_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    with raised_signals(lambda number: _ended_by(number, typed)):
+        try:
+            status = _attempt(typed)
+        except Terminated as ended:
+            status = _ended_by(ended.number, typed)
+        except KeyboardInterrupt:
+            status = _ended_by(signal.SIGINT, typed)
+        if _is_one_of_several():
+            from plad_fast.models.team import leave
+
+            leave(status)
+    return status
+
+
+def _attempt(typed: Sequence[str]) -> int:
+    """Exit status of a command, unless a signal ends it."""
+    arguments = None
     try:
-        with raised_signals(lambda number: _ended_by(number, arguments)):
-            _run(arguments)
-            sys.stdout.flush()  # a reader that has gone is noticed here rather than at exit
+        with _led() as leads:
+            if leads:
+                arguments = parse_command(typed)
+                verbosity = logging.INFO if arguments.verbose else logging.WARNING
+                logging.getLogger("plad_fast").setLevel(verbosity)
+                _run(arguments)
+                sys.stdout.flush()  # a reader that has gone is noticed here rather than at exit
     except UsageError as error:
         return _fail(2, str(error))
-    except Terminated as ended:
-        return _ended_by(ended.number, arguments)
-    except KeyboardInterrupt:
-        return _ended_by(signal.SIGINT, arguments)
     except BrokenPipeError:
         return _broken_pipe()
     except Exception as error:
@@ -56,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # What libraries say of it need not sound like a file, nor be one line.
             first = next(iter(str(error).splitlines()), "")
             what = first if isinstance(error, OSError) else f"cannot write a file: {first}"
-            again = _again(arguments)
-            return _fail(2, f"{what}; what was finished is kept: {advice} and {again}")
+            return _fail(2, f"{what}; what was finished is kept: {advice} and {_again(typed)}")
         if isinstance(error, OSError):
             return _fail(2, str(error))
         return _unexpected(error, getattr(arguments, "output_dir", None))
@@ -108,6 +128,24 @@ def _run(arguments: Namespace) -> None:
         distill(config, overwrite=overwrite, command=_command(), **options)
 
 
+def _led() -> AbstractContextManager[bool]:
+    """Whether this process runs the command; the others of a run help it meanwhile."""
+    if not _is_one_of_several():
+        return nullcontext(True)
+    _quiet_libraries()
+    from plad_fast.models.team import led
+
+    return led()
+
+
+def _is_one_of_several() -> bool:
+    if "WORLD_SIZE" not in os.environ:  # torch takes its time to load
+        return False
+    from plad_fast.models.team import launched
+
+    return launched()
+
+
 def _students(given: Any) -> dict[str, str]:
     """Names and places of students: NAME=PATH, from a file also a list of them or a mapping."""
     if isinstance(given, dict):
@@ -143,24 +181,33 @@ def _command() -> str:
     return shlex.join(["plad-fast", *(part for part in sys.argv[1:] if part != _OVERWRITE)])
 
 
-def _again(arguments: Namespace) -> str:
+def _again(typed: Sequence[str]) -> str:
     """How to go on from where a command ended."""
-    anew = getattr(arguments, "overwrite", False)
-    without = f" without {_OVERWRITE}, which would start anew" if anew else ""
+    without = f" without {_OVERWRITE}, which would start anew" if _OVERWRITE in typed else ""
     return f"run the same command again{without}"
 
 
-def _ended_by(number: int, arguments: Namespace) -> int:
+def _ended_by(number: int, typed: Sequence[str]) -> int:
     by_hand = number == signal.SIGINT
     what = "interrupted" if by_hand else f"ended by {signal.Signals(number).name}"
     return _fail(
         _INTERRUPTED if by_hand else _TERMINATED,
-        f"{what}; what was finished is kept: {_again(arguments)} to go on",
+        f"{what}; what was finished is kept: {_again(typed)} to go on",
     )
 
 
-def _fail(status: int, message: str) -> int:
-    print(f"plad-fast: error: {message}", file=sys.stderr)
+def _fail(status: int, message: str | Callable[[], str]) -> int:
+    """The exit status; the message is made and printed by one process of a run."""
+    who = ""
+    if _is_one_of_several():
+        from plad_fast.models.team import rank, settled
+
+        status, speaks = settled(status)
+        if not speaks:
+            return status
+        who = f"process {rank()}: " if rank() else ""
+    text = message if isinstance(message, str) else message()
+    print(f"plad-fast: error: {who}{text}", file=sys.stderr, flush=True)
     return status
 
 
@@ -173,14 +220,19 @@ def _broken_pipe() -> int:
 
 def _unexpected(error: Exception, output_dir: str | None) -> int:
     """A defect of ours, or of a library: one line for the reader, the traceback in a file."""
-    folder = Path(output_dir).expanduser() if output_dir is not None else Path()
-    # In an empty folder the file would be the first, and the folder no longer fit for a run.
-    has_begun = folder.is_dir() and any(folder.iterdir())
-    file = (folder if has_begun else Path()) / _FAILURE_LOG
-    try:
-        file.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
-        place = f"the traceback is in {file}"
-    except OSError as failure:
-        place = f"the traceback could not be written to {file} ({failure.strerror})"
-    first = next(iter(str(error).strip().splitlines()), "")
-    return _fail(1, f"unexpected {type(error).__name__}: {first}; {place}")
+    trace = traceback.format_exc()
+
+    def message() -> str:
+        folder = Path(output_dir).expanduser() if output_dir is not None else Path()
+        # In an empty folder the file would be the first, and the folder no longer fit for a run.
+        has_begun = folder.is_dir() and any(folder.iterdir())
+        file = (folder if has_begun else Path()) / _FAILURE_LOG
+        try:
+            file.write_text(trace, encoding="utf-8", errors="backslashreplace")
+            place = f"the traceback is in {file}"
+        except OSError as failure:
+            place = f"the traceback could not be written to {file} ({failure.strerror})"
+        first = next(iter(str(error).strip().splitlines()), "")
+        return f"unexpected {type(error).__name__}: {first}; {place}"
+
+    return _fail(1, message)

@@ -178,21 +178,31 @@ def recorded_scores(
     *,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """The scores in a file (JSON values), computed and written first where it is not there.
+    """The scores in a file (JSON values), computed and written first where it is not there; see
+    `found_scores`."""
+    scores = found_scores(file, fingerprint, replace=replace)
+    if scores is None:
+        scores = compute()
+        fields = {"fingerprint": as_json(fingerprint), "digest": digest(scores), "scores": scores}
+        _SCORES.write(file, **fields)
+    return scores
+
+
+def found_scores(
+    file: Path, fingerprint: Mapping[str, Any], *, replace: bool = False
+) -> dict[str, Any] | None:
+    """The scores in a file, None where there are none.
 
     What is left of such a file after a power cut, or is not what was written, counts for nothing.
     One that is not of scores is refused (UsageError), and so is one made with another fingerprint
-    unless `replace` has them computed anew.
+    unless `replace` is to have them made anew.
     """
     settings = as_json(fingerprint)
     if file.is_file() and not _SCORES.begins(file.read_bytes()):
         raise UsageError(f"{file} does not hold scores; {ELSEWHERE}")
     record, problem = _SCORES.read(file, fingerprint=dict, digest=str, scores=dict)
-    if not problem and record["digest"] == digest(record["scores"]):
-        if record["fingerprint"] == settings:
-            return record["scores"]
-        if not replace:
-            require_equal(record["fingerprint"], settings, file)
-    scores = compute()
-    _SCORES.write(file, fingerprint=settings, digest=digest(scores), scores=scores)
-    return scores
+    if problem or record["digest"] != digest(record["scores"]):
+        return None
+    if not replace:
+        require_equal(record["fingerprint"], settings, file)
+    return record["scores"] if record["fingerprint"] == settings else None

@@ -10,12 +10,13 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from plad_fast.data.chat import is_blank, opens_thought
 from plad_fast.data.prompts import as_messages
@@ -34,11 +35,13 @@ from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_responses, score_rows
+from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
+from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
 
@@ -270,15 +273,8 @@ class _Student:
                 (content, [as_response(content, text) for text in answers])
                 for content, answers in zip(contents, texts, strict=True)
             ]
-            logps = score_responses(
-                self._model(torch.float32),
-                self.tokenizer,
-                rows,
-                length_normalization=LENGTH_NORMALIZATION,
-                max_length=self.max_length,
-                templates=[prompt.template for prompt in prompts],
-            )
-            return {"logps": [row.tolist() for row in logps]}
+            templates = [prompt.template for prompt in prompts]
+            return {"logps": self._scores(rows, LENGTH_NORMALIZATION, templates)}
 
         stored = recorded_scores(
             self.files.calibration,
@@ -325,12 +321,9 @@ class _Student:
         return self.reasoning == "keep"
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
-        def load() -> LocalModel:
-            model = self._model(autocast_dtype(self.precision))
-            return LocalModel(model, self.tokenizer, file.stem, chat=self.chat, thinks=self._thinks)
-
+        load = partial(self._text_model, file.stem)
         return stored_answers(
-            load,
+            lambda: LazyLocalModel(load, file.stem),
             self.held_out.prompts,
             file,
             sampling,
@@ -350,13 +343,20 @@ class _Student:
             self._loaded.append(load_model(self.path, dtype=dtype, device=best_device()))
         return self._loaded[0]
 
+    def _text_model(self, name: str) -> LocalModel:
+        model = self._model(autocast_dtype(self.precision))
+        return LocalModel(model, self.tokenizer, name, chat=self.chat, thinks=self._thinks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads the model itself."""
+        return {name: value for name, value in vars(self).items() if name != "_loaded"}
+
     def _score_pairs(self, samples: Sequence[Answer]) -> dict[str, list[float | None]]:
         """Log-probabilities of chosen, rejected and the student's own sample, one per pair.
 
         Pairs of one prompt have the same sample, which is scored once, and not again where it is
         what a pair rejects. One that is no whole answer gets None, as in `scored_samples`.
         """
-
         rows: list[dict[str, Any]] = []
         places: dict[str, tuple[int, int]] = {}  # of the samples: row, response
         for pair, sample in zip(self.held_out.pairs, samples, strict=True):
@@ -367,19 +367,41 @@ class _Student:
                     rejected.append(own)
                 places[sample.prompt_id] = len(rows), len(rejected)
             rows.append({**pair, "rejected": rejected})
-        logps = score_rows(
-            self._model(torch.float32),
-            self.tokenizer,
-            rows,
-            length_normalization=self.length_normalization,
-            max_length=self.max_length,
-        )
-        by_prompt = {key: logps[row].tolist()[place] for key, (row, place) in places.items()}
+        logps = self._scores(rows, self.length_normalization)
+        by_prompt = {key: logps[row][place] for key, (row, place) in places.items()}
         return {
-            "chosen": [row.tolist()[0] for row in logps],
-            "rejected": [row.tolist()[1] for row in logps],
+            "chosen": [row[0] for row in logps],
+            "rejected": [row[1] for row in logps],
             "own": [by_prompt.get(sample.prompt_id) for sample in samples],
         }
+
+    def _scores(
+        self,
+        rows: Sequence[Any],
+        length_normalization: float,
+        templates: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[list[float]]:
+        """Log-probabilities of the responses in rows of pairs or, with `templates`, in what
+        `score_responses` takes; all processes of a run share the batches."""
+        parts = together(self._scored_part, rows, length_normalization, templates)
+        return [np.nanmax(of_row, axis=0).tolist() for of_row in zip(*parts, strict=True)]
+
+    def _scored_part(
+        self,
+        rows: Sequence[Any],
+        length_normalization: float,
+        templates: Sequence[Mapping[str, Any]] | None,
+    ) -> list[NDArray[np.float64]]:
+        model = self._model(torch.float32)
+        options: dict[str, Any] = {
+            "length_normalization": length_normalization,
+            "max_length": self.max_length,
+            "progress": rank() == 0,
+            "part": (rank(), size()),
+        }
+        if templates is None:
+            return score_rows(model, self.tokenizer, rows, **options)
+        return score_responses(model, self.tokenizer, rows, templates=templates, **options)
 
 
 def _is_whole(answer: Answer) -> bool:

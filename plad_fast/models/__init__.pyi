@@ -15,5 +15,7 @@ from .loading import offline_teacher_path as offline_teacher_path
 from .response_scores import score_pairs as score_pairs
 from .response_scores import score_responses as score_responses
 from .sharing import prepare as prepare
+from .team import led as led
+from .team import together as together
 from .wrappers import call_inside as call_inside
 from .wrappers import unwrap as unwrap

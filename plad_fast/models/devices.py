@@ -41,7 +41,8 @@ def best_device() -> str:
 
 
 def require_one_gpu() -> None:
-    """The Trainer would spread a batch over all GPUs it sees, which changes what a step is.
+    """The Trainer would spread the batch of a single process over all GPUs that it sees, which
+    changes what a step is.
 
     Raises:
         UsageError: more than one GPU is visible.
@@ -49,6 +50,7 @@ def require_one_gpu() -> None:
     count = torch.cuda.device_count()
     if count > 1:
         raise UsageError(
-            f"{count} GPUs are visible and this command uses one; choose it, for example with "
-            "CUDA_VISIBLE_DEVICES=0 before the command"
+            f"{count} GPUs are visible and a process uses one; start a process for each, with "
+            f"torchrun --nproc-per-node {count} -m plad_fast ..., or choose a GPU, for example "
+            "with CUDA_VISIBLE_DEVICES=0 before the command"
         )

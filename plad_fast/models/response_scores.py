@@ -47,13 +47,14 @@ def score_pairs(
     batch_size: int = 8,
     max_length: int = 1024,
     progress: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, NDArray[np.float64]]:
     """Log-probabilities of the chosen and the rejected response of every pair.
 
     Args:
         pairs: rows of the standard preference format (`prompt`, `chosen`, `rejected`; text or chat
             messages), in any of the forms that `tokenize_dataset` takes.
-        model, tokenizer, length_normalization, batch_size, max_length, progress: see
+        model, tokenizer, length_normalization, batch_size, max_length, progress, part: see
             `score_responses`.
 
     Returns:
@@ -71,6 +72,7 @@ def score_pairs(
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
+        part=part,
     )
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
@@ -83,6 +85,8 @@ def score_rows(
     *,
     length_normalization: float = 0.0,
     max_length: int = 1024,
+    progress: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> list[NDArray[np.float64]]:
     """As `score_pairs` for rows whose `rejected` may be a list of several responses.
 
@@ -97,7 +101,8 @@ def score_rows(
         length_normalization=length_normalization,
         batch_size=8,
         max_length=max_length,
-        progress=True,
+        progress=progress,
+        part=part,
     )
     return logps
 
@@ -152,6 +157,7 @@ def score_responses(
     progress: bool = True,
     names: Sequence[str] | None = None,
     templates: Sequence[Mapping[str, Any]] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> list[NDArray[np.float64]]:
     """Log-probabilities of all responses to every prompt, which is computed once where it can be.
 
@@ -166,6 +172,8 @@ def score_responses(
         progress: show a progress bar.
         names: of the prompts in messages; by default their numbers.
         templates: what the chat template gets beside the messages of each, such as `tools`.
+        part: of several processes that share the batches, the number of this one and how many there
+            are; the rows of the others are NaN.
 
     Returns:
         For each row a float64 array with one log-probability a response, in nats.
@@ -187,6 +195,7 @@ def score_responses(
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
+        part=part,
     )
     return logps
 
@@ -198,13 +207,14 @@ def score_with_ends(
     *,
     max_length: int = 1024,
     templates: Sequence[Mapping[str, Any]] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Log-probabilities per token of one response to every prompt, and those of the last tokens.
 
     The last token of a response to chat messages is the one that ends it.
 
     Args:
-        model, tokenizer, max_length, templates: as in `score_responses`.
+        model, tokenizer, max_length, templates, part: as in `score_responses`.
         rows: a prompt and a response each.
 
     Returns:
@@ -227,6 +237,7 @@ def score_with_ends(
         batch_size=8,
         max_length=max_length,
         progress=False,
+        part=part,
     )
     return np.concatenate(logps), np.concatenate(ends)
 
@@ -241,6 +252,7 @@ def _score(
     batch_size: int,
     max_length: int,
     progress: bool,
+    part: tuple[int, int],
 ) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
     """For each row the log-probabilities of its responses, and those of their last tokens."""
     from plad_fast.models.sharing import prepare  # brings in transformers
@@ -253,12 +265,20 @@ def _score(
     device = next(model.parameters()).device
     logps: dict[int, NDArray[np.float64]] = {}
     ends: dict[int, NDArray[np.float64]] = {}
+    batches = [*_batches(features, batch_size)]
+    number, count = part
+    own = batches[number::count]
     with (
         evaluating(model),
         torch.inference_mode(),
-        tqdm(total=len(rows), desc="scoring", unit=unit, disable=not progress) as bar,
+        tqdm(
+            total=sum(len(indices) for _, indices in own),
+            desc="scoring",
+            unit=unit,
+            disable=not progress,
+        ) as bar,
     ):
-        for size, indices in _batches(features, batch_size):
+        for size, indices in own:
             collate = PreferenceCollator(
                 pad, group_size=size, layout=layout, decoder_start_token_id=start
             )
@@ -269,13 +289,17 @@ def _score(
                 by_row = values.double().cpu().numpy().reshape(-1, size)
                 found |= dict(zip(indices, by_row, strict=True))
             bar.update(len(indices))
-    bad = [index for index in range(len(rows)) if not np.isfinite(logps[index]).all()]
+    bad = sorted(index for index, values in logps.items() if not np.isfinite(values).all())
     if bad:
         raise UsageError(
             f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
             f"first is {rows[bad[0]].name}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
+    for size, indices in batches:
+        others = {index: np.full(size, np.nan) for index in indices if index not in logps}
+        logps |= others
+        ends |= others
     return [logps[index] for index in range(len(rows))], [ends[i] for i in range(len(rows))]
 
 

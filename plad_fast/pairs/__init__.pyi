@@ -16,7 +16,6 @@ from .generation.given import CallableModel as CallableModel
 from .generation.given import ColumnModel as ColumnModel
 from .generation.given import column_answers as column_answers
 from .generation.local_model import LocalModel as LocalModel
-from .generation.ranks import joined as joined
 from .generation.ray_model import RayModel as RayModel
 from .generation.sampling import Sampling as Sampling
 from .generation.sources import open_local_model as open_local_model

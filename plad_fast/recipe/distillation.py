@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import OFFLINE, lies_in
-from plad_fast.data.records import ELSEWHERE, digest, model_digest, recorded_scores
+from plad_fast.data.records import (
+    ELSEWHERE,
+    digest,
+    found_scores,
+    model_digest,
+    recorded_scores,
+)
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
@@ -27,7 +33,7 @@ from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs
-from plad_fast.models.devices import autocast_dtype, best_device, require_one_gpu
+from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (
     check_loadable,
@@ -54,10 +60,11 @@ from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import Answers, RecipeTexts
-from plad_fast.recipe.validation import AnswerCheck, validation_table, verdict
+from plad_fast.recipe.validation import AnswerCheck, measures, validation_table, verdict
+from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import log_history
-from plad_fast.training.validation import Validation
+from plad_fast.training.validation import Validation, checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,8 +118,8 @@ def opened_run(
     `prompts` are those of the settings where none are given.
     """
     require_packages("transformers", "datasets", "accelerate", "rouge_score", "matplotlib")
-    require_one_gpu()
     adapters_and_arguments({**vars(config), "loss": "sft"})
+    _check_launch(config)
     if config.push_to_hub is not None:
         has_adapters = config.lora_r is not None and not config.merge
         check_push(config.push_to_hub, adapters_on="the student" if has_adapters else None)
@@ -183,6 +190,10 @@ class _LocalTeacher:
     def model(self) -> PreTrainedModel:
         return load_model(self.source, merge_adapters=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads the model itself."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
     def as_text(self) -> LocalModel:
         model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))
         return LocalModel(model, load_tokenizer(self.source), "teacher")
@@ -225,7 +236,9 @@ class Distillation:
 
     def with_settings(self, config: DistillConfig) -> Distillation:
         """The run with other settings of its stages from the samples on, but for the scorer; what
-        these make takes the place of what the folder has."""
+        these make takes the place of what the folder has. UsageError where the processes of this
+        run cannot train so."""
+        _check_launch(config)
         return replace(self, config=config, texts=self.texts.with_settings(config))
 
     def make_pairs(self) -> list[dict[str, Any]]:
@@ -348,10 +361,17 @@ class Distillation:
 
         def calibrate() -> str:
             options = {name: getattr(config, name) for name in STAGES["calibration"]}
+            output, validation = _numbered("plad", number), None
             if self.prompts.validation:
-                options["validation"] = self._validation(number, start)
-            output = _numbered("plad", number)
-            log = self._train(start, texts.pairs(train), output, **options)
+                # Of the student before it depends on no setting of a calibration.
+                validation = self._validation()
+                file = self.folder / "answers" / f"{_numbered('validation', number)}.json"
+                made_by = {"weights": model_digest(self.folder / start), **validation.made_by}
+                known = found_scores(file, made_by, replace=True)
+                validation = replace(validation, start=known)
+            log = self._train(start, texts.pairs(train), output, validation=validation, **options)
+            if validation is not None and validation.start is None:
+                recorded_scores(file, made_by, lambda: measures(checks(log)[0]), replace=True)
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = _last(log, "ranking_accuracy", accuracy)
             inside = _last(log, "active_pairs", "{:.0%} inside the margin")
@@ -408,7 +428,7 @@ class Distillation:
         """None for ROUGE-L. A judge compares, and rates nothing by itself."""
         return self.evaluation["scorers"].get(self.config.eval_scorer)
 
-    def _validation(self, number: int, start: str) -> Validation:
+    def _validation(self) -> Validation:
         config, answers = self.config, self.texts.best_teacher_answers()
         prompts = [prompt for prompt in self.prompts.validation if prompt.id in answers]
         check = AnswerCheck(
@@ -422,13 +442,7 @@ class Distillation:
             self._validation_scorer(),
             config.reasoning,
         )
-
-        def measure_start(model: PreTrainedModel) -> dict[str, float]:
-            file = self.folder / "answers" / f"{_numbered('validation', number)}.json"
-            made_by = {"weights": model_digest(self.folder / start), **check.settings()}
-            return recorded_scores(file, made_by, lambda: check.measure(model), replace=True)
-
-        return Validation(check.measure, check.settings(), config.patience, measure_start)
+        return Validation(check.measure, check.settings(), config.patience)
 
     def _validations(self, *rounds: int) -> list[tuple[str, list[list[str]]]]:
         """What the validation of each of these rounds, or of all, kept and why, with its table."""
@@ -619,6 +633,19 @@ class Distillation:
                     "answered; put it right, or delete the file to have it made again"
                 )
         return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
+
+
+def _check_launch(config: DistillConfig) -> None:
+    check_launch(
+        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
+        loss=config.loss,
+        loss_args=config.loss_args,
+        micro_batch_size=config.micro_batch_size,
+        max_tokens_per_batch=config.max_tokens_per_batch,
+        precision=config.precision,
+        load_in_4bit=config.load_in_4bit,
+        validates=config.validation > 0,
+    )
 
 
 def _require_outside(folder: Path, config: DistillConfig) -> None:

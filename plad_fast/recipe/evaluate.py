@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast.data.locks import held_folder
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import read_held_out
@@ -24,7 +25,7 @@ from plad_fast.recipe.doctor import require_packages, versions
 from plad_fast.recipe.inputs import check_students, read_pairs
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import JUDGE_STORE, held_out_options
-from plad_fast.recipe.stage_folder import claim_folder, held_by_first
+from plad_fast.recipe.stage_folder import claim_folder
 
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
@@ -61,7 +62,7 @@ def evaluate_on_pairs(
     }
     config.require_room()
     folder = Path(config.output_dir)
-    with held_by_first(folder):
+    with held_folder(folder):
         rows = read_pairs(pairs)
         held_out = read_held_out(rows, pairs, reasoning=config.reasoning)
         findings = check_rows(rows, "held-out pairs")

@@ -211,11 +211,14 @@ class DistillConfig:
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration", POSITIVE)
     batch_size: int = setting(4, "pairs per optimizer step of the calibration", AT_LEAST_1)
     micro_batch_size: int | None = free_setting(
-        None, "number of prompts in memory together; default: the batch size", AT_LEAST_1
+        None,
+        "number of prompts in memory together, in each process; default: its part of the batch",
+        AT_LEAST_1,
     )
-    max_tokens_per_batch: int = free_setting(
+    max_tokens_per_batch: int | None = free_setting(
         4096,
-        "tokens in memory together; an optimizer step takes as many such parts as needed",
+        "tokens in memory together; an optimizer step takes as many such parts as needed; none for "
+        "no limit",
         AT_LEAST_1,
     )
     max_length: int = setting(

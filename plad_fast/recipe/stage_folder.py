@@ -7,13 +7,13 @@ replaced by others; and of rows that were written what they were, to tell a file
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from plad_fast.data.file_states import changes, state_of
-from plad_fast.data.locks import cannot_write, held_folder
+from plad_fast.data.locks import cannot_write
 from plad_fast.data.records import (
     ELSEWHERE,
     OR_ANEW,
@@ -23,7 +23,6 @@ from plad_fast.data.records import (
     require_equal,
 )
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.ranks import joined
 
 _RECORD = "stage.json"
 _FORMAT = RecordFormat("plad-fast stage", 1)
@@ -33,16 +32,6 @@ _OTHER_FOLDER = (
     "making the same ones again), or pass --overwrite to start anew"
 )
 _OF_OTHERS = {_RUN: "a run of `plad-fast distill`", "training.json": "a trained model"}
-
-
-@contextmanager
-def held_by_first(folder: Path) -> Iterator[None]:
-    """A folder held (`held_folder`) until the block ends; in a run of several processes the first
-    one holds it, and all are to call this."""
-    with ExitStack() as held:
-        with joined() as ranks:
-            ranks.from_first(lambda: held.enter_context(held_folder(folder)))
-        yield
 
 
 def claim_folder(

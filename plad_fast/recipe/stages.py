@@ -12,10 +12,8 @@ from plad_fast.data.places import expanded as expanded_path
 from plad_fast.data.places import is_there
 from plad_fast.data.records import ELSEWHERE, as_json
 from plad_fast.errors import UsageError
-from plad_fast.models.devices import require_one_gpu
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers
-from plad_fast.pairs.generation.ranks import joined
 from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES
@@ -28,9 +26,10 @@ from plad_fast.recipe.inputs import (
     show_pairs,
 )
 from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
-from plad_fast.recipe.stage_folder import claim_folder, held_by_first, record_rows
+from plad_fast.recipe.stage_folder import claim_folder, record_rows
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
+from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
@@ -44,8 +43,8 @@ _OF_PAIRS = (
 def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
     """Answer the prompts with both models; write `<output_dir>/pairs.jsonl`. Resumable.
 
-    Under `torchrun` or `accelerate launch` the processes share the prompts of local models, and
-    the pairs are those of a single process, but for rounding: see `LocalModel.generate`.
+    Several processes (`plad_fast.models.led`) share the prompts of local models, and the pairs are
+    those of a single process, but for rounding: see `LocalModel.generate`.
 
     Args:
         config: teacher, student, prompts, sampling, scoring and output folder; what trains plays no
@@ -60,7 +59,7 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
     if config.student is None:
         raise UsageError("pairs are made of two models; name the second with --student")
     folder = Path(config.output_dir)
-    with held_by_first(folder):
+    with held_folder(folder):
         prompts = load_recipe_prompts(config)
         source = find_model(config.student, "--student")
         check_loadable(source)
@@ -87,34 +86,24 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
             others = {**found, "prompts": settings["prompts"]}
             return found["prompts"] == first and others == as_json(settings)
 
-        def claim() -> None:
-            claim_folder(
-                folder,
-                "pairs",
-                settings,
-                results=[path.name, dropped_file(path).name],
-                overwrite=overwrite,
-                discard=discard,
-                extends=has_fewer_prompts,
-                of_results=STAGES["pairs"],
-            )
-
-        def write() -> str:
-            rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
-            record_rows(folder, path.name)
-            show_pairs(rows, report, path, for_training=False)  # others may be joined to them
-            return str(report)
-
-        with joined() as ranks:
-            ranks.from_first(claim)
+        claim_folder(
+            folder,
+            "pairs",
+            settings,
+            results=[path.name, dropped_file(path).name],
+            overwrite=overwrite,
+            discard=discard,
+            extends=has_fewer_prompts,
+            of_results=STAGES["pairs"],
+        )
         texts.teachers.ask()
         student = (source, "student")
         samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
-        with joined() as ranks:
-            report = ranks.from_first(write)
-            if ranks.rank == 0:
-                spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
-                print(f"{spent}{report}\npairs: {path}", flush=True)
+        rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
+        record_rows(folder, path.name)
+        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
+        spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
+        print(f"{spent}{report}\npairs: {path}", flush=True)
     return path
 
 
@@ -147,7 +136,6 @@ def train_on_pairs(
             pairs or from the training, and where the folder holds anything but the model that
             this very training made.
     """
-    require_one_gpu()
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate, **options}
     given |= {} if eval_pairs is None else {"eval_pairs": eval_pairs}
     check_training(given)
@@ -158,6 +146,13 @@ def train_on_pairs(
         is_here = is_there(expanded_path(source))
         check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
     rows = read_pairs(pairs)
+    names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
+    check_launch(
+        {"--batch-size": options.get("batch_size", DistillConfig.batch_size)},
+        loss=loss,
+        has_reference="reference_logps" in rows[0],
+        **{name: options.get(name, getattr(DistillConfig, name)) for name in names},
+    )
     findings = check_rows(rows)
     show_findings(findings)
     require_learnable(findings, "give other --pairs")

@@ -13,10 +13,10 @@ from plad_fast.data.prompts import Prompt, check_tools
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
+from plad_fast.models.team import size
 from plad_fast.pairs.generation.answer_rows import Answered, batch_record, collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
-from plad_fast.pairs.generation.ranks import has_others
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import split_spec, teacher_fingerprint
 from plad_fast.pairs.generation.text_model import Answer, Batches, TextModel, Wanted
@@ -169,8 +169,9 @@ class Teachers:
                     reasoning=self._reasoning,
                 )
             except UsageError as error:
-                # Of several processes the others have stopped.
-                if len(self._all) == 1 or not model.has_failed or has_others():
+                # Other processes with a share of it have ended.
+                is_shared = size() > 1 and model.sharded
+                if len(self._all) == 1 or not model.has_failed or is_shared:
                     raise
                 logger.warning("%s is asked no more, and the others are: %s", teacher.spec, error)
                 errors.append(error)
@@ -242,6 +243,8 @@ def require_tools(
 
 class _Watched(TextModel):
     """A teacher's model, and whether it failed once it had begun to answer."""
+
+    sharded = False
 
     def __init__(self, teacher: _Teacher) -> None:
         self._teacher = teacher

@@ -17,7 +17,7 @@ from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.ray_model import require_ray
 from plad_fast.pairs.generation.set_aside import set_aside
-from plad_fast.pairs.generation.sources import open_local_model
+from plad_fast.pairs.generation.sources import LazyLocalModel, open_local_model
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
@@ -121,9 +121,9 @@ class RecipeTexts:
         """
         precision = self.config.precision
         thinks = self.config.reasoning == "keep"
-        open_it = partial(open_local_model, model, name, precision=precision, thinks=thinks)
+        load = partial(open_local_model, model, name, precision=precision, thinks=thinks)
         drawn = stored_answers(
-            lambda: on_engine(self.config, open_it, name),
+            lambda: on_engine(self.config, partial(LazyLocalModel, load, name), name),
             prompts,
             self.samples_file(round_number, turn),
             replace(student_sampling(self.config, turn, round_number), n=n),

@@ -21,8 +21,8 @@ from plad_fast.recipe.distillation import Distillation, opened_run
 from plad_fast.recipe.doctor import require_packages
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.validation import MEASURES
-from plad_fast.training.validation import PREFIX, SCORE, checks
+from plad_fast.recipe.validation import MEASURES, measures
+from plad_fast.training.validation import SCORE, checks
 
 Trial = dict[str, Any]
 """`id`, its number; `settings`; `seconds`; `score`, and with it the further `MEASURES` of the best
@@ -147,9 +147,9 @@ def _outcome(run: Distillation, settings: Mapping[str, Any]) -> dict[str, Any]:
     best = max(found[1:], key=lambda entry: (entry[SCORE], entry["step"]))
     stages = run.folder.stages
     return {
-        **_measures(best),
+        **measures(best),
         "step": best["step"],
-        "start": _measures(found[0]),
+        "start": measures(found[0]),
         # Of the stages' last attempts, also where an earlier command made them.
         "seconds": sum(stages[name]["seconds"] for name in ("pairs", "calibration")),
     }
@@ -157,10 +157,6 @@ def _outcome(run: Distillation, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _failure(error: UsageError) -> dict[str, Any]:
     return {"score": None, "problem": str(error), "seconds": 0.0}
-
-
-def _measures(check: Mapping[str, Any]) -> dict[str, float]:
-    return {name: check[f"{PREFIX}{name}"] for name in MEASURES}
 
 
 def _score(trial: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,12 @@ from plad_fast.data.records import digest
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.samples import RougeL
 from plad_fast.models.response_scores import score_with_ends
+from plad_fast.models.team import of_all, rank, size
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.reasoning import with_reasoning
 from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.shards import share
 from plad_fast.pairs.text_metrics import repetition_shares, word_counts
 from plad_fast.recipe.inputs import prompts_digest
 from plad_fast.training.validation import PREFIX, SCORE, best_check, checks
@@ -62,6 +65,10 @@ class AnswerCheck:
                 "keep the last checkpoint with --validation 0"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process rates nothing."""
+        return {**vars(self), "scorer": None}
+
     @property
     def quality(self) -> Scorer | RougeL:
         return self.scorer or RougeL(self.prompts, self.teacher_answers)
@@ -80,18 +87,22 @@ class AnswerCheck:
         """Means over the prompts: the `score` of the answers, their length in `words`,
         `repetition` (the share of 4-grams that came before) and share `cut_off` by the length
         limit; the `nll` of the teacher's answers in nats per token, and the log-probability of
-        their last token, `end_logp`."""
-        thinks = self.reasoning == "keep"
+        their last token, `end_logp`.
+
+        Of several processes each answers its share, and the first one rates the answers.
+        """
+        thinks, part = self.reasoning == "keep", (rank(), size())
         student = LocalModel(model, self.tokenizer, "validation", thinks=thinks)
-        batches = student.generate_samples([(p, 0) for p in self.prompts], self.sampling)
+        mine = share([(prompt, 0) for prompt in self.prompts], *part)
+        answered = [*itertools.chain(*student.generate_samples(mine, self.sampling))]
         by_id: dict[str, Answer] = {
             answer.prompt_id: with_reasoning(answer, self.reasoning)
-            for batch in batches
-            for answer in batch
+            for answer in itertools.chain(*of_all(answered))
         }
         answers = [by_id[prompt.id] for prompt in self.prompts]
         texts = [answer.text for answer in answers]
-        scores = np.array(self.quality.score(list(zip(self.prompts, texts, strict=True))))
+        items = list(zip(self.prompts, texts, strict=True))
+        scores = np.array(of_all(self.quality.score(items) if rank() == 0 else [])[0])
         if np.isnan(scores).all():
             raise UsageError(
                 f"{self.quality.name} gave no score to any answer on validation prompts"
@@ -101,13 +112,15 @@ class AnswerCheck:
             (content, as_response(content, self.teacher_answers[prompt.id]))
             for content, prompt in zip(contents, self.prompts, strict=True)
         ]
-        logps, ends = score_with_ends(
+        scored = score_with_ends(
             model,
             self.tokenizer,
             rows,
             max_length=self.max_length,
             templates=[prompt.template for prompt in self.prompts],
+            part=part,
         )
+        logps, ends = np.nanmax(of_all(scored), axis=0)
         return {
             "score": float(np.nanmean(scores)),
             "words": float(word_counts(texts).mean()),
@@ -116,6 +129,11 @@ class AnswerCheck:
             "nll": -float(logps.mean()),
             "end_logp": float(ends.mean()),
         }
+
+
+def measures(check: Mapping[str, Any]) -> dict[str, float]:
+    """The `MEASURES` of a check in a log history."""
+    return {name: check[f"{PREFIX}{name}"] for name in MEASURES}
 
 
 def verdict(log: Sequence[Mapping[str, Any]], start: str) -> str:
@@ -141,6 +159,5 @@ def validation_table(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The checks of a training for the report: a line of titles, then one for each check."""
     lines = [["step", *MEASURES.values()]]
     for entry in checks(log):
-        values = (entry[f"{PREFIX}{name}"] for name in MEASURES)
-        lines.append([str(entry["step"]), *(f"{value:.3f}" for value in values)])
+        lines.append([str(entry["step"]), *(f"{v:.3f}" for v in measures(entry).values())])
     return lines

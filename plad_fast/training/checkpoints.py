@@ -16,12 +16,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from plad_fast.data.files import sync_folder, sync_tree
 from plad_fast.data.manifest import NAME, damage, write_manifest
+from plad_fast.models.team import largest, rank
 from plad_fast.training.signals import Asked
 from plad_fast.training.validation import best_check, has_stalled
 
 logger = logging.getLogger("plad_fast")
 
-OF_TRAINING = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, NAME)
+OF_TRAINING = (
+    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, NAME),
+    *("pytorch_model_fsdp*", "global_step*", "latest", "zero_to_fp32.py"),  # of FSDP and DeepSpeed
+)
 """Patterns of what a checkpoint has beside a model's files."""
 _KEPT = 2  # the one before is there for the case that the newest is damaged
 _SECONDS = 600.0  # between checkpoints at most
@@ -108,10 +112,13 @@ class Checkpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for a checkpoint where one is due, after the Trainer's own callback."""
         self._began = time.monotonic()
-        if self._asked:
-            control.should_training_stop = control.should_save = True
-        elif self._began - self._saved >= self._wait:
-            control.should_save = True
+        is_due = rank() == 0 and self._began - self._saved >= self._wait
+        # All end at the same step, or save at it.
+        asked_by, due = largest(self._asked.by or 0, int(is_due))
+        if asked_by:
+            self._asked.by = asked_by
+            control.should_training_stop = True
+        control.should_save |= bool(asked_by or due)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Whether it is the best so far is found out after this."""
@@ -119,6 +126,9 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes the new checkpoint count, and removes older ones."""
+        largest(0)  # every process has written its part
+        if rank() > 0:
+            return
         path = self._folder / f"checkpoint-{state.global_step}"
         sync_tree(path)
         write_manifest(path, step=state.global_step, training=self._training)

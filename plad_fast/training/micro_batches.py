@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _OPEN = 256
 
 
+FILLER = -1
+"""Number of a row that is none of the training set."""
+
 Features = list[dict[str, Any]]
 
 
@@ -36,6 +39,12 @@ class Groups:
 
     def __init__(self, features: Features) -> None:
         self.features = features
+        self.filler = {**features[0], "index": FILLER}
+        """Runs where other processes have more rows, and counts for nothing."""
+
+    def keep(self, count: int) -> None:
+        """Drops the rows after so many."""
+        del self.features[max(count, 0) :]
 
 
 def as_they_are(features: Features) -> dict[str, Groups]:
@@ -63,8 +72,8 @@ class MicroBatches:
     def pack(self, rows: Features, parts: Iterable[Sequence[int]]) -> list[list[int]]:
         """Numbers of the rows that run together; those of different parts never do.
 
-        There are as many micro-batches in every process: forwards under FSDP, and under DDP those
-        of models with buffers, are for all of them.
+        There are as many micro-batches in every process, at the end without rows if need be:
+        forwards under FSDP, and under DDP those of models with buffers, are for all of them.
         """
         bins = []
         for part in parts:
@@ -76,9 +85,10 @@ class MicroBatches:
             bins = split_to(bins, int(self._accelerator.gather(count).max()))
         return bins
 
-    def collate(self, rows: Features, numbers: Sequence[int]) -> PreferenceBatch:
-        """The batch of some rows, with their numbers in the training set if they have one."""
-        chosen = [rows[number] for number in numbers]
+    def collate(self, groups: Groups, numbers: Sequence[int]) -> PreferenceBatch:
+        """The batch of some rows, or of the filler, with their numbers in the training set if they
+        have one."""
+        chosen = [groups.features[number] for number in numbers] or [groups.filler]
         batch = self.collator(chosen)
         if "index" in chosen[0]:
             batch["index"] = [row["index"] for row in chosen]
@@ -90,12 +100,14 @@ class MicroBatches:
 
 
 def split_to(bins: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Halves bins, the fullest first, until there are `count`, which must not exceed the items."""
+    """Halves bins, the fullest first, until there are `count`; what the items do not fill stays
+    empty, at the end."""
     result = [list(indices) for indices in bins]
     while len(result) < count:
-        fullest = max(range(len(result)), key=lambda i: len(result[i]))
-        half = len(result[fullest]) // 2
-        assert half, "more micro-batches than groups"
+        fullest = max(range(len(result)), key=lambda i: len(result[i]), default=0)
+        half = len(result[fullest]) // 2 if result else 0
+        if not half:
+            return result + [[] for _ in range(count - len(result))]
         result[fullest : fullest + 1] = [result[fullest][:half], result[fullest][half:]]
     return result
 

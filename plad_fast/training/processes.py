@@ -5,14 +5,16 @@ A process that raised alone would leave the others waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from plad_fast.errors import UsageError
+from plad_fast.models.wrappers import own_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +47,24 @@ def whole_in_every_process(accelerator: Accelerator) -> bool:
     """Whether every process has the whole model: one process, or DDP."""
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     return accelerator.distributed_type not in sharded
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
+    """The model inside DDP or FSDP2, whose forwards are nothing to the other processes.
+
+    All of them enter and leave this together. Under FSDP2 each has all weights meanwhile.
+    """
+    inside = accelerator.unwrap_model(model)
+    sharded: list[Any] = [part for part in inside.modules() if own_class(part) is not type(part)]
+    for part in sharded:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield inside
+    for part in sharded:
+        # Those that were whole after a forward before, the root and the head, are so no more.
+        part.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+        part.reshard()
 
 
 def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Result:

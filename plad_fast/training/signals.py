@@ -28,8 +28,11 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end by another signal than Ctrl-C's."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.number = number
+
+    def __str__(self) -> str:
+        return _name(self.number)
 
 
 class Asked:
@@ -45,7 +48,7 @@ class Asked:
 
 @contextlib.contextmanager
 def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Terminated`, as SIGINT raises KeyboardInterrupt.
+    """SIGTERM and SIGHUP raise `Terminated`, once, as SIGINT raises KeyboardInterrupt.
 
     After a second signal the process has a moment to end, then it is ended: code that never comes
     back to Python holds up the handlers of signals, and traps nobody.
@@ -98,7 +101,7 @@ def deferred_signals(notice: str) -> Iterator[Asked]:
     than the main one, and where others have set handlers, nothing changes.
 
     Args:
-        notice: printed when a signal has come; `{}` stands for its name.
+        notice: printed when a signal has come, unless it is empty; `{}` stands for its name.
     """
     asked = Asked()
     if not _is_main_thread():
@@ -116,7 +119,8 @@ def deferred_signals(notice: str) -> Iterator[Asked]:
         _hang_up(number)
         # It may have come in the middle of another print, which Python refuses to enter again.
         with contextlib.suppress(RuntimeError, OSError, ValueError):
-            print(f"\n{notice.format(_name(number))}", file=sys.stderr, flush=True)
+            if notice:
+                print(f"\n{notice.format(_name(number))}", file=sys.stderr, flush=True)
 
     before = _defaults()
     try:
@@ -156,7 +160,14 @@ def _deliver(number: int, before: dict[Any, Any]) -> None:
 
 def _raise(number: int, _: FrameType | None) -> None:
     _hang_up(number)
+    for each in _ENDING:
+        if signal.getsignal(each) is _raise:
+            signal.signal(each, _pass)
     raise Terminated(number)
+
+
+def _pass(number: int, _: FrameType | None) -> None:
+    """The process is ending, or the thread of `raised_signals` ends it."""
 
 
 def _hang_up(number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
 from plad_fast.models.lora import Lora, load_with_lora
+from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.arguments import of_weights, training_arguments
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.config import PLaDConfig
+from plad_fast.training.launch import require_own_kind, split_batch
 from plad_fast.training.setup import BASE
 from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
@@ -97,14 +100,18 @@ def train_model(
     Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1,
     unless `training` says otherwise; trained parameters in float32.
 
+    The processes of a run (`plad_fast.models.led`) share every step, and the weights are those of a
+    single one but for rounding.
+
     Args:
         source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
             are merged into their base model first.
         rows: of the standard preference format; `rejected` is not needed for loss "sft".
         output: folder to make. If this very training made it before, it is left alone.
         loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
-        batch_size: rows in an optimizer step.
-        micro_batch_size: rows in memory at once; it divides the batch size.
+        batch_size: rows in an optimizer step, of all processes together.
+        micro_batch_size: rows in memory at once, in each process; with their number it divides the
+            batch size.
         max_tokens_per_batch: tokens in memory at once, of those rows; see `PLaDConfig`.
         saves: checkpoints in the course of the training.
         seed: of the order of the rows and of dropout.
@@ -148,9 +155,7 @@ def train_model(
         }
     )
     sft_weight, length_normalization = get_loss(loss).terms(sft_weight, length_normalization)
-    micro = micro_batch_size or batch_size
-    if batch_size % micro:
-        raise UsageError(f"--micro-batch-size {micro} must divide --batch-size {batch_size}")
+    micro, accumulated = split_batch(batch_size, micro_batch_size)
     objective = {
         "loss": loss,
         "beta": beta,
@@ -198,6 +203,8 @@ def train_model(
         # The Trainer would take a step too many from a checkpoint of the last one.
         patience = None if validation is None else validation.patience
         if last is None or not has_ended(last, patience):
+            if last is not None:
+                require_own_kind(last, micro)
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options: dict[str, Any] = {
                 **objective,
@@ -206,7 +213,7 @@ def train_model(
                 "learning_rate": learning_rate,
                 "lr_scheduler_type": "linear",
                 "per_device_train_batch_size": micro,
-                "gradient_accumulation_steps": batch_size // micro,
+                "gradient_accumulation_steps": accumulated,
                 "max_tokens_per_batch": max_tokens_per_batch,
                 _CHECKPOINTING: gradient_checkpointing,
                 "bf16": autocast_dtype(precision) == torch.bfloat16,
@@ -223,15 +230,9 @@ def train_model(
                     "metric_for_best_model": metric_for_best_model,
                 }
             options |= {"output_dir": str(checkpoints), **arguments}
-            trainer = _trainer(source, rows, eval_rows, lora, **options)
-            if validation is not None:
-                trainer.add_callback(Validator(validation, trainer))
-            with deferred_signals(_NOTICE) as asked:
-                trainer.add_callback(Checkpoints(checkpoints, digest(record), asked))
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            last = checkpoints / f"checkpoint-{trainer.state.global_step}"  # saved at the end
-            del trainer
-            gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
+            run = _Run(source, rows, eval_rows, lora, validation, checkpoints, digest(record))
+            step, *_ = together(run.go, last, options)
+            last = checkpoints / f"checkpoint-{step}"  # saved at the end
         publish(last, output, source, merge=merge)
         discard_checkpoints(output)
     return log_history(output)
@@ -263,6 +264,33 @@ def _resumable(checkpoints: Path, record: Mapping[str, Any], *, replace: bool) -
         else:
             require_record(checkpoints, record)
     return newest_checkpoint(checkpoints, digest(record))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every process of a run has of a training."""
+
+    source: str | Path
+    rows: Sequence[Mapping[str, Any]]
+    eval_rows: Sequence[Mapping[str, Any]] | None
+    lora: Lora | None
+    validation: Validation | None
+    checkpoints: Path
+    training: str
+
+    def go(self, last: Path | None, options: Mapping[str, Any]) -> int:
+        """Trains to the end, from a checkpoint if there is one; the number of the last step."""
+        require_seen(self.checkpoints / RECORD)
+        trainer = _trainer(self.source, self.rows, self.eval_rows, self.lora, **options)
+        if self.validation is not None:
+            trainer.add_callback(Validator(self.validation, trainer))
+        with deferred_signals(_NOTICE if rank() == 0 else "") as asked:
+            trainer.add_callback(Checkpoints(self.checkpoints, self.training, asked))
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        step = trainer.state.global_step
+        del trainer
+        gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
+        return step
 
 
 def _trainer(

@@ -27,6 +27,7 @@ from plad_fast.ops.preference_losses import FusedLoss, fused_linear_preference_l
 from plad_fast.training.config import NO_PREDICTIONS, PLaDConfig
 from plad_fast.training.metrics import AtBegin, PreferenceMeter, check_best_metric
 from plad_fast.training.micro_batches import (
+    FILLER,
     BackwardSkipper,
     Groups,
     MicroBatches,
@@ -189,6 +190,7 @@ class PLaDTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self._drop_repeated(batches[-1]["groups"])
         for batch in batches if self.args.include_num_input_tokens_seen != "no" else []:
             # The Trainer counts the tokens seen on tensors of these names.
             count = self._batches.count_tokens(batch["groups"].features)
@@ -199,6 +201,17 @@ class PLaDTrainer(Trainer):
         tokens = sum(len(feature["response_ids"][0]) for feature in groups)
         totals = torch.tensor([len(groups), tokens], dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(totals, "sum")
+
+    def _drop_repeated(self, last: Groups) -> None:
+        """Drops the rows by which accelerate fills up the last batch of an epoch for all processes:
+        they would count twice."""
+        several = self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last
+        if several and self.accelerator.gradient_state.end_of_dataloader:
+            rows: Any = self.train_dataset
+            size = len(last.features)
+            # Not accelerate's own `remainder`, which an epoch that is resumed does not have.
+            if left := len(rows) % (size * self.accelerator.num_processes):
+                last.keep(left - self.accelerator.process_index * size)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of forward and backward, by the rule of 6 a parameter and token."""
@@ -222,8 +235,8 @@ class PLaDTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Forward and backward of the batch in micro-batches; those without a gradient skip it."""
-        features = inputs["groups"].features
-        micro_batches = self._batches.pack(features, self._skipper.parts(features))
+        groups = inputs["groups"]
+        micro_batches = self._batches.pack(groups.features, self._skipper.parts(groups.features))
         several = self.accelerator.num_processes > 1
         losses = []
         for index, numbers in enumerate(micro_batches):
@@ -236,7 +249,7 @@ class PLaDTrainer(Trainer):
                 self.accelerator.no_sync(model) if waits else contextlib.nullcontext(),
                 self._skipper.micro_batch(unwrap(model), reduces=reduces),
             ):
-                batch: Any = self._batches.collate(features, numbers)
+                batch: Any = self._batches.collate(groups, numbers)
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         if self.accelerator.sync_gradients:
             self._skipper.end_step()
@@ -287,6 +300,8 @@ class PLaDTrainer(Trainer):
             loss, rows, active = call_inside(model, module, forward, inputs["input_ids"])
         if num_items_in_batch is not None:
             require_finite(loss, module, self.accelerator, self.state.global_step)
+            if inputs.get("index") == [FILLER]:
+                loss, rows = loss * 0, rows[:0]
             self._train_meter.add(rows)
             if "index" in inputs:
                 loss = self._skipper.loss_to_run(loss, active, inputs["index"])
@@ -305,7 +320,7 @@ class PLaDTrainer(Trainer):
         features = inputs["groups"].features
         losses, parts, order = [], [], []
         for numbers in self._batches.pack(features, [list(range(len(features)))]):
-            batch = self._prepare_inputs(self._batches.collate(features, numbers))
+            batch = self._prepare_inputs(self._batches.collate(inputs["groups"], numbers))
             with torch.no_grad():
                 loss, rows = self.compute_loss(model, batch, return_outputs=True)
             losses.append(loss.detach() * len(numbers))

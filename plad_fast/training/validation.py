@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from plad_fast.training.processes import whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,13 +32,14 @@ class Validation:
 
     measure: Callable[[PreTrainedModel], Mapping[str, float]]
     """Metrics by name; the best model is the one with the largest `score`. It has to leave the
-    model, and PyTorch's random numbers, as they were."""
+    model, and PyTorch's random numbers, as they were. All processes of a run call it at the same
+    time, on a whole model each, and have to get the same."""
     made_by: Mapping[str, Any]
     """What the metrics depend on besides the model, as JSON values."""
     patience: int = 2
     """Checks in a row without a new best after which the training ends."""
-    measure_start: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
-    """As `measure`, of the model before the training, where that may be known already."""
+    start: Mapping[str, float] | None = None
+    """The metrics of the model before the training, where they are known already."""
 
     def settings(self) -> dict[str, Any]:
         """What the weights that are kept depend on, for the record of the training."""
@@ -70,7 +73,8 @@ class Validator(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures the model that the training begins with, unless one that goes on has."""
         if not checks(state.log_history):
-            self._check(self._validation.measure_start)
+            start = self._validation.start
+            self._check() if start is None else self._log(start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures before the checkpoint is saved, which then has the log of it."""
@@ -81,8 +85,10 @@ class Validator(TrainerCallback):
         if has_stalled(state.log_history, self._validation.patience):
             control.should_training_stop = True
 
-    def _check(self, measure: Callable[..., Mapping[str, float]] | None = None) -> None:
-        trainer, measure = self._trainer, measure or self._validation.measure
-        with trainer.paused():
-            metrics = measure(trainer.accelerator.unwrap_model(trainer.model))
-        trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})
+    def _check(self) -> None:
+        trainer = self._trainer
+        with trainer.paused(), whole(trainer.model, trainer.accelerator) as model:
+            self._log(self._validation.measure(model))
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self._trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})

@@ -86,7 +86,7 @@ def test_pairs_of_other_prompts_or_settings_are_not_replaced(
         "student_temperature was 1.0 and is 0.5": [*command, "--student-temperature", "0.5"],
     }
     with monkeypatch.context() as patch:
-        patch.setattr("plad_fast.pairs.generation.sources.open_local_model", None)
+        patch.setattr("plad_fast.models.loading.load_model", None)
         for message, other in others.items():
             assert main(other) == 2
             error = capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_other_pairs_are_made_of_the_answers_that_are_there(
     command = pair(tiny_teacher, tiny_teacher, pairs, output)
     assert main(command) == 0
     first = (output / "pairs.jsonl").read_bytes()
-    monkeypatch.setattr("plad_fast.pairs.generation.sources.open_local_model", None)
+    monkeypatch.setattr("plad_fast.models.loading.load_model", None)
     for scorer in ("length", "brevity", "length"):
         by_score = [*command, "--scorer", scorer, "--select", "best-worst-pooled"]
         assert main(by_score) == 0

@@ -1,7 +1,8 @@
-"""One process of the tests in test_ranks.py: answers prompts with a tiny model, or fails."""
+"""One process of the tests in test_shards.py: answers prompts with a tiny model, or fails."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ import torch.distributed as dist
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.team import led
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.sources import LazyLocalModel
 
 PROMPTS = [Prompt(f"p{i}", "word " * (i % 5 + 1) + str(i)) for i in range(11)]
 
@@ -42,17 +45,21 @@ def main(folder: Path, settings: str) -> None:
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
+    model = LazyLocalModel(functools.partial(load, folder), "tiny")
+    with led() as leads:
+        if leads:
+            sampling = Sampling(**json.loads(settings))
+            answered = stored_answers(
+                lambda: model, PROMPTS, folder / "answers.jsonl", sampling, fingerprint={}
+            )
+            rows = [vars(a) for answers in answered.answers.values() for a in answers]
+            (folder / "result.json").write_text(json.dumps(rows))
+
+
+def load(folder: Path) -> LocalModel:
+    (folder / f"loaded{os.environ['RANK']}").touch()
     kind = Failing if "PLAD_TEST_FAILURE" in os.environ else LocalModel
-
-    def load() -> LocalModel:
-        (folder / f"loaded{os.environ['RANK']}").touch()
-        return kind(load_model(folder), load_tokenizer(folder), "tiny")
-
-    answered = stored_answers(
-        load, PROMPTS, folder / "answers.jsonl", Sampling(**json.loads(settings)), fingerprint={}
-    )
-    rows = [vars(a) for answers in answered.answers.values() for a in answers]
-    (folder / f"result{os.environ['RANK']}.json").write_text(json.dumps(rows))
+    return kind(load_model(folder), load_tokenizer(folder), "tiny")
 
 
 def run(folder: Path, settings: str, environment: dict[str, str], log: Path) -> None:

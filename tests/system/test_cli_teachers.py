@@ -66,7 +66,7 @@ def test_pairs_from_an_endpoint(server, tiny_teacher, tmp_path, capfd, monkeypat
     assert files_with("answer to", tmp_path)
     assert not files_with(KEY, tmp_path)
     before = (tmp_path / "out" / "pairs.jsonl").read_bytes()
-    monkeypatch.setattr("plad_fast.pairs.generation.sources.open_local_model", None)
+    monkeypatch.setattr("plad_fast.models.loading.load_model", None)
     monkeypatch.setattr("plad_fast.pairs.generation.endpoint.chat_endpoint.Endpoint.complete", None)
     assert main(run) == 0
     assert (tmp_path / "out" / "pairs.jsonl").read_bytes() == before

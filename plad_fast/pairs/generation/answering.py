@@ -12,13 +12,14 @@ from typing import Any
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.store import Row, RowStore
 from plad_fast.errors import UsageError
+from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.generation import answer_rows
 from plad_fast.pairs.generation.answer_rows import Answered
 from plad_fast.pairs.generation.completions import holds_thought, is_all_thought
-from plad_fast.pairs.generation.ranks import joined, merge_shards, shard_path, shard_paths, share
 from plad_fast.pairs.generation.reasoning import REASONING
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
+from plad_fast.pairs.generation.shards import merge_shards, open_shard, shard_paths, share
 from plad_fast.pairs.generation.text_model import Failure, TextModel, Wanted
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ def stored_answers(
     with their reasons beside the store, in a file that ends in `.failed.jsonl`; another run asks
     for them again.
 
-    In a run of several processes, as `torchrun` starts them, all are to call this, and all return
-    the same. If the model says that it is `sharded`, as a `LocalModel` does, each process loads one
-    and answers its share; any other model is loaded and asked by the first process alone.
+    In a run of several processes (see `plad_fast.models.led`) each of them answers its share with a
+    model that says that it is `sharded`, as a `LocalModel` does and, without being loaded twice in
+    the first one, a `LazyLocalModel`; any other model is asked by the first process alone.
 
     Args:
         load: makes the teacher or the student; not called if the store has all answers.
@@ -74,53 +75,44 @@ def stored_answers(
     path, settings = Path(path).expanduser(), {**fingerprint, **sampling.settings()}
     every = answer_rows.all_wanted(prompts, sampling)
     order = {key: place for place, key in enumerate(every)}
-    store: RowStore | None = None  # of the first process
-    model: TextModel | None = None
     failures: dict[str, Failure] = {}
-
-    def open_store() -> list[str]:
-        """Ids of the rows that it lacks."""
-        nonlocal store
+    with ExitStack() as stack:
         if others_aside:
             set_aside(path, settings)
             renew_answers(path, prompts, sampling, settings)
         store = stack.enter_context(RowStore.open(path, settings))
         merge_shards(store, settings, order)
-        return answer_rows.missing_from(store, every)
-
-    def load_first() -> bool:
-        """Tells whether every process is to have a model."""
-        nonlocal model
-        model = load()
-        return getattr(model, "sharded", False)
-
-    def close() -> Answered:
-        assert store is not None
-        merge_shards(store, settings, order)
+        wanted = [every[key] for key in answer_rows.missing_from(store, every)]
+        model = load() if wanted else None
+        if model is not None and size() > 1 and getattr(model, "sharded", False):
+            for part in together(_ask_for_share, model, wanted, path, settings, sampling, progress):
+                failures |= part
+            merge_shards(store, settings, order)
+        elif model is not None:
+            stored = len(every) - len(wanted)
+            failures = _ask(
+                model, wanted, store, sampling, stored, progress=progress, to_the_end=to_the_end
+            )
         answered = answer_rows.collect(prompts, store, sampling, failures, reasoning)
         if model is not None:
             answer_rows.report_failures(answered, path, model.name)
         return answered
 
-    with joined() as ranks, ExitStack() as stack:
-        wanted = [every[key] for key in ranks.from_first(open_store)]
-        if wanted:
-            found: dict[str, Failure] = {}
-            if ranks.from_first(load_first) and ranks.size > 1:
-                mine = share(wanted, ranks.rank, ranks.size)
-                with RowStore.open(shard_path(path, ranks), settings) as shard:
-                    if mine:
-                        bar = progress and ranks.rank == 0
-                        found = _ask(model or load(), mine, shard, sampling, progress=bar)
-            elif store is not None:
-                assert model is not None
-                stored = len(every) - len(wanted)
-                found = _ask(
-                    model, wanted, store, sampling, stored, progress=progress, to_the_end=to_the_end
-                )
-            for part in ranks.gather(found):
-                failures |= part
-        return ranks.from_first(close)
+
+def _ask_for_share(
+    model: TextModel,
+    wanted: Wanted,
+    path: Path,
+    settings: Mapping[str, Any],
+    sampling: Sampling,
+    progress: bool,
+) -> dict[str, Failure]:
+    """The part of one process, stored in a file of its own; returns what failed."""
+    mine = share(wanted, rank(), size())
+    with open_shard(path, settings) as shard:
+        if not mine:
+            return {}
+        return _ask(model, mine, shard, sampling, progress=progress and rank() == 0)
 
 
 def discard_answers(*paths: str | os.PathLike[str]) -> None:

@@ -11,9 +11,9 @@ anything else       | a hub id, a folder or a .gguf file, run by transformers in
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def open_teacher(
         return given.ColumnModel(_column(rest, columns), name)
     if kind == "python":
         return given.CallableModel(given.import_function(rest), name)
-    return LazyLocalModel(lambda: open_local_model(rest, name, precision=precision), name)
+    return LazyLocalModel(partial(open_local_model, rest, name, precision=precision), name)
 
 
 def teacher_fingerprint(
@@ -140,22 +140,37 @@ def require_teacher(spec: str, option: str = "the teacher") -> tuple[str, str]:
 
 
 class LazyLocalModel(TextModel):
-    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers."""
+    """A `LocalModel` that is loaded when it is first asked, with what it raises and answers.
+
+    Another process gets it unloaded, if `load` can be pickled.
+    """
 
     sharded = LocalModel.sharded
 
     def __init__(self, load: Callable[[], LocalModel], name: str) -> None:
         self.name = name
-        self._model = functools.cache(load)
+        self._load = load
+
+    @cached_property
+    def _model(self) -> LocalModel:
+        return self._load()
 
     def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
-        return self._model().generate_samples(wanted, sampling)
+        return self._model.generate_samples(wanted, sampling)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_model"}
 
 
 def open_local_model(
-    source: str | os.PathLike[str], name: str, *, precision: str = "auto", thinks: bool = True
+    source: str | os.PathLike[str],
+    name: str,
+    *,
+    precision: str = "auto",
+    thinks: bool = True,
 ) -> LocalModel:
-    """A model loaded into this process, on a GPU if there is one, with its tokenizer."""
+    """A model loaded into this process, on a GPU if there is one, with its tokenizer; `thinks` as
+    in `LocalModel`."""
     from plad_fast.models.loading import load_model, load_tokenizer  # brings in transformers
 
     model = load_model(source, dtype=autocast_dtype(precision), device=best_device())

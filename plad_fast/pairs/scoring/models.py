@@ -43,6 +43,9 @@ class _ModelScorer(Scorer):
 
     kind: str
 
+    sharded = True
+    """Every process of a run has a model of its own and scores its share of the batches."""
+
     def __init__(
         self,
         model: str | LoadedModel,
@@ -81,6 +84,10 @@ class _ModelScorer(Scorer):
     @cached_property
     def _model(self) -> PreTrainedModel:
         return self._given[0] if self._given else self._load(self._device or best_device())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads the model itself."""
+        return {key: value for key, value in vars(self).items() if key != "_model"}
 
     @abstractmethod
     def _load(self, device: str) -> PreTrainedModel: ...

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt, require_unique_ids
 from plad_fast.data.records import digest
 from plad_fast.data.store import RowStore
+from plad_fast.models.team import rank, size, together
+from plad_fast.pairs.generation.shards import merge_shards, open_shard
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt
 from plad_fast.pairs.select import Scores, is_usable
@@ -61,7 +64,8 @@ def stored_scores(
     """Scores from a store, which is filled up first where it lacks some.
 
     They are computed batch by batch, all answers to a prompt in one, and a batch of which a score
-    is missing is computed as a whole: rounding then does not tell where a run was killed.
+    is missing is computed as a whole: rounding then does not tell where a run was killed, nor how
+    many processes (`plad_fast.models.led`) have shared the batches of a scorer that is `sharded`.
 
     Args:
         scorer: not asked if the store has all scores.
@@ -77,26 +81,55 @@ def stored_scores(
     Raises:
         UsageError: an item cannot be scored, or as `RowStore.open`.
     """
+    scorer.check([prompt for prompt, _ in items])
+    keys, settings = _keys(scorer, items), scorer.settings()
+    order = {key: index for index, key in reversed([*enumerate(keys)])}
+    with RowStore.open(path, settings) as store:
+        merge_shards(store, settings, order)
+        store.require(lambda row: type(row.get("score")) in (int, float))
+        batches = [
+            {keys[index]: items[index] for index in batch}
+            for batch in _batches(items, batch_size)
+            if any(keys[index] not in store.done for index in batch)
+        ]
+        if batches and size() > 1 and getattr(scorer, "sharded", False):
+            together(_score_share, scorer, batches, store.path, settings, progress)
+            merge_shards(store, settings, order)
+        elif batches:
+            _score(scorer, batches, store, progress=progress)
+        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
+
+
+def _score_share(
+    scorer: Scorer,
+    batches: Sequence[Mapping[str, Item]],
+    path: Path,
+    settings: Mapping[str, Any],
+    progress: bool,
+) -> None:
+    """The part of one process, stored in a file of its own."""
+    with open_shard(path, settings) as shard:
+        _score(scorer, batches[rank() :: size()], shard, progress=progress and rank() == 0)
+
+
+def _score(
+    scorer: Scorer, batches: Sequence[Mapping[str, Item]], store: RowStore, *, progress: bool
+) -> None:
+    """Stores the scores that can be had, batch by batch."""
     from tqdm import tqdm
 
-    scorer.check([prompt for prompt, _ in items])
-    keys = _keys(scorer, items)
-    with (
-        RowStore.open(path, scorer.settings()) as store,
-        tqdm(total=len(items), desc=scorer.name, unit="answer", disable=not progress) as bar,
-    ):
-        store.require(lambda row: type(row.get("score")) in (int, float))
-        for batch in _batches(items, batch_size):
-            if any(keys[index] not in store.done for index in batch):
-                unique = list({keys[index]: index for index in reversed(batch)}.values())[::-1]
-                scores = scorer.score([items[index] for index in unique])
-                rows: list[dict[str, Any]] = [
-                    {"id": keys[index], "prompt": items[index][0].id, "score": score}
-                    for index, score in zip(unique, scores, strict=True)
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc=scorer.name, unit="answer", disable=not progress) as bar:
+        for batch in batches:
+            scores = zip(batch.items(), scorer.score([*batch.values()]), strict=True)
+            store.append(
+                [
+                    {"id": key, "prompt": prompt.id, "score": score}
+                    for (key, (prompt, _)), score in scores
+                    if not math.isnan(score)
                 ]
-                store.append([row for row in rows if not math.isnan(row["score"])])
+            )
             bar.update(len(batch))
-        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
 
 
 def _keys(scorer: Scorer, items: Sequence[Item]) -> list[str]:

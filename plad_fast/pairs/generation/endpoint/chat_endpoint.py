@@ -25,7 +25,6 @@ from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
 from plad_fast.pairs.generation.endpoint.servers import Server, Servers
-from plad_fast.pairs.generation.ranks import by_first
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +121,6 @@ class Endpoint:
         """Makes one plain request of each server, to find out before long work whether any will be
         answered. A server that is not there is passed over as long as another one answers.
 
-        In a run of several processes all are to call this, and the first one asks.
-
         Args:
             request: to make, unless there are replies to such requests in the store.
             store: of rows that are made of replies.
@@ -132,16 +129,12 @@ class Endpoint:
         Raises:
             UsageError: as `complete`, no reply came, or all its tokens were spent before an answer.
         """
-
-        def ask() -> None:
-            self.has_answered = store is not None and has_rows(store) and not overwrite
-            if not self.has_answered:
-                self.require_reply(request)
-
-        by_first(ask)
+        self.has_answered = store is not None and has_rows(store) and not overwrite
+        if not self.has_answered:
+            self.require_reply(request)
 
     def require_reply(self, request: ChatRequest) -> None:
-        """As `try_out`, for a process alone, and whatever is stored."""
+        """As `try_out`, whatever is stored."""
         self._is_trial = True
         try:
             found = [reply for _, reply in self.complete([request] * len(self._urls))]

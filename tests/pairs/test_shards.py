@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,9 +16,10 @@ from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers, stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.ranks import share
 from plad_fast.pairs.generation.sampling import Sampling
+from plad_fast.pairs.generation.shards import share
 from tests.support import two_answerers
+from tests.support.launched import SPAWN, environment
 from tests.support.two_answerers import PROMPTS
 
 SETTINGS = {"max_new_tokens": 10, "batch_size": 3, "n": 2}
@@ -51,20 +50,6 @@ def single(model, folder, **options):
     return json.loads(json.dumps(rows))  # as those of other processes come
 
 
-def environment(**more: str) -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return {
-        **os.environ,
-        "PYTHONPATH": root,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    } | more
-
-
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["tests.support.two_answerers"])  # imported once for all
-
-
 def two_processes(folder, **more):
     """Exit statuses and what the two wrote to stderr."""
     rendezvous = {"PLAD_TEST_RENDEZVOUS": (folder / f"meet{len(os.listdir(folder))}").as_uri()}
@@ -84,10 +69,6 @@ def two_processes(folder, **more):
     return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
-def results(folder):
-    return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(2)]
-
-
 def test_torchrun_gives_the_answers_of_one_process(folder, expected):
     """Through the environment that torchrun sets, with no group made before."""
     done = subprocess.run(
@@ -96,7 +77,7 @@ def test_torchrun_gives_the_answers_of_one_process(folder, expected):
         env=environment(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert results(folder) == [expected, expected]
+    assert json.loads((folder / "result.json").read_text()) == expected
     assert (folder / "loaded0").exists()
     assert (folder / "loaded1").exists()
     assert not list(folder.glob("*rank*"))
