@@ -66,7 +66,7 @@ def train_model(
     batch_size: int = 4,
     micro_batch_size: int | None = None,
     max_tokens_per_batch: int | None = 4096,
-    saves: int = 2,
+    saves: int = 4,
     seed: int = 0,
     precision: str = "auto",
     max_length: int = 1024,

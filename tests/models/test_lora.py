@@ -243,16 +243,18 @@ def test_four_bits(tiny_teacher, pairs, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     monkeypatch.setattr("plad_fast.models.lora._require_gpu", lambda: None)
-    options = ("--epochs", "4")
-    output = run(tiny_teacher, pairs, tmp_path / "out", "--load-in-4bit", *options)
+    options = ("--load-in-4bit", "--batch-size", "6", "--epochs", "8")
+    output = run(tiny_teacher, pairs, tmp_path / "out", *options)
     log = json.loads((output / "log_history.json").read_text())
-    plain = run(tiny_teacher, pairs, tmp_path / "plain", *options)
-    first = json.loads((plain / "log_history.json").read_text())[0]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     quantised = load_model(tiny_teacher, dtype=torch.float32, in_4bit=True)
     assert type(quantised.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert log[0]["nll"] != first["nll"]
-    assert log[0]["nll"] == pytest.approx(first["nll"], rel=0.1)
+    chosen = score_pairs(quantised, load_tokenizer(tiny_teacher), rows)["chosen"]
+    # Three tokens each, of which one ends the response.
+    assert log[0]["nll"] == pytest.approx(-chosen.mean() / 3, rel=1e-4)
+    assert log[0]["nll"] != pytest.approx(
+        -scores(tiny_teacher, pairs)["chosen"].mean() / 3, rel=0.01
+    )
     assert log[-2]["nll"] < 0.9 * log[0]["nll"]
-    weights = load_file(output / ADAPTERS)
-    assert all(weight.abs().max() > 1e-3 for weight in weights.values())
+    assert all(weight.abs().max() > 1e-3 for weight in load_file(output / ADAPTERS).values())
     assert load_model(output, merge_adapters=True).dtype == torch.float32

@@ -184,7 +184,7 @@ def test_answers_to_prompts_that_are_still_there_are_kept(
     write_rows(file, rows[:11])
     command = [*arguments(tiny_teacher, tmp_path / "run"), "--prompts", str(file)]
     command[command.index("--held-out") + 1] = "4"
-    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation._fine_tune", stop)
+    monkeypatch.setattr("plad_fast.recipe.distillation.Distillation._fine_tune", stop)
     assert main(command) == 2
     store = tmp_path / "run" / "answers" / "teacher.jsonl"
     before = store.read_text().splitlines()

@@ -63,8 +63,22 @@ def test_trials_are_of_the_space_and_reported(tuned):
     assert len(lines) == 3 + len(trials)
 
 
+def test_trials_that_are_missing_come_out_the_same(tuned, tiny_teacher, tmp_path):
+    """As after a power cut, whose last line is half of one."""
+    copy = shutil.copytree(tuned, tmp_path / "run")
+    store = copy / "tune" / "trials.jsonl"
+    lines = store.read_text().splitlines(keepends=True)
+    store.write_text("".join([*lines[:2], lines[2][:40]]))
+    (copy / "tune" / "best.yaml").unlink()
+    assert main(command(tiny_teacher, copy)) == 0
+    assert trials_of(copy) == trials_of(tuned)
+    best = (copy / "tune" / "best.yaml").read_text()
+    assert best.replace(str(copy), str(tuned)) == (tuned / "tune" / "best.yaml").read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_trials(tuned, tiny_teacher, tmp_path):
-    """Within the training of the second trial; and more trials can be asked for later."""
+    """Within the training of the second trial."""
     run = tmp_path / "run"
     kill_at("training.train.Checkpoints.__init__", 3, command(tiny_teacher, run))
     assert len(trials_of(run)) == 1

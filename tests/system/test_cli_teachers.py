@@ -96,7 +96,7 @@ def test_a_teacher_that_reasons(tiny_teacher, tmp_path, capsys, monkeypatch):
     """What it refuses is found before any work, and the same folder then takes what the messages
     say to give."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation.run", lambda *_: {})
+    monkeypatch.setattr("plad_fast.recipe.distillation.Distillation.run", lambda *_: {})
     rows = write_rows(tmp_path / "prompts.jsonl", 12)
     with FaultServer(reasoning(500)) as running:
         extra = ["--teacher", "openai:m", "--student", str(tiny_teacher), *endpoint(running)]
@@ -244,7 +244,7 @@ def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch
     """The judge of the pairs and that of the evaluation."""
     runs = []
     monkeypatch.setattr(
-        "plad_fast.recipe.distillation._Distillation.run", lambda run, _: runs.append(run)
+        "plad_fast.recipe.distillation.Distillation.run", lambda run, _: runs.append(run)
     )
     with FaultServer(lambda *_: Step(choices=[said("Verdict: tie")])) as running:
         extra = [
@@ -268,7 +268,7 @@ def test_the_recipe_ends_where_the_asking_does(reason, tiny_teacher, tmp_path, m
     def done(run):
         raise UsageError("fine-tuning is reached")
 
-    monkeypatch.setattr("plad_fast.recipe.distillation._Distillation._fine_tune", done)
+    monkeypatch.setattr("plad_fast.recipe.distillation.Distillation._fine_tune", done)
     gone = Step("status", 503, headers={"retry-after": "0"})
 
     def step(question, tries, body):

@@ -277,11 +277,12 @@ def test_a_public_name_exists_and_has_a_docstring(door):
             assert value.__doc__, f"{door}.{name}"
 
 
-def test_the_feature_table_names_tests_that_exist():
+@pytest.mark.parametrize("page", ["features.md", "coming-from.md"])
+def test_the_tables_of_a_page_name_tests_that_exist(page):
     """Only what is missing goes without one."""
     tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    text = (DOCS / "features.md").read_text("utf-8")
-    tables = re.findall(r"^\| feature .+ \|\n\|[-|]+\n((?:\|.+\|\n)+)", text, re.M)
+    text = (DOCS / page).read_text("utf-8")
+    tables = re.findall(r"^\| .* our test \|\n\|[-|]+\n((?:\|.+\|\n)+)", text, re.M)
     assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
     rows = [row.strip("|") for table in tables for row in table.splitlines()]
     assert len(rows) > 30
