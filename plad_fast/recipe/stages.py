@@ -146,18 +146,19 @@ def train_on_pairs(
         is_here = is_there(expanded_path(source))
         check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
     rows = read_pairs(pairs)
+    if eval_pairs is not None:
+        options["eval_rows"] = read_pairs(eval_pairs)
+    compared = [rows[0], *options.get("eval_rows", [])[:1]]
     names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
     check_launch(
         {"--batch-size": options.get("batch_size", DistillConfig.batch_size)},
         loss=loss,
-        has_reference="reference_logps" in rows[0],
+        has_reference=all("reference_logps" in row for row in compared),
         **{name: options.get(name, getattr(DistillConfig, name)) for name in names},
     )
     findings = check_rows(rows)
     show_findings(findings)
     require_learnable(findings, "give other --pairs")
-    if eval_pairs is not None:
-        options["eval_rows"] = read_pairs(eval_pairs)
     folder = Path(expanded(output_dir))
     # One that is not there is made at the end; its checkpoints are locked until then.
     with held_folder(folder) if folder.exists() else nullcontext():

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 
 from plad_fast.errors import UsageError
-from plad_fast.models.wrappers import own_class
+from plad_fast.models.wrappers import call_inside, own_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +57,9 @@ def whole(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
     """
     inside = accelerator.unwrap_model(model)
     sharded: list[Any] = [part for part in inside.modules() if own_class(part) is not type(part)]
+    if sharded:
+        # A part that runs before the whole has run once would take itself for the whole.
+        call_inside(inside, inside, lambda tokens: tokens, torch.zeros(1, dtype=torch.long))
     for part in sharded:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
