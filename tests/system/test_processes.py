@@ -172,6 +172,7 @@ def test_a_validation_is_refused_under_deepspeed(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_fsdp2_goes_on_under_fsdp2_alone(teacher, pairs, trained_alone, tmp_path):
     command = training(teacher, pairs, tmp_path / "out")
     started = Started(2, command, tmp_path / "logs", f"{IN_TRAINING} 3 wait", **FSDP2)
@@ -236,7 +237,8 @@ MOMENTS = (
 """Of every stage, in their order: a run that was ended at one gets as far as the next."""
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_sigterm_in_every_stage(count, teacher, alone, tmp_path):
     command = small(teacher, tmp_path / "run")
     for moment in MOMENTS:
