@@ -67,7 +67,7 @@ docs: $(VENV)/.dev
 site: $(VENV)/.docs
 	rm -rf build/pages
 	mkdir -p build/pages
-	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' \
+	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' 'examples/clusters/*' \
 		| tar --null -T - -cf - | tar -xf - -C build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
