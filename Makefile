@@ -68,7 +68,7 @@ site: $(VENV)/.docs
 	rm -rf build/pages
 	mkdir -p build/pages
 	git ls-files -z -- '*.md' '*.png' '*.svg' 'examples/*.py' \
-		'recipes/*.yaml' \
+		'examples/clusters/*' 'recipes/*.yaml' \
 		| tar --null -T - -cf - | tar -xf - -C build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

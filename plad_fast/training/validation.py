@@ -91,4 +91,6 @@ class Validator(TrainerCallback):
             self._log(self._validation.measure(model))
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        self._trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})
+        trainer, was_due = self._trainer, self._trainer.control.should_log
+        trainer.log({f"{PREFIX}{name}": value for name, value in metrics.items()})
+        trainer.control.should_log = was_due  # a log of the training, at the same step

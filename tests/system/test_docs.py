@@ -27,6 +27,7 @@ EVERY_PAGE = [
     *sorted((DOCS / "reference").glob("*.md")),
     *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "kernels/README.md")),
     *(ROOT / name for name in ("benchmarks/README.md", "examples/README.md")),
+    ROOT / "examples/clusters/README.md",
 ]
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LANGUAGES = {"python", "bash", "sh", "text", "json", "yaml"}
