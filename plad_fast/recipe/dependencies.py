@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.prompts import Prompt
-from plad_fast.recipe.inputs import prompts_digest
 from plad_fast.recipe.settings import SELECTION, DistillConfig
+
+if TYPE_CHECKING:
+    from plad_fast.data.prompts import Prompt
 
 _OF_TRAINING = (
     *("seed", "precision", "max_length", "training"),
@@ -71,6 +72,8 @@ def stage_settings(
     settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
     if prompts:
         given = prompts if references else [replace(p, reference=None) for p in prompts]
+        from plad_fast.recipe.inputs import prompts_digest  # `--help` loads no torch
+
         settings["prompts"] = prompts_digest(given)
     return {**settings, **more}
 
