@@ -89,7 +89,7 @@ bench: $(VENV)/.bench
 gpu: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
-# DAYS. Data as in benchmarks/README.md: STUDY='--dialogsum dev.jsonl --scitldr train.jsonl dev.jsonl'
+# Two days. Data as in benchmarks/README.md: STUDY='--dialogsum dev.jsonl --scitldr train.jsonl dev.jsonl'
 study: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.plad_vs_sft $(STUDY)
 
