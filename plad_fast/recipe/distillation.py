@@ -387,7 +387,8 @@ class Distillation:
                     references=True,
                     **self._validated_by(),
                 ),
-                reads=[start, files[0]],
+                # A validation compares with the teacher's answers.
+                reads=[start, files[0], *(self._teacher_files if self.prompts.validation else ())],
                 makes=[_numbered("plad", number)],
             ),
         ]
@@ -626,7 +627,7 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
     names = ("student", "prompts", "scorer", "eval_scorer")
     given = [(name, getattr(config, name) or "") for name in names]
     for name, text in [*(("teacher", teacher) for teacher in config.teachers), *given]:
-        place = re.sub("^(likelihood|reward):", "", text)
+        place = re.sub("^(likelihood|reward|vllm):", "", text)
         if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
             raise UsageError(
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "

@@ -17,7 +17,7 @@ from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.generation.ranks import joined
 from plad_fast.recipe.cards import describe_training, training_summary
-from plad_fast.recipe.data_checks import check_rows, require_learnable, show_findings
+from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import (
@@ -163,6 +163,7 @@ def train_on_pairs(
     require_learnable(findings, "give other --pairs")
     if eval_pairs is not None:
         options["eval_rows"] = read_pairs(eval_pairs)
+        show_findings(check_overlap(rows, options["eval_rows"], "rows of --eval-pairs"))
     folder = Path(expanded(output_dir))
     # One that is not there is made at the end; its checkpoints are locked until then.
     with held_folder(folder) if folder.exists() else nullcontext():

@@ -18,9 +18,7 @@ from plad_fast.data.places import expanded, is_there, names_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that may name a file or a folder.
-_PLACES = frozenset(
-    ["model", "pairs", "eval_pairs", "prompts", "teacher", "student", "scorer", "eval_scorer"]
-)
+_PLACES = {"model", "teacher", "student", "scorer", "eval_scorer", "prompts", "pairs", "eval_pairs"}
 _KIND = re.compile(r"(?:vllm|likelihood|reward):|(?P<other>(?:openai|judge|column|python):)|")
 """Of a teacher or a scorer; what follows an `other` one is no path."""
 _MARK = "<!-- Written by plad_fast and replaced by it until it is edited: {} -->"
