@@ -189,6 +189,12 @@ def _messages(content: Content) -> Messages:
     return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
+def wording(content: Content) -> str:
+    """Roles and words, by which prompts that differ in white space only are the same."""
+    turns = _messages(content)
+    return json.dumps([[turn["role"], *(turn.get("content") or "").split()] for turn in turns])
+
+
 def check_tools(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
     """Raises UsageError where the chat template does not show the tools, calls and results of
     prompts, or a call in an answer."""

@@ -13,6 +13,8 @@ from plad_fast.training.trained_folders import found_record
 
 _SHOWN = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
 _NOT_SETTINGS = ("source", "rows", "eval_pairs")  # of the record of a training
+# Free to change in a run that goes on; a new one depends on them.
+_OF_NEW_RUNS = ("rounds", "saves_per_stage", "reasoning_tokens")
 
 
 def training_summary(log: Sequence[Mapping[str, Any]]) -> str:
@@ -59,6 +61,7 @@ def describe_student(
     """Writes the card of a student of `plad-fast distill`, with the table of its evaluation."""
     record = found_record(folder) or {}
     prompts = without_folders(config.prompts)
+    settings = config.results_settings() | {name: getattr(config, name) for name in _OF_NEW_RUNS}
     write_card(
         folder,
         base_model=config.student or config.teachers[0],
@@ -70,7 +73,7 @@ def describe_student(
         },
         evaluation=evaluation,
         command="plad-fast distill",
-        settings={name: v for name, v in config.results_settings().items() if v is not None},
+        settings={name: value for name, value in settings.items() if value is not None},
         versions=versions(),
         datasets=[] if config.prompts == BUILTIN_PROMPTS else [config.prompts],
     )

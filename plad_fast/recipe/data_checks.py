@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plad_fast.checks import shown
+from plad_fast.data.prompts import wording
 from plad_fast.data.rows import read_row
 from plad_fast.errors import UsageError
 from plad_fast.pairs import text_metrics
@@ -73,6 +74,26 @@ def check_rows(
         findings.append(Finding(f"{text}{shown(prompt[1])} stands there {times} times"))
     pairs = [(texts[0], rejected) for _, texts in readable for rejected in texts[1:]]
     return findings + (_check_sides(pairs, what) if pairs else [])
+
+
+def check_overlap(
+    rows: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], what: str
+) -> list[Finding]:
+    """A finding where rows that a training is measured on, called `what`, have prompts of those
+    that it is trained on."""
+    trained = {*map(_wording, rows)}
+    shared = [found for row in held_out if (found := _wording(row)) and found in trained]
+    if not shared:
+        return []
+    text = f"{len(shared)} of {len(held_out)} {what} have a prompt that is trained on, such as "
+    return [Finding(f"{text}{shown(shared[0])}: what was learned by heart looks good there")]
+
+
+def _wording(row: Mapping[str, Any]) -> str:
+    """Of the prompt; empty for a row that cannot be read."""
+    with suppress(UsageError):
+        return wording(read_row(row)[0])
+    return ""
 
 
 def check_answers(texts: Sequence[str], what: str) -> list[Finding]:

@@ -85,5 +85,8 @@ def bound_settings(config: DistillConfig, teacher_made_by: Mapping[str, Any]) ->
         name if name in ("teacher", "base_url") else f"teacher's {name}": value
         for name, value in teacher_made_by.items()
     }
-    names = ("teacher_temperature", "max_new_tokens", "seed")
+    names = ["teacher_temperature", "max_new_tokens", "seed"]
+    # An endpoint adds them itself, as room that an answer need not use: there they are free.
+    if config.reasoning_tokens and not all(name.startswith("openai:") for name in config.teachers):
+        names.append("reasoning_tokens")
     return settings | {name: getattr(config, name) for name in names}

@@ -348,7 +348,7 @@ def _require_outside(folder: Path, config: DistillConfig) -> None:
     names = ("student", "prompts", "scorer", "eval_scorer")
     given = [(name, getattr(config, name) or "") for name in names]
     for name, text in [*(("teacher", teacher) for teacher in config.teachers), *given]:
-        place = re.sub("^(likelihood|reward):", "", text)
+        place = re.sub("^(likelihood|reward|vllm):", "", text)
         if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
             raise UsageError(
                 f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "

@@ -56,6 +56,11 @@ def evaluate_on_pairs(
     """
     require_packages("rouge_score", "matplotlib")
     _check_names(list(students))
+    if len(config.temperatures) > 1:
+        raise UsageError(
+            f"--student-temperature {', '.join(map(str, config.temperatures))}: all students are "
+            "sampled at one temperature here; give one"
+        )
     models = {
         name: Path(find_model(os.fspath(path), f"--student {name}={path}"))
         for name, path in students.items()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
 from plad_fast.data.plain_rows import without_nulls
-from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts
+from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts, wording
 from plad_fast.data.records import digest
 from plad_fast.data.rows import require_columns
 from plad_fast.data.tables import read_table, refuse_written_lists
@@ -87,10 +87,7 @@ def split_prompts(
     """
     copies: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        content = prompt.content
-        turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        words = [[turn["role"], *(turn.get("content") or "").split()] for turn in turns]
-        copies.setdefault(json.dumps(words), []).append(prompt)
+        copies.setdefault(wording(prompt.content), []).append(prompt)
     groups = list(copies.values())
     count = round(held_out * len(groups)) if held_out < 1 else int(held_out)
     if min(count, len(groups) - count) < _FEWEST:

@@ -136,7 +136,11 @@ class Round:
                     references=True,
                     **self._validated_by(),
                 ),
-                reads=[start, files[0]],
+                # A validation compares with the teacher's answers.
+                reads=[
+                    *(start, files[0]),
+                    *(self.run.teacher_files if self.run.prompts.validation else ()),
+                ],
                 makes=[numbered("plad", number)],
             ),
         ]

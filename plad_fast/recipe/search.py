@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     import optuna
 
 _FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
-# Of the pairs and of the training on them: all before is made once. The scorer is opened before it.
-_SEARCHED = ({*STAGES["pairs"], *STAGES["calibration"]} & _FIELDS.keys()) - {
-    *("scorer", "seed", "precision", "max_length"),
-}
+# Of the pairs and of the training on them alone: all before is made once, and the scorer opened.
+_BEFORE = {name for stage in ("fine-tuning", "samples") for name in STAGES[stage]} | {"scorer"}
+_SEARCHED = ({*STAGES["pairs"], *STAGES["calibration"]} & _FIELDS.keys()) - _BEFORE
 _LOG_FROM = 10
 """The ratio of its ends from which on a range is searched in logarithmic steps."""
 

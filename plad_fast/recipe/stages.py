@@ -15,7 +15,7 @@ from plad_fast.errors import UsageError
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.recipe.cards import describe_training, training_summary
-from plad_fast.recipe.data_checks import check_rows, require_learnable, show_findings
+from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import STAGES
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import (
@@ -159,6 +159,8 @@ def train_on_pairs(
     findings = check_rows(rows)
     show_findings(findings)
     require_learnable(findings, "give other --pairs")
+    if eval_pairs is not None:
+        show_findings(check_overlap(rows, options["eval_rows"], "rows of --eval-pairs"))
     folder = Path(expanded(output_dir))
     # One that is not there is made at the end; its checkpoints are locked until then.
     with held_folder(folder) if folder.exists() else nullcontext():

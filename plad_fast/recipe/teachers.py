@@ -205,7 +205,8 @@ class Teachers:
     def _best_first(self, found: Answers) -> Answers:
         """Those that cannot be used last, and before them those without a score."""
         assert self._scorer is not None
-        set_aside(self.scores, self._scorer.settings())
+        for store in filter(None, (self.scores, getattr(self._scorer, "store", None))):
+            set_aside(store, self._scorer.settings())
         scores = score_answers(self._scorer, self._prompts, [found], self.scores)
 
         def place(answer: Answer) -> tuple[bool, float]:

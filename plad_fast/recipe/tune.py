@@ -19,6 +19,7 @@ from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.recipe.data_checks import NothingToLearnError
 from plad_fast.recipe.distillation import Distillation, opened_run
 from plad_fast.recipe.doctor import require_packages
+from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.validation import MEASURES, measures
@@ -54,10 +55,14 @@ def tune(
     require_packages("optuna")
     if config.rounds > 1:
         raise UsageError(f"--rounds {config.rounds}: a search is of one round")
-    if not config.validation:
-        raise UsageError("--validation 0: a search goes by validation prompts; keep some")
     space = SearchSpace.of(config, plan.search, fixed)
-    with opened_run(config, overwrite=overwrite) as run:
+    prompts = RunPrompts.of(config)
+    if not prompts.validation:
+        raise UsageError(
+            f"--validation {config.validation:g} sets no prompt aside, and a search goes by "
+            "validation prompts; raise it"
+        )
+    with opened_run(config, prompts, overwrite=overwrite) as run:
         folder = run.folder / "tune"
         trials = search(run, space, plan, folder / "trials.jsonl")
         best, table = best_trial(trials), trials_table(trials)

@@ -17,6 +17,10 @@ from plad_fast.data.files import write_atomically
 from plad_fast.data.places import expanded, is_there, names_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Settings that may name a file or a folder.
+_PLACES = {"model", "teacher", "student", "scorer", "eval_scorer", "prompts", "pairs", "eval_pairs"}
+_KIND = re.compile(r"(?:vllm|likelihood|reward):|(?P<other>(?:openai|judge|column|python):)|")
+"""Of a teacher or a scorer; what follows an `other` one is no path."""
 _MARK = "<!-- Written by plad_fast and replaced by it until it is edited: {} -->"
 
 
@@ -62,7 +66,7 @@ def write_card(
         facts={"base model": without_folders(base_model), **facts},
         evaluation=evaluation,
         command=command,
-        settings=yaml.safe_dump(_without_folders(dict(settings)), sort_keys=False).strip(),
+        settings=yaml.safe_dump(_without_folders(settings), sort_keys=False).strip(),
         versions=versions,
     )
     text = card.content.strip() + "\n\n"
@@ -88,12 +92,19 @@ def _is_hub_id(text: str) -> bool:
 
 
 def without_folders(text: str) -> str:
-    """The last part of a path; any other text as it is."""
-    is_path = "/" in text and (names_path(text) or is_there(expanded(text)))
-    return Path(text).name if is_path else text
+    """The last part of a path, behind the kind of a teacher or scorer; any other text as it is."""
+    kind = _KIND.match(text)
+    assert kind is not None  # it matches nothing, too
+    place = text[kind.end() :]
+    is_path = "/" in place and (names_path(place) or is_there(expanded(place)))
+    return f"{kind[0]}{Path(place).name}" if is_path and not kind["other"] else text
 
 
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_folders(inner) for name, inner in value.items()}
-    return without_folders(value) if isinstance(value, str) else value
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose files and folders have their names only."""
+    found = dict(settings)
+    for name in _PLACES & settings.keys():
+        value = settings[name]
+        several = isinstance(value, list)
+        found[name] = [*map(without_folders, value)] if several else without_folders(value)
+    return found

@@ -128,8 +128,8 @@ class PLaDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # The parent knows by the name that a loss is better when it is lower.
         given: Any = self
-        is_nll = re.search("(^|_)nll$", given.metric_for_best_model or "")
-        if given.greater_is_better is None and is_nll:
+        falls = re.search("(^|_)(nll|active_pairs|runtime)$", given.metric_for_best_model or "")
+        if given.greater_is_better is None and falls:
             given.greater_is_better = False
         super().__post_init__()
         is_old = not hasattr(given, "activation_checkpointing")

@@ -11,6 +11,7 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.data_checks import (
     check_answers,
     check_drops,
+    check_overlap,
     check_rows,
     data_block,
     require_learnable,
@@ -249,3 +250,21 @@ def test_rows_of_any_json_are_read_or_refused_in_a_line(tiny_tokenizer, tmp_path
     assert min(read.values()) > 10
     assert len(messages) > 50
     assert max(map(len, messages)) < 700
+
+
+def test_what_is_trained_on_measures_nothing():
+    """However the prompt is spaced, and whether it is text or a message."""
+    held_out = [{**MESSAGES[3]}, {"prompt": " p4 ", "chosen": "a"}, {"prompt": "q", "chosen": "a"}]
+    [finding] = check_overlap(rows(9), held_out, "rows of --eval-pairs")
+    assert "2 of 3 rows of --eval-pairs have a prompt that is trained on" in finding.text
+    assert "p3" in finding.text
+    assert not finding.hopeless
+    assert check_overlap(rows(3), held_out, "rows") == []
+
+
+def test_a_training_tells_that_it_is_measured_on_its_own_prompts(tiny_teacher, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
+    data = ["--pairs", str(file), "--eval-pairs", str(file), "--output-dir", str(tmp_path / "out")]
+    assert main(["train", "--model", str(tiny_teacher), *data, "--precision", "float32"]) == 0
+    assert "4 of 4 rows of --eval-pairs have a prompt" in capsys.readouterr().out

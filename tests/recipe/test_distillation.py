@@ -99,6 +99,9 @@ def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, t
     error = capsys.readouterr().err
     assert "max_new_tokens was 60 and is 50" in error
     assert "--overwrite" in error
+    # The same limit, of a model that writes its reasoning into its answers.
+    assert main(arguments(tiny_teacher, folder, "--reasoning-tokens", "9")) == 2
+    assert "reasoning_tokens was 'not set' and is 9" in capsys.readouterr().err
     assert content(folder) == before
 
 
@@ -319,13 +322,17 @@ def test_prompts_of_any_name(tiny_teacher, tmp_path):
     assert main(command) == 0
 
 
-@pytest.mark.parametrize("option", ["--student", "--scorer", "--teacher"])
+@pytest.mark.parametrize("option", ["--student", "--scorer", "--teacher", "--teacher vllm"])
 def test_nothing_is_emptied_that_the_run_is_to_read(option, tiny_teacher, tmp_path, capsys):
     run = tmp_path / "run"
     RunFolder(run, {}).close()
     shutil.copytree(tiny_teacher, run / "sft")
     place = f"reward:{run / 'sft'}#good" if option == "--scorer" else str(run / "sft")
-    assert main(arguments(tiny_teacher, run, option, place, "--overwrite")) == 2
+    extra = ["--overwrite"]
+    if option.endswith("vllm"):  # which runs models that are not made into students
+        option, place = "--teacher", f"vllm:{place}"
+        extra += ["--student", str(tiny_teacher)]
+    assert main(arguments(tiny_teacher, run, option, place, *extra)) == 2
     assert f"{option} {place} lies in --output-dir" in capsys.readouterr().err
     assert (run / "sft" / "config.json").exists()
 

@@ -53,6 +53,13 @@ def test_a_stale_evaluation_is_refused(tiny_teacher, pairs, tmp_path, capsys):
     assert main(command) == 0
 
 
+def test_students_are_sampled_at_one_temperature(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(evaluate(tiny_teacher, pairs, output, "--student-temperature", "0.5,1")) == 2
+    assert "--student-temperature 0.5, 1.0: all students are" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_an_evaluation_of_others_is_not_replaced(tiny_teacher, pairs, tmp_path, capsys):
     output = tmp_path / "out"
     first = evaluate(tiny_teacher, pairs, output)

@@ -154,6 +154,9 @@ def test_suggestions_depend_on_seed_and_trials_alone():
     ("search", "message"),
     [
         ({"seed": 1}, "--seed is made once for all trials"),
+        # Fine-tuning has them too.
+        ({"lora_r": [4, 8]}, "--lora-r is made once for all trials"),
+        ({"reasoning": "drop,keep"}, "--reasoning is made once for all trials"),
         ({"betta": 1}, "betta: --betta is none; what can be searched"),
         ({"beta": "2..1"}, "2..1 must be a range"),
         ({"beta": "-1..1"}, "--beta must be at least 0"),
@@ -177,7 +180,8 @@ def test_searches_that_cannot_be(search, message):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--validation", "0"), "--validation 0: a search goes by validation prompts"),
+        (("--validation", "0"), "--validation 0 sets no prompt aside"),
+        (("--validation", "0.01"), "--validation 0.01 sets no prompt aside"),
         (("--search", "beta=x"), "search: beta must be a finite number, got 'x'"),
         (("--trials", "0"), "--trials must be at least 1"),
     ],

@@ -58,6 +58,21 @@ def test_the_scorer_decides_between_teachers(tiny_teacher, prompts, tmp_path):
         assert scores == sorted(scores, reverse=True), number
 
 
+def test_another_judge_decides_anew(tiny_teacher, prompts, tmp_path, capsys):
+    """What the first one said is kept beside it, between teachers too."""
+    out = tmp_path / "out"
+    verdict = {"finish_reason": "stop", "message": {"content": "Verdict: A"}}
+    with FaultServer(lambda *_: Step(choices=[verdict])) as running:
+        for name in ("one", "two", "one"):
+            judged = ["--scorer", f"judge:openai:{name}", "--base-url", running.url]
+            assert main([*both(tiny_teacher, prompts, out), *judged]) == 0
+            asked = sum(running.asked.values())
+        assert main([*both(tiny_teacher, prompts, out), *judged]) == 0
+        assert sum(running.asked.values()) == asked
+    assert "made anew of what is stored" in capsys.readouterr().out
+    assert len([*out.glob("verdicts.*.jsonl")]) == 1
+
+
 def test_teachers_of_a_file_of_settings_and_the_whole_recipe(tiny_teacher, prompts, tmp_path):
     settings, folder = tmp_path / "run.yaml", tmp_path / "run"
     settings.write_text("teacher:\n- column:a\n- column:b\nscorer: length\n")
