@@ -389,13 +389,17 @@ class DistillConfig:
             max_overlap=self.max_overlap,
         )
 
-    def require_room(self) -> None:
-        """Raises UsageError unless an answer of the greatest length can be scored.
+    def require_room(self, *, of_teacher: bool = False) -> None:
+        """Raises UsageError unless an answer of the greatest length can be scored, with its
+        reasoning where that is kept; `of_teacher`, who has `reasoning_tokens` for it.
 
         That is for those who score their answers: `plad-fast pairs` does not.
         """
-        if self.max_length <= self.max_new_tokens:
-            bound = f"--max-new-tokens {self.max_new_tokens}"
+        limit, bound = self.max_new_tokens, f"--max-new-tokens {self.max_new_tokens}"
+        if of_teacher and self.reasoning == "keep" and self.reasoning_tokens:
+            limit += self.reasoning_tokens
+            bound += f" and --reasoning-tokens {self.reasoning_tokens} together"
+        if self.max_length <= limit:
             raise UsageError(f"--max-length must exceed {bound}, got {self.max_length}")
 
     @property

@@ -88,6 +88,15 @@ def test_specifications_that_mean_nothing(spec, options, says):
         open_teacher(spec, **options)
 
 
+@pytest.mark.parametrize("url", ["http://me:planted-word@host/v1", "http://host?key=planted-word"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_password_in_an_address_gets_into_no_message(url, times):
+    """Nor into a record: it is refused before anything else is."""
+    with pytest.raises(UsageError, match="base URL holds a user or parameters") as refusal:
+        DistillConfig(teacher=(f"openai:m@{url}",) * times)
+    assert "planted-word" not in str(refusal.value)
+
+
 def test_the_endpoint_of_the_settings_may_be_the_judges_alone(monkeypatch):
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)

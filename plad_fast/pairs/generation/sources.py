@@ -132,8 +132,11 @@ def split_url(model: str) -> tuple[str, str | None]:
 
 
 def require_teacher(spec: str, option: str = "the teacher") -> tuple[str, str]:
-    """As `split_spec`, and raises UsageError for a model's path at which there is nothing."""
+    """As `split_spec`, and raises UsageError for a model's path at which there is nothing, and for
+    an address that is none or holds a password, which gets into no message."""
     kind, rest = split_spec(spec)
+    if kind == "openai" and (url := split_url(rest)[1]):
+        find_urls(url)
     if kind in ("local", "vllm"):
         require_there(rest, option)
     return kind, rest
