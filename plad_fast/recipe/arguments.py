@@ -113,6 +113,7 @@ _QUICKSTART = {
     "max_new_tokens": 40,
     "sft_epochs": 1.0,
     "epochs": 1.0,
+    "beta": 0.3,
     "learning_rate": 5e-5,
     "batch_size": 8,
     "saves_per_stage": 2,

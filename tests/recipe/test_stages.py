@@ -115,6 +115,7 @@ def test_the_function_has_the_defaults_of_the_settings():
     # None stands for those of the loss.
     assert defaults.pop("replace") is False  # of the recipe's own calls
     assert defaults.pop("eval_rows") is None  # those in --eval-pairs
+    assert defaults.pop("validation") is None
     assert defaults.pop("sft_weight") is defaults.pop("length_normalization") is None
     assert defaults.keys() > {"batch_size", "max_tokens_per_batch", "max_length"}
     assert defaults == {name: of_settings[name] for name in defaults}
