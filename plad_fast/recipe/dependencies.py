@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.recipe.inputs import prompts_digest
 from plad_fast.recipe.settings import SELECTION, DistillConfig
 
 _OF_TRAINING = (
@@ -70,6 +69,8 @@ def stage_settings(
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
     settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
     if prompts:
+        from plad_fast.recipe.inputs import prompts_digest  # brings in torch
+
         given = prompts if references else [replace(p, reference=None) for p in prompts]
         settings["prompts"] = prompts_digest(given)
     return {**settings, **more}

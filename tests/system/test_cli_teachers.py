@@ -244,7 +244,7 @@ def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch
     """The judge of the pairs and that of the evaluation."""
     runs = []
     monkeypatch.setattr(
-        "plad_fast.recipe.distillation.Distillation.run", lambda run, _: runs.append(run)
+        "plad_fast.recipe.distillation.Distillation.run", lambda run, *_: runs.append(run)
     )
     with FaultServer(lambda *_: Step(choices=[said("Verdict: tie")])) as running:
         extra = [
@@ -321,7 +321,7 @@ def test_the_recipe_with_answers_that_exist(tiny_teacher, tmp_path):
             "NO_KEY is not set",
         ),
         (["--teacher", "opnai:m"], "unknown kind of teacher"),
-        (["--teacher", "column:answer", "--student", "s"], "give --prompts"),
+        (["--teacher", "column:nothing", "--student", "s"], "'nothing'"),
         (["--prompt-template", "{q}"], "--prompt-template is about data of yours, and without"),
         (["--reference-column", "a"], "the built-in prompts are used; give --prompts"),
         (["--split", "test"], "--split is about data of yours"),
