@@ -71,9 +71,9 @@ def stage_settings(
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
     settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
     if prompts:
-        given = prompts if references else [replace(p, reference=None) for p in prompts]
         from plad_fast.recipe.inputs import prompts_digest  # `--help` loads no torch
 
+        given = prompts if references else [replace(p, reference=None) for p in prompts]
         settings["prompts"] = prompts_digest(given)
     return {**settings, **more}
 

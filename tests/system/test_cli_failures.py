@@ -76,7 +76,7 @@ def test_flags_have_to_be_spelt_out(short, capsys):
 @pytest.mark.parametrize(
     ("typed", "usage", "message"),
     [
-        ("", "plad-fast COMMAND", "a command is missing; there are distill, tune"),
+        ("", "plad-fast COMMAND", "a command is missing; there are distill, tune, quickstart"),
         ("distil", "plad-fast COMMAND", "unknown command 'distil'; did you mean distill?"),
         ("Train", "plad-fast COMMAND", "did you mean train?"),
         ("fit", "plad-fast COMMAND", "unknown command 'fit'; there are distill"),

@@ -244,7 +244,7 @@ def test_a_run_has_one_judge_with_one_budget(tiny_teacher, tmp_path, monkeypatch
     """The judge of the pairs and that of the evaluation."""
     runs = []
     monkeypatch.setattr(
-        "plad_fast.recipe.distillation.Distillation.run", lambda run, _: runs.append(run)
+        "plad_fast.recipe.distillation.Distillation.run", lambda run, *_: runs.append(run)
     )
     with FaultServer(lambda *_: Step(choices=[said("Verdict: tie")])) as running:
         extra = [
