@@ -135,7 +135,7 @@ def _exponential_rows_kernel(
         if HAS_SOFTCAP:
             rest *= 1.0 - capped_target * capped_target
         tl.debug_barrier()
-        tl.store(out_ptr + target, rest.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + column, rest.to(out_ptr.dtype.element_ty))
 
 
 def exponential_rows(
