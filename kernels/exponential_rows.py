@@ -131,7 +131,8 @@ def _exponential_rows_kernel(
         of_max = rest * tl.exp(reference - finite_base(row_max))
         logprob, _, _, _, base, log_total = token_statistics(z_target, row_max, of_max)
         tl.store(logprobs_ptr + row, logprob)
-        tl.store(factor_ptr + row, slope * tl.exp((finite_base(reference) - base) - log_total))
+        # 0 where all others are masked, whose reference is -inf.
+        tl.store(factor_ptr + row, slope * tl.exp((reference - base) - log_total))
         if HAS_SOFTCAP:
             rest *= 1.0 - capped_target * capped_target
         tl.debug_barrier()
