@@ -9,9 +9,10 @@ of its raw products is g * factor * values:
     factor     slope * exp(r - lse)
 
 Neither depends on g, so a loss need not be known before the logits are gone, and the factors go to
-the small operand of a product. r is the largest logit of the first block but the target's. Where a
-later block exceeds it by `_SLACK` nats, what is written so far is multiplied once more; values lie
-between exp(-87) and exp(`_SLACK`), which bfloat16 holds as float32 does.
+the small operand of a product. r is the largest logit but the target's of the first block that is
+not masked. Where a later block exceeds it by `_SLACK` nats, what is written so far is multiplied,
+and rounded, once more; values lie between exp(-87) and exp(`_SLACK`), which bfloat16 holds as
+float32 does. r never exceeds the lse, so that factors are |slope| at most.
 
 Block k of the values covers what block k // 2 of the logits was read from: every block is written
 after it was read, if the warps of a program wait for one another between the two.
@@ -131,7 +132,8 @@ def _exponential_rows_kernel(
         of_max = rest * tl.exp(reference - finite_base(row_max))
         logprob, _, _, _, base, log_total = token_statistics(z_target, row_max, of_max)
         tl.store(logprobs_ptr + row, logprob)
-        tl.store(factor_ptr + row, slope * tl.exp((finite_base(reference) - base) - log_total))
+        # 0 where all others are masked, whose reference is -inf.
+        tl.store(factor_ptr + row, slope * tl.exp((reference - base) - log_total))
         if HAS_SOFTCAP:
             rest *= 1.0 - capped_target * capped_target
         tl.debug_barrier()

@@ -150,6 +150,18 @@ def test_nan_stays_in_its_row(column):
     assert not values[8].any()
 
 
+@pytest.mark.parametrize("vocab", [1, 37])
+def test_a_target_whose_others_are_masked_is_certain(vocab):
+    """However small its logit is: nothing else of the row tells how large exponentials are."""
+    case = make_case(3, vocab)
+    case.targets.fill_(vocab // 2)
+    case.logits.fill_(-INF)
+    case.logits[:, vocab // 2] = torch.tensor([-1000.0, -100.0, 100.0])
+    found, values = run(case, 64)
+    for zeros in (found.token_logprobs, gradient(found, values, torch.ones(3))):
+        assert torch.equal(zeros, torch.zeros_like(zeros))
+
+
 def test_a_row_of_masked_tokens_alone_is_nan():
     case = make_case(3, 37)
     case.logits[1] = -INF
