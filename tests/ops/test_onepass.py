@@ -15,15 +15,18 @@ from plad_fast import (
     fused_linear_preference_loss,
     linear_sequence_logprobs,
     losses,
+    preference_loss,
     sequence_logprobs,
 )
 from plad_fast.losses.objective import Objective
+from plad_fast.losses.terms import segment_counts
 from plad_fast.ops import backend, preference_autograd
 from plad_fast.ops.backend import HeadOptions, LinearProblem
-from plad_fast.ops.impl import onepass, triton_backend
+from plad_fast.ops.impl import kernel_workspace, onepass, products, triton_backend
 from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
+from tests.support import wide_products
 from tests.support.loss_options import REQUIRED
-from tests.support.problems import make_problem
+from tests.support.problems import assert_within_budget, make_problem, oracle
 
 META = torch.device("meta")
 
@@ -212,6 +215,44 @@ def test_chunks_of_16_bits_equal_a_single_one(impl, gaps):
         found.append((ours.loss, problem.hidden.grad.float(), problem.weight.grad.float()))
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("scratch_rows", [None, 11])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 300.0])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 30.0, "temperature": 0.7}])
+def test_one_pass_by_the_products_of_a_gpu_meets_the_budget(
+    scratch_rows, scale, options, monkeypatch
+):
+    """In bfloat16, with a frozen bias: pairs that are longer than a chunk, and one without a
+    gradient, behind whose rows others are moved."""
+    pytest.importorskip("triton")
+    wide_products.install(monkeypatch)
+    monkeypatch.setattr(kernel_workspace, "products_for", products.CudaHalfProducts)
+    base = make_problem(
+        [9, 4, 3, 5, 12, 0, 7, 1], width=16, vocab=70, ignored=0.2, scale=scale,
+        scratch_rows=scratch_rows, **options,
+    )  # fmt: skip
+    scores = torch.tensor([1e5, 0.0, -1e5, 0.0, 1e5, 0.0, 1e5, 0.0])
+    found = []
+    for dtype, ours in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, False)):
+        problem = base.to(torch.bfloat16).to(dtype)
+        leaves = problem.leaves[:2]
+        if problem.bias is not None:
+            problem.bias.requires_grad_(False)
+        if ours:
+            result = fused_linear_preference_loss(
+                *problem.inputs, impl="triton", loss="plad_margin", scores=scores, **problem.options
+            )
+            loss = result.loss
+            assert result.active.tolist() == [True, False, True, True]
+        else:
+            sums, _ = oracle(problem)
+            counts = segment_counts(problem.targets != -100, problem.cu_seqlens)
+            loss = preference_loss(sums, counts, loss="plad_margin", scores=scores.to(sums.dtype))
+        found.append(torch.autograd.grad(loss, leaves))
+    for what, mine, same, truth in zip(("hidden", "weight"), *found, strict=True):
+        assert not mine.isnan().any()
+        assert_within_budget(mine, same, truth, what)
 
 
 def test_offsets_elsewhere_are_refused_but_on_the_cpu():
