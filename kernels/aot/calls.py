@@ -68,22 +68,22 @@ class Call(NamedTuple):
 
 
 def _calls(everything: bool) -> Iterator[Call]:
-    """A sample: bfloat16 operands and an even head with all sizes of tile and the reached cases;
-    other heads and dtypes with many tokens. Options take registers: where they do not choose
-    another tile, all of them are the case to try. float16 compiles to what bfloat16 does but for
-    the type in the instructions.
+    """A sample: bfloat16 operands and an even head with all sizes of tile, without options and with
+    all; Gemma's options, other heads and dtypes with many tokens. Options take registers: where
+    they do not choose another tile, all of them are the case to try. float16 compiles to what
+    bfloat16 does but for the type in the instructions.
     """
     dtypes = [dtype for dtype in _TYPES if dtype.is_floating_point]
-    plain, *_, full = _REACHED_CASES
+    plain, softcap, full = _REACHED_CASES
     if everything:
         for dtype, head in itertools.product(dtypes, (*_HEADS, _HEAD_WITH_A_TAIL)):
             for case in _EVERY_CASE if head in _HEADS else _REACHED_CASES:
                 yield Call(dtype, head, case, _TOKENS)
         return
-    for case in _REACHED_CASES:
-        yield Call(torch.bfloat16, _HEADS[0], case, _TOKENS)
     most = _TOKENS[-1:]
-    for dtype, head in itertools.product((torch.bfloat16, torch.float32), _HEADS[1:]):
+    for case, tokens in ((plain, _TOKENS), (softcap, most), (full, _TOKENS)):
+        yield Call(torch.bfloat16, _HEADS[0], case, tokens)
+    for dtype, head in zip((torch.bfloat16, torch.float32), _HEADS[1:], strict=True):
         yield Call(dtype, head, full, most)
     yield Call(torch.bfloat16, _HEAD_WITH_A_TAIL, plain, most)
     for dtype, case in itertools.product((torch.float32, torch.float16), (plain, full)):

@@ -203,7 +203,7 @@ def test_chunks_of_the_one_pass_loss_are_those_of_the_kernels(
             HeadOptions(scratch_bytes=budget),
             num_rows,
             for_gradient=True,
-            needs_weight=not frozen,
+            needs=(True, not frozen, False),
         )
         assert workspace.rows == chunk.rows
         assert chunk.whole == (workspace.rows >= num_rows)
