@@ -282,7 +282,8 @@ def test_torchrun_forwards_sigterm(teacher, alone, tmp_path):
         ran.send_signal(signal.SIGTERM)
         _, said = ran.communicate(timeout=60)
     assert ran.returncode != 0
-    assert said.count("plad-fast: error: ended by SIGTERM; what was finished is kept") == 1, said
+    # Told by whichever of them is the first to end.
+    assert said.count("ended by SIGTERM; what was finished is kept") == 1, said
     done = subprocess.run(command, **options, stdout=subprocess.PIPE, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", alone)
