@@ -16,6 +16,7 @@ from plad_fast.models.loading import load_tokenizer
 from plad_fast.models.team import size
 from plad_fast.pairs.generation.answer_rows import Answered, batch_record, collect
 from plad_fast.pairs.generation.answering import renew_answers, stored_answers
+from plad_fast.pairs.generation.endpoint.batch import require_prompts
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import split_spec, teacher_fingerprint
@@ -94,6 +95,7 @@ class Teachers:
                     f"a batch that was paid for is under way for {spec}: add --batch to take its "
                     f"answers, or delete {batches} to give it up"
                 )
+            require_prompts(batches, prompts)
             opened = model if is_first else None
             if opened is None:
                 opened = open_teacher(config, columns, spec, name, batches)

@@ -202,6 +202,8 @@ def test_what_is_under_way_is_not_asked_for_in_another_way(
     assert "add --batch to take its answers" in capsys.readouterr().err
     assert main([*command, "--max-new-tokens", "61"]) == 2
     assert "max_new_tokens was 60 and is 61" in capsys.readouterr().err
+    assert main([*command, "--limit", "2"]) == 2
+    assert f"under way for {COUNT - 2} prompts that are asked no more" in capsys.readouterr().err
     assert main(command) == 0
     assert list(server.batches) == ["batch_0"]
     assert main(arguments(tiny_teacher, tmp_path / "run", "--batch")) == 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,18 +81,16 @@ class _Record:
     settings: dict[str, Any]
     batches: list[dict[str, Any]]
     """`file` is the id of what was uploaded, `batch` that of what was made of it, or None where
-    that is not known, and `since` the time (Unix) before it was made."""
+    that is not known, `since` the time (Unix) before it was made, and `prompts` names whose."""
 
     @classmethod
     def read(cls, path: Path, endpoint: Endpoint, sampling: Sampling) -> _Record:
         """Raises UsageError for a file that cannot be read, or was made with other settings."""
         settings = {**endpoint.settings(), **sampling.settings()}
-        fields, problem = _FORMAT.read(path, settings=dict, batches=list)
-        if problem == "missing":
+        fields = _recorded(path)
+        if fields is None:
             return cls(path, settings, [])
         advice = f"or delete {path}, which gives up what was paid for"
-        if problem:
-            raise UsageError(f"{path} is no record of batches, or is damaged; mend it, {advice}")
         if changed := changed_settings(fields["settings"], settings):
             raise UsageError(
                 f"a batch is under way that was made with other settings ({'; '.join(changed)}); "
@@ -148,7 +146,9 @@ class _Run:
         bodies = map(self.endpoint.body, requests)
         for lines in _files(zip(names, bodies, strict=True)):
             file_id = self.client.upload(lines)
-            self.record.batches.append({"file": file_id, "batch": None, "since": int(time.time())})
+            asked = sorted({json.loads(line)["custom_id"].partition("-")[0] for line in lines})
+            entry = {"batch": None, "since": int(time.time()), "prompts": asked}
+            self.record.batches.append({"file": file_id, **entry})
             self.record.write()  # from here on a batch of it may be there
             self._create(self.record.batches[-1])
 
@@ -233,6 +233,32 @@ class _Run:
             return one_line(str(error), key)
         # The samples for which the reply has no choice are left.
         return read_reply(prompt.id, samples[: len(choices)], Reply(choices))
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """The fields of a record, None where there is none; UsageError for one that cannot be read."""
+    fields, problem = _FORMAT.read(path, settings=dict, batches=list)
+    if problem == "missing":
+        return None
+    if problem:
+        raise UsageError(
+            f"{path} is no record of batches, or is damaged; mend it, or delete it, which gives up "
+            "what was paid for"
+        )
+    return fields
+
+
+def require_prompts(record: Path, prompts: Sequence[Prompt]) -> None:
+    """Raises UsageError where a batch under way has answers to prompts that are none of these,
+    which would be lost."""
+    batches = (_recorded(record) or {"batches": []})["batches"]
+    asked = {name for entry in batches for name in entry["prompts"]}
+    if others := asked - set(map(_name, prompts)):
+        raise UsageError(
+            f"a batch that was paid for is under way for {len(others)} prompts that are asked no "
+            f"more or have changed; run with those prompts once more to take its answers, or "
+            f"delete {record} to give them up"
+        )
 
 
 def _name(prompt: Prompt) -> str:
