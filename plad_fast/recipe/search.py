@@ -221,7 +221,7 @@ def _mapping(search: Any) -> dict[str, Any]:
 def _read(name: str, value: Any, where: str) -> Range | Choice:
     """The values of a setting from a flag or a file; UsageError that begins with `where`."""
     if name not in _SEARCHED:
-        what = "is made once for all trials, or none of a trial" if name in _FIELDS else "is none"
+        what = "is the same in all trials" if name in _FIELDS else "is no setting"
         raise UsageError(
             f"{where}: {flag(name)} {what}; what can be searched is {', '.join(sorted(_SEARCHED))}"
         )

@@ -153,11 +153,11 @@ def test_suggestions_depend_on_seed_and_trials_alone():
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"seed": 1}, "--seed is made once for all trials"),
+        ({"seed": 1}, "--seed is the same in all trials"),
         # Fine-tuning has them too.
-        ({"lora_r": [4, 8]}, "--lora-r is made once for all trials"),
-        ({"reasoning": "drop,keep"}, "--reasoning is made once for all trials"),
-        ({"betta": 1}, "betta: --betta is none; what can be searched"),
+        ({"lora_r": [4, 8]}, "--lora-r is the same in all trials"),
+        ({"reasoning": "drop,keep"}, "--reasoning is the same in all trials"),
+        ({"betta": 1}, "betta: --betta is no setting; what can be searched"),
         ({"beta": "2..1"}, "2..1 must be a range"),
         ({"beta": "-1..1"}, "--beta must be at least 0"),
         ({"batch_size": "2..4"}, "--batch-size has no range; list its values"),
