@@ -9,6 +9,9 @@ from pathlib import Path
 from plad_fast.checks import shown
 from plad_fast.errors import UsageError
 
+BUILTIN = {"builtin": "builtin_prompts.jsonl", "builtin:calendar": "builtin_calendar.jsonl"}
+"""Prompts that ship with the package: general ones, and messages to make calendar entries of, both
+with a written `answer` -> their file."""
 OFFLINE = "offline"
 """The name of the model that needs no hub."""
 

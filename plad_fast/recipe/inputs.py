@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
+from plad_fast.data.places import BUILTIN
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts, wording
 from plad_fast.data.records import digest
@@ -30,7 +31,7 @@ from plad_fast.recipe.data_checks import (
     show_findings,
 )
 from plad_fast.recipe.fields import flag
-from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.stage_folder import require_whole
 
 if TYPE_CHECKING:
@@ -44,15 +45,15 @@ def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
     """The prompts that the settings name, checked. UsageError from reading them, and where columns
     are named of the built-in prompts, which have none."""
     options = {name: getattr(config, name) for name in (*_OF_COLUMNS, "reference_column")}
-    if config.prompts != BUILTIN_PROMPTS:
+    if config.prompts not in BUILTIN:
         return load_prompts(config.prompts, limit=config.limit, **options)
     for name, value in options.items():
         if value != getattr(DistillConfig, name):
             raise UsageError(
-                f"{flag(name)} is about data of yours, and without --prompts the built-in prompts "
-                "are used; give --prompts"
+                f"{flag(name)} is about data of yours, not about built-in prompts; give a file "
+                "with --prompts"
             )
-    return builtin_prompts()[: config.limit]
+    return builtin_prompts(config.prompts)[: config.limit]
 
 
 def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | None]]:
@@ -60,8 +61,8 @@ def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | 
 
     @functools.cache
     def read(column: str) -> dict[str, str | None]:
-        if config.prompts == BUILTIN_PROMPTS:
-            with builtin_file() as path:
+        if config.prompts in BUILTIN:
+            with builtin_file(config.prompts) as path:
                 return column_answers(str(path), column)
         options = {name: getattr(config, name) for name in _OF_COLUMNS}
         return column_answers(config.prompts, column, **options)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.places import OFFLINE
+from plad_fast.data.places import BUILTIN, OFFLINE
 from plad_fast.data.places import expanded as expanded_path
 from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import (
@@ -29,7 +29,6 @@ from plad_fast.recipe.fields import (
 if TYPE_CHECKING:
     from plad_fast.pairs.select import PairFilters
 
-BUILTIN_PROMPTS = "builtin"
 SELECTION = (
     *("reasoning", "scorer", "select", "list_size", "drop_contradicted"),
     *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
@@ -111,7 +110,7 @@ class DistillConfig:
     select: str = setting(
         "teacher",
         "pair selection: teacher (first answer > first sample), all (> every sample), best-worst, "
-        "best-worst-pooled, or ranked lists; the last three by score",
+        "best-worst-pooled, best-worst-student, or ranked lists; the last four by score",
     )
     list_size: int | None = setting(
         None,
@@ -134,7 +133,7 @@ class DistillConfig:
         None, "layers to keep: a number, evenly spaced, or indices such as 0,2,4; default: 9 of 10"
     )
     prompts: str = setting(
-        BUILTIN_PROMPTS, "JSONL, JSON, CSV or Parquet file, hub id, or 'builtin'"
+        "builtin", f"JSONL, JSON, CSV or Parquet file, hub id, or {' or '.join(BUILTIN)}"
     )
     prompt_column: str | None = setting(None, "column that holds the prompt; default: prompt")
     prompt_template: str | None = setting(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 
 import pytest
 
+from plad_fast.data.places import BUILTIN
 from plad_fast.data.prompts import (
     Prompt,
     as_messages,
+    builtin_file,
     builtin_prompts,
     load_prompts,
     require_unique_ids,
@@ -230,10 +233,27 @@ def test_an_id_column_that_is_not_unique_is_not_used(tmp_path, caplog, ids):
     assert "not unique" in caplog.text
 
 
-def test_builtin_prompts():
-    prompts = builtin_prompts()
-    assert len(prompts) > 50
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin_prompts(name):
+    prompts = builtin_prompts(name)
+    assert len(prompts) >= 400
     require_unique_ids(prompts)
+    with builtin_file(name) as path:
+        answers = [json.loads(line)["answer"] for line in path.read_text("utf-8").splitlines()]
+    assert len(answers) == len(prompts)
+    assert all(answers)
+
+
+def test_builtin_calendar_entries_say_what_their_messages_say():
+    with builtin_file("builtin:calendar") as path:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for row in rows:
+        message = row["prompt"].lower()
+        event, day, time, place = row["answer"].lower().split(", ")
+        assert event in message and place in message and day.split()[0] in message, row
+        assert all(re.search(rf"\b{word}", message) for word in day.split()), row
+        hour, minute = map(int, time.split(":"))
+        assert 8 <= hour <= 20 and minute < 60, row
 
 
 def test_as_messages(tiny_tokenizer):
