@@ -131,7 +131,7 @@ def opened_run(
         answers=path / "answers",
         pairs=path / "pairs",
         teacher=LazyLocalModel(teacher.as_text, "teacher") if config.has_local_teacher else None,
-        judges=judges,
+        endpoints=judges,
     )
     if overwrite or not (path / "student").exists():
         if config.student is not None:

@@ -441,6 +441,11 @@ class DistillConfig:
 class TrainConfig:
     """What `plad-fast train` can be told beside the settings that it shares with `distill`."""
 
+    tokens_on_disk: bool = free_setting(
+        False,
+        "read the pairs one by one and keep their token ids in a file, for data that does not fit "
+        "into memory",
+    )
     eval_pairs: str | None = setting(
         None, "pairs to measure while training; the best checkpoint becomes the model"
     )
@@ -449,6 +454,18 @@ class TrainConfig:
     )
     metric_for_best_model: str = setting(
         "loss", "metric of --eval-pairs that says which checkpoint is the best"
+    )
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """What `plad-fast pairs` can be told beside the settings that it shares with `distill`."""
+
+    part_size: int | None = setting(
+        None,
+        "number of prompts in memory at once: they are read, answered and paired part by part, for "
+        "data that does not fit; default: all",
+        AT_LEAST_1,
     )
 
 
