@@ -91,7 +91,7 @@ def test_a_budget_is_of_all_parts(tiny_teacher, tmp_path, capsys):
     with FaultServer(lambda question, *_: Step(choices=[said(f"It is {question}")])) as server:
         asked = [*pair("openai:m", tiny_teacher, path, out), "--base-url", server.url]
         asked += ["--part-size", "3", "--concurrency", "1"]
-        assert main([*asked, "--token-budget", "500"]) == 2
+        assert main([*asked, "--token-budget", "100"]) == 2
         error = capsys.readouterr().err
         assert "nothing more is asked after part" in error, error
         assert "openai:m: " in error
