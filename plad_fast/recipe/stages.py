@@ -35,11 +35,12 @@ from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
-LOOKED_AT = 10_000
-"""The first pairs, for findings, where not all are held."""
 if TYPE_CHECKING:
     from plad_fast.pairs.build import PairReport
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+
+LOOKED_AT = 10_000
+"""The first pairs, for findings, where not all are held."""
 
 # The endpoint's address is among what the teacher is known by.
 OF_PAIRS = (
