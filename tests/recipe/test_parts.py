@@ -58,7 +58,7 @@ def test_the_pairs_are_those_of_the_whole_and_few_prompts_are_held(
 def test_killed_extended_and_refused(tiny_teacher, prompts, tmp_path, capsys):
     """What is stored of a part is not made again; parts of another size are not mixed."""
     out = tmp_path / "out"
-    first = command(tiny_teacher, prompts, out, "--part-size", "8", "--limit", "12")
+    first = command(tiny_teacher, prompts, out, "--part-size", "8", "--limit", "16")
     kill_at("data.store._line", 24, first)
     assert not (out / "pairs.jsonl").exists()
     stored = (out / "parts" / "00001" / "student.jsonl").read_bytes()
