@@ -103,6 +103,8 @@ def pair_folder(
         )
 
     def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
+        if "prompts" not in found:  # made in parts, which have records of their own
+            return False
         first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
         others = {**found, "prompts": settings["prompts"]}
         return found["prompts"] == first and others == as_json(settings)
