@@ -31,6 +31,12 @@ def expanded(source: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{shown(text)}: {error}; write the folder out") from None
 
 
+def from_folder(source: str, folder: Path) -> str:
+    """The path of a name that begins with a dot, as it is meant in a folder that may be moved; any
+    other text as it is."""
+    return str((folder / source).resolve()) if source.startswith(".") else source
+
+
 def is_there(path: Path) -> bool:
     """Whether there is a file or a folder; also for names that are too long to be one's."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts, wording
 from plad_fast.data.records import digest
 from plad_fast.data.rows import require_columns
+from plad_fast.data.streams import StreamedRows, stream_rows
 from plad_fast.data.tables import read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -144,13 +145,29 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     require_whole(Path(path).expanduser())
     table = read_table(path, "train")
     require_columns(table.columns, with_scores=False, name=path)
-    rows = [dict(row) for row in table.rows]
-    if not isinstance(table.rows, list):  # of the hub, by way of Arrow
+    rows = table.rows
+    if not isinstance(rows, list):  # of the hub, by way of Arrow
         rows = [without_nulls(row) for row in rows]
-    for number, row in enumerate(rows, start=1):
-        for name in ("prompt", "chosen", "rejected"):
-            refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return [_checked(row, number, path) for number, row in enumerate(rows, start=1)]
+
+
+def stream_pairs(path: str) -> StreamedRows:
+    """As `read_pairs`, with a row in memory at a time."""
+    require_whole(Path(path).expanduser())
+    rows = StreamedRows(functools.partial(_stream, path), path)
+    require_columns(rows.columns, with_scores=False, name=path)
     return rows
+
+
+def _stream(path: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(stream_rows(path), start=1):
+        yield _checked(row, number, path)
+
+
+def _checked(row: Mapping[str, Any], number: int, path: str) -> dict[str, Any]:
+    for name in ("prompt", "chosen", "rejected"):
+        refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return dict(row)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
