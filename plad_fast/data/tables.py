@@ -182,9 +182,7 @@ def csv_rows(lines: Iterable[str]) -> Iterator[Row]:
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
     reader = csv.DictReader(lines, strict=True)
     try:
-        names = Counter(reader.fieldnames or ())
-        if twice := [name for name, count in names.items() if name and count > 1]:
-            raise UsageError(f"several columns are named {shown(twice[0])}; rename all but one")
+        _require_different(name for name in reader.fieldnames or () if name)
         for row in reader:
             if None in row:
                 found = f"line {reader.line_num} has more fields than the header"
@@ -198,6 +196,11 @@ def csv_rows(lines: Iterable[str]) -> Iterator[Row]:
         csv.field_size_limit(before)
 
 
+def _require_different(names: Iterable[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"several columns are named {shown(twice[0])}; rename all but one")
+
+
 def _read_parquet(path: Path) -> list[Row]:
     return list(parquet_rows(path))
 
@@ -209,10 +212,11 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _require_different(file.schema_arrow.names)
             for batch in file.iter_batches(_AT_ONCE):
                 for row in batch.to_pylist():
                     yield {name: without_nulls(value) for name, value in row.items()}
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+    except (UsageError, FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     # Of what a file may hold, dates beyond Python's years for example raise errors of their own.
     except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
