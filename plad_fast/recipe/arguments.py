@@ -48,7 +48,7 @@ _ENDPOINT = (
 )
 _ENGINE = ("engine", "actors", "gpus_per_actor")
 _SELECTION = ("teacher_samples", "student_samples", *SELECTION)
-_LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
+_LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token", "batch_size")
 _RESOURCES = (
     *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),
     *("precision", "saves_per_stage"),
@@ -113,7 +113,7 @@ _QUICKSTART = {
     "sft_share": 0.16,
     "max_new_tokens": 40,
     "epochs": 1.0,
-    "learning_rate": 1e-4,
+    "learning_rate": 5e-5,
     "batch_size": 8,
     "saves_per_stage": 2,
     "generation_batch_size": 64,

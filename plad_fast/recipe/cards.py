@@ -82,7 +82,7 @@ def describe_student(
 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     """Loss and adapters, of the record of a training."""
-    names = ("loss", "beta", "loss_args", "sft_weight", "length_normalization")
+    names = ("loss", "beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token")
     loss = ", ".join(f"{n} {record[n]}" for n in names if record.get(n))
     trained = "all weights"
     if "lora_r" in record:

@@ -207,6 +207,11 @@ class DistillConfig:
         "on means over tokens, else 0",
         NOT_NEGATIVE,
     )
+    rank_end_token: bool = setting(
+        False,
+        "rank the end token of rejected answers too, as papers do, which teaches students to go on "
+        "where an answer should end",
+    )
     epochs: float = setting(2.0, "number of passes over the pairs", POSITIVE)
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration", POSITIVE)
     batch_size: int = setting(4, "pairs per optimizer step of the calibration", AT_LEAST_1)

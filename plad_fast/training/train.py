@@ -77,6 +77,7 @@ def train_model(
     loss_args: str | None = None,
     sft_weight: float | None = None,
     length_normalization: float | None = None,
+    rank_end_token: bool = False,
     lora_r: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: str | None = None,
@@ -112,7 +113,7 @@ def train_model(
         rows: of the standard preference format; `rejected` is not needed for loss "sft". The token
             ids of streamed ones are kept in a file beside the checkpoints until the end.
         output: folder to make. If this very training made it before, it is left alone.
-        loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
+        loss, beta, loss_args, sft_weight, length_normalization, rank_end_token: see `PLaDConfig`.
         batch_size: rows in an optimizer step, of all processes together.
         micro_batch_size: rows in memory at once, in each process; with their number it divides the
             batch size.
@@ -168,6 +169,7 @@ def train_model(
         "loss_args": loss_args,
         "sft_weight": sft_weight,
         "length_normalization": length_normalization,
+        "rank_end_token": rank_end_token,
     }
     # What the weights depend on; what is in memory at once changes no more than their rounding.
     record: dict[str, Any] = {
