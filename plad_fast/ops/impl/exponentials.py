@@ -122,7 +122,7 @@ class ExponentialWorkspace(Workspace):
         by_target = targets.argsort(stable=True)
         edges = torch.arange(0, vocab + step, step)
         ends = torch.searchsorted(targets[by_target], edges).tolist()
-        reference = block.new_full((rows, 1), -torch.inf)
+        reference = block.new_empty(rows, 1)
         rest = block.new_zeros(rows)
         centred = block.new_zeros(rows)
         slope_at_target = block.new_ones(rows)
@@ -137,14 +137,16 @@ class ExponentialWorkspace(Workspace):
                 bias = None if self.bias is None else self.bias[columns]
                 logits_(logits, self.options, bias, slope)
                 if careful or not start:
-                    raised = torch.maximum(reference, logits.amax(dim=1, keepdim=True))
+                    raised = logits.amax(dim=1, keepdim=True)
                     raised.clamp_(min=torch.finfo(raised.dtype).min)  # a first block of -inf
                     if start:
+                        raised = torch.maximum(raised, reference)
                         shrink = (reference - raised).exp_()
                         rest.mul_(shrink.squeeze(1))
                         centred.add_((reference - raised).squeeze(1))
-                        for done in out[:, :start].split(step, dim=1):
-                            done.copy_(done * shrink)
+                        if len(out):
+                            for done in out[:, :start].split(step, dim=1):
+                                done.copy_(done * shrink)
                     reference = raised
                 logits.sub_(reference)
                 centred[here] = logits[at_target]
