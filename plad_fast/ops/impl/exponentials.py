@@ -171,7 +171,7 @@ class ExponentialWorkspace(Workspace):
 
 
 def _large_pages(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory that is asked for in large pages: 100 MB of small ones cost 60 ms at first touch."""
+    """Memory in large pages, if there are: a call on 100 MB of it has 25,000 page faults less."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     num_bytes = rows * columns * dtype.itemsize
     if advice is None or not num_bytes:
