@@ -90,7 +90,7 @@ class ExponentialWorkspace(Workspace):
                 strict=True,
             )
         ]
-        return RowStatistics(*map(torch.cat, zip(*parts, strict=True)), entropy=None)
+        return RowStatistics(*map(torch.cat, zip(*parts, strict=True)), None)
 
     def gradient(
         self,
