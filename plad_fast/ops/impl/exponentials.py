@@ -90,7 +90,8 @@ class ExponentialWorkspace(Workspace):
                 strict=True,
             )
         ]
-        return RowStatistics(*map(torch.cat, zip(*parts, strict=True)), None)
+        reference, sum_exp, token_logprobs, miss = map(torch.cat, zip(*parts, strict=True))
+        return RowStatistics(reference, sum_exp, token_logprobs, miss, None)
 
     def gradient(
         self,
