@@ -93,6 +93,6 @@ def test_a_budget_is_of_all_parts(tiny_teacher, tmp_path, capsys):
         asked += ["--part-size", "3", "--concurrency", "1"]
         assert main([*asked, "--token-budget", "100"]) == 2
         assert "the token budget of 100 is spent" in capsys.readouterr().err
-        assert 3 < sum(server.asked.values()) < 12
+        assert 0 < sum(server.asked.values()) - server.asked["Say yes."] < 12
         assert main(asked) == 0
     assert len(rows(out / "pairs.jsonl")) + len(rows(out / "dropped.jsonl")) == 12
