@@ -19,7 +19,7 @@ from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError
 from plad_fast.recipe.data_checks import check_rows, show_findings
 from plad_fast.recipe.dependencies import STAGES
-from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.stage_folder import claim_folder
 from plad_fast.recipe.stages import LOOKED_AT, OF_PAIRS, pair_folder
 
@@ -39,7 +39,7 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
         UsageError: as `pair_models`; prompts that are not read from a file or data set; ranked
             lists without a size; and where teacher or judge are asked no more in this run.
     """
-    if config.prompts == BUILTIN_PROMPTS:
+    if config.prompts in BUILTIN:
         raise UsageError("--part-size is for data of yours; give --prompts")
     if config.select == "ranked" and config.list_size is None:
         raise UsageError(
