@@ -15,11 +15,10 @@ from tests.support.problems import assert_within_budget
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels import launch
 from plad_fast.kernels.exponential_rows import ExponentialRows, exponential_rows, move_rows_
 from plad_fast.kernels.launch import RowsConfig
 
-from tests.support.interpreter import gpu_minimum, poisoned_memory  # noqa: F401
+from tests.support import interpreter
 from tests.support.stored_rows import (
     IGNORED,
     INF,
@@ -32,11 +31,7 @@ from tests.support.stored_rows import (
     normal,
 )
 
-pytestmark = [
-    pytest.mark.skipif(not launch.interpreted(), reason="the kernels are compiled, for a GPU"),
-    pytest.mark.filterwarnings("error::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
-]
+pytestmark = interpreter.MARKS
 
 
 def run(
