@@ -180,15 +180,6 @@ def test_a_narrower_gradient_fits_into_the_rows_of_its_logits(
     assert torch.equal(result, want if rows is None else want[rows])
 
 
-@given(active=st.lists(st.booleans(), max_size=40))
-def test_programs_of_a_compaction_do_not_meet(active):
-    """They run in any order on a GPU: none may read a row that another one writes."""
-    order = compacting_order(torch.tensor(active, dtype=torch.bool)).tolist()
-    assert sorted(order) == [i for i, on in enumerate(active) if on]
-    for place, row in enumerate(order):
-        assert row == place or row >= len(order)
-
-
 def test_compaction_does_not_depend_on_the_order_of_programs(programs_backwards):
     """The interpreter runs them in ascending order; here in the reverse of it, too."""
     active = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
