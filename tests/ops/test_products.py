@@ -153,6 +153,17 @@ def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
         assert (rounded.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
 
 
+def test_what_lies_behind_a_row_of_an_operand_reaches_no_product():
+    """With AMX oneDNN reads rows to a multiple of 32 entries. Behind these is the second half of
+    float32 numbers whose lower halves are NaN in bfloat16."""
+    vocab = 33
+    weight = torch.ones(vocab, 64, dtype=torch.bfloat16)
+    d_logits = torch.full((128, vocab), 0x3F807FC0, dtype=torch.int32).view(torch.float32)
+    made = products.CpuBfloat16Products(weight, block_bytes=2**20)
+    found = made.grad_hidden(made.operand(d_logits))
+    assert torch.equal(found, torch.full_like(found, vocab))
+
+
 @pytest.mark.parametrize(("columns", "widened"), [(4096, False), (2048, True)])
 def test_a_product_that_a_gpu_may_sum_in_parts_leaves_it_in_float32(columns, widened):
     """Of many tokens a slice of the vocabulary may be narrow: few tiles, and long sums."""

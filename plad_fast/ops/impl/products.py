@@ -198,10 +198,13 @@ class CpuBfloat16Products(Products):
     def operand(self, d_logits: Tensor) -> Operand:
         """In the memory of `d_logits`: a row's values in the front half of the row itself."""
         vocab = d_logits.shape[1]
-        values = d_logits.view(self.weight.dtype)[:, :vocab]
+        rows = d_logits.view(self.weight.dtype)
+        values = rows[:, :vocab]
         step = max(1, self.block_bytes // max(2 * vocab, 1))
         for wide, narrow in zip(d_logits.split(step), values.split(step), strict=True):
             narrow.copy_(wide.to(self.weight.dtype))
+        # With AMX oneDNN reads on to a multiple of 32 entries, and NaN there times 0 is NaN.
+        rows[:, vocab : vocab + 31] = 0
         return Operand(values)
 
     def grad_hidden(self, operand: Operand) -> Tensor:
