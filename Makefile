@@ -14,9 +14,9 @@ RUN ?= runs/quickstart
 # `make check` leaves out files that take more than ten seconds.
 LONG = benchmarks/% data/test_rows integrations/% kernels/test_aot kernels/test_guard_pages \
 	kernels/test_linear% kernels/test_logits_rows models/test_architectures \
-	models/test_encoder_decoder models/test_register models/test_router ops/test_autograd \
+	models/test_encoder_decoder% models/test_register models/test_router ops/test_autograd \
 	ops/test_triton_backend ops/test_vocab_parallel pairs/test_chat_endpoint pairs/test_ranks \
-	pairs/test_refill pairs/test_servers recipe/test_distillation recipe/test_stage_folder \
+	pairs/test_refill pairs/test_servers recipe/test_distillation recipe/test_rounds recipe/test_stage_folder \
 	recipe/test_stages training/test_checkpoints training/test_micro_batches training/test_peft \
 	training/test_signals training/test_train training/test_trainer system/%
 FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.py)) \
@@ -39,7 +39,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) --hypothesis-profile=all
 
 # The oldest versions that setup.py allows: `make test-oldest PYTHON=python3.10` has the oldest of
 # Python too. Builds of torch other than the CPU's bring CUDA: 7 GB here, and below.

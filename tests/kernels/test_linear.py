@@ -31,7 +31,7 @@ from tests.support.problems import INF, NAN, assert_within_budget, make_problem,
 
 pytestmark = interpreter.MARKS
 
-DRAWN = settings(max_examples=80)
+DRAWN = settings(max_examples=40)
 
 
 @DRAWN
