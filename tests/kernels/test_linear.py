@@ -111,8 +111,9 @@ def test_a_target_in_every_column(vocab, splits):
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_long_sequences(alpha):
-    """Longer than what is combined at once, beginning anywhere."""
-    problem = make_problem([5, 150, 0, 64, 65], ignored=0.2, dtype=torch.float32)
+    """By one token longer than what is combined at once, and of one token; beginning anywhere."""
+    problem = make_problem([5, 129, 0, 64, 1], ignored=0.2, dtype=torch.float32, seed=1)
+    problem.targets[[133, -1]] = 0  # the last of the longest counts, and the only one
     ours = Case(problem, splits=2).forward(alpha)
     exact = expected_statistics(problem.to(torch.float64), length_normalization=alpha)
     same = expected_statistics(problem, length_normalization=alpha)
