@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast.data.places import BUILTIN
 from plad_fast.recipe.doctor import versions
-from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.card import without_folders, write_card
 from plad_fast.training.trained_folders import found_record
 
@@ -75,7 +76,7 @@ def describe_student(
         command="plad-fast distill",
         settings={name: value for name, value in settings.items() if value is not None},
         versions=versions(),
-        datasets=[] if config.prompts == BUILTIN_PROMPTS else [config.prompts],
+        datasets=[] if config.prompts in BUILTIN else [config.prompts],
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 
 import pytest
 
+from plad_fast.data.places import BUILTIN
 from plad_fast.data.prompts import (
     Prompt,
     as_messages,
+    builtin_file,
     builtin_prompts,
     load_prompts,
     require_unique_ids,
@@ -138,13 +141,13 @@ def test_a_hub_data_set_is_read_with_its_config_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     calls = []
 
-    def load_dataset(name, config, *, split):
-        calls.append((name, config, split))
+    def load_dataset(name, config, *, split, streaming):
+        calls.append((name, config, split, streaming))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prompts = load_prompts("owner/data:main", split="test", limit=2)
-    assert calls == [("owner/data", "main", "test")]
+    assert calls == [("owner/data", "main", "test", False)]
     assert [p.id for p in prompts] == ["a", "b"]
 
 
@@ -207,10 +210,26 @@ def test_an_id_column_that_is_not_unique_is_not_used(tmp_path, caplog, ids):
     assert "not unique" in caplog.text
 
 
-def test_builtin_prompts():
-    prompts = builtin_prompts()
-    assert len(prompts) > 50
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin_prompts(name):
+    prompts = builtin_prompts(name)
+    assert len(prompts) >= 400
     require_unique_ids(prompts)
+    with builtin_file(name) as path:
+        answers = [json.loads(line)["answer"] for line in path.read_text("utf-8").splitlines()]
+    assert len(answers) == len(prompts)
+    assert all(answers)
+
+
+def test_builtin_calendar_entries_say_what_their_messages_say():
+    with builtin_file("builtin:calendar") as path:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for row in rows:
+        message = row["prompt"].lower()
+        event, day, time, place = row["answer"].lower().split(", ")
+        said = [event, place, *(rf"\b{word}" for word in day.split())]
+        assert all(re.search(pattern, message) for pattern in said), row
+        assert re.fullmatch(r"(0[89]|1\d|20):[0-5]\d", time), row
 
 
 def test_as_messages(tiny_tokenizer):

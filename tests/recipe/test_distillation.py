@@ -7,16 +7,18 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from plad_fast.cli import main
 from plad_fast.data.prompts import builtin_prompts
 from plad_fast.errors import UsageError
+from plad_fast.models.loading import load_model
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.recipe.dependencies import STAGES as SETTINGS_OF
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig
-from tests.support.recipe_runs import arguments, content, kill_at
+from tests.support.recipe_runs import arguments, content, evaluate, kill_at
 
 STAGES = [
     "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
@@ -345,3 +347,23 @@ def test_nothing_is_emptied_for_a_model_that_is_not_there(option, tiny_teacher, 
     assert main(arguments(tiny_teacher, run, option, place, "--overwrite")) == 2
     assert place in capsys.readouterr().err
     assert (run / "sft").exists()
+
+
+def test_adapters_of_a_run_move_with_it(tiny_teacher, tmp_path, capsys):
+    """What they are on lies in the folder too, and other adapters may be on them."""
+    folder, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    lora = ("--lora-r", "2", "--learning-rate", "1e-2")
+    assert main(arguments(tiny_teacher, folder, *lora)) == 0
+    moved.parent.mkdir()
+    folder.rename(moved)
+    capsys.readouterr()
+    assert main(arguments(tiny_teacher, moved, *lora)) == 0
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+    pairs = moved / "pairs" / "held-out.jsonl"
+    assert main(evaluate(moved / "plad", pairs, tmp_path / "compared")) == 0
+    merged = load_model(moved / "plad", merge_adapters=True).state_dict()
+    sft = load_model(moved / "sft", merge_adapters=True).state_dict()
+    assert any(not torch.equal(weight, sft[name]) for name, weight in merged.items())
+    alone = shutil.copytree(moved / "plad", tmp_path / "alone" / "plad")
+    assert main(evaluate(alone, pairs, tmp_path / "compared-again")) == 2
+    assert f"there is nothing at '{tmp_path / 'alone' / 'sft'}'" in capsys.readouterr().err
