@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from plad_fast.data.files import sync_folder, write_atomically
 from plad_fast.data.locks import cannot_write, held_folder
+from plad_fast.data.places import BUILTIN
 from plad_fast.data.streams import stream_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError
