@@ -120,7 +120,7 @@ class Study:
             trained = run.with_settings(replace(self._of_arm(run, arm), **settings))
             trained.prepare()
             trained.make_pairs()
-            found = checks(trained.calibrate())
+            found = checks(trained.train_on_pairs())
             validated = [[check["step"], check["validation/score"]] for check in found]
             return {**self._measures(arm.name, run.folder / "plad"), "validated": validated}
 

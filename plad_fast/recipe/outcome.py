@@ -49,8 +49,9 @@ class Outcome:
             config=config.as_dict() | config.results_settings(),
             length_normalization=config.alpha,
             trainings={
-                of_round("calibration", number) if number else "fine-tuning": self.run.folder
-                / folder
+                of_round("preference training", number)
+                if number
+                else "fine-tuning": self.run.folder / folder
                 for number, folder in enumerate(self.run.students)
             },
             stages=[{"name": name, **stage} for name, stage in self.run.folder.stages.items()],

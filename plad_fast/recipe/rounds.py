@@ -33,7 +33,7 @@ class Round:
     number: int
 
     def stages(self) -> list[Stage]:
-        """Samples, pairs, calibration."""
+        """Samples, pairs, preference training."""
         config, texts, number = self.run.config, self.run.texts, self.number
         of = partial(stage_settings, config)
         is_first = number == 1
@@ -84,13 +84,13 @@ class Round:
             spent = texts.usage().get("judge")
             return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
 
-        def calibrate() -> str:
+        def train_on_pairs() -> str:
             options: dict[str, Any] = {
-                name: getattr(config, name) for name in STAGES["calibration"]
+                name: getattr(config, name) for name in STAGES["preference training"]
             }
             output, validation = numbered("plad", number), None
             if self.run.prompts.validation:
-                # Of the student before it depends on no setting of a calibration.
+                # Of the student before it depends on no setting of this training.
                 validation = self._validation()
                 file = self.run.folder / "answers" / f"{numbered('validation', number)}.json"
                 made_by = {"weights": model_digest(self.run.folder / start), **validation.made_by}
@@ -128,10 +128,10 @@ class Round:
                 makes=[*files, *dropped],
             ),
             Stage(
-                of_round("calibration", number),
-                calibrate,
+                of_round("preference training", number),
+                train_on_pairs,
                 of(
-                    "calibration",
+                    "preference training",
                     prompts=self.run.prompts.validation,
                     references=True,
                     **self._validated_by(),
@@ -146,7 +146,7 @@ class Round:
         ]
 
     def _validated_by(self) -> dict[str, Any]:
-        """What a validated calibration depends on besides its own settings and the prompts."""
+        """What a validated training depends on besides its own settings and the prompts."""
         if not self.run.prompts.validation:
             return {}
         named = {name: getattr(self.run.config, name) for name in STAGES["validation"]}

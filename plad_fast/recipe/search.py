@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 # Of the pairs and of the training on them alone: all before is made once, and the scorer opened.
 _BEFORE = {name for stage in ("fine-tuning", "samples") for name in STAGES[stage]} | {"scorer"}
-_SEARCHED = ({*STAGES["pairs"], *STAGES["calibration"]} & _FIELDS.keys()) - _BEFORE
+_SEARCHED = ({*STAGES["pairs"], *STAGES["preference training"]} & _FIELDS.keys()) - _BEFORE
 _LOG_FROM = 10
 """The ratio of its ends from which on a range is searched in logarithmic steps."""
 
@@ -38,9 +38,9 @@ class TuneConfig:
     )
     search: str | Mapping[str, Any] | Sequence[str] | None = free_setting(
         None,
-        "setting of pairs or calibration and its values: a range such as beta=0.1..2, a list such "
-        "as loss=dpo,simpo, or a single one; of one loss: dpo.beta=0.05..1; repeat; in a --config "
-        "file `search: {beta: 0.1..2}`. Default: learning_rate, epochs, beta, sft_weight, "
+        "setting of pairs or preference training and its values: a range such as beta=0.1..2, a "
+        "list such as loss=dpo,simpo, or a single one; of one loss: dpo.beta=0.05..1; repeat; in a "
+        "--config file `search: {beta: 0.1..2}`. Default: learning_rate, epochs, beta, sft_weight, "
         "length_normalization, max_length_ratio, and with a scorer drop_contradicted, each unless "
         "it is set",
     )

@@ -155,12 +155,12 @@ class DistillConfig:
     )
     validation: float = setting(
         0.1,
-        "training prompts set aside, by whose answers the best checkpoint of the calibration, or "
-        "the student before it, is kept: a share below 1, or a number; 0 keeps the last checkpoint",
+        "training prompts set aside, by whose answers the best checkpoint of preference training, "
+        "or the student before it, is kept: a share below 1, or a number; 0 keeps the last one",
         NOT_NEGATIVE,
     )
     patience: int = setting(
-        2, "validations in a row without a new best after which the calibration ends", AT_LEAST_1
+        2, "validations in a row without a new best that end preference training", AT_LEAST_1
     )
     seed: int = setting(0, "random seed of the split, of sampling and of training", SEED)
 
@@ -191,7 +191,7 @@ class DistillConfig:
     )
     loss: str = setting(
         "plad_ranking",
-        "preference loss of the calibration; or sft, which fine-tunes on the chosen answers for "
+        "loss of preference training; or sft, which fine-tunes on the chosen answers for "
         "comparison",
     )
     beta: float | None = setting(
@@ -213,8 +213,8 @@ class DistillConfig:
         "where an answer should end",
     )
     epochs: float = setting(2.0, "number of passes over the pairs", POSITIVE)
-    learning_rate: float = setting(3e-5, "peak learning rate of the calibration", POSITIVE)
-    batch_size: int = setting(4, "pairs per optimizer step of the calibration", AT_LEAST_1)
+    learning_rate: float = setting(3e-5, "peak learning rate of preference training", POSITIVE)
+    batch_size: int = setting(4, "pairs per optimizer step of preference training", AT_LEAST_1)
     micro_batch_size: int | None = free_setting(
         None,
         "number of prompts in memory together, in each process; default: its part of the batch",
@@ -247,7 +247,7 @@ class DistillConfig:
         False, "recompute activations in the backward: less memory, more time"
     )
     saves_per_stage: int = free_setting(
-        4, "number of checkpoints per training; each of the calibration's is validated", AT_LEAST_1
+        4, "checkpoints of each training; those of preference training are validated", AT_LEAST_1
     )
     training: Mapping[str, Any] | None = setting(
         None,
@@ -324,8 +324,8 @@ class DistillConfig:
         check_adapters(vars(self))
         if self.load_in_4bit and not self.merge:
             raise UsageError(
-                "--load-in-4bit: the calibration begins with the fine-tuned student, which can be "
-                "quantised only as a whole model; add --merge"
+                "--load-in-4bit: preference training begins with the fine-tuned student, which can "
+                "be quantised only as a whole model; add --merge"
             )
         size = self.micro_batch_size
         if size is not None and (self.batch_size % size or self.sft_batch_size % size):

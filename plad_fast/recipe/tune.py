@@ -1,4 +1,4 @@
-"""Search of the settings of pairs and calibration by validation prompts: `plad-fast tune`.
+"""Search of the settings of pairs and preference training by validation prompts: `plad-fast tune`.
 
 A trial makes pairs and trains on them in the folder of a run, as `distill` would with its settings,
 and counts by the best of its checkpoints. Held-out prompts have no part in it.
@@ -147,7 +147,7 @@ def _outcome(run: Distillation, settings: Mapping[str, Any]) -> dict[str, Any]:
         trial.make_pairs()
     except (NoPairsError, NothingToLearnError) as error:
         return _failure(error)
-    found = checks(trial.calibrate())
+    found = checks(trial.train_on_pairs())
     # The student before is kept where no checkpoint is better, which would make trials equal.
     best = max(found[1:], key=lambda entry: (entry[SCORE], entry["step"]))
     stages = run.folder.stages
@@ -156,7 +156,7 @@ def _outcome(run: Distillation, settings: Mapping[str, Any]) -> dict[str, Any]:
         "step": best["step"],
         "start": measures(found[0]),
         # Of the stages' last attempts, also where an earlier command made them.
-        "seconds": sum(stages[name]["seconds"] for name in ("pairs", "calibration")),
+        "seconds": sum(stages[name]["seconds"] for name in ("pairs", "preference training")),
     }
 
 

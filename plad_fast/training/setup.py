@@ -79,7 +79,7 @@ def check_inputs(
     if narrow := trained & {torch.bfloat16, torch.float16}:
         logger.warning(
             "the weights to train are %s: an update below half a unit of a weight's last digit is "
-            "lost, and at the learning rates of calibration many are. Load the model with "
+            "lost, and at the learning rates of preference training many are. Load the model with "
             "dtype=torch.float32 and set bf16=True, which multiplies in bfloat16 all the same",
             str(narrow.pop()).removeprefix("torch."),
         )

@@ -116,5 +116,5 @@ def test_an_endpoint_says_nothing_of_its_key():
 
 def test_without_the_package_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UsageError, match=r'pip install "plad-fast\[api\]"'):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[api\]'"):
         Endpoint("m", base_url=NOBODY)

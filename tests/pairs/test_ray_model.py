@@ -55,7 +55,7 @@ def test_a_missing_ray_is_named_before_a_teacher_is_asked(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a", "answer": "b"}\n')
     assert main(pair("column:answer", tiny_teacher, prompts, tmp_path / "out", *RAY)) == 2
-    assert 'pip install "plad-fast[ray]"' in capsys.readouterr().err
+    assert "pip install -e '.[ray]'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "teacher.jsonl").exists()
 
 

@@ -21,8 +21,8 @@ from plad_fast.recipe.settings import DistillConfig
 from tests.support.recipe_runs import arguments, content, evaluate, kill_at
 
 STAGES = [
-    "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
-    "evaluation",
+    "student", "teacher's answers", "fine-tuning", "student's samples", "pairs",
+    "preference training", "evaluation",
 ]  # fmt: skip
 LOSS = "training.trainer.fused_linear_preference_loss"
 
@@ -111,12 +111,12 @@ def test_another_teacher_in_the_same_folder_is_refused(finished, tiny_teacher, t
         ("data.store._line", 12, "teacher's answers"),
         pytest.param(LOSS, 6, "fine-tuning", marks=pytest.mark.slow),
         pytest.param("data.store._line", 38, "student's samples", marks=pytest.mark.slow),
-        (LOSS, 14, "calibration"),
+        (LOSS, 14, "preference training"),
         ("evaluation.run_students.score_rows", 2, "evaluation"),
         # The model is in its place, and run.json does not know yet.
         ("recipe.run_folder.RunFolder._write", 4, "fine-tuning"),
     ],
-    ids=["pairs", "sft", "samples", "calibration", "evaluation", "unrecorded"],
+    ids=["pairs", "sft", "samples", "training", "evaluation", "unrecorded"],
 )
 def test_kill_and_go_on(function, at, stage, finished, tiny_teacher, tmp_path, capfd):
     """After kill -9 in any stage the same command ends with the numbers of a run left alone."""
@@ -219,7 +219,7 @@ def write_rows(path, rows):
 
 
 def test_a_changed_setting_makes_anew_what_depends_on_it(finished, tiny_teacher, tmp_path, capsys):
-    """Evaluation settings the evaluation alone, the margin the calibration and what follows; the
+    """Evaluation settings the evaluation alone, the margin training on pairs and what follows; the
     numbers are those of a run that never had another setting."""
     folder = copy_of(finished, tmp_path)
     before = (finished / "metrics.json").read_text()
@@ -231,7 +231,7 @@ def test_a_changed_setting_makes_anew_what_depends_on_it(finished, tiny_teacher,
 
     assert main(arguments(tiny_teacher, folder, "--beta", "9", "--epochs", "1")) == 0
     out = capsys.readouterr().out
-    assert "beta was None and is 9.0: calibration and evaluation run anew" in out
+    assert "beta was None and is 9.0: preference training and evaluation run anew" in out
     assert out.count("done before") == len(STAGES) - 2
     assert json.loads((folder / "plad" / "training.json").read_text())["beta"] == 9.0
     assert (folder / "metrics.json").read_text() != before
@@ -258,7 +258,7 @@ def test_edited_pairs_are_trained_on(finished, tiny_teacher, tmp_path, capsys):
     assert main(arguments(tiny_teacher, folder)) == 0
     out = capsys.readouterr().out
     count = f"({len(rows)} before, {len(rows) - 1} now)"
-    assert f"pairs/train.jsonl has other rows {count}, and is kept as edited: calibration" in out
+    assert f"pairs/train.jsonl has other rows {count}, and is kept as edited: preference" in out
     assert out.count("done before") == len(STAGES) - 2
     assert file.read_text() == edited
     record = json.loads((folder / "plad" / "training.json").read_text())

@@ -38,7 +38,7 @@ def test_every_round_is_kept_apart(two_rounds):
     """Samples, pairs and models of both; the second round samples the first one's student anew."""
     stages = json.loads((two_rounds / "run.json").read_text())["stages"]
     assert list(stages)[-4:] == [
-        "student's samples, round 2", "pairs, round 2", "calibration, round 2",
+        "student's samples, round 2", "pairs, round 2", "preference training, round 2",
         "evaluation, round 2",
     ]  # fmt: skip
     first, second = (

@@ -109,7 +109,7 @@ def test_distill_takes_what_was_found(tuned, tmp_path, capsys):
     ]
     control = ["--loss", "sft", *unset]
     assert main(["distill", "--config", str(file), "--output-dir", str(copy), *control]) == 0
-    assert "calibration: anew, beta was" in capsys.readouterr().out
+    assert "preference training: anew, beta was" in capsys.readouterr().out
 
 
 def test_trials_without_pairs_fail_and_the_search_goes_on(tuned, tiny_teacher, tmp_path, capsys):

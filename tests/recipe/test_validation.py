@@ -60,7 +60,8 @@ def test_the_best_checkpoint_is_delivered(patient):
     scores = [entry["validation/score"] for entry in checks(patient)]
     assert len(scores) == 4
     best = max(range(4), key=lambda number: (scores[number], number))
-    told = json.loads((patient / "run.json").read_text())["stages"]["calibration"]["summary"]
+    stages = json.loads((patient / "run.json").read_text())["stages"]
+    told = stages["preference training"]["summary"]
     what = f"the checkpoint of step {2 * best} is kept" if best else "SFT student, which is kept"
     assert what in told
     assert f"{scores[0]:.3f} for the SFT student" in told
@@ -69,7 +70,7 @@ def test_the_best_checkpoint_is_delivered(patient):
     assert report.count("<h2>The checkpoint that was kept</h2>") == 1
 
 
-def test_a_killed_calibration_goes_on_to_the_same_checks(patient, tiny_teacher, tmp_path):
+def test_a_killed_preference_training_goes_on_to_the_same_checks(patient, tiny_teacher, tmp_path):
     run = tmp_path / "run"
     arguments = command(tiny_teacher, run, "--patience", "3")
     kill_at("training.trainer.fused_linear_preference_loss", 11, arguments)

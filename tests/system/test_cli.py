@@ -380,7 +380,7 @@ def test_what_only_the_report_needs_is_missed_before_any_work(
     out = data / "out"
     assert main([part.format(data=data, teacher=tiny_teacher, out=out) for part in command]) == 2
     error = capsys.readouterr().err
-    assert 'rouge_score and matplotlib must be installed; run: pip install "plad' in error
+    assert "rouge_score and matplotlib must be installed; run: pip install -e '.[eval]'" in error
     assert not out.exists()
 
 

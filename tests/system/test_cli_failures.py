@@ -87,6 +87,7 @@ def test_flags_have_to_be_spelt_out(short, capsys):
         ("pairs --rounds=2", "plad-fast pairs --teacher", "a flag of distill, not of pairs"),
         ("doctor --qqq", "plad-fast doctor", "plad-fast doctor --help lists the flags"),
         ("train my model", "plad-fast train", "a value with spaces needs quotes"),
+        ("train --training a=b c=d", "plad-fast train", "c=d; repeat --training for each KEY=VAL"),
         ("distill --beta", "plad-fast distill", "argument --beta: expected one argument"),
         ("train --model m", "plad-fast train", "train needs --pairs and --output-dir"),
         ("evaluate", "plad-fast evaluate", "needs --student, --pairs and --output-dir"),

@@ -101,7 +101,7 @@ class RayModel(TextModel):
 def require_ray() -> None:
     """Raises UsageError where Ray Data is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise UsageError('--engine ray needs Ray Data; run: pip install "plad-fast[ray]"')
+        raise UsageError("--engine ray needs Ray Data; run: pip install -e '.[ray]'")
 
 
 class _Actor:

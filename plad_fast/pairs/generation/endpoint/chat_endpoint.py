@@ -439,7 +439,7 @@ class Endpoint:
 
     def _check(self) -> None:
         if importlib.util.find_spec("openai") is None:
-            raise UsageError('endpoints need the openai package; run: pip install "plad-fast[api]"')
+            raise UsageError("endpoints need the openai package; run: pip install -e '.[api]'")
         if not self.model:
             raise UsageError("no model is named; write openai:MODEL")
         for name in ("concurrency", "timeout"):
