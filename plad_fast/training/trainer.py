@@ -170,8 +170,13 @@ class PLaDTrainer(Trainer):
         return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset"))
 
     def _tokenized(self, rows: Rows | str | None, name: str) -> Any:
-        # None is the constructor's dataset, and a text names one of several.
-        if rows is None or isinstance(rows, str):
+        # None is the constructor's dataset, and a text names one of several; `evaluate` passes it.
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else ()
+        if (
+            rows is None
+            or isinstance(rows, str)
+            or any(rows is a for a in (self.eval_dataset, *own))
+        ):
             return rows
         with self.args.main_process_first(desc="tokenising"):
             tokenized = tokenize(self.model, self.args, self.processing_class, rows, name)

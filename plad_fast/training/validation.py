@@ -53,8 +53,8 @@ def checks(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def best_check(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The check with the largest score, the later one of two that are equal; None without any."""
-    return max(checks(history), key=lambda entry: (entry[SCORE], entry["step"]), default=None)
+    """The check with the largest score, the first of those that are equal; None without any."""
+    return max(checks(history), key=lambda entry: (entry[SCORE], -entry["step"]), default=None)
 
 
 def has_stalled(history: Sequence[Mapping[str, Any]], patience: int) -> bool:

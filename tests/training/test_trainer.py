@@ -349,6 +349,15 @@ def test_reference_logps_of_text_rows_take_the_place_of_a_reference_model(make):
         make(rows, loss="dpo", rank_end_token=False)
 
 
+def test_references_without_end_tokens_are_those_of_the_same_tokens(make):
+    """Also of the constructor's data where they are evaluated, which have a column of ours."""
+    sets = {"a": PAIRS[:2], "b": PAIRS[2:5]}
+    for rows in (PAIRS[:3], sets):
+        found = make(PAIRS, loss="dpo", rank_end_token=False, eval_rows=rows).evaluate()
+        losses = [value for name, value in found.items() if name.endswith("_loss")]
+        assert losses == pytest.approx([math.log(2)] * len(losses), abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bart", "lora"])
 def test_dropout_is_off_where_responses_are_compared(kind, make, tiny_model, tiny_tokenizer):
     """Before the first step a model is its own reference, and DPO's loss is log 2."""

@@ -39,11 +39,12 @@ def kept(output) -> torch.Tensor:
     ("scores", "best", "ended"),
     [
         ((0.1, 0.5, 0.3, 0.4), 1, 6),
-        ((0.1, 0.2, 0.3, 0.3), 3, 6),  # of two that are equal the later one
+        ((0.1, 0.2, 0.3, 0.3), 2, 6),  # of two that are equal the first
+        ((0.1, 0.3, 0.2, 0.4), 3, 6),
         ((0.5, 0.4, 0.3), 0, 4),  # it only gets worse
         ((0.5, 0.4, 0.6, 0.3), 2, 6),  # patience begins anew
     ],
-    ids=["middle", "last", "start", "late"],
+    ids=["middle", "equal", "last", "start", "late"],
 )
 def test_the_best_is_kept_and_what_gets_worse_ends(scores, best, ended, tiny_teacher, tmp_path):
     script = Scripted(*scores)
