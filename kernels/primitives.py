@@ -166,7 +166,8 @@ def logit_gradient(z, lse, is_target, at_target, of_others):
     """d z of a tile from the factors of `gradient_factors`, which broadcast over it, as lse does.
     A row whose factors are 0 gets 0 whatever its logits are.
     """
-    # Above 0 only in rows that are masked out below; a NaN stays one.
+    # Above 0 in rows that are masked out below, and in others by rounding, where another product
+    # made the logits of the lse (cuBLAS in the forward, Triton here); a NaN stays one.
     log_probability = z - lse
     probability = tl.exp(tl.where(log_probability > 0.0, 0.0, log_probability))
     d_z = tl.where(is_target, at_target, of_others * probability)
