@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from plad_fast.kernels import autotune, launch
+from plad_fast.kernels import launch
 from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.primitives import (
     capped_logits,
@@ -69,7 +69,6 @@ def logits_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Raw products of a tile, float32. Of what lies past the edges the caller makes nothing."""
     offs_v = first_v + tl.arange(0, BLOCK_V)
@@ -78,7 +77,7 @@ def logits_tile(
     in_vocab = tl.minimum(offs_v, vocab - 1).to(tl.int64)
     raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if USE_TMA:
-        for start in tl.range(0, width, BLOCK_D, warp_specialize=WARP_SPECIALIZE):
+        for start in tl.range(0, width, BLOCK_D):
             hidden = hidden_ptr.load([first_n, start])
             weight = weight_ptr.load([first_v, start])
             if WIDEN:
@@ -145,7 +144,6 @@ def _linear_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile, split = grouped_tile(token_tiles, tl.num_programs(0) // token_tiles, GROUP)
@@ -186,7 +184,6 @@ def _linear_forward_kernel(
             BLOCK_N,
             BLOCK_V,
             BLOCK_D,
-            WARP_SPECIALIZE,
         )
         z, _ = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
         others, at_target = without_target(z, offs_v, targets, vocab, EVEN_V)
@@ -275,19 +272,9 @@ def linear_forward(
     """Statistics of every token and sequence; nothing waits for the device."""
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
-    options = {
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "length_normalization": length_normalization,
-        "entropy_order": entropy_order,
-    }
-    config = config or autotune.linear_config(
-        linear_forward, hidden, weight, bias, targets, cu_seqlens, **options
-    )
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
+    config = config or launch.config_for(hidden, weight, bias, softcap)
     targets = targets.contiguous()
 
     def per_token() -> Tensor:

@@ -139,7 +139,6 @@ def start(job: Job, args: argparse.Namespace, truths: Path, limit: float) -> Run
     command += ["--tiny"] if args.tiny else []
     command += [f"--impl={job.impl}"] if job.impl else []
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    env.pop("PLAD_FAST_AUTOTUNE", None)  # what is frozen is what is measured
     if args.device == "cpu":
         env["TRITON_INTERPRET"] = "1"
     log = args.out / "logs" / f"{job.name}.txt"

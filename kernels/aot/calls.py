@@ -135,39 +135,26 @@ def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[i
 def _call_linear(
     dtype: torch.dtype, head: tuple[int, int], case: Case, sizes: tuple[int, ...]
 ) -> None:
-    """As the heuristic chooses, and with specialised warps where `kernels.autotune` offers them."""
     width, vocab = head
     bounds = _empty(3, dtype=torch.int64)
-    device = launch.device_of(bounds)
     for n in sizes:
         hidden, weight = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
         bias = _empty(vocab, dtype=dtype) if case.bias else None
         targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
-        options = _options(case)
-        candidates = launch.linear_candidates(
-            dtype,
-            n,
-            device,
-            loads=launch.load_kind(device, hidden, weight),
-            lean=launch.is_lean(bias, options["softcap"], vocab),
-        )
-        for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
-            for entropy_order in _orders(vocab, case):
-                linear_forward(
-                    *(hidden, weight, bias, targets, bounds),
-                    **options,
-                    length_normalization=float(case.rest),
-                    entropy_order=entropy_order,
-                    config=config,
-                )
-            logits_gradient(
-                *(hidden, weight, bias, targets, tokens, tokens, tokens, tokens),
-                tokens if case.rest else None,
-                **options,
-                out=_empty(n, vocab, dtype=dtype),
-                scale=_scale(dtype),
-                config=config,
+        for entropy_order in _orders(vocab, case):
+            linear_forward(
+                *(hidden, weight, bias, targets, bounds),
+                **_options(case),
+                length_normalization=float(case.rest),
+                entropy_order=entropy_order,
             )
+        logits_gradient(
+            *(hidden, weight, bias, targets, tokens, tokens, tokens, tokens),
+            tokens if case.rest else None,
+            **_options(case),
+            out=_empty(n, vocab, dtype=dtype),
+            scale=_scale(dtype),
+        )
 
 
 def _orders(vocab: int, case: Case) -> tuple[int, ...]:
@@ -261,5 +248,5 @@ def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | SegmentsConfig:
     blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
     rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
     if len(blocks) == 3:
-        return LinearConfig(*blocks, *rest, values["WARP_SPECIALIZE"])
+        return LinearConfig(*blocks, *rest)
     return (RowsConfig if "BLOCK_V" in values else SegmentsConfig)(*blocks, *rest)

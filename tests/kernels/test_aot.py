@@ -19,7 +19,6 @@ from plad_fast.kernels.aot.resources import (
     GPUS,
     Resources,
     Usage,
-    amd_linker_missing,
     blocks_per_sm,
     parse_ptxas,
     ptxas_log,
@@ -222,7 +221,7 @@ def aot(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     ],
 )
 def test_planted_faults_are_found(planted, arch, message):
-    done = aot("--arch", str(arch), "--no-amd", "--module", "planted_kernels", PLANTED=planted)
+    done = aot("--arch", str(arch), "--module", "planted_kernels", PLANTED=planted)
     assert "product_kernel" in done.stdout, done.stderr
     assert done.returncode == (0 if message is None else 1)
     if message is None:
@@ -290,10 +289,9 @@ def test_refuses_the_interpreter():
 def test_every_kernel_compiles_for_every_architecture(tmp_path, options):
     """What CI rests on: no spill, nothing too large, tensor cores for 16-bit operands."""
     path = tmp_path / "kernels.json"
-    options = [*options, *(["--no-amd"] if amd_linker_missing() else [])]
     if triton.__version__.split(".")[:2] != ["3", "7"]:
         # Tiles are chosen with 3.7. With 3.4 and 3.9 some kernels spill, none in an inner loop.
-        options += ["--spills", "600"]
+        options = (*options, "--spills", "600")
     done = aot("--arch", "80", "90", "100", "--json", str(path), *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())

@@ -10,29 +10,7 @@ pytest.importorskip("triton")
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import Device
 
-HOPPER, AMPERE = Device((9, 0), 132), Device((8, 0), 108)
-
-
-@pytest.mark.parametrize(
-    ("version", "device", "loads", "lean", "num_tokens", "offered"),
-    [
-        ("3.6.0", HOPPER, "tma", True, 2048, True),
-        ("3.7.1", HOPPER, "tma", True, 2048, False),
-        ("3.6.0", AMPERE, "vector", True, 2048, False),
-        ("3.6.0", HOPPER, "scalar", True, 2048, False),
-        ("3.6.0", HOPPER, "tma", True, 16, False),  # a warp group of 64 rows multiplies them
-    ],
-)
-def test_specialised_warps_are_chosen_by_measurement_alone(
-    monkeypatch, version, device, loads, lean, num_tokens, offered
-):
-    """And offered where the version of Triton compiles them."""
-    monkeypatch.setattr(launch.triton, "__version__", version)
-    arguments = torch.bfloat16, num_tokens, device
-    first, *others = launch.linear_candidates(*arguments, loads=loads, lean=lean)
-    assert first == launch.linear_config(*arguments, loads=loads, lean=lean)
-    assert not first.WARP_SPECIALIZE
-    assert [c.num_warps for c in others if c.WARP_SPECIALIZE] == ([4] if offered else [])
+AMPERE = Device((8, 0), 108)
 
 
 @pytest.mark.parametrize(
