@@ -99,7 +99,7 @@ class PLaDConfig(TrainingArguments):
     shared if the model can, else padded. An encoder-decoder model has a layout of its own, and
     takes "auto". See `plad_fast.data.packing` and `plad_fast.models.sharing`."""
     attention: str = "auto"
-    """Attention over packed rows: "flash", "varlen", "sdpa", "flex", "eager", or "auto"; see
+    """Attention over packed rows: "flash", "varlen", "sdpa", "eager", or "auto"; see
     `plad_fast.models.attention.packed`."""
     self_check: bool = True
     """Compare shared with padded log-probabilities on a short group before training."""

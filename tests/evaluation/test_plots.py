@@ -49,7 +49,7 @@ def test_plots_of_one_example_and_of_ties(tmp_path):
 
 def test_nothing_to_plot(tmp_path):
     texts_only = StudentOutputs("SFT", {"p": "a"})
-    row = {"name": "SFT", "reliability": {"rank": [], "quantile": []}}
+    row = {"name": "SFT", "reliability": []}
     with pytest.raises(UsageError, match="no student has samples to draw"):
         plots.plot_reliability({"students": [row]}, tmp_path / "a.png")
     with pytest.raises(UsageError, match="no training step was logged"):
