@@ -41,16 +41,12 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
-class SegmentsConfig:
-    """A sequence is read BLOCK_N tokens at a time; or a tensor, BLOCK_N entries by a program."""
+class ScalingConfig:
+    """A program reads BLOCK_N entries: for each thread four vectors of four to have in flight."""
 
-    BLOCK_N: int = 128
-    num_warps: int = 4
+    BLOCK_N: int = 4096
+    num_warps: int = 8
     num_stages: int = 2
-
-
-SCALING = SegmentsConfig(BLOCK_N=4096, num_warps=8)
-"""Four vectors of four float32 entries for each thread to have in flight."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class AotEntry:
 
     kernel: Any
     dtype: str  # of the operands: "fp32", "bf16", "fp16"
-    tile: LinearConfig | RowsConfig | SegmentsConfig
+    tile: LinearConfig | RowsConfig | ScalingConfig
     constants: Mapping[str, Any]
     types: Mapping[str, str]
     """Of the other arguments: "*bf16", "i32" and so on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from plad_fast.kernels.launch import SCALING, SegmentsConfig
+from plad_fast.kernels.launch import ScalingConfig
 from torch import Tensor
 
 
@@ -30,13 +30,14 @@ def scaled(
     values: Tensor,  # of any shape, without gaps between its entries
     factor: Tensor | None,  # (), of any floating dtype
     dtype: torch.dtype,
-    config: SegmentsConfig = SCALING,
+    config: ScalingConfig | None = None,
 ) -> Tensor:
     """values * factor, multiplied in float32 and rounded once to `dtype`; strides as of `values`.
 
     No operation of torch does it in one launch: a factor without dimensions is rounded to the
     dtype of what it multiplies.
     """
+    config = config or ScalingConfig()
     out = torch.empty_like(values, dtype=dtype)
     if values.stride() != out.stride():
         values = values.contiguous()

@@ -14,18 +14,11 @@ from unittest import mock
 import torch
 from plad_fast.kernels import launch
 from plad_fast.kernels.exponential_rows import exponential_rows, move_rows_
-from plad_fast.kernels.launch import (
-    AotEntry,
-    Device,
-    LinearConfig,
-    RowsConfig,
-    SegmentsConfig,
-)
+from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig, ScalingConfig
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
 from plad_fast.kernels.scaling import scaled
-from plad_fast.kernels.segments import segment_sums
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -48,7 +41,7 @@ _TRITON_STAGES = 3  # what a launch without num_stages gets
 
 @dataclass(frozen=True)
 class Case:
-    """Options of a call; `rest` stands for entropy, length normalisation and row orders."""
+    """Options of a call; `rest` stands for entropy and row orders."""
 
     bias: bool = False
     softcap: bool = False
@@ -125,7 +118,6 @@ def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[i
     if not case.bias:
         # Logits that the user holds.
         _call_rows(dtype, dtype, head[1], case)
-    segment_sums(_empty(5), _empty(3, dtype=torch.int64))
     # The gradient of the weight: accumulated in float32 or, of a single chunk, rounded already.
     for width in {torch.float32, dtype}:
         scaled(_empty(*head, dtype=width), _empty(1)[0], dtype)
@@ -136,17 +128,13 @@ def _call_linear(
     dtype: torch.dtype, head: tuple[int, int], case: Case, sizes: tuple[int, ...]
 ) -> None:
     width, vocab = head
-    bounds = _empty(3, dtype=torch.int64)
     for n in sizes:
         hidden, weight = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
         bias = _empty(vocab, dtype=dtype) if case.bias else None
         targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
         for entropy_order in _orders(vocab, case):
             linear_forward(
-                *(hidden, weight, bias, targets, bounds),
-                **_options(case),
-                length_normalization=float(case.rest),
-                entropy_order=entropy_order,
+                *(hidden, weight, bias, targets), **_options(case), entropy_order=entropy_order
             )
         logits_gradient(
             *(hidden, weight, bias, targets, tokens, tokens, tokens, tokens),
@@ -244,9 +232,9 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
     return AotEntry(kernel, dtype, _tile(values), constants, types, tuple(aligned))
 
 
-def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | SegmentsConfig:
+def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | ScalingConfig:
     blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
     rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
     if len(blocks) == 3:
         return LinearConfig(*blocks, *rest)
-    return (RowsConfig if "BLOCK_V" in values else SegmentsConfig)(*blocks, *rest)
+    return (RowsConfig if "BLOCK_V" in values else ScalingConfig)(*blocks, *rest)

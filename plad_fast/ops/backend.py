@@ -96,8 +96,6 @@ class LinearProblem(NamedTuple):
 class LinearStatistics(NamedTuple):
     """Results of the forward, float32 (float64 for float64); 0 for ignored tokens."""
 
-    sums: Tensor  # (S,), divided by count ** length_normalization
-    counts: Tensor  # (S,) int64, tokens that are not ignored
     token_logprobs: Tensor  # (N,)
     lse: Tensor  # (N,)
     tail: Tensor  # (N,) what rounding took from lse, or 0 from a backend that has no use for it
@@ -137,9 +135,7 @@ class Backend(Protocol):
     def preferred(self, tensor: Tensor) -> bool:
         """Whether impl="auto" should take this backend for a tensor it can take."""
 
-    def linear_forward(
-        self, problem: LinearProblem, length_normalization: float, entropy_order: int
-    ) -> LinearStatistics: ...
+    def linear_forward(self, problem: LinearProblem, entropy_order: int) -> LinearStatistics: ...
 
     def linear_backward(
         self,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from plad_fast.ops.reference import (
     reference_logits,
-    reference_sequence_sums,
     reference_token_logprobs,
     transform_logits,
 )
@@ -34,7 +32,8 @@ import triton.language as tl
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import Device, LinearConfig
 from plad_fast.kernels.linear_backward import logits_gradient
-from plad_fast.kernels.linear_forward import LinearStatistics, linear_forward
+from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.logits_rows import RowStatistics
 from plad_fast.kernels.primitives import grouped_tile
 from triton.runtime import interpreter
 
@@ -91,9 +90,7 @@ class Case:
         plain = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0}
         return {**plain, **self.problem.spec, "ignore_index": self.ignore_index}
 
-    def forward(
-        self, length_normalization: float = 0.0, entropy_order: int = 1
-    ) -> LinearStatistics:
+    def forward(self, entropy_order: int = 1) -> RowStatistics:
         heuristic = launch.vocab_splits
         with (
             mock.patch.object(launch, "TOKEN_GROUP", self.group),
@@ -102,17 +99,12 @@ class Case:
             ),
         ):
             return linear_forward(
-                *self.operands,
-                self.problem.cu_seqlens,
-                **self.options,
-                length_normalization=length_normalization,
-                entropy_order=entropy_order,
-                config=self.config,
+                *self.operands, **self.options, entropy_order=entropy_order, config=self.config
             )
 
     def backward(
         self,
-        statistics: LinearStatistics,
+        statistics: RowStatistics,
         grad: Tensor,  # (N,)
         grad_lse: Tensor | None = None,  # (N,)
         *,
@@ -181,10 +173,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def expected_statistics(
-    problem: Problem,
-    ignore_index: int = -100,
-    length_normalization: float = 0.0,
-    entropy_order: int = 1,
+    problem: Problem, ignore_index: int = -100, entropy_order: int = 1
 ) -> dict[str, Tensor]:
     """By the naive computation; in 16 bits logits are rounded and the softmax is in float32."""
     logits = reference_logits(problem.hidden, problem.weight, problem.bias, **problem.spec)
@@ -198,9 +187,6 @@ def expected_statistics(
     if entropy_order == 2:
         entropy = -torch.logsumexp(2 * logprobs, dim=-1)
     return {
-        "sums": reference_sequence_sums(
-            tokens, problem.targets, problem.cu_seqlens, length_normalization, ignore_index
-        ),
         "token_logprobs": tokens,
         "lse": torch.logsumexp(logits, dim=-1).where(keep, 0.0),
         "miss": -torch.expm1(tokens),
@@ -229,13 +215,13 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 @DRAWN
-@given(case=cases(), alpha=st.sampled_from([0.0, 0.6, 1.0]), order=st.sampled_from([0, 1, 2]))
-def test_forward_meets_the_budget(case, alpha, order):
-    """Any shape, option, layout, tile and number of splits; N = 0 and S = 0 too."""
+@given(case=cases(), order=st.sampled_from([0, 1, 2]))
+def test_forward_meets_the_budget(case, order):
+    """Any shape, option, layout, tile and number of splits; N = 0 too."""
     problem = case.problem
-    ours = case.forward(alpha, order)
-    truth = expected_statistics(problem.to(torch.float64), case.ignore_index, alpha, order)
-    same = expected_statistics(problem, case.ignore_index, alpha, order)
+    ours = case.forward(order)
+    truth = expected_statistics(problem.to(torch.float64), case.ignore_index, order)
+    same = expected_statistics(problem, case.ignore_index, order)
     for name, exact in truth.items():
         mine = getattr(ours, name)
         if name == "entropy" and not order:
@@ -245,10 +231,6 @@ def test_forward_meets_the_budget(case, alpha, order):
         assert mine.shape == exact.shape
         assert_within_budget(mine, same[name], exact, name, roundings=16)
     keep = problem.targets != case.ignore_index
-    bounds = problem.cu_seqlens.tolist()
-    counts = [int(keep[a:b].sum()) for a, b in pairwise(bounds)]
-    assert ours.counts.dtype == torch.int64
-    assert ours.counts.tolist() == counts
     for values in (ours.token_logprobs, ours.lse, ours.tail, ours.miss):
         assert not values[~keep].any()
 
@@ -301,18 +283,6 @@ def test_a_target_in_every_column(vocab, splits):
     grad = normal(vocab, seed=1)
     want = expected_gradient(problem.to(torch.float64), grad, None)
     torch.testing.assert_close(case.backward(ours, grad).double(), want, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_long_sequences(alpha):
-    """Longer than what is combined at once, beginning anywhere."""
-    problem = make_problem([5, 150, 0, 64, 65], ignored=0.2, dtype=torch.float32)
-    ours = Case(problem, splits=2).forward(alpha)
-    exact = expected_statistics(problem.to(torch.float64), length_normalization=alpha)
-    same = expected_statistics(problem, length_normalization=alpha)
-    for name in exact:
-        assert_within_budget(getattr(ours, name), same[name], exact[name], name, roundings=16)
-    assert ours.counts.sum() == (problem.targets != -100).sum()
 
 
 def test_order_of_programs_does_not_matter(monkeypatch):
@@ -375,14 +345,12 @@ def test_a_row_of_masked_tokens_alone_is_nan():
     ours = Case(problem, splits=2).forward()
     assert ours.token_logprobs.isnan().all()
     assert ours.lse.isnan().all()
-    assert ours.sums.isnan().all()
-    assert ours.counts.tolist() == [3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_nan_stays_in_its_row(softcap, dtype):
-    """A NaN in a hidden state is a NaN of that token and its sequence, and of nothing else."""
+    """A NaN in a hidden state is a NaN of that token, and of nothing else."""
     problem = make_problem([4, 3, 5], softcap=softcap, dtype=dtype)
     problem.targets[8] = -100
     clean = Case(problem, splits=3)
@@ -396,8 +364,6 @@ def test_nan_stays_in_its_row(softcap, dtype):
         mine = getattr(ours, name)
         assert mine[5].isnan()
         assert torch.equal(mine[others], getattr(want, name)[others])
-    assert ours.sums[1].isnan()
-    assert torch.equal(ours.sums[[0, 2]], want.sums[[0, 2]])
     got = clean.backward(ours, grad)
     assert got[5].isnan().all()
     assert torch.equal(got[others], gradient[others])
@@ -440,8 +406,6 @@ def test_tiles_without_a_counted_token_multiply_nothing(monkeypatch):
     ours = case.forward()
     assert products.total() == 3 * 2  # tiles of the vocabulary, steps of the width
     assert ours.token_logprobs.nonzero().tolist() == [[18]]
-    assert ours.sums[0] == 0
-    assert ours.counts.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("with_grad_lse", [False, True])
@@ -467,7 +431,7 @@ def test_all_tokens_ignored():
     problem = make_problem([3, 0, 4], bias=True, ignored=1.0, dtype=torch.float32)
     problem.hidden.data.fill_(NAN)
     case = Case(problem)
-    ours = case.forward(length_normalization=1.0)
+    ours = case.forward()
     for values in ours:
         assert not values.any()
     assert not case.backward(ours, torch.ones(7), torch.ones(7)).any()
@@ -529,7 +493,7 @@ def test_logits_of_any_size():
 
 
 def test_strided_vectors():
-    """Bias, targets, bounds, statistics and gradients need not be contiguous."""
+    """Bias, targets, statistics and gradients need not be contiguous."""
 
     def strided(vector: Tensor) -> Tensor:
         return torch.stack([vector, torch.zeros_like(vector)], 1)[:, 0]
@@ -539,7 +503,7 @@ def test_strided_vectors():
     grad, grad_lse = normal(9, seed=1), normal(9, seed=2)
     want = case.forward(), case.backward(case.forward(), grad, grad_lse)
     problem.bias.data = strided(problem.bias.data)
-    problem.targets, problem.cu_seqlens = strided(problem.targets), strided(problem.cu_seqlens)
+    problem.targets = strided(problem.targets)
     ours = case.forward()
     for mine, other in zip(ours, want[0], strict=True):
         assert torch.equal(mine, other)
@@ -553,11 +517,9 @@ def test_rows_that_are_one_row():
     """Expanded: a stride of 0."""
     problem = make_problem([5], dtype=torch.bfloat16, width=16)
     one_row = problem.hidden.detach()[:1].expand(5, 16)
-    options = {**Case(problem).options, "length_normalization": 0.0, "entropy_order": 1}
+    options = {**Case(problem).options, "entropy_order": 1}
     expanded, copied = (
-        linear_forward(
-            hidden, problem.weight.detach(), None, problem.targets, problem.cu_seqlens, **options
-        )
+        linear_forward(hidden, problem.weight.detach(), None, problem.targets, **options)
         for hidden in (one_row, one_row.contiguous())
     )
     for mine, other in zip(expanded, copied, strict=True):
@@ -628,14 +590,7 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     if argument != "out":
         place = ("hidden", "weight").index(argument)
         operands[place] = far.copy_(operands[place])
-    ours = linear_forward(
-        *operands,
-        problem.cu_seqlens,
-        **case.options,
-        length_normalization=0.0,
-        entropy_order=0,
-        config=case.config,
-    )
+    ours = linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
     assert torch.equal(ours.token_logprobs, want.token_logprobs)
     logits_gradient(
         *operands,
@@ -658,14 +613,7 @@ def test_columns_beyond_31_bits(sparse, argument):
     place = ("hidden", "weight").index(argument)
     rows = len(operands[place])
     operands[place] = sparse((rows, 20), (1, 2**28), torch.float32).copy_(operands[place])
-    ours = linear_forward(
-        *operands,
-        problem.cu_seqlens,
-        **case.options,
-        length_normalization=0.0,
-        entropy_order=0,
-        config=case.config,
-    )
+    ours = linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
     assert torch.equal(ours.token_logprobs, want)
 
 
@@ -696,7 +644,7 @@ def test_reruns_are_bit_identical(dtype):
 
 
 def test_number_of_launches(monkeypatch):
-    """Three forward, one backward, whatever the size; none for nothing."""
+    """Two forward, one backward, whatever the size; none for nothing."""
     launched = []
     run = interpreter.GridExecutor.__call__
 
@@ -706,12 +654,7 @@ def test_number_of_launches(monkeypatch):
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     for lengths, forward, backward in (
-        (
-            [30, 0, 25],
-            ["_linear_forward_kernel", "_combine_kernel", "_sequence_sums_kernel"],
-            ["_logits_gradient_kernel"],
-        ),
-        ([0, 0], ["_sequence_sums_kernel"], []),
+        ([55], ["_linear_forward_kernel", "_combine_kernel"], ["_logits_gradient_kernel"]),
         ([], [], []),
     ):
         case = Case(make_problem(lengths, vocab=70, dtype=torch.float32))

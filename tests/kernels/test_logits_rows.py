@@ -7,7 +7,6 @@ a launcher allocates is full of NaN beforehand.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -26,9 +25,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import SegmentsConfig
 from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward, logits_rows_forward
-from plad_fast.kernels.segments import segment_sums
 from triton.runtime import interpreter
 
 from tests.support.interpreter import gpu_minimum, poisoned_memory  # noqa: F401
@@ -451,12 +448,11 @@ def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reruns_are_bit_identical(dtype):
     case = make_case(3, 50, dtype=dtype, bias=True)
-    bounds = torch.tensor([0, 1, 1, 3])
     seen = set()
     for _ in range(3):
         ours = case.forward()
         gradient = case.backward(normal(3, seed=1), statistics=ours)
-        results = [*ours, gradient.float(), segment_sums(ours.token_logprobs, bounds)]
+        results = [*ours, gradient.float()]
         seen.add(b"".join(x.numpy().tobytes() for x in results))
     assert len(seen) == 1
 
@@ -484,52 +480,6 @@ def test_number_of_launches(monkeypatch):
     none = compacting_order(torch.zeros(9, dtype=torch.bool))
     case.backward(torch.ones(9), statistics=case.forward(), out=case.logits[:0], rows=none)
     assert launched == ["_logits_rows_forward_kernel"]
-    launched.clear()
-    segment_sums(torch.ones(5), torch.tensor([0, 5]))
-    segment_sums(torch.ones(5), torch.tensor([0]))
-    assert launched == ["_segment_sums_kernel"]
-
-
-@DRAWN
-@given(
-    lengths=st.lists(st.integers(0, 40), max_size=6),
-    step=st.integers(1, 3),
-    block=st.sampled_from([1, 16, 128]),
-    size=st.sampled_from([1.0, 1e6]),
-)
-def test_segment_sums_are_rounded_once(lengths, step, block, size):
-    """The float64 sum, rounded to float32; tokens before the first and after the last bound are in
-    no sequence.
-    """
-    bounds = [1 + n for n in itertools.accumulate([0, *lengths])]
-    values = torch.full((bounds[-1] + 2, step), NAN)[:, 0]
-    values[bounds[0] : bounds[-1]] = size * normal(sum(lengths), seed=3)
-    ours = segment_sums(values, torch.tensor(bounds), SegmentsConfig(block))
-    assert ours.dtype == torch.float32
-    exact = [math.fsum(values[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
-    # A double sum may be on the other side of a tie that the exact one is near.
-    torch.testing.assert_close(ours, torch.tensor(exact, dtype=torch.float32), rtol=1.2e-7, atol=0)
-
-
-def test_segment_sums_cancel():
-    """float32 would have lost the 1."""
-    values = torch.tensor([1e8, 1.0, -1e8, 5.0, NAN, 2.0])
-    ours = segment_sums(values, torch.tensor([0, 3, 4, 5, 5, 6]))
-    torch.testing.assert_close(ours, torch.tensor([1.0, 5.0, NAN, 0.0, 2.0]), equal_nan=True)
-
-
-def test_segment_sums_of_a_long_sequence():
-    values = normal(20_000, seed=5)
-    ours = segment_sums(values, torch.tensor([0, 20_000]))
-    assert ours.item() == pytest.approx(math.fsum(values.tolist()), rel=1e-6)
-
-
-def test_segment_sums_beyond_31_bits(sparse):
-    values = sparse((40,), (2**26 + 8,), torch.float32)
-    values.copy_(normal(40, seed=6))
-    bounds = torch.tensor([0, 7, 40])
-    near = segment_sums(values.contiguous(), bounds)
-    assert torch.equal(segment_sums(values, bounds), near)
 
 
 @pytest.mark.parametrize("vocab", [1, 37, 4096, 4097, 151_936, 256_000])

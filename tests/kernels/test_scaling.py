@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import SegmentsConfig
+from plad_fast.kernels.launch import ScalingConfig
 from plad_fast.kernels.scaling import scaled
 
 from plad_fast.ops.impl import scaling, triton_backend
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not launch.interpreted(), reason="the kernels are compiled, for a GPU"
 )
 
-SMALL = SegmentsConfig(16)
+SMALL = ScalingConfig(16)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops.backend import (
     HeadGradient,
     HeadOptions,
@@ -52,12 +51,9 @@ def preferred(tensor: Tensor) -> bool:
     return True
 
 
-def linear_forward(
-    problem: LinearProblem, length_normalization: float, entropy_order: int
-) -> LinearStatistics:
-    hidden, _, _, targets, cu_seqlens, options = problem
-    keep = targets != options.ignore_index
-    rows = keep.nonzero().squeeze(1)
+def linear_forward(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
+    hidden, _, _, targets, _, options = problem
+    rows = (targets != options.ignore_index).nonzero().squeeze(1)
     workspace = Workspace(problem.head, options, len(rows), for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=workspace.products.dtype)
     lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
@@ -70,10 +66,7 @@ def linear_forward(
         miss[at] = part.miss
         if entropy is not None and part.entropy is not None:
             entropy[at] = part.entropy
-    counts = segment_counts(keep, cu_seqlens)
-    sums = segment_sums(token_logprobs, cu_seqlens)
-    sums = length_normalized(sums, counts, length_normalization)
-    return LinearStatistics(sums, counts, token_logprobs, lse, tail, miss, entropy)
+    return LinearStatistics(token_logprobs, lse, tail, miss, entropy)
 
 
 def linear_backward(
