@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import (
+    Head,
     HeadGradient,
     HeadOptions,
     LinearProblem,
@@ -21,7 +22,6 @@ from plad_fast.ops.backend import (
     Needs,
     Upstream,
 )
-from plad_fast.ops.impl.onepass import linear_preference_loss
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
@@ -30,11 +30,11 @@ __all__ = [
     "TAKES_IGNORED",
     "linear_backward",
     "linear_forward",
-    "linear_preference_loss",
     "preferred",
     "stored_backward",
     "stored_forward",
     "unavailable",
+    "workspace",
 ]
 
 
@@ -91,6 +91,12 @@ def linear_backward(
         grad_lse = None if upstream.lse is None else upstream.lse[rows]
         grads.add(workspace.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
     return grads.finish(weight.dtype)
+
+
+def workspace(
+    head: Head, options: HeadOptions, num_rows: int, *, for_gradient: bool, needs: Needs
+) -> Workspace:
+    return Workspace(head, options, num_rows, for_gradient=for_gradient)
 
 
 def _slice_if_whole(rows: Tensor, chunk: slice, whole: bool) -> Tensor | slice:

@@ -135,7 +135,9 @@ def sharded_preference_loss(
                 objective,
                 denominators,
                 needs,
-                make_workspace=sharded.workspace(together=True),
+                None,
+                None,
+                sharded.workspace(together=True),
             )
             # float16 stays float32 until a loss scale has come with the upstream.
             half = hidden.dtype == torch.float16
