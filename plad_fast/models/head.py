@@ -87,7 +87,7 @@ def check_architecture(model: nn.Module) -> None:
     head, family = find_head(model), type(base_model(model)).__name__
     if head.group is not None:
         raise UsageError(
-            f"the LM head of {family} is sharded by tensor parallelism, which trainers do not take, "
+            f"the LM head of {family} is sharded by tensor parallelism, which trainers lack, "
             "but plad_fast.models.causal_lm_logprobs and the ops of plad_fast.ops.vocab_parallel"
         )
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]

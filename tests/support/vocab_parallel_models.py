@@ -252,7 +252,7 @@ def data_parallel_shards_are_not_taken_for_the_vocabulary(group):
     model = parallelize_module(llama(), mesh_of(group, None), {"lm_head": ColwiseParallel()})
     refused("name the one dimension of its mesh 'tp'", causal_lm_logprobs, model, batch_of())
     named = parallelize_module(llama(), mesh_of(group), {"lm_head": ColwiseParallel()})
-    refused("which trainers do not take", check_architecture, named)
+    refused("which trainers lack", check_architecture, named)
     # Should the name lie: ranks with other data are found out by the op.
     lying = parallelize_module(llama(), mesh_of(group), {"lm_head": ColwiseParallel()})
     refused("differ between ranks", lambda: causal_lm_logprobs(lying, batch_of(dist.get_rank())))
