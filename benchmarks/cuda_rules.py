@@ -103,7 +103,6 @@ RULES: dict[str, Rule] = {
         lambda a: once(a, ("logprobs_ptr", "factor_ptr", "out_ptr")), makes_gradient=True
     ),
     "_move_rows_kernel": Rule(_move_rows),
-    "_scaled_kernel": Rule(lambda a: once(a, ("out_ptr",))),
 }
 """By the name of the kernel."""
 

@@ -41,15 +41,6 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
-class ScalingConfig:
-    """A program reads BLOCK_N entries: for each thread four vectors of four to have in flight."""
-
-    BLOCK_N: int = 4096
-    num_warps: int = 8
-    num_stages: int = 2
-
-
-@dataclass(frozen=True)
 class Device:
     """What of a GPU the choice of a configuration depends on."""
 
@@ -72,7 +63,7 @@ class AotEntry:
 
     kernel: Any
     dtype: str  # of the operands: "fp32", "bf16", "fp16"
-    tile: LinearConfig | RowsConfig | ScalingConfig
+    tile: LinearConfig | RowsConfig
     constants: Mapping[str, Any]
     types: Mapping[str, str]
     """Of the other arguments: "*bf16", "i32" and so on."""

@@ -14,11 +14,10 @@ from unittest import mock
 import torch
 from plad_fast.kernels import launch
 from plad_fast.kernels.exponential_rows import exponential_rows, move_rows_
-from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig, ScalingConfig
+from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
-from plad_fast.kernels.scaling import scaled
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -118,10 +117,6 @@ def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[i
     if not case.bias:
         # Logits that the user holds.
         _call_rows(dtype, dtype, head[1], case)
-    # The gradient of the weight: accumulated in float32 or, of a single chunk, rounded already.
-    for width in {torch.float32, dtype}:
-        scaled(_empty(*head, dtype=width), _empty(1)[0], dtype)
-    scaled(_empty(*head), None, dtype)
 
 
 def _call_linear(
@@ -232,9 +227,9 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
     return AotEntry(kernel, dtype, _tile(values), constants, types, tuple(aligned))
 
 
-def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | ScalingConfig:
+def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig:
     blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
     rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
     if len(blocks) == 3:
         return LinearConfig(*blocks, *rest)
-    return (RowsConfig if "BLOCK_V" in values else ScalingConfig)(*blocks, *rest)
+    return RowsConfig(*blocks, *rest)

@@ -200,31 +200,16 @@ def _exponentials(guard: Guard, n: int, vocab: int, ignored: bool) -> None:
         rows.move_rows_(out, sources, places, config)
 
 
-def scaling_cases(guard: Guard) -> Iterator[Case]:
-    for shape, flip in itertools.product(((16,), (17, 1), (5, 7), (0, 3)), (False, True)):
-        yield f"{shape}", partial(_scaling, guard, shape, flip and len(shape) > 1)
-
-
-def _scaling(guard: Guard, shape: tuple[int, ...], flip: bool) -> None:
-    config, factor = kernels("launch").ScalingConfig(16), guard.keep(torch.tensor(2.0))
-    empty_like = torch.empty_like
-    with mock.patch.object(torch, "empty_like", lambda *a, **k: guard.keep(empty_like(*a, **k))):
-        values = guard.normal(*shape, flip=flip)
-        kernels("scaling").scaled(values, factor, torch.bfloat16, config)
-
-
 CASES = {
     "linear": linear_cases,
     "rows": rows_cases,
     "exponentials": exponentials_cases,
-    "scaling": scaling_cases,
 }
 FAMILIES = {
     "linear_forward": "linear",
     "linear_backward": "linear",
     "logits_rows": "rows",
     "exponential_rows": "exponentials",
-    "scaling": "scaling",
 }
 
 
