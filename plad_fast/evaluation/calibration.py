@@ -36,6 +36,7 @@ WITHIN = (
     "likeliest_gain",
     "mean_quality",
 )
+_BINS = 8  # of a reliability curve, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +92,12 @@ class ScoredSamples:
 
 
 def evaluate_calibration(
-    students: Sequence[ScoredSamples], *, bins: int = 8, n_resamples: int = 2000, seed: int = 0
+    students: Sequence[ScoredSamples], *, n_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Correlation of likelihood with quality, for students given in the order of training.
 
     Args:
         students: on the same prompts, in the same order.
-        bins: of the reliability curves, at most.
         n_resamples, seed: of the bootstrap over prompts.
 
     Returns:
@@ -118,7 +118,7 @@ def evaluate_calibration(
 
     Raises:
         UsageError: no students, two of one name, no samples, students on other prompts, fewer than
-            two bins or resamples.
+            two resamples.
     """
     require_names([student.name for student in students])
     for student in students:
@@ -151,7 +151,7 @@ def evaluate_calibration(
                 "n_unfinished": student.n_unfinished,
                 "n_ranked": int(np.isfinite(own[WITHIN.index("kendall_within")]).sum()),
                 **intervals(own),
-                "reliability": reliability(student, bins=bins, **bootstrap),
+                "reliability": reliability(student, **bootstrap),
             }
         )
     comparisons = [
@@ -166,27 +166,25 @@ def evaluate_calibration(
 
 
 def reliability(
-    samples: ScoredSamples, *, bins: int = 8, n_resamples: int = 2000, seed: int = 0
+    samples: ScoredSamples, *, n_resamples: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Mean quality of samples by their place among those of their prompt, from the least likely to
     the likeliest; of a calibrated student it rises.
 
-    Over the prompts with two or more samples. There are at most `bins`, no more than samples of a
+    Over the prompts with two or more samples. There are at most 8 bins, no more than samples of a
     prompt, and equal log-probabilities share one.
 
     Returns:
         A dict for each bin that holds samples: `low`, `high` (of the place as a share in [0, 1]),
         `quality` (an interval), `n` (samples).
     """
-    if bins < 2:
-        raise UsageError(f"bins is {bins}; take 2 or more")
     chosen = [p for p, logps in enumerate(samples.logps) if len(logps) >= 2]
     if not chosen:
         return []
     logps = [samples.logps[p] for p in chosen]
     quality = np.concatenate([samples.quality[p] for p in chosen])
     prompt = np.repeat(chosen, [len(v) for v in logps])
-    edges = np.linspace(0.0, 1.0, min(bins, max(map(len, logps))) + 1)
+    edges = np.linspace(0.0, 1.0, min(_BINS, max(map(len, logps))) + 1)
     places = np.concatenate([(rankdata(v) - 0.5) / len(v) for v in logps])
     which = np.searchsorted(edges, places, side="right") - 1
     curve = []

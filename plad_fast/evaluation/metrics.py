@@ -63,19 +63,18 @@ def margins(
 
 
 def paired_bootstrap(
-    a: ArrayLike,  # (n,)
-    b: ArrayLike | None = None,  # (n,)
+    values: ArrayLike,  # (n,)
     *,
     groups: Sequence[Hashable] | None = None,  # (n,)
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of `a`, or of the paired differences `a - b`, with a percentile bootstrap interval.
+    """Mean of values, such as paired differences, with a percentile bootstrap interval.
 
-    The examples are drawn with replacement `n_resamples` times, `a[i]` always together with `b[i]`;
-    the interval holds the middle 95 % of the means so obtained, and the standard error is
-    their standard deviation. The interval always contains the mean. It is too narrow for a handful
-    of examples, and has no width for a single one or for examples that are all alike.
+    The examples are drawn with replacement `n_resamples` times; the interval holds the middle 95 %
+    of the means so obtained, and the standard error is their standard deviation. The interval
+    always contains the mean. It is too narrow for a handful of examples, and has no width for a
+    single one or for examples that are all alike.
 
     Examples of one group, such as pairs of one prompt, are no independent evidence: groups are
     drawn, and all examples of a group come with it. Without `groups` each example is its own.
@@ -85,12 +84,9 @@ def paired_bootstrap(
     Clustered Data" (groups).
 
     Raises:
-        UsageError: no examples, a value that is not finite, lengths that differ, or fewer than two
-            resamples.
+        UsageError: no examples, a value that is not finite, or fewer than two resamples.
     """
-    values = vector(a, "a")
-    if b is not None:
-        values = values - aligned(b, values, "b", "a")
+    values = vector(values, "values")
     require_resamples(n_resamples)
     mean = float(values.mean())
     sums, counts = _by_group(values, groups)
