@@ -76,10 +76,6 @@ class AotEntry:
         named = [k for k, v in self.constants.items() if v is True]
         return " ".join([*named, f"ENTROPY_{order}"] if order else named)
 
-    @property
-    def linear(self) -> bool:
-        return isinstance(self.tile, LinearConfig)
-
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
