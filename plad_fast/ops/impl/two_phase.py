@@ -68,9 +68,9 @@ def _forward_by_library(problem: LinearProblem, entropy_order: int) -> LinearSta
             )
         )
     *columns, entropies = zip(*parts, strict=True)
-    return LinearStatistics(
-        *(torch.cat(column) for column in columns), torch.cat(entropies) if entropy_order else None
-    )
+    logprobs, lse, tail, miss = map(torch.cat, columns)
+    entropy = torch.cat(entropies) if entropy_order else None
+    return LinearStatistics(logprobs, lse, tail, miss, entropy)
 
 
 class _Tokens(NamedTuple):
