@@ -103,6 +103,7 @@ RULES: dict[str, Rule] = {
         lambda a: once(a, ("logprobs_ptr", "factor_ptr", "out_ptr")), makes_gradient=True
     ),
     "_move_rows_kernel": Rule(_move_rows),
+    "_segment_sums_kernel": Rule(lambda a: once(a, ("sums_ptr",))),
 }
 """By the name of the kernel."""
 
@@ -126,4 +127,8 @@ def invented(arguments: Arguments, known: Callable[[Any], Tensor | None]) -> dic
         found["lse_ptr"] = -values
         found["tail_ptr"] = torch.zeros_like(values)
         found["miss_ptr"] = 1 - values.exp()
+    values, bounds = known(arguments.get("values_ptr")), known(arguments.get("cu_seqlens_ptr"))
+    if values is not None and bounds is not None:
+        before = torch.cat([values.new_zeros(1), values.reshape(-1).cumsum(0)])
+        found["sums_ptr"] = before[bounds[1:]] - before[bounds[:-1]]
     return found

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ class LinearConfig:
     BLOCK_D: int
     num_warps: int
     num_stages: int
+    WARP_SPECIALIZE: bool = False
+    """Warps of their own load the operands; with TMA on 9.0, by some versions of Triton."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class RowsConfig:
 
     BLOCK_V: int
     num_warps: int
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class SegmentsConfig:
+    """A sequence is read BLOCK_N tokens at a time."""
+
+    BLOCK_N: int = 128
+    num_warps: int = 4
     num_stages: int = 2
 
 
@@ -63,7 +74,7 @@ class AotEntry:
 
     kernel: Any
     dtype: str  # of the operands: "fp32", "bf16", "fp16"
-    tile: LinearConfig | RowsConfig
+    tile: LinearConfig | RowsConfig | SegmentsConfig
     constants: Mapping[str, Any]
     types: Mapping[str, str]
     """Of the other arguments: "*bf16", "i32" and so on."""
@@ -75,6 +86,10 @@ class AotEntry:
         order = self.constants.get("ENTROPY_ORDER")
         named = [k for k, v in self.constants.items() if v is True]
         return " ".join([*named, f"ENTROPY_{order}"] if order else named)
+
+    @property
+    def linear(self) -> bool:
+        return isinstance(self.tile, LinearConfig)
 
 
 def interpreted() -> bool:
@@ -139,18 +154,32 @@ def linear_config(
     return LinearConfig(min(rows, 128), 128, step, 8 if rows >= 128 else 4, stages)
 
 
-def config_for(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
-) -> LinearConfig:
-    """`linear_config` of these operands."""
-    device = device_of(hidden)
-    return linear_config(
-        hidden.dtype,
-        len(hidden),
-        device,
-        loads=load_kind(device, hidden, weight),
-        lean=is_lean(bias, softcap, len(weight)),
-    )
+def linear_candidates(
+    dtype: torch.dtype, num_tokens: int, device: Device, *, loads: str, lean: bool
+) -> list[LinearConfig]:
+    """For `kernels.autotune`: what `linear_config` returns, then its neighbours in one field each,
+    and its loop with specialised warps. Some may not fit the GPU.
+    """
+    first = linear_config(dtype, num_tokens, device, loads=loads, lean=lean)
+    # A tensor descriptor's block has 256 rows at most.
+    widths = (v for v in (first.BLOCK_V // 2, first.BLOCK_V * 2) if 32 <= v <= 256)
+    stages = (s for s in (first.num_stages - 1, first.num_stages + 1) if s >= 2)
+    neighbours = [
+        *(replace(first, BLOCK_V=v) for v in widths),
+        *(replace(first, num_warps=w) for w in (4, 8)),
+        *(replace(first, num_stages=s) for s in stages),
+    ]
+    wide = first.BLOCK_N == 128 and loads == "tma" and device.capability == (9, 0)
+    if wide and specialises_warps():
+        neighbours.append(replace(first, num_warps=4, WARP_SPECIALIZE=True))
+    return list(dict.fromkeys([first, *neighbours]))
+
+
+def specialises_warps() -> bool:
+    """Whether this Triton compiles the product's loop with specialised warps for 9.0: of those
+    tried 3.6.0 does; 3.7.1 and 3.8.0 fail on it.
+    """
+    return triton.__version__.startswith("3.6.")
 
 
 def load_kind(device: Device, *matrices: Tensor) -> str:

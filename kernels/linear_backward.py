@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from plad_fast.kernels import launch
+from plad_fast.kernels import autotune, launch
 from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.linear_forward import logits_tile
 from plad_fast.kernels.primitives import (
@@ -63,6 +63,7 @@ def _logits_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile, vocab_tile = grouped_tile(token_tiles, tl.cdiv(vocab, BLOCK_V), GROUP)
@@ -103,6 +104,7 @@ def _logits_gradient_kernel(
         BLOCK_N,
         BLOCK_V,
         BLOCK_D,
+        WARP_SPECIALIZE,
     )
     z, capped = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
     if HAS_SCALE:
@@ -156,7 +158,19 @@ def logits_gradient(
     assert out.stride(1) == 1 or vocab == 1
     if num_tokens == 0:
         return out
-    config = config or launch.config_for(hidden, weight, bias, softcap)
+    options = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "out": out,
+        "first_column": first_column,
+        "scale": scale,
+    }
+    of_tokens = targets, lse, tail, miss, grad_logprobs, grad_lse
+    config = config or autotune.linear_config(
+        logits_gradient, hidden, weight, bias, *of_tokens, **options
+    )
     loads = launch.load_kind(launch.device_of(hidden), hidden, weight)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from plad_fast.kernels import launch
+from plad_fast.kernels import autotune, launch
 from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.logits_rows import RowStatistics
 from plad_fast.kernels.primitives import (
@@ -55,6 +55,7 @@ def logits_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Raw products of a tile, float32. Of what lies past the edges the caller makes nothing."""
     offs_v = first_v + tl.arange(0, BLOCK_V)
@@ -63,7 +64,7 @@ def logits_tile(
     in_vocab = tl.minimum(offs_v, vocab - 1).to(tl.int64)
     raw = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if USE_TMA:
-        for start in tl.range(0, width, BLOCK_D):
+        for start in tl.range(0, width, BLOCK_D, warp_specialize=WARP_SPECIALIZE):
             hidden = hidden_ptr.load([first_n, start])
             weight = weight_ptr.load([first_v, start])
             if WIDEN:
@@ -130,6 +131,7 @@ def _linear_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     token_tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile, split = grouped_tile(token_tiles, tl.num_programs(0) // token_tiles, GROUP)
@@ -170,6 +172,7 @@ def _linear_forward_kernel(
             BLOCK_N,
             BLOCK_V,
             BLOCK_D,
+            WARP_SPECIALIZE,
         )
         z, _ = capped_logits(raw, cap_scale, z_scale, HAS_SOFTCAP)
         others, at_target = without_target(z, offs_v, targets, vocab, EVEN_V)
@@ -256,9 +259,18 @@ def linear_forward(
     """Statistics of every token; nothing waits for the device."""
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
+    options = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "entropy_order": entropy_order,
+    }
+    config = config or autotune.linear_config(
+        linear_forward, hidden, weight, bias, targets, **options
+    )
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
-    config = config or launch.config_for(hidden, weight, bias, softcap)
     targets = targets.contiguous()
 
     def per_token() -> Tensor:

@@ -1,9 +1,9 @@
 """Launch configurations of the linear kernels and the row kernels, at every shape: sweep.csv.
 
-Both ops run with launchers that time every candidate before they launch the fastest; row kernels
-run on stored logits. Rows have the fields of a configuration as `kernels/launch.py` names them;
-`default` marks what is frozen there. The loss and gradients that the fastest linear kernels gave
-are compared with float64.
+Both ops run with an autotuner that times all it is offered, and more; row kernels run on stored
+logits. Rows have the fields of a configuration as `kernels/launch.py` names them; `default` marks
+what is frozen there. The loss and gradients that the fastest linear kernels gave are compared with
+float64.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import triton.testing
-from plad_fast.kernels import launch, linear_backward, linear_forward
+from plad_fast.kernels import autotune, launch
 from plad_fast.kernels.launch import LinearConfig, RowsConfig
 
 from benchmarks import peers
@@ -27,7 +27,7 @@ from benchmarks.gpu import parts
 from benchmarks.gpu.loss import oracle_of
 from benchmarks.gpu.worker import Section, Shape
 
-# BLOCK_N, BLOCK_V, BLOCK_D, warps, stages: beside the neighbours of what `launch.py` takes.
+# BLOCK_N, BLOCK_V, BLOCK_D, warps, stages: beside what the autotuner would try.
 MORE = tuple(
     LinearConfig(*fields)
     for fields in (
@@ -43,43 +43,12 @@ SPLITS = (0.5, 2.0)
 Bench = Callable[[Any], float]
 
 
-def neighbours(first: LinearConfig) -> list[LinearConfig]:
-    """A configuration, and those that differ from it in one field; some may not fit the GPU."""
-    # A tensor descriptor's block has 256 rows at most.
-    widths = (v for v in (first.BLOCK_V // 2, first.BLOCK_V * 2) if 32 <= v <= 256)
-    stages = (s for s in (first.num_stages - 1, first.num_stages + 1) if s >= 2)
-    others = [
-        *(replace(first, BLOCK_V=v) for v in widths),
-        *(replace(first, num_warps=w) for w in (4, 8)),
-        *(replace(first, num_stages=s) for s in stages),
-    ]
-    return list(dict.fromkeys([first, *others]))
-
-
 class Sweep:
-    """Times each kind of launch once, and knows the fastest."""
+    """In the place of `autotune.tuned`: times each kind of launch once, and returns the fastest."""
 
     def __init__(self, section: Section, shape: Shape) -> None:
         self.section, self.shape = section, shape
         self.fastest: dict[tuple[str, str], Any] = {}
-
-    def launcher(self, launch_kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """In the place of a launcher of a linear kernel."""
-
-        def run(hidden: Any, weight: Any, bias: Any, *arguments: Any, **options: Any) -> Any:
-            start = partial(launch_kernel, hidden, weight, bias, *arguments, **options)
-            default = launch.config_for(hidden, weight, bias, options["softcap"])
-            key = f"N={len(hidden)} D={hidden.shape[1]} V={len(weight)}"
-            return start(
-                config=self.tuned(
-                    launch_kernel.__name__,
-                    key,
-                    neighbours(default),
-                    lambda config: triton.testing.do_bench(lambda: start(config=config)),
-                )
-            )
-
-        return run
 
     def tuned(self, kernel: str, key: str, candidates: Sequence[Any], bench: Bench) -> Any:
         if (kernel, key) not in self.fastest:
@@ -119,15 +88,10 @@ class Sweep:
 def run_ops(section: Section, shape: Shape) -> None:
     case = shape.case(1.0, section.device)
     for name, prepare in (("op", peers.op), ("one pass", peers.one_pass)):
-        sweep = Sweep(section, shape)
         with (
+            mock.patch.object(autotune, "tuned", Sweep(section, shape).tuned),
+            mock.patch.object(autotune, "wanted", return_value=True),
             mock.patch.object(launch, "uses_library", return_value=False),
-            mock.patch.object(
-                linear_forward, "linear_forward", sweep.launcher(linear_forward.linear_forward)
-            ),
-            mock.patch.object(
-                linear_backward, "logits_gradient", sweep.launcher(linear_backward.logits_gradient)
-            ),
             section.row(shape=shape.name, kernel=f"{name} with the fastest") as row,
         ):
             step = prepare(case.batch(), impl="triton")

@@ -86,7 +86,7 @@ def inspect(entry: AotEntry, arch: int, spills: int = 0) -> Report:
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
             compiled = compile_entry(entry, GPUTarget("cuda", arch, 32))
-    warps = compiled.metadata.num_warps
+    warps = compiled.metadata.num_warps  # with those that only load
     resources = resources_of(
         arch,
         log.getvalue() if _TRITON_LOGS else ptxas_log(compiled.asm["ptx"]),

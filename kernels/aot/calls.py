@@ -14,10 +14,17 @@ from unittest import mock
 import torch
 from plad_fast.kernels import launch
 from plad_fast.kernels.exponential_rows import exponential_rows, move_rows_
-from plad_fast.kernels.launch import AotEntry, Device, LinearConfig, RowsConfig
+from plad_fast.kernels.launch import (
+    AotEntry,
+    Device,
+    LinearConfig,
+    RowsConfig,
+    SegmentsConfig,
+)
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
+from plad_fast.kernels.segments import segment_sums
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -57,29 +64,31 @@ class Call(NamedTuple):
     head: tuple[int, int]
     case: Case
     tokens: tuple[int, ...]
+    entropy_orders: tuple[int, ...] = (1,)
+    """Of a case with the rest; order 2 takes about what order 1 does."""
 
 
 def _calls(everything: bool) -> Iterator[Call]:
-    """A sample: bfloat16 operands and an even head with all sizes of tile, without options and with
-    all; Gemma's options, other heads and dtypes with many tokens. Options take registers: where
-    they do not choose another tile, all of them are the case to try. float16 compiles to what
-    bfloat16 does but for the type in the instructions.
+    """A sample: bfloat16 operands and an even head with all sizes of tile and all options; Gemma's
+    options, other heads and dtypes with many tokens. Options take registers: where they do not
+    choose another tile, as they do for 64 tokens and for many, all of them are the case to try.
+    float16 compiles to what bfloat16 does but for its scale and the type in the instructions.
     """
     dtypes = [dtype for dtype in _TYPES if dtype.is_floating_point]
     plain, softcap, full = _REACHED_CASES
     if everything:
         for dtype, head in itertools.product(dtypes, (*_HEADS, _HEAD_WITH_A_TAIL)):
             for case in _EVERY_CASE if head in _HEADS else _REACHED_CASES:
-                yield Call(dtype, head, case, _TOKENS)
+                yield Call(dtype, head, case, _TOKENS, (1, 2) if head == _HEADS[0] else (1,))
         return
     most = _TOKENS[-1:]
-    for case, tokens in ((plain, _TOKENS), (softcap, most), (full, _TOKENS)):
+    for case, tokens in ((plain, _TOKENS[-2:]), (softcap, most), (full, _TOKENS)):
         yield Call(torch.bfloat16, _HEADS[0], case, tokens)
     for dtype, head in zip((torch.bfloat16, torch.float32), _HEADS[1:], strict=True):
-        yield Call(dtype, head, full, most)
+        yield Call(dtype, head, full, most, (1, 2))
     yield Call(torch.bfloat16, _HEAD_WITH_A_TAIL, plain, most)
-    for dtype, case in itertools.product((torch.float32, torch.float16), (plain, full)):
-        yield Call(dtype, _HEADS[0], case, most)
+    for dtype in (torch.float32, torch.float16):
+        yield Call(dtype, _HEADS[0], full, most)
 
 
 def entries(capability: tuple[int, int], *, everything: bool = False) -> list[AotEntry]:
@@ -95,65 +104,72 @@ def entries(capability: tuple[int, int], *, everything: bool = False) -> list[Ao
         mock.patch.object(launch, "device_of", return_value=device),
     ):
         for call in _calls(everything):
-            _call(*call)
+            _call(call)
         before = torch.get_float32_matmul_precision()
         tokens = _TOKENS if everything else _TOKENS[-1:]
         try:
             for precision in ("high", "medium"):
                 torch.set_float32_matmul_precision(precision)
-                _call_linear(torch.float32, _HEADS[0], Case(), tokens)
+                _call_linear(Call(torch.float32, _HEADS[0], Case(), tokens))
         finally:
             torch.set_float32_matmul_precision(before)
     return list(found.values())
 
 
-def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[int, ...]) -> None:
-    _call_linear(dtype, head, case, tokens)
+def _call(call: Call) -> None:
+    dtype, head, case, *_ = call
+    _call_linear(call)
     # One pass: float32 logits in wider rows, which take the operand of the next product as well.
     row_width = -(-head[1] // 64) * 64
-    _call_rows(torch.float32, dtype, head[1], case, row_width)
+    _call_rows(call, torch.float32, row_width)
     if dtype == torch.bfloat16 and not case.rest:
         _call_exponentials(head[1], case, row_width)
     if not case.bias:
         # Logits that the user holds.
-        _call_rows(dtype, dtype, head[1], case)
+        _call_rows(call, dtype)
+    segment_sums(_empty(5), _empty(3, dtype=torch.int64))
 
 
-def _call_linear(
-    dtype: torch.dtype, head: tuple[int, int], case: Case, sizes: tuple[int, ...]
-) -> None:
-    width, vocab = head
+def _call_linear(call: Call) -> None:
+    """As the heuristic chooses, and with specialised warps where `kernels.autotune` offers them."""
+    dtype, (width, vocab), case, sizes, _ = call
     for n in sizes:
         hidden, weight = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
         bias = _empty(vocab, dtype=dtype) if case.bias else None
         targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
-        for entropy_order in _orders(vocab, case):
-            linear_forward(
-                *(hidden, weight, bias, targets), **_options(case), entropy_order=entropy_order
-            )
-        logits_gradient(
-            *(hidden, weight, bias, targets, tokens, tokens, tokens, tokens),
-            tokens if case.rest else None,
-            **_options(case),
-            out=_empty(n, vocab, dtype=dtype),
-            scale=_scale(dtype),
+        device, options = launch.device_of(hidden), _options(case)
+        candidates = launch.linear_candidates(
+            dtype,
+            n,
+            device,
+            loads=launch.load_kind(device, hidden, weight),
+            lean=launch.is_lean(bias, options["softcap"], vocab),
         )
+        for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
+            for entropy_order in _orders(call):
+                linear_forward(
+                    *(hidden, weight, bias, targets),
+                    **options,
+                    entropy_order=entropy_order,
+                    config=config,
+                )
+            logits_gradient(
+                *(hidden, weight, bias, targets, tokens, tokens, tokens, tokens),
+                tokens if case.rest else None,
+                **options,
+                out=_empty(n, vocab, dtype=dtype),
+                scale=_scale(dtype),
+                config=config,
+            )
 
 
-def _orders(vocab: int, case: Case) -> tuple[int, ...]:
-    """Of entropies; order 2, which takes less than order 1, for one head."""
-    if not case.rest:
-        return (0,)
-    return (1, 2) if vocab == _HEADS[0][1] else (1,)
+def _orders(call: Call) -> tuple[int, ...]:
+    return call.entropy_orders if call.case.rest else (0,)
 
 
-def _call_rows(
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    vocab: int,
-    case: Case,
-    row_width: int | None = None,
-) -> None:
+def _call_rows(call: Call, dtype: torch.dtype, row_width: int | None = None) -> None:
+    """On logits in `dtype`, with a gradient in the call's."""
+    out_dtype, (_, vocab), case, *_ = call
     n = _TOKENS[-1]
     memory, targets, tokens = (
         _empty(n, row_width or vocab, dtype=dtype),
@@ -163,7 +179,7 @@ def _call_rows(
     logits = memory[:, :vocab]
     bias = _empty(vocab, dtype=out_dtype) if case.bias else None
     options: dict[str, Any] = {"bias": bias, "row_width": row_width, **_options(case)}
-    for entropy_order in _orders(vocab, case):
+    for entropy_order in _orders(call):
         logits_rows_forward(logits, targets, **options, entropy_order=entropy_order)
     logits_rows_backward(
         logits,
@@ -227,9 +243,9 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
     return AotEntry(kernel, dtype, _tile(values), constants, types, tuple(aligned))
 
 
-def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig:
+def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | SegmentsConfig:
     blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
     rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
     if len(blocks) == 3:
-        return LinearConfig(*blocks, *rest)
-    return RowsConfig(*blocks, *rest)
+        return LinearConfig(*blocks, *rest, values["WARP_SPECIALIZE"])
+    return (RowsConfig if "BLOCK_V" in values else SegmentsConfig)(*blocks, *rest)

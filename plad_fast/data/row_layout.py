@@ -157,13 +157,25 @@ class RowLayout:
 
         return self.once(("varlen", device), make)
 
+    def token_ids(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every token its group, its piece of the group (0: trunk), and its position; (T,)."""
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            lengths = torch.tensor([length for group in self.groups for length in group])
+            groups = [index for index, group in enumerate(self.groups) for _ in group]
+            pieces = [piece for group in self.groups for piece in range(len(group))]
+            of_pieces = torch.tensor([groups, pieces]).repeat_interleave(lengths, dim=1).to(device)
+            return of_pieces[0], of_pieces[1], self.position_ids().to(device)
+
+        return self.once(("ids", device), make)
+
     def multiplicities(self, device: torch.device) -> Tensor:  # (T,) int64
         """In how many sequences every token stands: one of a trunk in those of its branches."""
 
         def make() -> Tensor:
-            lengths = [length for group in self.groups for length in group]
-            times = [n for _, *rest in self.groups for n in (len(rest) or 1, *(1 for _ in rest))]
-            return torch.tensor(times).repeat_interleave(torch.tensor(lengths)).to(device)
+            branches = torch.tensor([max(len(group) - 1, 1) for group in self.groups])
+            groups, pieces, _ = self.token_ids(device)
+            return branches.to(device)[groups].where(pieces == 0, 1)
 
         return self.once(("multiplicities", device), make)
 

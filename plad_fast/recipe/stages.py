@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
@@ -24,6 +25,7 @@ from plad_fast.recipe.inputs import (
     prompts_digest,
     read_pairs,
     show_pairs,
+    stream_pairs,
 )
 from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
 from plad_fast.recipe.stage_folder import claim_folder, record_rows
@@ -33,8 +35,15 @@ from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
+if TYPE_CHECKING:
+    from plad_fast.pairs.build import PairReport
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+
+LOOKED_AT = 10_000
+"""The first pairs, for findings, where not all are held."""
+
 # The endpoint's address is among what the teacher is known by.
-_OF_PAIRS = (
+OF_PAIRS = (
     *("teacher", "teacher_samples", "student_samples", *SELECTION),
     *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
 )
@@ -56,55 +65,66 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
             is left; where other prompts, models or settings, or another command, have made the
             folder, and while another process is at work in it.
     """
-    if config.student is None:
-        raise UsageError("pairs are made of two models; name the second with --student")
-    folder = Path(config.output_dir)
-    with held_folder(folder):
-        prompts = load_recipe_prompts(config)
-        source = find_model(config.student, "--student")
-        check_loadable(source)
-        tokenizer = load_tokenizer(source)
-        require_tools(config, prompts, tokenizer)
-        texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
-        texts.try_endpoints(texts.scorer, overwrite=overwrite)
+    with held_folder(Path(config.output_dir)):
+        texts, rows, report = pair_folder(config, {}, overwrite=overwrite)
         path = texts.pairs_file("pairs")
-        student_made_by = texts.student_made_by(config.student, source)
-        settings: dict[str, Any] = {
-            **{name: getattr(config, name) for name in _OF_PAIRS},
-            **{f"teacher's {name}": value for name, value in texts.teachers.made_by.items()},
-            **{f"student's {name}": value for name, value in student_made_by.items()},
-            "prompts": prompts_digest(prompts),
-        }
-
-        def discard(_: Mapping[str, Any]) -> None:
-            discard_answers(
-                *texts.stores, folder / "student.jsonl", *folder.glob("student.turn?.jsonl")
-            )
-
-        def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
-            first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
-            others = {**found, "prompts": settings["prompts"]}
-            return found["prompts"] == first and others == as_json(settings)
-
-        claim_folder(
-            folder,
-            "pairs",
-            settings,
-            results=[path.name, dropped_file(path).name],
-            overwrite=overwrite,
-            discard=discard,
-            extends=has_fewer_prompts,
-            of_results=STAGES["pairs"],
-        )
-        texts.teachers.ask()
-        student = (source, "student")
-        samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
-        rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
-        record_rows(folder, path.name)
         show_pairs(rows, report, path, for_training=False)  # others may be joined to them
         spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
         print(f"{spent}{report}\npairs: {path}", flush=True)
     return path
+
+
+def pair_folder(
+    config: DistillConfig, endpoints: dict[str, Endpoint], *, overwrite: bool = False
+) -> tuple[RecipeTexts, list[dict[str, Any]], PairReport]:
+    """What `pair_models` makes, in a folder that the caller holds; `endpoints` as in `Teachers`."""
+    if config.student is None:
+        raise UsageError("pairs are made of two models; name the second with --student")
+    folder = Path(config.output_dir)
+    prompts = load_recipe_prompts(config)
+    source = find_model(config.student, "--student")
+    check_loadable(source)
+    tokenizer = load_tokenizer(source)
+    require_tools(config, prompts, tokenizer)
+    texts = RecipeTexts(config, prompts, answers=folder, pairs=folder, endpoints=endpoints)
+    texts.try_endpoints(texts.scorer, overwrite=overwrite)
+    path = texts.pairs_file("pairs")
+    student_made_by = texts.student_made_by(config.student, source)
+    settings: dict[str, Any] = {
+        **{name: getattr(config, name) for name in OF_PAIRS},
+        **{f"teacher's {name}": value for name, value in texts.teachers.made_by.items()},
+        **{f"student's {name}": value for name, value in student_made_by.items()},
+        "prompts": prompts_digest(prompts),
+    }
+
+    def discard(_: Mapping[str, Any]) -> None:
+        discard_answers(
+            *texts.stores, folder / "student.jsonl", *folder.glob("student.turn?.jsonl")
+        )
+
+    def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
+        if "prompts" not in found:  # made in parts, which have records of their own
+            return False
+        first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
+        others = {**found, "prompts": settings["prompts"]}
+        return found["prompts"] == first and others == as_json(settings)
+
+    claim_folder(
+        folder,
+        "pairs",
+        settings,
+        results=[path.name, dropped_file(path).name],
+        overwrite=overwrite,
+        discard=discard,
+        extends=has_fewer_prompts,
+        of_results=STAGES["pairs"],
+    )
+    texts.teachers.ask()
+    student = (source, "student")
+    samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
+    rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
+    record_rows(folder, path.name)
+    return texts, rows, report
 
 
 def train_on_pairs(
@@ -116,6 +136,7 @@ def train_on_pairs(
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
     eval_pairs: str | None = None,
+    tokens_on_disk: bool = False,
     push_to_hub: str | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -126,6 +147,9 @@ def train_on_pairs(
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
         eval_pairs: likewise; see `eval_rows` of `train_model`.
+        tokens_on_disk: hold neither pairs nor token ids in memory: the pairs are read several
+            times, and their token ids lie beside the checkpoints until the end. The weights are
+            those of a training that holds them.
         push_to_hub: repository to push the model to, NAME/MODEL.
         overwrite: remove a model that an earlier training made there, and its checkpoints, first. A
             folder with anything else in it is refused.
@@ -145,10 +169,11 @@ def train_on_pairs(
         has_adapters = lora is not None and not options.get("merge")
         is_here = is_there(expanded_path(source))
         check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
-    rows = read_pairs(pairs)
+    rows = stream_pairs(pairs) if tokens_on_disk else read_pairs(pairs)
+    looked_at = [*islice(rows, LOOKED_AT if tokens_on_disk else None)]
     if eval_pairs is not None:
         options["eval_rows"] = read_pairs(eval_pairs)
-    compared = [rows[0], *options.get("eval_rows", [])[:1]]
+    compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
     names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
     check_launch(
         {"--batch-size": options.get("batch_size", DistillConfig.batch_size)},
@@ -156,9 +181,11 @@ def train_on_pairs(
         has_reference=all("reference_logps" in row for row in compared),
         **{name: options.get(name, getattr(DistillConfig, name)) for name in names},
     )
-    findings = check_rows(rows)
+    is_all = len(looked_at) == len(rows)
+    findings = check_rows(looked_at, "pairs" if is_all else f"first {len(looked_at)} pairs")
     show_findings(findings)
-    require_learnable(findings, "give other --pairs")
+    if is_all:
+        require_learnable(findings, "give other --pairs")
     if eval_pairs is not None:
         show_findings(check_overlap(rows, options["eval_rows"], "rows of --eval-pairs"))
     folder = Path(expanded(output_dir))

@@ -55,6 +55,16 @@ def test_each_token_sees_what_the_definition_says(layout, window):
     assert expected.diagonal().all()
 
 
+@given(layouts, windows)
+def test_token_ids_say_the_same(layout, window):
+    """They are what flex attention goes by."""
+    group, piece, position = layout.token_ids(CPU)
+    distance = position[:, None] - position
+    seen = (group[:, None] == group) & (distance >= 0) & (distance < (window or 1000))
+    seen &= (piece == 0) | (piece[:, None] == piece)
+    assert torch.equal(seen, seen_by_definition(layout, window))
+
+
 @given(layouts)
 def test_positions_restart_behind_the_trunk(layout):
     expected = []
@@ -65,6 +75,7 @@ def test_positions_restart_behind_the_trunk(layout):
     found = layout.position_ids()
     assert found.dtype == torch.long
     assert found.tolist() == expected
+    assert torch.equal(layout.token_ids(CPU)[2], found)
 
 
 @given(layouts)

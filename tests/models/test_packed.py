@@ -29,7 +29,7 @@ OPTIONS = {
     "softcap and window": {"softcap": 1.5, "sliding_window": WINDOW},
     "sinks and window": {"s_aux": torch.ones(4, dtype=torch.float64), "sliding_window": WINDOW},
 }
-LACKING = {"sdpa": {"softcap", "s_aux"}, "eager": set(), "auto": set()}
+LACKING = {"sdpa": {"softcap", "s_aux"}, "flex": {"s_aux"}, "eager": set(), "auto": set()}
 
 
 def qkv(layout, *, heads=4, key_heads=2, dtype=torch.float64, seed=0):
@@ -45,7 +45,7 @@ def by_definition(tensors, layout, *, scaling=None, sliding_window=None, softcap
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "auto"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "auto", "flex"])
 def test_implementations_equal_the_definition(implementation, options):
     options = OPTIONS[options]
     tensors = qkv(ROW)
@@ -53,18 +53,22 @@ def test_implementations_equal_the_definition(implementation, options):
         with pytest.raises(UsageError, match=f"attention='{implementation}' lacks"):
             packed_attention(nn.Module(), *tensors, ROW, implementation=implementation, **options)
         return
-    for x in tensors:
-        x.requires_grad_()
+    if implementation == "flex":
+        tensors = [x.float() for x in tensors]  # it has no float64, and no backward, on CPUs
+    else:
+        for x in tensors:
+            x.requires_grad_()
     found = packed_attention(nn.Module(), *tensors, ROW, implementation=implementation, **options)
     expected = by_definition(tensors, ROW, **options)
     # Weights are float32, as in the models that need eager products.
     tolerance = 1e-12 if implementation == "sdpa" else 1e-6
     assert found.shape == (1, ROW.num_tokens, 4, 8)
     assert relative(found, expected) < tolerance
-    upstream = torch.randn(found.shape, dtype=found.dtype)
-    ours = torch.cat(torch.autograd.grad(found, tensors, upstream), 1)
-    theirs = torch.cat(torch.autograd.grad(expected, tensors, upstream), 1)
-    assert relative(ours, theirs) < tolerance
+    if implementation != "flex":
+        upstream = torch.randn(found.shape, dtype=found.dtype)
+        ours = torch.cat(torch.autograd.grad(found, tensors, upstream), 1)
+        theirs = torch.cat(torch.autograd.grad(expected, tensors, upstream), 1)
+        assert relative(ours, theirs) < tolerance
 
 
 @settings(max_examples=30)
@@ -105,7 +109,13 @@ def test_dropout_drops(implementation):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_flex_on_a_cpu_does_not_train():
+    tensors = [x.float().requires_grad_() for x in qkv(ROW)]
+    with pytest.raises(UsageError, match="flex"):
+        packed_attention(nn.Module(), *tensors, ROW, implementation="flex")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex"])
 def test_whole_models_on_an_implementation_by_name(implementation):
     groups = features([9, 7, 3], [(5, 3), (1, 4), (6, 6)])
     model = make_model("qwen2_window")

@@ -238,7 +238,7 @@ def rounded_attention(tensors, dtype, attend):
     ("implementation", "options"),
     [
         (name, options)
-        for name in ("flash", "varlen", "sdpa", "eager")
+        for name in ("flash", "varlen", "sdpa", "flex", "eager")
         for options in (
             {},
             {"sliding_window": 16},

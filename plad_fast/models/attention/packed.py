@@ -7,6 +7,7 @@ Implementations, all of the same result:
 * "varlen": one call of PyTorch's own `varlen_attn` (2.12 or newer), which needs no further package
   and has neither softcap nor dropout, in 16-bit types on NVIDIA GPUs;
 * "sdpa": PyTorch's scaled_dot_product_attention, a call for every span of the row;
+* "flex": PyTorch's flex_attention with a block mask, compiled on CUDA;
 * "eager": plain products, for what the others lack: sinks, and softcap without flash-attn.
 
 T tokens in the row, H heads of the queries, G of the keys (H is a multiple of G), C channels.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from plad_fast.models.attention.varlen import can_varlen, torch_varlen
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("sdpa", "flash", "varlen", "eager")
+IMPLEMENTATIONS = ("sdpa", "flash", "varlen", "flex", "eager")
 _ON_CUDA = ("flash", "varlen")
 # What transformers may hand to an attention function and what changes its result.
 _UNKNOWN = (
@@ -97,6 +99,7 @@ def packed_attention(
         "sdpa": sinks or capped,
         "flash": sinks,
         "varlen": sinks or capped or dropout,
+        "flex": sinks or dropout,
     }
     if lacking.get(name):
         raise UsageError(
@@ -108,6 +111,8 @@ def packed_attention(
         return flash_varlen(query, key, value, row_layout, scale, dropout, sliding_window, softcap)
     if name == "varlen":
         return torch_varlen(query, key, value, row_layout, scale, sliding_window)
+    if name == "flex":
+        return _flex(query, key, value, row_layout, scale, sliding_window, softcap)
     attend = functools.partial(_sdpa, scale=scale, dropout=dropout)
     if name == "eager":
         attend = functools.partial(
@@ -196,3 +201,54 @@ def _eager(
         logits = torch.cat([logits, sink], dim=3)
     weights = logits.softmax(dim=3)[..., : key.shape[2]].to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_layout: RowLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value)):
+        raise UsageError("attention='flex' has no backward on CPUs; take attention='auto'")
+    tokens = row_layout.num_tokens
+    group, piece, position = row_layout.token_ids(query.device)
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (group[q] == group[k]) & ((piece[k] == 0) | (piece[k] == piece[q]))
+        near = position[q] >= position[k]
+        if window is not None:
+            near = near & (position[q] - position[k] < window)
+        return same & near
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    block_mask = row_layout.once(
+        ("flex", window, query.device),
+        lambda: create_block_mask(sees, None, None, tokens, tokens, device=query.device),
+    )
+    attend: Any = _compiled_flex() if query.is_cuda else flex_attention
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

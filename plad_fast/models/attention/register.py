@@ -40,7 +40,7 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
     Args:
         model: a transformers model whose attention goes through `AttentionInterface`; whether it
             does, `plad_fast.models.sharing.prepare` finds out.
-        implementation: "sdpa", "flash", "varlen", "eager", or "auto": the first of flash,
+        implementation: "sdpa", "flash", "varlen", "flex", "eager", or "auto": the first of flash,
             varlen, sdpa and eager that is there, takes the tensors and has what the model asks for.
     """
     check_implementation(implementation)

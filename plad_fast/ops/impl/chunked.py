@@ -8,13 +8,13 @@ N tokens, V vocabulary, D hidden, S sequences.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import (
-    Head,
     HeadGradient,
     HeadOptions,
     LinearProblem,
@@ -22,6 +22,7 @@ from plad_fast.ops.backend import (
     Needs,
     Upstream,
 )
+from plad_fast.ops.impl.exponentials import workspace_for
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
@@ -37,8 +38,8 @@ __all__ = [
     "workspace",
 ]
 
-
 TAKES_IGNORED = False
+workspace = workspace_for
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -54,7 +55,8 @@ def preferred(tensor: Tensor) -> bool:
 def linear_forward(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
     hidden, _, _, targets, _, options = problem
     rows = (targets != options.ignore_index).nonzero().squeeze(1)
-    workspace = Workspace(problem.head, options, len(rows), for_gradient=False)
+    make = Workspace if entropy_order else functools.partial(workspace_for, needs=(False,) * 3)
+    workspace = make(problem.head, options, len(rows), for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=workspace.products.dtype)
     lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
     entropy = torch.zeros_like(token_logprobs) if entropy_order else None
@@ -82,8 +84,11 @@ def linear_backward(
     hidden, weight, _, targets, _, options = problem
     active = upstream.active() if skip_inactive else targets != options.ignore_index
     active_rows = active.nonzero().squeeze(1)
-    workspace = Workspace(problem.head, options, len(active_rows), for_gradient=True)
-    grads = HeadGradients(problem.head, needs, workspace.products)
+    make = Workspace if upstream.lse is not None else functools.partial(workspace_for, needs=needs)
+    workspace = make(problem.head, options, len(active_rows), for_gradient=True)
+    grads = HeadGradients(
+        problem.head, needs, workspace.products, weight_dtype=workspace.grad_weight_dtype
+    )
     for chunk in workspace.chunks(len(active_rows)):
         rows = _slice_if_whole(active_rows[chunk], chunk, len(hidden) == len(active_rows))
         h, t = hidden[rows], targets[rows]
@@ -91,12 +96,6 @@ def linear_backward(
         grad_lse = None if upstream.lse is None else upstream.lse[rows]
         grads.add(workspace.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
     return grads.finish(weight.dtype)
-
-
-def workspace(
-    head: Head, options: HeadOptions, num_rows: int, *, for_gradient: bool, needs: Needs
-) -> Workspace:
-    return Workspace(head, options, num_rows, for_gradient=for_gradient)
 
 
 def _slice_if_whole(rows: Tensor, chunk: slice, whole: bool) -> Tensor | slice:

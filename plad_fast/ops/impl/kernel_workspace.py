@@ -145,3 +145,9 @@ class KernelWorkspace(Workspace):
             row_width=self._row_width,
         )
         return Operand(values, scale)
+
+    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """In one launch."""
+        from plad_fast.kernels.segments import segment_sums
+
+        return segment_sums(values, cu_seqlens)

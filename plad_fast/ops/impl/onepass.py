@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from plad_fast.losses.objective import Objective, refuse_outside_gradients
-from plad_fast.losses.terms import segment_sums
 from plad_fast.ops.backend import Denominators, HeadGradient, LinearProblem, Needs, sent
 from plad_fast.ops.impl.workspace import HeadGradients, TokenStatistics, Workspace, compacting_order
 
@@ -152,7 +151,7 @@ class _OnePass:
         found = [part.token_logprobs for part in parts]
         if len(found) != 1:
             found = [torch.cat([hidden.new_empty(0, dtype=workspace.products.dtype), *found])]
-        sums = segment_sums(found[0], offsets - start if start else offsets)
+        sums = workspace.segment_sums(found[0], offsets - start if start else offsets)
         grad_sums = self._differentiate(slice(first * size, last * size), sums)
         if not (chunks and self.grads.wanted):
             return

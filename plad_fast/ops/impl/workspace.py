@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from plad_fast.losses.terms import segment_sums
 from plad_fast.ops.backend import Head, HeadGradient, HeadOptions, Needs, sent
 from plad_fast.ops.impl.products import Operand, Products, products_for
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
@@ -126,6 +127,10 @@ class Workspace:
     def _buffers(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The first rows of the buffer, and of the one for the derivative of the cap."""
         return self._buffer[:count], None if self._slope is None else self._slope[:count]
+
+    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:  # (N,), (S + 1,)
+        """Sums of consecutive values, in a fixed order."""
+        return segment_sums(values, cu_seqlens)
 
     def _keep_rows_(self, order: Tensor) -> None:
         """Bring the buffer's rows order[0], order[1], ... to its front."""
