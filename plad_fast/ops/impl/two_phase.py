@@ -121,7 +121,9 @@ def linear_backward(
     scale = None
     if tiling.num_rows and products.scales_operands:
         scale = products.operand_scale(options.gradient_bound(*upstream))
-    memory = weight.new_empty(tiling.rows, tiling.columns, dtype=dtype)
+    # A CPU's product with AMX reads on behind the end of a row, and takes it times 0.
+    allocate = weight.new_zeros if weight.device.type == "cpu" else weight.new_empty
+    memory = allocate(tiling.rows, tiling.columns, dtype=dtype)
     grads = SlicedGradients(problem.head, needs, tiling, scale)
     of_tokens = _Tokens(hidden, targets, lse, tail, miss, *upstream)
     for block in tiling.blocks():
