@@ -28,7 +28,11 @@ vectors = st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=1, max_size=3
 
 
 def test_a_standard_error_is_that_of_a_sample():
-    assert metrics.percentile_interval(0.0, np.array([-1.0, 1.0])).standard_error == math.sqrt(2)
+    """Of two resampled means m and M it is (M - m) / sqrt(2); the interval is 95 % of M - m."""
+    found = metrics.paired_bootstrap(np.arange(10.0), n_resamples=2)
+    assert found.low < found.mean < found.high
+    between = (found.high - found.low) / 0.95
+    assert found.standard_error == pytest.approx(between / math.sqrt(2))
 
 
 def test_bootstrap_has_the_textbook_standard_error():
