@@ -47,11 +47,9 @@ class Device:
     num_sms: int
     memory: int
     """Bytes."""
-    free: int
-    """Bytes, at any time."""
 
 
-H100 = Device("H100 SXM 80 GB", (9, 0), 132, 80 * 10**9, 60 * 10**9)
+H100 = Device("H100 SXM 80 GB", (9, 0), 132, 80 * 10**9)
 
 
 @dataclass(frozen=True)
@@ -485,9 +483,6 @@ def counting(device: Device = H100, rules: Mapping[str, Rule] = RULES) -> Iterat
         (torch.cuda, "device", lambda _: contextlib.nullcontext()),
         (torch.cuda, "get_device_properties", lambda *_: properties),
         (torch.cuda, "get_device_capability", lambda *_: device.capability),
-        (torch.cuda, "get_device_name", lambda *_: device.name),
-        (torch.cuda, "mem_get_info", lambda *_: (device.free, device.memory)),
-        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (launch, "_cuda_device", lambda _: launch.Device(device.capability, device.num_sms)),
         (jit.JITFunction, "run", run),
         (interpreter.InterpretedFunction, "run", run),

@@ -94,7 +94,6 @@ def _move_rows(arguments: Arguments) -> Touched:
 RULES: dict[str, Rule] = {
     "_linear_forward_kernel": Rule(_linear_forward),
     "_combine_kernel": Rule(_rows_forward),
-    "_sequence_sums_kernel": Rule(lambda a: once(a, ("sums_ptr", "counts_ptr"))),
     "_logits_gradient_kernel": Rule(
         lambda a: once(a, ("out_ptr",))._replace(flops=_flops(a)), makes_gradient=True
     ),
@@ -105,7 +104,6 @@ RULES: dict[str, Rule] = {
     ),
     "_move_rows_kernel": Rule(_move_rows),
     "_segment_sums_kernel": Rule(lambda a: once(a, ("sums_ptr",))),
-    "_scaled_kernel": Rule(lambda a: once(a, ("out_ptr",))),
 }
 """By the name of the kernel."""
 
@@ -121,8 +119,7 @@ def invented(arguments: Arguments, known: Callable[[Any], Tensor | None]) -> dic
     known: the values of an argument, if it is a tensor whose values are known.
     """
     found: dict[str, Tensor] = {}
-    targets, bounds = known(arguments.get("targets_ptr")), known(arguments.get("cu_seqlens_ptr"))
-    values = known(arguments.get("values_ptr"))
+    targets = known(arguments.get("targets_ptr"))
     if targets is not None and "ignore_index" in arguments:
         counted = targets != arguments["ignore_index"]
         values = torch.where(targets % 2 == 0, _LIKELY, _UNLIKELY).where(counted, 0.0)
@@ -130,13 +127,8 @@ def invented(arguments: Arguments, known: Callable[[Any], Tensor | None]) -> dic
         found["lse_ptr"] = -values
         found["tail_ptr"] = torch.zeros_like(values)
         found["miss_ptr"] = 1 - values.exp()
-        if bounds is not None:
-            found["counts_ptr"] = _sums(counted.long(), bounds)
+    values, bounds = known(arguments.get("values_ptr")), known(arguments.get("cu_seqlens_ptr"))
     if values is not None and bounds is not None:
-        found["sums_ptr"] = _sums(values, bounds)
+        before = torch.cat([values.new_zeros(1), values.reshape(-1).cumsum(0)])
+        found["sums_ptr"] = before[bounds[1:]] - before[bounds[:-1]]
     return found
-
-
-def _sums(values: Tensor, bounds: Tensor) -> Tensor:
-    before = torch.cat([values.new_zeros(1), values.reshape(-1).cumsum(0)])
-    return before[bounds[1:]] - before[bounds[:-1]]

@@ -44,15 +44,11 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class SegmentsConfig:
-    """A sequence is read BLOCK_N tokens at a time; or a tensor, BLOCK_N entries by a program."""
+    """A sequence is read BLOCK_N tokens at a time."""
 
     BLOCK_N: int = 128
     num_warps: int = 4
     num_stages: int = 2
-
-
-SCALING = SegmentsConfig(BLOCK_N=4096, num_warps=8)
-"""Four vectors of four float32 entries for each thread to have in flight."""
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,23 @@
 """Hidden states x LM head -> log-probabilities of targets; logits live in registers only.
 
-Three launches. `_linear_forward_kernel` runs over tiles of tokens times parts of the vocabulary:
+Two launches. `_linear_forward_kernel` runs over tiles of tokens times parts of the vocabulary:
 each program multiplies tile after tile of its part and keeps a running maximum and sum of
 exponentials per token, so hidden and weight are read and 2 or 3 numbers per token and part are
 written. Tiles of tokens go in groups: what programs that run together read comes from the L2 cache
-then. `_combine_kernel` folds the parts of each token in a fixed order, and `sequence_sums` the
-tokens of each sequence. No atomics; the same inputs on the same GPU give the same bits.
+then. `_combine_kernel` folds the parts of each token in a fixed order. No atomics; the same inputs
+on the same GPU give the same bits.
 
-N tokens, V vocabulary, D hidden, S sequences.
+N tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import autotune, launch
 from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.logits_rows import RowStatistics
 from plad_fast.kernels.primitives import (
     capped_logits,
     entropy_of,
@@ -28,22 +27,9 @@ from plad_fast.kernels.primitives import (
     token_statistics,
     without_target,
 )
-from plad_fast.kernels.segments import sequence_sums
 from torch import Tensor
 
 _COMBINED_TOKENS = 64
-
-
-class LinearStatistics(NamedTuple):
-    """float32; 0 for ignored tokens."""
-
-    sums: Tensor  # (S,), divided by count ** length_normalization
-    counts: Tensor  # (S,) int64
-    token_logprobs: Tensor  # (N,)
-    lse: Tensor  # (N,)
-    tail: Tensor  # (N,) what rounding took from lse
-    miss: Tensor  # (N,) 1 - p(target)
-    entropy: Tensor | None  # (N,)
 
 
 @triton.jit
@@ -262,17 +248,15 @@ def linear_forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,) int64
-    cu_seqlens: Tensor,  # (S + 1,) int64
     *,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
     ignore_index: int,
-    length_normalization: float,
     entropy_order: int,  # 0 for none, 1, or 2
     config: LinearConfig | None = None,
-) -> LinearStatistics:
-    """Statistics of every token and sequence; nothing waits for the device."""
+) -> RowStatistics:
+    """Statistics of every token; nothing waits for the device."""
     num_tokens, width = hidden.shape
     vocab = weight.shape[0]
     options = {
@@ -280,11 +264,10 @@ def linear_forward(
         "logit_scale": logit_scale,
         "temperature": temperature,
         "ignore_index": ignore_index,
-        "length_normalization": length_normalization,
         "entropy_order": entropy_order,
     }
     config = config or autotune.linear_config(
-        linear_forward, hidden, weight, bias, targets, cu_seqlens, **options
+        linear_forward, hidden, weight, bias, targets, **options
     )
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
@@ -343,11 +326,4 @@ def linear_forward(
             BLOCK_N=_COMBINED_TOKENS,
             num_warps=2,
         )
-    sums, counts = sequence_sums(
-        logprobs,
-        targets,
-        cu_seqlens,
-        length_normalization=length_normalization,
-        ignore_index=ignore_index,
-    )
-    return LinearStatistics(sums, counts, logprobs, lse, tail, miss, entropy)
+    return RowStatistics(logprobs, lse, tail, miss, entropy)

@@ -32,7 +32,6 @@ from plad_fast.kernels.aot import calls as aot_calls
 from plad_fast.kernels.aot.resources import (
     GPUS,
     Resources,
-    amd_linker_missing,
     ptxas_log,
     resources_of,
 )
@@ -50,8 +49,6 @@ from triton.compiler import ASTSource
 _TRITON_LOGS = not triton.__version__.startswith("3.4.")
 """What ptxas says, on demand; in 3.4 the knob for it is not read."""
 _TENSOR_CORE = {90: "wgmma", 100: "tcgen05"}  # mma elsewhere
-_AMD = "gfx942"
-_AMD_SAMPLE = 8  # every eighth entry
 
 
 @functools.cache
@@ -61,12 +58,6 @@ def entries(arch: int, everything: bool = False, module: str | None = None) -> l
     if module:
         return list(importlib.import_module(module).aot_entries(capability))
     return aot_calls.entries(capability, everything=everything)
-
-
-def amd_entries() -> list[AotEntry]:
-    """A sample of the kernels of capability 8.0; AMD's cards have no tf32."""
-    ieee = [e for e in entries(80) if e.constants.get("PRECISION", "ieee") == "ieee"]
-    return ieee[::_AMD_SAMPLE]
 
 
 def compile_entry(entry: AotEntry, target: GPUTarget) -> Any:
@@ -145,12 +136,6 @@ def _work(job: tuple[int, bool, str | None, int, int]) -> Report:
     return inspect(entries(*which)[index], job[0], spills)
 
 
-def _work_amd(index: int) -> str:
-    """Compile only: what the linear kernels multiply with there."""
-    assembly = compile_entry(amd_entries()[index], GPUTarget("hip", _AMD, 64)).asm["amdgcn"]
-    return "mfma" if "mfma" in assembly else ""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     jobs = [
@@ -164,13 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             reports.append(report)
             if len(reports) % 25 == 0 or len(reports) == len(jobs):
                 print(f"compiled {len(reports)} of {len(jobs)}", file=sys.stderr, flush=True)
-        amd = list(pool.map(_work_amd, range(len(amd_entries())))) if args.amd else []
     predicted = predictions(reports)
     parts = [resource_table(reports)]
     if predicted:
         parts.append(prediction_table(predicted))
-    if amd:
-        parts.append(f"{_AMD}: {len(amd)} kernels compile, {amd.count('mfma')} of them with mfma")
     print("\n\n".join(parts))
     command = f"python -m plad_fast.kernels.aot --arch {' '.join(map(str, args.arch))}"
     command += " --all" if args.all else ""
@@ -212,13 +194,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of registers, which a kernel may spill outside of its inner loop (0)",
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
-    parser.add_argument("--no-amd", dest="amd", action="store_false", help=f"leave out {_AMD}")
     parser.add_argument("--module", help="compile what aot_entries of this module gives instead")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET replaces the compiler; unset it")
-    if args.amd and (missing := amd_linker_missing()):
-        parser.error(f"{missing} Or leave {_AMD} out: --no-amd")
     return args
 
 

@@ -24,7 +24,6 @@ from plad_fast.kernels.launch import (
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
-from plad_fast.kernels.scaling import scaled
 from plad_fast.kernels.segments import segment_sums
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -48,7 +47,7 @@ _TRITON_STAGES = 3  # what a launch without num_stages gets
 
 @dataclass(frozen=True)
 class Case:
-    """Options of a call; `rest` stands for entropy, length normalisation and row orders."""
+    """Options of a call; `rest` stands for entropy and row orders."""
 
     bias: bool = False
     softcap: bool = False
@@ -129,22 +128,16 @@ def _call(call: Call) -> None:
         # Logits that the user holds.
         _call_rows(call, dtype)
     segment_sums(_empty(5), _empty(3, dtype=torch.int64))
-    # The gradient of the weight: accumulated in float32 or, of a single chunk, rounded already.
-    for width in {torch.float32, dtype}:
-        scaled(_empty(*head, dtype=width), _empty(1)[0], dtype)
-    scaled(_empty(*head), None, dtype)
 
 
 def _call_linear(call: Call) -> None:
     """As the heuristic chooses, and with specialised warps where `kernels.autotune` offers them."""
     dtype, (width, vocab), case, sizes, _ = call
-    bounds = _empty(3, dtype=torch.int64)
-    device = launch.device_of(bounds)
     for n in sizes:
         hidden, weight = _empty(n, width, dtype=dtype), _empty(vocab, width, dtype=dtype)
         bias = _empty(vocab, dtype=dtype) if case.bias else None
         targets, tokens = _empty(n, dtype=torch.int64), _empty(n)
-        options = _options(case)
+        device, options = launch.device_of(hidden), _options(case)
         candidates = launch.linear_candidates(
             dtype,
             n,
@@ -155,9 +148,8 @@ def _call_linear(call: Call) -> None:
         for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
             for entropy_order in _orders(call):
                 linear_forward(
-                    *(hidden, weight, bias, targets, bounds),
+                    *(hidden, weight, bias, targets),
                     **options,
-                    length_normalization=float(case.rest),
                     entropy_order=entropy_order,
                     config=config,
                 )

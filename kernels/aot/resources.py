@@ -98,20 +98,6 @@ def ptxas_log(ptx: str) -> str:
     return _run_tool("ptxas", options, ptx.encode()).stderr
 
 
-def amd_linker_missing() -> str | None:
-    """Why Triton cannot link for AMD's cards: 3.4 has no linker of its own."""
-    from triton.backends.amd.compiler import HIPBackend
-
-    find = getattr(HIPBackend, "path_to_rocm_lld", None)
-    if find is None:
-        return None
-    try:
-        find()
-    except Exception as error:  # which has no class of its own
-        return str(error)
-    return None
-
-
 def parse_ptxas(log: str) -> Usage:
     """The log of one kernel; functions that were not inlined spill on its account."""
     registers = re.findall(r"Used (\d+) registers", log)

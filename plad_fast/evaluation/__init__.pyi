@@ -6,10 +6,7 @@ from .held_out import HeldOut as HeldOut
 from .metrics import Interval as Interval
 from .metrics import SignTest as SignTest
 from .metrics import margins as margins
-from .metrics import mean_margin as mean_margin
 from .metrics import paired_bootstrap as paired_bootstrap
-from .metrics import ranking_accuracy as ranking_accuracy
 from .metrics import sign_test as sign_test
-from .metrics import win_rate as win_rate
 from .run_students import evaluate_models as evaluate_models
 from .students import StudentOutputs as StudentOutputs

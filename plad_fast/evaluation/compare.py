@@ -19,7 +19,6 @@ from plad_fast.evaluation.measures import Task
 from plad_fast.evaluation.metrics import CONFIDENCE
 from plad_fast.evaluation.students import (
     Judge,
-    ScoreFn,
     Scorer,
     StudentOutputs,
     check_students,
@@ -32,7 +31,6 @@ def evaluate_students(
     teacher_answers: Mapping[str, str],
     references: Mapping[str, str | None] | None = None,
     *,
-    score_fn: ScoreFn | None = None,
     scorers: Mapping[str, Scorer] | None = None,
     judge: Judge | None = None,
     prompts: Mapping[str, Content] | None = None,
@@ -46,15 +44,13 @@ def evaluate_students(
         teacher_answers: prompt id -> answer; these prompts are evaluated.
         references: prompt id -> reference answer, for all or some of the prompts; a blank one is
             none.
-        score_fn: `(prompt, answer, target) -> float`, larger is better; decides win rates. Default:
-            ROUGE-L to the target, which is the reference where there is one, else the teacher's
-            answer.
-        scorers: name -> scorer, reported beside `score_fn`: one that the training did not see
-            says more than the one it was trained on.
-        judge: decides win rates instead of `score_fn`. It is asked about every two students and
+        scorers: name -> scorer, reported beside the score that decides win rates (ROUGE-L to the
+            reference where there is one, else to the teacher's answer): one that the training did
+            not see says more than the one it was trained on.
+        judge: decides win rates instead of ROUGE-L. It is asked about every two students and
             about every student and the teacher, on every prompt where their texts differ; equal
             ones are a tie.
-        prompts: prompt id -> prompt, for `score_fn`, `scorers` and `judge`.
+        prompts: prompt id -> prompt, for `scorers` and `judge`.
         n_resamples: bootstrap resamples behind each interval (`metrics.paired_bootstrap`).
         seed: of the bootstrap.
 
@@ -86,11 +82,11 @@ def evaluate_students(
         UsageError: no students or no teacher answers, two students of one name, a student that left
             evaluated prompts unanswered, students scored on different pairs, a score that is not
             finite (a scorer or judge may give NaN for what it could not decide, which is then left
-            out), or `score_fn`, `scorers` or `judge` without the prompts.
+            out), or `scorers` or `judge` without the prompts.
     """
     check_students(students, teacher_answers)
     ids = list(teacher_answers)
-    for name, asks in (("score_fn", score_fn), ("scorers", scorers), ("judge", judge)):
+    for name, asks in (("scorers", scorers), ("judge", judge)):
         if asks and (prompts is None or any(key not in prompts for key in ids)):
             raise UsageError(f"{name} needs the prompts; pass prompts={{id: prompt}} for all")
     references = references or {}
@@ -99,7 +95,6 @@ def evaluate_students(
         teacher_answers,
         known,
         prompts or {},
-        score_fn=score_fn,
         scorers=scorers or {},
         judge=judge,
         n_resamples=n_resamples,

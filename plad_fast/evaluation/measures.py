@@ -13,7 +13,7 @@ from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.evaluation import metrics
 from plad_fast.evaluation.metrics import FloatArray
-from plad_fast.evaluation.students import Judge, ScoreFn, Scorer, StudentOutputs
+from plad_fast.evaluation.students import Judge, Scorer, StudentOutputs
 from plad_fast.pairs import text_metrics
 
 _ROUGE = tuple(
@@ -46,7 +46,6 @@ class Task:
     teacher_answers: Mapping[str, str]
     references: Mapping[str, str]
     prompts: Mapping[str, Content]
-    score_fn: ScoreFn | None
     scorers: Mapping[str, Scorer]
     judge: Judge | None
     n_resamples: int
@@ -76,8 +75,6 @@ class Task:
         values |= self._likeness(student.answers, answers, is_teacher)
         values["mean_words"] = text_metrics.word_counts(answers)
         values["repetition_4"] = text_metrics.repetition_shares(answers, 4)
-        if self.score_fn is not None:
-            values["score"] = self._custom_scores(self.score_fn, answers)
         return Measured(values, scores, answers, student.pair_prompts)
 
     def row(
@@ -126,8 +123,6 @@ class Task:
         return self.score_label() if self.judge is None else self.judge.name
 
     def score_label(self) -> str:
-        if self.score_fn is not None:
-            return getattr(self.score_fn, "__name__", type(self.score_fn).__name__)
         return rouge_l_label(len(self.references), len(self.teacher_answers))
 
     def _likeness(
@@ -154,17 +149,6 @@ class Task:
         if len(rouge_l):
             values["score"] = rouge_l
         return values
-
-    def _custom_scores(self, score_fn: ScoreFn, answers: Sequence[str]) -> FloatArray:
-        scores = []
-        for (key, teacher_answer), answer in zip(
-            self.teacher_answers.items(), answers, strict=True
-        ):
-            target = self.references.get(key, teacher_answer)
-            scores.append(float(score_fn(self.prompts[key], answer, target)))
-            if not np.isfinite(scores[-1]):
-                raise UsageError(f"score_fn gave {scores[-1]} for prompt {key}; it must be finite")
-        return np.array(scores)
 
     def _rated(self, systems: Sequence[StudentOutputs]) -> list[dict[str, FloatArray]]:
         """Of each system, whatever its name, scorer -> (prompts,)."""

@@ -47,22 +47,6 @@ class SignTest:
     of a coin; 1 without any."""
 
 
-def ranking_accuracy(
-    chosen_logps: ArrayLike,  # (n,)
-    rejected_logps: ArrayLike,  # (n,)
-) -> float:
-    """Share of pairs whose chosen response has the larger log-probability; a tie counts half.
-
-    With an interval: `win_rate(chosen_logps, rejected_logps)`. It is what the ranking loss of PLaD
-    (arXiv 2406.02886) trains for, and the "reward accuracy" of preference learning without a
-    reference model (Rafailov et al. 2023, arXiv 2305.18290).
-
-    Raises:
-        UsageError: no pairs, a log-probability that is not finite, or lengths that differ.
-    """
-    return float(outcomes(chosen_logps, rejected_logps).mean())
-
-
 def margins(
     chosen_logps: ArrayLike,  # (n,)
     rejected_logps: ArrayLike,  # (n,)
@@ -78,46 +62,19 @@ def margins(
     return chosen - aligned(rejected_logps, chosen, "rejected_logps", "chosen_logps")
 
 
-def mean_margin(
-    chosen_logps: ArrayLike,  # (n,)
-    rejected_logps: ArrayLike,  # (n,)
-) -> float:
-    """Mean of `margins`, in nats."""
-    return float(margins(chosen_logps, rejected_logps).mean())
-
-
-def win_rate(
-    scores_a: ArrayLike,  # (n,)
-    scores_b: ArrayLike,  # (n,)
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """How often `a` scores higher than `b` on the same example, a tie counting half.
-
-    The rates of `a` over `b` and of `b` over `a` sum to 1. The interval is that of
-    `paired_bootstrap` (Koehn 2004) over the per-example `outcomes`.
-
-    Raises:
-        UsageError: no examples, a score that is not finite, or lengths that differ.
-    """
-    return paired_bootstrap(outcomes(scores_a, scores_b), n_resamples=n_resamples, seed=seed)
-
-
 def paired_bootstrap(
-    a: ArrayLike,  # (n,)
-    b: ArrayLike | None = None,  # (n,)
+    values: ArrayLike,  # (n,)
     *,
     groups: Sequence[Hashable] | None = None,  # (n,)
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of `a`, or of the paired differences `a - b`, with a percentile bootstrap interval.
+    """Mean of values, such as paired differences, with a percentile bootstrap interval.
 
-    The examples are drawn with replacement `n_resamples` times, `a[i]` always together with `b[i]`;
-    the interval holds the middle 95 % of the means so obtained, and the standard error is
-    their standard deviation. The interval always contains the mean. It is too narrow for a handful
-    of examples, and has no width for a single one or for examples that are all alike.
+    The examples are drawn with replacement `n_resamples` times; the interval holds the middle 95 %
+    of the means so obtained, and the standard error is their standard deviation. The interval
+    always contains the mean. It is too narrow for a handful of examples, and has no width for a
+    single one or for examples that are all alike.
 
     Examples of one group, such as pairs of one prompt, are no independent evidence: groups are
     drawn, and all examples of a group come with it. Without `groups` each example is its own.
@@ -127,12 +84,9 @@ def paired_bootstrap(
     Clustered Data" (groups).
 
     Raises:
-        UsageError: no examples, a value that is not finite, lengths that differ, or fewer than two
-            resamples.
+        UsageError: no examples, a value that is not finite, or fewer than two resamples.
     """
-    values = vector(a, "a")
-    if b is not None:
-        values = values - aligned(b, values, "b", "a")
+    values = vector(values, "values")
     require_resamples(n_resamples)
     mean = float(values.mean())
     sums, counts = _by_group(values, groups)
@@ -152,7 +106,12 @@ def paired_bootstrap(
         method="percentile",
         rng=rng,
     )
-    return percentile_interval(mean, resampled.bootstrap_distribution)
+    means = resampled.bootstrap_distribution
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    # Rounding, or very few resamples, can leave the mean just outside.
+    low, high = min(float(low), mean), max(float(high), mean)
+    return Interval(mean, low, high, float(means.std(ddof=1)))
 
 
 def _by_group(
@@ -173,18 +132,6 @@ def _by_group(
 
 def _mean_of_groups(sums: FloatArray, counts: FloatArray, axis: int) -> FloatArray:
     return sums.sum(axis=axis) / counts.sum(axis=axis)
-
-
-def percentile_interval(
-    estimate: float,
-    resampled: FloatArray,  # (R,)
-) -> Interval:
-    """The middle 95 % of a statistic's resampled values, widened to hold the statistic itself."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    # Rounding, or very few resamples, can leave the estimate just outside.
-    low, high = min(float(low), estimate), max(float(high), estimate)
-    return Interval(estimate, low, high, float(resampled.std(ddof=1)))
 
 
 def sign_test(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from plad_fast.evaluation.metrics import FloatArray
 
 if TYPE_CHECKING:
     from plad_fast.data.prompts import Prompt
-
-ScoreFn = Callable[[Any, str, str], float]
 
 
 class Scorer(Protocol):

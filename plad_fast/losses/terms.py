@@ -128,6 +128,8 @@ def segment_sums(
     The addition runs in float64: there are N terms only, and the result does not depend on how a
     sequence was cut into chunks.
     """
+    if len(cu_seqlens) == 1:
+        return values.new_zeros(0)
     wide = values if values.device.type == "mps" else values.double()  # MPS has no float64
     return torch.segment_reduce(wide, "sum", offsets=cu_seqlens, initial=0).to(values.dtype)
 

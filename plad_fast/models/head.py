@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_hidden, is_encoder_decoder
-from plad_fast.models.lm_head import find_head, holds_vocab_rows, whole_hidden
+from plad_fast.models.lm_head import find_head, is_tensor_parallel, whole_hidden
 from plad_fast.models.wrappers import call_inside
 from plad_fast.ops.logprobs import linear_sequence_logprobs
 from plad_fast.ops.reference import reference_logits
 from plad_fast.ops.vocab_parallel.api import vocab_parallel_sequence_logprobs
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from plad_fast.data.packing import PreferenceBatch
@@ -86,6 +85,11 @@ def check_architecture(model: nn.Module) -> None:
         UsageError: they do not agree, or as in `find_head`.
     """
     head, family = find_head(model), type(base_model(model)).__name__
+    if head.group is not None:
+        raise UsageError(
+            f"the LM head of {family} is sharded by tensor parallelism, which trainers lack, "
+            "but plad_fast.models.causal_lm_logprobs and the ops of plad_fast.ops.vocab_parallel"
+        )
     input_ids = torch.arange(4, device=head.weight.device).remainder(len(head.weight))[None]
 
     def logits() -> Tensor:  # (4, V)
@@ -171,7 +175,6 @@ def causal_lm_logprobs(
     batch: PreferenceBatch,
     *,
     length_normalization: float = 0.0,
-    tensor_parallel: bool | DeviceMesh = True,
     **options: Any,
 ) -> SequenceLogProbs:
     """Log-probability of every response in a batch under the model, differentiable.
@@ -185,7 +188,6 @@ def causal_lm_logprobs(
         batch: from `PreferenceCollator`, on the model's device; a packed one needs
             `plad_fast.models.sharing.prepare(model)` once.
         length_normalization: alpha in sum / count ** alpha.
-        tensor_parallel: as in `find_head`.
         **options: `temperature`, `impl` and so on of `linear_sequence_logprobs`.
     """
 
@@ -195,72 +197,52 @@ def causal_lm_logprobs(
             function = vocab_parallel_sequence_logprobs
         return function(**arguments, length_normalization=length_normalization, **options)
 
-    return through_head(model, batch, op, tensor_parallel=tensor_parallel)
+    return through_head(model, batch, op)
 
 
-def through_head(
-    model: nn.Module,
-    batch: PreferenceBatch,
-    op: Callable[..., Result],
-    *,
-    tensor_parallel: bool | DeviceMesh = False,
-) -> Result:
+def through_head(model: nn.Module, batch: PreferenceBatch, op: Callable[..., Result]) -> Result:
     """Runs the backbone, and `op` in place of the head's forward.
 
     What shards the head apart from the model around it (ZeRO-3, a `fully_shard` of its own) has it
-    whole in that forward only, and in the backward through what that forward returns.
+    whole in that forward only, and in the backward through what that forward returns. The forward
+    of a head that tensor parallelism shards splits its input and joins its output, and is left out.
 
     Args:
         model: a causal or encoder-decoder LM, not wrapped; see `call_inside`.
         batch: from `PreferenceCollator`, on the model's device.
         op: called with what `head_arguments` returns.
-        tensor_parallel: as in `find_head`. The forward of a head that is sharded so splits its
-            input and joins its output, and is left out.
     """
-    rows = _predicting_rows(model, batch, tensor_parallel)
+    rows = _predicting_rows(model, batch)
     head = base_model(model).get_output_embeddings()
 
     def forward(rows: Tensor) -> Result:
-        return op(**_arguments(model, rows, batch, tensor_parallel))
+        return op(**_arguments(model, rows, batch))
 
-    if head is None or holds_vocab_rows(getattr(head, "weight", None), tensor_parallel):
+    if head is None or is_tensor_parallel(getattr(head, "weight", None)):
         return forward(rows)
     return call_inside(head, head, forward, rows)
 
 
-def head_arguments(
-    model: nn.Module, batch: PreferenceBatch, *, tensor_parallel: bool | DeviceMesh = False
-) -> dict[str, Any]:
+def head_arguments(model: nn.Module, batch: PreferenceBatch) -> dict[str, Any]:
     """Runs the backbone and gathers what both ops take of model and batch.
 
-    For heads that are whole by themselves; see `through_head`.
-
-    Args:
-        tensor_parallel: as in `find_head`; for a head that is sharded so there is a `group` too,
-            and the ops are those of `plad_fast.ops.vocab_parallel.api`.
+    For heads that are whole by themselves, see `through_head`. For one that is sharded by tensor
+    parallelism there is a `group` too, and the ops are those of `plad_fast.ops.vocab_parallel.api`.
     """
-    rows = _predicting_rows(model, batch, tensor_parallel)
-    return _arguments(model, rows, batch, tensor_parallel)
+    return _arguments(model, _predicting_rows(model, batch), batch)
 
 
-def _predicting_rows(
-    model: nn.Module, batch: PreferenceBatch, tensor_parallel: bool | DeviceMesh
-) -> Tensor:  # (N, D)
+def _predicting_rows(model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (N, D)
     tokens = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
-    hidden = whole_hidden(batch_hidden(model, batch), tensor_parallel, tokens)
+    hidden = whole_hidden(batch_hidden(model, batch), tokens)
     if "row_layout" in batch:
         return batch["row_layout"].predicting(hidden)
     return hidden.flatten(0, 1).index_select(0, batch["loss_rows"])
 
 
-def _arguments(
-    model: nn.Module,
-    rows: Tensor,  # (N, D)
-    batch: PreferenceBatch,
-    tensor_parallel: bool | DeviceMesh,
-) -> dict[str, Any]:
+def _arguments(model: nn.Module, rows: Tensor, batch: PreferenceBatch) -> dict[str, Any]:
     return {
-        **find_head(model, tensor_parallel=tensor_parallel).arguments(rows),
+        **find_head(model).arguments(rows),
         "targets": batch["targets"],
         "cu_seqlens": batch["cu_seqlens"],
     }

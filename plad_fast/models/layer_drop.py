@@ -2,8 +2,8 @@
 
 The usual way to start a small student from its teacher: keep evenly spaced layers with their
 weights, embeddings and head (DistilBERT, arXiv 1910.01108, section 3). Of an encoder-decoder model
-these are layers of the decoder, where generation spends its time, unless the encoder's are asked
-for as well (shrink and fine-tune, arXiv 2010.13002).
+these are layers of the decoder, where generation spends its time (shrink and fine-tune, arXiv
+2010.13002).
 """
 
 from __future__ import annotations
@@ -25,95 +25,67 @@ _NOT_PER_LAYER = frozenset({"architectures", "bos_token_id", "eos_token_id", "pa
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
 # Set by use of a model rather than by its config.
 _RUNTIME_STATE = frozenset({"training", "gradient_checkpointing", "is_quantized", "name_or_path"})
-# How configs of encoder-decoder models name the number of layers, by half.
-_DEPTHS = {
-    "encoder": ("encoder_layers", "num_layers"),
-    "decoder": ("decoder_layers", "num_decoder_layers"),
-}
+# How configs of encoder-decoder models name the number of the decoder's layers.
+_DEPTHS = ("decoder_layers", "num_decoder_layers")
 
 
 def depth(model: PreTrainedModel) -> int:
     """The number of a model's layers; of an encoder-decoder model, its decoder's."""
-    half = "decoder" if model.config.is_encoder_decoder else None
-    return len(_find_layers(model, half)[1])
+    return len(_find_layers(model)[1])
 
 
-def drop_layers(
-    teacher: PreTrainedModel,
-    keep: int | Sequence[int],
-    *,
-    keep_encoder: int | Sequence[int] | None = None,
-) -> PreTrainedModel:
+def drop_layers(teacher: PreTrainedModel, keep: int | Sequence[int]) -> PreTrainedModel:
     """A student made of some of the teacher's layers, and of its embeddings, final norm and head.
 
     The student shares no storage with the teacher, which is left as it is. Tied weights stay tied.
     `save_pretrained` and `from_pretrained` give back the same student.
 
     Args:
-        teacher: a model whose layers, or those of encoder and decoder each, lie in one
-            `nn.ModuleList` (nearly all of them).
+        teacher: a model whose layers, or its decoder's, lie in one `nn.ModuleList` (nearly all).
         keep: how many layers, evenly spaced with the first and the last among them; or the
             indices of the layers to keep, in increasing order. Layers of the decoder, if the
             model has an encoder.
-        keep_encoder: layers of the encoder, likewise; None keeps all.
 
     Raises:
         UsageError: no such layers, or an architecture whose depth cannot be changed this way.
     """
-    wanted: dict[str | None, int | Sequence[int]] = {None: keep}  # by half; None is all of it
-    if teacher.config.is_encoder_decoder:
-        wanted = {"decoder": keep}
-        if keep_encoder is not None:
-            wanted["encoder"] = keep_encoder
-    elif keep_encoder is not None:
-        raise UsageError(
-            f"keep_encoder is {keep_encoder}, and {type(teacher).__name__} has no encoder; "
-            "leave it out"
-        )
-    found = {half: _find_layers(teacher, half) for half in wanted}
-    kept = {half: _kept_indices(number, len(found[half][1])) for half, number in wanted.items()}
+    name, layers = _find_layers(teacher)
+    kept = _kept_indices(keep, len(layers))
     # The deep copy meets a stand-in for every dropped layer, so their weights are never copied.
     stand_in = nn.Identity()
-    dropped = [
-        layer
-        for half, (_, layers) in found.items()
-        for index, layer in enumerate(layers)
-        if index not in set(kept[half])
-    ]
-    student = copy.deepcopy(teacher, {id(layer): stand_in for layer in dropped})
-    for half, (name, layers) in found.items():
-        survivors = [layer for layer in student.get_submodule(name) if layer is not stand_in]
-        student.set_submodule(name, nn.ModuleList(survivors))
-        for index, layer in enumerate(survivors):
-            for module in layer.modules():
-                for attribute in _LAYER_NUMBERS:
-                    if isinstance(getattr(module, attribute, None), int):
-                        setattr(module, attribute, index)
-        if half is None:
-            _shrink_config(student.config.get_text_config(), kept[half], len(layers))
-        else:
-            setattr(student.config, _depth_name(student, half), len(survivors))
+    dropped = {id(layer): stand_in for i, layer in enumerate(layers) if i not in set(kept)}
+    student = copy.deepcopy(teacher, dropped)
+    survivors = [layer for layer in student.get_submodule(name) if layer is not stand_in]
+    student.set_submodule(name, nn.ModuleList(survivors))
+    for index, layer in enumerate(survivors):
+        for module in layer.modules():
+            for attribute in _LAYER_NUMBERS:
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, index)
+    if student.config.is_encoder_decoder:
+        setattr(student.config, _depth_name(student), len(survivors))
+    else:
+        _shrink_config(student.config.get_text_config(), kept, len(layers))
     _require_rebuildable(student)
     return student
 
 
-def _depth_name(model: PreTrainedModel, half: str) -> str:
-    names = [name for name in _DEPTHS[half] if name in vars(model.config)]
+def _depth_name(model: PreTrainedModel) -> str:
+    names = [name for name in _DEPTHS if name in vars(model.config)]
     if len(names) != 1:
         raise UsageError(
             f"it is not known where the config of {type(model).__name__} has the depth of its "
-            f"{half}; choose another student"
+            "decoder; choose another student"
         )
     return names[0]
 
 
-def _find_layers(model: PreTrainedModel, half: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Name and layers of a model, or of its encoder or decoder."""
-    if half is None:
-        depth, inside = model.config.get_text_config().num_hidden_layers, model
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and layers of a model, or of its decoder if it has an encoder."""
+    if model.config.is_encoder_decoder:
+        depth, inside = getattr(model.config, _depth_name(model)), model.get_decoder()
     else:
-        depth = getattr(model.config, _depth_name(model, half))
-        inside = model.get_encoder() if half == "encoder" else model.get_decoder()
+        depth, inside = model.config.get_text_config().num_hidden_layers, model
     members = set(inside.modules())
     found = [
         (name, module)

@@ -6,8 +6,8 @@ refused by name: a wrong scale trains without complaint.
 A head may be sharded over its rows by tensor parallelism, as a DTensor. FSDP2 leaves DTensors with
 the same placement on its own mesh, whose ranks hold other data: taking its shards for the
 vocabulary's would be wrong. The name of the mesh's dimension tells them apart, which is "tp" in
-transformers and torchtitan, or the caller names the mesh. Under both, a weight is sharded in two
-dimensions, except inside the wrapped forward, where that of tensor parallelism is left.
+transformers and torchtitan. Under both, a weight is sharded in two dimensions, except inside the
+wrapped forward, where that of tensor parallelism is left.
 
 V vocabulary, D hidden, N tokens, r the ranks of a head's adapters together.
 """
@@ -27,7 +27,6 @@ from plad_fast.models.wrappers import own_class
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 # Config entry -> the model families (prefixes of `model_type`) that multiply or divide by it.
@@ -92,7 +91,7 @@ class LMHead:
         }
 
 
-def find_head(model: nn.Module, *, tensor_parallel: bool | DeviceMesh = False) -> LMHead:
+def find_head(model: nn.Module) -> LMHead:
     """The LM head of a causal or encoder-decoder LM, as the arguments the op takes.
 
     Call it where the weights are whole: for FSDP that is inside the wrapped forward (see
@@ -103,11 +102,11 @@ def find_head(model: nn.Module, *, tensor_parallel: bool | DeviceMesh = False) -
     and plain LoRA, whose result is a new weight of shape (V, D + r) at every call. Its gradient is
     of that shape too: a head that is frozen but for LoRA costs the product that a frozen one saves.
 
+    A head whose rows are sharded by tensor parallelism, on a mesh of one dimension, "tp", is one
+    for the ops of `plad_fast.ops.vocab_parallel`: see `LMHead.group`.
+
     Args:
         model: a transformers causal or encoder-decoder LM, or a PEFT model around one.
-        tensor_parallel: take a head whose rows are sharded by tensor parallelism, for the ops of
-            `plad_fast.ops.vocab_parallel`: True one on a mesh of one dimension, "tp"; a mesh, one
-            on that mesh. A head of one device is found as ever.
 
     Raises:
         UsageError: heads that are not one plain `nn.Linear` (quantised,
@@ -120,7 +119,7 @@ def find_head(model: nn.Module, *, tensor_parallel: bool | DeviceMesh = False) -
     if head is None:
         raise UsageError(f"{family} has no LM head; load it with AutoModelForCausalLM")
     layer = effective_layer(head, f"the LM head of {family}")
-    weight, bias, group = _vocab_rows(layer.weight, layer.bias, tensor_parallel, family)
+    weight, bias, group = _vocab_rows(layer.weight, layer.bias, f"the LM head of {family}")
     ups = [adapter.up for adapter in layer.adapters]
     for tensor in (*((weight, bias) if group is None else ()), *(up.weight for up in ups)):
         _require_whole(tensor, family)
@@ -156,8 +155,8 @@ def _require_whole(tensor: Tensor | None, family: str) -> None:
     if tensor.numel() == 0 or _is_dtensor(tensor):  # a ZeRO-3 shard has no elements
         raise UsageError(
             f"the LM head of {family} is sharded; compute the loss inside the wrapped forward "
-            "(models.call_inside) and the head's own (models.through_head), and "
-            "do not shard the head by tensor parallelism"
+            "(models.call_inside) and the head's own (models.through_head); for tensor parallelism "
+            f"name the one dimension of its mesh {_TENSOR_PARALLEL!r}"
         )
 
 
@@ -202,37 +201,34 @@ def _heeds(lm: PreTrainedModel, name: str, value: Any) -> bool:
     )
 
 
-def holds_vocab_rows(weight: Tensor | None, accepted: bool | DeviceMesh) -> bool:
-    """Whether a head is sharded by tensor parallelism alone.
+def is_tensor_parallel(tensor: Any, what: str = "the LM head") -> bool:
+    """Whether a tensor is sharded by tensor parallelism alone.
 
     One that is sharded by FSDP too is refused: the head's own forward, which takes tensors apart
     for tensor parallelism as well, cannot undo that.
     """
-    if not accepted or weight is None or not _is_dtensor(weight):
-        return False
-    names = weight.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+    names = tensor.device_mesh.mesh_dim_names or () if _is_dtensor(tensor) else ()
     if len(names) > 1 and _TENSOR_PARALLEL in names:
         raise UsageError(
-            f"the LM head is sharded over the dimensions {names} of a mesh: call this inside the "
+            f"{what} is sharded over the dimensions {names} of a mesh: call this inside the "
             "wrapped forward (plad_fast.models.call_inside), and let fully_shard take the head "
             "with the whole model, not by itself"
         )
-    return _is_accepted(weight, accepted)
+    return names == (_TENSOR_PARALLEL,)
 
 
 def _vocab_rows(
-    weight: Tensor, bias: Tensor | None, accepted: bool | DeviceMesh, family: str
+    weight: Tensor, bias: Tensor | None, what: str
 ) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
     """This rank's rows of a head sharded by tensor parallelism, and the group that has them all.
 
-    Gradients come back as DTensors. A weight that is no DTensor is returned as it is.
+    Gradients come back as DTensors. Another weight is returned as it is.
     """
-    if not accepted or not _is_dtensor(weight):
+    if not is_tensor_parallel(weight, what):
         return weight, bias, None
     from torch.distributed.tensor import Shard
 
-    what = f"the LM head of {family}"
-    mesh = _accepted_mesh(weight, accepted, what)
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
     local: list[Any] = []
     for tensor in (weight, bias):
         if tensor is None:
@@ -256,14 +252,13 @@ def _vocab_rows(
 
 def whole_hidden(
     hidden: Tensor,  # (R, T, D)
-    accepted: bool | DeviceMesh,
     tokens: Tensor,  # (R, T)
 ) -> Tensor:  # (R, T, D)
     """Hidden states of all tokens as a plain tensor; those sharded over the sequence are gathered.
 
     Its gradient must be whole on every rank, as it is by default of the vocabulary-parallel ops.
     """
-    if accepted and hidden.shape[:2] != tokens.shape:
+    if hidden.shape[:2] != tokens.shape:
         raise UsageError(
             f"the hidden states have {tuple(hidden.shape[:2])} tokens, the batch "
             f"{tuple(tokens.shape)}; if they are sharded over the sequence, let the last norm take "
@@ -273,37 +268,18 @@ def whole_hidden(
         return hidden
     from torch.distributed.tensor import Replicate, Shard
 
-    _accepted_mesh(hidden, accepted, "the model's hidden states")
     whole = hidden.placements[0]  # type: ignore[attr-defined]
-    if whole not in (Replicate(), Shard(1)):
+    parallel = is_tensor_parallel(hidden, "the model's hidden states")
+    if not parallel or whole not in (Replicate(), Shard(1)):
         raise UsageError(
-            f"the hidden states have placement {whole}; vocabulary-parallel losses take "
+            f"the hidden states have placement {whole} on a mesh of dimensions "
+            f"{hidden.device_mesh.mesh_dim_names}; "  # type: ignore[attr-defined]
+            f"vocabulary-parallel losses take one dimension, {_TENSOR_PARALLEL!r}, and "
             "Replicate(), or Shard(1), over the sequence"
         )
     everywhere = hidden.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
     return everywhere.to_local(grad_placements=[Replicate()])
 
 
-def _accepted_mesh(tensor: Any, accepted: bool | DeviceMesh, what: str) -> DeviceMesh:
-    mesh = tensor.device_mesh
-    if _is_accepted(tensor, accepted):
-        return mesh
-    raise UsageError(
-        f"{what} lies on a mesh of dimensions {mesh.mesh_dim_names}, which is not known to be one "
-        "of tensor parallelism. Sharded by FSDP, it is whole inside the wrapped forward only "
-        "(plad_fast.models.call_inside); for tensor parallelism name the dimension "
-        f"{_TENSOR_PARALLEL!r}, or pass tensor_parallel=mesh"
-    )
-
-
-def _is_accepted(tensor: Any, accepted: bool | DeviceMesh) -> bool:
-    mesh = tensor.device_mesh
-    if mesh.ndim != 1:
-        return False
-    if isinstance(accepted, bool):
-        return mesh.mesh_dim_names == (_TENSOR_PARALLEL,)
-    return accepted == mesh
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")  # without loading torch.distributed.tensor

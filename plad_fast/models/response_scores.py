@@ -42,20 +42,15 @@ def score_pairs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Mapping[str, Any]],
-    *,
-    length_normalization: float = 0.0,
-    batch_size: int = 8,
-    max_length: int = 1024,
-    progress: bool = True,
-    part: tuple[int, int] = (0, 1),
+    **options: Any,
 ) -> dict[str, NDArray[np.float64]]:
     """Log-probabilities of the chosen and the rejected response of every pair.
 
     Args:
         pairs: rows of the standard preference format (`prompt`, `chosen`, `rejected`; text or chat
             messages), in any of the forms that `tokenize_dataset` takes.
-        model, tokenizer, length_normalization, batch_size, max_length, progress, part: see
-            `score_responses`.
+        model, tokenizer: as in `score_responses`.
+        options: its `length_normalization`, `batch_size`, `max_length`, `progress` and `part`.
 
     Returns:
         {"chosen": (P,), "rejected": (P,)} in the order of `pairs`, float64, in nats.
@@ -63,17 +58,7 @@ def score_pairs(
     Raises:
         UsageError: a pair that is not as above, or as `score_responses`.
     """
-    logps, _ = _score(
-        model,
-        tokenizer,
-        _read_pairs(pairs),
-        unit="pair",
-        length_normalization=length_normalization,
-        batch_size=batch_size,
-        max_length=max_length,
-        progress=progress,
-        part=part,
-    )
+    logps, _ = _score(model, tokenizer, _read_pairs(pairs), "pair", **options)
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
 
@@ -82,29 +67,14 @@ def score_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
-    *,
-    length_normalization: float = 0.0,
-    max_length: int = 1024,
-    progress: bool = True,
-    part: tuple[int, int] = (0, 1),
+    **options: Any,
 ) -> list[NDArray[np.float64]]:
     """As `score_pairs` for rows whose `rejected` may be a list of several responses.
 
     Returns:
         For each row the log-probabilities of its responses, chosen first, in nats.
     """
-    logps, _ = _score(
-        model,
-        tokenizer,
-        _read_rows(rows),
-        unit="pair",
-        length_normalization=length_normalization,
-        batch_size=8,
-        max_length=max_length,
-        progress=progress,
-        part=part,
-    )
-    return logps
+    return _score(model, tokenizer, _read_rows(rows), "pair", **options)[0]
 
 
 def check_pairs(
@@ -182,15 +152,11 @@ def score_responses(
         UsageError: no rows, one that is not as above, a response longer than `max_length`, or a
             log-probability that is not finite.
     """
-    named = names or [f"number {index}" for index in range(len(rows))]
     logps, _ = _score(
         model,
         tokenizer,
-        [
-            _Row(f"prompt {name}", *row, template)
-            for name, row, template in zip(named, rows, templates or [{}] * len(rows), strict=True)
-        ],
-        unit="prompt",
+        _prompts(rows, names, templates),
+        "prompt",
         length_normalization=length_normalization,
         batch_size=batch_size,
         max_length=max_length,
@@ -205,17 +171,17 @@ def score_with_ends(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[Content, Content]],
     *,
-    max_length: int = 1024,
     templates: Sequence[Mapping[str, Any]] | None = None,
-    part: tuple[int, int] = (0, 1),
+    **options: Any,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Log-probabilities per token of one response to every prompt, and those of the last tokens.
 
     The last token of a response to chat messages is the one that ends it.
 
     Args:
-        model, tokenizer, max_length, templates, part: as in `score_responses`.
+        model, tokenizer, templates: as in `score_responses`.
         rows: a prompt and a response each.
+        options: `max_length` and `part` of `score_responses`.
 
     Returns:
         ((P,), (P,)) float64, in nats.
@@ -226,33 +192,36 @@ def score_with_ends(
     logps, ends = _score(
         model,
         tokenizer,
-        [
-            _Row(f"prompt number {number}", prompt, [response], template)
-            for number, ((prompt, response), template) in enumerate(
-                zip(rows, templates or [{}] * len(rows), strict=True)
-            )
-        ],
-        unit="prompt",
+        _prompts([(prompt, [response]) for prompt, response in rows], None, templates),
+        "prompt",
         length_normalization=1.0,
-        batch_size=8,
-        max_length=max_length,
         progress=False,
-        part=part,
+        **options,
     )
     return np.concatenate(logps), np.concatenate(ends)
+
+
+def _prompts(
+    rows: Sequence[tuple[Content, Sequence[Content]]],
+    names: Sequence[str] | None,
+    templates: Sequence[Mapping[str, Any]] | None,
+) -> list[_Row]:
+    named = names or [f"number {index}" for index in range(len(rows))]
+    given = zip(named, rows, templates or [{}] * len(rows), strict=True)
+    return [_Row(f"prompt {name}", *row, template) for name, row, template in given]
 
 
 def _score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[_Row],
-    *,
     unit: str,
-    length_normalization: float,
-    batch_size: int,
-    max_length: int,
-    progress: bool,
-    part: tuple[int, int],
+    *,
+    length_normalization: float = 0.0,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    progress: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
     """For each row the log-probabilities of its responses, and those of their last tokens."""
     from plad_fast.models.sharing import prepare  # brings in transformers

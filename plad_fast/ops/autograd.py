@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops import validation as check
 from plad_fast.ops.backend import HeadOptions, LinearProblem, Upstream, get_backend
 from plad_fast.ops.impl.products import accumulation_dtype
@@ -61,18 +62,17 @@ def is_batched(tensor: Tensor | None) -> bool:
 
 
 def _linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """`LinearStatistics`, with an empty entropy where none is asked for."""
-    *of_problem, length_normalization, _, entropy_order = arguments
+    """Sums (S,), counts (S,) and `LinearStatistics`, whose entropy is empty if not asked for."""
+    *of_problem, alpha, _, entropy_order = arguments
     problem = problem_of(*of_problem)
-    options = problem.options
-    check.check_sequences(
-        problem.targets, problem.cu_seqlens, len(problem.weight), options.ignore_index
-    )
+    targets, cu_seqlens, options = problem.targets, problem.cu_seqlens, problem.options
+    check.check_sequences(targets, cu_seqlens, len(problem.weight), options.ignore_index)
     with alone_on(problem.hidden):
-        statistics = get_backend(options.impl, problem.hidden).linear_forward(
-            problem, length_normalization, entropy_order
-        )
-    return empty_for_none(statistics.lse, *statistics)
+        backend = get_backend(options.impl, problem.hidden)
+        statistics = backend.linear_forward(problem, entropy_order)
+        counts = segment_counts(targets != options.ignore_index, cu_seqlens)
+        sums = length_normalized(segment_sums(statistics.token_logprobs, cu_seqlens), counts, alpha)
+    return sums, counts, *empty_for_none(statistics.lse, *statistics)
 
 
 def _fake_linear_forward(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from plad_fast.errors import UsageError
-from plad_fast.losses.objective import Objective
+
+if TYPE_CHECKING:
+    from plad_fast.ops.impl.workspace import Workspace
 
 Denominators = tuple[float | Tensor, float | Tensor]
 Head = tuple[Tensor, Tensor, Tensor | None]
@@ -96,8 +97,6 @@ class LinearProblem(NamedTuple):
 class LinearStatistics(NamedTuple):
     """Results of the forward, float32 (float64 for float64); 0 for ignored tokens."""
 
-    sums: Tensor  # (S,), divided by count ** length_normalization
-    counts: Tensor  # (S,) int64, tokens that are not ignored
     token_logprobs: Tensor  # (N,)
     lse: Tensor  # (N,)
     tail: Tensor  # (N,) what rounding took from lse, or 0 from a backend that has no use for it
@@ -129,7 +128,7 @@ class Backend(Protocol):
     """A module's functions."""
 
     TAKES_IGNORED: bool
-    """Whether `linear_preference_loss` takes ignored targets: they cost as much as others."""
+    """Whether a `workspace` knows ignored targets, which cost as much as others there."""
 
     def unavailable(self, tensor: Tensor) -> str | None:
         """Why the backend cannot take a tensor of this dtype and device here, or None."""
@@ -137,9 +136,7 @@ class Backend(Protocol):
     def preferred(self, tensor: Tensor) -> bool:
         """Whether impl="auto" should take this backend for a tensor it can take."""
 
-    def linear_forward(
-        self, problem: LinearProblem, length_normalization: float, entropy_order: int
-    ) -> LinearStatistics: ...
+    def linear_forward(self, problem: LinearProblem, entropy_order: int) -> LinearStatistics: ...
 
     def linear_backward(
         self,
@@ -155,24 +152,10 @@ class Backend(Protocol):
         must be known; a GPU is waited for.
         """
 
-    def linear_preference_loss(
-        self,
-        problem: LinearProblem,
-        scores: Tensor | None,  # (S,)
-        reference_logps: Tensor | None,  # (S,)
-        objective: Objective,
-        denominators: Denominators,
-        needs: Needs,
-        counts: Tensor | None = None,  # (S,)
-        bounds: Sequence[int] | None = None,  # (S + 1,)
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-        """Of targets of which none is ignored, unless `TAKES_IGNORED`: loss (), sums (S,), group
-        losses (B,), whether a group is active (B,), and the gradients of the loss, in float32 for
-        float16 inputs; those of weight and bias may be wider than these.
-
-        counts: targets of each sequence that are not ignored; None for all.
-        bounds: cu_seqlens as the host knows them; without them a GPU may be waited for.
-        """
+    def workspace(
+        self, head: Head, options: HeadOptions, num_rows: int, *, for_gradient: bool, needs: Needs
+    ) -> Workspace:
+        """Logits of some rows at a time, for the one pass (`plad_fast.ops.impl.onepass`)."""
 
     def stored_forward(
         self,

@@ -8,6 +8,7 @@ N tokens, V vocabulary, D hidden, S sequences, B groups of K sequences.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from plad_fast.ops.autograd import (
     problem_of,
 )
 from plad_fast.ops.backend import Head, HeadGradient, LinearProblem, Needs, get_backend
+from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.scaling import scaled_gradient
 from plad_fast.ops.registration import first_order_only, register_op
@@ -191,8 +193,16 @@ def _one_pass(
         counts.reshape(-1, objective.group_size), num_groups, num_tokens
     )
     with alone_on(hidden):
-        loss, sums, group_losses, active, grads = backend.linear_preference_loss(
-            counted, scores, reference_logps, objective, denominators, needs, counts, bounds
+        loss, sums, group_losses, active, grads = onepass.linear_preference_loss(
+            counted,
+            scores,
+            reference_logps,
+            objective,
+            denominators,
+            needs,
+            counts,
+            bounds,
+            functools.partial(backend.workspace, needs=needs),
         )
     if rows is not None and grads.hidden is not None:
         spread = torch.zeros_like(hidden, dtype=grads.hidden.dtype)

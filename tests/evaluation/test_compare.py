@@ -83,19 +83,6 @@ def test_some_references(none):
     assert results["teacher"]["score"] is None
 
 
-def test_a_score_function_decides_the_wins():
-    def shortest(prompt, answer, target):
-        assert (prompt, target) in {("q1", "the cat sat"), ("q2", "dogs run fast")}
-        return -len(answer)
-
-    results = evaluate_students(
-        [sft(), plad()], TEACHER, score_fn=shortest, prompts={"p1": "q1", "p2": "q2"}
-    )
-    assert results["score"] == "shortest"
-    assert results["comparisons"][0]["win_rate"]["mean"] == 0.25
-    assert results["students"][0]["win_rate_teacher"]["mean"] == 1.0
-
-
 class Scorer:
     """Counts a letter; what it was asked is kept."""
 
@@ -291,16 +278,6 @@ def test_last_against_first_comes_first():
         ),
         (lambda: sft(chosen_logps=[1.0]), "chosen_logps of SFT has shape"),
         (lambda: sft(pair_prompts=["p1"]), "pair_prompts of SFT has 1 entries"),
-        (
-            lambda: evaluate_students([sft()], TEACHER, score_fn=lambda *_: 0.0),
-            "needs the prompts",
-        ),
-        (
-            lambda: evaluate_students(
-                [sft()], TEACHER, score_fn=lambda *_: float("nan"), prompts=TEACHER
-            ),
-            "gave nan for prompt p1",
-        ),
         (lambda: evaluate_students([sft()], TEACHER, judge=Judge(min)), "judge needs the prompts"),
         (
             lambda: evaluate_students(

@@ -135,8 +135,8 @@ def test_report_shows_the_calibration(tmp_path):
     html = write(tmp_path / "r.html", metrics)
     assert [cell.split()[0] for cell in cells(html, "Better of two samples")[:2]] == ["0%", "100%"]
     assert cells(html, "Better of two samples")[2].startswith("▲ +100 pts")
-    assert cells(html, "Kendall, within prompts")[1].startswith("1.00")
-    assert cells(html, "Kendall, within prompts")[2].startswith("▲ +2.00")
+    assert cells(html, "Kendall")[1].startswith("1.00")
+    assert cells(html, "Kendall")[2].startswith("▲ +2.00")
     # The likeliest is 0.1 better than the mean of its prompt's three; of a single one, not at all.
     assert cells(html, "Gain by taking the likeliest")[1].startswith("0.100")
     counts = "PLaD student: 13 samples, 4 of 5 prompts can be ranked, 2 samples left out"

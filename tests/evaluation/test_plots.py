@@ -43,15 +43,15 @@ def test_plots_of_one_example_and_of_ties(tmp_path):
     for index, students in enumerate(([single], [tied])):
         assert plots.plot_margins(students, tmp_path / f"{index}.png").exists()
     assert plots.plot_comparison(evaluate(single), tmp_path / "comparison.png").exists()
-    alone = ScoredSamples("one", ["a"], [[-1.0]], [[0.5]])
-    assert plots.plot_reliability(calibration(alone), tmp_path / "reliability.png").exists()
+    tie = ScoredSamples("one", ["a"], [[-1.0, -1.0]], [[0.5, 0.5]])
+    assert plots.plot_reliability(calibration(tie), tmp_path / "reliability.png").exists()
 
 
 def test_nothing_to_plot(tmp_path):
     texts_only = StudentOutputs("SFT", {"p": "a"})
-    row = {"name": "SFT", "reliability": {"rank": [], "quantile": []}}
+    alone = calibration(ScoredSamples("one", ["a"], [[-1.0]], [[0.5]]))
     with pytest.raises(UsageError, match="no student has samples to draw"):
-        plots.plot_reliability({"students": [row]}, tmp_path / "a.png")
+        plots.plot_reliability(alone, tmp_path / "a.png")
     with pytest.raises(UsageError, match="no training step was logged"):
         plots.plot_training({"SFT": [{"step": 1, "train_runtime": 1.0}]}, tmp_path / "a.png")
     with pytest.raises(UsageError, match="no student was scored"):

@@ -304,11 +304,10 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     targets = torch.tensor([0, 39, 7])
     for _ in range(2):
         got = linear_forward.linear_forward(
-            hidden, weight, None, targets, torch.tensor([0, 3]), **options,
-            length_normalization=0.0, entropy_order=0,
-        )  # fmt: skip
+            hidden, weight, None, targets, **options, entropy_order=0
+        )
         d_logits = linear_backward.logits_gradient(
-            hidden, weight, None, targets, *got[3:6], torch.ones(3), None, **options,
+            hidden, weight, None, targets, *got[1:4], torch.ones(3), None, **options,
             out=torch.empty(3, 40),
         )  # fmt: skip
     assert len(timed) == len(list(tmp_path.rglob("*.json"))) * len(timed) // 2 > 2

@@ -27,7 +27,7 @@ pytestmark = interpreter.MARKS
 
 
 def test_strided_vectors():
-    """Bias, targets, bounds, statistics and gradients need not be contiguous."""
+    """Bias, targets, statistics and gradients need not be contiguous."""
 
     def strided(vector: Tensor) -> Tensor:
         return torch.stack([vector, torch.zeros_like(vector)], 1)[:, 0]
@@ -37,7 +37,7 @@ def test_strided_vectors():
     grad, grad_lse = normal(9, seed=1), normal(9, seed=2)
     want = case.forward(), case.backward(case.forward(), grad, grad_lse)
     problem.bias.data = strided(problem.bias.data)
-    problem.targets, problem.cu_seqlens = strided(problem.targets), strided(problem.cu_seqlens)
+    problem.targets = strided(problem.targets)
     ours = case.forward()
     for mine, other in zip(ours, want[0], strict=True):
         assert torch.equal(mine, other)
@@ -51,11 +51,9 @@ def test_rows_that_are_one_row():
     """Expanded: a stride of 0."""
     problem = make_problem([5], dtype=torch.bfloat16, width=16)
     one_row = problem.hidden.detach()[:1].expand(5, 16)
-    options = {**Case(problem).options, "length_normalization": 0.0, "entropy_order": 1}
+    options = {**Case(problem).options, "entropy_order": 1}
     expanded, copied = (
-        linear_forward(
-            hidden, problem.weight.detach(), None, problem.targets, problem.cu_seqlens, **options
-        )
+        linear_forward(hidden, problem.weight.detach(), None, problem.targets, **options)
         for hidden in (one_row, one_row.contiguous())
     )
     for mine, other in zip(expanded, copied, strict=True):
@@ -110,14 +108,7 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     if argument != "out":
         place = ("hidden", "weight").index(argument)
         operands[place] = far.copy_(operands[place])
-    ours = linear_forward(
-        *operands,
-        problem.cu_seqlens,
-        **case.options,
-        length_normalization=0.0,
-        entropy_order=0,
-        config=case.config,
-    )
+    ours = linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
     assert torch.equal(ours.token_logprobs, want.token_logprobs)
     logits_gradient(
         *operands,
@@ -140,14 +131,7 @@ def test_columns_beyond_31_bits(sparse, argument):
     place = ("hidden", "weight").index(argument)
     rows = len(operands[place])
     operands[place] = sparse((rows, 20), (1, 2**28), torch.float32).copy_(operands[place])
-    ours = linear_forward(
-        *operands,
-        problem.cu_seqlens,
-        **case.options,
-        length_normalization=0.0,
-        entropy_order=0,
-        config=case.config,
-    )
+    ours = linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
     assert torch.equal(ours.token_logprobs, want)
 
 
@@ -178,14 +162,9 @@ def test_reruns_are_bit_identical(dtype):
 
 
 def test_number_of_launches(launched):
-    """Three forward, one backward, whatever the size; none for nothing."""
+    """Two forward, one backward, whatever the size; none for nothing."""
     for lengths, forward, backward in (
-        (
-            [30, 0, 25],
-            ["_linear_forward_kernel", "_combine_kernel", "_sequence_sums_kernel"],
-            ["_logits_gradient_kernel"],
-        ),
-        ([0, 0], ["_sequence_sums_kernel"], []),
+        ([55], ["_linear_forward_kernel", "_combine_kernel"], ["_logits_gradient_kernel"]),
         ([], [], []),
     ):
         case = Case(make_problem(lengths, vocab=70, dtype=torch.float32))

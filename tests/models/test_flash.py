@@ -89,7 +89,7 @@ def install(monkeypatch):
     def put(*args, **kwargs):
         fake = Fake(*args, **kwargs)
         for module in (plad_fast.models.attention.flash, plad_fast.models.attention.register):
-            monkeypatch.setattr(module, "load_flash", lambda **_: fake.function)
+            monkeypatch.setattr(module, "load_flash", lambda: fake.function)
         return fake
 
     return put
@@ -230,10 +230,10 @@ def installed(monkeypatch, **packages):
     """Makes modules importable, and all others that might hold flash-attn not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    for name in ("flash_attn_interface", "flash_attn", "kernels"):
+    for name in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, packages.get(name))
     load_flash.cache_clear()
-    return load_flash(from_hub=True)
+    return load_flash()
 
 
 @pytest.fixture
@@ -249,21 +249,10 @@ def module(**entries):
 @pytest.mark.usefixtures("forget")
 def test_the_newest_version_is_taken(monkeypatch):
     three, two = module(flash_attn_varlen_func=3), module(flash_attn_varlen_func=2)
-    hub = module(get_kernel=lambda name, **_: module(flash_attn_varlen_func=name))
     assert installed(monkeypatch, flash_attn_interface=three, flash_attn=two) == 3
-    assert installed(monkeypatch, flash_attn=two, kernels=hub) == 2
-    assert (
-        installed(monkeypatch, flash_attn=module(), kernels=hub) == "kernels-community/flash-attn2"
-    )
+    assert installed(monkeypatch, flash_attn=two) == 2
+    assert installed(monkeypatch, flash_attn=module()) is None
     assert installed(monkeypatch) is None
-
-
-@pytest.mark.usefixtures("forget")
-def test_a_broken_hub_kernel_is_none(monkeypatch):
-    def fail(name, **_):
-        raise FileNotFoundError(f"no build of {name} for this torch")
-
-    assert installed(monkeypatch, kernels=module(get_kernel=fail)) is None
 
 
 @pytest.mark.usefixtures("forget")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -184,9 +185,11 @@ def test_ignored_targets_as_zeros_equal_those_left_out(loss, scratch_rows):
             rows, case, bounds = preference_autograd._keep_counted(case)
             counts = case.cu_seqlens.diff()
         denominators = objective.denominators(counts.view(-1, 2))
-        loss_, sums, *_, grads = triton_backend.linear_preference_loss(
-            case, None, reference, objective, denominators, (True, True, False), counts, bounds
-        )
+        needs = True, True, False
+        loss_, sums, *_, grads = onepass.linear_preference_loss(
+            case, None, reference, objective, denominators, needs, counts, bounds,
+            functools.partial(triton_backend.workspace, needs=needs),
+        )  # fmt: skip
         of_hidden = grads.hidden
         if rows is not None:
             of_hidden = torch.zeros_like(hidden).index_copy_(0, rows, of_hidden)

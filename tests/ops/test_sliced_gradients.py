@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plad_fast import linear_sequence_logprobs
-from plad_fast.ops.impl import products, two_phase
+from plad_fast.ops.impl import products, scaling, two_phase
 from plad_fast.ops.impl.sliced_gradients import Tiling
 from tests.support import wide_products
 from tests.support.problems import assert_within_budget, make_problem, oracle
@@ -105,3 +105,15 @@ def test_no_gradient_at_all():
     problem = make_problem(LENGTHS, vocab=VOCAB, bias=True, dtype=torch.float32)
     for gradient in backward(problem, torch.zeros(4)):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", [torch.float32, torch.float16])
+@pytest.mark.parametrize("factor", [1.001, -3e4, 0.0])
+def test_a_scaled_gradient_is_rounded_once(monkeypatch, source, target, factor):
+    """1.001 is 1 in bfloat16: a factor that was rounded first would change nothing."""
+    monkeypatch.setattr(scaling, "_SCALED_AT_ONCE", 40)  # several blocks
+    grad = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(source)
+    found = scaling.scaled_gradient(grad, torch.tensor(factor), target)
+    assert torch.equal(found, (grad.float() * factor).to(target))
+    assert scaling.scaled_gradient(grad, None, source) is grad

@@ -334,7 +334,7 @@ def test_only_a_chunk_of_active_rows_is_copied():
         base.hidden.detach(), base.weight.detach(), None, base.targets, base.cu_seqlens,
         HeadOptions(scratch_bytes=4 * 50 * 4 * 2),
     )  # fmt: skip
-    statistics = triton_backend.linear_forward(problem, 0.0, False)
+    statistics = triton_backend.linear_forward(problem, 0)
     grad = torch.ones(80)
     grad[::3] = 0.0
     with Rows() as rows:

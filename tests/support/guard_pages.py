@@ -123,16 +123,13 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
     weight = guard.normal(v, d, dtype=dtype, flip=flip)
     bias = guard.normal(v, dtype=dtype)
     targets = guard.targets(n, vocab=v)
-    bounds = guard.keep(torch.tensor([0, n // 3, n // 3, n]))
     operands = hidden, weight, bias, targets
     for splits, entropy_order in ((1, 1), (-(-v // 16), 2)):
         with mock.patch.object(launch, "vocab_splits", lambda *_, splits=splits: splits):
             ours = forward.linear_forward(
                 *operands,
-                bounds,
                 softcap=3.0 if flip else None,
                 **_NO_SCALING,
-                length_normalization=0.5,
                 entropy_order=entropy_order,
                 config=config,
             )
@@ -211,25 +208,7 @@ def segments_cases(guard: Guard) -> Iterator[Case]:
 def _segments(guard: Guard, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     config = kernels("launch").SegmentsConfig(16)
-    values = guard.normal(sum(lengths))
-    segments = kernels("segments")
-    segments.segment_sums(values, guard.keep(bounds), config)
-    targets = guard.targets(sum(lengths), vocab=5)
-    options = {"length_normalization": 0.5, "ignore_index": -100, "config": config}
-    segments.sequence_sums(values, targets, guard.keep(bounds), **options)
-
-
-def scaling_cases(guard: Guard) -> Iterator[Case]:
-    for shape, flip in itertools.product(((16,), (17, 1), (5, 7), (0, 3)), (False, True)):
-        yield f"{shape}", partial(_scaling, guard, shape, flip and len(shape) > 1)
-
-
-def _scaling(guard: Guard, shape: tuple[int, ...], flip: bool) -> None:
-    config, factor = kernels("launch").SegmentsConfig(16), guard.keep(torch.tensor(2.0))
-    empty_like = torch.empty_like
-    with mock.patch.object(torch, "empty_like", lambda *a, **k: guard.keep(empty_like(*a, **k))):
-        values = guard.normal(*shape, flip=flip)
-        kernels("scaling").scaled(values, factor, torch.bfloat16, config)
+    kernels("segments").segment_sums(guard.normal(sum(lengths)), guard.keep(bounds), config)
 
 
 CASES = {
@@ -237,7 +216,6 @@ CASES = {
     "rows": rows_cases,
     "exponentials": exponentials_cases,
     "segments": segments_cases,
-    "scaling": scaling_cases,
 }
 FAMILIES = {
     "linear_forward": "linear",
@@ -245,7 +223,6 @@ FAMILIES = {
     "logits_rows": "rows",
     "exponential_rows": "exponentials",
     "segments": "segments",
-    "scaling": "scaling",
 }
 
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.linear_backward import logits_gradient
-from plad_fast.kernels.linear_forward import LinearStatistics, linear_forward
+from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.logits_rows import RowStatistics
 from torch import Tensor
 from triton.runtime import interpreter
 
 from plad_fast.ops.reference import (
     reference_logits,
-    reference_sequence_sums,
     reference_token_logprobs,
     transform_logits,
 )
@@ -66,9 +66,7 @@ class Case:
         plain = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0}
         return {**plain, **self.problem.spec, "ignore_index": self.ignore_index}
 
-    def forward(
-        self, length_normalization: float = 0.0, entropy_order: int = 1
-    ) -> LinearStatistics:
+    def forward(self, entropy_order: int = 1) -> RowStatistics:
         heuristic = launch.vocab_splits
         with (
             mock.patch.object(launch, "TOKEN_GROUP", self.group),
@@ -77,17 +75,12 @@ class Case:
             ),
         ):
             return linear_forward(
-                *self.operands,
-                self.problem.cu_seqlens,
-                **self.options,
-                length_normalization=length_normalization,
-                entropy_order=entropy_order,
-                config=self.config,
+                *self.operands, **self.options, entropy_order=entropy_order, config=self.config
             )
 
     def backward(
         self,
-        statistics: LinearStatistics,
+        statistics: RowStatistics,
         grad: Tensor,  # (N,)
         grad_lse: Tensor | None = None,  # (N,)
         *,
@@ -140,10 +133,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def expected_statistics(
-    problem: Problem,
-    ignore_index: int = -100,
-    length_normalization: float = 0.0,
-    entropy_order: int = 1,
+    problem: Problem, ignore_index: int = -100, entropy_order: int = 1
 ) -> dict[str, Tensor]:
     """By the naive computation; in 16 bits logits are rounded and the softmax is in float32."""
     logits = reference_logits(problem.hidden, problem.weight, problem.bias, **problem.spec)
@@ -157,9 +147,6 @@ def expected_statistics(
     if entropy_order == 2:
         entropy = -torch.logsumexp(2 * logprobs, dim=-1)
     return {
-        "sums": reference_sequence_sums(
-            tokens, problem.targets, problem.cu_seqlens, length_normalization, ignore_index
-        ),
         "token_logprobs": tokens,
         "lse": torch.logsumexp(logits, dim=-1).where(keep, 0.0),
         "miss": -torch.expm1(tokens),

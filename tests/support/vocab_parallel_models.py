@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from plad_fast.data.packing import PreferenceCollator
-from plad_fast.models.head import causal_lm_logprobs, head_arguments
+from plad_fast.models.head import causal_lm_logprobs, check_architecture, head_arguments
 from plad_fast.models.lm_head import find_head
 from plad_fast.models.wrappers import call_inside
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
@@ -78,7 +78,7 @@ def squares(model: nn.Module, batch: Any = None) -> torch.Tensor:
 
 
 def one_pass(model: nn.Module, batch: Any = None) -> torch.Tensor:
-    arguments = head_arguments(model, batch or batch_of(), tensor_parallel=True)
+    arguments = head_arguments(model, batch or batch_of())
     op = vocab_parallel_preference_loss if "group" in arguments else fused_linear_preference_loss
     return op(**arguments, loss="plad_ranking", beta=9.0, sft_weight=0.1).loss
 
@@ -92,7 +92,7 @@ def a_colwise_head_of_pytorch_equals_the_whole_model(group):
             whole.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, VOCAB, dtype=torch.float64))
         sharded = copy.deepcopy(whole)
         parallelize_module(sharded, mesh_of(group), {"lm_head": ColwiseParallel()})
-        assert find_head(sharded, tensor_parallel=True).group is not None
+        assert find_head(sharded).group is not None
         check_same(sharded, whole, run, run)
 
 
@@ -140,7 +140,7 @@ def a_model_sharded_by_transformers_equals_the_whole_one(group):
     assert plan["lm_head"] == "colwise_gather_output"
     weights = {f"{name}.weight": style for name, style in plan.items()}
     apply_tensor_parallelism(sharded, mesh_of(group), {**plan, **weights})
-    assert find_head(sharded, tensor_parallel=True).group is not None
+    assert find_head(sharded).group is not None
     for run in (squares, one_pass):
         sharded.zero_grad()
         whole.zero_grad()
@@ -209,7 +209,7 @@ def fsdp_and_tensor_parallelism_together(group):
         fully_shard(layer, mesh=mesh["dp"])
     fully_shard(sharded, mesh=mesh["dp"])
     assert sharded.lm_head.weight.device_mesh.mesh_dim_names == ("dp", "tp")
-    refused("not known to be one", find_head, sharded, tensor_parallel=True)
+    refused("over the dimensions", find_head, sharded)
     batches = [batch_of(seed) for seed in range(2)]
     mine = batches[mesh.get_local_rank("dp")]
     for run in (squares, one_pass):
@@ -244,19 +244,16 @@ def data_parallel_shards_are_not_taken_for_the_vocabulary(group):
         if name is None:
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        refused("tensor parallelism", lambda model=model: find_head(model, tensor_parallel=True))
+        refused("is sharded", find_head, model)
         # Inside the forward it is whole, and taken as ever; so is one that is a unit of its own.
         inside = call_inside(model, model, causal_lm_logprobs, model, batch_of())
         inside.sums.sum().backward()
 
-    # Sharded by tensor parallelism, but not said to be; named by its mesh it is taken.
-    mesh = mesh_of(group, None)
-    model = parallelize_module(llama(), mesh, {"lm_head": ColwiseParallel()})
-    refused("pass tensor_parallel=mesh", lambda: causal_lm_logprobs(model, batch_of()))
-    named = causal_lm_logprobs(model, batch_of(), tensor_parallel=mesh)
-    close(named.sums, causal_lm_logprobs(llama(), batch_of()).sums, "named by its mesh")
-    # Who does not ask for it is told what to do.
-    refused("sharded", lambda: head_arguments(model, batch_of()))
+    # Sharded by tensor parallelism, but not said to be.
+    model = parallelize_module(llama(), mesh_of(group, None), {"lm_head": ColwiseParallel()})
+    refused("name the one dimension of its mesh 'tp'", causal_lm_logprobs, model, batch_of())
+    named = parallelize_module(llama(), mesh_of(group), {"lm_head": ColwiseParallel()})
+    refused("which trainers lack", check_architecture, named)
     # Should the name lie: ranks with other data are found out by the op.
     lying = parallelize_module(llama(), mesh_of(group), {"lm_head": ColwiseParallel()})
     refused("differ between ranks", lambda: causal_lm_logprobs(lying, batch_of(dist.get_rank())))

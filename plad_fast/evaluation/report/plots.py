@@ -153,48 +153,35 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
 
 
 def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Mean quality of samples of like log-probability, one curve with 95 % intervals per student.
-
-    Above by the place of a sample among those of its prompt, below by its log-probability.
-    """
+    """Mean quality of samples by their place among those of their prompt, one curve with 95 %
+    intervals per student."""
     rows = calibration["students"]
     colours = _colours([row["name"] for row in rows])
-    panels = [
-        (by, title, label)
-        for by, title, label in (
-            ("rank", "Among the samples of a prompt", "place by likelihood"),
-            ("quantile", "Among all samples", "log-probability [nat per token]"),
-        )
-        if any(row["reliability"][by] for row in rows)
-    ]
+    panels = [rows] if any(row["reliability"] for row in rows) else []
     nothing = "no student has samples to draw; sample two or more answers to a prompt"
     with _drawing(path, panels, nothing, lambda panel: 2.4) as drawn:
-        for axis, (by, title, label) in drawn:
-            for number, row in enumerate(rows):
-                bins = [b for b in row["reliability"][by] if b["quality"] is not None]
-                places = [b["logp"] for b in bins]
-                if by == "rank":
-                    # Points at one place would hide each other's intervals.
-                    shift = 0.006 * (number - (len(rows) - 1) / 2)
-                    places = [(b["low"] + b["high"]) / 2 + shift for b in bins]
-                axis.errorbar(
-                    places,
-                    [b["quality"]["mean"] for b in bins],
-                    yerr=_errors([b["quality"] for b in bins]),
-                    fmt="o-",
-                    color=colours[row["name"]],
-                    capsize=3,
-                    markersize=5,
-                    label=row["name"],
-                )
-            axis.set_title(title)
-            axis.set_xlabel(label)
-            axis.set_ylabel("mean quality")
-            axis.grid(axis="y")
-            if by == "rank":
-                axis.set_xlim(-0.02, 1.02)
-                axis.set_xticks([0, 0.5, 1], ["least likely", "median", "likeliest"])
-        drawn[0][0].legend()
+        ((axis, _),) = drawn
+        for number, row in enumerate(rows):
+            # Points at one place would hide each other's intervals.
+            shift = 0.006 * (number - (len(rows) - 1) / 2)
+            qualities = [b["quality"] for b in row["reliability"]]
+            axis.errorbar(
+                [(b["low"] + b["high"]) / 2 + shift for b in row["reliability"]],
+                [quality["mean"] for quality in qualities],
+                yerr=_errors(qualities),
+                fmt="o-",
+                color=colours[row["name"]],
+                capsize=3,
+                markersize=5,
+                label=row["name"],
+            )
+        axis.set_title("Among the samples of a prompt")
+        axis.set_xlabel("place by likelihood")
+        axis.set_ylabel("mean quality")
+        axis.grid(axis="y")
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_xticks([0, 0.5, 1], ["least likely", "median", "likeliest"])
+        axis.legend()
     return Path(path)
 
 

@@ -37,13 +37,10 @@ _MEASURES = (
 )
 _CALIBRATION = (
     _Measure("auroc_within", "Better of two samples is likelier", PERCENT),
-    _Measure("spearman_within", "Spearman, within prompts", 2),
-    _Measure("kendall_within", "Kendall, within prompts", 2),
+    _Measure("spearman_within", "Spearman", 2),
+    _Measure("kendall_within", "Kendall", 2),
     _Measure("likeliest_gain", "Gain by taking the likeliest", 3),
     _Measure("auroc_teacher", "Teacher's answer is likelier", PERCENT),
-    _Measure("auroc_pooled", "Better of any two is likelier", PERCENT),
-    _Measure("spearman_pooled", "Spearman, all samples", 2),
-    _Measure("kendall_pooled", "Kendall, all samples", 2),
     _Measure("mean_quality", "Quality of a sample", 3),
 )
 

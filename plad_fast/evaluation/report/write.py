@@ -76,12 +76,13 @@ def draw_plots(
             outputs, folder / "margins.png", unit=unit
         ),
     }
-    if results.get("calibration"):
+    calibration = results.get("calibration")
+    if calibration and any(row["reliability"] for row in calibration["students"]):
         caption = (
             "Reliability: mean quality of a student's samples from the least likely to the "
             "likeliest, with 95 % intervals. For a calibrated student it rises."
         )
-        drawn[caption] = plot_reliability(results["calibration"], folder / "reliability.png")
+        drawn[caption] = plot_reliability(calibration, folder / "reliability.png")
     if logs := {name: log for name, path in trainings.items() if (log := log_history(path))}:
         caption = "Training logs; long curves are smoothed over the faint values."
         drawn[caption] = plot_training(logs, folder / "training.png")

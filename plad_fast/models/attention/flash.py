@@ -21,18 +21,12 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 WIDEST = 256
 """Channels of a head that the kernels take."""
 
-# Version 3 first. The last one is a repository that `kernels` loads, if the user has it.
-_PACKAGES = ("flash_attn_interface", "flash_attn")
-_HUB_KERNEL = "kernels-community/flash-attn2"
+_PACKAGES = ("flash_attn_interface", "flash_attn")  # version 3 first
 
 
 @functools.cache
-def load_flash(*, from_hub: bool = False) -> Callable[..., Any] | None:
-    """`flash_attn_varlen_func` of the newest flash-attn that is installed, or None.
-
-    Args:
-        from_hub: else the build that Hugging Face's `kernels` has, or downloads.
-    """
+def load_flash() -> Callable[..., Any] | None:
+    """`flash_attn_varlen_func` of the newest flash-attn that is installed, or None."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
     for package in _PACKAGES:
@@ -42,14 +36,7 @@ def load_flash(*, from_hub: bool = False) -> Callable[..., Any] | None:
             continue
         except Exception as error:  # a build for another torch breaks in its own ways
             logger.warning("%s is installed and does not load: %s", package, error)
-    if not from_hub:
-        return None
-    try:
-        hub = importlib.import_module("kernels")
-        return hub.get_kernel(_HUB_KERNEL).flash_attn_varlen_func
-    except Exception as error:  # not installed, no network, no build for this GPU
-        logger.warning("flash-attn from the hub does not load: %s", error)
-        return None
+    return None
 
 
 def can_flash(
@@ -98,7 +85,7 @@ def flash_varlen(
     Keys and values of a trunk stand there once for every span that sees them. The call is
     deterministic where the version has the option.
     """
-    attend = load_flash(from_hub=True)
+    attend = load_flash()
     assert attend is not None
     require_sixteen_bit("flash-attn", query)
     spans = row_layout.varlen(query.device)

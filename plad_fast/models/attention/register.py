@@ -44,7 +44,7 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
             varlen, sdpa and eager that is there, takes the tensors and has what the model asks for.
     """
     check_implementation(implementation)
-    if implementation == "flash" and load_flash(from_hub=True) is None:
+    if implementation == "flash" and load_flash() is None:
         raise UsageError(
             "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "
             "newer; `pip install flash-attn`, or take attention='auto'"

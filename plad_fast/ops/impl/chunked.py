@@ -9,15 +9,12 @@ N tokens, V vocabulary, D hidden, S sequences.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from plad_fast.losses.objective import Objective
-from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops.backend import (
-    Denominators,
     HeadGradient,
     HeadOptions,
     LinearProblem,
@@ -25,7 +22,6 @@ from plad_fast.ops.backend import (
     Needs,
     Upstream,
 )
-from plad_fast.ops.impl import onepass
 from plad_fast.ops.impl.exponentials import workspace_for
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
@@ -35,15 +31,15 @@ __all__ = [
     "TAKES_IGNORED",
     "linear_backward",
     "linear_forward",
-    "linear_preference_loss",
     "preferred",
     "stored_backward",
     "stored_forward",
     "unavailable",
+    "workspace",
 ]
 
-
 TAKES_IGNORED = False
+workspace = workspace_for
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -56,12 +52,9 @@ def preferred(tensor: Tensor) -> bool:
     return True
 
 
-def linear_forward(
-    problem: LinearProblem, length_normalization: float, entropy_order: int
-) -> LinearStatistics:
-    hidden, _, _, targets, cu_seqlens, options = problem
-    keep = targets != options.ignore_index
-    rows = keep.nonzero().squeeze(1)
+def linear_forward(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
+    hidden, _, _, targets, _, options = problem
+    rows = (targets != options.ignore_index).nonzero().squeeze(1)
     make = Workspace if entropy_order else functools.partial(workspace_for, needs=(False,) * 3)
     workspace = make(problem.head, options, len(rows), for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=workspace.products.dtype)
@@ -75,10 +68,7 @@ def linear_forward(
         miss[at] = part.miss
         if entropy is not None and part.entropy is not None:
             entropy[at] = part.entropy
-    counts = segment_counts(keep, cu_seqlens)
-    sums = segment_sums(token_logprobs, cu_seqlens)
-    sums = length_normalized(sums, counts, length_normalization)
-    return LinearStatistics(sums, counts, token_logprobs, lse, tail, miss, entropy)
+    return LinearStatistics(token_logprobs, lse, tail, miss, entropy)
 
 
 def linear_backward(
@@ -106,29 +96,6 @@ def linear_backward(
         grad_lse = None if upstream.lse is None else upstream.lse[rows]
         grads.add(workspace.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
     return grads.finish(weight.dtype)
-
-
-def linear_preference_loss(
-    problem: LinearProblem,
-    scores: Tensor | None,  # (S,)
-    reference_logps: Tensor | None,  # (S,)
-    objective: Objective,
-    denominators: Denominators,
-    needs: Needs,
-    counts: Tensor | None = None,  # (S,)
-    bounds: Sequence[int] | None = None,  # (S + 1,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-    return onepass.linear_preference_loss(
-        problem,
-        scores,
-        reference_logps,
-        objective,
-        denominators,
-        needs,
-        counts,
-        bounds,
-        functools.partial(workspace_for, needs=needs),
-    )
 
 
 def _slice_if_whole(rows: Tensor, chunk: slice, whole: bool) -> Tensor | slice:

@@ -147,6 +147,7 @@ class KernelWorkspace(Workspace):
         return Operand(values, scale)
 
     def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """In one launch."""
         from plad_fast.kernels.segments import segment_sums
 
         return segment_sums(values, cu_seqlens)

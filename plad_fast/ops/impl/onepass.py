@@ -33,19 +33,19 @@ def linear_preference_loss(
     objective: Objective,
     denominators: Denominators,
     needs: Needs,
-    counts: Tensor | None = None,  # (S,)
-    bounds: Sequence[int] | None = None,  # (S + 1,)
-    make_workspace: Callable[..., Workspace] = Workspace,
+    counts: Tensor | None,  # (S,)
+    bounds: Sequence[int] | None,  # (S + 1,)
+    make_workspace: Callable[..., Workspace],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-    """Loss (), sums (S,), group losses (B,), whether a group is active (B,), and gradients.
-
-    See `plad_fast.ops.backend.Backend`.
+    """Loss (), sums (S,), group losses (B,), whether a group is active (B,), and the gradients of
+    the loss, in float32 for float16 inputs; those of weight and bias may be wider than these.
 
     Args:
         counts: targets of each sequence that are not ignored, which `make_workspace` then has to
             know; None for all.
         bounds: cu_seqlens as the host knows them, for which a GPU may be waited for without.
-        make_workspace: what computes rows of logits and their gradients.
+        make_workspace: what computes rows of logits and their gradients; without `counts` none of
+            the targets is ignored.
     """
     problem = problem.on_one_device()
     workspace = make_workspace(

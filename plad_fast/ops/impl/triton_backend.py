@@ -10,35 +10,27 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from plad_fast.losses.objective import Objective
-from plad_fast.ops.backend import (
-    Denominators,
-    HeadGradient,
-    HeadOptions,
-    LinearProblem,
-    Needs,
-)
-from plad_fast.ops.impl import onepass
+from plad_fast.ops.backend import HeadOptions
 from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
 from plad_fast.ops.impl.two_phase import linear_backward, linear_forward
 
 __all__ = [
     "linear_backward",
     "linear_forward",
-    "linear_preference_loss",
     "preferred",
     "stored_backward",
     "stored_forward",
     "unavailable",
+    "workspace",
 ]
 
 _OLDEST_TRITON = (3, 4)
 TAKES_IGNORED = True
+workspace = KernelWorkspace
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -76,29 +68,6 @@ def _missing() -> str | None:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         return f"triton is {triton.__version__}; the kernels need {oldest} or newer"
     return None
-
-
-def linear_preference_loss(
-    problem: LinearProblem,
-    scores: Tensor | None,  # (S,)
-    reference_logps: Tensor | None,  # (S,)
-    objective: Objective,
-    denominators: Denominators,
-    needs: Needs,
-    counts: Tensor | None = None,  # (S,)
-    bounds: Sequence[int] | None = None,  # (S + 1,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
-    return onepass.linear_preference_loss(
-        problem,
-        scores,
-        reference_logps,
-        objective,
-        denominators,
-        needs,
-        counts,
-        bounds,
-        functools.partial(KernelWorkspace, needs=needs),
-    )
 
 
 def stored_forward(

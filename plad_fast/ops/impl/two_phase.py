@@ -27,34 +27,23 @@ ALIGNED_ROWS = 128
 _NO_TARGET = -(2**31)  # wherever the columns are counted from
 
 
-def linear_forward(
-    problem: LinearProblem, length_normalization: float, entropy_order: int
-) -> LinearStatistics:
+def linear_forward(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
     from plad_fast.kernels import launch
     from plad_fast.kernels.linear_forward import linear_forward as kernel
 
-    *tensors, options = problem
-    hidden = problem.hidden
+    hidden, weight, bias, targets, _, options = problem
     if len(hidden) and launch.uses_library(hidden, gradient=False):
-        return _forward_by_library(problem, length_normalization, entropy_order)
+        return _forward_by_library(problem, entropy_order)
     return LinearStatistics(
-        *kernel(
-            *tensors,
-            **options.of_logits,
-            length_normalization=length_normalization,
-            entropy_order=entropy_order,
-        )
+        *kernel(hidden, weight, bias, targets, **options.of_logits, entropy_order=entropy_order)
     )
 
 
-def _forward_by_library(
-    problem: LinearProblem, length_normalization: float, entropy_order: int
-) -> LinearStatistics:
+def _forward_by_library(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
     """Logits in float32 of a chunk of rows at a time, as a softmax must not see them rounded."""
     from plad_fast.kernels.logits_rows import logits_rows_forward
-    from plad_fast.kernels.segments import sequence_sums
 
-    hidden, weight, bias, targets, cu_seqlens, options = problem
+    hidden, weight, bias, targets, _, options = problem
     scratch_bytes = options.scratch_on(hidden.device)
     block_bytes = scratch_bytes // BLOCK_SHARE
     products = products_for(weight, block_bytes)
@@ -78,16 +67,10 @@ def _forward_by_library(
                 row_width=stride,
             )
         )
-    logprobs, lse, tail, miss = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
-    entropy = torch.cat([part.entropy for part in parts]) if entropy_order else None
-    sums, counts = sequence_sums(
-        logprobs,
-        targets,
-        cu_seqlens,
-        length_normalization=length_normalization,
-        ignore_index=options.ignore_index,
-    )
-    return LinearStatistics(sums, counts, logprobs, lse, tail, miss, entropy)
+    *columns, entropies = zip(*parts, strict=True)
+    logprobs, lse, tail, miss = map(torch.cat, columns)
+    entropy = torch.cat(entropies) if entropy_order else None
+    return LinearStatistics(logprobs, lse, tail, miss, entropy)
 
 
 class _Tokens(NamedTuple):
@@ -138,7 +121,9 @@ def linear_backward(
     scale = None
     if tiling.num_rows and products.scales_operands:
         scale = products.operand_scale(options.gradient_bound(*upstream))
-    memory = weight.new_empty(tiling.rows, tiling.columns, dtype=dtype)
+    # A CPU's product with AMX reads on behind the end of a row, and takes it times 0.
+    allocate = weight.new_zeros if weight.device.type == "cpu" else weight.new_empty
+    memory = allocate(tiling.rows, tiling.columns, dtype=dtype)
     grads = SlicedGradients(problem.head, needs, tiling, scale)
     of_tokens = _Tokens(hidden, targets, lse, tail, miss, *upstream)
     for block in tiling.blocks():

@@ -9,7 +9,7 @@ What goes over the group, n being the tokens that are not ignored:
 | call | collectives | numbers each rank sends |
 |---|---|---|
 | either | 1 all-gather, to agree | 10 int64 |
-| `vocab_parallel_sequence_logprobs` | 1 all-gather | 3 n; 5 n with the entropy |
+| `vocab_parallel_sequence_logprobs` | 1 all-gather | 3 n |
 | its backward | 1 all-reduce | n D |
 | `vocab_parallel_preference_loss` | 1 all-reduce of the chunks' size | 1 int64 |
 | | 1 all-gather a chunk of rows | 3 n in all |
@@ -34,7 +34,7 @@ from plad_fast.ops.logprobs import SequenceLogProbs
 from plad_fast.ops.preference_autograd import FusedLoss
 from plad_fast.ops.registration import opaque
 from plad_fast.ops.vocab_parallel.autograd import ShardedTokens, sharded_preference_loss
-from plad_fast.ops.vocab_parallel.call import Sharding, agreed_call
+from plad_fast.ops.vocab_parallel.call import agreed_call
 from plad_fast.ops.vocab_parallel.group import check_group
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ def vocab_parallel_sequence_logprobs(
     cu_seqlens: Tensor,  # (S + 1,), the same on every rank
     *,
     group: ProcessGroup,
-    vocab_size: int | None = None,
-    reduce_hidden_grad: bool = True,
     bias: Tensor | None = None,  # (V,), this rank's rows
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -60,7 +58,6 @@ def vocab_parallel_sequence_logprobs(
     impl: str = "auto",
     scratch_bytes: int | None = None,
     return_lse: bool = False,
-    return_entropy: bool = False,
 ) -> SequenceLogProbs:
     """`linear_sequence_logprobs` of a head whose rows lie on the ranks of a process group.
 
@@ -77,17 +74,11 @@ def vocab_parallel_sequence_logprobs(
             group. Their number may differ, and be 0.
         group: of the ranks that hold the vocabulary. Each of them must make this call, and run
             the backward.
-        vocab_size: rows from this one on, counted over all ranks, are padding: they have
-            probability 0 and a zero gradient. None if there are none.
-        reduce_hidden_grad: add up the ranks' gradients of the hidden states, each being due to
-            its own rows: right for hidden states that every rank has. False leaves this rank's
-            part, for callers who add up themselves, by a reduce-scatter over the sequence for
-            example.
         impl: "auto" or "torch".
         scratch_bytes: as in `linear_sequence_logprobs`, of this rank. Not in it: a float32 gradient
             of 16-bit hidden states.
-        softcap, logit_scale, temperature, length_normalization, ignore_index, return_lse,
-            return_entropy: as in `linear_sequence_logprobs`.
+        softcap, logit_scale, temperature, length_normalization, ignore_index, return_lse: as in
+            `linear_sequence_logprobs`.
 
     Raises:
         UsageError: on every rank: arguments that do not fit on one of them, or are not alike where
@@ -98,31 +89,22 @@ def vocab_parallel_sequence_logprobs(
     def check_rest() -> None:
         check_length_normalization(length_normalization)
         check_flag("return_lse", return_lse)
-        check_flag("return_entropy", return_entropy)
 
     call = agreed_call(
         "vocab_parallel_sequence_logprobs",
         (hidden, weight, bias, targets, cu_seqlens),
         (softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes),
-        Sharding(group, vocab_size, reduce_hidden_grad),
+        group,
         check_rest,
-        (length_normalization, return_entropy),
+        (length_normalization,),
         {},
     )
-    kept = ShardedTokens.apply(
-        *call.problem.head, call.problem.targets, call.sharded, return_entropy
-    )
-    token_logprobs, lse, entropy = (call.spread(values) for values in kept)
+    kept = ShardedTokens.apply(*call.problem.head, call.problem.targets, call.sharded)
+    token_logprobs, lse = (call.spread(values) for values in kept)
     sums = length_normalized(
         segment_sums(token_logprobs, call.all_offsets), call.counts, length_normalization
     )
-    return SequenceLogProbs(
-        sums,
-        call.counts,
-        token_logprobs,
-        lse=lse if return_lse else None,
-        entropy=entropy if return_entropy else None,
-    )
+    return SequenceLogProbs(sums, call.counts, token_logprobs, lse=lse if return_lse else None)
 
 
 @opaque
@@ -133,8 +115,6 @@ def vocab_parallel_preference_loss(
     cu_seqlens: Tensor,  # (S + 1,), the same on every rank
     *,
     group: ProcessGroup,
-    vocab_size: int | None = None,
-    reduce_hidden_grad: bool = True,
     loss: str | Callable[..., Tensor] = "plad_ranking",
     group_size: int = 2,
     scores: Tensor | None = None,  # (S,)
@@ -160,8 +140,8 @@ def vocab_parallel_preference_loss(
     the arguments of a `functools.partial`, and the options.
 
     Args:
-        group, vocab_size, reduce_hidden_grad, impl, scratch_bytes: as in
-            `vocab_parallel_sequence_logprobs`, and what must be the same on every rank as well.
+        group, impl, scratch_bytes: as in `vocab_parallel_sequence_logprobs`, and what must be the
+            same on every rank as well.
         others: as in `fused_linear_preference_loss`.
 
     Raises:
@@ -193,7 +173,7 @@ def vocab_parallel_preference_loss(
         "vocab_parallel_preference_loss",
         (hidden, weight, bias, targets, cu_seqlens),
         (softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes),
-        Sharding(group, vocab_size, reduce_hidden_grad),
+        group,
         bind,
         (length_normalization, group_size, sft_weight, loss, loss_options),
         {**constants, **denominators},

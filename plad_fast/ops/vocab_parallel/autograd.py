@@ -32,7 +32,6 @@ from plad_fast.ops.registration import first_order_only
 from plad_fast.ops.vocab_parallel.group import Shards
 from plad_fast.ops.vocab_parallel.workspace import (
     WIDTH,
-    WIDTH_WITH_ENTROPY,
     ShardWorkspace,
     seen_by_shard,
     whole_statistics,
@@ -44,7 +43,6 @@ class ShardedHead(NamedTuple):
 
     shards: Shards
     options: HeadOptions
-    reduce_hidden_grad: bool
 
     def workspace(self, *, together: bool) -> Callable[..., ShardWorkspace]:
         return functools.partial(ShardWorkspace, shards=self.shards, together=together)
@@ -53,13 +51,13 @@ class ShardedHead(NamedTuple):
         """The gradient of the hidden states summed over the ranks, before it is rounded."""
         if grads.hidden is None:
             return grads
-        if self.reduce_hidden_grad and grads.hidden.numel():
+        if grads.hidden.numel():
             self.shards.sum_(grads.hidden)
         return grads._replace(hidden=grads.hidden.to(dtype))
 
 
 class ShardedTokens(torch.autograd.Function):
-    """(hidden, weight, bias) to token log-probabilities (N,), lse (N,) and entropy (N,) or (0,)."""
+    """(hidden, weight, bias) to token log-probabilities (N,) and lse (N,)."""
 
     @staticmethod
     def forward(
@@ -69,30 +67,26 @@ class ShardedTokens(torch.autograd.Function):
         bias: Tensor | None,  # (V,)
         targets: Tensor,  # (N,) of the whole vocabulary
         sharded: ShardedHead,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         with alone_on(hidden):
             workspace = sharded.workspace(together=False)(
                 (hidden, weight, bias), sharded.options, len(hidden), for_gradient=False
             )
-            width = WIDTH_WITH_ENTROPY if with_entropy else WIDTH
-            empty = hidden.new_empty(0, width, dtype=workspace.products.dtype)
+            empty = hidden.new_empty(0, WIDTH, dtype=workspace.products.dtype)
             parts = [
-                workspace.part(hidden[chunk], targets[chunk], with_entropy)
+                workspace.part(hidden[chunk], targets[chunk])
                 for chunk in workspace.chunks(len(hidden))
             ]
             whole = whole_statistics(sharded.shards.gather(torch.cat([empty, *parts])))
         ctx.save_for_backward(hidden, weight, bias, targets, *whole[:2], whole.miss)
         ctx.sharded = sharded
         ctx.set_materialize_grads(False)
-        entropy = whole.row_max.new_empty(0) if whole.entropy is None else whole.entropy
-        ctx.mark_non_differentiable(entropy)
-        return whole.token_logprobs, whole.row_max + whole.sum_exp.log(), entropy
+        return whole.token_logprobs, whole.row_max + whole.sum_exp.log()
 
     @staticmethod
     @first_order_only
     def backward(
-        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _entropy: Tensor | None
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _refuse_batched(grad, grad_lse)
         hidden, weight, bias, targets, row_max, sum_exp, miss = ctx.saved_tensors
@@ -119,7 +113,7 @@ class ShardedTokens(torch.autograd.Function):
                 d_logits = workspace.gradient(t, statistics, upstream.logprobs[rows], of_lse)
                 grads.add(d_logits, h, rows)
             del workspace
-            return *sharded.reduced(grads.finish(weight.dtype), hidden.dtype), None, None, None
+            return *sharded.reduced(grads.finish(weight.dtype), hidden.dtype), None, None
 
 
 def sharded_preference_loss(
@@ -141,7 +135,9 @@ def sharded_preference_loss(
                 objective,
                 denominators,
                 needs,
-                make_workspace=sharded.workspace(together=True),
+                None,
+                None,
+                sharded.workspace(together=True),
             )
             # float16 stays float32 until a loss scale has come with the upstream.
             half = hidden.dtype == torch.float16

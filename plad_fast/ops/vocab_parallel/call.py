@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plad_fast.checks import check_flag
 from plad_fast.errors import UsageError
 from plad_fast.losses.terms import segment_counts
 from plad_fast.ops import validation as check
@@ -28,18 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("plad_fast")
 
 
-class Sharding(NamedTuple):
-    """How the rows of the head lie on the ranks, as the caller says it."""
-
-    group: ProcessGroup
-    vocab_size: int | None
-    reduce_hidden_grad: bool
-
-
 class Call(NamedTuple):
     """A call that all ranks agree about."""
 
-    problem: LinearProblem  # hidden and targets that count, weight and bias without padding
+    problem: LinearProblem  # of the hidden states and targets, those that count
     sharded: ShardedHead
     counts: Tensor  # (S,)
     all_offsets: Tensor  # (S + 1,) of all N tokens
@@ -50,7 +41,7 @@ class Call(NamedTuple):
 
     def spread(self, values: Tensor) -> Tensor:  # (n,) -> (N,)
         """0 where the target is ignored."""
-        if self.rows is None or len(values) != len(self.rows):
+        if self.rows is None:
             return values
         return values.new_zeros(self.num_tokens).index_copy(0, self.rows, values)
 
@@ -59,7 +50,7 @@ def agreed_call(
     op: str,
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],  # as in `LinearProblem`
     head_options: tuple[Any, ...],  # as in `HeadOptions`, not checked
-    sharding: Sharding,
+    group: ProcessGroup,
     check_rest: Callable[[], Any],
     compared: tuple[Any, ...],
     constants: Mapping[str, float | Tensor | None] = {},
@@ -80,20 +71,15 @@ def agreed_call(
         _check_are_local(*tensors[:3])
         options = _checked_options(head_options)
         problem = check.checked_problem(*tensors, options, may_lack_rows=True).on_one_device()
-        check_flag("reduce_hidden_grad", sharding.reduce_hidden_grad)
-        _check_vocab_size(sharding.vocab_size)
         checked = check_rest()
-        facts = _facts(op, problem, sharding, compared, constants)
+        facts = _facts(op, problem, compared, constants)
     except Exception as error:  # whatever it is, the others must not wait
         refusal = error
     devices = [tensor.device for tensor in tensors if isinstance(tensor, Tensor)]
     own_rows = 0 if refusal is not None else len(problem.weight)
-    shards = agreed_shards(sharding.group, devices, own_rows, facts, refusal)
-    shards = shards.cut(sharding.vocab_size)
+    shards = agreed_shards(group, devices, own_rows, facts, refusal)
     hidden, weight, bias, targets, cu_seqlens, _ = problem
     check.check_sequences(targets, cu_seqlens, shards.vocab, options.ignore_index)
-    if shards.rows < len(weight):
-        weight, bias = weight[: shards.rows], None if bias is None else bias[: shards.rows]
     keep = targets != options.ignore_index
     counts = segment_counts(keep, cu_seqlens)
     rows, num_tokens = keep.nonzero().squeeze(1), len(hidden)
@@ -102,7 +88,7 @@ def agreed_call(
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return Call(
         LinearProblem(hidden, weight, bias, targets, offsets, options),
-        ShardedHead(shards, options, sharding.reduce_hidden_grad),
+        ShardedHead(shards, options),
         counts,
         cu_seqlens,
         rows if len(rows) < num_tokens else None,
@@ -114,7 +100,6 @@ def agreed_call(
 def _facts(
     op: str,
     problem: LinearProblem,
-    sharding: Sharding,
     compared: tuple[Any, ...],
     constants: Mapping[str, float | Tensor | None],
 ) -> dict[str, int | Tensor]:
@@ -122,8 +107,8 @@ def _facts(
     hidden, (softcap, logit_scale, temperature, ignore_index, *_) = problem.hidden, problem.options
     # Which of a rank's gradients are wanted says which collectives it takes part in.
     needs = wanted(problem.head)
-    gradients = needs[0], any(needs), sharding.reduce_hidden_grad
-    options = (*compared, softcap, logit_scale, temperature, ignore_index, sharding.vocab_size)
+    gradients = needs[0], any(needs)
+    options = (*compared, softcap, logit_scale, temperature, ignore_index)
 
     def of_constants(first: str, second: str) -> int | Tensor:
         return digest(_as_tensor(constants.get(first))) + 3 * digest(
@@ -158,13 +143,6 @@ def _check_are_local(*head: Tensor | None) -> None:
                 f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), or let "
                 "plad_fast.models.head.causal_lm_logprobs take the head of a model"
             )
-
-
-def _check_vocab_size(vocab_size: int | None) -> None:
-    if vocab_size is not None and (not check.is_whole(vocab_size) or vocab_size < 1):
-        raise UsageError(
-            f"vocab_size must be None or a whole number of at least 1, got {vocab_size!r}"
-        )
 
 
 def _checked_options(head_options: tuple[Any, ...]) -> HeadOptions:

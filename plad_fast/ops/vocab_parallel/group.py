@@ -40,7 +40,7 @@ class Shards:
 
     @property
     def rows(self) -> int:
-        """Of this rank; 0 where the vocabulary is shorter than the ranks would hold."""
+        """Of this rank."""
         return self.bounds[self.rank + 1] - self.start
 
     @property
@@ -60,20 +60,6 @@ class Shards:
         value = torch.tensor(number, device=device)
         dist.all_reduce(value, op=dist.ReduceOp.MIN, group=self.group)
         return int(value)
-
-    def cut(self, vocab: int | None) -> Shards:
-        """Without the rows from `vocab` on, which pad the head.
-
-        Raises:
-            UsageError: the ranks hold fewer rows than that.
-        """
-        if vocab is None or vocab == self.vocab:
-            return self
-        if not 0 < vocab < self.vocab:
-            raise UsageError(
-                f"vocab_size is {vocab}, but the ranks of the group hold {self.vocab} rows"
-            )
-        return Shards(self.group, self.rank, tuple(min(bound, vocab) for bound in self.bounds))
 
 
 def agreed_shards(

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadOptions
-from plad_fast.ops.impl.softmax_rows import RowStatistics, exp_with_moment_, logits_
+from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_
 from plad_fast.ops.impl.workspace import Workspace
 from plad_fast.ops.vocab_parallel.group import Shards
 
 WIDTH = 3
-WIDTH_WITH_ENTROPY = 5
 """Numbers of a part."""
 
 
@@ -29,13 +28,10 @@ def shard_part_(
     options: HeadOptions,
     bias: Tensor | None = None,  # (V,)
     tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
-    entropy_rows: int = 0,
-) -> Tensor:  # (n, 3), or (n, 5) with entropy
-    """Of every row: max, sum of exp(z - max) without the target, logit of the target or 0, and
-    with entropy the sum of (z - max) exp(z - max) and of exp(z - max), target included.
-    """
+) -> Tensor:  # (n, 3)
+    """Of every row: max, sum of exp(z - max) without the target, logit of the target or 0."""
     if not buffer.shape[1]:
-        part = buffer.new_zeros(len(buffer), WIDTH_WITH_ENTROPY if entropy_rows else WIDTH)
+        part = buffer.new_zeros(len(buffer), WIDTH)
         part[:, 0] = -torch.inf
         return part
     logits_(buffer, options, bias, tanh_slope)
@@ -43,38 +39,27 @@ def shard_part_(
     column = columns.unsqueeze(1)
     target = buffer.gather(1, column).squeeze(1)
     # A shard may be masked as a whole: -inf less -inf would be no number.
-    buffer.sub_(shard_max.where(shard_max != -torch.inf, 0).unsqueeze(1))
-    more = []
-    if entropy_rows:
-        more = [exp_with_moment_(buffer, 1, entropy_rows), buffer.sum(dim=1)]
-    else:
-        buffer.exp_()
+    buffer.sub_(shard_max.where(shard_max != -torch.inf, 0).unsqueeze(1)).exp_()
     at_column = buffer.gather(1, column).squeeze(1)
     buffer.scatter_(1, column, at_column.where(~owned, 0).unsqueeze(1))
     rest = buffer.sum(dim=1)
-    return torch.stack([shard_max, rest, target.where(owned, 0), *more], dim=1)
+    return torch.stack([shard_max, rest, target.where(owned, 0)], dim=1)
 
 
-def whole_statistics(parts: Tensor) -> RowStatistics:  # (W, n, 3 or 5)
+def whole_statistics(parts: Tensor) -> RowStatistics:  # (W, n, 3)
     """Statistics of the rows over the whole vocabulary. Shards are added in their order."""
-    shard_max, rests, targets, *more = parts.unbind(dim=2)
+    shard_max, rests, targets = parts.unbind(dim=2)
     row_max = shard_max.amax(dim=0)
-    weights = (shard_max - row_max).exp()
-    rest = (weights * rests).sum(dim=0)
+    rest = ((shard_max - row_max).exp() * rests).sum(dim=0)
     centred_target = targets.sum(dim=0) - row_max
     sum_exp = rest + centred_target.exp()
     log_sum = torch.where(centred_target == 0, rest.log1p(), sum_exp.log())
-    entropy = None
-    if more:
-        expected, totals = more
-        distance = (shard_max - row_max).where(weights > 0, 0)
-        entropy = log_sum - (weights * (expected + distance * totals)).sum(dim=0) / sum_exp
-    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
+    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, None)
 
 
 def seen_by_shard(
     whole: RowStatistics,
-    part: Tensor,  # (n, 3 or 5)
+    part: Tensor,  # (n, 3)
 ) -> RowStatistics:
     """The sum of exponentials counted from the shard's own maximum, as its buffer is."""
     return whole._replace(sum_exp=whole.sum_exp * (whole.row_max - part[:, 0]).exp())
@@ -111,19 +96,17 @@ class ShardWorkspace(Workspace):
         self,
         hidden: Tensor,  # (n, D)
         targets: Tensor,  # (n,)
-        with_entropy: bool = False,
-    ) -> Tensor:  # (n, 3 or 5)
+    ) -> Tensor:  # (n, 3)
         """This rank's part of the statistics of n <= rows tokens; see `shard_part_`."""
         buffer, slope = self._buffers(len(hidden))
         self.products.logits(hidden, out=buffer)
-        entropy_rows = self.block_rows if with_entropy else 0
         columns, owned = self._columns(targets)
-        return shard_part_(buffer, columns, owned, self.options, self.bias, slope, entropy_rows)
+        return shard_part_(buffer, columns, owned, self.options, self.bias, slope)
 
     def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
         """One collective."""
-        assert entropy_order < 2, "shards send the moment of order 1"
-        part = self.part(hidden, targets, with_entropy=bool(entropy_order))
+        assert not entropy_order
+        part = self.part(hidden, targets)
         return seen_by_shard(whole_statistics(self.shards.gather(part)), part)
 
     def _columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
