@@ -58,18 +58,12 @@ class RowStore:
                 raise UsageError(f"{path} is not a store of rows; choose another output folder")
 
     @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        fingerprint: Mapping[str, Any],
-        *,
-        overwrite: bool = False,
-    ) -> RowStore:
+    def open(cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> RowStore:
         """Opens a store of JSONL, or makes one together with its folder.
 
         A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
         the same id the first counts. A store without rows takes the fingerprint that it is given:
-        the settings the rows depend on, as JSON values. `overwrite` discards what is stored.
+        the settings the rows depend on, as JSON values.
 
         Raises:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
@@ -77,7 +71,7 @@ class RowStore:
         """
         store = cls(Path(path).expanduser())
         with store._closed_on_error():
-            store._load(as_json(fingerprint), overwrite)
+            store._load(as_json(fingerprint))
         return store
 
     @property
@@ -130,13 +124,11 @@ class RowStore:
             self.close()
             raise
 
-    def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
+    def _load(self, settings: dict[str, Any]) -> None:
         header = {**FORMAT.header, "fingerprint": settings}
         content, self._content = self._content, b""
         first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
-        found = None
-        if first and not overwrite:
-            found = self._parse(first, 1, ("version", "fingerprint"))
+        found = self._parse(first, 1, ("version", "fingerprint")) if first else None
         if found is not None and found["version"] != FORMAT.version:
             raise UsageError(
                 f"{self.path} has format version {found['version']}, this plad_fast writes version "

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast.checks import require_packages
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import lies_in
 from plad_fast.data.records import (
@@ -40,7 +41,6 @@ from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.cards import describe_student
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
-from plad_fast.recipe.doctor import require_packages
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import RunPrompts
@@ -143,7 +143,7 @@ def opened_run(
         bound_settings(config, texts.teachers.made_by),
         overwrite=overwrite,
         is_bound=lambda: any(map(has_rows, texts.teachers.stores)),
-        is_own=lambda name: re.fullmatch(_MADE, name) is not None,
+        made=_MADE,
         # Before the folder keeps settings that an endpoint refuses.
         check=lambda: texts.try_endpoints(evaluation["judge"], overwrite=overwrite),
     )

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
-from plad_fast.data.places import is_there
-from plad_fast.data.records import ELSEWHERE, as_json
+from plad_fast.data.places import is_there, lies_in
+from plad_fast.data.records import ELSEWHERE
+from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
-from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
-from plad_fast.recipe.dependencies import STAGES
+from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
-from plad_fast.recipe.inputs import (
-    dropped_file,
-    load_recipe_prompts,
-    prompts_digest,
-    read_pairs,
-    show_pairs,
-)
-from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
-from plad_fast.recipe.stage_folder import claim_folder, record_rows
+from plad_fast.recipe.inputs import dropped_file, load_recipe_prompts, read_pairs, show_pairs
+from plad_fast.recipe.run_folder import RunFolder, Stage
+from plad_fast.recipe.setting_checks import expanded
+from plad_fast.recipe.settings import DistillConfig, check_training
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
-# The endpoint's address is among what the teacher is known by.
-_OF_PAIRS = (
-    *("teacher", "teacher_samples", "student_samples", *SELECTION),
-    *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
+# In the folder of `plad-fast pairs`; what else lies there is the user's.
+_MADE = (
+    r"(pairs|dropped|teacher|student|scores|verdicts)\b.*\.jsonl?|plad-fast-error\.log|\..+\.tmp"
 )
 
 
@@ -48,63 +41,70 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
 
     Args:
         config: teacher, student, prompts, sampling, scoring and output folder; what trains plays no
-            part.
-        overwrite: discard the answers and scores stored there.
+            part. In a folder made with others, what depends on what has changed is made anew; one
+            with answers of another teacher is refused.
+        overwrite: start anew in a folder of earlier pairs.
 
     Raises:
         UsageError: no student is named; from loading, generation, scoring or storing; when no pair
-            is left; where other prompts, models or settings, or another command, have made the
-            folder, and while another process is at work in it.
+            is left; where another command has made the folder, and while another process is at
+            work in it.
     """
     if config.student is None:
         raise UsageError("pairs are made of two models; name the second with --student")
-    folder = Path(config.output_dir)
-    with held_folder(folder):
-        prompts = load_recipe_prompts(config)
-        source = find_model(config.student, "--student")
-        check_loadable(source)
-        tokenizer = load_tokenizer(source)
-        require_tools(config, prompts, tokenizer)
-        texts = RecipeTexts(config, prompts, answers=folder, pairs=folder)
-        texts.try_endpoints(texts.scorer, overwrite=overwrite)
-        path = texts.pairs_file("pairs")
-        student_made_by = texts.student_made_by(config.student, source)
-        settings: dict[str, Any] = {
-            **{name: getattr(config, name) for name in _OF_PAIRS},
-            **{f"teacher's {name}": value for name, value in texts.teachers.made_by.items()},
-            **{f"student's {name}": value for name, value in student_made_by.items()},
-            "prompts": prompts_digest(prompts),
-        }
-
-        def discard(_: Mapping[str, Any]) -> None:
-            discard_answers(
-                *texts.stores, folder / "student.jsonl", *folder.glob("student.turn?.jsonl")
-            )
-
-        def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
-            first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
-            others = {**found, "prompts": settings["prompts"]}
-            return found["prompts"] == first and others == as_json(settings)
-
-        claim_folder(
-            folder,
-            "pairs",
-            settings,
-            results=[path.name, dropped_file(path).name],
-            overwrite=overwrite,
-            discard=discard,
-            extends=has_fewer_prompts,
-            of_results=STAGES["pairs"],
+    path, prompts = Path(config.output_dir), load_recipe_prompts(config)
+    if overwrite and lies_in(config.prompts, path):
+        raise UsageError(
+            f"--prompts {config.prompts} lies in --output-dir {path}, which --overwrite would "
+            f"empty before it is read; {ELSEWHERE}"
         )
-        texts.teachers.ask()
-        student = (source, "student")
-        samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
-        rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
-        record_rows(folder, path.name)
-        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
+    source = find_model(config.student, "--student")
+    check_loadable(source)
+    tokenizer = load_tokenizer(source)
+    require_tools(config, prompts, tokenizer)
+    texts = RecipeTexts(config, prompts, answers=path, pairs=path)
+    stored = [
+        *texts.teachers.stores,
+        *(texts.samples_file(1, turn) for turn in config.sample_turns),
+    ]
+    file = texts.pairs_file("pairs")
+    folder = RunFolder(
+        path,
+        bound_settings(config, texts.teachers.made_by),
+        command="pairs",
+        overwrite=overwrite,
+        is_bound=lambda: any(map(has_rows, texts.teachers.stores)),
+        made=_MADE,
+        check=lambda: texts.try_endpoints(texts.scorer, overwrite=overwrite),
+    )
+    with closing(folder):
+        # Also where all pairs are made: what could not be answered is asked for again.
+        texts.teachers.ask(renew=True)
+        samples = texts.samples_in_turn(
+            prompts, [(source, "student")], made_by=config.student, others_aside=True
+        )
+
+        def pair() -> str:
+            rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
+            show_pairs(rows, report, file, for_training=False)  # others may be joined to them
+            return str(report)
+
+        drawn = {name: getattr(config, name) for name in ("teacher_samples", "student_samples")}
+        scored = {} if texts.scorer is None else texts.scorer.settings()
+        folder.stage(
+            Stage(
+                "pairs",
+                pair,
+                stage_settings(
+                    config, "pairs", prompts=prompts, references=True, **drawn, **scored
+                ),
+                reads=[store.name for store in stored],
+                makes=[file.name, dropped_file(file).name],
+            )
+        )
         spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
-        print(f"{spent}{report}\npairs: {path}", flush=True)
-    return path
+        print(f"{spent}pairs: {file}", flush=True)
+    return file
 
 
 def train_on_pairs(

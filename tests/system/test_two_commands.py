@@ -21,7 +21,7 @@ MOMENTS = {
         "evaluation.report.write.write_metrics",
     ),
     "pairs": (
-        "recipe.stages.load_recipe_prompts",
+        "recipe.run_folder.shutil.disk_usage",
         "pairs.generation.answering._ask",
         "recipe.inputs.write_jsonl",
     ),
@@ -31,7 +31,7 @@ MOMENTS = {
         "training.trained_folders.publish_folder",
     ),
     "evaluate": (
-        "recipe.evaluate.read_held_out",
+        "recipe.run_folder.shutil.disk_usage",
         "evaluation.run_students.load_model",
         "evaluation.report.write.write_metrics",
     ),
