@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.places import OFFLINE
+from plad_fast.data.places import OFFLINE, lies_in
 from plad_fast.data.places import expanded as expanded_path
+from plad_fast.data.records import ELSEWHERE
 from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import flag
 
@@ -108,3 +111,16 @@ def expanded(output_dir: str) -> str:
         return str(expanded_path(output_dir))
     except UsageError as error:
         raise UsageError(f"--output-dir {error}") from None
+
+
+def require_outside(folder: Path, config: DistillConfig) -> None:
+    """Raises UsageError where emptying the folder would remove what the run is to read."""
+    names = ("student", "prompts", "scorer", "eval_scorer")
+    given = [(name, getattr(config, name) or "") for name in names]
+    for name, text in [*(("teacher", teacher) for teacher in config.teachers), *given]:
+        place = re.sub("^(likelihood|reward|vllm):", "", text)
+        if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
+            raise UsageError(
+                f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
+                f"before it is read; {ELSEWHERE}"
+            )

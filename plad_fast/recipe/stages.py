@@ -8,7 +8,7 @@ from typing import Any
 
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
-from plad_fast.data.places import is_there, lies_in
+from plad_fast.data.places import is_there
 from plad_fast.data.records import ELSEWHERE
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
@@ -19,7 +19,7 @@ from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import dropped_file, load_recipe_prompts, read_pairs, show_pairs
 from plad_fast.recipe.run_folder import RunFolder, Stage
-from plad_fast.recipe.setting_checks import expanded
+from plad_fast.recipe.setting_checks import expanded, require_outside
 from plad_fast.recipe.settings import DistillConfig, check_training
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
@@ -53,11 +53,8 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
     if config.student is None:
         raise UsageError("pairs are made of two models; name the second with --student")
     path, prompts = Path(config.output_dir), load_recipe_prompts(config)
-    if overwrite and lies_in(config.prompts, path):
-        raise UsageError(
-            f"--prompts {config.prompts} lies in --output-dir {path}, which --overwrite would "
-            f"empty before it is read; {ELSEWHERE}"
-        )
+    if overwrite:
+        require_outside(path, config)
     source = find_model(config.student, "--student")
     check_loadable(source)
     tokenizer = load_tokenizer(source)
