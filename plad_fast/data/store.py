@@ -170,6 +170,16 @@ def has_rows(path: str | os.PathLike[str]) -> bool:
         return sum(1 for _ in itertools.islice(file, 2)) == 2
 
 
+def fingerprint_of(path: Path) -> dict[str, Any] | None:
+    """What a store says it was made with; None where there is no store, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline())
+        return header["fingerprint"] if header["format"] == FORMAT.name else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _line(row: Mapping[str, Any]) -> bytes:
     # A lone surrogate has no UTF-8 form; the replacement is also its JSON escape.
     text = json.dumps(row, ensure_ascii=False)

@@ -31,6 +31,7 @@ from plad_fast.data.records import (
     digest,
     require_equal,
 )
+from plad_fast.data.store import fingerprint_of
 from plad_fast.errors import UsageError
 
 _RECORD = "run.json"
@@ -330,7 +331,8 @@ class RunFolder:
     def _is_ours(self, record: Path) -> bool:
         """Whether a record that cannot be read is what is left of one, or lies beside our files."""
         content = record.read_bytes().rstrip(b"\0")
-        if content and _FORMAT.begins(content):
+        stores = self.path.glob("*.jsonl")  # of `pairs` and `evaluate`
+        if (content and _FORMAT.begins(content)) or any(map(fingerprint_of, stores)):
             return True
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))

@@ -304,6 +304,7 @@ def test_pairs_of_other_prompts_are_made_of_the_answers_that_are_there(
     assert "no pair is left" in capsys.readouterr().err
     assert main(command) == 0
     before = content(output)
+    first = (output / "pairs.jsonl").read_text().splitlines()
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(pairs.read_text().splitlines(keepends=True)[:0:-1]))
     with monkeypatch.context() as patch:
@@ -312,12 +313,12 @@ def test_pairs_of_other_prompts_are_made_of_the_answers_that_are_there(
         assert content(output) == before
         assert main([*command, "--prompts", str(fewer)]) == 0
         rows = (output / "pairs.jsonl").read_text().splitlines()
-        assert [*reversed(rows)] == before[output / "pairs.jsonl"].decode().splitlines()[1:]
+        assert rows == [row for row in reversed(first) if "Say 0." not in row]
         assert main([*command, "--teacher-temperature", "0.5"]) == 2
         assert "teacher_temperature was 1.0 and is 0.5" in capsys.readouterr().err
     assert main([*command, "--prompts", str(write_pairs(tmp_path / "more.jsonl", 7))]) == 0
     assert (output / "teacher.jsonl").read_bytes().startswith(before[output / "teacher.jsonl"])
-    assert len((output / "pairs.jsonl").read_text().splitlines()) == len(rows) + 2
+    assert set((output / "pairs.jsonl").read_text().splitlines()) >= set(first)
 
 
 def test_other_pairs_are_made_of_the_answers_that_are_there(
@@ -371,7 +372,7 @@ def test_pairs_that_were_cut_off_or_edited(tiny_teacher, pairs, tmp_path, capsys
     assert file.read_bytes() == b"".join(lines[1:])
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"form', b"\0" * 40])
+@pytest.mark.parametrize("damage", [b"", b'{"form', b"\0" * 40, b"[1]"])
 def test_a_damaged_record_is_replaced_where_that_is_asked_for(
     damage, tiny_teacher, pairs, tmp_path, capsys
 ):
