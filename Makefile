@@ -13,16 +13,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 RUN ?= runs/quickstart
 # `make check` leaves out files that take more than ten seconds.
 LONG = benchmarks/% data/test_rows integrations/% kernels/test_aot kernels/test_guard_pages \
-	kernels/test_linear kernels/test_logits_rows models/test_architectures \
-	models/test_encoder_decoder models/test_register models/test_router ops/test_autograd \
+	kernels/test_linear% kernels/test_logits_rows models/test_architectures \
+	models/test_encoder_decoder% models/test_register models/test_router ops/test_autograd \
 	ops/test_triton_backend ops/test_vocab_parallel pairs/test_chat_endpoint pairs/test_ranks \
-	pairs/test_refill pairs/test_servers recipe/test_distillation \
+	pairs/test_refill pairs/test_servers recipe/test_distillation recipe/test_rounds \
 	recipe/test_stages training/test_checkpoints training/test_micro_batches training/test_peft \
 	training/test_signals training/test_train training/test_trainer system/%
-TRL = tests/integrations/test_trl.py
 FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.py)) \
-	tests/system/test_imports.py $(TRL)::test_orpo_steps_are_those_of_trl \
-	$(TRL)::test_options_that_are_not_supported_are_refused_by_name
+	tests/system/test_imports.py tests/integrations/test_trl.py::test_orpo_steps_are_those_of_trl \
+	tests/integrations/test_use.py::test_options_that_are_not_supported_are_refused_by_name
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -40,7 +39,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) --hypothesis-profile=all
 
 # The oldest versions that setup.py allows: `make test-oldest PYTHON=python3.10` has the oldest of
 # Python too. Builds of torch other than the CPU's bring CUDA: 7 GB here, and below.

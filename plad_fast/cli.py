@@ -111,6 +111,7 @@ def _run(arguments: Namespace) -> None:
     plan = {
         field.name: given.pop(field.name) for field in fields(TuneConfig) if field.name in given
     }
+    size = given.pop("part_size", None)
     config = DistillConfig(**given)
     _quiet_libraries()
     if name == "tune":
@@ -118,9 +119,13 @@ def _run(arguments: Namespace) -> None:
 
         tune(config, TuneConfig(**plan), fixed=given.keys(), overwrite=overwrite)
     elif name == "pairs":
+        from plad_fast.recipe.parts import pair_in_parts
         from plad_fast.recipe.stages import pair_models
 
-        pair_models(config, overwrite=overwrite)
+        if size is None:
+            pair_models(config, overwrite=overwrite)
+        else:
+            pair_in_parts(config, size, overwrite=overwrite)
     else:
         from plad_fast.recipe.distillation import distill
 

@@ -22,8 +22,12 @@ if not torch.cuda.is_available():
     importlib.import_module("tests.support.triton_34")
     importlib.import_module("tests.support.bfloat16_cast")
 
-# The same cases on every machine, and no time limit: these machines are shared.
-hypothesis.settings.register_profile("plad", deadline=None, derandomize=True, max_examples=60)
+# The same cases on every machine, and no time limit: these machines are shared. `make test-all`
+# takes the profile "all".
+for profile, examples in (("all", 60), ("plad", 25)):
+    hypothesis.settings.register_profile(
+        profile, deadline=None, derandomize=True, max_examples=examples
+    )
 hypothesis.settings.load_profile("plad")
 
 BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"

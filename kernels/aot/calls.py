@@ -65,29 +65,31 @@ class Call(NamedTuple):
     head: tuple[int, int]
     case: Case
     tokens: tuple[int, ...]
+    entropy_orders: tuple[int, ...] = (1,)
+    """Of a case with the rest; order 2 takes about what order 1 does."""
 
 
 def _calls(everything: bool) -> Iterator[Call]:
-    """A sample: bfloat16 operands and an even head with all sizes of tile, without options and with
-    all; Gemma's options, other heads and dtypes with many tokens. Options take registers: where
-    they do not choose another tile, all of them are the case to try. float16 compiles to what
-    bfloat16 does but for the type in the instructions.
+    """A sample: bfloat16 operands and an even head with all sizes of tile and all options; Gemma's
+    options, other heads and dtypes with many tokens. Options take registers: where they do not
+    choose another tile, as they do for 64 tokens and for many, all of them are the case to try.
+    float16 compiles to what bfloat16 does but for its scale and the type in the instructions.
     """
     dtypes = [dtype for dtype in _TYPES if dtype.is_floating_point]
     plain, softcap, full = _REACHED_CASES
     if everything:
         for dtype, head in itertools.product(dtypes, (*_HEADS, _HEAD_WITH_A_TAIL)):
             for case in _EVERY_CASE if head in _HEADS else _REACHED_CASES:
-                yield Call(dtype, head, case, _TOKENS)
+                yield Call(dtype, head, case, _TOKENS, (1, 2) if head == _HEADS[0] else (1,))
         return
     most = _TOKENS[-1:]
-    for case, tokens in ((plain, _TOKENS), (softcap, most), (full, _TOKENS)):
+    for case, tokens in ((plain, _TOKENS[-2:]), (softcap, most), (full, _TOKENS)):
         yield Call(torch.bfloat16, _HEADS[0], case, tokens)
     for dtype, head in zip((torch.bfloat16, torch.float32), _HEADS[1:], strict=True):
-        yield Call(dtype, head, full, most)
+        yield Call(dtype, head, full, most, (1, 2))
     yield Call(torch.bfloat16, _HEAD_WITH_A_TAIL, plain, most)
-    for dtype, case in itertools.product((torch.float32, torch.float16), (plain, full)):
-        yield Call(dtype, _HEADS[0], case, most)
+    for dtype in (torch.float32, torch.float16):
+        yield Call(dtype, _HEADS[0], full, most)
 
 
 def entries(capability: tuple[int, int], *, everything: bool = False) -> list[AotEntry]:
@@ -103,28 +105,29 @@ def entries(capability: tuple[int, int], *, everything: bool = False) -> list[Ao
         mock.patch.object(launch, "device_of", return_value=device),
     ):
         for call in _calls(everything):
-            _call(*call)
+            _call(call)
         before = torch.get_float32_matmul_precision()
         tokens = _TOKENS if everything else _TOKENS[-1:]
         try:
             for precision in ("high", "medium"):
                 torch.set_float32_matmul_precision(precision)
-                _call_linear(torch.float32, _HEADS[0], Case(), tokens)
+                _call_linear(Call(torch.float32, _HEADS[0], Case(), tokens))
         finally:
             torch.set_float32_matmul_precision(before)
     return list(found.values())
 
 
-def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[int, ...]) -> None:
-    _call_linear(dtype, head, case, tokens)
+def _call(call: Call) -> None:
+    dtype, head, case, *_ = call
+    _call_linear(call)
     # One pass: float32 logits in wider rows, which take the operand of the next product as well.
     row_width = -(-head[1] // 64) * 64
-    _call_rows(torch.float32, dtype, head[1], case, row_width)
+    _call_rows(call, torch.float32, row_width)
     if dtype == torch.bfloat16 and not case.rest:
         _call_exponentials(head[1], case, row_width)
     if not case.bias:
         # Logits that the user holds.
-        _call_rows(dtype, dtype, head[1], case)
+        _call_rows(call, dtype)
     segment_sums(_empty(5), _empty(3, dtype=torch.int64))
     # The gradient of the weight: accumulated in float32 or, of a single chunk, rounded already.
     for width in {torch.float32, dtype}:
@@ -132,11 +135,9 @@ def _call(dtype: torch.dtype, head: tuple[int, int], case: Case, tokens: tuple[i
     scaled(_empty(*head), None, dtype)
 
 
-def _call_linear(
-    dtype: torch.dtype, head: tuple[int, int], case: Case, sizes: tuple[int, ...]
-) -> None:
+def _call_linear(call: Call) -> None:
     """As the heuristic chooses, and with specialised warps where `kernels.autotune` offers them."""
-    width, vocab = head
+    dtype, (width, vocab), case, sizes, _ = call
     bounds = _empty(3, dtype=torch.int64)
     device = launch.device_of(bounds)
     for n in sizes:
@@ -152,7 +153,7 @@ def _call_linear(
             lean=launch.is_lean(bias, options["softcap"], vocab),
         )
         for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
-            for entropy_order in _orders(vocab, case):
+            for entropy_order in _orders(call):
                 linear_forward(
                     *(hidden, weight, bias, targets, bounds),
                     **options,
@@ -170,20 +171,13 @@ def _call_linear(
             )
 
 
-def _orders(vocab: int, case: Case) -> tuple[int, ...]:
-    """Of entropies; order 2, which takes less than order 1, for one head."""
-    if not case.rest:
-        return (0,)
-    return (1, 2) if vocab == _HEADS[0][1] else (1,)
+def _orders(call: Call) -> tuple[int, ...]:
+    return call.entropy_orders if call.case.rest else (0,)
 
 
-def _call_rows(
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    vocab: int,
-    case: Case,
-    row_width: int | None = None,
-) -> None:
+def _call_rows(call: Call, dtype: torch.dtype, row_width: int | None = None) -> None:
+    """On logits in `dtype`, with a gradient in the call's."""
+    out_dtype, (_, vocab), case, *_ = call
     n = _TOKENS[-1]
     memory, targets, tokens = (
         _empty(n, row_width or vocab, dtype=dtype),
@@ -193,7 +187,7 @@ def _call_rows(
     logits = memory[:, :vocab]
     bias = _empty(vocab, dtype=out_dtype) if case.bias else None
     options: dict[str, Any] = {"bias": bias, "row_width": row_width, **_options(case)}
-    for entropy_order in _orders(vocab, case):
+    for entropy_order in _orders(call):
         logits_rows_forward(logits, targets, **options, entropy_order=entropy_order)
     logits_rows_backward(
         logits,

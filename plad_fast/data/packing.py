@@ -66,6 +66,9 @@ class PreferenceCollator:
         layout: one of `LAYOUTS`; see the module.
         decoder_start_token_id: what the decoder reads before a response, for the encoder-decoder
             layout; see `plad_fast.models.encoder_decoder.decoder_start_token`.
+        rank_end_token: False ignores the last token of all responses but the best, unless it is
+            their only one. Every rejected response ends, and a loss that lowers the likelihood of
+            its end teaches the model not to stop.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class PreferenceCollator:
         *,
         layout: str = "padded",
         decoder_start_token_id: int | None = None,
+        rank_end_token: bool = True,
     ) -> None:
         if layout not in LAYOUTS:
             raise UsageError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
@@ -87,6 +91,7 @@ class PreferenceCollator:
         self.group_size = group_size
         self.layout = layout
         self.decoder_start_token_id = decoder_start_token_id
+        self.rank_end_token = rank_end_token
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         for feature in features:
@@ -105,7 +110,12 @@ class PreferenceCollator:
             batch = self._padded(groups) if self.layout == "padded" else self._packed(groups)
         responses = [response for group in groups for response in group.responses]
         batch["targets"] = torch.tensor([token for ids in responses for token in ids]).long()
-        batch["cu_seqlens"] = torch.tensor([0] + [len(ids) for ids in responses]).cumsum(0)
+        counts = torch.tensor([len(ids) for ids in responses])
+        batch["cu_seqlens"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        if not self.rank_end_token:
+            ends = batch["cu_seqlens"][1:] - 1
+            is_best = torch.arange(len(counts)) % self.group_size == 0
+            batch["targets"][ends[(counts > 1) & ~is_best]] = -100
         shares = self.layout in ("shared", "encoder_decoder")
         batch["group_tokens"] = torch.tensor(
             [[g.shared if shares else g.unshared, g.unshared] for g in groups]

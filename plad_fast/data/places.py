@@ -10,6 +10,9 @@ from pathlib import Path
 from plad_fast.checks import shown
 from plad_fast.errors import UsageError
 
+BUILTIN = {"builtin": "builtin_prompts.jsonl", "builtin:calendar": "builtin_calendar.jsonl"}
+"""Prompts that ship with the package: general ones, and messages to make calendar entries of, both
+with a written `answer` -> their file."""
 OFFLINE = "offline"
 """The name of the model that needs no hub."""
 
@@ -27,6 +30,12 @@ def expanded(source: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{shown(text)}: {error}; write the folder out") from None
+
+
+def from_folder(source: str, folder: Path) -> str:
+    """The path of a name that begins with a dot, as it is meant in a folder that may be moved; any
+    other text as it is."""
+    return str((folder / source).resolve()) if source.startswith(".") else source
 
 
 def is_there(path: Path) -> bool:

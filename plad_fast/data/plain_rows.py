@@ -64,13 +64,17 @@ def plain_rows(dataset: Any, name: str) -> Dataset | list[dict[str, Any]]:
                 f"{name}, row {number} is a {type(row).__name__}; every row must map column names "
                 "to values"
             )
-    rows = [
-        {str(column): plain(value, nan=column in _NUMBERS) for column, value in dict(row).items()}
-        for row in rows
-    ]
+    rows = [*map(plain_row, rows)]
     if not package and not made_by_arrow(rows):
         return rows
     return [{column: without_nulls(value) for column, value in row.items()} for row in rows]
+
+
+def plain_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row with `plain` values."""
+    return {
+        str(column): plain(value, nan=column in _NUMBERS) for column, value in dict(row).items()
+    }
 
 
 def _package(dataset: Any) -> str:

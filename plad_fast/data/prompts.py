@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.checks import shown
 from plad_fast.data.chat import Content, Messages, is_blank, render_prompt
 from plad_fast.data.chat_template import ChatTemplate
+from plad_fast.data.places import BUILTIN
 from plad_fast.data.plain_rows import made_by_arrow, without_nulls
 from plad_fast.data.records import digest
 from plad_fast.data.rows import read_content, read_tools
@@ -162,15 +163,15 @@ def load_prompts(
     return prompts
 
 
-def builtin_prompts() -> list[Prompt]:
-    """The short instructions that ship with the package."""
-    with builtin_file() as path:
+def builtin_prompts(name: str = "builtin") -> list[Prompt]:
+    """Prompts that ship with the package, by a name in `places.BUILTIN`."""
+    with builtin_file(name) as path:
         return load_prompts(path)
 
 
-def builtin_file() -> AbstractContextManager[Path]:
-    """The file of the built-in prompts, each with a written `answer`."""
-    file = importlib.resources.files("plad_fast.data").joinpath("builtin_prompts.jsonl")
+def builtin_file(name: str = "builtin") -> AbstractContextManager[Path]:
+    """The file of these prompts, each with a written `answer`."""
+    file = importlib.resources.files("plad_fast.data").joinpath(BUILTIN[name])
     return importlib.resources.as_file(file)
 
 

@@ -6,11 +6,12 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from plad_fast.data.files import write_atomically
+from plad_fast.data.places import from_folder
 from plad_fast.errors import UsageError
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -90,6 +91,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest_of_list(values: Iterable[Any]) -> str:
+    """`digest` of a list of JSON values, of which one is held at a time."""
+    hashed, between = hashlib.sha256(b"["), ""
+    for value in values:
+        hashed.update(f"{between}{json.dumps(value, sort_keys=True, default=str)}".encode())
+        between = ", "
+    hashed.update(b"]")
+    return hashed.hexdigest()[:16]
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content; computed once for a size and time of it."""
     state = path.stat()
@@ -132,7 +143,7 @@ def _base_of_adapters(folder: Path) -> str | None:
     """What the adapters that PEFT saved in a folder are for; None where there are none."""
     try:
         settings = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return settings["base_model_name_or_path"]
+        return from_folder(settings["base_model_name_or_path"] or "", folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -13,6 +16,18 @@ from plad_fast.data.rows import TokenLimits
 from plad_fast.errors import UsageError
 
 _AT_ONCE = 10_000  # rows
+_WRITTEN_AT_ONCE = 1000  # rows
+_IDS, _FLOATS = pyarrow.list_(pyarrow.int64()), pyarrow.list_(pyarrow.float64())
+_GROUP = pyarrow.schema(
+    {
+        "prompt_ids": _IDS,
+        "response_ids": pyarrow.list_(_IDS),
+        **dict.fromkeys(("truncated", "fits"), pyarrow.bool_()),
+        **dict.fromkeys(("moved", "split"), pyarrow.string()),
+        "length": pyarrow.int64(),
+    }
+)
+_NUMBERS = pyarrow.schema({"scores": _FLOATS, "reference_logps": _FLOATS})
 _DEPTHS = {"prompt_ids": 1, "response_ids": 2}  # lists around a token id
 
 
@@ -30,7 +45,7 @@ def holds_any(dataset: Dataset | Sequence[Mapping[str, Any]], columns: Sequence[
     if isinstance(dataset, Dataset):
         there = [column for column in columns if column in dataset.column_names]
         dataset = dataset.select_columns(there) if there else []
-    return any(row.get(column) is not None for row in dataset for column in columns)
+    return bool(columns) and any(row.get(c) is not None for row in dataset for c in columns)
 
 
 def token_dataset(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dataset:
@@ -56,6 +71,27 @@ def token_dataset(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> Dat
             wanted = f"{'lists of ' * depth}whole numbers"
             raise UsageError(f"{name}: {column} should be {wanted}, and is of the type {found}")
     return dataset
+
+
+def dataset_on_disk(groups: Iterator[Mapping[str, Any]], path: Path | None) -> Dataset:
+    """Groups of token ids that are mapped into memory from a file, written unless it is there."""
+    assert path is not None
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            first = next(groups, None)
+            schema = pyarrow.schema([*_GROUP, *(c for c in _NUMBERS if c.name in (first or ()))])
+            rows = itertools.chain([] if first is None else [first], groups)
+            with temporary.open("wb") as file:
+                with pyarrow.ipc.new_stream(file, schema) as out:
+                    while some := [*itertools.islice(rows, _WRITTEN_AT_ONCE)]:
+                        out.write_table(pyarrow.Table.from_pylist(some, schema))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Dataset.from_file(str(path))
 
 
 def checked_tokens(

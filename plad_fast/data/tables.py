@@ -11,7 +11,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"PAR1": "a Parquet file",
 }
+_AT_ONCE = 1000  # rows of a Parquet file
 _LONGEST_CSV_FIELD = 2**31 - 1  # the default, 128 KiB, is shorter than many a document
 
 
@@ -72,18 +74,22 @@ def read_table(source: str, split: str) -> Table:
     path = expanded(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        table = _read_hub(source, path, split)
+        data = read_hub(source, path, split)
+        table = Table(source, data.column_names, data)
     else:
-        rows = _read_file(path, reader)
+        with reading(path):
+            rows = reader(path)
         table = Table(source, list(dict.fromkeys(name for row in rows for name in row)), rows)
     if not len(table.rows):
         raise UsageError(f"{source} has no rows; give a file or data set with at least one row")
     return table
 
 
-def _read_file(path: Path, reader: Callable[[Path], list[Row]]) -> list[Row]:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is wrong with a file of rows is raised as a UsageError that names it."""
     try:
-        return reader(path)
+        yield
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
@@ -99,30 +105,42 @@ def _read_file(path: Path, reader: Callable[[Path], list[Row]]) -> list[Row]:
 def _read_json(path: Path) -> list[Row]:
     text = _text(path)
     if text.lstrip().startswith("["):
-        rows = _parse(text, first_line=1)
+        rows = parse_json(text, first_line=1)
     else:
         # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [_parse(line, first_line=number) for number, line in lines if line.strip()]
+        rows = [parse_json(line, first_line=number) for number, line in lines if line.strip()]
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise UsageError(f"row {number} is a {kind}; every row must be an object of columns")
+        require_object(row, number)
     return rows
+
+
+def require_object(row: Any, number: int) -> None:
+    """Raises UsageError for a JSON value that is no row."""
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise UsageError(f"row {number} is a {kind}; every row must be an object of columns")
 
 
 def _text(path: Path) -> str:
     data = path.read_bytes()
+    require_text(data)
+    # Line breaks are those of the system that wrote it.
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+
+
+def require_text(data: bytes) -> None:
+    """Raises UsageError for the beginning of a file that is packed, or is no UTF-8."""
     for start, kind in _PACKED.items():
         if data.startswith(start):
             raise UsageError(f"it is {kind}, whatever its name says; unpack or rename it first")
     if b"\0" in data:
         raise UsageError("it holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first")
-    # Line breaks are those of the system that wrote it.
-    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
 
 
-def _parse(text: str, *, first_line: int) -> Any:
+def parse_json(text: str, *, first_line: int) -> Any:
+    """A JSON value; raises UsageError with the line of what is wrong."""
+
     def integer(digits: str) -> int:
         if len(digits) > _MOST_DIGITS:
             line = first_line + text.count("\n", 0, text.index(digits))
@@ -156,20 +174,20 @@ def _is_deep(value: Any) -> bool:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    text = _text(path)
+    return list(csv_rows(io.StringIO(_text(path), newline="")))
+
+
+def csv_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """Rows of an open CSV file, as it is gone through; UsageError for what is no CSV."""
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(lines, strict=True)
     try:
-        names = Counter(reader.fieldnames or ())
-        if twice := [name for name, count in names.items() if name and count > 1]:
-            raise UsageError(f"several columns are named {shown(twice[0])}; rename all but one")
-        rows: list[Row] = []
+        _require_different(name for name in reader.fieldnames or () if name)
         for row in reader:
             if None in row:
                 found = f"line {reader.line_num} has more fields than the header"
                 raise UsageError(f"{found}; put fields that contain commas in double quotes")
-            rows.append(row)
-        return rows
+            yield row
     except csv.Error as error:
         found = f"line {reader.reader.line_num} is not valid CSV: {error}"
         advice = "quote fields that contain commas, quotes or line breaks"
@@ -178,25 +196,40 @@ def _read_csv(path: Path) -> list[Row]:
         csv.field_size_limit(before)
 
 
+def _require_different(names: Iterable[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"several columns are named {shown(twice[0])}; rename all but one")
+
+
 def _read_parquet(path: Path) -> list[Row]:
+    return list(parquet_rows(path))
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, some of which are in memory at once."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _require_different(file.schema_arrow.names)
+            for batch in file.iter_batches(_AT_ONCE):
+                for row in batch.to_pylist():
+                    yield {name: without_nulls(value) for name, value in row.items()}
+    except (UsageError, FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     # Of what a file may hold, dates beyond Python's years for example raise errors of their own.
     except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
         text = f"it is not a readable Parquet file: {_one_line(error)}; write it anew"
         raise UsageError(text) from None
-    return [{name: without_nulls(value) for name, value in row.items()} for row in rows]
 
 
 _READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
-def _read_hub(source: str, path: Path, split: str) -> Table:
+def read_hub(source: str, path: Path, split: str, *, streaming: bool = False) -> Any:
+    """A `datasets.Dataset`, or with `streaming` an `IterableDataset`, of the hub or of a folder;
+    raises UsageError as `read_table`."""
     found = is_there(path)
     if found and path.is_file():
         raise UsageError(
@@ -216,7 +249,7 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
     if found:
         what, advice = f"the folder {source!r} as a data set", f"{files}, or a folder of such files"
     try:
-        data = datasets.load_dataset(name, config or None, split=split)
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except ConnectionError:
         raise UsageError(
             f"the hub data set {source!r} cannot be reached and is not in the local cache; check "
@@ -229,7 +262,6 @@ def _read_hub(source: str, path: Path, split: str) -> Table:
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"cannot load {what}: {_one_line(error)}; {advice}") from error
-    return Table(source, data.column_names, data)
 
 
 def refuse_written_lists(value: Any, where: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from plad_fast.data.chat import Content
-from plad_fast.data.plain_rows import plain_rows, without_nulls
+from plad_fast.data.plain_rows import made_by_arrow, plain_row, plain_rows, without_nulls
 from plad_fast.data.row_sets import (
     checked_tokens,
+    dataset_on_disk,
     holds_any,
     longest,
     require_ids,
@@ -27,6 +28,7 @@ from plad_fast.data.rows import (
     require_columns,
     score_columns,
 )
+from plad_fast.data.streams import StreamedRows
 from plad_fast.data.text_ids import EncodedGroup, TextIds, check_cut
 from plad_fast.errors import UsageError
 
@@ -116,7 +118,7 @@ def encode_group(
 
 
 def tokenize_dataset(
-    dataset: Dataset | Sequence[Mapping[str, Any]],
+    dataset: Dataset | Sequence[Mapping[str, Any]] | StreamedRows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -151,7 +153,8 @@ def tokenize_dataset(
         dataset: rows as above, as a `datasets.Dataset` of any format, a DataFrame or a list; values
             of numpy, torch, pandas and Arrow count as the plain ones they stand for, and NaN in
             place of a text as none. One that holds `prompt_ids` and `response_ids` is taken as it
-            is, long rows too.
+            is, long rows too. Of `StreamedRows` the token ids are written to their file, or are
+            those that are there already.
         tokenizer, max_length, truncation_side, encoder_decoder, split_special_tokens: see
             `encode_group`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
@@ -172,9 +175,14 @@ def tokenize_dataset(
             sizes, a token id beyond the limits, or every row dropped.
     """
     check_cut(max_length, truncation_side)
-    dataset = plain_rows(dataset, name)
-    columns = require_rows(dataset, name)
+    if isinstance(dataset, StreamedRows):
+        columns = dataset.columns
+    else:
+        dataset = plain_rows(dataset, name)
+        columns = require_rows(dataset, name)
     if {"prompt_ids", "response_ids"} <= set(columns):
+        if isinstance(dataset, StreamedRows):
+            raise UsageError(f"{name} holds token ids, which are not streamed; give it as texts")
         return checked_tokens(
             token_dataset(dataset, name),
             first_only=first_only,
@@ -184,10 +192,11 @@ def tokenize_dataset(
         )
     require_columns(columns, with_scores=bool(with_scores), name=name)
     if with_scores is None:
-        with_scores = holds_any(dataset, score_columns(columns))
+        with_scores = holds_any(dataset, [c for c in score_columns(columns) if c in columns])
     encoder = TextIds(
         tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
     )
+    with_reference = with_reference and "reference_logps" in columns
     with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -226,16 +235,30 @@ def tokenize_dataset(
             remove_columns=columns,
             desc=f"Tokenising {name}",
         )
+    elif isinstance(dataset, StreamedRows):
+        are_of_arrow = made_by_arrow(dataset)
+
+        def groups() -> Iterator[dict[str, Any]]:
+            for index, row in enumerate(map(plain_row, dataset)):
+                group = encode(without_nulls(row) if are_of_arrow else row, index)
+                sizes.add(len(group["response_ids"]))
+                require_one_size(sizes, name)
+                if group["fits"]:
+                    yield group
+
+        sizes: set[int] = set()
+        encoded = dataset_on_disk(groups(), dataset.tokens)
     else:  # Arrow gets the ids only: rows may hold prompts of both forms
         encoded = Dataset.from_list([encode(row, index) for index, row in enumerate(dataset)])
-    require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
+    if not isinstance(dataset, StreamedRows):
+        require_one_size({len(ids) for ids in encoded["response_ids"]}, name)
     fitting = [index for index, fits in enumerate(encoded["fits"]) if fits]
     if not fitting:
         raise UsageError(
             f"no row of {name} has responses that fit into max_length={max_length} tokens with a "
             "prompt; raise max_length"
         )
-    fitted, count = encoded.select(fitting), len(encoded)
+    fitted, count = encoded.select(fitting), len(dataset)
     cut, dropped = sum(fitted["truncated"]), count - len(fitting)
     if cut or dropped:
         logger.warning(

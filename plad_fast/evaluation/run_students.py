@@ -362,7 +362,7 @@ class _Student:
         for pair, sample in zip(self.held_out.pairs, samples, strict=True):
             rejected = [pair["rejected"]]
             if _is_whole(sample) and sample.prompt_id not in places:
-                own = as_response(pair["prompt"], sample.text)
+                own = as_response(pair["prompt"], sample.text, sample.tool_calls)
                 if own != pair["rejected"]:
                     rejected.append(own)
                 places[sample.prompt_id] = len(rows), len(rejected)

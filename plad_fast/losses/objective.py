@@ -195,13 +195,14 @@ def check_settings(
     """Refuse settings of a loss that are wrong whatever the data: names, values, idle terms.
 
     Args:
-        settings: any of `beta`, `loss_args`, `sft_weight` and `length_normalization`, or None.
+        settings: any of `beta`, `loss_args`, `sft_weight`, `length_normalization` and
+            `rank_end_token`, or None.
         flag: a setting's name as the user writes it.
     """
     spec, beta = get_loss(loss), settings.get("beta")
     if beta is not None and "beta" not in spec.options:
         raise UsageError(f"{flag('loss')} {loss} has no beta; leave {flag('beta')} out")
-    for name in ("sft_weight", "length_normalization"):
+    for name in ("sft_weight", "length_normalization", "rank_end_token"):
         if spec.is_likelihood and settings.get(name):
             raise UsageError(
                 f"{flag(name)} has no part in {flag('loss')} {loss}, which is the likelihood "

@@ -14,7 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, nothing_at, require_there
+from plad_fast.data.places import (
+    OFFLINE,
+    expanded,
+    from_folder,
+    is_there,
+    names_path,
+    nothing_at,
+    require_there,
+)
 from plad_fast.errors import UsageError, reason_of, reported_as
 from plad_fast.models.adapters import merged_adapters
 
@@ -46,7 +54,8 @@ def load_model(
         device: where to put the weights; None leaves them on the CPU.
         merge_adapters: merge adapters into the base model's weights, which can then all be trained,
             and are saved whole. Left in the layers, adapters keep every weight frozen. (A base
-            that is itself a .gguf file, or adapters, is made whole either way.)
+            that is itself a .gguf file, or adapters, or that is named relative to the folder of
+            its adapters, is made whole either way.)
         in_4bit: quantise the linear layers but the head, by bitsandbytes (NF4, double
             quantisation), and multiply in `dtype`; all weights are frozen.
 
@@ -64,7 +73,7 @@ def load_model(
     with _loading("a language model", source):
         base = _base_of_adapters(location)
         is_beside = base is not None and expanded(base).resolve() == expanded(source).resolve()
-        if base is not None and (merge_adapters or not (is_beside or _is_plain(base))):
+        if base is not None and (merge_adapters or not (is_beside or _is_found(location, base))):
             if is_beside:
                 raise UsageError(
                     f"folder {os.fspath(source)!r} holds adapters and the model that they are on; "
@@ -273,17 +282,22 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
     return base
 
 
-def _is_plain(base: str) -> bool:
-    """Whether transformers puts adapters on a base model by itself."""
+def _is_found(adapters: Mapping[str, Any], base: str) -> bool:
+    """Whether transformers finds the base model of adapters, and puts them on it, by itself."""
+    config = Path(adapters["pretrained_model_name_or_path"], ADAPTER_CONFIG)
+    if config.is_file() and _named_base(config, as_written=True).startswith("."):
+        return False
     location = _locate(base)
     return "gguf_file" not in location and _base_of_adapters(location) is None
 
 
-def _named_base(config_file: str | os.PathLike[str]) -> str:
-    """What an adapter_config.json says that its adapters are for; "" where it says nothing."""
+def _named_base(config_file: str | os.PathLike[str], *, as_written: bool = False) -> str:
+    """What an adapter_config.json says that its adapters are for, a path from its folder where that
+    begins with a dot; "" where it says nothing."""
     try:
         settings = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        return str(settings.get("base_model_name_or_path") or "")
+        base = str(settings.get("base_model_name_or_path") or "")
+        return base if as_written else from_folder(base, Path(config_file).parent)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{config_file} is damaged ({reason_of(error)}); save the adapters again"

@@ -22,11 +22,12 @@ SELECTIONS = {
     "all": "teacher > student",  # the teacher's first answer, every sample: a pair each
     "best-worst": "best of teacher > worst of student",
     "best-worst-pooled": "best > worst",  # of both models' answers
+    "best-worst-student": "best of student > worst of student",
     "ranked": "ranked",  # a list of both models' answers
 }
-"""What can be selected, the last three by scores, and what a row says was preferred to what."""
+"""What can be selected, and what a row says was preferred to what."""
 
-NEED_SCORES = frozenset({"best-worst", "best-worst-pooled", "ranked"})
+NEED_SCORES = SELECTIONS.keys() - {"teacher", "all"}
 
 Scores: TypeAlias = Mapping[tuple[str, str], float]
 """(Prompt id, text of the answer) -> score; larger is better. NaN is as good as missing."""
@@ -159,9 +160,8 @@ def pairs_of(
         return [_pair(first, other, scores, filters) for other in student]
     if select.startswith("best-worst"):
         both = [*teacher, *student]
-        pooled = select == "best-worst-pooled"
-        best = _rank(both if pooled else teacher, scores)
-        worst = _rank(both if pooled else student, scores)
+        pooled = {"best-worst-pooled": (both, both), "best-worst-student": (student, student)}
+        best, worst = (_rank(a, scores) for a in pooled.get(select, (teacher, student)))
         if any(candidate.score is None for candidate in [*best, *worst]):
             return ["unscored"]
         # Where no answer is usable an unusable one takes its place, to say why there is no pair.

@@ -43,7 +43,7 @@ _ENDPOINT = (
 )
 _ENGINE = ("engine", "actors", "gpus_per_actor")
 _SELECTION = ("teacher_samples", "student_samples", *SELECTION)
-_LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "batch_size")
+_LOSS = ("beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token", "batch_size")
 _RESOURCES = (
     *("micro_batch_size", "max_tokens_per_batch", "max_length", "gradient_checkpointing"),
     *("precision", "saves_per_stage"),
@@ -56,7 +56,7 @@ _EVALUATION = ("eval_scorer", "calibration_samples")
 _GROUPS = {
     "search": _OF_TUNING,
     "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
-    "prompts": (*_PROMPTS, "held_out", "validation", "sft_share"),
+    "prompts": (*_PROMPTS, "part_size", "held_out", "validation", "sft_share"),
     "answers": ("teacher_temperature", *_GENERATION, "rejected_from", *_ENGINE),
     "scores and pairs": _SELECTION,
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
@@ -64,9 +64,9 @@ _GROUPS = {
         *("rounds", "loss", "epochs", "learning_rate", *_LOSS, "patience", "training"),
     ),
     "adapters": _ADAPTERS,
-    "evaluation": (*_EVALUATION, *_OF_TRAIN),
+    "evaluation": (*_EVALUATION, "eval_pairs", "eval_steps", "metric_for_best_model"),
     "publishing": ("push_to_hub",),
-    "memory, precision, checkpoints": _RESOURCES,
+    "memory, precision, checkpoints": (*_RESOURCES, "tokens_on_disk"),
     "teacher or judge by endpoint": (*_ENDPOINT, "batch"),
 }
 # Of transformers' trainer, and looked for among the flags.
@@ -101,14 +101,13 @@ class Command:
 _QUICKSTART = {
     "teacher": "column:answer",
     "student": "offline",
-    "limit": 370,
+    "prompts": "builtin:calendar",
+    "limit": 340,
     "held_out": 100,
     "validation": 40,
-    "sft_share": 0.28,
+    "sft_share": 0.16,
     "max_new_tokens": 40,
-    "sft_epochs": 1.0,
     "epochs": 1.0,
-    "beta": 0.3,
     "learning_rate": 5e-5,
     "batch_size": 8,
     "saves_per_stage": 2,
@@ -138,7 +137,7 @@ COMMANDS = {
         overwrite=_EMPTY_FIRST,
     ),
     "quickstart": Command(
-        "`distill` offline: SmolLM2-135M learns to answer built-in prompts in a sentence.",
+        "`distill` offline: SmolLM2-135M learns to make calendar entries of messages.",
         settings=("output_dir", "seed", "precision"),
         defaults={"output_dir": "runs/quickstart", **_QUICKSTART},
         overwrite=_EMPTY_FIRST,
@@ -147,7 +146,7 @@ COMMANDS = {
         "Answer prompts with two models and write preference pairs.",
         needs=("teacher", "student", "output_dir"),
         settings=(
-            *(*_PROMPTS, "teacher_temperature", *_GENERATION, "seed", "precision"),
+            *(*_PROMPTS, "part_size", "teacher_temperature", *_GENERATION, "seed", "precision"),
             *(*_ENGINE, *_SELECTION, *_ENDPOINT, "batch"),
         ),
         help={

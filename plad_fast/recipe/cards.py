@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plad_fast.data.places import BUILTIN
 from plad_fast.recipe.doctor import versions
-from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.card import without_folders, write_card
 from plad_fast.training.trained_folders import found_record
 
@@ -75,13 +76,13 @@ def describe_student(
         command="plad-fast distill",
         settings={name: value for name, value in settings.items() if value is not None},
         versions=versions(),
-        datasets=[] if config.prompts == BUILTIN_PROMPTS else [config.prompts],
+        datasets=[] if config.prompts in BUILTIN else [config.prompts],
     )
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     """Loss and adapters, of the record of a training."""
-    names = ("loss", "beta", "loss_args", "sft_weight", "length_normalization")
+    names = ("loss", "beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token")
     loss = ", ".join(f"{n} {record[n]}" for n in names if record.get(n))
     trained = "all weights"
     if "lora_r" in record:

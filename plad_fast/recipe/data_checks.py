@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -77,12 +77,13 @@ def check_rows(
 
 
 def check_overlap(
-    rows: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], what: str
+    rows: Iterable[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], what: str
 ) -> list[Finding]:
     """A finding where rows that a training is measured on, called `what`, have prompts of those
     that it is trained on."""
-    trained = {*map(_wording, rows)}
-    shared = [found for row in held_out if (found := _wording(row)) and found in trained]
+    asked = [*map(_wording, held_out)]
+    trained = {*asked}.intersection(map(_wording, rows))  # which holds no others
+    shared = [found for found in asked if found and found in trained]
     if not shared:
         return []
     text = f"{len(shared)} of {len(held_out)} {what} have a prompt that is trained on, such as "

@@ -32,7 +32,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "samples": ("reasoning", "student_samples", "rejected_from", *_OF_SAMPLES),
     "pairs": SELECTION,
     "calibration": (
-        *("loss", "beta", "loss_args", "sft_weight", "length_normalization"),
+        *("loss", "beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token"),
         *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
     ),
     # Of the calibration, where it is validated.
@@ -70,6 +70,8 @@ def stage_settings(
     listed = {name for names in STAGES.values() for name in names}
     others = [name for name in of_results if name not in {*listed, *_OF_PROMPTS, *_OF_TEACHER}]
     settings = {name: of_results[name] for name in (*STAGES[stage], *others)}
+    if "max_new_tokens" in settings:
+        settings["max_new_tokens"] = config.student_tokens
     if prompts:
         from plad_fast.recipe.inputs import prompts_digest  # `--help` loads no torch
 

@@ -98,7 +98,7 @@ def opened_run(
     if config.push_to_hub is not None:
         has_adapters = config.lora_r is not None and not config.merge
         check_push(config.push_to_hub, adapters_on="the student" if has_adapters else None)
-    config.require_room(of_teacher=True)
+    config.require_room()
     if not config.has_local_teacher and config.student is None:
         raise UsageError(
             f"a student cannot be made of the teacher {' and '.join(config.teachers)}, whose "
@@ -125,7 +125,7 @@ def opened_run(
         answers=path / "answers",
         pairs=path / "pairs",
         teacher=LazyLocalModel(teacher.as_text, "teacher") if config.has_local_teacher else None,
-        judges=judges,
+        endpoints=judges,
     )
     if overwrite or not (path / "student").exists():
         if config.student is not None:
@@ -249,6 +249,7 @@ class Distillation(Run):
                     *(f"answers/{file.name}" for file in self._outcome.samples_of_pairs().values()),
                 ],
                 makes=["evaluation"],
+                checks_itself=True,  # stores and scores with fingerprints, also of other rounds
             ),
         ]
 

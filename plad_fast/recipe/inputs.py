@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.files import write_atomically
+from plad_fast.data.places import BUILTIN
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.prompts import Prompt, builtin_file, builtin_prompts, load_prompts, wording
 from plad_fast.data.records import digest
 from plad_fast.data.rows import require_columns
+from plad_fast.data.streams import StreamedRows, stream_rows
 from plad_fast.data.tables import read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
 from plad_fast.errors import UsageError
@@ -30,7 +32,7 @@ from plad_fast.recipe.data_checks import (
 )
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.run_folder import require_whole
-from plad_fast.recipe.settings import BUILTIN_PROMPTS, DistillConfig
+from plad_fast.recipe.settings import DistillConfig
 
 if TYPE_CHECKING:
     from plad_fast.evaluation.students import StudentOutputs
@@ -43,15 +45,15 @@ def load_recipe_prompts(config: DistillConfig) -> list[Prompt]:
     """The prompts that the settings name, checked. UsageError from reading them, and where columns
     are named of the built-in prompts, which have none."""
     options = {name: getattr(config, name) for name in (*_OF_COLUMNS, "reference_column")}
-    if config.prompts != BUILTIN_PROMPTS:
+    if config.prompts not in BUILTIN:
         return load_prompts(config.prompts, limit=config.limit, **options)
     for name, value in options.items():
         if value != getattr(DistillConfig, name):
             raise UsageError(
-                f"{flag(name)} is about data of yours, and without --prompts the built-in prompts "
-                "are used; give --prompts"
+                f"{flag(name)} is about data of yours, not about built-in prompts; give a file "
+                "with --prompts"
             )
-    return builtin_prompts()[: config.limit]
+    return builtin_prompts(config.prompts)[: config.limit]
 
 
 def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | None]]:
@@ -59,8 +61,8 @@ def answer_columns(config: DistillConfig) -> Callable[[str], Mapping[str, str | 
 
     @functools.cache
     def read(column: str) -> dict[str, str | None]:
-        if config.prompts == BUILTIN_PROMPTS:
-            with builtin_file() as path:
+        if config.prompts in BUILTIN:
+            with builtin_file(config.prompts) as path:
                 return column_answers(str(path), column)
         options = {name: getattr(config, name) for name in _OF_COLUMNS}
         return column_answers(config.prompts, column, **options)
@@ -142,13 +144,29 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     require_whole(Path(path).expanduser())
     table = read_table(path, "train")
     require_columns(table.columns, with_scores=False, name=path)
-    rows = [dict(row) for row in table.rows]
-    if not isinstance(table.rows, list):  # of the hub, by way of Arrow
+    rows = table.rows
+    if not isinstance(rows, list):  # of the hub, by way of Arrow
         rows = [without_nulls(row) for row in rows]
-    for number, row in enumerate(rows, start=1):
-        for name in ("prompt", "chosen", "rejected"):
-            refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return [_checked(row, number, path) for number, row in enumerate(rows, start=1)]
+
+
+def stream_pairs(path: str) -> StreamedRows:
+    """As `read_pairs`, with a row in memory at a time."""
+    require_whole(Path(path).expanduser())
+    rows = StreamedRows(functools.partial(_stream, path), path)
+    require_columns(rows.columns, with_scores=False, name=path)
     return rows
+
+
+def _stream(path: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(stream_rows(path), start=1):
+        yield _checked(row, number, path)
+
+
+def _checked(row: Mapping[str, Any], number: int, path: str) -> dict[str, Any]:
+    for name in ("prompt", "chosen", "rejected"):
+        refuse_written_lists(row.get(name), f"{path}, row {number}, column {name!r}")
+    return dict(row)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -170,10 +188,12 @@ def dropped_file(pairs: Path) -> Path:
 
 
 def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]], report: PairReport) -> None:
-    """The rows, and beside them what was dropped and why."""
+    """The rows, and beside them what was dropped and why; no file where there are no rows."""
     write_jsonl(dropped_file(path), report.drops)
     if rows:
         write_jsonl(path, rows)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def show_pairs(

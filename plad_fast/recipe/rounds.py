@@ -150,6 +150,7 @@ class Round:
         if not self.run.prompts.validation:
             return {}
         named = {name: getattr(self.run.config, name) for name in STAGES["validation"]}
+        named["max_new_tokens"] = self.run.config.student_tokens
         scorer = self._validation_scorer()
         return {
             **named,
@@ -166,10 +167,10 @@ class Round:
         prompts = [prompt for prompt in self.run.prompts.validation if prompt.id in answers]
         check = AnswerCheck(
             prompts,
-            {prompt.id: answers[prompt.id].text for prompt in prompts},
+            {prompt.id: answers[prompt.id] for prompt in prompts},
             load_tokenizer(self.run.folder / "sft"),
             Sampling(
-                config.max_new_tokens, temperature=0.0, batch_size=config.generation_batch_size
+                config.student_tokens, temperature=0.0, batch_size=config.generation_batch_size
             ),
             config.max_length,
             self._validation_scorer(),

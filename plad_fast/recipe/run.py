@@ -89,7 +89,13 @@ class Run:
         saves = self.config.saves_per_stage
         folder = self.folder
         return train_model(
-            folder / source, rows, folder / output, saves=saves, replace=True, **options
+            folder / source,
+            rows,
+            folder / output,
+            saves=saves,
+            replace=True,
+            base=f"../{source}",
+            **options,
         )
 
 

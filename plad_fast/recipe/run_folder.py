@@ -52,6 +52,9 @@ class Stage:
     reads: Sequence[str] = ()
     """Files and folders in the run folder."""
     makes: Sequence[str] = ()
+    checks_itself: bool = False
+    """Whatever became of what it made, it can run again: all of that says of itself what it is of,
+    and what cannot be used is made anew or refused. Other stages may make the same files."""
     share: float = 0.0
     """Of the time of all stages, as far as it is known; 0 if not."""
 
@@ -234,7 +237,9 @@ class RunFolder:
             for change in changes(name, self.path / name, recorded, grown=True):
                 # What is cut off can be made again, unless it was edited; a store is filled up.
                 was_edited = change.name in done.get("edited", ())
-                if change.kind == "edited":
+                if stage.checks_itself:
+                    reasons.append(change.text)
+                elif change.kind == "edited":
                     if digest(state_of(self.path / change.name)) in done.get("earlier", ()):
                         reasons.append(f"{change.name} is an earlier one")
                     else:

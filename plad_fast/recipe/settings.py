@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.places import OFFLINE
+from plad_fast.data.places import BUILTIN, OFFLINE
 from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import (
     AT_LEAST_1,
@@ -29,7 +29,6 @@ from plad_fast.recipe.setting_checks import check_adapters, check_together, expa
 if TYPE_CHECKING:
     from plad_fast.pairs.select import PairFilters
 
-BUILTIN_PROMPTS = "builtin"
 SELECTION = (
     *("reasoning", "scorer", "select", "list_size", "drop_contradicted"),
     *("min_gap", "max_length_ratio", "max_repetition", "max_overlap"),
@@ -70,7 +69,8 @@ class DistillConfig:
     request_timeout: float = free_setting(60.0, "timeout of a request in seconds")
     reasoning_tokens: int = free_setting(
         0,
-        "tokens for reasoning of the teacher or the judge, beside those of an answer",
+        "tokens for reasoning of the teacher or the judge, beside those of an answer; with "
+        "--reasoning keep also of students",
         NOT_NEGATIVE,
     )
     reasoning: str = setting(
@@ -106,12 +106,12 @@ class DistillConfig:
         None,
         "scorer of the answers: rouge1, rouge2 or rougeL (to the reference), length, brevity, "
         "likelihood:MODEL, reward:MODEL (one of several labels: reward:MODEL#LABEL), "
-        "judge:openai:MODEL, python:MODULE.FUNCTION",
+        "judge:openai:MODEL or judge:openai:MODEL@URL, python:MODULE.FUNCTION",
     )
     select: str = setting(
         "teacher",
         "pair selection: teacher (first answer > first sample), all (> every sample), best-worst, "
-        "best-worst-pooled, or ranked lists; the last three by score",
+        "best-worst-pooled, best-worst-student, or ranked lists; the last four by score",
     )
     list_size: int | None = setting(
         None,
@@ -134,7 +134,7 @@ class DistillConfig:
         None, "layers to keep: a number, evenly spaced, or indices such as 0,2,4; default: 9 of 10"
     )
     prompts: str = setting(
-        BUILTIN_PROMPTS, "JSONL, JSON, CSV or Parquet file, hub id, or 'builtin'"
+        "builtin", f"JSONL, JSON, CSV or Parquet file, hub id, or {' or '.join(BUILTIN)}"
     )
     prompt_column: str | None = setting(None, "column that holds the prompt; default: prompt")
     prompt_template: str | None = setting(
@@ -206,6 +206,11 @@ class DistillConfig:
         "alpha of s(y) / |y|**alpha: 1 ranks by nat per token; default: 1 for plad_* and losses "
         "on means over tokens, else 0",
         NOT_NEGATIVE,
+    )
+    rank_end_token: bool = setting(
+        False,
+        "rank the end token of rejected answers too, as papers do, which teaches students to go on "
+        "where an answer should end",
     )
     epochs: float = setting(2.0, "number of passes over the pairs", POSITIVE)
     learning_rate: float = setting(3e-5, "peak learning rate of the calibration", POSITIVE)
@@ -323,15 +328,19 @@ class DistillConfig:
             max_overlap=self.max_overlap,
         )
 
-    def require_room(self, *, of_teacher: bool = False) -> None:
+    @property
+    def student_tokens(self) -> int:
+        """Maximum length of a student's answer, with its reasoning where that is trained on."""
+        return self.max_new_tokens + (self.reasoning == "keep") * self.reasoning_tokens
+
+    def require_room(self) -> None:
         """Raises UsageError unless an answer of the greatest length can be scored, with its
-        reasoning where that is kept; `of_teacher`, who has `reasoning_tokens` for it.
+        reasoning where that is kept.
 
         That is for those who score their answers: `plad-fast pairs` does not.
         """
-        limit, bound = self.max_new_tokens, f"--max-new-tokens {self.max_new_tokens}"
-        if of_teacher and self.reasoning == "keep" and self.reasoning_tokens:
-            limit += self.reasoning_tokens
+        limit, bound = self.student_tokens, f"--max-new-tokens {self.max_new_tokens}"
+        if limit > self.max_new_tokens:
             bound += f" and --reasoning-tokens {self.reasoning_tokens} together"
         if self.max_length <= limit:
             raise UsageError(f"--max-length must exceed {bound}, got {self.max_length}")
@@ -370,6 +379,11 @@ class DistillConfig:
 class TrainConfig:
     """What `plad-fast train` can be told beside the settings that it shares with `distill`."""
 
+    tokens_on_disk: bool = free_setting(
+        False,
+        "read the pairs one by one and keep their token ids in a file, for data that does not fit "
+        "into memory",
+    )
     eval_pairs: str | None = setting(
         None, "pairs to measure while training; the best checkpoint becomes the model"
     )
@@ -378,6 +392,18 @@ class TrainConfig:
     )
     metric_for_best_model: str = setting(
         "loss", "metric of --eval-pairs that says which checkpoint is the best"
+    )
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """What `plad-fast pairs` can be told beside the settings that it shares with `distill`."""
+
+    part_size: int | None = setting(
+        None,
+        "number of prompts in memory at once: they are read, answered and paired part by part, for "
+        "data that does not fit; default: all",
+        AT_LEAST_1,
     )
 
 

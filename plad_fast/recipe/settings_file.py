@@ -13,14 +13,14 @@ from plad_fast.data.places import expanded, is_there, nothing_at
 from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.search import TuneConfig
-from plad_fast.recipe.settings import DistillConfig, TrainConfig
+from plad_fast.recipe.settings import DistillConfig, PairsConfig, TrainConfig
 
 _MOST_BYTES = 2**20
 _DEEPEST = 100
 _LONGEST = 200  # characters of what the YAML library says
 FIELDS = {
     field.name: field
-    for settings in (DistillConfig, TrainConfig, TuneConfig)
+    for settings in (DistillConfig, TrainConfig, PairsConfig, TuneConfig)
     for field in dataclasses.fields(settings)
 }
 """Of all commands' settings, by name."""

@@ -111,7 +111,7 @@ def student_sampling(config: DistillConfig, turn: int = 0, round_number: int = 1
     """
     temperatures = sorted(config.temperatures, reverse=True)
     return Sampling(
-        config.max_new_tokens,
+        config.student_tokens,
         temperature=temperatures[turn % len(temperatures)],
         top_p=config.top_p,
         seed=config.seed + round_number + _FURTHER * turn,

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
 from plad_fast.data.places import is_there
 from plad_fast.data.records import ELSEWHERE
-from plad_fast.data.store import has_rows
+from plad_fast.data.store import fingerprint_of, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
+from plad_fast.pairs.build import PairReport
 from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
-from plad_fast.recipe.inputs import dropped_file, load_recipe_prompts, read_pairs, show_pairs
+from plad_fast.recipe.inputs import (
+    dropped_file,
+    load_recipe_prompts,
+    read_jsonl,
+    read_pairs,
+    show_pairs,
+    stream_pairs,
+)
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.setting_checks import expanded, require_outside
 from plad_fast.recipe.settings import DistillConfig, check_training
@@ -27,10 +36,17 @@ from plad_fast.training.launch import check_launch
 from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
-# In the folder of `plad-fast pairs`; what else lies there is the user's.
-_MADE = (
-    r"(pairs|dropped|teacher|student|scores|verdicts)\b.*\.jsonl?|plad-fast-error\.log|\..+\.tmp"
+if TYPE_CHECKING:
+    from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+
+LOOKED_AT = 10_000
+"""The first pairs, for findings, where not all are held."""
+
+MADE_BY_PAIRS = (
+    r"(pairs|dropped|teacher|student|scores|verdicts)\b.*\.jsonl?|parts|plad-fast-error\.log|"
+    r"\..+\.tmp"
 )
+"""Pattern of the names in the folder of `plad-fast pairs`; what else lies there is the user's."""
 
 
 def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
@@ -50,6 +66,18 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
             is left; where another command has made the folder, and while another process is at
             work in it.
     """
+    texts, rows, report = pair_folder(config, {}, overwrite=overwrite)
+    path = texts.pairs_file("pairs")
+    show_pairs(rows, report, path, for_training=False)  # others may be joined to them
+    spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
+    print(f"{spent}pairs: {path}", flush=True)
+    return path
+
+
+def pair_folder(
+    config: DistillConfig, endpoints: dict[str, Endpoint], *, overwrite: bool = False
+) -> tuple[RecipeTexts, list[dict[str, Any]], PairReport]:
+    """What `pair_models` makes, without a word on the pairs; `endpoints` as in `Teachers`."""
     if config.student is None:
         raise UsageError("pairs are made of two models; name the second with --student")
     path, prompts = Path(config.output_dir), load_recipe_prompts(config)
@@ -59,7 +87,7 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
     check_loadable(source)
     tokenizer = load_tokenizer(source)
     require_tools(config, prompts, tokenizer)
-    texts = RecipeTexts(config, prompts, answers=path, pairs=path)
+    texts = RecipeTexts(config, prompts, answers=path, pairs=path, endpoints=endpoints)
     stored = [
         *texts.teachers.stores,
         *(texts.samples_file(1, turn) for turn in config.sample_turns),
@@ -70,8 +98,8 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         bound_settings(config, texts.teachers.made_by),
         command="pairs",
         overwrite=overwrite,
-        is_bound=lambda: any(map(has_rows, texts.teachers.stores)),
-        made=_MADE,
+        is_bound=lambda: has_answers(path),
+        made=MADE_BY_PAIRS,
         check=lambda: texts.try_endpoints(texts.scorer, overwrite=overwrite),
     )
     with closing(folder):
@@ -80,18 +108,12 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
         samples = texts.samples_in_turn(
             prompts, [(source, "student")], made_by=config.student, others_aside=True
         )
-
-        def pair() -> str:
-            rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
-            show_pairs(rows, report, file, for_training=False)  # others may be joined to them
-            return str(report)
-
         drawn = {name: getattr(config, name) for name in ("teacher_samples", "student_samples")}
         scored = {} if texts.scorer is None else texts.scorer.settings()
         folder.stage(
             Stage(
                 "pairs",
-                pair,
+                lambda: str(texts.make_pairs(prompts, samples, tokenizer, "pairs")[1]),
                 stage_settings(
                     config, "pairs", prompts=prompts, references=True, **drawn, **scored
                 ),
@@ -99,9 +121,15 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
                 makes=[file.name, dropped_file(file).name],
             )
         )
-        spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
-        print(f"{spent}pairs: {file}", flush=True)
-    return file
+        rows = texts.pairs("pairs")
+        unit = "pairs" if config.select == "all" else "prompts"
+        return texts, rows, PairReport(len(rows), read_jsonl(dropped_file(file)), unit)
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether a teacher has answered in a folder of `plad-fast pairs`, or in a part of it."""
+    stores = chain(folder.glob("teacher*.jsonl"), folder.glob("parts/*/teacher*.jsonl"))
+    return any(fingerprint_of(store) is not None and has_rows(store) for store in stores)
 
 
 def train_on_pairs(
@@ -113,6 +141,7 @@ def train_on_pairs(
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
     eval_pairs: str | None = None,
+    tokens_on_disk: bool = False,
     push_to_hub: str | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -123,6 +152,9 @@ def train_on_pairs(
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
         eval_pairs: likewise; see `eval_rows` of `train_model`.
+        tokens_on_disk: hold neither pairs nor token ids in memory: the pairs are read several
+            times, and their token ids lie beside the checkpoints until the end. The weights are
+            those of a training that holds them.
         push_to_hub: repository to push the model to, NAME/MODEL.
         overwrite: remove a model that an earlier training made there, and its checkpoints, first. A
             folder with anything else in it is refused.
@@ -142,10 +174,11 @@ def train_on_pairs(
         has_adapters = lora is not None and not options.get("merge")
         is_here = is_there(expanded_path(source))
         check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
-    rows = read_pairs(pairs)
+    rows = stream_pairs(pairs) if tokens_on_disk else read_pairs(pairs)
+    looked_at = [*islice(rows, LOOKED_AT if tokens_on_disk else None)]
     if eval_pairs is not None:
         options["eval_rows"] = read_pairs(eval_pairs)
-    compared = [rows[0], *options.get("eval_rows", [])[:1]]
+    compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
     names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
     check_launch(
         {"--batch-size": options.get("batch_size", DistillConfig.batch_size)},
@@ -153,9 +186,11 @@ def train_on_pairs(
         has_reference=all("reference_logps" in row for row in compared),
         **{name: options.get(name, getattr(DistillConfig, name)) for name in names},
     )
-    findings = check_rows(rows)
+    is_all = len(looked_at) == len(rows)
+    findings = check_rows(looked_at, "pairs" if is_all else f"first {len(looked_at)} pairs")
     show_findings(findings)
-    require_learnable(findings, "give other --pairs")
+    if is_all:
+        require_learnable(findings, "give other --pairs")
     if eval_pairs is not None:
         show_findings(check_overlap(rows, options["eval_rows"], "rows of --eval-pairs"))
     folder = Path(expanded(output_dir))

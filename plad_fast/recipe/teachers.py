@@ -71,6 +71,8 @@ class Teachers:
         model: the first teacher, in place of the settings' own.
         scorer: decides between the answers of several.
         scores: store of what it says of them.
+        endpoints: those that were opened before, by the teachers' specifications; they are asked
+            again, with what is left of their budgets, and new ones are added.
 
     Raises:
         UsageError: a teacher cannot be what the settings say.
@@ -85,6 +87,7 @@ class Teachers:
         model: TextModel | None,
         scorer: Scorer | None,
         scores: Path,
+        endpoints: dict[str, Endpoint] | None = None,
     ) -> None:
         self.scores = scores
         self._prompts, self._scorer, self._reasoning = prompts, scorer, config.reasoning
@@ -105,6 +108,8 @@ class Teachers:
             opened = model if is_first else None
             if opened is None:
                 opened = open_teacher(config, columns, spec, name, batches)
+            if isinstance(opened, EndpointModel) and endpoints is not None:
+                opened.endpoint = endpoints.setdefault(spec, opened.endpoint)
             made_by = teacher_fingerprint(spec, base_url=config.base_url, columns=columns)
             if split_spec(spec)[0] == "local":
                 made_by["precision"] = config.precision

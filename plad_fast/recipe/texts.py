@@ -38,8 +38,9 @@ class RecipeTexts:
     """Answers, scores and pairs in two folders, stored as they come, and taken from the store the
     next time.
 
-    `teacher` takes the place of the first one of the settings, if given; `judges` as in
-    `open_scorer`. UsageError where teacher or scorer cannot be what the settings say.
+    `teacher` takes the place of the first one of the settings, if given; `endpoints` are those of
+    teachers and judges, as in `Teachers` and `open_scorer`. UsageError where teacher or scorer
+    cannot be what the settings say.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class RecipeTexts:
         answers: Path,
         pairs: Path,
         teacher: TextModel | None = None,
-        judges: dict[str, Endpoint] | None = None,
+        endpoints: dict[str, Endpoint] | None = None,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -61,7 +62,7 @@ class RecipeTexts:
             require_packages("ray")
         self.scorer = None
         if config.scorer is not None:
-            self.scorer = open_scorer(config, config.scorer, self.verdicts_file, judges)
+            self.scorer = open_scorer(config, config.scorer, self.verdicts_file, endpoints)
             self.scorer.check(prompts)
         self.teachers = Teachers(
             config,
@@ -70,6 +71,7 @@ class RecipeTexts:
             model=teacher,
             scorer=self.scorer,
             scores=pairs / "scores-teachers.jsonl",
+            endpoints=endpoints,
         )
 
     @property

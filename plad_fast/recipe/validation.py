@@ -49,7 +49,7 @@ class AnswerCheck:
     """
 
     prompts: Sequence[Prompt]
-    teacher_answers: Mapping[str, str]
+    teacher_answers: Mapping[str, Answer]
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     max_length: int
@@ -71,13 +71,14 @@ class AnswerCheck:
 
     @property
     def quality(self) -> Scorer | RougeL:
-        return self.scorer or RougeL(self.prompts, self.teacher_answers)
+        texts = {key: answer.text for key, answer in self.teacher_answers.items()}
+        return self.scorer or RougeL(self.prompts, texts)
 
     def settings(self) -> dict[str, Any]:
         """What the metrics depend on besides the model."""
         return {
             "prompts": prompts_digest(self.prompts),
-            "teacher's answers": digest([self.teacher_answers[p.id] for p in self.prompts]),
+            "teacher's answers": digest([self.teacher_answers[p.id].text for p in self.prompts]),
             "scorer": self.quality.name if self.scorer is None else self.scorer.settings(),
             "sampling": self.sampling.settings(),
             "reasoning": self.reasoning,
@@ -108,9 +109,10 @@ class AnswerCheck:
                 f"{self.quality.name} gave no score to any answer on validation prompts"
             )
         contents = [as_messages(self.tokenizer, prompt.content) for prompt in self.prompts]
+        told = [self.teacher_answers[prompt.id] for prompt in self.prompts]
         rows = [
-            (content, as_response(content, self.teacher_answers[prompt.id]))
-            for content, prompt in zip(contents, self.prompts, strict=True)
+            (content, as_response(content, answer.text, answer.tool_calls))
+            for content, answer in zip(contents, told, strict=True)
         ]
         scored = score_with_ends(
             model,

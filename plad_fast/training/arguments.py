@@ -23,6 +23,7 @@ _TAKEN = {
     "loss_args": "--loss-args",
     "sft_weight": "--sft-weight",
     "length_normalization": "--length-normalization",
+    "rank_end_token": "--rank-end-token",
     "learning_rate": "--learning-rate",
     "num_train_epochs": "--epochs",
     "max_steps": "--epochs",

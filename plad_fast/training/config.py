@@ -79,6 +79,10 @@ class PLaDConfig(TrainingArguments):
     length_normalization: float | None = None
     """alpha in s(y) = sum of log-probabilities / |y| ** alpha: 0 for sums, 1 for means. None takes
     the loss's own: 1 for PLaD's losses and those on means over tokens, else 0."""
+    rank_end_token: bool = True
+    """False leaves the last token of every response but the best out of the loss, so that ranking
+    does not teach the model to go on where an answer should end. `reference_logps` in the rows, of
+    whole responses, are refused then."""
     temperature: float = 1.0
     """Divides the logits before the softmax; 1 scores with the model as it is."""
     disable_dropout: bool = True

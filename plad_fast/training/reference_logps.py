@@ -123,6 +123,8 @@ def add_reference_logps(
         scorer.run(batches, (), known.update)
     else:
         settings = fingerprint(read(), model, temperature, autocast)
+        if not getattr(collate, "rank_end_token", True):
+            settings["rank_end_token"] = False
         path = Path(cache).expanduser() / f"{digest(settings)}.jsonl"
         known = _read_finished(path)
         if len(known) != len(rows):
@@ -274,6 +276,12 @@ class ReferencePass:
             trained: whether it is not what it was before training.
         """
         if "reference_logps" in dataset.column_names:
+            if not self.collate.rank_end_token:
+                raise UsageError(
+                    f"{name} has reference_logps, which are of whole responses, and "
+                    "rank_end_token=False leaves their ends out; remove the column, or set "
+                    "rank_end_token=True (--rank-end-token)"
+                )
             return self._add(model, dataset, name)
         if not whole_in_every_process(self.accelerator):
             raise UsageError(
@@ -314,6 +322,7 @@ class ReferencePass:
                 self.collate.group_size,
                 layout=layout,
                 decoder_start_token_id=self.collate.decoder_start_token_id,
+                rank_end_token=self.collate.rank_end_token,
             )
             return replace(self, collate=collate)._score(model, dataset, name)
         finally:

@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from plad_fast.data.streams import StreamedRows
+
 
 logger = logging.getLogger(__name__)
 
-Rows = Union["Dataset", Sequence[Mapping[str, Any]]]
+Rows = Union["Dataset", Sequence[Mapping[str, Any]], "StreamedRows"]
 
 BASE = "base"
 """As the reference model: the model without its adapters."""

@@ -15,6 +15,7 @@ from transformers import ProgressCallback
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import require_whole
 from plad_fast.data.records import digest, model_digest
+from plad_fast.data.streams import StreamedRows
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
@@ -30,6 +31,7 @@ from plad_fast.training.signals import deferred_signals
 from plad_fast.training.trained_folders import (
     LOGS,
     RECORD,
+    TOKENS,
     checkpoints_of,
     discard_checkpoints,
     found_record,
@@ -57,7 +59,7 @@ _NOTICE = "{}: saving a checkpoint after this step, then ending; once more ends 
 
 def train_model(
     source: str | Path,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | StreamedRows,
     output: Path,
     *,
     loss: str,
@@ -75,6 +77,7 @@ def train_model(
     loss_args: str | None = None,
     sft_weight: float | None = None,
     length_normalization: float | None = None,
+    rank_end_token: bool = False,
     lora_r: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: str | None = None,
@@ -87,6 +90,7 @@ def train_model(
     metric_for_best_model: str = "loss",
     validation: Validation | None = None,
     replace: bool = False,
+    base: str | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model in `source` on preference rows and save it in `output`.
 
@@ -106,9 +110,10 @@ def train_model(
     Args:
         source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
             are merged into their base model first.
-        rows: of the standard preference format; `rejected` is not needed for loss "sft".
+        rows: of the standard preference format; `rejected` is not needed for loss "sft". The token
+            ids of streamed ones are kept in a file beside the checkpoints until the end.
         output: folder to make. If this very training made it before, it is left alone.
-        loss, beta, loss_args, sft_weight, length_normalization: see `PLaDConfig`.
+        loss, beta, loss_args, sft_weight, length_normalization, rank_end_token: see `PLaDConfig`.
         batch_size: rows in an optimizer step, of all processes together.
         micro_batch_size: rows in memory at once, in each process; with their number it divides the
             batch size.
@@ -133,6 +138,8 @@ def train_model(
             the model of the last step.
         replace: a model that another training made, and checkpoints of one, are no error. The model
             stays until the new one is trained.
+        base: what adapters call `source`, in place of its absolute path: a path from their own
+            folder that begins with a dot, so that both can be moved.
 
     Returns:
         The trainer's log history.
@@ -162,11 +169,13 @@ def train_model(
         "loss_args": loss_args,
         "sft_weight": sft_weight,
         "length_normalization": length_normalization,
+        "rank_end_token": rank_end_token,
     }
     # What the weights depend on; what is in memory at once changes no more than their rounding.
     record: dict[str, Any] = {
         "source": model_digest(source),
-        "rows": f"{len(rows)} rows, {digest(list(rows))}",
+        "rows": f"{len(rows)} rows, "
+        + (rows.digest if isinstance(rows, StreamedRows) else digest(list(rows))),
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
@@ -230,10 +239,12 @@ def train_model(
                     "metric_for_best_model": metric_for_best_model,
                 }
             options |= {"output_dir": str(checkpoints), **arguments}
+            if isinstance(rows, StreamedRows):
+                rows.tokens = checkpoints / f"{TOKENS}-{digest(record)}.arrow"
             run = _Run(source, rows, eval_rows, lora, validation, checkpoints, digest(record))
             step, *_ = together(run.go, last, options)
             last = checkpoints / f"checkpoint-{step}"  # saved at the end
-        publish(last, output, source, merge=merge)
+        publish(last, output, source, merge=merge, base=base)
         discard_checkpoints(output)
     return log_history(output)
 
@@ -271,7 +282,7 @@ class _Run:
     """What every process of a run has of a training."""
 
     source: str | Path
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]] | StreamedRows
     eval_rows: Sequence[Mapping[str, Any]] | None
     lora: Lora | None
     validation: Validation | None
@@ -295,7 +306,7 @@ class _Run:
 
 def _trainer(
     source: str | Path,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | StreamedRows,
     eval_rows: Sequence[Mapping[str, Any]] | None,
     lora: Lora | None,
     **options: Any,
@@ -317,7 +328,7 @@ def _trainer(
     trainer = PLaDTrainer(
         model,
         config,
-        train_dataset=list(rows),
+        train_dataset=rows if isinstance(rows, StreamedRows) else list(rows),
         eval_dataset=None if eval_rows is None else list(eval_rows),
         processing_class=load_tokenizer(source),
         reference_model=None if lora is None else BASE,

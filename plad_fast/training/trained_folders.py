@@ -19,7 +19,7 @@ from plad_fast.data.manifest import NAME as MANIFEST
 from plad_fast.data.manifest import listed_files, write_manifest
 from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.errors import UsageError
-from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.loading import ADAPTER_CONFIG, load_model, load_tokenizer
 from plad_fast.training.card import is_as_written
 from plad_fast.training.checkpoints import (
     OF_TRAINING,
@@ -36,12 +36,13 @@ _FORMAT = RecordFormat("plad-fast training", 1)
 LOG = "log_history.json"
 
 REFERENCE = "reference"  # see `PLaDConfig.reference_cache`
+TOKENS = ".tokens"  # begins the names of files of `StreamedRows`
 LOGS = "runs"  # where TensorBoard writes if it is asked to; they stay
 
 # What transformers writes beside a model, where the list of our files cannot be read.
 _OF_MODELS = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "chat_template*", "training_args.bin"),
 )
@@ -90,10 +91,17 @@ def log_history(model_folder: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def publish(last: Path, output: Path, source: str | Path, *, merge: bool = False) -> None:
+def publish(
+    last: Path,
+    output: Path,
+    source: str | Path,
+    *,
+    merge: bool = False,
+    base: str | None = None,
+) -> None:
     """Makes the model's folder of the training's last checkpoint, or of the best one if there was a
     validation or were evaluations; that may be the `source`, which had no step. With `merge`, its
-    adapters become a part of their base model's weights."""
+    adapters become a part of their base model's weights; else they name it `base`, if given."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint = best_checkpoint(last)
@@ -104,6 +112,11 @@ def publish(last: Path, output: Path, source: str | Path, *, merge: bool = False
         found = source if checkpoint is None else checkpoint
         load_model(found, dtype=torch.float32, merge_adapters=True).save_pretrained(partial)
         load_tokenizer(found).save_pretrained(partial)
+    config = partial / ADAPTER_CONFIG
+    if base is not None and config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = base
+        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     state = trainer_state(last)
     log = state["log_history"]
     if step := state.get("best_global_step"):
@@ -185,6 +198,8 @@ def discard_checkpoints(output: Path) -> None:
 
 
 def remove_training(checkpoints: Path) -> None:
-    """Removes the checkpoints of a training, and what it knows of its reference."""
+    """Removes the checkpoints of a training, its token ids and what it knows of its reference."""
     remove_checkpoints(checkpoints)
+    for path in checkpoints.glob(f"{TOKENS}-*"):
+        path.unlink(missing_ok=True)
     shutil.rmtree(checkpoints / REFERENCE, ignore_errors=True)

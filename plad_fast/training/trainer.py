@@ -149,6 +149,7 @@ class PLaDTrainer(Trainer):
             self._objective.group_size,
             layout=self.layout,
             decoder_start_token_id=decoder_start_token(self.model),
+            rank_end_token=args.rank_end_token,
         )
         self._batches = MicroBatches(collate, args.max_tokens_per_batch, self.accelerator)
         self._reference = ReferencePass(args, self.accelerator, collate, reference_model)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import loss
 from benchmarks.check import Oracle, compute_oracle, errors_of, mismatch
-from benchmarks.common import ROOT, peak_memory
+from benchmarks.common import peak_memory
 from benchmarks.data import PairBatch, make_pairs
 from benchmarks.loss import Failure
 from benchmarks.measure import Case, measure, save_oracle
@@ -32,13 +32,10 @@ COLUMNS = {
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Table and CSV of a quick run of our implementations and of plain torch."""
     path = tmp_path_factory.mktemp("benchmark") / "loss.csv"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.loss", "--quick", "--device", "cpu", "--threads", "1",
-         "--csv", str(path), "--impl", "one-pass", "op", "naive"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, path
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--csv", str(path)]
+    with redirect_stdout(io.StringIO()) as output:
+        assert loss.main([*options, "--impl", "one-pass", "op", "naive"]) == 0
+    return output.getvalue(), path
 
 
 def test_quick_table(quick_run: tuple[str, Path]) -> None:
@@ -156,8 +153,6 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import loss
-
     with pytest.raises(SystemExit) as stopped:
         loss.parse(["--device", "cuda"])
     assert stopped.value.code == 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import re
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from benchmarks.step_data import (
     with_active_share,
 )
 from benchmarks.step_impls import IMPLS, Impl, Job, naive
-from benchmarks.step_measure import measure, prepare, save_truth
+from benchmarks.step_measure import measure, prepare, save_truth, work
 from benchmarks.step_record import Truth
 
 pytestmark = pytest.mark.skipif(
@@ -43,15 +43,20 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Table and CSV of a quick run of our trainer and of plain torch, half of the pairs active."""
+    """Table and CSV of a quick run of our trainer and of plain torch, half of the pairs active.
+
+    Workers work in this process; those of `benchmarks.loss` are started as always.
+    """
     path = tmp_path_factory.mktemp("benchmark") / "step.csv"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.step", "--quick", "--threads", "1", "--steps", "2",
-         "--csv", str(path), "--impl", "plad_fast", "naive"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, path
+    options = ["--quick", "--threads", "1", "--steps", "2", "--csv", str(path)]
+
+    def in_this_process(_: str, spec: dict[str, Any], *, threads: int) -> dict[str, Any]:
+        return json.loads(json.dumps(work(json.loads(json.dumps(spec)))))
+
+    output = io.StringIO()
+    with mock.patch.object(step, "run_worker", in_this_process), redirect_stdout(output):
+        assert step.main([*options, "--impl", "plad_fast", "naive"]) == 0
+    return output.getvalue(), path
 
 
 def test_quick_run(quick_run: tuple[str, Path]) -> None:
@@ -282,7 +287,7 @@ def test_floor_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_evidence_has_the_table_of_the_results() -> None:
-    from benchmarks.common import RESULTS, ROOT
+    from benchmarks.common import RESULTS
     from benchmarks.step_table import markdown
 
     with (RESULTS / "step_cpu.csv").open(newline="") as file:

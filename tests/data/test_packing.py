@@ -53,6 +53,21 @@ def test_rows_hold_the_sequences_and_predict_their_responses(made, layout):
         assert batch[name].dtype == torch.int64
 
 
+@given(batches(), st.sampled_from(LAYOUTS))
+def test_only_the_best_response_keeps_its_end(made, layout):
+    groups, size = made
+    whole = PreferenceCollator(0, size, layout=layout)(groups)
+    batch = PreferenceCollator(0, size, layout=layout, rank_end_token=False)(groups)
+    responses = [ids for group in groups for ids in group["response_ids"]]
+    expected = [
+        [*ids[:-1], -100] if number % size and len(ids) > 1 else ids
+        for number, ids in enumerate(responses)
+    ]
+    assert batch.pop("targets").tolist() == [token for ids in expected for token in ids]
+    del whole["targets"]
+    assert str(batch) == str(whole)
+
+
 def predicting(batch):
     """Rows of the flattened hidden states that predict a response token."""
     if "loss_rows" in batch:

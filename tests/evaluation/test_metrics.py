@@ -42,6 +42,10 @@ def test_all_ties_and_a_single_example_are_defined():
 vectors = st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=1, max_size=30)
 
 
+def test_a_standard_error_is_that_of_a_sample():
+    assert metrics.percentile_interval(0.0, np.array([-1.0, 1.0])).standard_error == math.sqrt(2)
+
+
 def test_bootstrap_has_the_textbook_standard_error():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
     result = metrics.paired_bootstrap(values, n_resamples=4000)

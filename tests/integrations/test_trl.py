@@ -3,181 +3,37 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import math
-import operator
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
-from transformers import TrainerCallback
 
-import plad_fast
-from plad_fast.errors import UsageError
+pytest.importorskip("trl", "1.15")
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 15):
-    pytest.skip("the integration is for TRL 1.15 and newer", allow_module_level=True)
+import datasets
+import trl
 
-from plad_fast.integrations.trl import pair_rows as _pair_rows  # noqa: E402
-from plad_fast.integrations.trl.use import use_plad_fast  # noqa: E402
-from plad_fast.losses.objective import Objective  # noqa: E402
-from tests.models.test_encoder_decoder import make_model as make_encoder_decoder  # noqa: E402
-from tests.support.tiny_configs import causal_lm_families, make_causal_lm  # noqa: E402
-
-# A common beginning longer than the prompt, one response that continues the other, an empty
-# prompt but for BOS, and lengths that differ: no batch is a rectangle.
-PAIRS = [
-    {"prompt": "a", "chosen": "yes indeed, it is so", "rejected": "no"},
-    {"prompt": "a longer prompt", "chosen": "not at all", "rejected": "not at all, never"},
-    {"prompt": "", "chosen": "certainly", "rejected": "nn"},
-    {"prompt": "c", "chosen": "ok", "rejected": "okay"},
-    {"prompt": "dddd", "chosen": "fine, then", "rejected": "x"},
-    {"prompt": "e?", "chosen": "e!", "rejected": "e."},
-]
-KEPT = {
-    "dpo": {"loss", "grad_norm", "num_tokens", "logits/chosen", "logits/rejected"},
-    "cpo": {"loss", "grad_norm", "nll_loss"},
-    "orpo": {"loss", "grad_norm", "nll_loss", "log_odds_ratio", "log_odds_chosen"},
-}
-ALL = {
-    "dpo": {"entropy", "mean_token_accuracy"},
-    "cpo": {"logits/chosen", "logits/rejected"},
-    "orpo": {"logits/chosen", "logits/rejected"},
-}
-OF_PAIRS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
-OF_PAIRS |= {"logps/chosen", "logps/rejected"}
-
-
-DEFAULTS = {
-    "per_device_train_batch_size": 3,
-    "per_device_eval_batch_size": 4,
-    "max_steps": 3,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",
-    "max_grad_norm": 1e6,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "bf16": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "gradient_checkpointing": False,
-}
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        self.steps.append(grads)
-
-
-@pytest.fixture
-def build(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    """Makes a trainer of a kind; its model is a copy, and its reference another model."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-
-    def make(
-        kind="dpo", *, model=None, reference=None, own_reference=False, peft=None, rows=PAIRS,
-        cls=None, with_eval=False, **options,
-    ):  # fmt: skip
-        name = kind.upper()
-        if kind == "dpo":
-            trainer_class, config_class = trl.DPOTrainer, trl.DPOConfig
-        else:
-            module = pytest.importorskip(f"trl.experimental.{kind}")
-            trainer_class = getattr(module, f"{name}Trainer")
-            config_class = getattr(module, f"{name}Config")
-        extra = {}
-        torch.manual_seed(0)
-        if kind == "dpo" and peft is None and not own_reference:
-            extra["ref_model"] = moved(copy.deepcopy(reference or tiny_model))
-        if peft is not None:
-            extra["peft_config"] = peft
-        data = datasets.Dataset.from_list(rows)
-        return (cls or trainer_class)(
-            model=copy.deepcopy(tiny_model if model is None else model),
-            args=config_class(**{**DEFAULTS, "output_dir": str(tmp_path / "run"), **options}),
-            train_dataset=data,
-            eval_dataset=data if with_eval else None,
-            processing_class=tiny_tokenizer,
-            callbacks=[Gradients()],
-            **extra,
-        )
-
-    return make
-
-
-def moved(model):
-    """The model with all weights a little off."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def gradients(trainer):
-    callbacks = trainer.callback_handler.callbacks
-    return next(cb for cb in callbacks if isinstance(cb, Gradients)).steps
-
-
-@torch.no_grad()
-def relative(found, expected):
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-def require_equal_steps(plain, fast):
-    """Gradients of every step, and the weights in the end."""
-    theirs, ours = gradients(plain), gradients(fast)
-    assert len(theirs) == len(ours) == plain.state.global_step
-    for step, (expected, found) in enumerate(zip(theirs, ours, strict=True)):
-        assert found.keys() == expected.keys()
-        assert any(grad.norm() > 1e-6 for grad in expected.values())
-        for name, grad in expected.items():
-            if name.endswith("k_proj.bias"):  # attention does not depend on it: rounding alone
-                assert max(grad.norm(), found[name].norm()) < 1e-6
-                continue
-            assert relative(found[name], grad) < 1e-5, (step, name)
-    trained = dict(fast.model.named_parameters())
-    for name, weight in plain.model.named_parameters():
-        assert relative(trained[name], weight) < 1e-5, name
-
-
-def compare(kind, build, *, with_eval=False, layout="auto", metrics="fast", **options):
-    """Trains with TRL's loss and with ours; returns both trainers."""
-    plain = build(kind, with_eval=with_eval, **options)
-    fast = use_plad_fast(
-        build(kind, with_eval=with_eval, **options), layout=layout, metrics=metrics
-    )
-    for trainer in (plain, fast):
-        trainer.train()
-        if with_eval:
-            trainer.evaluate()
-    require_equal_steps(plain, fast)
-    logs = [[log for log in t.state.log_history if "train_loss" not in log] for t in (plain, fast)]
-    kept = KEPT[kind] | OF_PAIRS | (ALL[kind] if metrics == "all" else set())
-    for expected, found in zip(*logs, strict=True):
-        prefix = "eval_" if "eval_loss" in expected else ""
-        for name in kept - ({"grad_norm"} if prefix else set()):
-            # A reward is a small difference of log-probabilities of about -50, in float32.
-            assert found[prefix + name] == pytest.approx(expected[prefix + name], 1e-5, 2e-5), name
-    return plain, fast
-
+from plad_fast.integrations.trl.use import use_plad_fast
+from plad_fast.losses.objective import Objective
+from tests.support.encoder_decoders import make_model as make_encoder_decoder
+from tests.support.tiny_configs import causal_lm_families, make_causal_lm
+from tests.support.trl_trainers import (
+    ALL,
+    DEFAULTS,
+    KEPT,
+    OF_PAIRS,
+    PAIRS,
+    Gradients,
+    Schedule,
+    compare,
+    first_log,
+    gradients,
+    moved,
+    require_equal_steps,
+)
 
 # The losses themselves are compared with TRL's in tests/losses/test_golden_trl.py.
 DPO_CASES = [
@@ -244,16 +100,6 @@ def mixture(tiny_tokenizer):
     return model
 
 
-class Schedule(TrainerCallback):
-    """Changes a trainer's own options before every step, as a schedule of beta does."""
-
-    def __init__(self, trainer, change):
-        self.trainer, self.change = trainer, change
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.change(self.trainer, state.global_step)
-
-
 def strengthen(trainer, step):
     trainer.beta = 0.1 + step
 
@@ -314,15 +160,6 @@ def test_a_loss_is_probed_before_the_first_step_only(kind, options, build, monke
     assert not any(steps)
 
 
-def test_an_option_that_becomes_unknown_is_refused_at_the_step(build):
-    trainer = use_plad_fast(build())
-    later = Schedule(trainer, lambda t, step: t.loss_types.__setitem__(0, "aot" if step else "ipo"))
-    trainer.add_callback(later)
-    with pytest.raises(UsageError, match="loss_type 'aot' does not work here"):
-        trainer.train()
-    assert trainer.state.global_step == 1
-
-
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_other_layouts_give_the_same_step(build, layout):
     _, fast = compare("dpo", build, layout=layout, loss_type=["ipo"])
@@ -349,15 +186,6 @@ def test_adapters_are_trained_against_the_model_without_them(build):
     _, fast = compare("dpo", build, peft=config)
     assert fast.ref_model is None
     assert all("lora" in name for name in gradients(fast)[0])
-
-
-def test_the_head_of_the_reference_is_checked_too(build, tiny_model):
-    """Its logits are not what its head and its configuration say."""
-    reference = copy.deepcopy(tiny_model)
-    reference.lm_head.register_forward_hook(lambda module, args, logits: logits * 0.5)
-    trainer = build(reference=reference)
-    with pytest.raises(UsageError, match="logits"):
-        use_plad_fast(trainer)
 
 
 def test_an_adapter_that_was_trained_before_is_its_own_reference(build, tiny_model):
@@ -387,11 +215,6 @@ def test_autocast_is_that_of_the_trainer(build, tiny_model, kind, metrics):
         assert fast[name] == pytest.approx(plain[name], rel=near, abs=2e-3), name
     exact = first_log(use_plad_fast(build(kind, **{**options, "bf16": False})))
     assert fast["logps/chosen"] != exact["logps/chosen"]
-
-
-def first_log(trainer):
-    trainer.train()
-    return trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("kind", ["dpo", "cpo"])
@@ -454,317 +277,6 @@ def test_encoder_decoder_predictions_are_those_of_trl(build, two_halves):
     expected, found = (t.predict(t.eval_dataset) for t in (plain, use_plad_fast(fast)))
     assert found.predictions == pytest.approx(expected.predictions, 1e-4, 2e-5)
     assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], 1e-5)
-
-
-EMPTY = {"prompt": "p" * 80, "chosen": "ok", "rejected": "no way"}  # the prompt fills max_length
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("cpo", {"loss_type": "simpo", "alpha": 0.25, "cpo_alpha": 0.0}),
-        ("cpo", {"loss_type": "ipo"}),
-        ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.5}),
-        ("orpo", {}),
-    ],
-)
-def test_an_empty_response_is_worth_nothing_in_the_metrics(build, kind, options):
-    """Its log-probability is 0, a sum and a mean; the other pair's numbers are TRL's."""
-    common = {**options, "max_length": 40, "max_steps": 1, "learning_rate": 0.0}
-    alone = build(kind, rows=PAIRS[:1], **common)
-    both = use_plad_fast(build(kind, rows=[EMPTY, PAIRS[0]], **common))
-    expected, found = first_log(alone), first_log(both)
-    halves = OF_PAIRS | ({"log_odds_chosen"} if kind == "orpo" else set())
-    for name in halves - {"rewards/accuracies"}:
-        assert found[name] == pytest.approx(expected[name] / 2, 1e-5, 1e-6), name
-    if kind == "orpo":
-        ratio = (expected["log_odds_ratio"] - math.log(2)) / 2
-        assert found["log_odds_ratio"] == pytest.approx(ratio, 1e-5)
-    else:
-        assert found["nll_loss"] == pytest.approx(expected["nll_loss"], 1e-5)
-    assert all(math.isfinite(value) for value in found.values())
-
-
-LONG = {"prompt": "p", "chosen": "a" * 90, "rejected": "b" * 99}
-
-
-@pytest.mark.parametrize(
-    ("kind", "row", "options"),
-    [
-        ("cpo", EMPTY, {"loss_type": "simpo", "max_length": 40}),
-        ("orpo", EMPTY, {"max_length": 40}),
-        # TRL's p ** -alpha of a sum of hundreds of nats is infinite, and margins are NaN.
-        ("cpo", LONG, {"alpha": 0.5}),
-    ],
-    ids=["simpo-empty", "orpo-empty", "alphapo-long"],
-)
-def test_metrics_of_extreme_responses_are_finite(build, kind, row, options):
-    trainer = use_plad_fast(build(kind, rows=[row] * 2, max_steps=1, **options))
-    assert all(math.isfinite(value) for value in first_log(trainer).values())
-
-
-@pytest.mark.filterwarnings("ignore:.*return_outputs")
-@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
-def test_predictions_are_those_of_trl(build, kind):
-    """Of `predict`, and those that `compute_metrics` gets; DPO's are logits, the others' means."""
-    plain, fast = build(kind, with_eval=True), build(kind, with_eval=True)
-    made = []
-    for trainer in (plain, use_plad_fast(fast, metrics="all" if kind == "dpo" else "fast")):
-        trainer.compute_metrics = lambda seen: {"mean": seen.predictions.mean()}
-        made.append((trainer.predict(trainer.eval_dataset), trainer.evaluate()))
-    (expected, their_log), (found, our_log) = made
-    assert found.predictions == pytest.approx(expected.predictions, 1e-4, 2e-5)
-    assert (found.label_ids == expected.label_ids).all()
-    for ours, theirs, names in (
-        (found.metrics, expected.metrics, {"test_loss", "test_mean"}),
-        (our_log, their_log, {"eval_loss", "eval_mean"}),
-    ):
-        assert ours.keys() == theirs.keys() >= names
-        for name in names:
-            assert ours[name] == pytest.approx(theirs[name], 1e-5, 2e-5), name
-
-
-def test_logits_are_not_computed_where_nobody_asks(build):
-    trainer = use_plad_fast(build("cpo", with_eval=True))
-    trainer.evaluate()
-    assert "eval_logits/chosen" not in trainer.state.log_history[-1]
-    trainer.compute_metrics = lambda seen: {}
-    trainer.evaluate()
-    assert "eval_logits/chosen" in trainer.state.log_history[-1]
-
-
-def test_common_beginnings_run_through_the_model_once(build):
-    """What a step needs: the padded rows of TRL have more than twice the tokens of ours."""
-    trainer = use_plad_fast(build(rows=[dict(row, prompt="x" * 40) for row in PAIRS]))
-    inputs = next(iter(trainer.get_train_dataloader()))
-    batch = _pair_rows.pair_batch(
-        inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], layout="shared"
-    )
-    assert batch["input_ids"].numel() * 2 < inputs["input_ids"].numel()
-    assert batch["targets"].numel() == inputs["completion_mask"].sum()
-
-
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("dpo", "auto"), ("dpo", "packed"), ("dpo", "padded"), ("cpo", "auto"), ("orpo", "auto")],
-)
-def test_the_first_batch_says_once_what_is_saved(build, kind, layout, capfd):
-    trainer = use_plad_fast(build(kind, max_steps=3, with_eval=True), layout=layout)
-    trainer.train()
-    trainer.evaluate()
-    [line] = [text for text in capfd.readouterr().out.splitlines() if "plad_fast in" in text]
-    assert f"plad_fast in {kind.upper()}Trainer: loss {kind}, " in line
-    assert {"auto": "shared"}.get(layout, layout) + " rows" in line
-    places, tokens, share, scored = map(
-        int, re.findall(r"(\d+)(?: tokens| run|% saved| reach)", line)
-    )
-    assert share == round(100 * (1 - tokens / places))
-    assert (share == 0) == (layout == "padded")
-    assert 0 < scored < places
-
-
-def test_left_padding_is_refused():
-    ids, mask = torch.ones(2, 3).long(), torch.tensor([[0, 1, 1], [1, 1, 1]])
-    with pytest.raises(UsageError, match="padding on the right"):
-        _pair_rows.pair_batch(ids, mask, mask, layout="shared")
-
-
-REFUSED = [
-    ({"args.use_liger_kernel": True}, "use_liger_kernel"),
-    ({"args.torch_compile": True}, "torch_compile"),
-    ({"args.neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
-    ({"args.activation_offloading": True}, "activation_offloading"),
-    ({"args.metric_for_best_model": "eval_entropy"}, "metric_for_best_model"),
-    ({"args.truncation_mode": "keep_end", "args.loss_type": ["ipo"]}, "keep_end"),
-    ({"use_weighting": "yes"}, "use_weighting"),
-    ({"use_weighting": True, "loss_types": ["sft"]}, "use_weighting=True fails in TRL"),
-    ({"ld_alpha": 1.5}, "ld_alpha"),
-    ({"ld_alpha": 0.5, "loss_types": ["sft"]}, "ld_alpha=0.5 has no effect"),
-    ({"loss_types": ["aot"]}, "aot"),
-    ({"label_smoothing": 0.1}, "label_smoothing"),
-    ({"accelerator.state.parallelism_config": object()}, "parallelism"),
-    ({"accelerator.state.distributed_type": DistributedType.FSDP}, "FSDP"),
-]
-MODELS = [
-    ({"aux_loss_enabled": True}, "LlamaForCausalLM has none"),
-    ({"_is_vlm": True}, "vision"),
-    ({"model.config.is_encoder_decoder": True}, "encoder-decoder"),
-    ({"model.hf_device_map": {"model": 0, "lm_head": 1}}, "device_map"),
-    ({"model.peft_config": {"p": SimpleNamespace(is_prompt_learning=True)}}, "learns a prompt"),
-]
-
-
-def require_refused(trainer, cases, monkeypatch):
-    """Each by itself; without them the trainer is taken."""
-    for settings, name in cases:
-        with monkeypatch.context() as patch:
-            for path, value in settings.items():
-                owner, _, attribute = f".{path}".rpartition(".")
-                owner = operator.attrgetter(owner[1:])(trainer) if owner else trainer
-                patch.setattr(owner, attribute, value, raising=False)
-            with pytest.raises(UsageError, match=name):
-                use_plad_fast(trainer)
-    assert not hasattr(trainer, "_head_loss")
-    use_plad_fast(trainer)
-
-
-def test_options_that_are_not_supported_are_refused_by_name(build, monkeypatch):
-    require_refused(build(), REFUSED, monkeypatch)
-    best = {"args.metric_for_best_model": "logits/chosen"}
-    require_refused(build("cpo"), [(best, "metric_for_best_model")], monkeypatch)
-
-
-def test_models_that_are_not_supported_are_refused(build, monkeypatch):
-    require_refused(build(), MODELS, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("impl", 3), ("scratch_mib", -3), ("scratch_mib", 0), ("scratch_mib", 1.5)],
-)
-def test_arguments_are_checked_before_the_trainer_is_changed(name, value):
-    trainer = object.__new__(trl.DPOTrainer)
-    with pytest.raises(UsageError, match=rf"{name}.*{value}"):
-        use_plad_fast(trainer, **{name: value})
-    assert type(trainer) is trl.DPOTrainer
-
-
-def test_the_backend_and_its_memory_may_be_chosen(build):
-    trainer = build(max_steps=1)
-    with pytest.raises(UsageError, match="tritn"):
-        use_plad_fast(trainer, impl="tritn")
-    use_plad_fast(trainer, impl="torch", scratch_mib=2).train()
-
-
-def test_a_trl_that_lacks_a_method_is_refused(build, monkeypatch):
-    trainer = build()
-    monkeypatch.delattr(trl.DPOTrainer, "_compute_loss")
-    with pytest.raises(UsageError, match=f"{re.escape(trl.__version__)} has no _compute_loss"):
-        use_plad_fast(trainer)
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_rows_without_a_prompt_are_found_before_training(build, held_out):
-    """For losses that divide by length; the last row is looked at as the first is."""
-    trainers = [build(loss_type=[name], with_eval=True) for name in ("ipo", "sigmoid")]
-    name = "eval_dataset" if held_out else "train_dataset"
-    for trainer in trainers:
-        setattr(trainer, name, without_last_prompt(getattr(trainer, name)))
-    by_length, other = trainers
-    if held_out:
-        by_length.eval_dataset = {"pairs": by_length.eval_dataset}
-    with pytest.raises(UsageError, match=r"no prompt token.* ipo"):
-        use_plad_fast(by_length)
-    assert use_plad_fast(other)
-
-
-def without_last_prompt(data):
-    last = len(data) - 1
-    return data.map(
-        lambda row, i: {"prompt_ids": row["prompt_ids"] if i < last else []}, with_indices=True
-    )
-
-
-@pytest.mark.parametrize("kind", ["dpo", "cpo", "orpo"])
-def test_tokens_that_the_model_lacks_are_refused_before_training(build, tiny_model, kind):
-    """With the row where the rows lie ready, else with the batch."""
-    small = copy.deepcopy(tiny_model)
-    small.resize_token_embeddings(250)  # the tokenizer's last bytes are beyond them
-    rows = [*PAIRS, {"prompt": "p", "chosen": "\u00ad", "rejected": "x"}]
-    with pytest.raises(UsageError, match=r"train_dataset, row 7: the chosen has the token id 261"):
-        use_plad_fast(build(kind, model=small, reference=small, rows=rows))
-    trainer = build(kind, model=small, reference=small, rows=rows, per_device_train_batch_size=7)
-    trainer.train_dataset = trainer.train_dataset.with_transform(lambda batch: batch)
-    with pytest.raises(UsageError, match=r"a batch has the token id 261"):
-        use_plad_fast(trainer).train()
-
-
-def test_what_a_collator_brings_is_refused_with_its_batch(build):
-    """The integration does not call a collator that is not TRL's: it may count, or draw."""
-    refusals = {}
-    for case in ("prompt", "entry"):
-        trainer = build(loss_type=["ipo"], per_device_train_batch_size=6)
-        trl_collator = trainer.data_collator
-
-        def collate(rows, case=case, trl_collator=trl_collator):
-            batch = trl_collator(rows)
-            return {**batch, "weights": torch.ones(6)} if case == "entry" else batch
-
-        trainer.data_collator = collate
-        if case == "prompt":
-            trainer.train_dataset = without_last_prompt(trainer.train_dataset)
-        with pytest.raises(UsageError) as caught:
-            use_plad_fast(trainer).train()
-        refusals[case] = str(caught.value)
-    assert "no prompt token" in refusals["prompt"]
-    assert "weights" in refusals["entry"]
-
-
-def test_options_that_are_not_known_are_refused_unless_left_alone(build, monkeypatch):
-    """As a coming TRL might have them."""
-    from dataclasses import dataclass
-
-    @dataclass
-    class Config(trl.DPOConfig):
-        new_option: float = 0.0
-
-    monkeypatch.setattr(trl, "DPOConfig", Config)
-    assert use_plad_fast(build())
-    with pytest.raises(UsageError, match=r"new_option=1\.0"):
-        use_plad_fast(build(new_option=1.0))
-
-
-def test_a_loss_of_the_users_own_is_not_put_out_of_use(build):
-    class Mine(trl.DPOTrainer):
-        def _compute_loss(self, *args, **kwargs):
-            return super()._compute_loss(*args, **kwargs)
-
-    with pytest.raises(UsageError, match="Mine has its own _compute_loss"):
-        use_plad_fast(build(cls=Mine))
-
-
-def test_a_subclass_keeps_its_methods_and_its_own_kind(build):
-    """And the integration is applied once."""
-
-    class Mine(trl.DPOTrainer):
-        def log(self, logs, *args, **kwargs):
-            super().log({**logs, "mine": 1.0}, *args, **kwargs)
-
-    trainer = use_plad_fast(build(cls=Mine, max_steps=1))
-    assert isinstance(trainer, Mine)
-    trainer.train()
-    assert trainer.state.log_history[0]["mine"] == 1.0
-    with pytest.raises(UsageError, match="once"):
-        use_plad_fast(trainer)
-
-
-def test_other_trainers_are_refused():
-    with pytest.raises(UsageError, match="SFTTrainer"):
-        use_plad_fast(object.__new__(trl.SFTTrainer))
-
-
-def test_nothing_else_needs_trl():
-    """A fresh process imports and computes with TRL blocked, and only this integration names it."""
-    code = """
-import sys
-sys.modules["trl"] = None
-import torch, plad_fast, plad_fast.integrations, plad_fast.losses.trl_options
-problem = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(4).long(), torch.tensor([0, 2, 4])
-assert plad_fast.fused_linear_preference_loss(*problem).loss.isfinite()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    package = Path(plad_fast.__file__).parent
-    imports = re.compile(r"^\s*(import|from) trl\b", re.MULTILINE)
-    users = {path.name for path in package.rglob("*.py") if imports.search(path.read_text())}
-    assert users == {"use.py", "trainers.py"}
-
-
-def test_without_trl_the_import_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "plad_fast.integrations.trl.use")
-    with pytest.raises(ImportError, match="pip install -U trl"):
-        importlib.import_module("plad_fast.integrations.trl.use")
 
 
 @pytest.mark.slow

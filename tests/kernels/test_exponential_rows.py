@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,11 +15,10 @@ from tests.support.problems import assert_within_budget
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels import launch
 from plad_fast.kernels.exponential_rows import ExponentialRows, exponential_rows, move_rows_
 from plad_fast.kernels.launch import RowsConfig
 
-from tests.support.interpreter import gpu_minimum, poisoned_memory  # noqa: F401
+from tests.support import interpreter
 from tests.support.stored_rows import (
     IGNORED,
     INF,
@@ -32,11 +31,7 @@ from tests.support.stored_rows import (
     normal,
 )
 
-pytestmark = [
-    pytest.mark.skipif(not launch.interpreted(), reason="the kernels are compiled, for a GPU"),
-    pytest.mark.filterwarnings("error::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
-]
+pytestmark = interpreter.MARKS
 
 
 def run(
@@ -60,7 +55,6 @@ def gradient(found: ExponentialRows, values: Tensor, grad: Tensor) -> Tensor:  #
     return (grad * found.factor).double()[:, None] * values.double()
 
 
-@settings(max_examples=40)
 @given(
     rows=st.integers(0, 6),
     vocab=st.sampled_from([1, 15, 16, 17, 37, 64, 129]),

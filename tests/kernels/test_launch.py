@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
 from plad_fast.kernels import launch
-from plad_fast.kernels.launch import Device
+from plad_fast.kernels.launch import Device, LinearConfig
+
+from tests.support.linear_cases import SMALL
+from tests.support.problems import laid_out
 
 HOPPER, AMPERE = Device((9, 0), 132), Device((8, 0), 108)
 
@@ -70,3 +75,69 @@ def test_the_count_of_an_h100(gradient):
         moved = (8 if gradient else 6) / 3
         library = 2 * width / 720 + moved
         assert (library < time) == (width >= least), width
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "layout", "device", "loads"),
+    [
+        (torch.bfloat16, 64, "contiguous", HOPPER, "tma"),
+        (torch.bfloat16, 72, "gaps", HOPPER, "tma"),  # rows of 8 entries are enough
+        (torch.bfloat16, 68, "contiguous", HOPPER, "scalar"),
+        (torch.bfloat16, 64, "shifted", HOPPER, "scalar"),
+        (torch.bfloat16, 64, "transposed", HOPPER, "scalar"),
+        (torch.bfloat16, 64, "stepped", HOPPER, "scalar"),
+        (torch.float32, 64, "contiguous", HOPPER, "vector"),
+        (torch.bfloat16, 64, "contiguous", AMPERE, "vector"),
+        (torch.bfloat16, 72, "contiguous", AMPERE, "scalar"),
+        (torch.bfloat16, 64, "gaps", AMPERE, "scalar"),  # a stride of 72
+        (torch.bfloat16, 72, "gaps", AMPERE, "scalar"),  # a stride of 80, a width of 72
+    ],
+)
+def test_how_operands_are_read(dtype, width, layout, device, loads):
+    good = torch.zeros(32, 64, dtype=dtype)
+    matrix = laid_out(torch.zeros(32, width, dtype=dtype), layout)
+    assert launch.load_kind(device, matrix, good) == loads
+    assert launch.load_kind(device, good, matrix) == loads
+
+
+def test_few_tokens_fill_the_gpu():
+    """4 tiles of tokens on 132 multiprocessors; the vocabulary is split until they are busy."""
+    tile = launch.linear_config(torch.bfloat16, 512, HOPPER, loads="tma", lean=True)
+    splits = launch.vocab_splits(512, 151_936, tile, HOPPER)
+    programs = 512 // tile.BLOCK_N * splits
+    waves = -(-programs // HOPPER.num_sms)
+    assert programs / (waves * HOPPER.num_sms) > 0.9
+
+
+@given(
+    num_tokens=st.integers(1, 10_000),
+    vocab=st.integers(1, 300_000),
+    config=st.sampled_from([SMALL, LinearConfig(128, 256, 64, num_warps=8, num_stages=4)]),
+    num_sms=st.integers(1, 200),
+)
+def test_number_of_splits(num_tokens, vocab, config, num_sms):
+    """At least one, none without a tile, and hardly worse than not splitting."""
+    device = Device((9, 0), num_sms)
+    splits = launch.vocab_splits(num_tokens, vocab, config, device)
+    token_tiles, tiles = -(-num_tokens // config.BLOCK_N), -(-vocab // config.BLOCK_V)
+    assert 1 <= splits <= tiles
+    waves = -(-token_tiles * splits // num_sms)
+    unsplit = -(-token_tiles // num_sms) * tiles
+    assert waves * -(-tiles // splits) <= unsplit * (1 if token_tiles <= 16 else 1.25)
+
+
+def test_groups_of_token_tiles_fill_the_gpu():
+    """What runs together then reads the hidden states of one group, not of all tokens."""
+    tile = LinearConfig(128, 256, 64, num_warps=8, num_stages=4)
+    for num_tokens, vocab in ((8192, 128_256), (16_384, 248_320), (65_536, 151_936)):
+        splits = launch.vocab_splits(num_tokens, vocab, tile, HOPPER)
+        assert launch.TOKEN_GROUP * splits >= 0.95 * HOPPER.num_sms
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 4096, 4097, 151_936, 256_000])
+def test_a_row_takes_blocks_of_a_power_of_two(vocab):
+    config = launch.rows_config(vocab)
+    assert config.BLOCK_V.bit_count() == 1
+    assert config.BLOCK_V <= 4096
+    # Each thread has one vector of 16 bytes to load, of entries of 4 bytes, or it idles.
+    assert 32 * config.num_warps <= config.BLOCK_V

@@ -9,16 +9,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels import launch
 from plad_fast.kernels.launch import SegmentsConfig
 from plad_fast.kernels.scaling import scaled
 
 from plad_fast.ops.impl import scaling, triton_backend
-from tests.support.interpreter import poisoned_memory  # noqa: F401
+from tests.support import interpreter
 
-pytestmark = pytest.mark.skipif(
-    not launch.interpreted(), reason="the kernels are compiled, for a GPU"
-)
+pytestmark = [
+    *interpreter.MARKS,
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+]
 
 SMALL = SegmentsConfig(16)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ import transformers
 
 from plad_fast.data.tokenization import encode_group
 from plad_fast.errors import UsageError
-from plad_fast.models.response_scores import score_pairs
+from plad_fast.models.response_scores import score_pairs, score_with_ends
 
 PAIRS = [
     {"id": "a", "prompt": "Say hello: ", "chosen": "hello", "rejected": "hm"},
@@ -25,14 +25,19 @@ PAIRS = [
 ]
 
 
-def naive_logp(model, tokenizer, prompt, response, alpha):
+def naive_logps(model, tokenizer, prompt, response):
+    """Of every token of the response."""
     group = encode_group(tokenizer, prompt, [response], max_length=1000)
     prompt_ids, [response_ids] = group["prompt_ids"], group["response_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()
     rows = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
-    total = rows.gather(1, torch.tensor(response_ids)[:, None]).sum()
-    return float(total / len(response_ids) ** alpha)
+    return rows.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
+
+
+def naive_logp(model, tokenizer, prompt, response, alpha):
+    logps = naive_logps(model, tokenizer, prompt, response)
+    return float(logps.sum() / len(logps) ** alpha)
 
 
 @pytest.mark.parametrize(("alpha", "batch_size"), [(0.0, 1), (1.0, 2), (0.5, 8)])
@@ -52,6 +57,14 @@ def test_score_pairs_agrees_with_full_logits(tiny_model, tiny_tokenizer, alpha, 
         ]
         assert scores[side].dtype == np.float64
         np.testing.assert_allclose(scores[side], expected, rtol=1e-4)
+
+
+def test_ends_are_the_last_tokens_of_responses(tiny_model, tiny_tokenizer):
+    rows = [(pair["prompt"], pair["chosen"]) for pair in PAIRS]
+    means, ends = score_with_ends(tiny_model, tiny_tokenizer, rows)
+    expected = [naive_logps(tiny_model, tiny_tokenizer, *row) for row in rows]
+    np.testing.assert_allclose(means, [logps.mean() for logps in expected], rtol=1e-4)
+    np.testing.assert_allclose(ends, [logps[-1] for logps in expected], rtol=1e-4)
 
 
 def test_score_pairs_refuses_what_the_model_has_no_weights_for(tiny_tokenizer):

@@ -14,8 +14,8 @@ from plad_fast.models.head import causal_lm_logprobs
 from plad_fast.models.router import asks_for_router_loss, check_router_loss, router_losses
 from plad_fast.models.sharing import prepare
 from plad_fast.training.metrics import PreferenceMeter
-from tests.models.test_encoder_decoder import make_model as make_encoder_decoder
 from tests.models.test_head import FEATURES
+from tests.support.encoder_decoders import make_model as make_encoder_decoder
 from tests.support.tiny_configs import causal_lm_families, has_family, make_causal_lm
 from tests.support.trainings import PAIRS, assert_same_weights, last_log, weights
 from tests.training.test_trainer import naive_logps

@@ -26,6 +26,13 @@ def test_samples_have_streams_of_their_own_that_no_id_can_spell():
     assert len({tuple(row.tolist()) for row in rows}) == len(ids)
 
 
+def test_a_token_of_probability_0_is_never_drawn(monkeypatch):
+    """A parallel sum may rise by rounding where nothing is added."""
+    rising = torch.tensor([[0.5, 0.75, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: rising)
+    assert invert_cdf(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([0.6])).tolist() == [2]
+
+
 def test_inverse_cdf_follows_the_softmax():
     torch.manual_seed(0)
     probs = (2 * torch.randn(20)).softmax(-1)

@@ -92,3 +92,9 @@ def test_a_judge_by_name_keeps_no_key(monkeypatch):
     assert settings["criteria"] == "Be brief."
     assert "planted" not in json.dumps(settings)
     assert "planted" not in repr(vars(judge))
+    own = open_scorer("judge:openai:big@http://127.0.0.1:8/v1", endpoint=endpoint).settings()
+    assert own["judge"]["model"] == "big"
+    assert (settings["judge"]["base_url"], own["judge"]["base_url"]) == (
+        "http://127.0.0.1:9/v1",
+        "http://127.0.0.1:8/v1",
+    )

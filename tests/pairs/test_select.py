@@ -49,6 +49,7 @@ SCORES = scored(good=3.0, fine=2.0, best=5.0, bad=1.0, worst=-1.0, lucky=9.0)
         ),
         ("best-worst", [("best", "worst", 5.0, -1.0, "p")]),
         ("best-worst-pooled", [("lucky", "worst", 9.0, -1.0, "p")]),
+        ("best-worst-student", [("lucky", "worst", 9.0, -1.0, "p")]),
     ],
 )
 def test_what_is_paired(select, expected):
@@ -82,6 +83,10 @@ def test_ties_keep_the_order_of_the_models():
     assert ranked(TEACHER, STUDENT, tied)[0] == expected
     [pair], _ = build_pairs([PROMPT], TEACHER, STUDENT, select="best-worst-pooled", scores=tied)
     assert (pair["chosen"], pair["rejected"]) == ("good", "lucky")
+    [own], _ = build_pairs(
+        [PROMPT], TEACHER, STUDENT, select="best-worst-student", scores={**tied, ("p", "bad"): 2.0}
+    )
+    assert (own["chosen"], own["rejected"]) == ("bad", "lucky")
 
 
 def test_a_gap_drops_ties_and_near_ties_from_lists():
@@ -135,6 +140,9 @@ def test_lists_are_as_long_as_keeps_the_most_answers(repeating, size, kept):
         ("best-worst", said("a"), said("b", "c"), scored(a=1.0, b=0.0), "unscored"),
         ("best-worst-pooled", said("a"), said("a"), scored(a=1.0), "identical"),
         ("best-worst-pooled", {}, {}, {}, "missing"),
+        ("best-worst-student", said("a"), said("b"), scored(a=1.0, b=0.0), "identical"),
+        ("best-worst-student", said("a"), said("b~"), scored(a=1.0), "truncated"),
+        ("best-worst-student", said("a"), {}, scored(a=1.0), "missing"),
         ("teacher", said("a"), said("b"), scored(a=1.0, b=math.nan), "unscored"),
         ("all", said("a"), {}, None, "missing"),
         ("ranked", said("a"), said("b"), scored(a=1.0), "unscored"),

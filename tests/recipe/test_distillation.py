@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import subprocess
 import sys
-import time
 
 import pytest
+import torch
 
 from plad_fast.cli import main
 from plad_fast.data.prompts import builtin_prompts
 from plad_fast.errors import UsageError
+from plad_fast.models.loading import load_model
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.recipe.dependencies import STAGES as SETTINGS_OF
 from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig
-from tests.support.recipe_runs import arguments, content, kill_at
+from tests.support.recipe_runs import arguments, content, evaluate, kill_at
 
 STAGES = [
     "student", "teacher's answers", "fine-tuning", "student's samples", "pairs", "calibration",
@@ -350,63 +349,21 @@ def test_nothing_is_emptied_for_a_model_that_is_not_there(option, tiny_teacher, 
     assert (run / "sft").exists()
 
 
-PAIR_FILES = ("train.jsonl", "train-2.jsonl", "held-out.jsonl")
-
-
-def pairs(folder):
-    return {name: (folder / "pairs" / name).read_bytes() for name in PAIR_FILES}
-
-
-@pytest.fixture(scope="module")
-def two_rounds(finished_run, tiny_teacher, tmp_path_factory):
-    """A run of one round that was then asked for another."""
-    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("rounds") / "run")
-    assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
-    for name in ("train.jsonl", "held-out.jsonl"):
-        assert pairs(folder)[name] == (finished_run / "pairs" / name).read_bytes()
-    return folder
-
-
-def test_every_round_is_kept_apart(two_rounds):
-    """Samples, pairs and models of both; the second round samples the first one's student anew."""
-    stages = json.loads((two_rounds / "run.json").read_text())["stages"]
-    assert list(stages)[-4:] == [
-        "student's samples, round 2", "pairs, round 2", "calibration, round 2",
-        "evaluation, round 2",
-    ]  # fmt: skip
-    first, second = (
-        [json.loads(line) for line in (two_rounds / "pairs" / name).read_text().splitlines()]
-        for name in PAIR_FILES[:2]
-    )
-    shared = {row["id"]: row for row in first}
-    rejected = [(row["rejected"], shared[row["id"]]["rejected"]) for row in second]
-    assert rejected
-    assert all(new != old for new, old in rejected)
-    assert (two_rounds / "plad" / "config.json").is_file()
-    record = json.loads((two_rounds / "plad-2" / "training.json").read_text())
-    assert (
-        record["source"]
-        != json.loads((two_rounds / "plad" / "training.json").read_text())["source"]
-    )
-    metrics = json.loads((two_rounds / "metrics.json").read_text())
-    names = [row["name"] for row in metrics["students"]]
-    assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
-
-
-@pytest.mark.slow
-def test_three_kills_at_random_change_no_byte_of_the_pairs(two_rounds, tiny_teacher, tmp_path):
-    """Whatever the moment after loading: the moments differ from run to run of this test."""
-    folder = tmp_path / "run"
-    run = [sys.executable, "-m", "plad_fast", *arguments(tiny_teacher, folder, "--rounds", "2")]
-    kills = 0
-    while kills < 3:
-        with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            assert process.stdout.readline()  # loading libraries takes a while
-            time.sleep(random.uniform(0, 3))
-            if process.poll() is not None:
-                break
-            process.kill()
-            kills += 1
-    assert kills, "every run ended before it could be killed"
-    assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
-    assert pairs(folder) == pairs(two_rounds)
+def test_adapters_of_a_run_move_with_it(tiny_teacher, tmp_path, capsys):
+    """What they are on lies in the folder too, and other adapters may be on them."""
+    folder, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    lora = ("--lora-r", "2", "--learning-rate", "1e-2")
+    assert main(arguments(tiny_teacher, folder, *lora)) == 0
+    moved.parent.mkdir()
+    folder.rename(moved)
+    capsys.readouterr()
+    assert main(arguments(tiny_teacher, moved, *lora)) == 0
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+    pairs = moved / "pairs" / "held-out.jsonl"
+    assert main(evaluate(moved / "plad", pairs, tmp_path / "compared")) == 0
+    merged = load_model(moved / "plad", merge_adapters=True).state_dict()
+    sft = load_model(moved / "sft", merge_adapters=True).state_dict()
+    assert any(not torch.equal(weight, sft[name]) for name, weight in merged.items())
+    alone = shutil.copytree(moved / "plad", tmp_path / "alone" / "plad")
+    assert main(evaluate(alone, pairs, tmp_path / "compared-again")) == 2
+    assert f"there is nothing at '{tmp_path / 'alone' / 'sft'}'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -311,6 +312,27 @@ def test_a_file_of_an_earlier_state_is_no_edit(tmp_path, capsys):
     capsys.readouterr()
     assert run(6) == second
     assert "a.jsonl is an earlier one" in capsys.readouterr().out
+
+
+def test_stages_of_one_folder_that_checks_itself(tmp_path, capsys):
+    """As the evaluations after one round and after two."""
+    folder = RunFolder(tmp_path / "run", {})
+
+    def stage(name, x):
+        def write():
+            (folder / "both").mkdir(exist_ok=True)
+            (folder / "both" / "scores.json").write_text(f"{name} {x}")
+            return "made"
+
+        return Stage(name, write, {"x": x}, makes=["both"], checks_itself=True)
+
+    for name, x in (("two", 1), ("one", 2), ("two", 1)):
+        folder.announce([stage(name, x)])
+        folder.stage(stage(name, x))
+    assert (folder / "both" / "scores.json").read_text() == "two 1"
+    assert "both/scores.json is not as it was written: two runs anew" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="is not as it was written; put it right"):
+        folder.announce([replace(stage("one", 2), checks_itself=False)])
 
 
 def test_a_stage_that_is_killed_while_it_runs_anew_is_not_done(chain, tmp_path):

@@ -10,9 +10,11 @@ import pytest
 from plad_fast import UsageError
 from plad_fast.cli import main
 from plad_fast.recipe.arguments import COMMANDS
+from plad_fast.recipe.dependencies import stage_settings
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.settings_file import coerce
+from plad_fast.recipe.sources import student_sampling
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,13 @@ def test_settings_that_nothing_can_come_of_are_told_in_a_line(options, message):
     with pytest.raises(UsageError, match=message) as caught:
         DistillConfig(**loss, **options)
     assert len(str(caught.value)) < 500
+
+
+def test_students_have_room_for_the_reasoning_that_they_are_trained_on():
+    given = {"teacher": "openai:m", "reasoning_tokens": 100, "max_new_tokens": 40}
+    for reasoning, tokens in (("drop", 40), ("column", 40), ("keep", 140)):
+        config = DistillConfig(**given, reasoning=reasoning)
+        assert student_sampling(config).max_new_tokens == tokens
+        assert stage_settings(config, "evaluation")["max_new_tokens"] == tokens
+    with pytest.raises(UsageError, match="--max-new-tokens 40 and --reasoning-tokens 100 together"):
+        DistillConfig(**given, reasoning="keep", max_length=140).require_room()

@@ -32,6 +32,7 @@ from tests.support.recipe_runs import (
     train,
     write_pairs,
 )
+from tests.support.saved_trainings import interrupted
 from tests.support.trainings import PAIRS
 
 # Of what the weights depend on; --epochs and --learning-rate are the command's own.
@@ -393,3 +394,25 @@ def test_a_damaged_record_is_replaced_where_that_is_asked_for(
         assert content(record.parent) == {**results, record: damage}
         assert main([*command, "--overwrite"]) == 0
         assert main(command) == 0
+
+
+@pytest.mark.parametrize("loss", ["plad_ranking", "dpo"])
+def test_tokens_on_disk_change_no_weight(loss, tiny_teacher, pairs, tmp_path, monkeypatch, capsys):
+    """Nor what the training is known by: what was begun without them goes on with them."""
+    options = ("--loss", loss, "--epochs", "2", "--saves-per-stage", "6", "--learning-rate", "1e-3")
+    assert main(train(tiny_teacher, pairs, tmp_path / "held", *options)) == 0
+    held = load_file(tmp_path / "held" / "model.safetensors")
+    on_disk = ("--tokens-on-disk",)
+    command = train(tiny_teacher, pairs, tmp_path / "out", *options)
+    interrupted([*command, *on_disk], monkeypatch, checkpoint=2)
+    [tokens] = (tmp_path / "out.checkpoints").glob(".tokens-*.arrow")
+    assert tokens.stat().st_size
+    monkeypatch.setattr("plad_fast.recipe.stages.LOOKED_AT", 4)
+    capsys.readouterr()
+    assert main([*command, *on_disk]) == 0
+    assert "the number of first 4 pairs is 4" in capsys.readouterr().out
+    assert not (tmp_path / "out.checkpoints").exists()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in held.items())
+    assert main(command) == 0
+    assert "done before" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.trained_folders import log_history
 from tests.support.recipe_runs import arguments, kill_at
+from tests.support.tools import TEMPLATE, TOOLS
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -100,12 +101,17 @@ def test_metrics_are_those_of_the_students_answers(tiny_model, tiny_tokenizer):
 
     from plad_fast.data.prompts import Prompt
     from plad_fast.pairs.generation.sampling import Sampling
+    from plad_fast.pairs.generation.text_model import Answer
     from plad_fast.pairs.text_metrics import rouge, word_counts
 
     prompts = [Prompt(str(i), text) for i, text in enumerate(("Say one.", "Count to two!"))]
     teacher = {"0": "one", "1": "one two"}
     check = validation.AnswerCheck(
-        prompts, teacher, tiny_tokenizer, Sampling(12, temperature=0.0), max_length=128
+        prompts,
+        {key: Answer(key, text, "stop", 3) for key, text in teacher.items()},
+        tiny_tokenizer,
+        Sampling(12, temperature=0.0),
+        max_length=128,
     )
     metrics = check.measure(tiny_model)
     texts, nll, ends = [], [], []
@@ -130,3 +136,36 @@ def test_metrics_are_those_of_the_students_answers(tiny_model, tiny_tokenizer):
     assert metrics["words"] == pytest.approx(word_counts(texts).mean())
     assert metrics["nll"] == pytest.approx(sum(nll) / 2, rel=1e-5)
     assert metrics["end_logp"] == pytest.approx(sum(ends) / 2, rel=1e-5)
+
+
+def test_calls_in_the_teachers_answers_are_scored_as_they_are_trained_on(
+    tiny_model, tiny_tokenizer
+):
+    """By the chat template, which writes them in another way than the text of the answer has it."""
+    import copy
+
+    from plad_fast.data.chat import written_calls
+    from plad_fast.data.prompts import Prompt
+    from plad_fast.models.response_scores import score_with_ends
+    from plad_fast.pairs.generation.sampling import Sampling
+    from plad_fast.pairs.generation.text_model import Answer
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("<tool_call>\n", "<<").replace(
+        "\n</tool_call>", ">>"
+    )
+    asked = [{"role": "user", "content": "sum 1"}]
+    calls = ({"type": "function", "function": {"name": "add", "arguments": {"a": 1}}},)
+    answer = Answer("0", written_calls(calls), "stop", 3, tool_calls=calls)
+    check = validation.AnswerCheck(
+        [Prompt("0", asked, tools=TOOLS)],
+        {"0": answer},
+        tokenizer,
+        Sampling(12, temperature=0.0),
+        max_length=256,
+    )
+    response = [{"role": "assistant", "content": "", "tool_calls": [*calls]}]
+    logps, _ = score_with_ends(
+        tiny_model, tokenizer, [(asked, response)], max_length=256, templates=[{"tools": TOOLS}]
+    )
+    assert check.measure(tiny_model)["nll"] == pytest.approx(-logps[0])

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from tests.support.fault_server import answer_to, said
+from tests.support.fault_server import answer_to
+from tests.support.loopback import LoopbackServer, completion, said, send
 
 Outcome = Callable[[str, int], Any]
 
 
-class BatchServer:
+class BatchServer(LoopbackServer):
     """Listens while the `with` block lasts.
 
     Args:
@@ -24,6 +24,8 @@ class BatchServer:
             (in no file), a status, or a choice of a reply.
         polls: looks at a batch before it is over.
     """
+
+    methods = ("GET", "POST")
 
     def __init__(self, outcome: Outcome = lambda question, times: "answer", polls: int = 0) -> None:
         self.outcome, self.polls = outcome, polls
@@ -36,55 +38,19 @@ class BatchServer:
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
-        server = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                server._handle(self, b"")
-
-            def do_POST(self) -> None:
-                server._handle(self, self.rfile.read(int(self.headers["content-length"])))
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *args: Any) -> None:
-                """Silent: the client has gone."""
-
-        self._http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def __enter__(self) -> BatchServer:
-        threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _handle(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    def handle(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
         path = handler.path.partition("?")[0].removeprefix("/v1")
         kind = handler.headers.get("content-type", "")
         status, reply = self._reply(handler.command, path, content, kind)
         if self.faults:  # after what was asked is done, as a timeout on the way back
             status, reply = self.faults.pop(0), {"error": {"message": "planted"}}
-        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        handler.send_response(status)
-        handler.send_header("content-type", "application/json")
-        handler.send_header("content-length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
+        send(handler, status, reply)
 
     def _reply(self, method: str, path: str, content: bytes, kind: str) -> tuple[int, Any]:
         if (method, path) == ("POST", "/chat/completions"):
-            return 200, _completion(said("Yes."), 1)
+            return 200, completion([said("Yes.")])
         if (method, path) == ("POST", "/files"):
             boundary = re.search(r'boundary="?([^";]+)', kind)[1].encode()
             parts = dict(map(_part, content.split(b"--" + boundary)[1:-1]))
@@ -163,7 +129,7 @@ class BatchServer:
             elif outcome != "lost":
                 self.paid[question] += 1
                 choice = said(answer_to(question)) if outcome == "answer" else outcome
-                reply = _completion(choice, body.get("n", 1))
+                reply = completion([choice] * body.get("n", 1))
                 done.append({**result, "response": {"status_code": 200, "body": reply}})
         batch["status"] = self.status or status
         batch["request_counts"] |= {"completed": len(done), "failed": len(failed)}
@@ -171,12 +137,6 @@ class BatchServer:
             if results:
                 content = "".join(json.dumps(result) + "\n" for result in results)
                 batch[name] = self._add_file(content.encode())["id"]
-
-
-def _completion(choice: dict[str, Any], count: int) -> dict[str, Any]:
-    about = {"id": "c", "object": "chat.completion", "created": 0, "model": "m"}
-    usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
-    return {**about, "choices": [choice] * count, "usage": usage}
 
 
 def _part(part: bytes) -> tuple[str, bytes]:

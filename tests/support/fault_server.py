@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import random
 import select
@@ -11,8 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support import loopback
+from tests.support.loopback import LoopbackServer, completion, said
 
 FAULTS = ("busy", "busy until", "broken", "malformed", "no choice", "cut", "cut short", "hang")
 
@@ -33,15 +37,6 @@ class Step:
 
 def answer_to(question: str) -> str:
     return f"answer to {question}"
-
-
-def said(text: str | None, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
-    """A choice of a reply."""
-    return {
-        "index": 0,
-        "finish_reason": finish_reason,
-        "message": {"role": "assistant", "content": text, **message},
-    }
 
 
 def schedule(seed: int, *, share: float = 0.4, most: int = 3, never: frozenset[str] = frozenset()):
@@ -94,7 +89,7 @@ def _unsupported(parameter: str, message: str) -> Step:
     return Step("status", 400, {"error": error})
 
 
-class FaultServer:
+class FaultServer(LoopbackServer):
     """Listens while the `with` block lasts.
 
     Args:
@@ -112,39 +107,10 @@ class FaultServer:
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
-        server = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                server._handle(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, *args: Any) -> None:
-                """Silent: the client has gone."""
-
-        self._http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def __enter__(self) -> FaultServer:
-        threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _handle(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
+    def handle(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
+        body = json.loads(content)
         question = body["messages"][-1]["content"]
         with self._lock:
             self._at_once += 1
@@ -164,25 +130,8 @@ class FaultServer:
         self._respond(handler, step, question)
 
     def _respond(self, handler: BaseHTTPRequestHandler, step: Step, question: str) -> None:
-        def send(status: int, content: Any, **headers: str) -> None:
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            length = headers.pop("length", str(len(data)))
-            handler.send_response(status)
-            handler.send_header("content-type", "application/json")
-            handler.send_header("content-length", length)
-            for name, value in {**headers, **step.headers}.items():
-                handler.send_header(name, value)
-            handler.end_headers()
-            handler.wfile.write(data)
-
-        reply = {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "m",
-            "choices": [said(answer_to(question))] if step.choices is None else step.choices,
-            "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
-        }
+        reply = completion([said(answer_to(question))] if step.choices is None else step.choices)
+        send = functools.partial(loopback.send, handler, **step.headers)
         if step.what == "answer":
             send(200, step.body or reply)
         elif step.what == "status":

@@ -15,6 +15,8 @@ from plad_fast.ops.reference import (
     reference_token_logprobs,
 )
 
+INF = float("inf")
+NAN = float("nan")
 BUDGET_FACTOR = 2
 """|ours - truth| <= factor * |torch in the same dtype - truth| + one rounding of the result."""
 
@@ -59,6 +61,33 @@ class Problem:
         return {"bias": self.bias, "scratch_bytes": self.scratch_bytes, **self.spec}
 
 
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers (..., V) at other strides or addresses; NaN lies between them."""
+    *lead, vocab = tensor.shape
+    if layout == "contiguous":
+        return tensor.contiguous()
+    if layout == "transposed":
+        return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "tokens first":
+        return tensor.transpose(0, -2).contiguous().transpose(0, -2)
+    if layout in ("gaps", "odd gaps"):  # the first keep rows aligned
+        gap = 3 if layout == "odd gaps" else 8
+        view = tensor.new_full((*lead, vocab + gap), NAN)[..., :vocab]
+    elif layout == "stepped":
+        view = tensor.new_full((*lead, 2 * vocab), NAN)[..., ::2]
+    elif layout == "but the last":  # what a causal model's logits are shifted by
+        *others, tokens = lead
+        view = tensor.new_full((*others, tokens + 1, vocab), NAN)[..., :-1, :]
+    else:
+        assert layout == "shifted"
+        view = tensor.new_full((tensor.numel() + 1,), NAN)[1:].view(tensor.shape)
+    return view.copy_(tensor)
+
+
 def make_problem(
     lengths: list[int],
     *,
@@ -75,12 +104,12 @@ def make_problem(
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
+    def drawn(*shape: int) -> Tensor:
         if not contiguous and len(shape) == 2:
-            return normal_contiguous(shape[1], 2 * shape[0])[:, ::2].T
-        return normal_contiguous(*shape)
+            return contiguously(shape[1], 2 * shape[0])[:, ::2].T
+        return contiguously(*shape)
 
-    def normal_contiguous(*shape: int) -> Tensor:
+    def contiguously(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     num_tokens = sum(lengths)
@@ -89,9 +118,9 @@ def make_problem(
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     rows = scratch_rows or 10_000
     return Problem(
-        (scale * normal(num_tokens, width)).detach().requires_grad_(),
-        normal(vocab, width).detach().requires_grad_(),
-        (3 * normal(vocab)).detach().requires_grad_() if bias else None,
+        (scale * drawn(num_tokens, width)).detach().requires_grad_(),
+        drawn(vocab, width).detach().requires_grad_(),
+        (3 * drawn(vocab)).detach().requires_grad_() if bias else None,
         targets,
         bounds,
         spec,
@@ -161,3 +190,11 @@ def assert_within_budget(
     assert error <= BUDGET_FACTOR * torch_error + rounding + torch.finfo(ours.dtype).tiny, (
         f"{what}: error {error:.3g} over the budget; torch in the same dtype has {torch_error:.3g}"
     )
+
+
+def upstream(like: torch.Tensor, kind: str, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    if kind == "sparse":
+        grad = grad * (torch.rand(like.shape, generator=generator) < 0.4)
+    return (grad * (kind != "zero")).to(like.dtype)

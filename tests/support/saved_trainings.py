@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plad_fast.cli import main
+from plad_fast.training import checkpoints
 from plad_fast.training.train import train_model
 
 ROWS = [{"prompt": f"Say {i}.", "chosen": f" yes {i}", "rejected": " no"} for i in range(12)]
@@ -31,6 +33,20 @@ def train(source, output: Path, **options) -> bytes:
 
 def stop(*_, **__):
     raise KeyboardInterrupt
+
+
+def interrupted(command, monkeypatch, *, checkpoint: int) -> None:
+    """Killed before that checkpoint counts."""
+    saved = []
+
+    def write(*given, **about):
+        saved.append(given)
+        return stop() if len(saved) == checkpoint else real(*given, **about)
+
+    with monkeypatch.context() as patch:
+        real = checkpoints.write_manifest
+        patch.setattr(checkpoints, "write_manifest", write)
+        assert main(command) == 130
 
 
 def damaged(path: Path, fault: str, older: Path) -> bool:

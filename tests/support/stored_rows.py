@@ -12,9 +12,8 @@ from plad_fast.kernels.logits_rows import RowStatistics, logits_rows_backward, l
 from torch import Tensor
 
 from plad_fast.ops.reference import transform_logits
+from tests.support.problems import INF, NAN, laid_out, normal
 
-INF = float("inf")
-NAN = float("nan")
 IGNORED = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = RowsConfig(16, num_warps=4)
@@ -74,10 +73,6 @@ class Case:
         )
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def make_case(
     *shape: int,  # of the logits
     dtype: torch.dtype = torch.float32,
@@ -101,33 +96,11 @@ def make_case(
     )
 
 
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers at other strides or addresses; NaN lies between them."""
-    *lead, vocab = tensor.shape
-    if layout == "contiguous":
-        return tensor.contiguous()
-    if layout == "vocabulary first":
-        return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
-    if layout == "tokens first":
-        return tensor.transpose(0, -2).contiguous().transpose(0, -2)
-    if layout == "gaps":
-        view = tensor.new_full((*lead, vocab + 3), NAN)[..., :vocab]
-    elif layout == "stepped":
-        view = tensor.new_full((*lead, 2 * vocab), NAN)[..., ::2]
-    elif layout == "but the last":  # what a causal model's logits are shifted by
-        *others, tokens = lead
-        view = tensor.new_full((*others, tokens + 1, vocab), NAN)[..., :-1, :]
-    else:
-        assert layout == "shifted"
-        view = tensor.new_full((tensor.numel() + 1,), NAN)[1:].view(tensor.shape)
-    return view.copy_(tensor)
-
-
 LAYOUTS = [
     "contiguous",
-    "vocabulary first",
+    "transposed",
     "tokens first",
-    "gaps",
+    "odd gaps",
     "stepped",
     "but the last",
     "shifted",

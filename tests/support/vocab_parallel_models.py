@@ -1,4 +1,4 @@
-"""Cases of vocab_parallel_ranks.py with models whose heads PyTorch or transformers sharded."""
+"""Cases of tests/ops/test_vocab_parallel.py on heads that PyTorch or transformers sharded."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from plad_fast.models.lm_head import find_head
 from plad_fast.models.wrappers import call_inside
 from plad_fast.ops.preference_losses import fused_linear_preference_loss
 from plad_fast.ops.vocab_parallel.api import vocab_parallel_preference_loss
+from tests.support import vocab_parallel_numbers, vocab_parallel_refusals  # noqa: F401
 from tests.support.naive import features
 from tests.support.tiny_models import make_model
 from tests.support.vocab_parallel_ranks import CASES, WORLD, case, close, refused
@@ -37,7 +38,7 @@ try:  # transformers 5 alone has it for CPUs
 except ImportError:
     apply_tensor_parallelism = None
 
-__all__ = ["CASES"]  # of both modules
+__all__ = ["CASES"]  # of all these modules
 
 VOCAB = 97  # that no number of ranks divides
 

@@ -13,17 +13,9 @@ from plad_fast.cli import main
 from plad_fast.models.loading import load_tokenizer
 from tests.support.fault_server import FaultServer, Step, said
 from tests.support.recipe_runs import arguments, evaluate, pair, train
+from tests.support.tools import TEMPLATE, TOOLS
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-TOOLS = [{"type": "function", "function": {"name": "add"}}]
-TEMPLATE = (
-    "{{ bos_token }}{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content or '' }}"
-    "{% for call in message.tool_calls or [] %}"
-    "<tool_call>\n{{ call.function | tojson }}\n</tool_call>"
-    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 MIB = 2**20
-# In float32 the logits are 128 MiB, the weight and its gradient 32 MiB each.
-SHAPE = {"N": 1024, "D": 256, "V": 32768}
+# In float32 the logits are 64 MiB, the weight and its gradient 32 MiB each.
+SHAPE = {"N": 512, "D": 256, "V": 32768}
 SCRATCH = 16
 ALLOWANCE = 16
 """MiB: pages of libraries that a first large call touches, rounding of the allocator."""

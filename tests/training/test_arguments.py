@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 
 from plad_fast.cli import main
 from plad_fast.errors import UsageError
-from plad_fast.training import checkpoints
 from plad_fast.training.arguments import of_weights, training_arguments
 from tests.support.recipe_runs import arguments, train, write_pairs
-from tests.support.saved_trainings import stop
+from tests.support.saved_trainings import interrupted
 
 
 @pytest.fixture
@@ -133,20 +132,6 @@ def measured(pairs, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in turned))
     return ("--eval-pairs", str(file), "--eval-steps", "3", "--metric-for-best-model", "margin",
             "--learning-rate", "1e-2", "--epochs", "3", "--saves-per-stage", "4")  # fmt: skip
-
-
-def interrupted(command, monkeypatch, *, checkpoint: int) -> None:
-    """Killed before that checkpoint counts."""
-    saved = []
-
-    def write(*given, **about):
-        saved.append(given)
-        return stop() if len(saved) == checkpoint else real(*given, **about)
-
-    with monkeypatch.context() as patch:
-        real = checkpoints.write_manifest
-        patch.setattr(checkpoints, "write_manifest", write)
-        assert main(command) == 130
 
 
 def test_the_best_checkpoint_becomes_the_model(

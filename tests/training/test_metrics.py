@@ -1,11 +1,16 @@
-"""A metric to choose the best model by is one that an evaluation has."""
+"""Means over groups and tokens; a metric to choose the best model by is one of an evaluation."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from plad_fast.errors import UsageError
+from plad_fast.training.metrics import PreferenceMeter
 from tests.support.trainings import PAIRS
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -43,3 +48,25 @@ def test_callbacks_may_bring_the_best_metric(make):
     trainer = make(eval_rows=PAIRS, callbacks=[Own()], max_steps=2, **options)
     trainer.train()
     assert trainer.state.best_metric == 2
+
+
+def test_nll_is_that_of_tokens_and_time_left_out_is_none():
+    """One pair of 3 and 4 tokens, its log-probabilities divided by these numbers."""
+    spec = SimpleNamespace(is_likelihood=False)
+    objective = SimpleNamespace(group_size=2, length_normalization=1.0, sft_weight=0.5, spec=spec)
+    out = SimpleNamespace(
+        sums=torch.tensor([-1.0, -2.0]),
+        counts=torch.tensor([3, 4]),
+        group_losses=torch.tensor([0.25]),
+        active=torch.tensor([True]),
+    )
+    with mock.patch("plad_fast.training.metrics.time.perf_counter", side_effect=[0.0, 10.0]):
+        meter = PreferenceMeter(objective)
+        meter.start()
+        meter.skip(8.0)
+        meter.add(meter.rows(out, torch.tensor([[7, 10]])))
+        found = meter.summary()
+    assert found == {
+        "loss": 0.75, "nll": 1.0, "logps/chosen": -1.0, "logps/rejected": -2.0, "margin": 1.0,
+        "ranking_accuracy": 1.0, "active_pairs": 1.0, "saved_tokens": 0.3, "tokens_per_second": 3.5,
+    }  # fmt: skip

@@ -213,6 +213,10 @@ def _autocast(model, rows, options):
     options["autocast"] = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
 
 
+def _no_ranked_ends(model, rows, options):
+    options["collate"] = PreferenceCollator(0, 2, rank_end_token=False)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -223,6 +227,7 @@ def _autocast(model, rows, options):
         _other_border,
         _other_temperature,
         _autocast,
+        _no_ranked_ends,
     ],
 )
 def test_nothing_stale_is_used(dataset, model, tmp_path, change):

@@ -345,6 +345,8 @@ def test_reference_logps_of_text_rows_take_the_place_of_a_reference_model(make):
     assert "reference_logps" not in make(rows).train_dataset.column_names
     with pytest.raises(UsageError, match="train_dataset, row 1: reference_logps are"):
         make([{**PAIRS[0], "reference_logps": [-1.0]}], loss="dpo")
+    with pytest.raises(UsageError, match=r"has reference_logps.*rank_end_token"):
+        make(rows, loss="dpo", rank_end_token=False)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bart", "lora"])

@@ -8,13 +8,16 @@ N tokens, V vocabulary, D hidden, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from plad_fast.losses.objective import Objective
 from plad_fast.losses.terms import length_normalized, segment_counts, segment_sums
 from plad_fast.ops.backend import (
+    Denominators,
     HeadGradient,
     HeadOptions,
     LinearProblem,
@@ -22,7 +25,8 @@ from plad_fast.ops.backend import (
     Needs,
     Upstream,
 )
-from plad_fast.ops.impl.onepass import linear_preference_loss
+from plad_fast.ops.impl import onepass
+from plad_fast.ops.impl.exponentials import workspace_for
 from plad_fast.ops.impl.products import accumulation_dtype
 from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
@@ -58,7 +62,8 @@ def linear_forward(
     hidden, _, _, targets, cu_seqlens, options = problem
     keep = targets != options.ignore_index
     rows = keep.nonzero().squeeze(1)
-    workspace = Workspace(problem.head, options, len(rows), for_gradient=False)
+    make = Workspace if entropy_order else functools.partial(workspace_for, needs=(False,) * 3)
+    workspace = make(problem.head, options, len(rows), for_gradient=False)
     token_logprobs = hidden.new_zeros(len(hidden), dtype=workspace.products.dtype)
     lse, tail, miss = (torch.zeros_like(token_logprobs) for _ in range(3))
     entropy = torch.zeros_like(token_logprobs) if entropy_order else None
@@ -89,8 +94,11 @@ def linear_backward(
     hidden, weight, _, targets, _, options = problem
     active = upstream.active() if skip_inactive else targets != options.ignore_index
     active_rows = active.nonzero().squeeze(1)
-    workspace = Workspace(problem.head, options, len(active_rows), for_gradient=True)
-    grads = HeadGradients(problem.head, needs, workspace.products)
+    make = Workspace if upstream.lse is not None else functools.partial(workspace_for, needs=needs)
+    workspace = make(problem.head, options, len(active_rows), for_gradient=True)
+    grads = HeadGradients(
+        problem.head, needs, workspace.products, weight_dtype=workspace.grad_weight_dtype
+    )
     for chunk in workspace.chunks(len(active_rows)):
         rows = _slice_if_whole(active_rows[chunk], chunk, len(hidden) == len(active_rows))
         h, t = hidden[rows], targets[rows]
@@ -98,6 +106,29 @@ def linear_backward(
         grad_lse = None if upstream.lse is None else upstream.lse[rows]
         grads.add(workspace.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
     return grads.finish(weight.dtype)
+
+
+def linear_preference_loss(
+    problem: LinearProblem,
+    scores: Tensor | None,  # (S,)
+    reference_logps: Tensor | None,  # (S,)
+    objective: Objective,
+    denominators: Denominators,
+    needs: Needs,
+    counts: Tensor | None = None,  # (S,)
+    bounds: Sequence[int] | None = None,  # (S + 1,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, HeadGradient]:
+    return onepass.linear_preference_loss(
+        problem,
+        scores,
+        reference_logps,
+        objective,
+        denominators,
+        needs,
+        counts,
+        bounds,
+        functools.partial(workspace_for, needs=needs),
+    )
 
 
 def _slice_if_whole(rows: Tensor, chunk: slice, whole: bool) -> Tensor | slice:

@@ -22,6 +22,7 @@ from torch import Tensor
 _FLOAT16_TOP = 2.0**14
 _CACHED_BYTES = 3 * 2**19
 """Of a block that a CPU finds in its cache when it needs it again."""
+_AMX_COLUMNS = 32  # of 16 bits, in a tile
 # Entries of 1,024 tiles of 128 x 128, which keep a GPU busy for several waves.
 _NEVER_CUT = 2**24
 # Until 2.10 torch wants what a product of 16-bit operands is added to in 16 bits as well.
@@ -183,13 +184,25 @@ class CpuBfloat16Products(Products):
     """
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        for rows in self._vocab_blocks(len(hidden)):
-            block = self.weight[rows].T
-            high = hidden @ block
-            out[:, rows].copy_(high)
-            # An infinite logit leaves inf - inf; its high half alone is right.
-            low = high.addmm_(hidden, block, beta=-1).nan_to_num_(nan=0.0)
-            out[:, rows].add_(low)
+        for columns in self._vocab_blocks(len(hidden)):
+            self.logits_of(hidden, columns, out[:, columns])
+
+    def logits_of(
+        self,
+        hidden: Tensor,  # (n, D)
+        columns: slice,  # a block of the V
+        out: Tensor,  # (n, width of the block)
+        *,
+        may_be_infinite: bool = True,
+    ) -> None:
+        """A block of the logits. Where they may not be infinite, those that are become NaN."""
+        weight = self.weight[columns].T
+        high = hidden @ weight
+        out.copy_(high)
+        low = high.addmm_(hidden, weight, beta=-1)
+        if may_be_infinite:  # inf - inf; the high half alone is right
+            low.nan_to_num_(nan=0.0)
+        out.add_(low)
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -198,10 +211,13 @@ class CpuBfloat16Products(Products):
     def operand(self, d_logits: Tensor) -> Operand:
         """In the memory of `d_logits`: a row's values in the front half of the row itself."""
         vocab = d_logits.shape[1]
-        values = d_logits.view(self.weight.dtype)[:, :vocab]
+        halves = d_logits.view(self.weight.dtype)
+        values = halves[:, :vocab]
         step = max(1, self.block_bytes // max(2 * vocab, 1))
         for wide, narrow in zip(d_logits.split(step), values.split(step), strict=True):
             narrow.copy_(wide.to(self.weight.dtype))
+        # oneDNN's AMX product reads what follows the end of a row, and takes it times 0.
+        halves[:, vocab : vocab + _AMX_COLUMNS].zero_()
         return Operand(values)
 
     def grad_hidden(self, operand: Operand) -> Tensor:
@@ -213,6 +229,13 @@ class CpuBfloat16Products(Products):
         for rows in self._vocab_blocks():
             product = operand.values[:, rows].T @ hidden
             out[rows].copy_(product) if overwrite else out[rows].add_(product)
+
+    def write_grad_weight(self, operand: Operand, hidden: Tensor, out: Tensor) -> None:
+        # The library makes a transposed copy of what it is given.
+        step = max(1, 2 * self.block_bytes // max(len(hidden), 1))
+        for some in range(0, len(out), step):
+            rows = slice(some, some + step)
+            torch.mm(operand.values[:, rows].T, hidden, out=out[rows])
 
 
 class CudaHalfProducts(Products):

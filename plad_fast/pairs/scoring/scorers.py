@@ -22,7 +22,7 @@ ScoreFunction: TypeAlias = Callable[[Any, str, str | None], float]
 
 _SPECS = (
     "rouge1, rouge2, rougeL, length, brevity, likelihood:MODEL, reward:MODEL, reward:MODEL#LABEL, "
-    "judge:openai:MODEL, python:MODULE.FUNCTION"
+    "judge:openai:MODEL, judge:openai:MODEL@URL, python:MODULE.FUNCTION"
 )
 
 
@@ -121,8 +121,8 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
         spec: `rouge1`, `rouge2`, `rougeL` (to the prompt's reference); `length`, `brevity` (many or
             few words); `likelihood:MODEL` (under a local model); `reward:MODEL` (sequence
             classification; `reward:MODEL#LABEL` takes one of several labels, by its name or its
-            number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint);
-            `python:MODULE.FUNCTION`.
+            number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint,
+            `judge:openai:MODEL@URL` behind one at this address); `python:MODULE.FUNCTION`.
         **options: of `Likelihood` and `RewardModel`; of `Judge`, where `endpoint` is an `Endpoint`
             or a dict of its options.
 
@@ -151,11 +151,13 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
     service, _, model = rest.partition(":")
     if kind == "judge" and service == "openai" and model:
         from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
+        from plad_fast.pairs.generation.sources import split_url
         from plad_fast.pairs.scoring.judge import Judge
 
+        model, url = split_url(model)
         endpoint = options.pop("endpoint", {})
         if isinstance(endpoint, Mapping):
-            endpoint = Endpoint(model, **endpoint)
+            endpoint = Endpoint(model, **{**endpoint, **({"base_url": url} if url else {})})
         return Judge(endpoint, model, **options)
     raise UsageError(f"unknown scorer {spec!r}; known: {_SPECS}")
 

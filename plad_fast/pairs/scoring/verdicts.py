@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from typing import Any
 
 from plad_fast.data.chat import Content, Messages, written_out
 from plad_fast.pairs.generation.completions import after_thought
@@ -48,8 +51,13 @@ _NAMED = re.compile(
     rf"[\W_]*(?:final\W+)?(?:verdict|winner)\W+(?:answer\W+)?{_WORD}\b[\W_]*?(?:\([^()]*\))?[\W_]*",
     re.IGNORECASE,
 )
+_MARKED = re.compile(
+    r"[\W_]*(?:\[\[\W*(?:answer\W+)?(a|b|tie)\W*\]\]|\\boxed\{\W*(?:\\text\{)?(a|b|tie)\W*\})[\W_]*",
+    re.IGNORECASE,
+)
 _ALONE = re.compile(rf"[\W_]*(?:answer\W+)?{_WORD}[\W_]*", re.IGNORECASE)
 _LONGEST_LINE = 1000
+_MOST_BRACES = 64
 _REMARK = re.compile(r"[\W_]*\([^()]*\)[\W_]*")
 # What a server may leave of a model's end token.
 _END_TOKEN = re.compile(r"(?:\s*(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
@@ -68,7 +76,7 @@ def as_question(mark: str, criteria: str, prompt: Content, first: str, second: s
 
 
 def read_verdict(reply: str) -> str | None:
-    """`A`, `B` or `tie`, if the last line of a reply is a verdict.
+    """`A`, `B` or `tie`, if the last line of a reply is a verdict or it ends in a JSON one.
 
     A bare letter is one where nothing else is said. What stands in a thought is none.
     """
@@ -80,12 +88,25 @@ def read_verdict(reply: str) -> str | None:
     if not lines:
         return None
     said = lines[-1]
-    if len(said) > _LONGEST_LINE:
+    if said.endswith("}") and (found := _last_object("\n".join(lines))) is not None:
+        value = found.get("verdict", found.get("winner"))
+        verdict = _ALONE.fullmatch(value) if isinstance(value, str) else None
+    elif len(said) > _LONGEST_LINE:
         return None
-    verdict = _NAMED.fullmatch(said)
-    if verdict is None and len(lines) == 1:
-        verdict = _ALONE.fullmatch(said)
+    else:
+        verdict = _NAMED.fullmatch(said) or _MARKED.fullmatch(said)
+        if verdict is None and len(lines) == 1:
+            verdict = _ALONE.fullmatch(said)
     if verdict is None:
         return None
-    word = verdict[1].upper()
+    word = next(filter(None, verdict.groups())).upper()
     return word if word in ("A", "B") else "tie"
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text ends in."""
+    for start in [match.start() for match in re.finditer(r"\{", text)][-_MOST_BRACES:]:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text[start:])
+            return value if isinstance(value, dict) else None
+    return None
