@@ -85,7 +85,7 @@ ONE_OF_A_KIND = ("sft", "plad_ranking", "plad_listwise", "dpo", "kto")
     ],
 )
 def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_path):
-    """The loss of the first step on the same pairs, with nothing set but the loss's name."""
+    """The loss of the first step on the same pairs, with the defaults of the command."""
     rows = [{**row, "chosen_score": 0.5, "rejected_score": 0.25} for row in PAIRS[:4]]
     loss_args = json.dumps(REQUIRED.get(loss, {}))
     common = {"loss": loss, "learning_rate": 1e-3}
@@ -102,6 +102,7 @@ def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_
             str(tmp_path / "run"),
             **common,
             loss_args=loss_args,
+            rank_end_token=False,  # the command's own default
             max_steps=1,
             logging_steps=1,
             per_device_train_batch_size=4,
@@ -126,7 +127,7 @@ def test_the_function_has_the_defaults_of_the_settings():
     # None stands for those of the loss.
     assert defaults.pop("replace") is False  # of the recipe's own calls
     assert defaults.pop("eval_rows") is None  # those in --eval-pairs
-    assert defaults.pop("validation") is None
+    assert defaults.pop("validation") is defaults.pop("base") is None
     assert defaults.pop("sft_weight") is defaults.pop("length_normalization") is None
     assert defaults.keys() > {"batch_size", "max_tokens_per_batch", "max_length"}
     assert defaults == {name: of_settings[name] for name in defaults}
