@@ -1,7 +1,8 @@
-"""Checks of plain numbers and flags: what was expected, what came, in one sentence."""
+"""Checks of plain numbers and flags, and of packages: what was expected, what came."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -10,6 +11,25 @@ from plad_fast.errors import UsageError
 
 _LONGEST = 200  # characters of a value in a message
 _NESTED = (list, tuple, set, dict)
+_EXTRAS = {
+    "rouge_score": "eval",
+    "matplotlib": "eval",
+    "openai": "api",
+    "optuna": "tune",
+    "ray": "ray",
+}
+"""Extras of plad-fast that bring a package."""
+
+
+def require_packages(*names: str) -> None:
+    """Finds out at once what would be missed after hours, and says how to install it (UsageError).
+    Nothing is imported."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(dict.fromkeys(_EXTRAS[name] for name in missing if name in _EXTRAS))
+        others = [name for name in missing if name not in _EXTRAS]
+        wanted = " ".join([*([f"-e '.[{extras}]'"] if extras else []), *others])
+        raise UsageError(f"{' and '.join(missing)} must be installed; run: pip install {wanted}")
 
 
 def check_length_normalization(alpha: float) -> None:

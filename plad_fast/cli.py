@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from plad_fast.checks import shown
+from plad_fast.checks import require_packages, shown
 from plad_fast.data.files import disk_advice
 from plad_fast.errors import UsageError
 from plad_fast.recipe.arguments import COMMANDS, QUICKSTART_SHARES, given_settings, parse_command
@@ -169,8 +169,6 @@ def _students(given: Any) -> dict[str, str]:
 
 def _quiet_libraries() -> None:
     """Keep the progress bars of the work, and leave out those of loading and saving files."""
-    from plad_fast.recipe.doctor import require_packages
-
     require_packages(*_NEEDED)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from pathlib import Path
@@ -100,30 +101,10 @@ def require_there(source: str, option: str) -> None:
 
 
 def nothing_at(source: str | os.PathLike[str], *, is_file: bool = False) -> str:
-    """That there is nothing at a path, with a close name beside it, or what its folder lacks."""
-    path = expanded(source)
-    missing, parent = path, path.parent
-    while not is_there(parent) and parent != parent.parent:
-        missing, parent = parent, parent.parent
-    text = f"there is {'no file' if is_file else 'nothing at'} {shown(os.fspath(source))}"
-    names = _names(parent)
-    if close := difflib.get_close_matches(missing.name, names, n=1):
-        rest = path.relative_to(missing)
-        near = missing.with_name(close[0]) / rest
-        return f"{text}; did you mean {shown(str(near if is_there(near) else near.parent))}?"
-    if str(parent) in (".", "/"):
-        return f"{text}; check the path"
-    return f"{text}: the folder {str(parent)!r} holds {_listed(names)}; check the path"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return []
-
-
-def _listed(names: list[str]) -> str:
-    visible = [name for name in names if not name.startswith(".")]
-    more = f" and {len(visible) - 5} more" if len(visible) > 5 else ""
-    return ", ".join(visible[:5]) + more if visible else "nothing"
+    """That there is nothing at a path, with a close name of its folder beside it."""
+    path, close = expanded(source), []
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in path.parent.iterdir()]
+        close = difflib.get_close_matches(path.name, names, n=1)
+    advice = f"did you mean {shown(str(path.with_name(close[0])))}?" if close else "check the path"
+    return f"there is {'no file' if is_file else 'nothing at'} {shown(os.fspath(source))}; {advice}"

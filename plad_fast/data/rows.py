@@ -16,14 +16,11 @@ from plad_fast.data.chat_template import common_length
 from plad_fast.data.unicode import require_unicode
 from plad_fast.errors import UsageError
 
-# What `apply_chat_template` takes, or sets itself, and a template does not get from a row: its
-# further parameters, of whatever version of transformers, are added to these.
+# What `apply_chat_template` sets itself for a template, or takes in some version of transformers;
+# its further parameters are added to these.
 _RESERVED = frozenset(
     {
-        *("conversation", "conversations", "messages", "tokenizer", "self", "tools"),
-        *("chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
-        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+        *("conversations", "messages", "tokenizer", "self", "processor_kwargs"),
         *("raise_exception", "strftime_now", "kwargs", "namespace"),
         *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
         "mask_token",

@@ -10,8 +10,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +33,9 @@ Row = dict[str, Any]
 
 
 class RowStore:
-    """Rows by id. Make one with `open`; it is a context manager that closes the file.
+    """Rows by id. Make one with `open`; it is a context manager that closes the file."""
 
-    Raises:
-        UsageError: the file cannot be written, is no store, or is open in another process.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self._rows: dict[str, Row] = {}
         try:
@@ -49,36 +44,27 @@ class RowStore:
             self._file = path.open("a+b", buffering=0)
         except OSError as error:
             raise _unwritable(path, error) from error
-        with self._closed_on_error():
+        try:
             lock(self._file.fileno(), path)
             self._file.seek(0)
-            self._content = self._file.read()
-            # Nothing of a file that is not ours is ever cut off or overwritten.
-            if not FORMAT.begins(self._content):
-                raise UsageError(f"{path} is not a store of rows; choose another output folder")
+            self._load(self._file.read(), settings)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        fingerprint: Mapping[str, Any],
-        *,
-        overwrite: bool = False,
-    ) -> RowStore:
+    def open(cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> RowStore:
         """Opens a store of JSONL, or makes one together with its folder.
 
         A last line without an end, left by a killed run or a full disk, is cut off. Of rows with
         the same id the first counts. A store without rows takes the fingerprint that it is given:
-        the settings the rows depend on, as JSON values. `overwrite` discards what is stored.
+        the settings the rows depend on, as JSON values.
 
         Raises:
             UsageError: the file cannot be written, is no store or is damaged, is open in another
                 process, or holds rows that were made with another fingerprint.
         """
-        store = cls(Path(path).expanduser())
-        with store._closed_on_error():
-            store._load(as_json(fingerprint), overwrite)
-        return store
+        return cls(Path(path).expanduser(), as_json(fingerprint))
 
     @property
     def done(self) -> KeysView[str]:
@@ -122,21 +108,13 @@ class RowStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @contextmanager
-    def _closed_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
-
-    def _load(self, settings: dict[str, Any], overwrite: bool) -> None:
+    def _load(self, content: bytes, settings: dict[str, Any]) -> None:
+        # Nothing of a file that is not ours is ever cut off or overwritten.
+        if not FORMAT.begins(content):
+            raise UsageError(f"{self.path} is not a store of rows; choose another output folder")
         header = {**FORMAT.header, "fingerprint": settings}
-        content, self._content = self._content, b""
         first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
-        found = None
-        if first and not overwrite:
-            found = self._parse(first, 1, ("version", "fingerprint"))
+        found = self._parse(first, 1, ("version", "fingerprint")) if first else None
         if found is not None and found["version"] != FORMAT.version:
             raise UsageError(
                 f"{self.path} has format version {found['version']}, this plad_fast writes version "
@@ -190,6 +168,16 @@ def has_rows(path: str | os.PathLike[str]) -> bool:
         return False
     with path.open("rb") as file:
         return sum(1 for _ in itertools.islice(file, 2)) == 2
+
+
+def fingerprint_of(path: Path) -> dict[str, Any] | None:
+    """What a store says it was made with; None where there is no store, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline())
+        return header["fingerprint"] if header["format"] == FORMAT.name else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,6 @@ from .build import as_response as as_response
 from .build import build_answers as build_answers
 from .build import build_pairs as build_pairs
 from .generation.answer_rows import Answered as Answered
-from .generation.answering import discard_answers as discard_answers
 from .generation.answering import stored_answers as stored_answers
 from .generation.endpoint.batch import BatchModel as BatchModel
 from .generation.endpoint.chat import ChatRequest as ChatRequest

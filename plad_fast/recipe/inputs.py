@@ -26,14 +26,13 @@ from plad_fast.pairs.generation.given import column_answers
 from plad_fast.recipe.data_checks import (
     Finding,
     check_answers,
-    check_drops,
     check_rows,
     require_learnable,
     show_findings,
 )
 from plad_fast.recipe.fields import flag
+from plad_fast.recipe.run_folder import require_whole
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.stage_folder import require_whole
 
 if TYPE_CHECKING:
     from plad_fast.evaluation.students import StudentOutputs
@@ -189,10 +188,12 @@ def dropped_file(pairs: Path) -> Path:
 
 
 def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]], report: PairReport) -> None:
-    """The rows, and beside them what was dropped and why."""
+    """The rows, and beside them what was dropped and why; no file where there are no rows."""
     write_jsonl(dropped_file(path), report.drops)
     if rows:
         write_jsonl(path, rows)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def show_pairs(
@@ -213,7 +214,6 @@ def show_pairs(
     name = "" if what == "pairs" else f"{what}: "
     print(f"   {name}{' > '.join(steps)}{where}", flush=True)
     findings = check_rows(rows, what, for_training=for_training)
-    findings += check_drops(report.drops, report.total, report.unit)
     show_findings(findings)
     require_learnable(findings, "give more or other prompts, or another teacher")
 
@@ -243,9 +243,7 @@ def data_of_run(
         if dropped.exists():
             # Held-out pairs are one of each prompt, whatever is trained on.
             kind = "prompts" if file.stem == "held-out" else unit
-            report = PairReport(len(rows), read_jsonl(dropped), kind)
-            funnels[name] = report.funnel()
-            findings += check_drops(report.drops, report.total, f"{kind} ({name})")
+            funnels[name] = PairReport(len(rows), read_jsonl(dropped), kind).funnel()
         findings += check_rows(rows, name)
     findings += check_students(students)
     return {"funnels": funnels, "findings": list(dict.fromkeys(map(str, findings)))}

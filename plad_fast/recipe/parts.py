@@ -8,21 +8,25 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plad_fast.data.file_states import state_of
 from plad_fast.data.files import sync_folder, write_atomically
-from plad_fast.data.locks import cannot_write, held_folder
+from plad_fast.data.locks import cannot_write
 from plad_fast.data.places import BUILTIN
+from plad_fast.data.records import digest_of_list
 from plad_fast.data.streams import stream_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import NoPairsError
 from plad_fast.recipe.data_checks import check_rows, show_findings
-from plad_fast.recipe.dependencies import STAGES
+from plad_fast.recipe.dependencies import bound_settings
+from plad_fast.recipe.run_folder import RunFolder, Stage
+from plad_fast.recipe.setting_checks import require_outside
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.stage_folder import claim_folder
-from plad_fast.recipe.stages import LOOKED_AT, OF_PAIRS, pair_folder
+from plad_fast.recipe.stages import LOOKED_AT, MADE_BY_PAIRS, has_answers, pair_folder
 
 if TYPE_CHECKING:
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
@@ -33,8 +37,8 @@ _RESULTS = ("pairs.jsonl", "dropped.jsonl")
 def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) -> Path:
     """As `plad_fast.recipe.stages.pair_models`, with at most `size` prompts in memory at once.
 
-    Each part has a folder, `parts/00001` and so on, as `pair_models` makes one, with its prompts;
-    what they have made is joined once the last one is done. Budgets are those of all parts.
+    Each part has a folder, `parts/00001` and so on, as `pair_models` makes one, with its prompts
+    beside it; what they have made is joined once the last one is done. Budgets are those of all.
 
     Raises:
         UsageError: as `pair_models`; prompts that are not read from a file or data set; ranked
@@ -47,35 +51,35 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
             "--select ranked with --part-size needs a --list-size: each part would choose its own, "
             "and a training wants one"
         )
-    folder = Path(config.output_dir)
+    path = Path(config.output_dir)
+    if overwrite:
+        require_outside(path, config)
     places: list[Path] = []
     kept, dropped, unit = 0, Counter[str](), ""
     endpoints: dict[str, Endpoint] = {}
-    with held_folder(folder):
-        claim_folder(
-            folder,
-            "pairs",
-            {**{name: getattr(config, name) for name in OF_PAIRS}, "part_size": size},
-            results=_RESULTS,
-            overwrite=overwrite,
-            discard=lambda _: shutil.rmtree(folder / "parts", ignore_errors=True),
-            of_results=STAGES["pairs"],
-        )
+    folder = RunFolder(
+        path,
+        {**bound_settings(config, {"teacher": config.teacher}), "part_size": size},
+        command="pairs",
+        overwrite=overwrite,
+        is_bound=lambda: has_answers(path),
+        made=MADE_BY_PAIRS,
+    )
+    with closing(folder):
         rows = itertools.islice(stream_rows(config.prompts, config.split), config.limit)
         while some := [*itertools.islice(rows, size)]:
-            place = folder / "parts" / f"{len(places) + 1:05}"
-            lines = (json.dumps(row, default=str) + "\n" for row in some)
-            prompts = write_atomically(place / "prompts.jsonl", "".join(lines))
-            of_part = replace(config, prompts=str(prompts), output_dir=str(place), limit=None)
-            with held_folder(place):
-                try:
-                    _, _, report = pair_folder(of_part, endpoints)
-                except NoPairsError as error:
-                    report = error.report
-                    (place / "pairs.jsonl").unlink(missing_ok=True)
+            place = folder / f"parts/{len(places) + 1:05}"
             places.append(place)
+            print(f"part {len(places)}", flush=True)
+            lines = (json.dumps(row, default=str) + "\n" for row in some)
+            prompts = write_atomically(place.with_suffix(".jsonl"), "".join(lines))
+            of_part = replace(config, prompts=str(prompts), output_dir=str(place), limit=None)
+            try:
+                _, _, report = pair_folder(of_part, endpoints)
+            except NoPairsError as error:
+                report = error.report
+                print(f"   {report}", flush=True)
             kept, dropped, unit = kept + report.kept, dropped + Counter(report.dropped), report.unit
-            print(f"part {len(places)}: {report}", flush=True)
             halted = (f"{spec}: {each.stopped}" for spec, each in endpoints.items() if each.stopped)
             if stopped := next(halted, ""):
                 raise UsageError(
@@ -84,17 +88,24 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
                 )
         if not kept:
             raise UsageError(f"no pair is left of {config.prompts}; see {folder / 'parts'}")
-        for name in reversed(_RESULTS):
-            _join([place / name for place in places], folder / name)
-    path = folder / _RESULTS[0]
-    with path.open(encoding="utf-8") as lines_of_pairs:
+
+        def join() -> str:
+            for name in reversed(_RESULTS):
+                _join([place / name for place in places], folder / name)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            summary = f"kept {kept} of {kept + dropped.total()} {unit} in {len(places)} parts"
+            return f"{summary}: {reasons}" if reasons else summary
+
+        states = (state_of(place / name) for place in places for name in _RESULTS)
+        of_all = {"parts": f"{len(places)}, {digest_of_list(states)}"}
+        folder.stage(Stage("pairs of all parts", join, of_all, makes=_RESULTS))
+    file = folder / _RESULTS[0]
+    with file.open(encoding="utf-8") as lines_of_pairs:
         first = [*map(json.loads, itertools.islice(lines_of_pairs, LOOKED_AT))]
     show_findings(check_rows(first, f"first {len(first)} pairs", for_training=False))
     spent = "".join(f"{spec}: {endpoint.usage}\n" for spec, endpoint in endpoints.items())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    of_all = f"kept {kept} of {kept + dropped.total()} {unit} in {len(places)} parts"
-    print(f"{spent}{of_all}{f': {reasons}' if reasons else ''}\npairs: {path}", flush=True)
-    return path
+    print(f"{spent}pairs: {file}", flush=True)
+    return file
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:

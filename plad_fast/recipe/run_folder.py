@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from plad_fast.data.records import (
     digest,
     require_equal,
 )
+from plad_fast.data.store import fingerprint_of
 from plad_fast.errors import UsageError
 
 _RECORD = "run.json"
@@ -64,10 +66,11 @@ class RunFolder:
         path: of the folder.
         settings: of what is never made anew by itself; a folder made with others is refused.
         overwrite: empty a folder of an earlier run first. A folder that is not a run is refused.
+        command: whose folder it is; that of another one is refused.
         is_bound: whether anything was made yet with the settings that the folder has; until then
             it takes others. Default: whether a stage is done.
-        is_own: whether a name in the folder is that of something that runs make; where there is
-            another, `overwrite` is refused. Default: all are.
+        made: pattern of the names in the folder that runs make; where there is another,
+            `overwrite` is refused.
         check: called once the folder is held, before anything in it is written or deleted; may
             raise.
 
@@ -81,12 +84,14 @@ class RunFolder:
         path: str | os.PathLike[str],
         settings: Mapping[str, Any],
         *,
+        command: str = "distill",
         overwrite: bool = False,
         is_bound: Callable[[], bool] | None = None,
-        is_own: Callable[[str], bool] = lambda name: True,
+        made: str = ".*",
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = Path(path).expanduser()
+        self._command = command
         self._record: dict[str, Any] = {"settings": as_json(settings), "stages": {}}
         self._plan: list[Stage] = []
         self._held = ExitStack()
@@ -98,7 +103,7 @@ class RunFolder:
             anew = overwrite or bool(self._record.get("emptying"))
             if not anew and (bool(self.stages) if is_bound is None else is_bound()):
                 require_equal(self._record["settings"], as_json(settings), self.path)
-            self._require_room(is_own if anew else lambda name: True)
+            self._require_room(made if anew else ".*")
             check()
             if anew and found is not None:
                 self._empty()
@@ -272,13 +277,13 @@ class RunFolder:
         states = {name: state_of(self.path / name) for name in names}
         return {name: state for name, state in states.items() if state is not None}
 
-    def _require_room(self, is_own: Callable[[str], bool]) -> None:
+    def _require_room(self, made: str) -> None:
         """Raises UsageError where the disk is full, or something lies there that is not ours."""
         free = shutil.disk_usage(self.path).free
         if free < _KEEP_FREE:
             raise UsageError(f"only {free >> 20} MiB are free for {self.path}; make room")
         names = sorted(entry.name for entry in self.path.iterdir() if entry.name != _RECORD)
-        if others := [name for name in names if not is_own(name)]:
+        if others := [name for name in names if not re.fullmatch(made, name, re.DOTALL)]:
             raise UsageError(
                 f"{self.path} also holds {others[0]}, which no run made, so it is not emptied; "
                 f"move that elsewhere, or {ELSEWHERE}"
@@ -298,7 +303,7 @@ class RunFolder:
                 shutil.rmtree(entry) if is_tree else entry.unlink()
 
     def _write(self) -> None:
-        _FORMAT.write(self.path / _RECORD, **self._record)
+        _FORMAT.write(self.path / _RECORD, **self._record | {"command": self._command})
 
     def _read(self, overwrite: bool) -> dict[str, Any] | None:
         """The record that is there; None in a folder with nothing in it. UsageError where the
@@ -324,18 +329,42 @@ class RunFolder:
                     f"{_FORMAT.version}"
                 )
             raise UsageError(f"{path} {what}, so {self.path} is left alone; {advice}{ELSEWHERE}")
+        if (made_by := record.get("command", self._command)) != self._command:
+            raise UsageError(f"{self.path} holds the results of `plad-fast {made_by}`; {ELSEWHERE}")
         return record
 
     def _is_ours(self, record: Path) -> bool:
         """Whether a record that cannot be read is what is left of one, or lies beside our files."""
         content = record.read_bytes().rstrip(b"\0")
-        if content and _FORMAT.begins(content):
+        stores = self.path.glob("*.jsonl")  # of `pairs` and `evaluate`
+        if (content and _FORMAT.begins(content)) or any(map(fingerprint_of, stores)):
             return True
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             return "sft_share" in config and "output_dir" in config
         except (OSError, ValueError, TypeError):
             return not content and [entry.name for entry in self.path.iterdir()] == [_RECORD]
+
+
+def require_whole(rows: Path) -> None:
+    """Refuses (UsageError) a file of pairs that a run made and that has the first of its rows and
+    no more, and the folder that holds such a file."""
+    if any((folder / _RECORD).is_file() for folder in (rows, rows.parent)):
+        for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
+            if (rows / name).is_file():
+                raise UsageError(f"{rows} is a folder of plad-fast; give the file {rows / name}")
+    made: dict[Path, Any] = {}
+    for folder in (rows.parent, rows.parent.parent):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            stages = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["stages"]
+            for stage in stages.values():
+                made |= {folder / name: state for name, state in stage["made"].items()}
+    found = changes(str(rows), rows, made[rows], grown=False) if rows in made else []
+    if cut := next((change.text for change in found if change.kind == "cut"), None):
+        raise UsageError(
+            f"{cut}, so it was cut off: run the command that made it again, or copy the file "
+            "elsewhere if this part of it is meant"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from plad_fast.checks import shown
 from plad_fast.errors import UsageError
@@ -14,7 +14,9 @@ from plad_fast.recipe.fields import AT_LEAST_1, POSITIVE, checked, flag, free_se
 from plad_fast.recipe.settings import DistillConfig
 
 if TYPE_CHECKING:
-    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    Values: TypeAlias = CategoricalDistribution | FloatDistribution
 
 _FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 # Of the pairs and of the training on them alone: all before is made once, and the scorer opened.
@@ -51,36 +53,13 @@ class TuneConfig:
                 object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
 
 
-class Range(NamedTuple):
-    """Numbers from `low` to `high`, both included."""
-
-    low: float
-    high: float
-
-    @property
-    def is_log(self) -> bool:
-        return self.low > 0 and self.high / self.low >= _LOG_FROM
-
-    def __str__(self) -> str:
-        return f"{self.low}..{self.high}{' (log)' if self.is_log else ''}"
-
-
-class Choice(NamedTuple):
-    """Some values."""
-
-    values: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        return ", ".join("none" if value is None else str(value) for value in self.values)
-
-
 @dataclass(frozen=True)
 class SearchSpace:
     """The values of the settings that are searched."""
 
     config: DistillConfig
-    by_loss: Mapping[str, Mapping[str, Range | Choice]]
-    """Loss -> setting -> its values, in the order of suggestion."""
+    by_loss: Mapping[str, Mapping[str, Values]]
+    """Loss -> setting -> its values."""
 
     @classmethod
     def of(cls, config: DistillConfig, search: Any, fixed: Collection[str] = ()) -> SearchSpace:
@@ -96,16 +75,15 @@ class SearchSpace:
         """
         given = {key.replace("-", "_"): value for key, value in _mapping(search).items()}
         losses = _read("loss", given.pop("loss", config.loss), "search: loss")
-        assert isinstance(losses, Choice)
-        by_loss = {}
-        for loss in losses.values:
+        by_loss: dict[str, dict[str, Values]] = {}
+        for loss in (names := _ends(losses)):
             space = {n: v for n, v in _defaults(config, loss).items() if n not in fixed}
             for key, value in given.items():
                 of_loss, dot, name = key.rpartition(".")
-                if dot and of_loss not in losses.values:
+                if dot and of_loss not in names:
                     raise UsageError(
                         f"search: {key}: {shown(of_loss)} is none of the losses searched, "
-                        f"{losses}; name it in loss"
+                        f"{', '.join(names)}; name it in loss"
                     )
                 if name == "loss":
                     raise UsageError(f"search: {key} is no setting of a loss; name a setting")
@@ -118,8 +96,10 @@ class SearchSpace:
 
     def settings(self) -> dict[str, Any]:
         """As JSON values."""
+        from optuna.distributions import distribution_to_json
+
         return {
-            loss: {name: str(options) for name, options in space.items()}
+            loss: {name: distribution_to_json(values) for name, values in space.items()}
             for loss, space in self.by_loss.items()
         }
 
@@ -152,8 +132,7 @@ class SearchSpace:
                     state=TrialState.FAIL if score is None else TrialState.COMPLETE,
                     value=score,
                     params={"loss": settings["loss"]} | {names[n]: settings[n] for n in space},
-                    distributions={"loss": of_loss}
-                    | {names[n]: _distribution(options) for n, options in space.items()},
+                    distributions={"loss": of_loss} | {names[n]: space[n] for n in space},
                 )
             )
         if not trials:
@@ -161,13 +140,15 @@ class SearchSpace:
             loss = first.pop("loss")
             named = {self._parameter(loss, name): value for name, value in first.items()}
             study.enqueue_trial({"loss": loss, **named})
-        trial = study.ask()
-        loss = trial.suggest_categorical("loss", of_loss.choices)
-        assert isinstance(loss, str)
-        settings = {"loss": loss}
-        for name, options in self.by_loss[loss].items():
-            settings[name] = _suggest(trial, self._parameter(loss, name), options)
-        return settings
+        every = {
+            self._parameter(loss, name): values
+            for loss, space in self.by_loss.items()
+            for name, values in space.items()
+        }
+        found = study.ask({"loss": of_loss, **every}).params
+        loss = found["loss"]
+        own = {name: found[self._parameter(loss, name)] for name in self.by_loss[loss]}
+        return {"loss": loss, **own}
 
     def _parameter(self, loss: str, name: str) -> str:
         """What Optuna knows a setting by: of one loss, unless it has the same values for all."""
@@ -177,21 +158,23 @@ class SearchSpace:
 
     def _first(self) -> dict[str, Any]:
         """The settings as they are, and the first value of those that lie outside the space."""
+        from optuna.distributions import FloatDistribution
+
         loss = self.config.loss if self.config.loss in self.by_loss else next(iter(self.by_loss))
         first: dict[str, Any] = {"loss": loss}
-        for name, options in self.by_loss[loss].items():
-            value, values = _own(self.config, loss, name), _values(options)
-            inside = value in values
-            if isinstance(options, Range):
-                inside = value is not None and options.low <= value <= options.high
-            first[name] = value if inside else values[0]
+        for name, values in self.by_loss[loss].items():
+            value, ends = _own(self.config, loss, name), _ends(values)
+            inside = value in ends
+            if isinstance(values, FloatDistribution):
+                inside = value is not None and values.low <= value <= values.high
+            first[name] = value if inside else ends[0]
         return first
 
     def _check(self) -> None:
         """Every value beside the first ones of the other settings."""
         for loss, space in self.by_loss.items():
-            start = {name: _values(options)[0] for name, options in space.items()}
-            every = [(name, value) for name in space for value in _values(space[name])]
+            start = {name: _ends(values)[0] for name, values in space.items()}
+            every = [(name, value) for name in space for value in _ends(space[name])]
             for name, value in [("loss", loss), *every]:
                 try:
                     replace(self.config, **{**start, "loss": loss, name: value})
@@ -218,8 +201,10 @@ def _mapping(search: Any) -> dict[str, Any]:
     return found
 
 
-def _read(name: str, value: Any, where: str) -> Range | Choice:
+def _read(name: str, value: Any, where: str) -> Values:
     """The values of a setting from a flag or a file; UsageError that begins with `where`."""
+    from optuna.distributions import CategoricalDistribution
+
     if name not in _SEARCHED:
         what = "is the same in all trials" if name in _FIELDS else "is no setting"
         raise UsageError(
@@ -232,7 +217,7 @@ def _read(name: str, value: Any, where: str) -> Range | Choice:
             raise UsageError(f"{where}: {flag(name)} has no range; list its values")
         if ends[0] >= ends[1]:
             raise UsageError(f"{where}: {value} must be a range, the lower end first")
-        return Range(*(checked(field, end) for end in ends))
+        return _range(*(checked(field, end) for end in ends))
     if isinstance(value, str) and name != "loss_args":
         value = value.split(",")
     listed = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -245,20 +230,22 @@ def _read(name: str, value: Any, where: str) -> Range | Choice:
         read.append(checked(field, value_of))
     if len(set(map(repr, read))) < len(read):
         raise UsageError(f"{where} has a value twice: {shown(value)}")
-    return Choice(tuple(read))
+    return CategoricalDistribution(read)
 
 
-def _defaults(config: DistillConfig, loss: str) -> dict[str, Range | Choice]:
+def _defaults(config: DistillConfig, loss: str) -> dict[str, Values]:
+    from optuna.distributions import CategoricalDistribution as Choice
+
     from plad_fast.losses.registry import get_loss
 
     spec = get_loss(loss)
-    space: dict[str, Range | Choice] = {
-        "learning_rate": Range(3e-6, 1e-4),
+    space: dict[str, Values] = {
+        "learning_rate": _range(3e-6, 1e-4),
         "epochs": Choice((1.0, 2.0, 4.0)),
     }
     beta = spec.options.get("beta")
     if isinstance(beta, float):
-        space["beta"] = Range(beta / 10, beta * 10)
+        space["beta"] = _range(beta / 10, beta * 10)
     if not spec.is_likelihood:
         space["sft_weight"] = Choice((0.0, 0.1, 0.3, 1.0))
         if spec.length_normalized:
@@ -279,20 +266,16 @@ def _own(config: DistillConfig, loss: str, name: str) -> Any:
     return value
 
 
-def _values(options: Range | Choice) -> tuple[Any, ...]:
+def _range(low: float, high: float) -> FloatDistribution:
+    from optuna.distributions import FloatDistribution
+
+    return FloatDistribution(low, high, log=low > 0 and high / low >= _LOG_FROM)
+
+
+def _ends(values: Values) -> tuple[Any, ...]:
     """Those of a choice, or the ends of a range."""
-    return options.values if isinstance(options, Choice) else tuple(options)
+    from optuna.distributions import FloatDistribution
 
-
-def _distribution(options: Range | Choice) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if isinstance(options, Choice):
-        return CategoricalDistribution(options.values)
-    return FloatDistribution(options.low, options.high, log=options.is_log)
-
-
-def _suggest(trial: optuna.Trial, name: str, options: Range | Choice) -> Any:
-    if isinstance(options, Choice):
-        return trial.suggest_categorical(name, options.values)
-    return trial.suggest_float(name, options.low, options.high, log=options.is_log)
+    if isinstance(values, FloatDistribution):
+        return values.low, values.high
+    return values.choices

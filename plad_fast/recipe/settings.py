@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.places import BUILTIN, OFFLINE
-from plad_fast.data.places import expanded as expanded_path
 from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import (
     AT_LEAST_1,
@@ -25,6 +24,7 @@ from plad_fast.recipe.fields import (
     one_of,
     setting,
 )
+from plad_fast.recipe.setting_checks import check_adapters, check_together, expanded, require_with
 
 if TYPE_CHECKING:
     from plad_fast.pairs.select import PairFilters
@@ -280,76 +280,10 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
-        # `--help` loads no torch.
-        from plad_fast.losses.objective import check_settings
-        from plad_fast.losses.registry import get_loss
-        from plad_fast.pairs.build import require_selection
-        from plad_fast.pairs.generation.endpoint.access import check_variable
-        from plad_fast.pairs.generation.sources import require_teacher
-
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         object.__setattr__(self, "output_dir", expanded(self.output_dir))
-        check_variable(self.api_key_env)  # before it gets into any file
-        for teacher in self.teachers:
-            if teacher != OFFLINE:
-                require_teacher(teacher, "--teacher")
-        self._check_teachers()
-        require_selection(
-            self.select,
-            has_scores=self.scorer is not None,
-            filters=self.pair_filters(),
-            list_size=self.list_size,
-        )
-        for name in ("actors", "gpus_per_actor"):
-            if self.engine != "ray" and getattr(self, name) is not None:
-                raise UsageError(f"{flag(name)} is of Ray's actors; add --engine ray, or drop it")
-        if (self.price_in is None) != (self.price_out is None):
-            raise UsageError("--price-in and --price-out belong together; give both")
-        if get_loss(self.loss).needs_scores and self.scorer is None:
-            raise UsageError(f"--loss {self.loss} needs scores of the answers; choose a --scorer")
-        temperatures, turns = self.temperatures, len(self.sample_turns)
-        for samples, temperature, are_same in (
-            ("teacher_samples", "teacher_temperature", self.teacher_temperature == 0),
-            ("student_samples", "student_temperature", min(temperatures) == 0),
-            ("calibration_samples", "student_temperature", max(temperatures) == 0),
-        ):
-            count = getattr(self, samples)
-            if are_same and count > (turns if samples == "student_samples" else 1):
-                raise UsageError(
-                    f"{flag(samples)} {count} would give the same answer several times at "
-                    f"{flag(temperature)} 0; raise it"
-                )
-        check_settings(self.loss, vars(self), flag)
-        check_adapters(vars(self))
-        if self.load_in_4bit and not self.merge:
-            raise UsageError(
-                "--load-in-4bit: preference training begins with the fine-tuned student, which can "
-                "be quantised only as a whole model; add --merge"
-            )
-        size = self.micro_batch_size
-        if size is not None and (self.batch_size % size or self.sft_batch_size % size):
-            raise UsageError(
-                f"--micro-batch-size must divide --batch-size {self.batch_size} and "
-                f"--sft-batch-size {self.sft_batch_size}, got {size}"
-            )
-
-    def _check_teachers(self) -> None:
-        if twice := [name for name in self.teachers if self.teachers.count(name) > 1]:
-            raise UsageError(
-                f"--teacher {twice[0]} stands there twice; for several answers of one teacher give "
-                "--teacher-samples"
-            )
-        if len(self.teachers) > 1 and self.scorer is None:
-            raise UsageError(
-                f"no scorer decides between the teachers {', '.join(self.teachers)}; choose a "
-                "--scorer"
-            )
-
-        if self.batch and not any(name.startswith("openai:") for name in self.teachers):
-            raise UsageError(
-                f"--batch is for teachers of openai:MODEL, and there is {', '.join(self.teachers)}"
-            )
+        check_together(self)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -485,27 +419,4 @@ def check_training(settings: Mapping[str, Any]) -> None:
             checked(field, settings[field.name])
     check_settings(settings["loss"], settings, flag)
     check_adapters(settings)
-    _require("eval_pairs", settings, ("eval_steps", "metric_for_best_model"))
-
-
-def check_adapters(settings: Mapping[str, Any]) -> None:
-    """Raises UsageError for settings of adapters where there are none."""
-    names = ("lora_alpha", "lora_targets", "lora_dropout", "load_in_4bit", "merge")
-    _require("lora_r", settings, names)
-
-
-def _require(needed: str, settings: Mapping[str, Any], names: Sequence[str]) -> None:
-    given = [name for name in names if settings.get(name)]
-    if given and settings.get(needed) is None:
-        raise UsageError(f"{flag(given[0])} does nothing without {flag(needed)}")
-
-
-def expanded(output_dir: str) -> str:
-    """An output folder with `~` spelt out, which a shell leaves to us in `--output-dir=~/runs`;
-    UsageError where nobody has that home folder, or it is no name of a folder."""
-    if not output_dir.strip():
-        raise UsageError("--output-dir is empty; give a folder to write into")
-    try:
-        return str(expanded_path(output_dir))
-    except UsageError as error:
-        raise UsageError(f"--output-dir {error}") from None
+    require_with("eval_pairs", settings, ("eval_steps", "metric_for_best_model"))

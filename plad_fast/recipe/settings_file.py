@@ -18,11 +18,12 @@ from plad_fast.recipe.settings import DistillConfig, PairsConfig, TrainConfig
 _MOST_BYTES = 2**20
 _DEEPEST = 100
 _LONGEST = 200  # characters of what the YAML library says
-_KINDS = {
-    field.name: str(field.type)
+FIELDS = {
+    field.name: field
     for settings in (DistillConfig, TrainConfig, PairsConfig, TuneConfig)
     for field in dataclasses.fields(settings)
 }
+"""Of all commands' settings, by name."""
 
 
 def load_settings(
@@ -45,7 +46,7 @@ def load_settings(
             no setting or stands there twice, or aliases, by which a short file can stand for one
             of any length.
     """
-    known = sorted(_KINDS if names is None else names)
+    known = sorted(FIELDS if names is None else names)
     settings = {}
     for key, value in _read(path).items():
         name = key.replace("-", "_")
@@ -62,7 +63,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
     stand for no value."""
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
-    return read_value(_KINDS.get(name, "str"), value, where)
+    return read_value(str(FIELDS[name].type) if name in FIELDS else "str", value, where)
 
 
 def _read(file: str | Path) -> dict[str, Any]:

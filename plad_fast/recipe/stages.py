@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from itertools import islice
+from contextlib import closing, nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
 from plad_fast.data.places import is_there
-from plad_fast.data.records import ELSEWHERE, as_json
+from plad_fast.data.records import ELSEWHERE
+from plad_fast.data.store import fingerprint_of, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
-from plad_fast.pairs.generation.answering import discard_answers
+from plad_fast.pairs.build import PairReport
 from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
-from plad_fast.recipe.dependencies import STAGES
+from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import (
     dropped_file,
     load_recipe_prompts,
-    prompts_digest,
+    read_jsonl,
     read_pairs,
     show_pairs,
     stream_pairs,
 )
-from plad_fast.recipe.settings import SELECTION, DistillConfig, check_training, expanded
-from plad_fast.recipe.stage_folder import claim_folder, record_rows
+from plad_fast.recipe.run_folder import RunFolder, Stage
+from plad_fast.recipe.setting_checks import expanded, require_outside
+from plad_fast.recipe.settings import DistillConfig, check_training
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.launch import check_launch
@@ -36,17 +37,16 @@ from plad_fast.training.train import adapters_and_arguments, train_model
 from plad_fast.training.trained_folders import discard_training, is_trained
 
 if TYPE_CHECKING:
-    from plad_fast.pairs.build import PairReport
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 
 LOOKED_AT = 10_000
 """The first pairs, for findings, where not all are held."""
 
-# The endpoint's address is among what the teacher is known by.
-OF_PAIRS = (
-    *("teacher", "teacher_samples", "student_samples", *SELECTION),
-    *("max_new_tokens", "teacher_temperature", "student_temperature", "top_p", "seed"),
+MADE_BY_PAIRS = (
+    r"(pairs|dropped|teacher|student|scores|verdicts)\b.*\.jsonl?|parts|plad-fast-error\.log|"
+    r"\..+\.tmp"
 )
+"""Pattern of the names in the folder of `plad-fast pairs`; what else lies there is the user's."""
 
 
 def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
@@ -57,74 +57,79 @@ def pair_models(config: DistillConfig, *, overwrite: bool = False) -> Path:
 
     Args:
         config: teacher, student, prompts, sampling, scoring and output folder; what trains plays no
-            part.
-        overwrite: discard the answers and scores stored there.
+            part. In a folder made with others, what depends on what has changed is made anew; one
+            with answers of another teacher is refused.
+        overwrite: start anew in a folder of earlier pairs.
 
     Raises:
         UsageError: no student is named; from loading, generation, scoring or storing; when no pair
-            is left; where other prompts, models or settings, or another command, have made the
-            folder, and while another process is at work in it.
+            is left; where another command has made the folder, and while another process is at
+            work in it.
     """
-    with held_folder(Path(config.output_dir)):
-        texts, rows, report = pair_folder(config, {}, overwrite=overwrite)
-        path = texts.pairs_file("pairs")
-        show_pairs(rows, report, path, for_training=False)  # others may be joined to them
-        spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
-        print(f"{spent}{report}\npairs: {path}", flush=True)
+    texts, rows, report = pair_folder(config, {}, overwrite=overwrite)
+    path = texts.pairs_file("pairs")
+    show_pairs(rows, report, path, for_training=False)  # others may be joined to them
+    spent = "".join(f"{name}: {usage}\n" for name, usage in texts.usage().items())
+    print(f"{spent}pairs: {path}", flush=True)
     return path
 
 
 def pair_folder(
     config: DistillConfig, endpoints: dict[str, Endpoint], *, overwrite: bool = False
 ) -> tuple[RecipeTexts, list[dict[str, Any]], PairReport]:
-    """What `pair_models` makes, in a folder that the caller holds; `endpoints` as in `Teachers`."""
+    """What `pair_models` makes, without a word on the pairs; `endpoints` as in `Teachers`."""
     if config.student is None:
         raise UsageError("pairs are made of two models; name the second with --student")
-    folder = Path(config.output_dir)
-    prompts = load_recipe_prompts(config)
+    path, prompts = Path(config.output_dir), load_recipe_prompts(config)
+    if overwrite:
+        require_outside(path, config)
     source = find_model(config.student, "--student")
     check_loadable(source)
     tokenizer = load_tokenizer(source)
     require_tools(config, prompts, tokenizer)
-    texts = RecipeTexts(config, prompts, answers=folder, pairs=folder, endpoints=endpoints)
-    texts.try_endpoints(texts.scorer, overwrite=overwrite)
-    path = texts.pairs_file("pairs")
-    student_made_by = texts.student_made_by(config.student, source)
-    settings: dict[str, Any] = {
-        **{name: getattr(config, name) for name in OF_PAIRS},
-        **{f"teacher's {name}": value for name, value in texts.teachers.made_by.items()},
-        **{f"student's {name}": value for name, value in student_made_by.items()},
-        "prompts": prompts_digest(prompts),
-    }
-
-    def discard(_: Mapping[str, Any]) -> None:
-        discard_answers(
-            *texts.stores, folder / "student.jsonl", *folder.glob("student.turn?.jsonl")
-        )
-
-    def has_fewer_prompts(found: Mapping[str, Any]) -> bool:
-        if "prompts" not in found:  # made in parts, which have records of their own
-            return False
-        first = prompts_digest(prompts[: int(found["prompts"].split()[0])])
-        others = {**found, "prompts": settings["prompts"]}
-        return found["prompts"] == first and others == as_json(settings)
-
-    claim_folder(
-        folder,
-        "pairs",
-        settings,
-        results=[path.name, dropped_file(path).name],
+    texts = RecipeTexts(config, prompts, answers=path, pairs=path, endpoints=endpoints)
+    stored = [
+        *texts.teachers.stores,
+        *(texts.samples_file(1, turn) for turn in config.sample_turns),
+    ]
+    file = texts.pairs_file("pairs")
+    folder = RunFolder(
+        path,
+        bound_settings(config, texts.teachers.made_by),
+        command="pairs",
         overwrite=overwrite,
-        discard=discard,
-        extends=has_fewer_prompts,
-        of_results=STAGES["pairs"],
+        is_bound=lambda: has_answers(path),
+        made=MADE_BY_PAIRS,
+        check=lambda: texts.try_endpoints(texts.scorer, overwrite=overwrite),
     )
-    texts.teachers.ask()
-    student = (source, "student")
-    samples = texts.samples_in_turn(prompts, [student], made_by=config.student)
-    rows, report = texts.make_pairs(prompts, samples, tokenizer, "pairs")
-    record_rows(folder, path.name)
-    return texts, rows, report
+    with closing(folder):
+        # Also where all pairs are made: what could not be answered is asked for again.
+        texts.teachers.ask(renew=True)
+        samples = texts.samples_in_turn(
+            prompts, [(source, "student")], made_by=config.student, others_aside=True
+        )
+        drawn = {name: getattr(config, name) for name in ("teacher_samples", "student_samples")}
+        scored = {} if texts.scorer is None else texts.scorer.settings()
+        folder.stage(
+            Stage(
+                "pairs",
+                lambda: str(texts.make_pairs(prompts, samples, tokenizer, "pairs")[1]),
+                stage_settings(
+                    config, "pairs", prompts=prompts, references=True, **drawn, **scored
+                ),
+                reads=[store.name for store in stored],
+                makes=[file.name, dropped_file(file).name],
+            )
+        )
+        rows = texts.pairs("pairs")
+        unit = "pairs" if config.select == "all" else "prompts"
+        return texts, rows, PairReport(len(rows), read_jsonl(dropped_file(file)), unit)
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether a teacher has answered in a folder of `plad-fast pairs`, or in a part of it."""
+    stores = chain(folder.glob("teacher*.jsonl"), folder.glob("parts/*/teacher*.jsonl"))
+    return any(fingerprint_of(store) is not None and has_rows(store) for store in stores)
 
 
 def train_on_pairs(

@@ -15,12 +15,12 @@ from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.models.team import size
 from plad_fast.pairs.generation.answer_rows import Answered, batch_record, collect
-from plad_fast.pairs.generation.answering import renew_answers, stored_answers
+from plad_fast.pairs.generation.answering import AskingError, renew_answers, stored_answers
 from plad_fast.pairs.generation.endpoint.batch import require_prompts
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import split_spec, teacher_fingerprint
-from plad_fast.pairs.generation.text_model import Answer, Batches, TextModel, Wanted
+from plad_fast.pairs.generation.text_model import Answer, TextModel
 from plad_fast.pairs.scoring.scorers import Scorer
 from plad_fast.pairs.scoring.stored import score_answers
 from plad_fast.pairs.select import is_usable
@@ -53,6 +53,12 @@ class _Teacher:
     @property
     def settings(self) -> dict[str, Any]:
         return {**self.made_by, **self.sampling.settings()}
+
+    def take_model(self) -> TextModel:
+        """The model, which nothing else holds any more."""
+        assert self.model is not None
+        model, self.model = self.model, None
+        return model
 
 
 class Teachers:
@@ -160,14 +166,14 @@ class Teachers:
         Of several, one that fails on the way loses what it has not answered, with a warning;
         UsageError where all do."""
         every = Answered({}, [])
-        errors: list[UsageError] = []
+        errors: list[AskingError] = []
         for teacher in self._all:
             if renew:
                 renew_answers(teacher.store, self._prompts, teacher.sampling, teacher.settings)
-            model = _Watched(teacher)
+            sharded = getattr(teacher.model, "sharded", False)
             try:
                 answered = stored_answers(
-                    model.load,
+                    teacher.take_model,
                     self._prompts,
                     teacher.store,
                     teacher.sampling,
@@ -175,15 +181,14 @@ class Teachers:
                     to_the_end=True,
                     reasoning=self._reasoning,
                 )
-            except UsageError as error:
+            except AskingError as error:
                 # Other processes with a share of it have ended.
-                is_shared = size() > 1 and model.sharded
-                if len(self._all) == 1 or not model.has_failed or is_shared:
+                if len(self._all) == 1 or (size() > 1 and sharded):
                     raise
                 logger.warning("%s is asked no more, and the others are: %s", teacher.spec, error)
                 errors.append(error)
                 continue
-            if not model.was_loaded:  # all is stored, also what a kill left in a record of batches
+            if teacher.model is not None:  # all is stored, also what a kill left in a record
                 batch_record(teacher.store).unlink(missing_ok=True)
             for prompt_id, answers in answered.answers.items():
                 every.answers.setdefault(prompt_id, []).extend(answers)
@@ -247,35 +252,3 @@ def require_tools(
                 "student, whose chat template is another; serve the teacher with a parser of calls "
                 "(vllm serve --enable-auto-tool-choice) and name it as openai:MODEL"
             )
-
-
-class _Watched(TextModel):
-    """A teacher's model, and whether it failed once it had begun to answer."""
-
-    sharded = False
-
-    def __init__(self, teacher: _Teacher) -> None:
-        self._teacher = teacher
-        self.name = ""
-        self.was_loaded = self.has_failed = False
-
-    def load(self) -> TextModel:
-        """Itself, with the model; nothing else holds that any more."""
-        assert self._teacher.model is not None
-        self._model, self._teacher.model = self._teacher.model, None
-        self.was_loaded = True
-        self.name = self._model.name
-        self.sharded = getattr(self._model, "sharded", False)
-        return self
-
-    def generate_samples(self, wanted: Wanted, sampling: Sampling) -> Batches:
-        batches = self._model.generate_samples(wanted, sampling)
-
-        def watched() -> Batches:
-            try:
-                yield from batches
-            except UsageError:
-                self.has_failed = True
-                raise
-
-        return watched()

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plad_fast.checks import require_packages
 from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import digest, model_digest
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answering import stored_answers
-from plad_fast.pairs.generation.ray_model import require_ray
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import LazyLocalModel, open_local_model
 from plad_fast.pairs.generation.text_model import Answer
@@ -59,7 +59,7 @@ class RecipeTexts:
         self.scores_file, self.verdicts_file = pairs / "scores.jsonl", pairs / "verdicts.jsonl"
         self._pairs = pairs
         if config.engine == "ray":
-            require_ray()
+            require_packages("ray")
         self.scorer = None
         if config.scorer is not None:
             self.scorer = open_scorer(config, config.scorer, self.verdicts_file, endpoints)

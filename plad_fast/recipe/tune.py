@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plad_fast.checks import require_packages
 from plad_fast.data.files import write_atomically
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
@@ -18,7 +19,6 @@ from plad_fast.pairs.build import NoPairsError
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.recipe.data_checks import NothingToLearnError
 from plad_fast.recipe.distillation import Distillation, opened_run
-from plad_fast.recipe.doctor import require_packages
 from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig

@@ -96,7 +96,7 @@ def test_a_killed_run_loses_at_most_its_last_batch_and_leaves_no_lock(path):
             assert len(store.done) >= 8 * (announced - 2)
 
 
-def test_other_settings_are_named_and_may_be_overwritten(path):
+def test_other_settings_are_named(path):
     with RowStore.open(path, SETTINGS) as store:
         store.append(rows("a"))
     changed = {"model": "m", "sampling": {"temperature": 0.5, "stop": ["a", "b"]}, "new": 1}
@@ -107,10 +107,6 @@ def test_other_settings_are_named_and_may_be_overwritten(path):
     assert "model" not in message
     assert "stop" not in message
     assert "--overwrite" in message
-    with RowStore.open(path, changed, overwrite=True) as store:
-        assert not store.done
-    with RowStore.open(path, changed) as store:
-        assert not store.done
 
 
 def test_a_store_without_rows_takes_other_settings(path):
@@ -122,13 +118,12 @@ def test_a_store_without_rows_takes_other_settings(path):
         RowStore.open(path, SETTINGS)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("content", [b'{"prompt": "a"}\n', b"no newline", b"\0\1"])
-def test_a_file_of_another_kind_is_left_alone(path, content, overwrite):
+def test_a_file_of_another_kind_is_left_alone(path, content):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is not a store of rows"):
-        RowStore.open(path, SETTINGS, overwrite=overwrite)
+        RowStore.open(path, SETTINGS)
     assert path.read_bytes() == content
 
 

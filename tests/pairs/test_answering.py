@@ -11,7 +11,7 @@ import pytest
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
-from plad_fast.pairs.generation.answering import discard_answers, stored_answers
+from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.given import ColumnModel
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
@@ -175,7 +175,7 @@ def test_no_id_is_that_of_another_prompts_sample(tmp_path):
     assert texts(answered) == {p.id: [f"{p.id}/{k}" for k in range(3)] for p in prompts}
 
 
-def test_stored_answers_can_be_discarded(tmp_path):
+def test_answers_of_another_model_are_refused(tmp_path):
     def ask(model, **options):
         return stored_answers(
             lambda: model, PROMPTS, tmp_path / "a.jsonl", Sampling(),
@@ -187,7 +187,7 @@ def test_stored_answers_can_be_discarded(tmp_path):
     again = Scripted()
     with pytest.raises(UsageError, match="model was 'old' and is 'new'"):
         ask(again, fingerprint={"model": "new"})
-    discard_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").unlink()
     ask(again, fingerprint={"model": "new"})
     assert len(again.asked) == len(PROMPTS)
     assert not (tmp_path / "a.failed.jsonl").exists()

@@ -14,7 +14,7 @@ from plad_fast.cli import main
 from plad_fast.data.store import RowStore
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_model, load_tokenizer
-from plad_fast.pairs.generation.answering import discard_answers, stored_answers
+from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.shards import share
@@ -135,17 +135,13 @@ def test_what_the_first_process_refuses_ends_both(folder):
     assert all("was made with other settings" in error for error in errors)
 
 
-def test_shares_of_other_settings_are_discarded_on_demand_only(tiny_teacher, tmp_path, expected):
+def test_shares_of_other_settings_are_refused(tiny_teacher, tmp_path):
     share = tmp_path / "answers.rank1of3.jsonl"
     with RowStore.open(share, {"seed": 9}) as store:
         store.append([{"id": "a"}])
     with pytest.raises(UsageError, match=r"answers.rank1of3.jsonl was made with other settings"):
         single(tiny_teacher, tmp_path)
-    discard_answers(tmp_path / "answers.jsonl")
-    assert not share.exists()
-    assert single(tiny_teacher, tmp_path) == expected
-    discard_answers(tmp_path / "answers.jsonl")
-    assert not list(tmp_path.iterdir())
+    assert share.exists()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -10,7 +10,6 @@ from plad_fast.cli import main
 from plad_fast.errors import UsageError
 from plad_fast.recipe.data_checks import (
     check_answers,
-    check_drops,
     check_overlap,
     check_rows,
     data_block,
@@ -128,16 +127,6 @@ def test_answers_of_one_author():
     assert finding.hopeless
     [finding] = check_answers(["", "a b", "c d", "e"], "answers of A")
     assert finding.text == "1 of 4 answers of A hold no word, such as ''"
-
-
-def test_one_reason_that_most_was_dropped_for():
-    drops = [{"id": f"i{n}", "reason": "truncated", "of": ["teacher"]} for n in range(6)]
-    drops += [{"id": "z", "reason": "identical"}]
-    [finding] = check_drops(drops, 10, "prompts")
-    assert finding.text == (
-        "6 of 10 prompts dropped as truncated (answers of the teacher), such as 'i0'"
-    )
-    assert check_drops(drops, 20, "prompts") == []
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,27 @@ def test_killed_extended_and_refused(tiny_teacher, prompts, tmp_path, capsys):
     for extra, message in (
         (["--part-size", "6"], "part_size was 8 and is 6"),
         ([], "part_size was 8 and is 'not set'"),
-        (["--part-size", "8", "--top-p", "0.5"], "top_p was 1.0 and is 0.5"),
+        (
+            ["--part-size", "8", "--teacher-temperature", "0.5"],
+            "teacher_temperature was 1.0 and is",
+        ),
         (["--part-size", "8", "--scorer", "length", "--select", "ranked"], "needs a --list-size"),
     ):
         assert main(command(tiny_teacher, prompts, out, *extra)) == 2
         assert message in capsys.readouterr().err
+    other = ("--top-p", "0.5")  # of the student's alone
+    kill_at(
+        "recipe.texts.build_pairs",
+        2,
+        command(tiny_teacher, prompts, out, "--part-size", "8", *other),
+    )
+    assert rows(out / "pairs.jsonl") == rows(tmp_path / "whole" / "pairs.jsonl")
+    assert main(command(tiny_teacher, prompts, out, "--part-size", "8", *other)) == 0
+    assert main(command(tiny_teacher, prompts, tmp_path / "whole", *other)) == 0
+    assert rows(out / "pairs.jsonl") == rows(tmp_path / "whole" / "pairs.jsonl")
     anew = command(tiny_teacher, prompts, out, "--part-size", "12", "--overwrite")
     assert main(anew) == 0
-    assert sorted(place.name for place in (out / "parts").iterdir()) == ["00001", "00002"]
+    assert sorted(place.stem for place in (out / "parts").glob("*.jsonl")) == ["00001", "00002"]
 
 
 def test_a_budget_is_of_all_parts(tiny_teacher, tmp_path, capsys):

@@ -106,11 +106,11 @@ def test_overwriting_is_refused_where_something_lies_that_no_run_made(tmp_path):
     (run / "prompts.jsonl").write_text("{}")
     for _ in range(2):
         with pytest.raises(UsageError, match=r"also holds prompts\.jsonl"):
-            RunFolder(run, {"a": 2}, overwrite=True, is_own=lambda name: name == "sft")
+            RunFolder(run, {"a": 2}, overwrite=True, made="sft")
     assert (run / "sft").exists()
     assert (run / "prompts.jsonl").exists()
     (run / "prompts.jsonl").unlink()
-    RunFolder(run, {"a": 2}, overwrite=True, is_own=lambda name: name == "sft").close()
+    RunFolder(run, {"a": 2}, overwrite=True, made="sft").close()
     assert [path.name for path in run.iterdir()] == ["run.json"]
 
 

@@ -1,4 +1,5 @@
-"""`plad-fast train`: its settings, and the trainings that are recognised, resumed or refused."""
+"""`plad-fast pairs` and `train`: their settings, and the results that are recognised, made anew or
+refused."""
 
 from __future__ import annotations
 
@@ -18,10 +19,19 @@ from plad_fast import PLaDConfig, PLaDTrainer, losses
 from plad_fast.cli import main
 from plad_fast.data.locks import locked
 from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig, TrainConfig, flag
 from plad_fast.training.train import train_model
 from tests.support.loss_options import REQUIRED
-from tests.support.recipe_runs import changed_copy, content, kill_at, train, write_pairs
+from tests.support.recipe_runs import (
+    changed_copy,
+    content,
+    evaluate,
+    kill_at,
+    pair,
+    train,
+    write_pairs,
+)
 from tests.support.saved_trainings import interrupted
 from tests.support.trainings import PAIRS
 
@@ -75,7 +85,7 @@ ONE_OF_A_KIND = ("sft", "plad_ranking", "plad_listwise", "dpo", "kto")
     ],
 )
 def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_path):
-    """The loss of the first step on the same pairs, with nothing set but the loss's name."""
+    """The loss of the first step on the same pairs, with the defaults of the command."""
     rows = [{**row, "chosen_score": 0.5, "rejected_score": 0.25} for row in PAIRS[:4]]
     loss_args = json.dumps(REQUIRED.get(loss, {}))
     common = {"loss": loss, "learning_rate": 1e-3}
@@ -92,6 +102,7 @@ def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_
             str(tmp_path / "run"),
             **common,
             loss_args=loss_args,
+            rank_end_token=False,  # the command's own default
             max_steps=1,
             logging_steps=1,
             per_device_train_batch_size=4,
@@ -116,7 +127,7 @@ def test_the_function_has_the_defaults_of_the_settings():
     # None stands for those of the loss.
     assert defaults.pop("replace") is False  # of the recipe's own calls
     assert defaults.pop("eval_rows") is None  # those in --eval-pairs
-    assert defaults.pop("validation") is None
+    assert defaults.pop("validation") is defaults.pop("base") is None
     assert defaults.pop("sft_weight") is defaults.pop("length_normalization") is None
     assert defaults.keys() > {"batch_size", "max_tokens_per_batch", "max_length"}
     assert defaults == {name: of_settings[name] for name in defaults}
@@ -157,7 +168,7 @@ def test_a_mistyped_model_costs_nobody_the_model_that_is_there(
 def test_a_folder_of_ours_is_no_file_of_pairs(tiny_teacher, tmp_path, capsys):
     """It also holds answers, and what was dropped."""
     for folder, record, name in (
-        (tmp_path / "pairs", "stage.json", "pairs.jsonl"),
+        (tmp_path / "pairs", "run.json", "pairs.jsonl"),
         (tmp_path / "run" / "pairs", "../run.json", "train.jsonl"),
     ):
         folder.mkdir(parents=True)
@@ -244,6 +255,146 @@ def test_only_a_model_that_was_trained_here_is_overwritten(tiny_teacher, pairs, 
     assert main(command) == 2
     assert "--model and --output-dir are both" in capsys.readouterr().err
     assert content(tmp_path) == before
+
+
+def test_pairs_of_a_retrained_student_are_made_anew(tiny_teacher, pairs, tmp_path, capsys):
+    """Those of the student before stay beside its samples; another teacher is refused."""
+    student, output = changed_copy(tiny_teacher, tmp_path / "student"), tmp_path / "p"
+    command = pair(tiny_teacher, student, pairs, output)
+    assert main(command) == 0
+    first = (output / "student.jsonl").read_bytes()
+    shutil.rmtree(student)
+    shutil.copytree(tiny_teacher, student)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "== pairs: anew, student.jsonl is another" in capsys.readouterr().out
+    assert [path.read_bytes() for path in output.glob("student.*.jsonl")] == [first]
+    assert main([*command, "--precision", "bfloat16"]) == 2
+    assert "precision was 'float32' and is 'bfloat16'" in capsys.readouterr().err
+    assert main([*command, "--precision", "bfloat16", "--overwrite"]) == 0
+    assert len(list(output.glob("student*.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_the_folder_of_a_run_or_a_model_is_no_place_for_other_results(
+    overwrite, tiny_teacher, pairs, tmp_path, capsys
+):
+    """Its metrics.json, report.html and plots have the names of an evaluation's."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    RunFolder(run, {}).close()
+    model.mkdir()
+    (model / "training.json").write_text("{}")
+    (run / "metrics.json").write_text("of the run")
+    before = content(tmp_path)
+    for folder, what in ((run, "holds the results of `plad-fast distill`"), (model, "no run.json")):
+        for command in (
+            evaluate(tiny_teacher, pairs, folder),
+            pair(tiny_teacher, tiny_teacher, pairs, folder),
+        ):
+            assert main([*command, *overwrite]) == 2
+            assert what in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+
+def test_pairs_of_other_prompts_are_made_of_the_answers_that_are_there(
+    tiny_teacher, pairs, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    # Nothing came of these settings, and the message advises others.
+    assert main([*command, "--scorer", "length", "--min-gap", "9999"]) == 2
+    assert "no pair is left" in capsys.readouterr().err
+    assert main(command) == 0
+    before = content(output)
+    first = (output / "pairs.jsonl").read_text().splitlines()
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(pairs.read_text().splitlines(keepends=True)[:0:-1]))
+    with monkeypatch.context() as patch:
+        patch.setattr("plad_fast.models.loading.load_model", None)
+        assert main(command) == 0
+        assert content(output) == before
+        assert main([*command, "--prompts", str(fewer)]) == 0
+        rows = (output / "pairs.jsonl").read_text().splitlines()
+        assert rows == [row for row in reversed(first) if "Say 0." not in row]
+        assert main([*command, "--teacher-temperature", "0.5"]) == 2
+        assert "teacher_temperature was 1.0 and is 0.5" in capsys.readouterr().err
+    assert main([*command, "--prompts", str(write_pairs(tmp_path / "more.jsonl", 7))]) == 0
+    assert (output / "teacher.jsonl").read_bytes().startswith(before[output / "teacher.jsonl"])
+    assert set((output / "pairs.jsonl").read_text().splitlines()) >= set(first)
+
+
+def test_other_pairs_are_made_of_the_answers_that_are_there(
+    tiny_teacher, pairs, tmp_path, capsys, monkeypatch
+):
+    """How pairs are chosen has no part in the answers, which may have been paid for."""
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    assert main(command) == 0
+    first = (output / "pairs.jsonl").read_bytes()
+    monkeypatch.setattr("plad_fast.models.loading.load_model", None)
+    for scorer in ("length", "brevity", "length"):
+        assert main([*command, "--scorer", scorer, "--select", "best-worst-pooled"]) == 0
+    assert "select was 'teacher' and is 'best-worst-pooled'" in capsys.readouterr().out
+    assert (output / "pairs.jsonl").read_bytes() != first
+    assert main(command) == 0
+    assert (output / "pairs.jsonl").read_bytes() == first
+    # Scores of the other scorer are kept, and taken back with it.
+    assert len(list(output.glob("scores.*.jsonl"))) == 1
+
+
+def test_pairs_that_were_cut_off_or_edited(tiny_teacher, pairs, tmp_path, capsys):
+    output = tmp_path / "p"
+    command = pair(tiny_teacher, tiny_teacher, pairs, output)
+    assert main(command) == 0
+    file = output / "pairs.jsonl"
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    # What reads as whole rows is no whole file: nobody trains on half.
+    for half in (b"".join(lines[:2]), whole[: len(whole) // 2], b""):
+        file.write_bytes(half)
+        for trained in (
+            train(tiny_teacher, file, tmp_path / "t"),
+            evaluate(tiny_teacher, file, tmp_path / "e"),
+        ):
+            assert main(trained) == 2
+        if half.endswith(b"\n"):
+            assert f"pairs.jsonl has 2 of its {len(lines)} rows" in capsys.readouterr().err
+        assert main(command) == 0
+        assert file.read_bytes() == whole
+    assert not (tmp_path / "t").exists()
+    assert not (tmp_path / "e").exists()
+    # Elsewhere it is a file like any other.
+    (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:2]))
+    assert main(train(tiny_teacher, tmp_path / "part.jsonl", tmp_path / "t")) == 0
+    # Edited rows are kept.
+    file.write_bytes(b"".join(lines[1:]))
+    assert main(command) == 0
+    assert main([*command, "--scorer", "length"]) == 2
+    assert "pairs.jsonl was edited" in capsys.readouterr().err
+    assert file.read_bytes() == b"".join(lines[1:])
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"form', b"\0" * 40, b"[1]"])
+def test_a_damaged_record_is_replaced_where_that_is_asked_for(
+    damage, tiny_teacher, pairs, tmp_path, capsys
+):
+    made, model = tmp_path / "p", tmp_path / "m"
+    commands = [
+        (made / "run.json", pair(tiny_teacher, tiny_teacher, pairs, made)),
+        (model / "training.json", train(tiny_teacher, pairs, model)),
+    ]
+    for record, command in commands:
+        assert main(command) == 0
+        results = content(record.parent)
+        record.write_bytes(damage)
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert record.name in error
+        assert "damaged" in error
+        assert "--overwrite" in error
+        assert content(record.parent) == {**results, record: damage}
+        assert main([*command, "--overwrite"]) == 0
+        assert main(command) == 0
 
 
 @pytest.mark.parametrize("loss", ["plad_ranking", "dpo"])

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from plad_fast.cli import main
 from plad_fast.errors import UsageError
-from plad_fast.recipe.search import Choice, Range, SearchSpace
+from plad_fast.recipe.search import SearchSpace
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.trained_folders import log_history
 from tests.support.recipe_runs import arguments, kill_at
@@ -130,9 +131,9 @@ def test_trials_without_pairs_fail_and_the_search_goes_on(tuned, tiny_teacher, t
 def test_the_space_has_defaults_of_each_loss():
     config = DistillConfig(scorer="rougeL")
     space = SearchSpace.of(config, {"loss": ["dpo", "sft"], "dpo.beta": "0.5..1"}, ["epochs"])
-    assert space.by_loss["dpo"]["beta"] == Range(0.5, 1.0)
-    assert not space.by_loss["dpo"]["beta"].is_log
-    assert space.by_loss["dpo"]["drop_contradicted"] == Choice((False, True))
+    assert space.by_loss["dpo"]["beta"] == FloatDistribution(0.5, 1.0, log=False)
+    assert space.by_loss["dpo"]["learning_rate"] == FloatDistribution(3e-6, 1e-4, log=True)
+    assert space.by_loss["dpo"]["drop_contradicted"] == CategoricalDistribution((False, True))
     assert "epochs" not in space.by_loss["dpo"]
     assert "sft_weight" not in space.by_loss["sft"]
 

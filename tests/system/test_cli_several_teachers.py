@@ -69,7 +69,7 @@ def test_another_judge_decides_anew(tiny_teacher, prompts, tmp_path, capsys):
             asked = sum(running.asked.values())
         assert main([*both(tiny_teacher, prompts, out), *judged]) == 0
         assert sum(running.asked.values()) == asked
-    assert "made anew of what is stored" in capsys.readouterr().out
+    assert "== pairs: anew, " in capsys.readouterr().out
     assert len([*out.glob("verdicts.*.jsonl")]) == 1
 
 

@@ -148,7 +148,7 @@ def test_every_file_of_a_run(finished, other, teacher, tmp_path):
 
 @pytest.mark.parametrize("command", ["pairs", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_every_file_of_a_command(command, teacher, tmp_path):
-    """stage.json, stores, scores, results: of `pairs` and `evaluate`."""
+    """run.json, stores, scores, results: of `pairs` and `evaluate`."""
     prompts = write_pairs(tmp_path / "prompts.jsonl", 6)
     more = write_pairs(tmp_path / "more.jsonl", 8)
 

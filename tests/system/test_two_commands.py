@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from plad_fast.cli import main
-from plad_fast.data.store import RowStore
-from plad_fast.pairs.generation.set_aside import _fingerprint
+from plad_fast.data.store import RowStore, fingerprint_of
 from tests.support.recipe_runs import KILLABLE, arguments, write_pairs
 
 # Before anything is written, in the middle of the work, and while the results are written.
@@ -21,7 +20,7 @@ MOMENTS = {
         "evaluation.report.write.write_metrics",
     ),
     "pairs": (
-        "recipe.stages.load_recipe_prompts",
+        "recipe.run_folder.shutil.disk_usage",
         "pairs.generation.answering._ask",
         "recipe.inputs.write_jsonl",
     ),
@@ -31,7 +30,7 @@ MOMENTS = {
         "training.trained_folders.publish_folder",
     ),
     "evaluate": (
-        "recipe.evaluate.read_held_out",
+        "recipe.run_folder.shutil.disk_usage",
         "evaluation.run_students.load_model",
         "evaluation.report.write.write_metrics",
     ),
@@ -128,7 +127,7 @@ def test_a_store_in_use_keeps_all_from_being_discarded(commands, tmp_path, capsy
     assert main(plain["pairs"]) == 0
     before = contents(tmp_path / "out")
     store = tmp_path / "out" / "student.jsonl"
-    with RowStore.open(store, _fingerprint(store)):
+    with RowStore.open(store, fingerprint_of(store)):
         assert main([*plain["pairs"], "--overwrite"]) == 2
         assert "student.jsonl is being filled by another process" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before

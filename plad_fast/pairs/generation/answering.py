@@ -19,12 +19,16 @@ from plad_fast.pairs.generation.completions import holds_thought, is_all_thought
 from plad_fast.pairs.generation.reasoning import REASONING
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
-from plad_fast.pairs.generation.shards import merge_shards, open_shard, shard_paths, share
-from plad_fast.pairs.generation.text_model import Failure, TextModel, Wanted
+from plad_fast.pairs.generation.shards import merge_shards, open_shard, share
+from plad_fast.pairs.generation.text_model import Batches, Failure, TextModel, Wanted
 
 logger = logging.getLogger(__name__)
 
 _ENOUGH = 16  # prompts or answers, to see what is wrong with them while it is not too late
+
+
+class AskingError(UsageError):
+    """A model failed once it had begun to answer."""
 
 
 def stored_answers(
@@ -68,7 +72,8 @@ def stored_answers(
     Raises:
         UsageError: an unknown `reasoning`, two prompts have the same id, a prompt has another
             content than when its answer was stored, the model cannot answer, no answer came at
-            all, as `RowStore.open`, and where another process failed.
+            all, as `RowStore.open`, and where another process failed. `AskingError` where the model
+            failed on the way.
     """
     if reasoning not in REASONING:
         raise UsageError(f"reasoning is {reasoning!r}; it is one of {', '.join(REASONING)}")
@@ -115,25 +120,6 @@ def _ask_for_share(
         return _ask(model, mine, shard, sampling, progress=progress and rank() == 0)
 
 
-def discard_answers(*paths: str | os.PathLike[str]) -> None:
-    """Removes stores, and the shares, lists of failures and records of batches beside them, where
-    there are any.
-
-    Raises:
-        UsageError: a file is no store, or is open in another process; all are left alone.
-    """
-    stores = [Path(path).expanduser() for path in paths]
-    with ExitStack() as held:
-        files = [f for store in stores for f in (store, *shard_paths(store)) if f.exists()]
-        for file in files:
-            held.enter_context(RowStore(file))
-        for file in files:
-            file.unlink()
-        for store in stores:
-            answer_rows.failure_list(store).unlink(missing_ok=True)
-            answer_rows.batch_record(store).unlink(missing_ok=True)
-
-
 def renew_answers(
     path: str | os.PathLike[str],
     prompts: Sequence[Prompt],
@@ -171,7 +157,7 @@ def _ask(
         unit="prompt" if sampling.n == 1 else "answer",
         disable=not progress,
     ) as bar:
-        for batch in model.generate_samples(wanted, sampling):
+        for batch in _asked(model.generate_samples(wanted, sampling)):
             new: list[Row] = []
             for item in batch:
                 key = answer_rows.row_id(item.prompt_id, item.sample)
@@ -189,6 +175,13 @@ def _ask(
                 logger.warning("%s: %s; --reasoning says what becomes of it", model.name, what)
             watched = watched and not _is_limit_judged(model.name, store, sampling)
     return failures
+
+
+def _asked(batches: Batches) -> Batches:
+    try:
+        yield from batches
+    except UsageError as error:
+        raise AskingError(str(error)) from error
 
 
 def _ended(row: Row) -> bool:

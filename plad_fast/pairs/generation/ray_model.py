@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from plad_fast.checks import require_packages
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
@@ -48,7 +48,7 @@ class RayModel(TextModel):
         actors: int | None = None,
         gpus: float | None = None,
     ) -> None:
-        require_ray()
+        require_packages("ray")
         self.name = name
         self._open_model = open_model
         self._actors = actors
@@ -96,12 +96,6 @@ class RayModel(TextModel):
                 "lower --gpus-per-actor, or start nodes with GPUs"
             )
         return self._actors or (int(has // gpus) if gpus else 1), gpus
-
-
-def require_ray() -> None:
-    """Raises UsageError where Ray Data is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("--engine ray needs Ray Data; run: pip install -e '.[ray]'")
 
 
 class _Actor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from plad_fast.data.files import sync_folder
 from plad_fast.data.records import as_json, digest
-from plad_fast.data.store import FORMAT, RowStore, has_rows
+from plad_fast.data.store import RowStore, fingerprint_of, has_rows
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ def set_aside(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> N
     """
     path = Path(path).expanduser()
     wanted = as_json(fingerprint)
-    found = _fingerprint(path)
+    found = fingerprint_of(path)
     if found == wanted:
         return
     if found is not None and has_rows(path):
@@ -48,7 +47,7 @@ def set_rows_aside(
     The store is not open; one of another fingerprint is left alone.
     """
     path = Path(path).expanduser()
-    if _fingerprint(path) != as_json(fingerprint):
+    if fingerprint_of(path) != as_json(fingerprint):
         return
     with RowStore.open(path, fingerprint) as store:
         rows = list(store.rows.values())
@@ -74,16 +73,6 @@ def set_rows_aside(
         store.append(kept)
     os.replace(whole, path)
     sync_folder(path.parent)
-
-
-def _fingerprint(path: Path) -> dict[str, Any] | None:
-    """What a store says it was made with; None where there is no store, or a damaged one."""
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.readline())
-        return header["fingerprint"] if header["format"] == FORMAT.name else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _aside(path: Path, fingerprint: Mapping[str, Any]) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
+from plad_fast.checks import require_packages
 from plad_fast.data.chat import is_blank
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.completions import known_end
@@ -35,8 +35,7 @@ class VllmModel(TextModel):
     """
 
     def __init__(self, model: str, name: str | None = None, **engine_options: Any) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise UsageError("vLLM is not installed; run: pip install vllm")
+        require_packages("vllm")
         if not model:
             raise UsageError("no model is named; write vllm:MODEL")
         self.model = model

@@ -17,6 +17,7 @@ from typing import Any
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import RecordFormat, changed_settings, digest
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation.endpoint import replies
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.batch_client import CHAT, BatchClient, UncertainError
 from plad_fast.pairs.generation.endpoint.chat import Reply
@@ -138,12 +139,12 @@ class _Run:
             (prompt, sample) for prompt, sample in self.wanted if (prompt.id, sample) in self.left
         ]
         runs = [(prompt, range(sample, sample + 1)) for prompt, sample in left]
-        if self.endpoint.takes("n"):
+        if "n" not in self.endpoint.dialect.refused:
             runs = runs_of_samples(left)
         requests = [as_request(*run, self.sampling) for run in runs]
         self.endpoint.require_budget(requests)
         names = [f"{_name(prompt)}-{run.start}-{run.stop}" for prompt, run in runs]
-        bodies = map(self.endpoint.body, requests)
+        bodies = map(self.endpoint.dialect.body, requests)
         for lines in _files(zip(names, bodies, strict=True)):
             file_id = self.client.upload(lines)
             asked = sorted({json.loads(line)["custom_id"].partition("-")[0] for line in lines})
@@ -226,11 +227,23 @@ class _Run:
             if not isinstance(status, int) or status in AGAIN or status >= 500:
                 return said
             return [Failure(prompt.id, said, sample) for sample in samples]
+        request, usage = as_request(prompt, samples, self.sampling), self.endpoint.usage
+        counted = replies.read_usage(body)
+        usage.add(*counted)
+        usage.requests += 1
+        usage.uncounted += not any(counted)
         try:
-            request = as_request(prompt, samples, self.sampling)
-            choices = self.endpoint.read_body(body, request, key)
+            choices = replies.read_choices(
+                body,
+                key,
+                n=request.sampling.n,
+                told=True,
+                limit=self.endpoint.dialect.limit(request),
+                tools=bool(request.tools),
+            )
         except BadReplyError as error:
             return one_line(str(error), key)
+        usage.replies += 1
         # The samples for which the reply has no choice are left.
         return read_reply(prompt.id, samples[: len(choices)], Reply(choices))
 

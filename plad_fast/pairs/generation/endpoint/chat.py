@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,12 @@ class ChatRequest:
 
     any_temperature: bool = False
     """Go on at the endpoint's own temperature where it refuses this one, and send no seed."""
+
+    @property
+    def guessed_tokens(self) -> int:
+        """Of the prompt: four bytes make a token, about."""
+        sent = [*self.messages, *self.tools]
+        return -(-len(json.dumps(sent, ensure_ascii=False, default=str)) // 4)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,10 @@ class Usage:
     lost: int = 0
     """Requests that may have been paid for, and whose reply came too late or could not be read.
     What they cost is estimated, and is in the numbers of tokens above."""
+
+    def add(self, prompt_tokens: int, answer_tokens: int) -> None:
+        self.prompt_tokens += prompt_tokens
+        self.answer_tokens += answer_tokens
 
     @property
     def tokens(self) -> int:

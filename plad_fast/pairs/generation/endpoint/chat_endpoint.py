@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from plad_fast.checks import check_weight
+from plad_fast.checks import check_weight, require_packages
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint import access, replies, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
 from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
+from plad_fast.pairs.generation.endpoint.dialect import Dialect
 from plad_fast.pairs.generation.endpoint.servers import Server, Servers
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,10 @@ class Endpoint:
         self.usage = Usage(prices=self.prices)
         self.stopped = ""  # why `complete` left requests out the last time, if it did
         self.has_answered = False  # whether the first replies need no watching any more
-        self._refused: set[str] = set()  # parameters that the endpoint does not take
+        limits = ("max_tokens", "max_completion_tokens")
+        if access.OPENAI_URL in self._urls:  # its newer models refuse the old, others the new
+            limits = limits[::-1]
+        self.dialect = Dialect(self.model, self.reasoning_tokens, limits)
         self._tells_ends = False  # whether any reply had a finish_reason
         self._is_trial = False
         self._empty = self._given_up_in_a_row = 0
@@ -148,43 +150,14 @@ class Endpoint:
             if problem:
                 raise UsageError(f"{self!r} gave no answer to a first request: {problem}")
 
-    def body(self, request: ChatRequest) -> dict[str, Any]:
-        """A request as it is sent, less what the endpoint was seen to refuse."""
-        return self._body(request, 0)
-
-    def takes(self, parameter: str) -> bool:
-        """Whether the endpoint was not seen to refuse a parameter."""
-        return parameter not in self._refused
-
-    def read_body(self, body: Mapping[str, Any], request: ChatRequest, key: str) -> list[Choice]:
-        """The choices of a reply that came in another way, counted as if it had been asked for
-        here; `BadReplyError` where it holds none."""
-        self.usage.requests += 1
-        counted = replies.read_usage(body)
-        self._count(counted, Usage())
-        self.usage.uncounted += not any(counted)
-        choices = replies.read_choices(
-            body,
-            key,
-            n=request.sampling.n,
-            told=True,
-            limit=self._limit(request),
-            tools=bool(request.tools),
-        )
-        self.usage.replies += 1
-        return choices
-
     def require_budget(self, requests: Sequence[ChatRequest]) -> None:
         """Raises UsageError where requests that are all made at once may exceed a budget."""
         guess = Usage(prices=self.prices)
         for request in requests:
-            guess.prompt_tokens += _guessed_tokens(request)
-            guess.answer_tokens += self._limit(request) * request.sampling.n
-        for name, budget, spent, more in (
-            ("token", self.token_budget, self.usage.tokens, guess.tokens),
-            ("cost", self.cost_budget, self.usage.cost or 0.0, guess.cost or 0.0),
-        ):
-            if budget is not None and spent + more > budget:
+            guess.add(request.guessed_tokens, self.dialect.limit(request) * request.sampling.n)
+        more_of = {"token": guess.tokens, "cost": guess.cost or 0.0}
+        for name, budget, spent in self._budgets():
+            if spent + (more := more_of[name]) > budget:
                 raise UsageError(
                     f"a batch of {len(requests):,} requests may take {more:,.6g} of the {name} "
                     f"budget of {budget:,}, every answer at its whole length, and {spent:,.6g} is "
@@ -221,7 +194,7 @@ class Endpoint:
                 connect=self.timeout if server.is_reached else first,
                 # A proxy named in the environment is not meant for this machine itself.
                 proxies=not access.is_loopback(server.url),
-                tokens=max((r.sampling.n * self._limit(r) for r in requests), default=0),
+                tokens=max((r.sampling.n * self.dialect.limit(r) for r in requests), default=0),
             )
 
         async with contextlib.AsyncExitStack() as stack:
@@ -262,7 +235,7 @@ class Endpoint:
     ) -> Reply | str:
         choices: list[Choice] = []
         failed: list[Server] = []
-        n, limit = request.sampling.n, self._limit(request)
+        n, limit = request.sampling.n, self.dialect.limit(request)
         spent = Usage()  # of tokens
         tries, last, reason = 0, "", ""
         while len(choices) < n:
@@ -272,7 +245,7 @@ class Endpoint:
                 again = " again" if choices or last else ""
                 reason = f"not asked{again}: {stop or 'another request ended the run'}{last}"
                 break
-            body = self._body(request, len(choices))
+            body = self.dialect.body(request, len(choices))
             counted = (0, 0)
             try:
                 self.usage.requests += 1
@@ -281,7 +254,8 @@ class Endpoint:
                     response = await asyncio.wait_for(create(**body), self.timeout)
                 reply = replies.parse_reply(response.content)
                 counted = replies.read_usage(reply)
-                self._count(counted, spent)
+                self.usage.add(*counted)
+                spent.add(*counted)
                 self._tells_ends |= replies.tells_ends(reply)
                 missing = n - len(choices)
                 choices += replies.read_choices(
@@ -293,15 +267,19 @@ class Endpoint:
                     tools=bool(request.tools),
                 )
             except Exception as error:
-                trouble = retries.judge(error, body, self._refused, key, request.any_temperature)
+                trouble = retries.judge(
+                    error, body, self.dialect.refused, key, request.any_temperature
+                )
                 self._servers.note_failure(server, trouble)
                 if trouble.lost and not any(counted):
                     self.usage.lost += 1
                     # The answers are taken to be as long as they may be: it is the long ones that
                     # come too late.
-                    self._count((_guessed_tokens(request), limit * body.get("n", 1)), spent)
+                    guess = request.guessed_tokens, limit * body.get("n", 1)
+                    self.usage.add(*guess)
+                    spent.add(*guess)
                 if trouble.then == "adapt":
-                    self._adapt(trouble, request)
+                    self.dialect.adapt(trouble, request)
                     continue
                 failed.append(server)
                 moves = self._moves(trouble, server, failed)
@@ -322,43 +300,8 @@ class Endpoint:
                 self.usage.uncounted += not any(counted)
         if not choices:
             return reason
-        own_temperature = request.any_temperature and "temperature" in self._refused
+        own_temperature = request.any_temperature and "temperature" in self.dialect.refused
         return Reply(choices, reason, own_temperature, spent.prompt_tokens, spent.answer_tokens)
-
-    def _limit(self, request: ChatRequest) -> int:
-        return request.sampling.max_new_tokens + self.reasoning_tokens
-
-    def _body(self, request: ChatRequest, had: int) -> dict[str, Any]:
-        """The request for what is left to be asked for, where some choices have come."""
-        limits = ["max_tokens", "max_completion_tokens"]
-        if access.OPENAI_URL in self._urls:  # its newer models refuse the old, others the new
-            limits.reverse()
-        limit = next((name for name in limits if name not in self._refused), limits[0])
-        sampling = request.sampling
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": request.messages,
-            "temperature": sampling.temperature,
-            limit: self._limit(request),
-        }
-        if request.tools:
-            body["tools"] = list(request.tools)
-        if sampling.top_p < 1:
-            body["top_p"] = sampling.top_p
-        if sampling.n - had > 1:
-            body["n"] = sampling.n - had
-        if not request.any_temperature:
-            # Servers that take no `n` are asked again, and must not say the same again.
-            body["seed"] = sampling.seed + had
-        left_out = self._refused - {limit}  # a request without a limit may cost anything
-        if sampling.temperature != 1 and not request.any_temperature:
-            left_out.discard("temperature")
-        return {name: value for name, value in body.items() if name not in left_out}
-
-    def _count(self, tokens: tuple[int, int], spent: Usage) -> None:
-        for usage in (self.usage, spent):
-            usage.prompt_tokens += tokens[0]
-            usage.answer_tokens += tokens[1]
 
     def _moves(self, trouble: retries.Trouble, server: Server, failed: Sequence[Server]) -> bool:
         """Whether a request goes on at another server, at once, rather than wait for this one."""
@@ -384,17 +327,6 @@ class Endpoint:
             logger.warning("%r asks to wait for %.0f s (%s)", self, seconds, trouble.reason)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(halted.wait(), seconds)
-
-    def _adapt(self, trouble: retries.Trouble, request: ChatRequest) -> None:
-        name, value = trouble.parameter, request.sampling.temperature
-        if name in self._refused:
-            return
-        self._refused.add(name)
-        if name == "temperature" and value != 1:
-            what = f"{self!r} takes no temperature of {value:g}: going on at its own"
-            logger.warning("%s, so that replies are samples (%s)", what, trouble.reason)
-        else:
-            logger.info("%r takes no %s: going on without (%s)", self, name, trouble.reason)
 
     def _ends(self, trouble: retries.Trouble, server: Server) -> bool:
         """Whether a failure concerns all requests."""
@@ -424,22 +356,24 @@ class Endpoint:
 
     def _stop_reason(self) -> str:
         """Why no request may start any more, if so."""
-        usage = self.usage
         if self._given_up_in_a_row >= max(4, self.concurrency):
             return f"{self._given_up_in_a_row} requests before it failed one after another"
-        for name, budget, spent in (
-            ("token", self.token_budget, usage.tokens),
-            ("cost", self.cost_budget, usage.cost or 0.0),
-        ):
-            if budget is not None and spent >= budget:
+        for name, budget, spent in self._budgets():
+            if spent >= budget:
                 return f"the {name} budget of {budget:,} is spent"
-            if budget is not None and usage.uncounted:
+            if self.usage.uncounted:
                 return f"there is a {name} budget, and replies say no count of tokens"
         return ""
 
+    def _budgets(self) -> Iterator[tuple[str, float, float]]:
+        """Names of those that are set, their limits, and what is spent of them."""
+        if self.token_budget is not None:
+            yield "token", self.token_budget, self.usage.tokens
+        if self.cost_budget is not None:
+            yield "cost", self.cost_budget, self.usage.cost or 0.0
+
     def _check(self) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise UsageError("endpoints need the openai package; run: pip install -e '.[api]'")
+        require_packages("openai")
         if not self.model:
             raise UsageError("no model is named; write openai:MODEL")
         for name in ("concurrency", "timeout"):
@@ -457,9 +391,3 @@ class Endpoint:
         access.read_key(self.api_key_env, self._urls)
         for url in self._urls:
             access.warn_of_clear_text(url)
-
-
-def _guessed_tokens(request: ChatRequest) -> int:
-    """Of a prompt: four bytes make a token, about."""
-    sent = [*request.messages, *request.tools]
-    return -(-len(json.dumps(sent, ensure_ascii=False, default=str)) // 4)
