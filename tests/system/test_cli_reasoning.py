@@ -106,7 +106,9 @@ def test_a_thought_that_the_template_opens_belongs_to_the_answer(opening_teacher
     sampled = [json.loads(line) for line in (out / "student.jsonl").open()][1:]
     assert not any(row["text"].startswith("<think>") for row in sampled)
     assert main([*pair(opening_teacher, opening_teacher, prompts, out), "--reasoning", "keep"]) == 2
-    assert "reasoning was 'not set' and is 'keep'" in capsys.readouterr().err
+    assert "no pair is left" in capsys.readouterr().err
+    kept = [json.loads(line) for line in (out / "student.jsonl").open()][1:]
+    assert any(row["text"].startswith("<think>") for row in kept)  # made anew
 
 
 @pytest.mark.slow
