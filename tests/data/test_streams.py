@@ -60,7 +60,7 @@ def test_a_folder_as_a_data_set(tmp_path, monkeypatch):
         (b'[{"prompt": "a"}]', "one JSON list, which can only be read whole"),
         (b'{"prompt": "a"}\n{"prompt": ', "line 2, column 12 is not valid JSON"),
         (b'{"prompt": "a"}\n7\n', "row 2 is a int"),
-        (gzip.compress(b"x"), "a gzip archive"),
+        (gzip.compress(b"x", mtime=0), "a gzip archive"),
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
     ],
 )
