@@ -34,8 +34,9 @@ def expanded(source: str | os.PathLike[str]) -> Path:
 
 def from_folder(source: str, folder: Path) -> str:
     """The path of a name that begins with a dot, as it is meant in a folder that may be moved; any
-    other text as it is."""
-    return str((folder / source).resolve()) if source.startswith(".") else source
+    other text as it is, and a name of nothing there: others mean their working folder."""
+    here = folder / source
+    return str(here.resolve()) if source.startswith(".") and is_there(here) else source
 
 
 def is_there(path: Path) -> bool:

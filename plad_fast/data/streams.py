@@ -53,17 +53,18 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield row
 
 
-def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         require_text(file.read(_HEAD))
-    with path.open(encoding="utf-8-sig", newline=newline) as lines:
+    # Line breaks are those of the system that wrote it.
+    with path.open(encoding="utf-8-sig") as lines:
         yield from lines
 
 
 _STREAMS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
-    ".csv": lambda path: csv_rows(_lines(path, newline="")),
+    ".csv": lambda path: csv_rows(_lines(path)),
     ".parquet": parquet_rows,
 }
 

@@ -129,7 +129,7 @@ def segment_sums(
     sequence was cut into chunks.
     """
     if len(cu_seqlens) == 1:
-        return values.new_zeros(0)
+        return values[:0]
     wide = values if values.device.type == "mps" else values.double()  # MPS has no float64
     return torch.segment_reduce(wide, "sum", offsets=cu_seqlens, initial=0).to(values.dtype)
 

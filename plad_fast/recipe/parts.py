@@ -20,7 +20,8 @@ from plad_fast.data.places import BUILTIN
 from plad_fast.data.records import digest_of_list
 from plad_fast.data.streams import stream_rows
 from plad_fast.errors import UsageError
-from plad_fast.pairs.build import NoPairsError
+from plad_fast.pairs.build import NoPairsError, PairReport
+from plad_fast.pairs.generation.answer_rows import NoAnswersError
 from plad_fast.recipe.data_checks import check_rows, show_findings
 from plad_fast.recipe.dependencies import bound_settings
 from plad_fast.recipe.run_folder import RunFolder, Stage
@@ -79,6 +80,11 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
             except NoPairsError as error:
                 report = error.report
                 print(f"   {report}", flush=True)
+            except NoAnswersError as error:
+                if not kept and not dropped:  # of the first part: others would fare no better
+                    raise
+                report = PairReport(0, [{"reason": "missing"}] * len(some))
+                print(f"   {error}", flush=True)
             kept, dropped, unit = kept + report.kept, dropped + Counter(report.dropped), report.unit
             halted = (f"{spec}: {each.stopped}" for spec, each in endpoints.items() if each.stopped)
             if stopped := next(halted, ""):
@@ -87,6 +93,8 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
                     "is kept: run the same command again to go on"
                 )
         if not kept:
+            for name in _RESULTS:
+                (folder / name).unlink(missing_ok=True)
             raise UsageError(f"no pair is left of {config.prompts}; see {folder / 'parts'}")
 
         def join() -> str:

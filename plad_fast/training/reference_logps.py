@@ -287,7 +287,8 @@ class ReferencePass:
             raise UsageError(
                 f"{name} has no reference_logps, and a model that FSDP or DeepSpeed shards is not "
                 "whole in any process to compute them; add them to the rows beforehand, in one "
-                "process, with plad_fast.training.reference_logps.add_reference_logps"
+                "process, with plad_fast.training.reference_logps.add_reference_logps, and set "
+                "rank_end_token=True (--rank-end-token): they are of whole responses"
             )
         if self.reference is None and trained:
             raise UsageError(

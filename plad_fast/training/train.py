@@ -113,7 +113,8 @@ def train_model(
         rows: of the standard preference format; `rejected` is not needed for loss "sft". The token
             ids of streamed ones are kept in a file beside the checkpoints until the end.
         output: folder to make. If this very training made it before, it is left alone.
-        loss, beta, loss_args, sft_weight, length_normalization, rank_end_token: see `PLaDConfig`.
+        loss, beta, loss_args, sft_weight, length_normalization, rank_end_token: see `PLaDConfig`,
+            which ranks end tokens unless told otherwise.
         batch_size: rows in an optimizer step, of all processes together.
         micro_batch_size: rows in memory at once, in each process; with their number it divides the
             batch size.

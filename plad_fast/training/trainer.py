@@ -171,12 +171,10 @@ class PLaDTrainer(Trainer):
 
     def _tokenized(self, rows: Rows | str | None, name: str) -> Any:
         # None is the constructor's dataset, and a text names one of several; `evaluate` passes it.
-        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else ()
-        if (
-            rows is None
-            or isinstance(rows, str)
-            or any(rows is a for a in (self.eval_dataset, *own))
-        ):
+        found = self.eval_dataset
+        own = found.values() if isinstance(found, dict) else [found]
+        own = [None, self.train_dataset, *own]
+        if isinstance(rows, str) or any(rows is each for each in own):
             return rows
         with self.args.main_process_first(desc="tokenising"):
             tokenized = tokenize(self.model, self.args, self.processing_class, rows, name)

@@ -31,7 +31,7 @@ def workspace_for(
 ) -> Workspace:
     """The torch backend's workspace for a head; `needs` as in `ExponentialWorkspace`."""
     of_bias = for_gradient and needs[2]
-    if isinstance(products_for(head[1], 0), CpuBfloat16Products) and not of_bias:
+    if isinstance(products_for(head[1][:0], 0), CpuBfloat16Products) and not of_bias:
         return ExponentialWorkspace(head, options, num_rows, for_gradient=for_gradient, needs=needs)
     return Workspace(head, options, num_rows, for_gradient=for_gradient)
 
@@ -128,7 +128,7 @@ class ExponentialWorkspace(Workspace):
             columns = slice(start, min(start + step, vocab))
             here = by_target[ends[i] : ends[i + 1]]
             at_target = here, targets[here] - start
-            logits = block[: rows * (columns.stop - start)].view(rows, -1)
+            logits = block[: rows * (columns.stop - start)].view(rows, columns.stop - start)
             for careful in (False, True):
                 self.products.logits_of(hidden, columns, out=logits, may_be_infinite=careful)
                 slope = None if self.options.softcap is None else torch.empty_like(logits)

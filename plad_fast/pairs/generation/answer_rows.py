@@ -18,6 +18,10 @@ from plad_fast.pairs.generation.text_model import Answer, Failure
 logger = logging.getLogger(__name__)
 
 
+class NoAnswersError(UsageError):
+    """A model answered no prompt."""
+
+
 class Answered(NamedTuple):
     """What a model said, and what it did not."""
 
@@ -93,7 +97,7 @@ def report_failures(answered: Answered, store_path: Path, name: str) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     if not answered.answers:
-        raise UsageError(f"{name} gave no answer; the first failure: {failures[0].reason}")
+        raise NoAnswersError(f"{name} gave no answer; the first failure: {failures[0].reason}")
     what = f"{name}: {len(failures)} answers could not be had, listed in {path}"
     logger.warning("%s; the first reason: %s", what, failures[0].reason)
 
