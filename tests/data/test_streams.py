@@ -81,16 +81,18 @@ def test_token_ids_are_those_of_a_list_and_few_rows_are_held(tiny_tokenizer, tmp
     ]
     held = []
 
-    def read():
+    def count():
+        """Rows, and groups of token ids, that something holds."""
         gc.collect()
-        before = sum(type(o) is dict and "rejected" in o for o in gc.get_objects())
+        found = [o for o in gc.get_objects() if type(o) is dict]
+        return [sum(name in one for one in found) for name in ("rejected", "prompt_ids")]
+
+    def read():
+        before = count()  # of other tests, too
         for number, row in enumerate(rows, start=1):
             yield dict(row)
             if number == len(rows):
-                gc.collect()
-                found = [o for o in gc.get_objects() if type(o) is dict]
-                raw = sum("rejected" in one for one in found) - before
-                held.append((raw, sum("prompt_ids" in one for one in found)))
+                held.append([now - then for now, then in zip(count(), before, strict=True)])
 
     streamed = StreamedRows(read, "rows")
     assert (len(streamed), streamed.digest) == (400, digest(rows))
