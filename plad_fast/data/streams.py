@@ -13,6 +13,7 @@ from plad_fast.data.records import digest_of_list
 from plad_fast.data.tables import (
     Row,
     csv_rows,
+    one_line,
     parquet_rows,
     parse_json,
     read_hub,
@@ -33,7 +34,13 @@ def stream_rows(source: str, split: str = "train") -> Iterator[Row]:
     path = expanded(source)
     stream = _STREAMS.get(path.suffix.lower())
     if stream is None:
-        yield from map(without_nulls, read_hub(source, path, split, streaming=True))
+        rows = read_hub(source, path, split, streaming=True)
+        try:
+            yield from map(without_nulls, rows)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"cannot read on in {source!r}: {one_line(error)}; try again, or give a file"
+            ) from error
         return
     with reading(path):
         yield from stream(path)

@@ -206,21 +206,22 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file, some of which are in memory at once."""
+    """Rows of a Parquet file, or a folder of them, some of which are in memory at once."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _require_different(file.schema_arrow.names)
-            for batch in file.iter_batches(_AT_ONCE):
-                for row in batch.to_pylist():
-                    yield {name: without_nulls(value) for name, value in row.items()}
+        for part in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
+            with pyarrow.parquet.ParquetFile(part) as file:
+                _require_different(file.schema_arrow.names)
+                for batch in file.iter_batches(_AT_ONCE):
+                    for row in batch.to_pylist():
+                        yield {name: without_nulls(value) for name, value in row.items()}
     except (UsageError, FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     # Of what a file may hold, dates beyond Python's years for example raise errors of their own.
     except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, TypeError) as error:
-        text = f"it is not a readable Parquet file: {_one_line(error)}; write it anew"
+        text = f"it is not a readable Parquet file: {one_line(error)}; write it anew"
         raise UsageError(text) from None
 
 
@@ -261,7 +262,7 @@ def read_hub(source: str, path: Path, split: str, *, streaming: bool = False) ->
             "spelling, and log in with `hf auth login` if it is gated or private"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot load {what}: {_one_line(error)}; {advice}") from error
+        raise UsageError(f"cannot load {what}: {one_line(error)}; {advice}") from error
 
 
 def refuse_written_lists(value: Any, where: str) -> None:
@@ -276,5 +277,5 @@ def refuse_written_lists(value: Any, where: str) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.file_states import state_of
 from plad_fast.data.files import sync_folder, write_atomically
@@ -56,6 +56,8 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
     if overwrite:
         require_outside(path, config)
     places: list[Path] = []
+    columns: dict[str, None] = {}
+    ids: set[int] = set()
     kept, dropped, unit = 0, Counter[str](), ""
     endpoints: dict[str, Endpoint] = {}
     folder = RunFolder(
@@ -72,7 +74,11 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
             place = folder / f"parts/{len(places) + 1:05}"
             places.append(place)
             print(f"part {len(places)}", flush=True)
-            lines = (json.dumps(row, default=str) + "\n" for row in some)
+            columns |= dict.fromkeys(name for row in some for name in row)
+            _require_new(ids, some, config.prompts)
+            # A column of earlier parts is one of all, as where the rows are read at once.
+            known = dict.fromkeys(columns)
+            lines = (json.dumps({**known, **row}, default=str) + "\n" for row in some)
             prompts = write_atomically(place.with_suffix(".jsonl"), "".join(lines))
             of_part = replace(config, prompts=str(prompts), output_dir=str(place), limit=None)
             try:
@@ -114,6 +120,18 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
     spent = "".join(f"{spec}: {endpoint.usage}\n" for spec, endpoint in endpoints.items())
     print(f"{spent}pairs: {file}", flush=True)
     return file
+
+
+def _require_new(ids: set[int], rows: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Takes the ids of a part to those of the parts before it, which must not have them."""
+    given = {str(row["id"]) for row in rows if row.get("id") is not None}
+    for name in given:
+        if hash(name) in ids:
+            raise UsageError(
+                f"the id {name!r} of {source} stands in two parts; make ids unique, or rename the "
+                "column to have ids made of the prompts"
+            )
+    ids |= set(map(hash, given))
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:

@@ -32,7 +32,7 @@ def write(path, rows=ROWS):
         with path.open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.DictWriter(file, ["prompt", "chosen"])
             writer.writeheader()
-            writer.writerows({"prompt": f"007,\n{i}", "chosen": "NA"} for i in range(5))
+            writer.writerows({"prompt": f"007,\r\n{i}", "chosen": "NA"} for i in range(5))
     else:
         lines = (json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
         path.write_text("".join(lines), encoding="utf-8-sig")
@@ -43,6 +43,15 @@ def write(path, rows=ROWS):
 def test_the_rows_are_those_of_the_whole_file(ending, tmp_path):
     path = write(tmp_path / f"rows.{ending}")
     assert list(stream_rows(str(path))) == list(read_table(str(path), "train").rows)
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    folder = tmp_path / "rows.parquet"
+    folder.mkdir()
+    for name in ("b", "a"):
+        write(folder / f"{name}.parquet", [{"prompt": name}])
+    for read in (stream_rows(str(folder)), read_table(str(folder), "train").rows):
+        assert [row["prompt"] for row in read] == ["a", "b"]
 
 
 def test_a_folder_as_a_data_set(tmp_path, monkeypatch):

@@ -95,6 +95,26 @@ def test_killed_extended_and_refused(tiny_teacher, prompts, tmp_path, capsys):
     assert sorted(place.stem for place in (out / "parts").glob("*.jsonl")) == ["00001", "00002"]
 
 
+def test_a_part_may_lack_a_column_and_all_answers(tiny_teacher, prompts, tmp_path):
+    """As a whole file may for some of its rows."""
+    found = rows(prompts)
+    for row in found[5:10]:
+        del row["answer"]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in found))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(command(tiny_teacher, prompts, whole)) == 0
+    assert main(command(tiny_teacher, prompts, out, "--part-size", "5")) == 0
+    assert rows(out / "pairs.jsonl") == rows(whole / "pairs.jsonl")
+
+
+def test_an_id_in_two_parts_is_refused(tiny_teacher, prompts, tmp_path, capsys):
+    found = rows(prompts)
+    found[20]["id"] = found[1]["id"]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in found))
+    assert main(command(tiny_teacher, prompts, tmp_path / "out", "--part-size", "5")) == 2
+    assert "the id 'p1'" in capsys.readouterr().err
+
+
 def test_a_budget_is_of_all_parts(tiny_teacher, tmp_path, capsys):
     pytest.importorskip("openai")
     from tests.support.fault_server import FaultServer, Step, said
