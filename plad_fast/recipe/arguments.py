@@ -97,7 +97,7 @@ class Command:
     """Help of the flag, which a command without a folder lacks."""
 
 
-# The answers are written ones; the numbers are for four minutes on two CPU cores.
+# The answers are written ones; the numbers are for six minutes on two CPU cores.
 _QUICKSTART = {
     "teacher": "column:answer",
     "student": "offline",
