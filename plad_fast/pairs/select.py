@@ -160,8 +160,8 @@ def pairs_of(
         return [_pair(first, other, scores, filters) for other in student]
     if select.startswith("best-worst"):
         both = [*teacher, *student]
-        pooled = {"best-worst-pooled": (both, both), "best-worst-student": (student, student)}
-        best, worst = (_rank(a, scores) for a in pooled.get(select, (teacher, student)))
+        pools = {"best-worst-pooled": (both, both), "best-worst-student": (student, student)}
+        best, worst = (_rank(a, scores) for a in pools.get(select, (teacher, student)))
         if any(candidate.score is None for candidate in [*best, *worst]):
             return ["unscored"]
         # Where no answer is usable an unusable one takes its place, to say why there is no pair.
