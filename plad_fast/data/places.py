@@ -34,9 +34,10 @@ def expanded(source: str | os.PathLike[str]) -> Path:
 
 def from_folder(source: str, folder: Path) -> str:
     """The path of a name that begins with a dot, as it is meant in a folder that may be moved; any
-    other text as it is, and a name of nothing there: others mean their working folder."""
+    other text as it is, and what is in the working folder alone: some libraries mean that."""
     here = folder / source
-    return str(here.resolve()) if source.startswith(".") and is_there(here) else source
+    meant = source.startswith(".") and (is_there(here) or not is_there(Path(source)))
+    return str(here.resolve()) if meant else source
 
 
 def is_there(path: Path) -> bool:
