@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def load_model(
         _require_gguf()
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
-    with _loading("a language model", source):
+    with _loading("a language model", source), gguf_read_once():
         base = _base_of_adapters(location)
         is_beside = base is not None and expanded(base).resolve() == expanded(source).resolve()
         if base is not None and (merge_adapters or not (is_beside or _is_found(location, base))):
@@ -163,6 +164,27 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within this each GGUF file's header is read once. transformers reads it for the config, the
+    weights and the tokenizer, and lists the names of tensors for every module: most of the time
+    that a small model takes."""
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    functions = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, function in functions.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(gguf, name, function)
 
 
 def find_model(source: str, option: str) -> str:

@@ -26,6 +26,7 @@ from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (
     check_loadable,
     find_model,
+    gguf_read_once,
     load_model,
     load_tokenizer,
 )
@@ -253,6 +254,7 @@ class Distillation(Run):
             ),
         ]
 
+    @gguf_read_once()
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
         config, source, layers = self.config, self.student_source, self.config.student_layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from plad_fast.data.file_states import CARD
-from plad_fast.data.files import publish_folder
+from plad_fast.data.files import publish_folder, write_atomically
 from plad_fast.data.locks import locked
 from plad_fast.data.manifest import NAME as MANIFEST
 from plad_fast.data.manifest import listed_files, write_manifest
@@ -107,7 +108,8 @@ def publish(
     checkpoint = best_checkpoint(last)
     if checkpoint is not None:
         left_out = [*OF_TRAINING, CARD, *(["adapter_*"] if merge else [])]
-        shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*left_out))
+        ignored = shutil.ignore_patterns(*left_out)
+        shutil.copytree(checkpoint, partial, ignore=ignored, copy_function=_link)
     if checkpoint is None or merge:
         found = source if checkpoint is None else checkpoint
         load_model(found, dtype=torch.float32, merge_adapters=True).save_pretrained(partial)
@@ -116,7 +118,7 @@ def publish(
     if base is not None and config.is_file():
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings["base_model_name_or_path"] = base
-        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        write_atomically(config, json.dumps(settings, indent=2))  # the checkpoint has the other
     state = trainer_state(last)
     log = state["log_history"]
     if step := state.get("best_global_step"):
@@ -127,6 +129,14 @@ def publish(
     if is_trained(output):  # to be replaced, as was found before
         remove_model(output)
     publish_folder(partial, output)
+
+
+def _link(source: str, target: str) -> None:
+    """Gives a file a second name where the file system can; weights are large."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def require_ours(model: Path) -> None:

@@ -225,7 +225,7 @@ def test_builtin_calendar_entries_say_what_their_messages_say():
     with builtin_file("builtin:calendar") as path:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     for row in rows:
-        message = row["prompt"].lower()
+        message = row["prompt"][-1]["content"].lower()
         event, day, time, place = row["answer"].lower().split(", ")
         said = [event, place, *(rf"\b{word}" for word in day.split())]
         assert all(re.search(pattern, message) for pattern in said), row
