@@ -43,7 +43,7 @@ def tune(
     Args:
         config: the settings of all trials, and of the folder, which is that of a run of `distill`.
         plan: what is searched, and for how long.
-        fixed: settings that are not searched unless the plan names them.
+        fixed: settings that a plan without names does not search.
         overwrite: start anew in a folder of an earlier run.
 
     Returns:
@@ -88,6 +88,9 @@ def search(run: Distillation, space: SearchSpace, plan: TuneConfig, file: Path) 
             if plan.minutes is not None and spent >= 60 * plan.minutes:
                 break
             settings = space.suggest(trials, run.config.seed)
+            if settings is None:
+                print(f"== all {len(trials)} combinations have been tried", flush=True)
+                break
             shown = ", ".join(f"{name} {_cell(value)}" for name, value in settings.items())
             print(f"== trial {len(trials)}: {shown}", flush=True)
             outcome = _outcome(run, settings)
