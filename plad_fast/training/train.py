@@ -19,7 +19,7 @@ from plad_fast.data.streams import StreamedRows
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
+from plad_fast.models.loading import check_loadable, load_model, load_tokenizer, place_of
 from plad_fast.models.lora import Lora, load_with_lora
 from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.arguments import of_weights, training_arguments
@@ -108,8 +108,8 @@ def train_model(
     single one but for rounding.
 
     Args:
-        source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
-            are merged into their base model first.
+        source: folder of the model and its tokenizer, a hub id, a .gguf file, or "offline" (see
+            `load_model`); adapters of PEFT are merged into their base model first.
         rows: of the standard preference format; `rejected` is not needed for loss "sft". The token
             ids of streamed ones are kept in a file beside the checkpoints until the end.
         output: folder to make. If this very training made it before, it is left alone.
@@ -162,6 +162,7 @@ def train_model(
             "eval_pairs": eval_rows,
         }
     )
+    source = place_of(source)
     sft_weight, length_normalization = get_loss(loss).terms(sft_weight, length_normalization)
     micro, accumulated = split_batch(batch_size, micro_batch_size)
     objective = {
