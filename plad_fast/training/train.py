@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,12 @@ from plad_fast.models.loading import check_loadable, load_model, load_tokenizer,
 from plad_fast.models.lora import Lora, load_with_lora
 from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.arguments import of_weights, training_arguments
-from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
+from plad_fast.training.checkpoints import (
+    Checkpoints,
+    has_ended,
+    newest_checkpoint,
+    trainer_state,
+)
 from plad_fast.training.config import PLaDConfig
 from plad_fast.training.launch import require_own_kind, split_batch
 from plad_fast.training.setup import BASE
@@ -103,6 +109,9 @@ def train_model(
 
     Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1,
     unless `training` says otherwise; trained parameters in float32.
+
+    A training that goes on prints from which step. A run at W&B or SwanLab ends with the training
+    that began it.
 
     The processes of a run (`plad_fast.models.led`) share every step, and the weights are those of a
     single one but for rounding.
@@ -216,6 +225,9 @@ def train_model(
         if last is None or not has_ended(last, patience):
             if last is not None:
                 require_own_kind(last, micro)
+                state = trainer_state(last)
+                reached = f"step {state['global_step']} of {state['max_steps']}"
+                print(f"continues from {reached}", flush=True)
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options: dict[str, Any] = {
                 **objective,
@@ -297,13 +309,27 @@ class _Run:
         trainer = _trainer(self.source, self.rows, self.eval_rows, self.lora, **options)
         if self.validation is not None:
             trainer.add_callback(Validator(self.validation, trainer))
+        open_before = _open_runs()
         with deferred_signals(_NOTICE if rank() == 0 else "") as asked:
             trainer.add_callback(Checkpoints(self.checkpoints, self.training, asked))
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        for logger in _open_runs() - open_before:
+            sys.modules[logger].finish()
         step = trainer.state.global_step
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
         return step
+
+
+def _open_runs() -> set[str]:
+    """W&B and SwanLab, where a run of theirs is open: another training would go on logging in it,
+    under its name."""
+    wandb, swanlab = (sys.modules.get(name) for name in ("wandb", "swanlab"))
+    is_open = {
+        "wandb": wandb is not None and wandb.run is not None,
+        "swanlab": swanlab is not None and swanlab.get_run() is not None,
+    }
+    return {name for name, found in is_open.items() if found}
 
 
 def _trainer(
