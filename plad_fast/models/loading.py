@@ -183,9 +183,9 @@ def find_model(source: str, option: str) -> str:
     return str(path) if is_there(path) else source
 
 
-def place_of(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+def place_of(source: str | os.PathLike[str]) -> str | Path:
     """`offline_teacher_path()` for "offline", anything else as it is."""
-    return offline_teacher_path() if os.fspath(source) == OFFLINE else source
+    return offline_teacher_path() if os.fspath(source) == OFFLINE else os.fspath(source)
 
 
 def check_loadable(source: str | os.PathLike[str]) -> None:

@@ -74,7 +74,7 @@ def write_card(
         adapters_on=without_folders(adapted.get("base_model_name_or_path") or base_model)
         if adapted
         else None,
-        peft_class=_PEFT_CLASSES.get(adapted.get("task_type")),
+        peft_class=_PEFT_CLASSES.get(adapted.get("task_type", "")),
         facts={"base model": without_folders(base_model), **facts},
         evaluation=evaluation,
         command=command,
