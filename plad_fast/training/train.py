@@ -325,11 +325,10 @@ def _open_runs() -> set[str]:
     """W&B and SwanLab, where a run of theirs is open: another training would go on logging in it,
     under its name."""
     wandb, swanlab = (sys.modules.get(name) for name in ("wandb", "swanlab"))
-    is_open = {
-        "wandb": wandb is not None and wandb.run is not None,
-        "swanlab": swanlab is not None and swanlab.get_run() is not None,
-    }
-    return {name for name, found in is_open.items() if found}
+    # Either may be a folder of its logs that Python takes for a package.
+    of_wandb, of_swanlab = getattr(wandb, "run", None), getattr(swanlab, "get_run", lambda: None)()
+    found = {"wandb": of_wandb, "swanlab": of_swanlab}
+    return {name for name, run in found.items() if run is not None}
 
 
 def _trainer(

@@ -154,7 +154,9 @@ def test_the_cards_of_a_run_have_its_evaluation(
     assert "| loss | sft |" in cards[0].text
     best = best_check(log_history(run / "plad"))
     kept = (
-        f"checkpoint of step {best['step']} is" if best["step"] else "before this training, which"
+        f"checkpoint of step {best['step']} is"
+        if best["step"]
+        else "before this training, which is"
     )
     assert re.search(rf"\| kept by validation \| .*{kept} kept: score", cards[1].text)
     assert "kept by validation" not in cards[0].text
