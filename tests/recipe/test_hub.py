@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -12,8 +11,6 @@ from huggingface_hub import ModelCard
 
 from plad_fast.cli import main
 from plad_fast.models.loading import load_model
-from plad_fast.training.trained_folders import log_history
-from plad_fast.training.validation import best_check
 from tests.support.hub_server import HubServer
 from tests.support.recipe_runs import arguments, content, train, write_pairs
 
@@ -152,15 +149,7 @@ def test_the_cards_of_a_run_have_its_evaluation(
         assert tiny_teacher.name in card.text
         assert settings_of(card)["loss"] == "plad_ranking"
     assert "| loss | sft |" in cards[0].text
-    best = best_check(log_history(run / "plad"))
-    kept = (
-        f"checkpoint of step {best['step']} is"
-        if best["step"]
-        else "before this training, which is"
-    )
-    assert re.search(rf"\| kept by validation \| .*{kept} kept: score", cards[1].text)
-    assert "kept by validation" not in cards[0].text
-    assert "## Load" not in cards[1].text
+    assert "## Load" not in cards[1].text  # it is a whole model
     edited = cards[1].content.replace("**To be stated", "MIT, stated")
     (run / "plad" / "README.md").write_text(edited)
     command = arguments(tiny_teacher, run)

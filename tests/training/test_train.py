@@ -90,7 +90,7 @@ def test_a_run_that_a_training_began_at_a_logger_ends_with_it(tiny_teacher, tmp_
     wandb.finish = finish
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "swanlab", swanlab)
-    monkeypatch.setattr(training._Progress, "on_train_begin", begin)
+    monkeypatch.setattr(training._Progress, "on_log", begin)
     train(tiny_teacher, tmp_path / "out")
     assert wandb.ended == 1
 
