@@ -33,7 +33,7 @@ from plad_fast.evaluation.samples import (
 )
 from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.loading import load_model, load_tokenizer, place_of
 from plad_fast.models.response_scores import score_responses, score_rows
 from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.build import as_response
@@ -310,7 +310,7 @@ class _Student:
     @cached_property
     def _made_by(self) -> dict[str, Any]:
         # The weights rather than the path: a run folder may move, and a path get other weights.
-        weights = model_digest(self.path)
+        weights = model_digest(place_of(self.path))
         made_by = {"student": self.name, "weights": weights, "precision": self.precision}
         if self._thinks and opens_thought(self.tokenizer):
             made_by["reasoning"] = "keep"

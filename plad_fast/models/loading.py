@@ -47,8 +47,9 @@ def load_model(
     """Loads a causal or an encoder-decoder language model, in evaluation mode.
 
     Args:
-        source: a hub id, a folder written by `save_pretrained`, a `.gguf` file, or a folder that
-            holds one `.gguf` file and no `config.json`. GGUF weights are dequantised, and the
+        source: a hub id, a folder written by `save_pretrained`, a `.gguf` file, a folder that
+            holds one `.gguf` file and no `config.json`, or "offline", which is the model at
+            `offline_teacher_path()`. GGUF weights are dequantised, and the
             model can be trained and saved like any other; causal ones only. Adapters that PEFT
             saved are put into the layers of their base model, which is loaded too.
         dtype: "auto" keeps the dtype of the checkpoint (float32 for GGUF).
@@ -64,6 +65,7 @@ def load_model(
         UsageError: nothing there, not a language model, or not all of its weights; adapters that
             cannot be merged; and, to be quantised, a .gguf file or adapters.
     """
+    source = place_of(source)
     location = _locate(source)
     if in_4bit:
         return _load_in_4bit(location, source, dtype, device)
@@ -136,7 +138,7 @@ def _load_in_4bit(
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to `load_model(source)`.
+    """Loads the tokenizer that belongs to `load_model(source)`; "offline" is one, too.
 
     A missing pad token is set to the EOS token (padding is always masked); the padding side stays
     as it was saved.
@@ -144,6 +146,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: no tokenizer there, or one with neither a pad nor an EOS token.
     """
+    source = place_of(source)
     location = _locate(source)
     if "gguf_file" in location:
         _require_gguf()
@@ -196,10 +199,15 @@ def find_model(source: str, option: str) -> str:
         option: under which it was given, for the message.
     """
     if source == OFFLINE:
-        return str(offline_teacher_path())
+        return str(place_of(source))
     require_there(source, option)
     path = expanded(source)
     return str(path) if is_there(path) else source
+
+
+def place_of(source: str | os.PathLike[str]) -> str | Path:
+    """`offline_teacher_path()` for "offline", anything else as it is."""
+    return offline_teacher_path() if os.fspath(source) == OFFLINE else os.fspath(source)
 
 
 def check_loadable(source: str | os.PathLike[str]) -> None:
@@ -216,6 +224,7 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
 
 def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:
     """Whether `load_model(source)` would give an encoder-decoder model; its weights stay unread."""
+    source = place_of(source)
     location = _locate(source)
     with _loading("a language model", source):
         loader = _class_of(location)

@@ -6,7 +6,7 @@ N tokens, V vocabulary, D hidden, S sequences. Tokens of one sequence lie next t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from plad_fast.losses.terms import length_normalized, segment_counts, segment_su
 from plad_fast.ops import autograd
 from plad_fast.ops import validation as check
 from plad_fast.ops.backend import sent
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SequenceLogProbs(NamedTuple):
@@ -52,6 +55,7 @@ def linear_sequence_logprobs(
     return_lse: bool = False,
     return_entropy: bool = False,
     entropy_order: int = 1,
+    group: ProcessGroup | None = None,
 ) -> SequenceLogProbs:
     """Log-probabilities of the targets under an LM head, without storing its logits.
 
@@ -91,12 +95,15 @@ def linear_sequence_logprobs(
         return_entropy: also return `entropy`.
         entropy_order: of it: 1 for Shannon's, 2 for Renyi's of order 2 (collision entropy), -log of
             the sum of squared probabilities.
+        group: None. `head_arguments` returns one for a head sharded by tensor parallelism, which
+            `plad_fast.ops.vocab_parallel.vocab_parallel_sequence_logprobs` takes.
 
     Raises:
         UsageError: shapes, dtypes, devices, targets or options that do not fit; says which. Values
             of targets and cu_seqlens on a GPU are an assertion of the device there, which it
             reports when it comes to them.
     """
+    check.refuse_group(group, "plad_fast.ops.vocab_parallel.vocab_parallel_sequence_logprobs")
     options = check.checked_options(
         softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes
     )

@@ -6,7 +6,7 @@ N tokens, V vocabulary, D hidden, S sequences in B groups of K.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from plad_fast.errors import UsageError
 from plad_fast.losses.objective import Objective
 from plad_fast.ops import validation as check
 from plad_fast.ops.preference_autograd import FusedLoss, linear_preference_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def preference_loss(
@@ -91,6 +94,7 @@ def fused_linear_preference_loss(
     num_tokens: float | Tensor | None = None,
     impl: str = "auto",
     scratch_bytes: int | None = None,
+    group: ProcessGroup | None = None,
     **loss_options: Any,
 ) -> FusedLoss:
     """A preference loss straight from hidden states, in three matrix products.
@@ -130,12 +134,15 @@ def fused_linear_preference_loss(
             for PLaD's losses and those on means over tokens, 0 for others and your own functions.
         num_groups, num_tokens: denominators, by default those of this call. Under gradient
             accumulation pass the totals of the whole window.
+        group: None. `head_arguments` returns one for a head sharded by tensor parallelism, which
+            `plad_fast.ops.vocab_parallel.vocab_parallel_preference_loss` takes.
         **loss_options: of the loss, `beta` for example.
 
     Raises:
         UsageError: unknown loss or option, sequences that do not form whole groups, or anything
             `linear_sequence_logprobs` refuses.
     """
+    check.refuse_group(group, "plad_fast.ops.vocab_parallel.vocab_parallel_preference_loss")
     op_options = check.checked_options(
         softcap, logit_scale, temperature, ignore_index, impl, scratch_bytes
     )

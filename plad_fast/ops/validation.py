@@ -38,6 +38,15 @@ def checked_problem(
     return LinearProblem(hidden, weight, bias, targets.long(), cu_seqlens.long(), options)
 
 
+def refuse_group(group: Any, instead: str) -> None:
+    """A head of which this rank has some rows would give a loss of a smaller vocabulary."""
+    if group is not None:
+        raise UsageError(
+            "group: the rows of this LM head lie on several ranks (tensor parallelism), and this "
+            f"op wants all of them here; pass the same arguments to {instead} on every rank"
+        )
+
+
 def autocast_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:

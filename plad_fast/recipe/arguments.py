@@ -174,7 +174,8 @@ COMMANDS = {
             "output_dir": "folder to make for the trained model",
             "loss": "preference loss, or sft to fine-tune on the chosen responses alone; "
             "`plad-fast doctor` lists the losses",
-            "learning_rate": "peak learning rate",
+            "learning_rate": "peak learning rate; a tenth of the steps rises to it, then it falls "
+            "linearly to 0",
             "batch_size": "number of pairs per optimizer step",
             "seed": "random seed of the order of the pairs and of dropout",
         },

@@ -9,6 +9,7 @@ from typing import Any
 from plad_fast.data.places import BUILTIN
 from plad_fast.recipe.doctor import versions
 from plad_fast.recipe.settings import DistillConfig
+from plad_fast.recipe.validation import verdict
 from plad_fast.training.card import without_folders, write_card
 from plad_fast.training.trained_folders import found_record
 
@@ -59,8 +60,9 @@ def describe_training(
 def describe_student(
     folder: Path, config: DistillConfig, log: Sequence[Mapping[str, Any]], evaluation: str
 ) -> None:
-    """Writes the card of a student of `plad-fast distill`, with the table of its evaluation."""
-    record = found_record(folder) or {}
+    """Writes the card of a student of `plad-fast distill`, with the table of its evaluation, and
+    the step that validation kept."""
+    record, kept = found_record(folder) or {}, verdict(log, "student before this training")
     prompts = without_folders(config.prompts)
     settings = config.results_settings() | {name: getattr(config, name) for name in _OF_NEW_RUNS}
     write_card(
@@ -71,6 +73,7 @@ def describe_student(
             "data": f"{prompts}: {record.get('rows', 'rows unknown')}",
             **_facts(record),
             "outcome": training_summary(log),
+            **({"kept by validation": kept} if kept else {}),
         },
         evaluation=evaluation,
         command="plad-fast distill",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.file_states import state_of
 from plad_fast.data.files import sync_folder, write_atomically
 from plad_fast.data.locks import cannot_write
-from plad_fast.data.places import BUILTIN
+from plad_fast.data.places import BUILTIN, expanded
 from plad_fast.data.records import digest_of_list
 from plad_fast.data.streams import stream_rows
 from plad_fast.errors import UsageError
@@ -39,7 +39,8 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
     """As `plad_fast.recipe.stages.pair_models`, with at most `size` prompts in memory at once.
 
     Each part has a folder, `parts/00001` and so on, as `pair_models` makes one, with its prompts
-    beside it; what they have made is joined once the last one is done. Budgets are those of all.
+    beside it; what they have made is joined once the last one is done. Budgets are those of all,
+    and so are columns: a file is read once before, to know those that some rows lack.
 
     Raises:
         UsageError: as `pair_models`; prompts that are not read from a file or data set; ranked
@@ -56,7 +57,7 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
     if overwrite:
         require_outside(path, config)
     places: list[Path] = []
-    columns: dict[str, None] = {}
+    columns = _columns_of_file(config)
     ids: set[int] = set()
     kept, dropped, unit = 0, Counter[str](), ""
     endpoints: dict[str, Endpoint] = {}
@@ -76,7 +77,7 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
             print(f"part {len(places)}", flush=True)
             columns |= dict.fromkeys(name for row in some for name in row)
             _require_new(ids, some, config.prompts)
-            # A column of earlier parts is one of all, as where the rows are read at once.
+            # A column of some parts is one of all, as where the rows are read at once.
             known = dict.fromkeys(columns)
             lines = (json.dumps({**known, **row}, default=str) + "\n" for row in some)
             prompts = write_atomically(place.with_suffix(".jsonl"), "".join(lines))
@@ -87,7 +88,9 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
                 report = error.report
                 print(f"   {report}", flush=True)
             except NoAnswersError as error:
-                if not kept and not dropped:  # of the first part: others would fare no better
+                is_given = all(teacher.startswith("column:") for teacher in config.teachers)
+                # After the first part: a model would answer no other part either.
+                if not (kept or dropped or is_given):
                     raise
                 report = PairReport(0, [{"reason": "missing"}] * len(some))
                 print(f"   {error}", flush=True)
@@ -120,6 +123,15 @@ def pair_in_parts(config: DistillConfig, size: int, *, overwrite: bool = False) 
     spent = "".join(f"{spec}: {endpoint.usage}\n" for spec, endpoint in endpoints.items())
     print(f"{spent}pairs: {file}", flush=True)
     return file
+
+
+def _columns_of_file(config: DistillConfig) -> dict[str, None]:
+    """The columns of all rows of a file, in order. Rows of the hub have the same ones, and may be
+    slow to read twice."""
+    if not expanded(config.prompts).is_file():
+        return {}
+    rows = itertools.islice(stream_rows(config.prompts, config.split), config.limit)
+    return dict.fromkeys(name for row in rows for name in row)
 
 
 def _require_new(ids: set[int], rows: Sequence[Mapping[str, Any]], source: str) -> None:

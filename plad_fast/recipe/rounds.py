@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.records import found_scores, model_digest, recorded_scores
 from plad_fast.errors import UsageError
+from plad_fast.losses.registry import get_loss
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.sampling import Sampling
@@ -103,9 +104,13 @@ class Round:
                 recorded_scores(file, made_by, lambda: measures(checks(log)[0]), replace=True)
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = last_logged(log, "ranking_accuracy", accuracy)
-            inside = last_logged(log, "active_pairs", "{:.0%} inside the margin")
-            told = [verdict for verdict, _ in Outcome(self.run).validations(number)]
-            return "; ".join([f"{ranked}, {inside}", *told])
+            told = [ranked]
+            spec = get_loss(config.loss)
+            if not (spec.always_active or spec.is_likelihood):  # a hinge, which pairs may satisfy
+                below = "{:.0%} with a lead below the margin that the loss asks for"
+                told.append(last_logged(log, "active_pairs", below))
+            kept = [verdict for verdict, _ in Outcome(self.run).validations(number)]
+            return "; ".join([", ".join(told), *kept])
 
         return [
             Stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.places import OFFLINE
@@ -86,6 +87,7 @@ class Run:
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
     ) -> list[dict[str, Any]]:
         options |= {name: getattr(self.config, name) for name in _OF_TRAINING}
+        options["training"] = named_run(self.config, output)
         saves = self.config.saves_per_stage
         folder = self.folder
         return train_model(
@@ -97,6 +99,15 @@ class Run:
             base=f"../{source}",
             **options,
         )
+
+
+def named_run(config: DistillConfig, stage: str) -> dict[str, Any]:
+    """The settings of the trainer, with a name of its own for the log of this stage where there is
+    one: W&B and others would else put stages under the same name."""
+    given = dict(config.training or {})
+    if given.get("report_to") not in (None, "none"):
+        given["run_name"] = f"{given.get('run_name') or Path(config.output_dir).name}-{stage}"
+    return given
 
 
 def numbered(name: str, number: int) -> str:

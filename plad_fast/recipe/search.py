@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from plad_fast.checks import shown
@@ -22,6 +23,9 @@ _FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 # Of the pairs and of the training on them alone: all before is made once, and the scorer opened.
 _BEFORE = {name for stage in ("fine-tuning", "samples") for name in STAGES[stage]} | {"scorer"}
 _SEARCHED = ({*STAGES["pairs"], *STAGES["preference training"]} & _FIELDS.keys()) - _BEFORE
+_DEFAULT = object()
+"""What stands for the values of a setting of which the name alone is given."""
+_DRAWS = 100  # suggestions of a trial, until one was not tried
 _LOG_FROM = 10
 """The ratio of its ends from which on a range is searched in logarithmic steps."""
 
@@ -40,9 +44,10 @@ class TuneConfig:
     )
     search: str | Mapping[str, Any] | Sequence[str] | None = free_setting(
         None,
-        "setting of pairs or preference training and its values: a range such as beta=0.1..2, a "
-        "list such as loss=dpo,simpo, or a single one; of one loss: dpo.beta=0.05..1; repeat; in a "
-        "--config file `search: {beta: 0.1..2}`. Default: learning_rate, epochs, beta, sft_weight, "
+        "setting of pairs or preference training to search, and its values: a range such as "
+        "beta=0.1..2, a list such as loss=dpo,simpo, or the name alone for its default values; of "
+        "one loss: dpo.beta=0.05..1; repeat: these are searched and no others; in a --config file "
+        "`search: {beta: 0.1..2}`. Default: learning_rate, epochs, beta, sft_weight, "
         "length_normalization, max_length_ratio, and with a scorer drop_contradicted, each unless "
         "it is set",
     )
@@ -67,17 +72,21 @@ class SearchSpace:
 
         Args:
             config: the settings of all trials.
-            search: setting, or LOSS.SETTING, -> its values, as in `TuneConfig.search`.
-            fixed: settings that are not searched unless `search` names them.
+            search: setting, or LOSS.SETTING, -> its values, as in `TuneConfig.search`; these are
+                searched and no others. Where it is empty, what has default values.
+            fixed: settings of which the default values are not searched unless `search` names them.
 
         Raises:
             UsageError: no such setting or value, or one that the loss does not have.
         """
         given = {key.replace("-", "_"): value for key, value in _mapping(search).items()}
+        are_named = bool(given)
         losses = _read("loss", given.pop("loss", config.loss), "search: loss")
         by_loss: dict[str, dict[str, Values]] = {}
+        without = {key for key, value in given.items() if value is _DEFAULT}
         for loss in (names := _ends(losses)):
-            space = {n: v for n, v in _defaults(config, loss).items() if n not in fixed}
+            defaults = _defaults(config, loss)
+            space = {n: v for n, v in defaults.items() if not are_named and n not in fixed}
             for key, value in given.items():
                 of_loss, dot, name = key.rpartition(".")
                 if dot and of_loss not in names:
@@ -87,9 +96,18 @@ class SearchSpace:
                     )
                 if name == "loss":
                     raise UsageError(f"search: {key} is no setting of a loss; name a setting")
-                if not dot or of_loss == loss:
+                if dot and of_loss != loss:
+                    continue
+                if value is not _DEFAULT:
                     space[name] = _read(name, value, f"search: {key}")
+                elif name in defaults:
+                    space[name] = defaults[name]
+                    without.discard(key)
             by_loss[loss] = space
+        if without:
+            key = min(without)
+            _require_searched(key.rpartition(".")[2], f"search: {key}")
+            raise UsageError(f"search: {key} has no default values here; write {key}=VALUES")
         found = cls(config, by_loss)
         found._check()
         return found
@@ -103,8 +121,9 @@ class SearchSpace:
             for loss, space in self.by_loss.items()
         }
 
-    def suggest(self, trials: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-        """Settings of the next trial, the same for the same trials before it.
+    def suggest(self, trials: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any] | None:
+        """Settings of the next trial, which none before it had, and the same for the same trials
+        before it; None where all combinations have been tried.
 
         The first has the settings as they are, as far as they lie in the space. The others are
         drawn at random until there are ten, then by Optuna's TPE sampler.
@@ -145,10 +164,23 @@ class SearchSpace:
             for loss, space in self.by_loss.items()
             for name, values in space.items()
         }
-        found = study.ask({"loss": of_loss, **every}).params
-        loss = found["loss"]
-        own = {name: found[self._parameter(loss, name)] for name in self.by_loss[loss]}
-        return {"loss": loss, **own}
+        tried = [trial["settings"] for trial in trials]
+        for _ in range(_DRAWS):
+            found = study.ask({"loss": of_loss, **every}).params
+            loss = found["loss"]
+            own = {name: found[self._parameter(loss, name)] for name in self.by_loss[loss]}
+            if (settings := {"loss": loss, **own}) not in tried:
+                return settings
+        return next((one for one in self._combinations() if one not in tried), None)
+
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        """Of the losses none of whose settings has a range."""
+        from optuna.distributions import FloatDistribution
+
+        for loss, space in self.by_loss.items():
+            if not any(isinstance(values, FloatDistribution) for values in space.values()):
+                for chosen in product(*map(_ends, space.values())):
+                    yield {"loss": loss, **dict(zip(space, chosen, strict=True))}
 
     def _parameter(self, loss: str, name: str) -> str:
         """What Optuna knows a setting by: of one loss, unless it has the same values for all."""
@@ -184,7 +216,8 @@ class SearchSpace:
 
 
 def _mapping(search: Any) -> dict[str, Any]:
-    """NAME=VALUES of the flag, or a mapping of the file, as a mapping."""
+    """NAME=VALUES of the flag, or a mapping of the file, as a mapping; `_DEFAULT` for the values of
+    a name alone."""
     if search is None or isinstance(search, Mapping):
         found = dict(search or {})
         if not all(isinstance(name, str) for name in found):
@@ -193,11 +226,12 @@ def _mapping(search: Any) -> dict[str, Any]:
     found = {}
     for text in [search] if isinstance(search, str) else search:
         name, equals, values = text.partition("=") if isinstance(text, str) else ("", "", "")
-        if not (name and equals and values) or name in found:
+        if not name or bool(equals) != bool(values) or name in found:
             raise UsageError(
-                f"--search {shown(text)} must be NAME=VALUES, each name once, such as beta=0.1..2"
+                f"--search {shown(text)} must be NAME=VALUES, or NAME for its default values, each "
+                "name once, such as beta=0.1..2"
             )
-        found[name] = values
+        found[name] = values if equals else _DEFAULT
     return found
 
 
@@ -205,11 +239,9 @@ def _read(name: str, value: Any, where: str) -> Values:
     """The values of a setting from a flag or a file; UsageError that begins with `where`."""
     from optuna.distributions import CategoricalDistribution
 
-    if name not in _SEARCHED:
-        what = "is the same in all trials" if name in _FIELDS else "is no setting"
-        raise UsageError(
-            f"{where}: {flag(name)} {what}; what can be searched is {', '.join(sorted(_SEARCHED))}"
-        )
+    _require_searched(name, where)
+    if value is _DEFAULT:
+        raise UsageError(f"{where} has no default values; write {name}=VALUES")
     field = _FIELDS[name]
     if isinstance(value, str) and ".." in value:
         ends = [read_value("float", end, where) for end in value.split("..", 1)]
@@ -231,6 +263,14 @@ def _read(name: str, value: Any, where: str) -> Values:
     if len(set(map(repr, read))) < len(read):
         raise UsageError(f"{where} has a value twice: {shown(value)}")
     return CategoricalDistribution(read)
+
+
+def _require_searched(name: str, where: str) -> None:
+    if name not in _SEARCHED:
+        what = "is the same in all trials" if name in _FIELDS else "is no setting"
+        raise UsageError(
+            f"{where}: {flag(name)} {what}; what can be searched is {', '.join(sorted(_SEARCHED))}"
+        )
 
 
 def _defaults(config: DistillConfig, loss: str) -> dict[str, Values]:

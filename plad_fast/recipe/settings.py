@@ -213,7 +213,12 @@ class DistillConfig:
         "where an answer should end",
     )
     epochs: float = setting(2.0, "number of passes over the pairs", POSITIVE)
-    learning_rate: float = setting(3e-5, "peak learning rate of preference training", POSITIVE)
+    learning_rate: float = setting(
+        3e-5,
+        "peak learning rate of preference training; a tenth of the steps rises to it, then it "
+        "falls linearly to 0",
+        POSITIVE,
+    )
     batch_size: int = setting(4, "pairs per optimizer step of preference training", AT_LEAST_1)
     micro_batch_size: int | None = free_setting(
         None,

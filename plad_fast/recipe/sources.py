@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plad_fast.data.places import OFFLINE
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.run_students import scorer_file
-from plad_fast.models.loading import offline_teacher_path
 from plad_fast.pairs.generation import sources
 from plad_fast.pairs.generation.endpoint.model import EndpointModel
 from plad_fast.pairs.generation.given import ColumnModel
@@ -77,8 +75,6 @@ def open_scorer(
         judges: endpoints of the run's judges by their specifications, to which a new one is added:
             one that is opened twice has one budget.
     """
-    if spec == f"likelihood:{OFFLINE}":
-        spec = f"likelihood:{offline_teacher_path()}"
     if not _is_judge(spec):
         return scoring.open_scorer(spec)
     known = (judges or {}).get(spec)

@@ -20,6 +20,7 @@ from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.recipe.data_checks import NothingToLearnError
 from plad_fast.recipe.distillation import Distillation, opened_run
 from plad_fast.recipe.inputs import RunPrompts
+from plad_fast.recipe.run import named_run
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.validation import MEASURES, measures
@@ -43,7 +44,7 @@ def tune(
     Args:
         config: the settings of all trials, and of the folder, which is that of a run of `distill`.
         plan: what is searched, and for how long.
-        fixed: settings that are not searched unless the plan names them.
+        fixed: settings that a plan without names does not search.
         overwrite: start anew in a folder of an earlier run.
 
     Returns:
@@ -88,9 +89,12 @@ def search(run: Distillation, space: SearchSpace, plan: TuneConfig, file: Path) 
             if plan.minutes is not None and spent >= 60 * plan.minutes:
                 break
             settings = space.suggest(trials, run.config.seed)
+            if settings is None:
+                print(f"== all {len(trials)} combinations have been tried", flush=True)
+                break
             shown = ", ".join(f"{name} {_cell(value)}" for name, value in settings.items())
             print(f"== trial {len(trials)}: {shown}", flush=True)
-            outcome = _outcome(run, settings)
+            outcome = _outcome(run, settings, f"trial-{len(trials)}")
             print(f"   {outcome.get('problem') or _score(outcome)}", flush=True)
             store.append([{"id": str(len(trials)), "settings": settings, **outcome}])
     if all(trial["score"] is None for trial in trials[: plan.trials]):
@@ -136,11 +140,12 @@ def trials_table(trials: Sequence[Trial]) -> str:
     )
 
 
-def _outcome(run: Distillation, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What came out of a trial, which fails by settings that contradict each other or leave too few
-    pairs; any other error ends the search."""
+    pairs; any other error ends the search. Where it is logged, `name` is a part of its name."""
     try:
-        trial = run.with_settings(replace(run.config, **settings))
+        training = named_run(run.config, name)
+        trial = run.with_settings(replace(run.config, training=training or None, **settings))
     except UsageError as error:
         return _failure(error)
     try:

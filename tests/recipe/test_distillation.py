@@ -354,6 +354,11 @@ def test_adapters_of_a_run_move_with_it(tiny_teacher, tmp_path, capsys):
     folder, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
     lora = ("--lora-r", "2", "--learning-rate", "1e-2")
     assert main(arguments(tiny_teacher, folder, *lora)) == 0
+    card = (folder / "plad" / "README.md").read_text()
+    assert "without the model that they are on, sft, which" in card
+    assert 'load_model("plad", merge_adapters=True)' in card
+    assert 'AutoPeftModelForCausalLM.from_pretrained("plad")' in card
+    assert str(tmp_path) not in card
     moved.parent.mkdir()
     folder.rename(moved)
     capsys.readouterr()

@@ -149,6 +149,7 @@ def test_the_cards_of_a_run_have_its_evaluation(
         assert tiny_teacher.name in card.text
         assert settings_of(card)["loss"] == "plad_ranking"
     assert "| loss | sft |" in cards[0].text
+    assert "## Load" not in cards[1].text  # it is a whole model
     edited = cards[1].content.replace("**To be stated", "MIT, stated")
     (run / "plad" / "README.md").write_text(edited)
     command = arguments(tiny_teacher, run)

@@ -95,10 +95,11 @@ def test_killed_extended_and_refused(tiny_teacher, prompts, tmp_path, capsys):
     assert sorted(place.stem for place in (out / "parts").glob("*.jsonl")) == ["00001", "00002"]
 
 
-def test_a_part_may_lack_a_column_and_all_answers(tiny_teacher, prompts, tmp_path):
-    """As a whole file may for some of its rows."""
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_part_may_lack_a_column_and_all_answers(start, tiny_teacher, prompts, tmp_path):
+    """As a whole file may for some of its rows; the first part too."""
     found = rows(prompts)
-    for row in found[5:10]:
+    for row in found[start : start + 5]:
         del row["answer"]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in found))
     whole, out = tmp_path / "whole", tmp_path / "out"

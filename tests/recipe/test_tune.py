@@ -18,7 +18,10 @@ from tests.support.recipe_runs import arguments, kill_at
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-SEARCH = ("loss=plad_ranking,dpo", "learning_rate=1e-3..1e-1", "epochs=1", "dpo.beta=0.05..0.5")
+SEARCH = (
+    *("loss=plad_ranking,dpo", "learning_rate=1e-3..1e-1", "epochs=1"),
+    *("beta", "dpo.beta=0.05..0.5"),
+)
 
 
 def command(teacher, output, *extra: str) -> list[str]:
@@ -51,6 +54,7 @@ def test_trials_are_of_the_space_and_reported(tuned):
         low, high = (0.05, 0.5) if settings["loss"] == "dpo" else (0.1, 10)
         assert low <= settings["beta"] <= high
         assert settings["epochs"] == 1
+        assert settings.keys() == {"loss", "learning_rate", "epochs", "beta"}
         assert trial["start"] == trials[0]["start"]
     report = (tuned / "tune" / "report.md").read_text()
     best = max(trials, key=lambda trial: trial["score"])
@@ -128,18 +132,49 @@ def test_trials_without_pairs_fail_and_the_search_goes_on(tuned, tiny_teacher, t
     assert trials_of(copy) == trials_of(tuned)
 
 
-def test_the_space_has_defaults_of_each_loss():
-    config = DistillConfig(scorer="rougeL")
-    space = SearchSpace.of(config, {"loss": ["dpo", "sft"], "dpo.beta": "0.5..1"}, ["epochs"])
-    assert space.by_loss["dpo"]["beta"] == FloatDistribution(0.5, 1.0, log=False)
-    assert space.by_loss["dpo"]["learning_rate"] == FloatDistribution(3e-6, 1e-4, log=True)
-    assert space.by_loss["dpo"]["drop_contradicted"] == CategoricalDistribution((False, True))
-    assert "epochs" not in space.by_loss["dpo"]
-    assert "sft_weight" not in space.by_loss["sft"]
+def test_a_search_without_names_is_of_the_default_values():
+    config = DistillConfig(scorer="rougeL", loss="dpo")
+    space = SearchSpace.of(config, None, ["epochs"]).by_loss["dpo"]
+    assert space["learning_rate"] == FloatDistribution(3e-6, 1e-4, log=True)
+    assert space["drop_contradicted"] == CategoricalDistribution((False, True))
+    assert "epochs" not in space
+    sft = SearchSpace.of(DistillConfig(loss="sft", sft_weight=0), {}).by_loss["sft"]
+    assert "learning_rate" in sft
+    assert "sft_weight" not in sft
+
+
+def test_what_is_named_is_searched_and_nothing_else():
+    """A name alone has default values, for the losses that have it."""
+    named = ["loss=dpo,plad_ranking,sft", "beta", "dpo.beta=0.5..1", "epochs"]
+    assert SearchSpace.of(DistillConfig(), named, ["epochs"]).by_loss == {
+        "dpo": {
+            "beta": FloatDistribution(0.5, 1.0),
+            "epochs": CategoricalDistribution((1.0, 2.0, 4.0)),
+        },
+        "plad_ranking": {
+            "beta": FloatDistribution(0.1, 10.0, log=True),
+            "epochs": CategoricalDistribution((1.0, 2.0, 4.0)),
+        },
+        "sft": {"epochs": CategoricalDistribution((1.0, 2.0, 4.0))},
+    }
+    assert SearchSpace.of(DistillConfig(), "beta=0.1,2").by_loss["plad_ranking"].keys() == {"beta"}
+
+
+def test_no_combination_is_tried_twice():
+    """Here the ones of dpo have ended long before those of plad_ranking, and these do end."""
+    space = SearchSpace.of(
+        DistillConfig(), ["loss=plad_ranking,dpo", "plad_ranking.beta=1,2,3", "epochs=1,2"]
+    )
+    trials: list[dict] = []
+    while (settings := space.suggest(trials, 0)) is not None:
+        assert settings not in [trial["settings"] for trial in trials]
+        trials.append({"settings": settings, "score": -len(trials)})
+    assert len(trials) == 3 * 2 + 2
 
 
 def test_suggestions_depend_on_seed_and_trials_alone():
-    space = SearchSpace.of(DistillConfig(), {"loss": "plad_ranking,simpo,slic"})
+    named = ["loss=plad_ranking,simpo,slic", "learning_rate", "beta", "sft_weight"]
+    space = SearchSpace.of(DistillConfig(), named)
     trials: list[dict] = []
     for number in range(14):
         settings = space.suggest(trials, 7)
@@ -170,7 +205,12 @@ def test_suggestions_depend_on_seed_and_trials_alone():
         ({"epochs": [1, 1.0]}, "has a value twice"),
         ({"epochs": []}, "has no value"),
         ({"select": "ranked"}, "loss plad_ranking: .*score"),
-        (["beta"], "must be NAME=VALUES"),
+        (["beta="], "must be NAME=VALUES"),
+        (["beta", "beta=1"], "must be NAME=VALUES"),
+        (["loss"], "loss has no default values"),
+        (["batch_size"], "batch_size has no default values"),
+        (["drop-contradicted"], "drop_contradicted has no default values here"),
+        (["betta"], "--betta is no setting"),
     ],
 )
 def test_searches_that_cannot_be(search, message):
@@ -183,7 +223,7 @@ def test_searches_that_cannot_be(search, message):
     [
         (("--validation", "0"), "--validation 0 sets no prompt aside"),
         (("--validation", "0.01"), "--validation 0.01 sets no prompt aside"),
-        (("--search", "beta=x"), "search: beta must be a finite number, got 'x'"),
+        (("--search", "sft_weight=x"), "search: sft_weight must be a finite number, got 'x'"),
         (("--trials", "0"), "--trials must be at least 1"),
     ],
 )

@@ -68,6 +68,10 @@ def test_the_best_checkpoint_is_delivered(patient):
     report = (patient / "report.html").read_text()
     assert told.split("; ")[-1] in report
     assert report.count("<h2>The checkpoint that was kept</h2>") == 1
+    cards = [(patient / name / "README.md").read_text() for name in ("sft", "plad")]
+    (line,) = [row for row in cards[1].splitlines() if row.startswith("| kept by validation")]
+    assert what.replace("SFT student", "student before this training") in line
+    assert "kept by validation" not in cards[0]
 
 
 def test_a_killed_preference_training_goes_on_to_the_same_checks(patient, tiny_teacher, tmp_path):

@@ -215,6 +215,9 @@ def _autocast(model, rows, options):
 
 def _no_ranked_ends(model, rows, options):
     options["collate"] = PreferenceCollator(0, 2, rank_end_token=False)
+    with pytest.raises(UsageError, match=r"data: .*rank_end_token=False.*whole_responses"):
+        add(Dataset.from_list(rows), model, name="data", **options)
+    options["whole_responses"] = False
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,37 @@ def test_a_training_killed_after_its_last_step_takes_no_other(tiny_teacher, tmp_
         for entry in log:
             del entry["tokens_per_second"]
     assert logs[0] == logs[1]
+
+
+def test_a_training_says_from_which_step_it_goes_on(killed, tiny_teacher, tmp_path, capsys):
+    """And nothing where it begins, or where none of its steps is left."""
+    folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
+    shutil.copytree(folder, tmp_path / "ended.checkpoints")
+    shutil.rmtree(folder / "checkpoint-6")
+    train(tiny_teacher, tmp_path / "out")
+    assert capsys.readouterr().out.count("continues from step 4 of 6\n") == 1
+    for name in ("ended", "new"):
+        train(tiny_teacher, tmp_path / name)
+        assert "continues" not in capsys.readouterr().out
+
+
+def test_a_run_that_a_training_began_at_a_logger_ends_with_it(tiny_teacher, tmp_path, monkeypatch):
+    """One that was open before is the caller's, and stays open."""
+    wandb = SimpleNamespace(run=None, ended=0)
+    swanlab = SimpleNamespace(get_run=lambda: "of the caller", finish=stop)
+
+    def begin(*_, **__):
+        wandb.run = "of the training"
+
+    def finish():
+        wandb.run, wandb.ended = None, wandb.ended + 1
+
+    wandb.finish = finish
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "swanlab", swanlab)
+    monkeypatch.setattr(training._Progress, "on_log", begin)
+    train(tiny_teacher, tmp_path / "out")
+    assert wandb.ended == 1
 
 
 def test_what_is_no_checkpoint_is_left_alone(killed, finished, tiny_teacher, tmp_path):

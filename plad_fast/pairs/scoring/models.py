@@ -19,7 +19,7 @@ from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.models.devices import best_device
 from plad_fast.models.head import evaluating
-from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.models.loading import load_model, load_tokenizer, place_of
 from plad_fast.models.response_scores import score_responses
 from plad_fast.pairs.build import as_response
 from plad_fast.pairs.generation.refill import padded
@@ -66,7 +66,7 @@ class _ModelScorer(Scorer):
     def settings(self) -> dict[str, Any]:
         settings = {"scorer": self.kind, "model": self._source, "dtype": str(self._dtype)}
         # A folder may get other weights. Those of a loaded model are the caller's to know.
-        return settings | ({} if self._given else {"weights": model_digest(self._source)})
+        return settings | ({} if self._given else {"weights": model_digest(place_of(self._source))})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UsageError where there is no such model, and for prompts with tools."""

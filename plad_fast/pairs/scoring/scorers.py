@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -119,9 +120,9 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
 
     Args:
         spec: `rouge1`, `rouge2`, `rougeL` (to the prompt's reference); `length`, `brevity` (many or
-            few words); `likelihood:MODEL` (under a local model); `reward:MODEL` (sequence
-            classification; `reward:MODEL#LABEL` takes one of several labels, by its name or its
-            number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint,
+            few words); `likelihood:MODEL` (under a local model, or `offline`); `reward:MODEL`
+            (sequence classification; `reward:MODEL#LABEL` takes one of several labels, by its name
+            or its number); `judge:openai:MODEL` (behind an OpenAI-compatible endpoint,
             `judge:openai:MODEL@URL` behind one at this address); `python:MODULE.FUNCTION`.
         **options: of `Likelihood` and `RewardModel`; of `Judge`, where `endpoint` is an `Endpoint`
             or a dict of its options.
@@ -138,10 +139,12 @@ def open_scorer(spec: str, **options: Any) -> Scorer:
     if kind == "python" and rest:
         return FunctionScorer(import_function(rest), spec)
     if kind == "likelihood" and rest:
-        require_there(rest, f"scorer {shown(spec)}")
+        from plad_fast.models.loading import place_of  # brings in transformers
         from plad_fast.pairs.scoring.models import Likelihood
 
-        return Likelihood(rest, **options)
+        place = os.fspath(place_of(rest))
+        require_there(place, f"scorer {shown(spec)}")
+        return Likelihood(place, **options)
     if kind == "reward" and rest:
         from plad_fast.pairs.scoring.models import RewardModel, split_label
 
