@@ -20,12 +20,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.metrics import (
-    FloatArray,
-    outcomes,
-    paired_bootstrap,
-    require_resamples,
-)
+from plad_fast.evaluation.metrics import FloatArray, paired_bootstrap, won
 from plad_fast.evaluation.students import couples, require_names
 
 WITHIN = (
@@ -130,7 +125,6 @@ def evaluate_calibration(
                 "every student on the same prompts, in the same order"
             )
     bootstrap: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
-    require_resamples(n_resamples)
 
     def intervals(measured: FloatArray) -> dict[str, dict[str, float] | None]:
         found = zip(WITHIN, (values[np.isfinite(values)] for values in measured), strict=True)
@@ -208,8 +202,7 @@ def _measured(samples: ScoredSamples) -> FloatArray:  # (len(WITHIN), P)
             continue
         within["mean_quality"][p] = quality.mean()
         if samples.teacher_logps is not None and np.isfinite(samples.teacher_logps[p]):
-            teacher = np.full(len(logps), samples.teacher_logps[p])
-            within["auroc_teacher"][p] = outcomes(teacher, logps).mean()
+            within["auroc_teacher"][p] = won(samples.teacher_logps[p] - logps).mean()
         if len(logps) < 2:
             continue
         likeliest = logps == logps.max()
