@@ -15,8 +15,7 @@ from plad_fast.errors import UsageError
 from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.generation import answer_rows
 from plad_fast.pairs.generation.answer_rows import Answered
-from plad_fast.pairs.generation.completions import holds_thought, is_all_thought
-from plad_fast.pairs.generation.reasoning import REASONING
+from plad_fast.pairs.generation.reasoning import REASONING, holds_thought, is_all_thought
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
 from plad_fast.pairs.generation.shards import merge_shards, open_shard, share

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plad_fast.data.chat import Messages
-from plad_fast.pairs.generation.completions import Finish
+from plad_fast.pairs.generation.reasoning import Finish
 from plad_fast.pairs.generation.sampling import Sampling
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from plad_fast.data.chat import is_blank, written_calls
 from plad_fast.data.unicode import mend
-from plad_fast.pairs.generation.completions import (
+from plad_fast.pairs.generation.endpoint.access import mask, one_line
+from plad_fast.pairs.generation.endpoint.chat import Choice
+from plad_fast.pairs.generation.endpoint.retries import BadReplyError
+from plad_fast.pairs.generation.reasoning import (
     Finish,
     after_thought,
     is_all_thought,
     is_told,
     known_end,
 )
-from plad_fast.pairs.generation.endpoint.access import mask, one_line
-from plad_fast.pairs.generation.endpoint.chat import Choice
-from plad_fast.pairs.generation.endpoint.retries import BadReplyError
 
 _MOST_TOKENS = 10**9  # of one reply; what says more counts nothing
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
