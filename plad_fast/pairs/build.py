@@ -225,15 +225,12 @@ def build_answers(
         tokenizer: of the student that is to be trained.
     """
     asked = [p for p in prompts if p.id in answers]
-    contents = [as_messages(tokenizer, prompt.content) for prompt in asked]
-    return [
-        {"prompt": content, "chosen": _response(content, answers[prompt.id]), **prompt.template}
-        for prompt, content in zip(asked, contents, strict=True)
-    ]
-
-
-def _response(prompt: Content, answer: Answer) -> Content:
-    return as_response(prompt, answer.text, answer.tool_calls)
+    rows = []
+    for prompt in asked:
+        content, answer = as_messages(tokenizer, prompt.content), answers[prompt.id]
+        chosen = as_response(content, answer.text, answer.tool_calls)
+        rows.append({"prompt": content, "chosen": chosen, **prompt.template})
+    return rows
 
 
 def as_response(
@@ -257,7 +254,7 @@ def _row(
     is_pair: bool,
 ) -> dict[str, Any]:
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
-    responses = [_response(content, candidate.answer) for candidate in found]
+    responses = [as_response(content, c.answer.text, c.answer.tool_calls) for c in found]
     scores = [candidate.score for candidate in found]
     more = {name: [getattr(c.answer, name) for c in found] for name in ("reasoning", "by")}
     if not is_pair:

@@ -69,9 +69,8 @@ class BatchModel(EndpointModel):
                 not suffice for one, and a batch was cancelled or has an unknown status.
         """
         self.require_settings(sampling)
-        return _Run(
-            self, wanted, sampling, _Record.read(self._record, self.endpoint, sampling)
-        ).go()
+        record = _Record.read(self._record, self.endpoint, sampling)
+        return _Run(self, wanted, sampling, record).go()
 
 
 @dataclass
