@@ -261,7 +261,7 @@ class _Task:
         items = [(p, system.answers[p.id]) for p in prompts for system in systems]
         rated: list[dict[str, FloatArray]] = [{} for _ in systems]
         for name, scorer in self.scorers.items():
-            scores = _vector(scorer.score(items), len(items), f"scorer {name}")
+            scores = metrics.vector(scorer.score(items), name, len(items), may_lack=True)
             for number, own in enumerate(rated):
                 own[_by(name)] = scores[number :: len(systems)]
         return rated
@@ -274,14 +274,17 @@ class _Task:
             return None
         texts = list(zip(self._prompts(), a.texts, b.texts, strict=True))
         asked = [item for item in texts if item[1] != item[2]]
-        where = f"judge {self.judge.name}"
-        answered = _vector(self.judge.compare(asked) if asked else [], len(asked), where)
         verdicts = np.full(len(texts), 0.5)
-        verdicts[[item[1] != item[2] for item in texts]] = answered
+        if asked:
+            answered = self.judge.compare(asked)
+            verdicts[[item[1] != item[2] for item in texts]] = metrics.vector(
+                answered, self.judge.name, len(asked), may_lack=True
+            )
         wrong = ~np.isin(verdicts, (0.0, 0.5, 1.0)) & ~np.isnan(verdicts)
         if wrong.any():
             raise UsageError(
-                f"{where} gave {verdicts[wrong][0]}; it must give 1, 0.5 or 0 (NaN: no verdict)"
+                f"judge {self.judge.name} gave {verdicts[wrong][0]}; it must give 1, 0.5 or 0 "
+                "(NaN: no verdict)"
             )
         return verdicts
 
@@ -343,12 +346,3 @@ def _groups(of: _Measured, metric: str) -> Sequence[str] | None:
 
 def _won(difference: FloatArray | None) -> FloatArray | None:
     return None if difference is None else metrics.won(difference)
-
-
-def _vector(values: Sequence[float | None], count: int, where: str) -> FloatArray:
-    vector = np.asarray(values, dtype=np.float64)  # None becomes NaN
-    if vector.shape != (count,):
-        raise UsageError(f"{where} gave {len(values)} numbers for {count} items; give one each")
-    if np.isinf(vector).any():
-        raise UsageError(f"{where} gave an infinite number; it must give finite ones, or NaN")
-    return vector

@@ -58,16 +58,8 @@ def margins(
     Raises:
         UsageError: no pairs, a log-probability that is not finite, or lengths that differ.
     """
-    chosen, rejected = (
-        vector(chosen_logps, "chosen_logps"),
-        vector(rejected_logps, "rejected_logps"),
-    )
-    if len(chosen) != len(rejected):
-        raise UsageError(
-            f"rejected_logps has {len(rejected)} values and chosen_logps has {len(chosen)}; "
-            "paired values must come from the same examples, in the same order"
-        )
-    return chosen - rejected
+    chosen = vector(chosen_logps, "chosen_logps")
+    return chosen - vector(rejected_logps, "rejected_logps", len(chosen))
 
 
 def paired_bootstrap(
@@ -166,15 +158,19 @@ def won(difference: FloatArray) -> FloatArray:
     return 0.5 * (1.0 + np.sign(difference))
 
 
-def vector(values: ArrayLike, name: str) -> FloatArray:
-    """The values as (n,) float64; raises UsageError if there are none or one is not finite."""
+def vector(
+    values: ArrayLike, name: str, count: int | None = None, *, may_lack: bool = False
+) -> FloatArray:
+    """The values as (n,) float64; raises UsageError unless there are `count` of them, or some, and
+    all are finite. With `may_lack` NaN stands for a value that there is not."""
     try:
-        array = np.asarray(values, dtype=np.float64)
+        array = np.asarray(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} must hold one real number for each example: {error}") from None
-    if array.ndim != 1 or not len(array):
-        raise UsageError(f"{name} has shape {array.shape}; give one value for each example")
-    bad = np.flatnonzero(~np.isfinite(array))
+    if array.ndim != 1 or len(array) != (len(array) or 1 if count is None else count):
+        examples = "each example" if count is None else f"each of {count} examples"
+        raise UsageError(f"{name} has shape {array.shape}; give one value for {examples}")
+    bad = np.flatnonzero(np.isinf(array) if may_lack else ~np.isfinite(array))
     if len(bad):
         raise UsageError(
             f"{name} holds {len(bad)} values that are not finite, the first at index {bad[0]} "

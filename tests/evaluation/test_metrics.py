@@ -111,7 +111,7 @@ def test_nothing_but_ties_is_no_evidence():
         (lambda: metrics.margins([float("-inf")], [0.0]), "chosen_logps holds 1 value"),
         (lambda: metrics.paired_bootstrap([]), "one value for each example"),
         (lambda: metrics.paired_bootstrap([[1.0]]), r"shape \(1, 1\)"),
-        (lambda: metrics.margins([1.0], [1.0, 2.0]), "has 2 values and chosen_logps has 1"),
+        (lambda: metrics.margins([1.0], [1.0, 2.0]), r"rejected_logps has shape \(2,\)"),
         (lambda: metrics.paired_bootstrap([1.0], n_resamples=1), "take 2 or more"),
         (lambda: metrics.paired_bootstrap([1.0], groups="ab"), "1 examples and 2 groups"),
         (lambda: metrics.sign_test([1.0, 0.75]), "an outcome is 0.75"),
