@@ -122,11 +122,12 @@ def evaluate_models(
 
     def run(name: str, path: Path) -> tuple[StudentOutputs, ScoredSamples | None]:
         """Nothing holds a student's models after this."""
+        files = student_files(name, folder)
         student = _Student(
             name,
             path,
             held_out,
-            _with_samples(student_files(name, folder), (samples or {}).get(name)),
+            files._replace(sampled=(samples or {}).get(name, files.sampled)),
             replace(sampling, n=max(sampling.n, calibration_samples)),
             length_normalization,
             max_length,
@@ -172,10 +173,6 @@ def student_files(name: str, folder: Path) -> StudentFiles:
     stem = file_stem(name)
     names = ("greedy.jsonl", "sampled.jsonl", "logps.json", "calibration.json")
     return StudentFiles(*(folder / f"{stem}-{end}" for end in names))
-
-
-def _with_samples(files: StudentFiles, samples: Path | None) -> StudentFiles:
-    return files if samples is None else files._replace(sampled=samples)
 
 
 def scorer_file(name: str, folder: Path) -> Path:
@@ -312,13 +309,9 @@ class _Student:
         # The weights rather than the path: a run folder may move, and a path get other weights.
         weights = model_digest(self.path)
         made_by = {"student": self.name, "weights": weights, "precision": self.precision}
-        if self._thinks and opens_thought(self.tokenizer):
+        if self.reasoning == "keep" and opens_thought(self.tokenizer):
             made_by["reasoning"] = "keep"
         return made_by
-
-    @property
-    def _thinks(self) -> bool:
-        return self.reasoning == "keep"
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
         load = partial(self._text_model, file.stem)
@@ -344,8 +337,8 @@ class _Student:
         return self._loaded[0]
 
     def _text_model(self, name: str) -> LocalModel:
-        model = self._model(autocast_dtype(self.precision))
-        return LocalModel(model, self.tokenizer, name, chat=self.chat, thinks=self._thinks)
+        model, thinks = self._model(autocast_dtype(self.precision)), self.reasoning == "keep"
+        return LocalModel(model, self.tokenizer, name, chat=self.chat, thinks=thinks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process loads the model itself."""

@@ -91,6 +91,7 @@ def draw_plots(
     unit: str,
 ) -> list[tuple[str, Path]]:
     """Draw a run's plots as PNG files and return them with their captions; see `write_results`."""
+    logs = {name: log for name, path in trainings.items() if (log := log_history(path))}
     drawn = {
         "Held-out results with 95 % intervals.": plot_comparison(
             results, folder / "comparison.png"
@@ -98,18 +99,15 @@ def draw_plots(
         "How far each student puts the teacher's answer above the rejected one.": plot_margins(
             outputs, folder / "margins.png", unit=unit
         ),
+        "Reliability: mean quality of a student's samples from the least likely to the likeliest, "
+        "with 95 % intervals. For a calibrated student it rises.": plot_reliability(
+            results.get("calibration") or {"students": ()}, folder / "reliability.png"
+        ),
+        "Training logs; long curves are smoothed over the faint values.": plot_training(
+            logs, folder / "training.png"
+        ),
     }
-    calibration = results.get("calibration")
-    if calibration and any(row["reliability"] for row in calibration["students"]):
-        caption = (
-            "Reliability: mean quality of a student's samples from the least likely to the "
-            "likeliest, with 95 % intervals. For a calibrated student it rises."
-        )
-        drawn[caption] = plot_reliability(calibration, folder / "reliability.png")
-    if logs := {name: log for name, path in trainings.items() if (log := log_history(path))}:
-        caption = "Training logs; long curves are smoothed over the faint values."
-        drawn[caption] = plot_training(logs, folder / "training.png")
-    return list(drawn.items())
+    return [(caption, file) for caption, file in drawn.items() if file is not None]
 
 
 def margin_unit(length_normalization: float) -> str:
