@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from plad_fast.data.chat import is_blank, opens_thought
+from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import as_messages
 from plad_fast.data.records import digest, model_digest, recorded_scores
 from plad_fast.evaluation.calibration import ScoredSamples
@@ -44,6 +44,7 @@ from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
+from plad_fast.pairs.select import is_usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -256,7 +257,7 @@ class _Student:
         """
         prompts, samples = self.held_out.prompts, self.sampled.answers
         teacher = [self.held_out.teacher_answers[p.id] for p in prompts]
-        finished = [[a.text for a in samples.get(p.id, ()) if _is_whole(a)] for p in prompts]
+        finished = [[a.text for a in samples.get(p.id, ()) if is_usable(a)] for p in prompts]
         # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.
         texts = [
             list(dict.fromkeys([*own, best])) for own, best in zip(finished, teacher, strict=True)
@@ -354,7 +355,7 @@ class _Student:
         places: dict[str, tuple[int, int]] = {}  # of the samples: row, response
         for pair, sample in zip(self.held_out.pairs, samples, strict=True):
             rejected = [pair["rejected"]]
-            if _is_whole(sample) and sample.prompt_id not in places:
+            if is_usable(sample) and sample.prompt_id not in places:
                 own = as_response(pair["prompt"], sample.text, sample.tool_calls)
                 if own != pair["rejected"]:
                     rejected.append(own)
@@ -395,7 +396,3 @@ class _Student:
         if templates is None:
             return score_rows(model, self.tokenizer, rows, **options)
         return score_responses(model, self.tokenizer, rows, templates=templates, **options)
-
-
-def _is_whole(answer: Answer) -> bool:
-    return answer.finish_reason == "stop" and not is_blank(answer.text)
