@@ -29,9 +29,9 @@ from plad_fast.evaluation.report.tables import (
     judge_line,
     measures_table,
     pair_counts,
+    tiles,
     wins_tables,
 )
-from plad_fast.evaluation.report.tiles import tiles
 from plad_fast.evaluation.students import StudentOutputs
 from plad_fast.training.trained_folders import log_history
 

@@ -17,10 +17,9 @@ from typing import Any
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import RecordFormat, changed_settings, digest
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint import replies
+from plad_fast.pairs.generation.endpoint import chat
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.batch_client import CHAT, BatchClient, UncertainError
-from plad_fast.pairs.generation.endpoint.chat import Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import (
     EndpointModel,
@@ -227,12 +226,12 @@ class _Run:
                 return said
             return [Failure(prompt.id, said, sample) for sample in samples]
         request, usage = as_request(prompt, samples, self.sampling), self.endpoint.usage
-        counted = replies.read_usage(body)
+        counted = chat.read_usage(body)
         usage.add(*counted)
         usage.requests += 1
         usage.uncounted += not any(counted)
         try:
-            choices = replies.read_choices(
+            choices = chat.read_choices(
                 body,
                 key,
                 n=request.sampling.n,
@@ -244,7 +243,7 @@ class _Run:
             return one_line(str(error), key)
         usage.replies += 1
         # The samples for which the reply has no choice are left.
-        return read_reply(prompt.id, samples[: len(choices)], Reply(choices))
+        return read_reply(prompt.id, samples[: len(choices)], chat.Reply(choices))
 
 
 def _recorded(path: Path) -> dict[str, Any] | None:
