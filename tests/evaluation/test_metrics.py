@@ -46,14 +46,6 @@ def test_bootstrap_has_the_textbook_standard_error():
     assert result.high == pytest.approx(values.mean() + 1.96 * expected, abs=0.1 * expected)
 
 
-def test_bootstrap_pairs_the_examples():
-    """What two systems share cancels, however much the examples differ from one another."""
-    difficulty = np.random.default_rng(0).normal(0.0, 100.0, size=50)
-    result = metrics.paired_bootstrap((difficulty + 1.0) - difficulty)
-    assert result.low == pytest.approx(1.0)
-    assert result.high == pytest.approx(1.0)
-
-
 def test_bootstrap_draws_groups_whole():
     """Three copies of every example say no more than one; unequal groups weigh by their size."""
     values = np.random.default_rng(3).normal(size=50)
