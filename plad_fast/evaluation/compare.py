@@ -147,7 +147,7 @@ def write_metrics(results: Mapping[str, Any], path: str | os.PathLike[str]) -> P
 class _Measured:
     """One value per example."""
 
-    values: Mapping[str, FloatArray]
+    values: dict[str, FloatArray]
     """Metric -> one value per pair, per prompt, or per prompt with a reference; `_by(scorer)` ->
     one per prompt. NaN for none."""
     texts: Sequence[str]
@@ -176,16 +176,18 @@ class _Task:
 
     def measure_all(self, systems: Sequence[StudentOutputs]) -> list[_Measured]:
         """The first of the systems is the teacher."""
-        rated = iter(self._rated([system for system in systems if system.answers]))
-        return [
-            self._measure(system, next(rated) if system.answers else {}, is_teacher=number == 0)
-            for number, system in enumerate(systems)
-        ]
+        every = [self._measure(system, is_teacher=not n) for n, system in enumerate(systems)]
+        rated = [measured for measured in every if measured.texts]
+        prompts = self._prompts() if self.scorers else []
+        items = [(prompt, own.texts[i]) for i, prompt in enumerate(prompts) for own in rated]
+        for name, scorer in self.scorers.items():
+            scores = metrics.vector(scorer.score(items), name, len(items), may_lack=True)
+            for number, own in enumerate(rated):
+                own.values[_by(name)] = scores[number :: len(rated)]
+        return every
 
-    def _measure(
-        self, student: StudentOutputs, rated: Mapping[str, FloatArray], *, is_teacher: bool
-    ) -> _Measured:
-        values = dict(rated)
+    def _measure(self, student: StudentOutputs, *, is_teacher: bool) -> _Measured:
+        values: dict[str, FloatArray] = {}
         if len(student.pair_ids):
             chosen, rejected = student.chosen_logps, student.rejected_logps
             values["margin"] = metrics.margins(chosen, rejected)
@@ -254,17 +256,6 @@ class _Task:
             },
             "by_prompt": self._by_prompt(outcomes, candidate.minus(baseline, "score")),
         }
-
-    def _rated(self, systems: Sequence[StudentOutputs]) -> list[dict[str, FloatArray]]:
-        """Of each system, whatever its name, `_by(scorer)` -> (prompts,)."""
-        prompts = self._prompts() if self.scorers else []
-        items = [(p, system.answers[p.id]) for p in prompts for system in systems]
-        rated: list[dict[str, FloatArray]] = [{} for _ in systems]
-        for name, scorer in self.scorers.items():
-            scores = metrics.vector(scorer.score(items), name, len(items), may_lack=True)
-            for number, own in enumerate(rated):
-                own[_by(name)] = scores[number :: len(systems)]
-        return rated
 
     def _outcomes(self, a: _Measured, b: _Measured) -> FloatArray | None:
         """Who wins each prompt, by the judge if there is one, else by the score."""

@@ -267,55 +267,44 @@ class Judge(Scorer):
         return ChatRequest(messages, greedy, any_temperature=True)
 
     def _ask(self, questions: Mapping[str, Messages], store: RowStore | None) -> list[str]:
-        """Until every question has a verdict or none for good; why those failed that did."""
+        """Keeps the verdicts that come, asking once more, with a reminder, where a reply has none;
+        why those failed that did."""
         failures: list[str] = []
-        paid = dict.fromkeys(questions, (0, 0))
+        paid = {key: Usage() for key in questions}  # tokens
         self.endpoint.has_answered |= bool(self._known)
-        unclear = self._ask_once(questions, paid, failures, store, is_last=False)
-        self._ask_once(unclear, paid, failures, store, is_last=True)
+        asked = dict(questions)
+        for is_last in (False, True):
+            keys, unclear = list(asked), {}
+            requests = [self._request(messages) for messages in asked.values()]
+            for index, reply in self.endpoint.complete(requests) if keys else ():
+                key = keys[index]
+                if isinstance(reply, str) or reply.choices[0].problem:
+                    failures.append(reply if isinstance(reply, str) else reply.choices[0].problem)
+                    continue
+                choice = reply.choices[0]
+                paid[key].add(reply.prompt_tokens, reply.answer_tokens)
+                # The last line of a reply that was cut off is no verdict, whatever it reads.
+                is_cut = choice.finish_reason == "length"
+                verdict = None if is_cut else read_verdict(choice.text)
+                if verdict or (is_last and not is_cut):
+                    row: Row = {"id": key, "verdict": verdict or "unparsable"}
+                    if reply.own_temperature:
+                        row["temperature"] = None
+                    if paid[key].tokens:
+                        row["tokens"] = [paid[key].prompt_tokens, paid[key].answer_tokens]
+                    self._known[key] = row
+                    if store is not None:
+                        store.append([row])
+                elif is_last:
+                    failures.append("cut off twice before a verdict; raise --reasoning-tokens")
+                else:
+                    said = {"role": "assistant", "content": choice.text or "(nothing)"}
+                    unclear[key] = [*asked[key], said, {"role": "user", "content": REMINDER}]
+            asked = unclear
         if failures:
             what = f"{self.name}: {len(failures)} of {len(questions)} replies could not be had"
             logger.warning("%s; the first reason: %s", what, failures[0])
         return failures
-
-    def _ask_once(
-        self,
-        questions: Mapping[str, Messages],
-        paid: dict[str, tuple[int, int]],  # tokens of prompts and of replies
-        failures: list[str],
-        store: RowStore | None,
-        *,
-        is_last: bool,
-    ) -> dict[str, Messages]:
-        """Keeps the verdicts that come; questions to be asked again, with a reminder."""
-        unclear: dict[str, Messages] = {}
-        keys = list(questions)
-        requests = [self._request(questions[key]) for key in keys]
-        for index, reply in self.endpoint.complete(requests) if keys else ():
-            key = keys[index]
-            if isinstance(reply, str) or reply.choices[0].problem:
-                failures.append(reply if isinstance(reply, str) else reply.choices[0].problem)
-                continue
-            choice = reply.choices[0]
-            paid[key] = (paid[key][0] + reply.prompt_tokens, paid[key][1] + reply.answer_tokens)
-            # The last line of a reply that was cut off is no verdict, whatever it reads.
-            is_cut = choice.finish_reason == "length"
-            verdict = None if is_cut else read_verdict(choice.text)
-            if verdict or (is_last and not is_cut):
-                row: Row = {"id": key, "verdict": verdict or "unparsable"}
-                if reply.own_temperature:
-                    row["temperature"] = None
-                if any(paid[key]):
-                    row["tokens"] = [*paid[key]]
-                self._known[key] = row
-                if store is not None:
-                    store.append([row])
-            elif is_last:
-                failures.append("cut off twice before a verdict; raise --reasoning-tokens")
-            else:
-                said = {"role": "assistant", "content": choice.text or "(nothing)"}
-                unclear[key] = [*questions[key], said, {"role": "user", "content": REMINDER}]
-        return unclear
 
 
 def _is_verdict(row: Row) -> bool:
