@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +79,10 @@ def stored_answers(
     every = answer_rows.all_wanted(prompts, sampling)
     order = {key: place for place, key in enumerate(every)}
     failures: dict[str, Failure] = {}
-    with ExitStack() as stack:
-        if others_aside:
-            set_aside(path, settings)
-            renew_answers(path, prompts, sampling, settings)
-        store = stack.enter_context(RowStore.open(path, settings))
+    if others_aside:
+        set_aside(path, settings)
+        renew_answers(path, prompts, sampling, settings)
+    with RowStore.open(path, settings) as store:
         merge_shards(store, settings, order)
         wanted = [every[key] for key in answer_rows.missing_from(store, every)]
         model = load() if wanted else None
