@@ -107,15 +107,13 @@ def _json_rows(path: Path, whole: bool) -> Iterator[Row]:
     for number, line in lines:
         if not line.strip():
             continue
-        found = [line]
         is_list = not count and line.lstrip().startswith("[")
         if is_list and not whole:
             raise UsageError(
                 "it is one JSON list, which can only be read whole; write one object a line"
             )
-        if is_list:
-            found += [rest for _, rest in lines]
-        value = _parse_json("".join(found), first_line=number)
+        text = line + "".join(rest for _, rest in lines) if is_list else line.rstrip("\n")
+        value = _parse_json(text, first_line=number)
         for row in value if is_list else [value]:
             count += 1
             if not isinstance(row, dict):
