@@ -221,7 +221,7 @@ class _Student:
 
     def outputs(self) -> StudentOutputs:
         """Greedy answers, and the log-probabilities of the pairs and of an own sample for each."""
-        pairs, pair_prompts = self.held_out.pairs, self.held_out.prompts_of_pairs()
+        pairs, pair_prompts = self.held_out.pairs, self.held_out.pair_prompts
         limit, batch_size = self.sampling.max_new_tokens, self.sampling.batch_size
         greedy = self._answers(
             self.files.greedy, Sampling(limit, temperature=0.0, batch_size=batch_size)

@@ -25,7 +25,7 @@ from plad_fast.training.trained_folders import LOG
 from tests.support.evaluations import PLAD, SFT, WORDS, Words, calibration, evaluate, samples
 
 PROMPTS = [Prompt(key, f"Question {key}", "r" if key == "p1" else None) for key in SFT.answers]
-HELD_OUT = HeldOut(PROMPTS, dict.fromkeys(SFT.answers, " ".join(WORDS)), [])
+HELD_OUT = HeldOut(PROMPTS, dict.fromkeys(SFT.answers, " ".join(WORDS)), [], [])
 ATTACK = "<script>alert('x')</script> & \"quotes\""
 
 
