@@ -16,7 +16,7 @@ LONG = benchmarks/% data/test_rows integrations/% kernels/test_aot kernels/test_
 	kernels/test_linear% kernels/test_logits_rows models/test_architectures \
 	models/test_encoder_decoder% models/test_register models/test_router ops/test_autograd \
 	ops/test_triton_backend ops/test_vocab_parallel pairs/test_chat_endpoint pairs/test_ranks \
-	pairs/test_refill pairs/test_servers recipe/test_distillation recipe/test_rounds \
+	pairs/test_client pairs/test_refill recipe/test_distillation recipe/test_rounds \
 	recipe/test_stages training/test_checkpoints training/test_micro_batches training/test_peft \
 	training/test_signals training/test_train training/test_trainer system/%
 FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.py)) \

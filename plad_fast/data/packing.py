@@ -19,10 +19,11 @@ model, which takes no other layout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
@@ -133,7 +134,9 @@ class PreferenceCollator:
 
     def _padded(self, groups: Sequence[_Group]) -> PreferenceBatch:
         sequences = [(group.prompt, ids) for group in groups for ids in group.responses]
-        input_ids, attention_mask = self._rows([[*prompt, *ids] for prompt, ids in sequences])
+        input_ids, attention_mask = padded(
+            [[*prompt, *ids] for prompt, ids in sequences], self.pad_token_id
+        )
         loss_rows = []
         for index, (prompt, response) in enumerate(sequences):
             # The last prompt token predicts the first response token.
@@ -144,12 +147,14 @@ class PreferenceCollator:
         )
 
     def _encoder_decoder(self, groups: Sequence[_Group]) -> PreferenceBatch:
-        input_ids, attention_mask = self._rows([group.prompt for group in groups])
+        input_ids, attention_mask = padded([group.prompt for group in groups], self.pad_token_id)
         responses = [ids for group in groups for ids in group.responses]
         start = self.decoder_start_token_id
         assert start is not None
         # An empty response has its start token, which predicts nothing.
-        decoder_input_ids, decoder_mask = self._rows([[start, *ids[:-1]] for ids in responses])
+        decoder_input_ids, decoder_mask = padded(
+            [[start, *ids[:-1]] for ids in responses], self.pad_token_id
+        )
         counts = torch.tensor([len(ids) for ids in responses])
         predicts = torch.arange(decoder_input_ids.shape[1]) < counts[:, None]
         return PreferenceBatch(
@@ -159,15 +164,6 @@ class PreferenceCollator:
             decoder_attention_mask=decoder_mask,
             loss_rows=predicts.flatten().nonzero()[:, 0],
         )
-
-    def _rows(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids padded on the right, and their mask."""
-        ids = torch.full((len(rows), max(map(len, rows))), self.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = 1
-        return ids, mask
 
     def _packed(self, groups: Sequence[_Group]) -> PreferenceBatch:
         if self.layout == "packed":
@@ -179,6 +175,15 @@ class PreferenceCollator:
             position_ids=layout.position_ids()[None],
             row_layout=layout,
         )
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, side: Literal["left", "right"] = "right"
+) -> tuple[Tensor, Tensor]:  # (B, T) int64 each
+    """Rows of token ids as one tensor, and 1 where there is one of theirs."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, pad, side), pad_sequence(masks, True, 0, side)
 
 
 def count_tokens(feature: Mapping[str, Any], layout: str) -> int:

@@ -7,7 +7,7 @@ A sequence that shares nothing is a trunk without branches. T tokens in the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -59,18 +59,15 @@ class RowLayout:
 
         The first branch continues its trunk without a gap: both are one span.
         """
-        return [span for span in self._spans() if span.stop > span.start]
-
-    def _spans(self) -> Iterator[Span]:
-        start = 0
+        spans, start = [], 0
         for trunk, *branches in self.groups:
-            first = branches[0] if branches else 0
-            yield Span(start, start + trunk + first, (start, start))
-            after = start + trunk + first
+            after = start + trunk + (branches[0] if branches else 0)
+            spans.append(Span(start, after, (start, start)))
             for branch in branches[1:]:
-                yield Span(after, after + branch, (start, start + trunk))
+                spans.append(Span(after, after + branch, (start, start + trunk)))
                 after += branch
             start = after
+        return [span for span in spans if span.stop > span.start]
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,20 +9,8 @@ from pathlib import Path
 from plad_fast.data.places import expanded
 from plad_fast.data.plain_rows import without_nulls
 from plad_fast.data.records import digest_of_list
-from plad_fast.data.tables import (
-    Row,
-    csv_rows,
-    one_line,
-    parquet_rows,
-    parse_json,
-    read_hub,
-    reading,
-    require_object,
-    require_text,
-)
+from plad_fast.data.tables import READERS, Row, one_line, read_hub, reading
 from plad_fast.errors import UsageError
-
-_HEAD = 4096  # bytes
 
 
 def stream_rows(source: str, split: str = "train") -> Iterator[Row]:
@@ -32,8 +19,8 @@ def stream_rows(source: str, split: str = "train") -> Iterator[Row]:
     Raises UsageError from the iterator, as `read_table` and for JSON that is one list.
     """
     path = expanded(source)
-    stream = _STREAMS.get(path.suffix.lower())
-    if stream is None:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
         rows = read_hub(source, path, split, streaming=True)
         try:
             yield from map(without_nulls, rows)
@@ -43,37 +30,7 @@ def stream_rows(source: str, split: str = "train") -> Iterator[Row]:
             ) from error
         return
     with reading(path):
-        yield from stream(path)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    numbers = itertools.count(1)
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        if (row_number := next(numbers)) == 1 and line.lstrip().startswith("["):
-            raise UsageError(
-                "it is one JSON list, which can only be read whole; write one object a line"
-            )
-        row = parse_json(line, first_line=number)
-        require_object(row, row_number)
-        yield row
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        require_text(file.read(_HEAD))
-    # Line breaks are those of the system that wrote it.
-    with path.open(encoding="utf-8-sig") as lines:
-        yield from lines
-
-
-_STREAMS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    ".csv": lambda path: csv_rows(_lines(path)),
-    ".parquet": parquet_rows,
-}
+        yield from reader(path, False)
 
 
 @dataclass

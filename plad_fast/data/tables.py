@@ -7,11 +7,10 @@ JSON and CSV are read with the standard library: it names the bad line, and leav
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +71,13 @@ def read_table(source: str, split: str) -> Table:
     if not source:
         raise UsageError("the name of a file or data set is empty; give one")
     path = expanded(source)
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         data = read_hub(source, path, split)
         table = Table(source, data.column_names, data)
     else:
         with reading(path):
-            rows = reader(path)
+            rows = list(reader(path, True))
         table = Table(source, list(dict.fromkeys(name for row in rows for name in row)), rows)
     if not len(table.rows):
         raise UsageError(f"{source} has no rows; give a file or data set with at least one row")
@@ -102,43 +101,43 @@ def reading(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is nested too deeply to be read; flatten it") from None
 
 
-def _read_json(path: Path) -> list[Row]:
-    text = _text(path)
-    if text.lstrip().startswith("["):
-        rows = parse_json(text, first_line=1)
-    else:
-        # Not splitlines(): a JSON string may hold U+2028 and the like as they are.
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [parse_json(line, first_line=number) for number, line in lines if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        require_object(row, number)
-    return rows
+def _json_rows(path: Path, whole: bool) -> Iterator[Row]:
+    """Rows of a file of one object a line or, if it may be read as a whole, of one list."""
+    lines, count = enumerate(_lines(path), start=1), 0
+    for number, line in lines:
+        if not line.strip():
+            continue
+        is_list = not count and line.lstrip().startswith("[")
+        if is_list and not whole:
+            raise UsageError(
+                "it is one JSON list, which can only be read whole; write one object a line"
+            )
+        text = line + "".join(rest for _, rest in lines) if is_list else line.rstrip("\n")
+        value = _parse_json(text, first_line=number)
+        for row in value if is_list else [value]:
+            count += 1
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise UsageError(f"row {count} is a {kind}; every row must be an object of columns")
+            yield row
 
 
-def require_object(row: Any, number: int) -> None:
-    """Raises UsageError for a JSON value that is no row."""
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise UsageError(f"row {number} is a {kind}; every row must be an object of columns")
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    require_text(data)
-    # Line breaks are those of the system that wrote it.
-    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
-
-
-def require_text(data: bytes) -> None:
-    """Raises UsageError for the beginning of a file that is packed, or is no UTF-8."""
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        head = file.read(max(map(len, _PACKED)))
     for start, kind in _PACKED.items():
-        if data.startswith(start):
+        if head.startswith(start):
             raise UsageError(f"it is {kind}, whatever its name says; unpack or rename it first")
-    if b"\0" in data:
-        raise UsageError("it holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first")
+    # Line breaks are those of the system that wrote it.
+    with path.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            if "\0" in line:
+                text = "it holds NUL bytes, as UTF-16 does; convert it to UTF-8 text first"
+                raise UsageError(text)
+            yield line
 
 
-def parse_json(text: str, *, first_line: int) -> Any:
+def _parse_json(text: str, *, first_line: int) -> Any:
     """A JSON value; raises UsageError with the line of what is wrong."""
 
     def integer(digits: str) -> int:
@@ -173,14 +172,9 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _read_csv(path: Path) -> list[Row]:
-    return list(csv_rows(io.StringIO(_text(path), newline="")))
-
-
-def csv_rows(lines: Iterable[str]) -> Iterator[Row]:
-    """Rows of an open CSV file, as it is gone through; UsageError for what is no CSV."""
+def _csv_rows(path: Path, whole: bool) -> Iterator[Row]:
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.DictReader(_lines(path), strict=True)
     try:
         _require_different(name for name in reader.fieldnames or () if name)
         for row in reader:
@@ -201,11 +195,7 @@ def _require_different(names: Iterable[str]) -> None:
         raise UsageError(f"several columns are named {shown(twice[0])}; rename all but one")
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    return list(parquet_rows(path))
-
-
-def parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
     """Rows of a Parquet file, or a folder of them, some of which are in memory at once."""
     import pyarrow
     import pyarrow.parquet
@@ -225,7 +215,13 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         raise UsageError(text) from None
 
 
-_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+READERS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+"""By a file's ending: its rows as they are gone through, and whether it may be read as a whole."""
 
 
 def read_hub(source: str, path: Path, split: str, *, streaming: bool = False) -> Any:
@@ -234,7 +230,7 @@ def read_hub(source: str, path: Path, split: str, *, streaming: bool = False) ->
     found = is_there(path)
     if found and path.is_file():
         raise UsageError(
-            f"cannot tell the format of {source}; give a file that ends in {', '.join(_READERS)}"
+            f"cannot tell the format of {source}; give a file that ends in {', '.join(READERS)}"
         )
     if not found and (
         names_path(source) or _FOREIGN.search(source) or not _HUB_ID.fullmatch(source)
@@ -246,7 +242,7 @@ def read_hub(source: str, path: Path, split: str, *, streaming: bool = False) ->
     name, _, config = (str(path), "", "") if found else source.partition(":")
     what = f"split {split!r} of the hub data set {source!r}"
     advice = "name a split it has, and a config as in 'owner/name:config' where it has several"
-    files = f"give a file that ends in {', '.join(_READERS)}"
+    files = f"give a file that ends in {', '.join(READERS)}"
     if found:
         what, advice = f"the folder {source!r} as a data set", f"{files}, or a folder of such files"
     try:

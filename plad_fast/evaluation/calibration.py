@@ -20,12 +20,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.metrics import (
-    FloatArray,
-    outcomes,
-    paired_bootstrap,
-    require_resamples,
-)
+from plad_fast.evaluation.metrics import FloatArray, paired_bootstrap, vector, won
 from plad_fast.evaluation.students import couples, require_names
 
 WITHIN = (
@@ -62,32 +57,21 @@ class ScoredSamples:
 
     def __post_init__(self) -> None:
         count = len(self.prompt_ids)
-        for field in ("logps", "quality"):
-            vectors = [np.asarray(v, dtype=np.float64).reshape(-1) for v in getattr(self, field)]
-            if len(vectors) != count:
-                raise UsageError(
-                    f"{field} of {self.name} has {len(vectors)} entries for {count} prompt_ids; "
-                    "give one list of samples for each prompt"
-                )
-            object.__setattr__(self, field, vectors)
+        if {len(self.logps), len(self.quality)} != {count}:
+            raise UsageError(
+                f"{self.name} has samples of {len(self.logps)} prompts in logps and of "
+                f"{len(self.quality)} in quality, but {count} prompt_ids; give a list for each"
+            )
+        checked: list[tuple[FloatArray, FloatArray]] = []
         for key, logps, quality in zip(self.prompt_ids, self.logps, self.quality, strict=True):
-            if len(logps) != len(quality):
-                raise UsageError(
-                    f"prompt {key} of {self.name} has {len(logps)} log-probabilities and "
-                    f"{len(quality)} qualities; give one of each for every sample"
-                )
-            if not (np.isfinite(logps).all() and np.isfinite(quality).all()):
-                raise UsageError(
-                    f"a sample of {self.name} to prompt {key} has a log-probability or quality "
-                    "that is not finite; leave it out"
-                )
+            where = f"of {self.name} to prompt {key}"
+            scored = vector(logps, f"logps {where}", len(logps))
+            checked.append((scored, vector(quality, f"quality {where}", len(scored))))
+        object.__setattr__(self, "logps", [logps for logps, _ in checked])
+        object.__setattr__(self, "quality", [quality for _, quality in checked])
         if self.teacher_logps is not None:
-            teacher = np.asarray(self.teacher_logps, dtype=np.float64)
-            if teacher.shape != (count,):
-                raise UsageError(
-                    f"teacher_logps of {self.name} has shape {teacher.shape}, but there are "
-                    f"{count} prompt_ids; give one for each, NaN where there is none"
-                )
+            where = f"teacher_logps of {self.name}"
+            teacher = vector(self.teacher_logps, where, count, may_lack=True)
             object.__setattr__(self, "teacher_logps", teacher)
 
 
@@ -130,7 +114,6 @@ def evaluate_calibration(
                 "every student on the same prompts, in the same order"
             )
     bootstrap: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
-    require_resamples(n_resamples)
 
     def intervals(measured: FloatArray) -> dict[str, dict[str, float] | None]:
         found = zip(WITHIN, (values[np.isfinite(values)] for values in measured), strict=True)
@@ -208,8 +191,7 @@ def _measured(samples: ScoredSamples) -> FloatArray:  # (len(WITHIN), P)
             continue
         within["mean_quality"][p] = quality.mean()
         if samples.teacher_logps is not None and np.isfinite(samples.teacher_logps[p]):
-            teacher = np.full(len(logps), samples.teacher_logps[p])
-            within["auroc_teacher"][p] = outcomes(teacher, logps).mean()
+            within["auroc_teacher"][p] = won(samples.teacher_logps[p] - logps).mean()
         if len(logps) < 2:
             continue
         likeliest = logps == logps.max()

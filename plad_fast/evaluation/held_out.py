@@ -25,12 +25,8 @@ class HeldOut:
     """Prompt id -> the teacher's answer."""
     pairs: Sequence[Mapping[str, Any]]
     """Rows of the preference format over some of the prompts: what is ranked."""
-    pair_prompts: Sequence[str] = ()
-    """The prompt's id of each pair; left out where a pair's own id is its prompt's."""
-
-    def prompts_of_pairs(self) -> list[str]:
-        """The prompt's id of each pair."""
-        return list(self.pair_prompts) or [pair["id"] for pair in self.pairs]
+    pair_prompts: Sequence[str]
+    """The prompt's id of each pair."""
 
 
 def read_held_out(
@@ -52,7 +48,7 @@ def read_held_out(
     ids: dict[str, str] = {}  # digest of a prompt -> its id
     first_rows: dict[str, int] = {}
     pairs: list[dict[str, Any]] = []
-    prompts_of_pairs: list[str] = []
+    pair_prompts: list[str] = []
     from_arrow = made_by_arrow(rows)
     for number, row in enumerate(rows, start=1):
         try:
@@ -85,8 +81,8 @@ def read_held_out(
             pair = {**row, "prompt": prompt, "chosen": responses[0], "rejected": rejected}
             pair.pop("responses", None)
             pairs.append({**pair, "id": f"{row_id}\t{place}" if place else row_id})
-            prompts_of_pairs.append(prompt_id)
-    return HeldOut([*prompts.values()], answers, pairs, prompts_of_pairs)
+            pair_prompts.append(prompt_id)
+    return HeldOut([*prompts.values()], answers, pairs, pair_prompts)
 
 
 def _said(message: Message) -> str:

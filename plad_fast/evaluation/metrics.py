@@ -59,7 +59,7 @@ def margins(
         UsageError: no pairs, a log-probability that is not finite, or lengths that differ.
     """
     chosen = vector(chosen_logps, "chosen_logps")
-    return chosen - aligned(rejected_logps, chosen, "rejected_logps", "chosen_logps")
+    return chosen - vector(rejected_logps, "rejected_logps", len(chosen))
 
 
 def paired_bootstrap(
@@ -87,13 +87,10 @@ def paired_bootstrap(
         UsageError: no examples, a value that is not finite, or fewer than two resamples.
     """
     values = vector(values, "values")
-    require_resamples(n_resamples)
+    if not isinstance(n_resamples, Integral) or n_resamples < 2:
+        raise UsageError(f"n_resamples is {n_resamples!r}; take 2 or more (2000 is usual)")
     mean = float(values.mean())
     sums, counts = _by_group(values, groups)
-    try:
-        rng = np.random.default_rng(seed)
-    except (TypeError, ValueError):
-        raise UsageError(f"seed is {seed!r}; give a whole number of at least 0") from None
     if len(sums) == 1:
         return Interval(mean, mean, mean, 0.0)
     resampled = bootstrap(
@@ -104,7 +101,7 @@ def paired_bootstrap(
         n_resamples=n_resamples,
         batch=max(1, _BOOTSTRAP_BLOCK // len(sums)),
         method="percentile",
-        rng=rng,
+        rng=np.random.default_rng(seed),
     )
     means = resampled.bootstrap_distribution
     tail = (1 - CONFIDENCE) / 2
@@ -156,45 +153,27 @@ def sign_test(
     return SignTest(wins, ties, losses, p_value)
 
 
-def outcomes(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """1 where `a` is the larger, 0 where `b` is, and 0.5 for a tie; shape (n,). UsageError for no
-    examples, a value that is not finite, or lengths that differ."""
-    first = vector(a, "a")
-    return 0.5 * (1.0 + np.sign(first - aligned(b, first, "b", "a")))
+def won(difference: FloatArray) -> FloatArray:
+    """1 for a positive difference, 0.5 for none, 0 for a negative one; NaN stays."""
+    return 0.5 * (1.0 + np.sign(difference))
 
 
-def vector(values: ArrayLike, name: str) -> FloatArray:
-    """The values as (n,) float64; raises UsageError if there are none or one is not finite."""
+def vector(
+    values: ArrayLike, name: str, count: int | None = None, *, may_lack: bool = False
+) -> FloatArray:
+    """The values as (n,) float64; raises UsageError unless there are `count` of them, or some, and
+    all are finite. With `may_lack` NaN stands for a value that there is not."""
     try:
-        given = np.asarray(values)
-        if np.iscomplexobj(given):  # the cast below would drop the imaginary part
-            raise TypeError("complex numbers")
-        array = given.astype(np.float64)
+        array = np.asarray(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} must hold one real number for each example: {error}") from None
-    if array.ndim != 1 or not len(array):
-        raise UsageError(f"{name} has shape {array.shape}; give one value for each example")
-    bad = np.flatnonzero(~np.isfinite(array))
+    if array.ndim != 1 or len(array) != (len(array) or 1 if count is None else count):
+        examples = "each example" if count is None else f"each of {count} examples"
+        raise UsageError(f"{name} has shape {array.shape}; give one value for {examples}")
+    bad = np.flatnonzero(np.isinf(array) if may_lack else ~np.isfinite(array))
     if len(bad):
         raise UsageError(
             f"{name} holds {len(bad)} values that are not finite, the first at index {bad[0]} "
             f"({array[bad[0]]}); leave those examples out of every array"
         )
     return array
-
-
-def aligned(values: ArrayLike, other: FloatArray, name: str, other_name: str) -> FloatArray:
-    """As `vector`; raises UsageError also where there are not as many values as in `other`."""
-    array = vector(values, name)
-    if len(array) != len(other):
-        raise UsageError(
-            f"{name} has {len(array)} values and {other_name} has {len(other)}; "
-            "paired values must come from the same examples, in the same order"
-        )
-    return array
-
-
-def require_resamples(n_resamples: int) -> None:
-    """Raises UsageError for too few of them to have a spread."""
-    if not isinstance(n_resamples, Integral) or n_resamples < 2:
-        raise UsageError(f"n_resamples is {n_resamples!r}; take 2 or more (2000 is usual)")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from plad_fast.data.chat import is_blank, opens_thought
+from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import as_messages
 from plad_fast.data.records import digest, model_digest, recorded_scores
 from plad_fast.evaluation.calibration import ScoredSamples
@@ -44,6 +44,7 @@ from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
+from plad_fast.pairs.select import is_usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,11 +123,12 @@ def evaluate_models(
 
     def run(name: str, path: Path) -> tuple[StudentOutputs, ScoredSamples | None]:
         """Nothing holds a student's models after this."""
+        files = student_files(name, folder)
         student = _Student(
             name,
             path,
             held_out,
-            _with_samples(student_files(name, folder), (samples or {}).get(name)),
+            files._replace(sampled=(samples or {}).get(name, files.sampled)),
             replace(sampling, n=max(sampling.n, calibration_samples)),
             length_normalization,
             max_length,
@@ -174,10 +176,6 @@ def student_files(name: str, folder: Path) -> StudentFiles:
     return StudentFiles(*(folder / f"{stem}-{end}" for end in names))
 
 
-def _with_samples(files: StudentFiles, samples: Path | None) -> StudentFiles:
-    return files if samples is None else files._replace(sampled=samples)
-
-
 def scorer_file(name: str, folder: Path) -> Path:
     """Where the scores of a scorer are stored, of all students."""
     return folder / f"scores-{file_stem(name)}.jsonl"
@@ -223,7 +221,7 @@ class _Student:
 
     def outputs(self) -> StudentOutputs:
         """Greedy answers, and the log-probabilities of the pairs and of an own sample for each."""
-        pairs, pair_prompts = self.held_out.pairs, self.held_out.prompts_of_pairs()
+        pairs, pair_prompts = self.held_out.pairs, self.held_out.pair_prompts
         limit, batch_size = self.sampling.max_new_tokens, self.sampling.batch_size
         greedy = self._answers(
             self.files.greedy, Sampling(limit, temperature=0.0, batch_size=batch_size)
@@ -259,7 +257,7 @@ class _Student:
         """
         prompts, samples = self.held_out.prompts, self.sampled.answers
         teacher = [self.held_out.teacher_answers[p.id] for p in prompts]
-        finished = [[a.text for a in samples.get(p.id, ()) if _is_whole(a)] for p in prompts]
+        finished = [[a.text for a in samples.get(p.id, ()) if is_usable(a)] for p in prompts]
         # Equal texts are scored once: their likelihoods tie exactly, and it takes no time.
         texts = [
             list(dict.fromkeys([*own, best])) for own, best in zip(finished, teacher, strict=True)
@@ -312,13 +310,9 @@ class _Student:
         # The weights rather than the path: a run folder may move, and a path get other weights.
         weights = model_digest(place_of(self.path))
         made_by = {"student": self.name, "weights": weights, "precision": self.precision}
-        if self._thinks and opens_thought(self.tokenizer):
+        if self.reasoning == "keep" and opens_thought(self.tokenizer):
             made_by["reasoning"] = "keep"
         return made_by
-
-    @property
-    def _thinks(self) -> bool:
-        return self.reasoning == "keep"
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
         load = partial(self._text_model, file.stem)
@@ -344,8 +338,8 @@ class _Student:
         return self._loaded[0]
 
     def _text_model(self, name: str) -> LocalModel:
-        model = self._model(autocast_dtype(self.precision))
-        return LocalModel(model, self.tokenizer, name, chat=self.chat, thinks=self._thinks)
+        model, thinks = self._model(autocast_dtype(self.precision)), self.reasoning == "keep"
+        return LocalModel(model, self.tokenizer, name, chat=self.chat, thinks=thinks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process loads the model itself."""
@@ -361,7 +355,7 @@ class _Student:
         places: dict[str, tuple[int, int]] = {}  # of the samples: row, response
         for pair, sample in zip(self.held_out.pairs, samples, strict=True):
             rejected = [pair["rejected"]]
-            if _is_whole(sample) and sample.prompt_id not in places:
+            if is_usable(sample) and sample.prompt_id not in places:
                 own = as_response(pair["prompt"], sample.text, sample.tool_calls)
                 if own != pair["rejected"]:
                     rejected.append(own)
@@ -402,7 +396,3 @@ class _Student:
         if templates is None:
             return score_rows(model, self.tokenizer, rows, **options)
         return score_responses(model, self.tokenizer, rows, templates=templates, **options)
-
-
-def _is_whole(answer: Answer) -> bool:
-    return answer.finish_reason == "stop" and not is_blank(answer.text)

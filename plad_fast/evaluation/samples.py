@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration
-from plad_fast.evaluation.measures import rouge_l_label
+from plad_fast.evaluation.compare import rouge_l_label
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.scorers import Scorer
 from plad_fast.pairs.scoring.stored import stored_scores

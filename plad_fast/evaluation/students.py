@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from plad_fast.errors import UsageError
-from plad_fast.evaluation.metrics import FloatArray
+from plad_fast.evaluation.metrics import FloatArray, vector
 
 if TYPE_CHECKING:
     from plad_fast.data.prompts import Prompt
@@ -68,22 +68,16 @@ class StudentOutputs:
     """Ids of the prompts whose answer was cut off, by the length limit for example."""
 
     def __post_init__(self) -> None:
+        count = len(self.pair_ids)
         for name in ("chosen_logps", "rejected_logps", "own_rejected_logps"):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            vector = np.asarray(values, dtype=np.float64)
-            if vector.shape != (len(self.pair_ids),):
-                raise UsageError(
-                    f"{name} of {self.name} has shape {vector.shape}, but there are "
-                    f"{len(self.pair_ids)} pair_ids; give one log-probability for each pair"
-                )
-            object.__setattr__(self, name, vector)
-        prompts = self.pair_prompts or list(map(str, range(len(self.pair_ids))))
-        if len(prompts) != len(self.pair_ids):
+            if (values := getattr(self, name)) is not None:
+                where = f"{name} of {self.name}"
+                object.__setattr__(self, name, vector(values, where, count, may_lack=True))
+        prompts = self.pair_prompts or list(map(str, range(count)))
+        if len(prompts) != count:
             raise UsageError(
-                f"pair_prompts of {self.name} has {len(prompts)} entries, but there are "
-                f"{len(self.pair_ids)} pair_ids; give the prompt of each pair"
+                f"pair_prompts of {self.name} has {len(prompts)} entries, but there are {count} "
+                "pair_ids; give the prompt of each pair"
             )
         object.__setattr__(self, "pair_prompts", prompts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,6 @@ def build_pairs(
     filters: PairFilters = KEEP_ALL,
     list_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    source: str | None = None,
 ) -> tuple[list[dict[str, Any]], PairReport]:
     """Rows in the standard preference format, in the order of the prompts.
 
@@ -150,7 +150,6 @@ def build_pairs(
         list_size: responses in a ranked row; by default as many as keep the most answers: see
             `select.common_list_size`. A prompt with fewer gives no row.
         tokenizer: of the student that is to be trained.
-        source: written into every row; by default what was preferred to what.
 
     Raises:
         UsageError: two prompts have the same id, scores are needed and not given, `list_size` or
@@ -168,7 +167,6 @@ def build_pairs(
         selected = [[answers.of_size(size)] for answers in ranked]
     else:
         selected = [pairs_of(*answers, scores, select, filters) for answers in given]
-    source = SELECTIONS[select] if source is None else source
     rows, drops = [], []
     for prompt, (teacher, student), found in zip(prompts, given, selected, strict=True):
         for number, item in enumerate(found):
@@ -182,7 +180,7 @@ def build_pairs(
                 drops.append(named | _drop(prompt, item, *answers))
             else:
                 row = _row(prompt, item, tokenizer, is_pair=select != "ranked")
-                rows.append(row | prompt.template | named | {"source": source})
+                rows.append(row | prompt.template | named | {"source": SELECTIONS[select]})
                 if prompt.reference is not None:
                     rows[-1]["reference"] = prompt.reference
     for column in ("reasoning", "by"):
@@ -225,15 +223,12 @@ def build_answers(
         tokenizer: of the student that is to be trained.
     """
     asked = [p for p in prompts if p.id in answers]
-    contents = [as_messages(tokenizer, prompt.content) for prompt in asked]
-    return [
-        {"prompt": content, "chosen": _response(content, answers[prompt.id]), **prompt.template}
-        for prompt, content in zip(asked, contents, strict=True)
-    ]
-
-
-def _response(prompt: Content, answer: Answer) -> Content:
-    return as_response(prompt, answer.text, answer.tool_calls)
+    rows = []
+    for prompt in asked:
+        content, answer = as_messages(tokenizer, prompt.content), answers[prompt.id]
+        chosen = as_response(content, answer.text, answer.tool_calls)
+        rows.append({"prompt": content, "chosen": chosen, **prompt.template})
+    return rows
 
 
 def as_response(
@@ -257,7 +252,7 @@ def _row(
     is_pair: bool,
 ) -> dict[str, Any]:
     content = prompt.content if tokenizer is None else as_messages(tokenizer, prompt.content)
-    responses = [_response(content, candidate.answer) for candidate in found]
+    responses = [as_response(content, c.answer.text, c.answer.tool_calls) for c in found]
     scores = [candidate.score for candidate in found]
     more = {name: [getattr(c.answer, name) for c in found] for name in ("reasoning", "by")}
     if not is_pair:
@@ -265,7 +260,7 @@ def _row(
     row: dict[str, Any] = {"prompt": content, "chosen": responses[0], "rejected": responses[1]}
     for name, values in more.items():
         row |= {f"chosen_{name}": values[0], f"rejected_{name}": values[1]}
-    if None not in scores:
+    if not any(map(math.isnan, scores)):
         row |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     return row
 

@@ -34,10 +34,10 @@ Scores: TypeAlias = Mapping[tuple[str, str], float]
 
 
 class Candidate(NamedTuple):
-    """An answer and what it is worth; None where it has no score."""
+    """An answer and what it is worth; NaN where it has no score."""
 
     answer: Answer
-    score: float | None
+    score: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PairFilters:
         """Whether there is nothing to say of a pair without scores."""
         return self.contradicted or self.min_gap is not None
 
-    def reason(self, chosen: str, rejected: str, gap: float | None = None) -> str | None:
+    def reason(self, chosen: str, rejected: str, gap: float = math.nan) -> str | None:
         """Why to drop a pair, or None; the first that applies, in the order of the fields.
 
         They are `contradicted`, `close` (the scores), `uneven` (the lengths), `repetitive` (the
@@ -91,14 +91,12 @@ class PairFilters:
 
         Args:
             chosen, rejected: the texts.
-            gap: how much higher the chosen one scores; None only if not `needs_scores`.
+            gap: how much higher the chosen one scores; NaN only if not `needs_scores`.
         """
-        if self.needs_scores:
-            assert gap is not None
-            if self.contradicted and gap < 0:
-                return "contradicted"
-            if self.min_gap is not None and gap < self.min_gap:
-                return "close"
+        if self.contradicted and gap < 0:
+            return "contradicted"
+        if self.min_gap is not None and gap < self.min_gap:
+            return "close"
         words = text_metrics.words(chosen), text_metrics.words(rejected)
         if self.max_length_ratio is not None:
             shorter, longer = sorted(map(len, words))
@@ -162,7 +160,7 @@ def pairs_of(
         both = [*teacher, *student]
         pools = {"best-worst-pooled": (both, both), "best-worst-student": (student, student)}
         best, worst = (_rank(a, scores) for a in pools.get(select, (teacher, student)))
-        if any(candidate.score is None for candidate in [*best, *worst]):
+        if any(math.isnan(candidate.score) for candidate in [*best, *worst]):
             return ["unscored"]
         # Where no answer is usable an unusable one takes its place, to say why there is no pair.
         first = best[0].answer if best else first
@@ -197,7 +195,7 @@ def rank_answers(
     if not answers:
         return RankedAnswers([], "missing")
     ranked = _rank(answers, scores)
-    if any(candidate.score is None for candidate in ranked):
+    if any(math.isnan(candidate.score) for candidate in ranked):
         return RankedAnswers([], "unscored")
     kept: list[Candidate] = []
     reason = "few"
@@ -227,7 +225,7 @@ def _rank(answers: Sequence[Answer], scores: Scores | None) -> list[Candidate]:
         if is_usable(answer):
             different.setdefault(normalize_whitespace(answer.text), answer)
     candidates = [_candidate(answer, scores) for answer in different.values()]
-    return sorted(candidates, key=lambda candidate: -_score(candidate))
+    return sorted(candidates, key=lambda c: math.inf if math.isnan(c.score) else -c.score)
 
 
 def _pair(
@@ -238,21 +236,15 @@ def _pair(
     if reason := drop_reason(teacher, student):
         return reason
     chosen, rejected = _candidate(teacher, scores), _candidate(student, scores)
-    if scores is not None and None in (chosen.score, rejected.score):
+    if scores is not None and math.isnan(chosen.score - rejected.score):
         return "unscored"
     return _reason(chosen, rejected, filters) or [chosen, rejected]
 
 
 def _reason(chosen: Candidate, rejected: Candidate, filters: PairFilters) -> str | None:
-    unscored = chosen.score is None or rejected.score is None
-    gap = None if unscored else _score(chosen) - _score(rejected)
+    gap = chosen.score - rejected.score
     return filters.reason(chosen.answer.text, rejected.answer.text, gap)
 
 
 def _candidate(answer: Answer, scores: Scores | None) -> Candidate:
-    score = (scores or {}).get((answer.prompt_id, answer.text), math.nan)
-    return Candidate(answer, None if math.isnan(score) else score)
-
-
-def _score(candidate: Candidate) -> float:
-    return -math.inf if candidate.score is None else candidate.score
+    return Candidate(answer, (scores or {}).get((answer.prompt_id, answer.text), math.nan))

@@ -149,9 +149,9 @@ def test_reliability_of_equal_log_probabilities_is_one_bin():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: samples([[1.0], [2.0]], [[1.0]]), "quality of s has 1 entries for 2"),
-        (lambda: samples([[1.0, 2.0]], [[1.0]]), "prompt p0 of s has 2 log-prob.* 1 qualities"),
-        (lambda: samples([[np.nan]], [[1.0]]), "to prompt p0 has .* not finite"),
+        (lambda: samples([[1.0], [2.0]], [[1.0]]), "s has .* 2 prompts in logps and of 1 in qual"),
+        (lambda: samples([[1.0, 2.0]], [[1.0]]), r"quality of s to prompt p0 has shape \(1,\)"),
+        (lambda: samples([[np.nan]], [[1.0]]), "logps of s to prompt p0 holds 1 values .*finite"),
         (lambda: samples([[1.0]], [[1.0]], teacher=[1.0, 2.0]), "teacher_logps of s has shape"),
         (lambda: evaluate_calibration([]), "no student"),
         (lambda: measure(samples([[]], [[]])), "s has no samples"),

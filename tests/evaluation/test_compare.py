@@ -287,7 +287,7 @@ def test_last_against_first_comes_first():
         ),
         (
             lambda: evaluate_students([sft()], TEACHER, scorers={"few": Few()}, prompts=TEACHER),
-            "scorer few gave 1 numbers for 4 items",
+            r"few has shape \(1,\); give one value for each of 4",
         ),
     ],
 )

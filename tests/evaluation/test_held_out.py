@@ -25,7 +25,7 @@ def test_one_pair_a_prompt():
     assert held_out.prompts == [Prompt("a", "Say 1."), Prompt("1", [message("Say 2.", "user")])]
     assert held_out.teacher_answers == {"a": "one", "1": "two"}
     assert held_out.pairs[0] == PAIR
-    assert held_out.prompts_of_pairs() == ["a", "1"]
+    assert held_out.pair_prompts == ["a", "1"]
     assert rows[0] == PAIR
     assert "id" not in rows[1]
 
@@ -37,7 +37,7 @@ def test_several_pairs_of_a_prompt_are_one_prompt():
     held_out = read_held_out(rows, "file")
     assert held_out.prompts == [Prompt("a", "Say 1.", "1"), Prompt("b", "Say 2.")]
     assert [pair["id"] for pair in held_out.pairs] == ["a", "a\t1", "b"]
-    assert held_out.prompts_of_pairs() == ["a", "a", "b"]
+    assert held_out.pair_prompts == ["a", "a", "b"]
     # Ids that are those of the prompts are as good.
     again = read_held_out([{**row, "id": row["id"][0]} for row in rows], "file")
     assert (again.prompts, again.pair_prompts) == (held_out.prompts, held_out.pair_prompts)
@@ -47,7 +47,7 @@ def test_half_a_character_in_an_id_is_mended_everywhere():
     held_out = read_held_out([{**PAIR, "id": "\ud83d"}], "file")
     assert held_out.prompts == [Prompt("\ufffd", "Say 1.")]
     assert held_out.teacher_answers == {"\ufffd": "one"}
-    assert [held_out.pairs[0]["id"], *held_out.prompts_of_pairs()] == ["\ufffd"] * 2
+    assert [held_out.pairs[0]["id"], *held_out.pair_prompts] == ["\ufffd"] * 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_list_is_its_best_response_against_each_other(row):
     held_out = read_held_out([row], "file")
     found = [(p["id"], p["prompt"], p["chosen"], p["rejected"]) for p in held_out.pairs]
     assert found == [("0", "Q: ", "a", "b"), ("0\t1", "Q: ", "a", "c")]
-    assert held_out.prompts_of_pairs() == ["0", "0"]
+    assert held_out.pair_prompts == ["0", "0"]
     assert held_out.teacher_answers == {"0": "a"}
 
 

@@ -35,7 +35,7 @@ PAIRS = [
     }
     for prompt in PROMPTS
 ]
-HELD_OUT = HeldOut(PROMPTS, TEACHER, PAIRS)
+HELD_OUT = HeldOut(PROMPTS, TEACHER, PAIRS, [prompt.id for prompt in PROMPTS])
 
 
 def evaluate(folder, model, **options):

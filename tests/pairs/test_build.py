@@ -37,8 +37,8 @@ def test_pairs_and_report():
     teacher["cut"] = answer("cut", "good", "length")
     student["cut2"] = answer("cut2", "bad", "length")
 
-    pairs, report = build_pairs(prompts, teacher, student, source="big > small")
-    source = {"source": "big > small"}
+    pairs, report = build_pairs(prompts, teacher, student)
+    source = {"source": "teacher > student"}
     assert pairs == [
         {"prompt": "Q:", "chosen": " good", "rejected": " bad", "id": "text", **source}
         | {"reference": "gold"},

@@ -1,12 +1,12 @@
 """Plots of training and evaluation as small PNG files, legible at the width of a phone.
 
+Every function draws into a file, and returns its path, or None where there is nothing to draw.
 Colours are those of Okabe and Ito, which readers with any colour vision tell apart: the first
 student is orange, the last one blue, the teacher grey.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from plad_fast.errors import UsageError
 from plad_fast.evaluation.metrics import FloatArray, margins
 from plad_fast.evaluation.students import StudentOutputs
 
@@ -46,9 +45,7 @@ _COMPARED = (
 _LONG = 20  # steps; longer curves are smoothed
 
 
-def plot_training(
-    stages: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
-) -> Path:
+def plot_training(stages: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
     """Curves over the optimizer steps of each training stage, smoothed where they are long.
 
     `stages` maps names to the trainer's `state.log_history`. What was logged is drawn: loss,
@@ -60,9 +57,10 @@ def plot_training(
         for title, label, key in _CURVES
         if (series := _series(history, key))
     ]
-    nothing = "no training step was logged; set logging_steps to a smaller number"
+    if not panels:
+        return None
     last_of_stage = {stage: title for stage, title, _, _ in panels}.items()
-    with _drawing(path, panels, nothing, lambda panel: 1.35) as drawn:
+    with _drawing(path, panels, lambda panel: 1.35) as drawn:
         for axis, (stage, title, label, series) in drawn:
             for name, (steps, values) in series.items():
                 look: dict[str, Any] = {"color": _LAST, "label": "training"}
@@ -83,12 +81,12 @@ def plot_training(
                 axis.set_ylim(-0.03, 1.03)
             if len(series) > 1:
                 axis.legend()
-    return Path(path)
+    return path
 
 
 def plot_margins(
-    students: Sequence[StudentOutputs], path: str | os.PathLike[str], *, unit: str = "nat"
-) -> Path:
+    students: Sequence[StudentOutputs], path: Path, *, unit: str = "nat"
+) -> Path | None:
     """Histograms of the margins on the held-out pairs, one for each student that has pairs, in the
     order of training; `unit` is that of the log-probabilities."""
     colours = _colours([student.name for student in students])
@@ -97,11 +95,10 @@ def plot_margins(
         for student in students
         if len(student.pair_ids)
     }
-    edges = _edges(list(values.values()))
-    nothing = "no student was scored on held-out pairs; run score_pairs first"
-    with _drawing(
-        path, list(values.items()), nothing, lambda panel: 1.5, sharex=True, sharey=True
-    ) as drawn:
+    if not values:
+        return None
+    edges, panels = _edges(list(values.values())), list(values.items())
+    with _drawing(path, panels, lambda panel: 1.5, sharex=True, sharey=True) as drawn:
         for axis, (name, vector) in drawn:
             axis.hist(
                 np.clip(vector, edges[0], edges[-1]), bins=edges, color=colours[name], alpha=0.85
@@ -114,10 +111,10 @@ def plot_margins(
             axis.set_ylabel("pairs")
             axis.locator_params(axis="y", integer=True)
         axis.set_xlabel(f"log p(teacher's answer) \u2212 log p(rejected answer)  [{unit}]")
-    return Path(path)
+    return path
 
 
-def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+def plot_comparison(metrics: Mapping[str, Any], path: Path) -> Path | None:
     """Dots with 95 % intervals: ranking accuracy and ROUGE-L of every student, and the teacher."""
     students = metrics["students"]
     colours = _colours([row["name"] for row in students])
@@ -127,8 +124,9 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
         for key, title, label, chance in _COMPARED
         if (dots := [(row["name"], row[key]) for row in rows if row[key] is not None])
     ]
-    nothing = "the metrics hold no ranking accuracy and no ROUGE-L; nothing to draw"
-    with _drawing(path, panels, nothing, lambda panel: 0.75 + 0.27 * len(panel[2])) as drawn:
+    if not panels:
+        return None
+    with _drawing(path, panels, lambda panel: 0.75 + 0.27 * len(panel[2])) as drawn:
         for axis, (title, label, dots, chance) in drawn:
             for height, (name, interval) in enumerate(dots):
                 axis.errorbar(
@@ -149,17 +147,17 @@ def plot_comparison(metrics: Mapping[str, Any], path: str | os.PathLike[str]) ->
             axis.set_ylim(-0.6, len(dots) - 0.4)
             axis.set_xlabel(f"{label}, with 95 % interval")
             axis.grid(axis="x")
-    return Path(path)
+    return path
 
 
-def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+def plot_reliability(calibration: Mapping[str, Any], path: Path) -> Path | None:
     """Mean quality of samples by their place among those of their prompt, one curve with 95 %
     intervals per student."""
     rows = calibration["students"]
+    if not any(row["reliability"] for row in rows):
+        return None
     colours = _colours([row["name"] for row in rows])
-    panels = [rows] if any(row["reliability"] for row in rows) else []
-    nothing = "no student has samples to draw; sample two or more answers to a prompt"
-    with _drawing(path, panels, nothing, lambda panel: 2.4) as drawn:
+    with _drawing(path, [rows], lambda panel: 2.4) as drawn:
         ((axis, _),) = drawn
         for number, row in enumerate(rows):
             # Points at one place would hide each other's intervals.
@@ -182,21 +180,17 @@ def plot_reliability(calibration: Mapping[str, Any], path: str | os.PathLike[str
         axis.set_xlim(-0.02, 1.02)
         axis.set_xticks([0, 0.5, 1], ["least likely", "median", "likeliest"])
         axis.legend()
-    return Path(path)
+    return path
 
 
 @contextmanager
 def _drawing(
-    path: str | os.PathLike[str],
+    path: Path,
     panels: Sequence[_Panel],
-    nothing: str,
     height: Callable[[_Panel], float],
     **options: Any,
 ) -> Iterator[list[tuple[Axes, _Panel]]]:
-    """Panels one above the other, of a height in inches each; written to `path` at the end.
-    UsageError if there are none, which says `nothing`."""
-    if not panels:
-        raise UsageError(nothing)
+    """Panels one above the other, of a height in inches each; written to `path` at the end."""
     import matplotlib
     from matplotlib.figure import Figure
     from PIL import Image
@@ -209,7 +203,7 @@ def _drawing(
         yield list(zip(axes[:, 0], panels, strict=True))
         buffer = BytesIO()
         figure.savefig(buffer, format="png")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Line art needs few colours; a palette makes the file three times smaller.
     Image.open(buffer).convert("RGB").quantize(64).save(path, format="PNG", optimize=True)
 
@@ -251,12 +245,10 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _edges(vectors: Sequence[FloatArray]) -> list[float]:
-    """Edges of equal bars, one of them at zero; of no vectors, none.
+    """Edges of equal bars, one of them at zero.
 
     A few far outliers would squeeze all others into one bar, so they count in the outermost ones.
     """
-    if not vectors:
-        return []
     pooled = np.concatenate(vectors)
     n_bars = int(np.clip(2 * round((len(pooled) // len(vectors)) ** 0.5), 8, 40))
     low, high = np.quantile(pooled, [0.005, 0.995])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from plad_fast.errors import UsageError
 from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.generation import answer_rows
 from plad_fast.pairs.generation.answer_rows import Answered
-from plad_fast.pairs.generation.completions import holds_thought, is_all_thought
-from plad_fast.pairs.generation.reasoning import REASONING
+from plad_fast.pairs.generation.reasoning import REASONING, holds_thought, is_all_thought
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside, set_rows_aside
 from plad_fast.pairs.generation.shards import merge_shards, open_shard, share
@@ -81,11 +79,10 @@ def stored_answers(
     every = answer_rows.all_wanted(prompts, sampling)
     order = {key: place for place, key in enumerate(every)}
     failures: dict[str, Failure] = {}
-    with ExitStack() as stack:
-        if others_aside:
-            set_aside(path, settings)
-            renew_answers(path, prompts, sampling, settings)
-        store = stack.enter_context(RowStore.open(path, settings))
+    if others_aside:
+        set_aside(path, settings)
+        renew_answers(path, prompts, sampling, settings)
+    with RowStore.open(path, settings) as store:
         merge_shards(store, settings, order)
         wanted = [every[key] for key in answer_rows.missing_from(store, every)]
         model = load() if wanted else None

@@ -12,11 +12,12 @@ import torch
 
 from plad_fast.data.chat import decode_answer, turn_end_token
 from plad_fast.data.chat_template import opened_thought
+from plad_fast.data.packing import padded
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import Row, padded, refilled, require_finite, why_not_refill
+from plad_fast.pairs.generation.refill import Row, refilled, require_finite, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
 from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
@@ -176,7 +177,8 @@ class LocalModel(TextModel):
         generate: Any = self.model.generate
         for start in range(0, len(rows), sampling.batch_size):
             batch = rows[start : start + sampling.batch_size]
-            prompts, mask = padded([row.prompt for row in batch], config.pad_token_id, side, device)
+            read = padded([row.prompt for row in batch], config.pad_token_id, side)
+            prompts, mask = (tensor.to(device) for tensor in read)
             # Tokens in front of an answer in what `generate` gives.
             before = prompts.shape[1] if self._start_token is None else 1
             uniforms = torch.stack([sampling.uniforms(row.prompt_id, row.sample) for row in batch])

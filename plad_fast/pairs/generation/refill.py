@@ -13,13 +13,13 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
+from plad_fast.data.packing import padded
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model, vocabulary_size
 from plad_fast.pairs.generation.sampling import Sampling, TokenSampler
@@ -34,16 +34,6 @@ class Row:
     sample: int = 0
     tokens: list[int] = field(default_factory=list)
     uniforms: list[float] = field(default_factory=list)
-
-
-def padded(
-    rows: Sequence[list[int]], pad: int, side: Literal["left", "right"], device: torch.device
-) -> tuple[Tensor, Tensor]:  # (B, T) each
-    """Rows of tokens as one tensor, and 1 where there is one of theirs."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    batch = pad_sequence(ids, True, pad, side), pad_sequence(masks, True, 0, side)
-    return batch[0].to(device), batch[1].to(device)
 
 
 def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
@@ -80,7 +70,7 @@ class RowDecoder:
         """Reads new prompts and adds rows for them, `copies` of each, after those there are."""
         from transformers import DynamicCache
 
-        ids, mask = padded(prompts, self._pad_token, "left", self._device)
+        ids, mask = (t.to(self._device) for t in padded(prompts, self._pad_token, "left"))
         prefilled = DynamicCache()
         logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), prefilled)
         depth = base_model(self._model).config.get_text_config().num_hidden_layers

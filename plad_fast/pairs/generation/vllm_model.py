@@ -8,10 +8,10 @@ from typing import Any
 from plad_fast.checks import require_packages
 from plad_fast.data.chat import is_blank
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.completions import known_end
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.model import as_chat, request_seed
 from plad_fast.pairs.generation.local_model import prompt_ids, thought_before
+from plad_fast.pairs.generation.reasoning import known_end
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 

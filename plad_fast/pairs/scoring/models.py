@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from plad_fast.data.chat import render_conversation
+from plad_fast.data.packing import padded
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.data.records import model_digest
 from plad_fast.data.special_tokens import SpecialText
@@ -22,7 +23,6 @@ from plad_fast.models.head import evaluating
 from plad_fast.models.loading import load_model, load_tokenizer, place_of
 from plad_fast.models.response_scores import score_responses
 from plad_fast.pairs.build import as_response
-from plad_fast.pairs.generation.refill import padded
 from plad_fast.pairs.scoring.scorers import Item, Scorer, by_prompt, finite_scores
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:  # (
     given = config.pad_token_id
     there = {token for row in rows for token in row}
     pad = next(t for t in range(len(there) + 1) if t not in there) if given is None else given
-    ids, mask = padded(rows, pad, "right", model.device)
+    ids, mask = (tensor.to(model.device) for tensor in padded(rows, pad))
     config.pad_token_id = pad
     try:
         output = model(ids, attention_mask=mask)

@@ -10,17 +10,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.data.records import RecordFormat, changed_settings, digest
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint import replies
+from plad_fast.pairs.generation.endpoint import chat
 from plad_fast.pairs.generation.endpoint.access import one_line
 from plad_fast.pairs.generation.endpoint.batch_client import CHAT, BatchClient, UncertainError
-from plad_fast.pairs.generation.endpoint.chat import Reply
 from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
 from plad_fast.pairs.generation.endpoint.model import (
     EndpointModel,
@@ -69,67 +67,52 @@ class BatchModel(EndpointModel):
                 not suffice for one, and a batch was cancelled or has an unknown status.
         """
         self.require_settings(sampling)
-        return _Run(
-            self, wanted, sampling, _Record.read(self._record, self.endpoint, sampling)
-        ).go()
-
-
-@dataclass
-class _Record:
-    """The batches under way, as they are in a file."""
-
-    path: Path
-    settings: dict[str, Any]
-    batches: list[dict[str, Any]]
-    """`file` is the id of what was uploaded, `batch` that of what was made of it, or None where
-    that is not known, `since` the time (Unix) before it was made, and `prompts` names whose."""
-
-    @classmethod
-    def read(cls, path: Path, endpoint: Endpoint, sampling: Sampling) -> _Record:
-        """Raises UsageError for a file that cannot be read, or was made with other settings."""
-        settings = {**endpoint.settings(), **sampling.settings()}
-        fields = _recorded(path)
-        if fields is None:
-            return cls(path, settings, [])
-        advice = f"or delete {path}, which gives up what was paid for"
-        if changed := changed_settings(fields["settings"], settings):
-            raise UsageError(
-                f"a batch is under way that was made with other settings ({'; '.join(changed)}); "
-                f"run with those once more, {advice}"
-            )
-        return cls(path, settings, fields["batches"])
-
-    def write(self) -> None:
-        if self.batches:
-            _FORMAT.write(self.path, settings=self.settings, batches=self.batches)
-        else:
-            self.path.unlink(missing_ok=True)
+        return _Run(self, wanted, sampling, self._record).go()
 
 
 class _Run:
-    """The asking for what is wanted, until all of it is settled."""
+    """The asking for what is wanted, until all of it is settled.
 
-    def __init__(
-        self, model: BatchModel, wanted: Wanted, sampling: Sampling, record: _Record
-    ) -> None:
+    Raises UsageError for a record that cannot be read, or was made with other settings.
+    """
+
+    def __init__(self, model: BatchModel, wanted: Wanted, sampling: Sampling, record: Path) -> None:
         self.model, self.endpoint = model, model.endpoint
         self.wanted, self.sampling, self.record = wanted, sampling, record
         self.client = BatchClient(model.endpoint)
         self.prompts = {_name(prompt): prompt for prompt, _ in wanted}
         self.left = {(prompt.id, sample): "" for prompt, sample in wanted}
         """What is to be had yet, and why the last batch had it not."""
+        self.settings = {**model.endpoint.settings(), **sampling.settings()}
+        fields = _recorded(record) or {"settings": self.settings, "batches": []}
+        if changed := changed_settings(fields["settings"], self.settings):
+            raise UsageError(
+                f"a batch is under way that was made with other settings ({'; '.join(changed)}); "
+                f"run with those once more, or delete {record}, which gives up what was paid for"
+            )
+        self.batches: list[dict[str, Any]] = fields["batches"]
+        """Those under way. `file` is the id of what was uploaded, `batch` that of what was made of
+        it, or None where that is not known, `since` the time (Unix) before it was made, and
+        `prompts` names whose."""
 
     def go(self) -> Iterator[list[Answer | Failure]]:
         times: Counter[tuple[str, int]] = Counter()
         while self.left:
-            if not self.record.batches:
+            if not self.batches:
                 self._submit()
                 times.update(self.left.keys())
-            while self.record.batches:
+            while self.batches:
                 yield from self._collect()
             if spent := [key for key in self.left if times[key] == _MOST_TIMES]:
                 why = f"not had from {_MOST_TIMES} batches; the last time: "
                 yield [Failure(i, why + self.left.pop((i, k)), k) for i, k in spent]
+
+    def _write(self) -> None:
+        """The batches under way to their file, which goes with the last of them."""
+        if self.batches:
+            _FORMAT.write(self.record, settings=self.settings, batches=self.batches)
+        else:
+            self.record.unlink(missing_ok=True)
 
     def _submit(self) -> None:
         """New batches of what is left."""
@@ -149,9 +132,9 @@ class _Run:
             file_id = self.client.upload(lines)
             asked = sorted({json.loads(line)["custom_id"].partition("-")[0] for line in lines})
             entry = {"batch": None, "since": int(time.time()), "prompts": asked}
-            self.record.batches.append({"file": file_id, **entry})
-            self.record.write()  # from here on a batch of it may be there
-            self._create(self.record.batches[-1])
+            self.batches.append({"file": file_id, **entry})
+            self._write()  # from here on a batch of it may be there
+            self._create(self.batches[-1])
 
     def _create(self, entry: dict[str, Any]) -> None:
         try:
@@ -159,14 +142,14 @@ class _Run:
         except UncertainError:
             raise
         except UsageError:  # there is none
-            self.record.batches.remove(entry)
-            self.record.write()
+            self.batches.remove(entry)
+            self._write()
             raise
-        self.record.write()
+        self._write()
 
     def _collect(self) -> Iterator[list[Answer | Failure]]:
         """What the first recorded batch brings, once it is over; then it is recorded no more."""
-        entry = self.record.batches[0]
+        entry = self.batches[0]
         if entry["batch"] is None:  # a kill came between its making, if it was made, and the record
             entry["batch"] = self.client.find(entry["file"], entry["since"])
         if entry["batch"] is None:
@@ -182,8 +165,8 @@ class _Run:
         if items:
             yield items
         # Whoever asked has stored what was yielded.
-        self.record.batches.pop(0)
-        self.record.write()
+        self.batches.pop(0)
+        self._write()
         if batch.status == "failed":
             errors = getattr(batch.errors, "data", None) or []
             why = "; ".join(dict.fromkeys(str(error.message) for error in errors)) or "no reason"
@@ -228,12 +211,12 @@ class _Run:
                 return said
             return [Failure(prompt.id, said, sample) for sample in samples]
         request, usage = as_request(prompt, samples, self.sampling), self.endpoint.usage
-        counted = replies.read_usage(body)
+        counted = chat.read_usage(body)
         usage.add(*counted)
         usage.requests += 1
         usage.uncounted += not any(counted)
         try:
-            choices = replies.read_choices(
+            choices = chat.read_choices(
                 body,
                 key,
                 n=request.sampling.n,
@@ -245,7 +228,7 @@ class _Run:
             return one_line(str(error), key)
         usage.replies += 1
         # The samples for which the reply has no choice are left.
-        return read_reply(prompt.id, samples[: len(choices)], Reply(choices))
+        return read_reply(prompt.id, samples[: len(choices)], chat.Reply(choices))
 
 
 def _recorded(path: Path) -> dict[str, Any] | None:

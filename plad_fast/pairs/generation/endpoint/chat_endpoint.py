@@ -19,11 +19,15 @@ from typing import Any
 from plad_fast.checks import check_weight, require_packages
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
-from plad_fast.pairs.generation.endpoint import access, replies, retries
+from plad_fast.pairs.generation.endpoint import access, chat, retries
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest, Choice, Reply, Usage
-from plad_fast.pairs.generation.endpoint.client import iterate_in_thread, open_client
+from plad_fast.pairs.generation.endpoint.client import (
+    Server,
+    Servers,
+    iterate_in_thread,
+    open_client,
+)
 from plad_fast.pairs.generation.endpoint.dialect import Dialect
-from plad_fast.pairs.generation.endpoint.servers import Server, Servers
 
 logger = logging.getLogger(__name__)
 
@@ -252,13 +256,13 @@ class Endpoint:
                 with self._servers.least_loaded(failed) as server:
                     create = clients[server].chat.completions.with_raw_response.create
                     response = await asyncio.wait_for(create(**body), self.timeout)
-                reply = replies.parse_reply(response.content)
-                counted = replies.read_usage(reply)
+                reply = chat.parse_reply(response.content)
+                counted = chat.read_usage(reply)
                 self.usage.add(*counted)
                 spent.add(*counted)
-                self._tells_ends |= replies.tells_ends(reply)
+                self._tells_ends |= chat.tells_ends(reply)
                 missing = n - len(choices)
-                choices += replies.read_choices(
+                choices += chat.read_choices(
                     reply,
                     key,
                     n=missing,

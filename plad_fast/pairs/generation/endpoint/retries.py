@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from plad_fast.errors import UsageError, causes_of
 from plad_fast.pairs.generation.endpoint.access import one_line
-from plad_fast.pairs.generation.endpoint.refusals import LIMITS, OF_PROMPT, find_refusal
+from plad_fast.pairs.generation.endpoint.dialect import LIMITS, OF_PROMPT, find_refusal
 
 AGAIN = frozenset({408, 409, 425, 429})
 """Statuses below 500 of what may work later."""

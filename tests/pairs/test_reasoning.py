@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plad_fast.pairs.generation.completions import (
+from plad_fast.pairs.generation.reasoning import (
     after_thought,
     holds_thought,
     known_end,

@@ -8,7 +8,7 @@ pytest.importorskip("openai")
 
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.endpoint.chat import ChatRequest
-from plad_fast.pairs.generation.endpoint.refusals import find_refusal
+from plad_fast.pairs.generation.endpoint.dialect import find_refusal
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Failure
 from tests.support.endpoints import (

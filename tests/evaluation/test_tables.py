@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from plad_fast.evaluation.compare import evaluate_students
-from plad_fast.evaluation.report.tiles import tiles
+from plad_fast.evaluation.report.tables import tiles
 from plad_fast.evaluation.students import StudentOutputs
 from tests.support.evaluations import SFT, evaluate, student
 
