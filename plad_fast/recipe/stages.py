@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,13 @@ from plad_fast.data.places import is_there
 from plad_fast.data.records import ELSEWHERE
 from plad_fast.data.store import fingerprint_of, has_rows
 from plad_fast.errors import UsageError
+from plad_fast.losses.objective import check_settings
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.build import PairReport
 from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
+from plad_fast.recipe.fields import checked, flag
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import (
     dropped_file,
@@ -28,8 +32,13 @@ from plad_fast.recipe.inputs import (
     stream_pairs,
 )
 from plad_fast.recipe.run_folder import RunFolder, Stage
-from plad_fast.recipe.setting_checks import expanded, require_outside
-from plad_fast.recipe.settings import DistillConfig, check_training
+from plad_fast.recipe.setting_checks import (
+    check_adapters,
+    expanded,
+    require_outside,
+    require_with,
+)
+from plad_fast.recipe.settings import DistillConfig, TrainConfig
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.launch import check_launch
@@ -126,6 +135,18 @@ def pair_folder(
         return texts, rows, PairReport(len(rows), read_jsonl(dropped_file(file)), unit)
 
 
+def _check_settings(given: Mapping[str, Any]) -> None:
+    """By the names of `DistillConfig` and `TrainConfig`; any but `loss` may be missing or None.
+    UsageError with the flag's name for a value out of range, an option that the loss does not have,
+    or one that would do nothing."""
+    for field in (*fields(DistillConfig), *fields(TrainConfig)):
+        if given.get(field.name) is not None:
+            checked(field, given[field.name])
+    check_settings(given["loss"], given, flag)
+    check_adapters(given)
+    require_with("eval_pairs", given, ("eval_steps", "metric_for_best_model"))
+
+
 def has_answers(folder: Path) -> bool:
     """Whether a teacher has answered in a folder of `plad-fast pairs`, or in a part of it."""
     stores = chain(folder.glob("teacher*.jsonl"), folder.glob("parts/*/teacher*.jsonl"))
@@ -167,7 +188,7 @@ def train_on_pairs(
     """
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate, **options}
     given |= {} if eval_pairs is None else {"eval_pairs": eval_pairs}
-    check_training(given)
+    _check_settings(given)
     lora, _ = adapters_and_arguments(given)
     source = find_model(model, "--model")
     if push_to_hub is not None:

@@ -74,11 +74,6 @@ class RecipeTexts:
             endpoints=endpoints,
         )
 
-    @property
-    def stores(self) -> list[Path]:
-        """The files that are filled up with what is asked, and are not to be lost."""
-        return [*self.teachers.stores, self.scores_file, self.verdicts_file, self.teachers.scores]
-
     def with_settings(self, config: DistillConfig) -> RecipeTexts:
         """The same texts, with other settings of the pairs, but for the scorer."""
         other = copy(self)
