@@ -37,7 +37,6 @@ from plad_fast.recipe.data_checks import check_answers, require_learnable, show_
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import RunPrompts
-from plad_fast.recipe.outcome import Outcome
 from plad_fast.recipe.rounds import Round
 from plad_fast.recipe.run import LocalTeacher, Run, last_logged, of_round
 from plad_fast.recipe.run_folder import RunFolder, Stage
@@ -160,7 +159,7 @@ class Distillation(Run):
         stages = [replace(stage, share=shares.get(stage.name, 0)) for stage in self._stages()]
         self.run_stages(stages)
         # Cheap, and made of what the stages left: done again by every run.
-        results = self._outcome.report(command)
+        results = self.report(command)
         table = comparison_table(results)
         print(f"\n{table}\n\nreport: {self.folder / 'report.html'}", flush=True)
         students = [self.folder / folder for folder in self.students]
@@ -195,10 +194,6 @@ class Distillation(Run):
         """Trains on the pairs unless that is done, after `make_pairs`, and returns the log."""
         self.folder.stage(Round(self, 1).stages()[2])
         return log_history(self.folder / "plad")
-
-    @property
-    def _outcome(self) -> Outcome:
-        return Outcome(self)
 
     def run_stages(self, stages: Sequence[Stage]) -> None:
         """Runs what is left of these."""
@@ -246,7 +241,7 @@ class Distillation(Run):
                     *self.students,
                     *self.teacher_files,
                     "pairs/held-out.jsonl",
-                    *(f"answers/{file.name}" for file in self._outcome.samples_of_pairs().values()),
+                    *(f"answers/{file.name}" for file in self.samples_of_pairs().values()),
                 ],
                 makes=["evaluation"],
                 checks_itself=True,  # stores and scores with fingerprints, also of other rounds
@@ -321,7 +316,7 @@ class Distillation(Run):
         return f"{len(rows)} answers; {last_logged(log, 'nll', 'NLL {:.2f} nat per token')}"
 
     def _evaluate(self) -> str:
-        results, _ = self._outcome.measure()
+        results, _ = self.measure()
         return f"{results['n_prompts']} prompts, {results['n_pairs']} pairs"
 
 

@@ -14,7 +14,6 @@ from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.recipe.dependencies import STAGES, stage_settings
 from plad_fast.recipe.inputs import dropped_file, show_pairs, write_pairs
-from plad_fast.recipe.outcome import Outcome
 from plad_fast.recipe.run import Run, last_logged, numbered, of_round
 from plad_fast.recipe.run_folder import Stage
 from plad_fast.recipe.texts import Answers
@@ -104,7 +103,7 @@ class Round:
             accuracy = "{:.0%} of the last training pairs ranked right"
             ranked = last_logged(log, "ranking_accuracy", accuracy)
             inside = last_logged(log, "active_pairs", "{:.0%} inside the margin")
-            told = [verdict for verdict, _ in Outcome(self.run).validations(number)]
+            told = [verdict for verdict, _ in self.run.validations(number)]
             return "; ".join([f"{ranked}, {inside}", *told])
 
         return [
