@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from plad_fast.checks import require_packages
 from plad_fast.data.places import (
     OFFLINE,
     expanded,
@@ -67,7 +68,7 @@ def load_model(
     if in_4bit:
         return _load_in_4bit(location, source, dtype, device)
     if "gguf_file" in location:
-        _require_gguf()
+        require_packages("gguf")
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
     with _loading("a language model", source):
@@ -145,7 +146,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     location = _locate(source)
     if "gguf_file" in location:
-        _require_gguf()
+        require_packages("gguf")
     folder = expanded(source)
     if is_there(folder / ADAPTER_CONFIG) and not any(folder.glob("tokenizer*")):
         base = _base_of_adapters(location)  # PEFT saves adapters alone
@@ -269,8 +270,7 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
     adapter = find_adapter_config_file(source)
     if adapter is None:
         return None
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
+    require_packages("peft")
     base = _named_base(adapter)
     if not base:
         raise UsageError(
@@ -278,7 +278,6 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
             "base_model_name_or_path; write a hub id or a folder there, or load the base model "
             "yourself and pass it to peft.PeftModel.from_pretrained"
         )
-    _require_an_end(Path(source), base)
     return base
 
 
@@ -302,28 +301,6 @@ def _named_base(config_file: str | os.PathLike[str], *, as_written: bool = False
         raise UsageError(
             f"{config_file} is damaged ({reason_of(error)}); save the adapters again"
         ) from error
-
-
-def _require_an_end(source: Path, base: str) -> None:
-    """Refuses adapters on adapters that come back to the first ones."""
-    seen, folder = {source.resolve()}, expanded(base)
-    while is_there(folder / ADAPTER_CONFIG) and not is_there(folder / "config.json"):
-        if folder.resolve() in seen:
-            raise UsageError(
-                f"the adapters in {str(source)!r} go in a circle: the base models named by "
-                f"base_model_name_or_path lead back to {str(folder)!r}; write the model that these "
-                "were trained on into its adapter_config.json"
-            )
-        seen.add(folder.resolve())
-        following = _named_base(folder / ADAPTER_CONFIG)
-        if not following:
-            return
-        folder = expanded(following)
-
-
-def _require_gguf() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError("reading a .gguf file needs the gguf package; run `pip install gguf`")
 
 
 def _set_gguf_eos(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
