@@ -51,11 +51,10 @@ class Round:
         dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
 
         def samples() -> Answers:
-            options: dict[str, Any] = {"round_number": number, "others_aside": True}
-            drawn = texts.samples_in_turn(self.run.prompts.pairs, students, **options)
+            drawn = texts.samples_in_turn(self.run.prompts.pairs, students, round_number=number)
             if not is_first:
                 return drawn
-            return {**drawn, **texts.samples(self.run.prompts.held_out, *students[0], **options)}
+            return {**drawn, **texts.samples(self.run.prompts.held_out, *students[0])}
 
         def sample() -> str:
             count = sum(map(len, samples().values()))

@@ -97,10 +97,7 @@ def pair_folder(
     tokenizer = load_tokenizer(source)
     require_tools(config, prompts, tokenizer)
     texts = RecipeTexts(config, prompts, answers=path, pairs=path, endpoints=endpoints)
-    stored = [
-        *texts.teachers.stores,
-        *(texts.samples_file(1, turn) for turn in config.sample_turns),
-    ]
+    of_samples = [texts.samples_file(1, turn) for turn in config.sample_turns]
     file = texts.pairs_file("pairs")
     folder = RunFolder(
         path,
@@ -114,9 +111,7 @@ def pair_folder(
     with closing(folder):
         # Also where all pairs are made: what could not be answered is asked for again.
         texts.teachers.ask(renew=True)
-        samples = texts.samples_in_turn(
-            prompts, [(source, "student")], made_by=config.student, others_aside=True
-        )
+        samples = texts.samples_in_turn(prompts, [(source, "student")], made_by=config.student)
         drawn = {name: getattr(config, name) for name in ("teacher_samples", "student_samples")}
         scored = {} if texts.scorer is None else texts.scorer.settings()
         folder.stage(
@@ -126,7 +121,7 @@ def pair_folder(
                 stage_settings(
                     config, "pairs", prompts=prompts, references=True, **drawn, **scored
                 ),
-                reads=[store.name for store in stored],
+                reads=[store.name for store in (*texts.teachers.stores, *of_samples)],
                 makes=[file.name, dropped_file(file).name],
             )
         )

@@ -108,13 +108,11 @@ class RecipeTexts:
         round_number: int = 1,
         turn: int = 0,
         n: int = 1,
-        others_aside: bool = False,
     ) -> Answers:
         """The samples of a student to some prompts, `n` of each.
 
         `name` is for progress and messages, and what the student is known by unless that is
-        `made_by`; `round_number` and `turn` are those of `student_sampling`, `others_aside` of
-        `stored_answers`.
+        `made_by`; `round_number` and `turn` are those of `student_sampling`.
         """
         precision = self.config.precision
         thinks = self.config.reasoning == "keep"
@@ -125,7 +123,7 @@ class RecipeTexts:
             self.samples_file(round_number, turn),
             replace(student_sampling(self.config, turn, round_number), n=n),
             fingerprint=self.student_made_by(made_by or name, model),
-            others_aside=others_aside,
+            others_aside=True,
             reasoning=self.config.reasoning,
         ).answers
         by = "student" if len(self.config.teachers) > 1 else ""
