@@ -83,10 +83,8 @@ class Round:
             return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
 
         def train_on_pairs() -> str:
-            options: dict[str, Any] = {
-                name: getattr(config, name) for name in STAGES["preference training"]
-            }
-            output, validation = numbered("plad", number), None
+            options = {name: getattr(config, name) for name in STAGES["preference training"]}
+            validation = None
             if self.run.prompts.validation:
                 # Of the student before it depends on no setting of this training.
                 validation = self._validation()
@@ -94,9 +92,8 @@ class Round:
                 made_by = {"weights": model_digest(self.run.folder / start), **validation.made_by}
                 known = found_scores(file, made_by, replace=True)
                 validation = replace(validation, start=known)
-            log = self.run.train(
-                start, texts.pairs(train), output, validation=validation, **options
-            )
+            options["validation"] = validation
+            log = self.run.train(start, texts.pairs(train), numbered("plad", number), **options)
             if validation is not None and validation.start is None:
                 recorded_scores(file, made_by, lambda: measures(checks(log)[0]), replace=True)
             accuracy = "{:.0%} of the last training pairs ranked right"

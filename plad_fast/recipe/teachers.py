@@ -42,6 +42,7 @@ Answers = Mapping[str, Sequence[Answer]]
 @dataclass
 class _Teacher:
     spec: str
+    name: str
     store: Path
     sampling: Sampling
     made_by: dict[str, Any]
@@ -115,7 +116,7 @@ class Teachers:
                 made_by["precision"] = config.precision
             sampling = teacher_sampling(config, spec)
             endpoint = getattr(opened, "endpoint", None)
-            return _Teacher(spec, store, sampling, made_by, opened, endpoint)
+            return _Teacher(spec, name, store, sampling, made_by, opened, endpoint)
 
         self._all = [teacher(*each) for each in enumerate(config.teachers, start=1)]
 
@@ -144,13 +145,7 @@ class Teachers:
 
     def usage(self) -> dict[str, str]:
         """What this run spent at endpoints, by teacher."""
-        return {
-            "teacher" if len(self._all) == 1 else f"teacher {teacher.spec}": str(
-                teacher.endpoint.usage
-            )
-            for teacher in self._all
-            if teacher.endpoint is not None
-        }
+        return {each.name: str(each.endpoint.usage) for each in self._all if each.endpoint}
 
     def try_out(self, *, overwrite: bool) -> None:
         """A word with each that is behind an endpoint, before long work."""
@@ -243,10 +238,8 @@ def require_tools(
                 f"prompts have tools, and a function is given the prompt alone: {spec} cannot call "
                 "them; name another --teacher"
             )
-        if (
-            kind in ("local", "vllm")
-            and load_tokenizer(rest).chat_template != tokenizer.chat_template
-        ):
+        runs_here = kind in ("local", "vllm")
+        if runs_here and load_tokenizer(rest).chat_template != tokenizer.chat_template:
             raise UsageError(
                 f"prompts have tools, and {spec} would write its calls in other marks than the "
                 "student, whose chat template is another; serve the teacher with a parser of calls "
