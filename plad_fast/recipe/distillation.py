@@ -321,13 +321,5 @@ class Distillation(Run):
 
 
 def _check_launch(config: DistillConfig) -> None:
-    check_launch(
-        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
-        loss=config.loss,
-        loss_args=config.loss_args,
-        micro_batch_size=config.micro_batch_size,
-        max_tokens_per_batch=config.max_tokens_per_batch,
-        precision=config.precision,
-        load_in_4bit=config.load_in_4bit,
-        validates=config.validation > 0,
-    )
+    sizes = {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size}
+    check_launch(sizes, vars(config), validates=config.validation > 0)

@@ -195,13 +195,10 @@ def train_on_pairs(
     if eval_pairs is not None:
         options["eval_rows"] = read_pairs(eval_pairs)
     compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
-    names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
-    check_launch(
-        {"--batch-size": options.get("batch_size", DistillConfig.batch_size)},
-        loss=loss,
-        has_reference=all("reference_logps" in row for row in compared),
-        **{name: options.get(name, getattr(DistillConfig, name)) for name in names},
-    )
+    defaults = {field.name: field.default for field in fields(DistillConfig)}
+    settings = {**defaults, **given}
+    has_reference = all("reference_logps" in row for row in compared)
+    check_launch({"--batch-size": settings["batch_size"]}, settings, has_reference=has_reference)
     is_all = len(looked_at) == len(rows)
     findings = check_rows(looked_at, "pairs" if is_all else f"first {len(looked_at)} pairs")
     show_findings(findings)
