@@ -5,20 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from plad_fast.data.places import OFFLINE
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.report.write import write_results
 from plad_fast.evaluation.run_students import evaluate_models
 from plad_fast.evaluation.students import StudentOutputs
-from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import find_model, load_model, load_tokenizer, offline_teacher_path
+from plad_fast.models.loading import find_model
 from plad_fast.pairs.generation.answer_rows import row_id
-from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.recipe.data_checks import show_findings
 from plad_fast.recipe.dependencies import OF_TRAINING
 from plad_fast.recipe.doctor import versions
@@ -30,33 +26,8 @@ from plad_fast.recipe.validation import validation_table, verdict
 from plad_fast.training.train import train_model
 from plad_fast.training.trained_folders import log_history
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 SFT, PLAD = "SFT student", "PLaD student"
 _IN_MEMORY = ("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing")
-
-
-class LocalTeacher:
-    """The teacher's model, loaded once for the student and the answers: a GGUF file takes its
-    time."""
-
-    def __init__(self, config: DistillConfig) -> None:
-        is_offline = config.teacher == OFFLINE
-        self.source = str(offline_teacher_path()) if is_offline else config.teachers[0]
-        self._precision = config.precision
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        return load_model(self.source, merge_adapters=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process loads the model itself."""
-        return {name: value for name, value in vars(self).items() if name != "model"}
-
-    def as_text(self) -> LocalModel:
-        model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))
-        return LocalModel(model, load_tokenizer(self.source), "teacher")
 
 
 @dataclass(frozen=True)
@@ -65,7 +36,6 @@ class Run:
 
     config: DistillConfig
     prompts: RunPrompts
-    teacher: LocalTeacher
     texts: RecipeTexts
     evaluation: Mapping[str, Any]
     """Options of `evaluate_models`."""
@@ -89,8 +59,7 @@ class Run:
     @property
     def student_source(self) -> str:
         """Of the model that the student is made of."""
-        student = self.config.student
-        return self.teacher.source if student is None else find_model(student, "--student")
+        return student_source(self.config)
 
     def train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
@@ -142,7 +111,9 @@ class Run:
 
     def _title(self) -> str:
         config = self.config
-        sources = [self.teacher.source] if config.has_local_teacher else config.teachers
+        sources = config.teachers
+        if config.has_local_teacher:
+            sources = (find_model(config.teachers[0], "--teacher"),)
         teacher = " and ".join(map(_name_of, sources))
         into = "" if config.student is None else f" into {_name_of(self.student_source)}"
         return f"Distillation of {teacher}{into}"
@@ -199,6 +170,13 @@ class Run:
                     "answered; put it right, or delete the file to have it made again"
                 )
         return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
+
+
+def student_source(config: DistillConfig) -> str:
+    """The model that the student is made of: the teacher, unless one is named."""
+    if config.student is None:
+        return find_model(config.teachers[0], "--teacher")
+    return find_model(config.student, "--student")
 
 
 def numbered(name: str, number: int) -> str:

@@ -69,7 +69,6 @@ class Teachers:
         config: the settings.
         prompts: of the run.
         answers: folder of their stores, `teacher.jsonl`, `teacher-2.jsonl` and so on.
-        model: the first teacher, in place of the settings' own.
         scorer: decides between the answers of several.
         scores: store of what it says of them.
         endpoints: those that were opened before, by the teachers' specifications; they are asked
@@ -85,7 +84,6 @@ class Teachers:
         prompts: Sequence[Prompt],
         answers: Path,
         *,
-        model: TextModel | None,
         scorer: Scorer | None,
         scores: Path,
         endpoints: dict[str, Endpoint] | None = None,
@@ -96,9 +94,8 @@ class Teachers:
 
         def teacher(number: int, spec: str) -> _Teacher:
             # Made now, so that what is wrong with an endpoint's settings is found before any work.
-            is_first = number == 1
             name = "teacher" if len(config.teachers) == 1 else f"teacher {spec}"
-            store = answers / ("teacher.jsonl" if is_first else f"teacher-{number}.jsonl")
+            store = answers / ("teacher.jsonl" if number == 1 else f"teacher-{number}.jsonl")
             batches = batch_record(store)
             if batches.exists() and not config.batch:
                 raise UsageError(
@@ -106,9 +103,7 @@ class Teachers:
                     f"answers, or delete {batches} to give it up"
                 )
             require_prompts(batches, prompts)
-            opened = model if is_first else None
-            if opened is None:
-                opened = open_teacher(config, columns, spec, name, batches)
+            opened = open_teacher(config, columns, spec, name, batches)
             if isinstance(opened, EndpointModel) and endpoints is not None:
                 opened.endpoint = endpoints.setdefault(spec, opened.endpoint)
             made_by = teacher_fingerprint(spec, base_url=config.base_url, columns=columns)

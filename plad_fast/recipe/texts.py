@@ -31,16 +31,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-    from plad_fast.pairs.generation.text_model import TextModel
 
 
 class RecipeTexts:
     """Answers, scores and pairs in two folders, stored as they come, and taken from the store the
     next time.
 
-    `teacher` takes the place of the first one of the settings, if given; `endpoints` are those of
-    teachers and judges, as in `Teachers` and `open_scorer`. UsageError where teacher or scorer
-    cannot be what the settings say.
+    `endpoints` are those of teachers and judges, as in `Teachers` and `open_scorer`. UsageError
+    where teacher or scorer cannot be what the settings say.
     """
 
     def __init__(
@@ -50,7 +48,6 @@ class RecipeTexts:
         *,
         answers: Path,
         pairs: Path,
-        teacher: TextModel | None = None,
         endpoints: dict[str, Endpoint] | None = None,
     ) -> None:
         self.config = config
@@ -68,7 +65,6 @@ class RecipeTexts:
             config,
             prompts,
             answers,
-            model=teacher,
             scorer=self.scorer,
             scores=pairs / "scores-teachers.jsonl",
             endpoints=endpoints,
