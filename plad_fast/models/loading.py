@@ -65,8 +65,7 @@ def load_model(
             cannot be merged; and, to be quantised, a .gguf file or adapters.
     """
     location = _locate(source)
-    if in_4bit:
-        return _load_in_4bit(location, source, dtype, device)
+    options = _in_4_bits(location, source, dtype, device) if in_4bit else {}
     if "gguf_file" in location:
         require_packages("gguf")
         dtype = torch.float32 if dtype == "auto" else dtype
@@ -94,19 +93,22 @@ def load_model(
             merged = merged_adapters(adapters, model)
             return merged.to(dtype) if isinstance(dtype, torch.dtype) else merged
         model, loaded = _class_of(location).from_pretrained(
-            **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
+            **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE, **options
         )
     _require_all_weights(model, loaded, source)
+    if in_4bit:
+        return model.requires_grad_(False)
     _forget_quantization(model)
     return model if device is None else model.to(device)
 
 
-def _load_in_4bit(
-    location: dict[str, Any],
+def _in_4_bits(
+    location: Mapping[str, Any],
     source: str | os.PathLike[str],
     dtype: str | torch.dtype,
     device: str | torch.device | None,
-) -> PreTrainedModel:
+) -> dict[str, Any]:
+    """Options of `from_pretrained`; UsageError for what it could not quantise."""
     from transformers import BitsAndBytesConfig
 
     if "gguf_file" in location or _base_of_adapters(location) is not None:
@@ -122,17 +124,7 @@ def _load_in_4bit(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    with _loading("a language model in 4 bits", source):
-        model, loaded = _class_of(location).from_pretrained(
-            **location,
-            dtype=dtype,
-            quantization_config=config,
-            device_map={"": device or "cpu"},
-            output_loading_info=True,
-            **_NO_FOREIGN_CODE,
-        )
-    _require_all_weights(model, loaded, source)
-    return model.requires_grad_(False)
+    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

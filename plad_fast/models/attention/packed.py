@@ -43,12 +43,6 @@ class NotPackedError(UsageError):
     """A layer asks for what packed rows do not have."""
 
 
-def check_implementation(name: str) -> None:
-    """Refuses what no implementation is called, installed or not."""
-    if name not in ("auto", *IMPLEMENTATIONS):
-        raise UsageError(f"unknown attention {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
-
-
 @torch.compiler.disable
 def packed_attention(
     module: nn.Module,
