@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from plad_fast.data.row_layout import Attended, RowLayout, Span
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.flash import can_flash, flash_varlen
-from plad_fast.models.attention.varlen import can_varlen, torch_varlen
+from plad_fast.models.attention.varlen import can_flash, can_varlen, flash_varlen, torch_varlen
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.flash import load_flash
 from plad_fast.models.attention.packed import packed_attention
-from plad_fast.models.attention.varlen import load_varlen
+from plad_fast.models.attention.varlen import load_flash, load_varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
