@@ -325,13 +325,10 @@ def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tupl
     Rows of like length share a batch, which leaves little padding.
     """
     by_size: dict[int, list[int]] = {}
-    for index in sorted(range(len(features)), key=lambda index: -_num_tokens(features[index])):
+    lengths = [longest(row["prompt_ids"], row["response_ids"], False) for row in features]
+    for index in sorted(range(len(features)), key=lambda index: -lengths[index]):
         by_size.setdefault(len(features[index]["response_ids"]), []).append(index)
     for size in sorted(by_size, reverse=True):
         indices = by_size[size]
         for start in range(0, len(indices), batch_size):
             yield size, indices[start : start + batch_size]
-
-
-def _num_tokens(feature: EncodedGroup) -> int:
-    return len(feature["prompt_ids"]) + max(map(len, feature["response_ids"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.records import found_scores, model_digest, recorded_scores
@@ -40,15 +40,15 @@ class Round:
         train = numbered("train", number)
         # The samples of the first round are also those of the held-out pairs.
         asked = [*self.run.prompts.pairs, *(self.run.prompts.held_out if is_first else ())]
-        students = [(self.run.folder / start, self.run.students[start])]
         base = [] if config.rejected_from == "sft" else ["student"]
-        students += [(self.run.folder / name, "base student") for name in base]
+        names = {start: self.run.students[start], **dict.fromkeys(base, "base student")}
+        students = [(self.run.folder / folder, name) for folder, name in names.items()]
         # Turn 0 is that of the held-out pairs.
         turns = {*config.sample_turns, *([0] if is_first else [])}
         stored = [texts.samples_file(number, turn) for turn in sorted(turns)]
         sample_files = [f"answers/{file.name}" for file in stored]
         files = [f"pairs/{name}.jsonl" for name in ([train, "held-out"] if is_first else [train])]
-        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
+        dropped = [f"pairs/{dropped_file(Path(file)).name}" for file in files]
 
         def samples() -> Answers:
             drawn = texts.samples_in_turn(self.run.prompts.pairs, students, round_number=number)
@@ -144,11 +144,9 @@ class Round:
         """What a validated training depends on besides its own settings and the prompts."""
         if not self.run.prompts.validation:
             return {}
-        named = {name: getattr(self.run.config, name) for name in STAGES["validation"]}
-        named["max_new_tokens"] = self.run.config.student_tokens
         scorer = self._validation_scorer()
         return {
-            **named,
+            **stage_settings(self.run.config, "validation"),
             "saves_per_stage": self.run.config.saves_per_stage,
             "validation's scorer": None if scorer is None else scorer.settings(),
         }
