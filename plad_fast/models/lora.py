@@ -46,9 +46,9 @@ class Lora:
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", 2.0 * self.r if self.alpha is None else self.alpha)
         object.__setattr__(self, "targets", self.targets or ALL_LINEAR)
-        require_packages("peft", *(["bitsandbytes"] if self.in_4bit else []))
         if self.in_4bit:
             _require_gpu()
+        require_packages("peft", *(["bitsandbytes"] if self.in_4bit else []))
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Lora | None:
