@@ -14,7 +14,10 @@ _NESTED = (list, tuple, set, dict)
 _EXTRAS = {
     "rouge_score": "eval",
     "matplotlib": "eval",
+    "gguf": "gguf",
     "openai": "api",
+    "peft": "peft",
+    "bitsandbytes": "4bit",
     "optuna": "tune",
     "ray": "ray",
 }

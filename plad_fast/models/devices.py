@@ -6,7 +6,6 @@ import os
 
 import torch
 
-from plad_fast.errors import UsageError
 from plad_fast.ops.impl.products import cpu_bfloat16_units, cpu_multiplies_bfloat16
 
 
@@ -38,19 +37,3 @@ def best_device() -> str:
         return "cpu"
     rank = os.environ.get("LOCAL_RANK", "")  # set by torchrun and accelerate launch
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda"
-
-
-def require_one_gpu() -> None:
-    """The Trainer would spread the batch of a single process over all GPUs that it sees, which
-    changes what a step is.
-
-    Raises:
-        UsageError: more than one GPU is visible.
-    """
-    count = torch.cuda.device_count()
-    if count > 1:
-        raise UsageError(
-            f"{count} GPUs are visible and a process uses one; start a process for each, with "
-            f"torchrun --nproc-per-node {count} -m plad_fast ..., or choose a GPU, for example "
-            "with CUDA_VISIBLE_DEVICES=0 before the command"
-        )

@@ -139,19 +139,16 @@ def _require_rebuildable(student: PreTrainedModel) -> None:
     """
     with torch.device("meta"):
         rebuilt = type(student)(copy.deepcopy(student.config))
-    differing = {name for name, _ in _parts(student).items() ^ _parts(rebuilt).items()}
+    ours, theirs = ({(n, w.shape) for n, w in m.state_dict().items()} for m in (student, rebuilt))
+    differing = {name for name, _ in ours ^ theirs}
     if not differing:
-        ours, theirs = _settings(student), _settings(rebuilt)
-        differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+        own, other = _settings(student), _settings(rebuilt)
+        differing = {name for name in own.keys() & other.keys() if own[name] != other[name]}
     if differing:
         raise UsageError(
             f"{type(student).__name__} cannot lose these layers: saved and loaded again, its "
             f"{min(differing)} would differ; keep other layers, or choose another student"
         )
-
-
-def _parts(model: nn.Module) -> dict[str, Any]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from plad_fast.checks import require_packages
 from plad_fast.data.places import (
     OFFLINE,
     expanded,
@@ -67,10 +68,9 @@ def load_model(
     """
     source = place_of(source)
     location = _locate(source)
-    if in_4bit:
-        return _load_in_4bit(location, source, dtype, device)
+    options = _in_4_bits(location, source, dtype, device) if in_4bit else {}
     if "gguf_file" in location:
-        _require_gguf()
+        require_packages("gguf")
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
     with _loading("a language model", source), gguf_read_once():
@@ -96,19 +96,22 @@ def load_model(
             merged = merged_adapters(adapters, model)
             return merged.to(dtype) if isinstance(dtype, torch.dtype) else merged
         model, loaded = _class_of(location).from_pretrained(
-            **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE
+            **location, dtype=dtype, output_loading_info=True, **_NO_FOREIGN_CODE, **options
         )
     _require_all_weights(model, loaded, source)
+    if in_4bit:
+        return model.requires_grad_(False)
     _forget_quantization(model)
     return model if device is None else model.to(device)
 
 
-def _load_in_4bit(
-    location: dict[str, Any],
+def _in_4_bits(
+    location: Mapping[str, Any],
     source: str | os.PathLike[str],
     dtype: str | torch.dtype,
     device: str | torch.device | None,
-) -> PreTrainedModel:
+) -> dict[str, Any]:
+    """Options of `from_pretrained`; UsageError for what it could not quantise."""
     from transformers import BitsAndBytesConfig
 
     if "gguf_file" in location or _base_of_adapters(location) is not None:
@@ -124,17 +127,7 @@ def _load_in_4bit(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    with _loading("a language model in 4 bits", source):
-        model, loaded = _class_of(location).from_pretrained(
-            **location,
-            dtype=dtype,
-            quantization_config=config,
-            device_map={"": device or "cpu"},
-            output_loading_info=True,
-            **_NO_FOREIGN_CODE,
-        )
-    _require_all_weights(model, loaded, source)
-    return model.requires_grad_(False)
+    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -149,7 +142,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     source = place_of(source)
     location = _locate(source)
     if "gguf_file" in location:
-        _require_gguf()
+        require_packages("gguf")
     folder = expanded(source)
     if is_there(folder / ADAPTER_CONFIG) and not any(folder.glob("tokenizer*")):
         base = _base_of_adapters(location)  # PEFT saves adapters alone
@@ -300,8 +293,7 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
     adapter = find_adapter_config_file(source)
     if adapter is None:
         return None
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"{source!r} holds adapters of PEFT; run `pip install peft`")
+    require_packages("peft")
     base = _named_base(adapter)
     if not base:
         raise UsageError(
@@ -309,7 +301,6 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
             "base_model_name_or_path; write a hub id or a folder there, or load the base model "
             "yourself and pass it to peft.PeftModel.from_pretrained"
         )
-    _require_an_end(Path(source), base)
     return base
 
 
@@ -333,28 +324,6 @@ def _named_base(config_file: str | os.PathLike[str], *, as_written: bool = False
         raise UsageError(
             f"{config_file} is damaged ({reason_of(error)}); save the adapters again"
         ) from error
-
-
-def _require_an_end(source: Path, base: str) -> None:
-    """Refuses adapters on adapters that come back to the first ones."""
-    seen, folder = {source.resolve()}, expanded(base)
-    while is_there(folder / ADAPTER_CONFIG) and not is_there(folder / "config.json"):
-        if folder.resolve() in seen:
-            raise UsageError(
-                f"the adapters in {str(source)!r} go in a circle: the base models named by "
-                f"base_model_name_or_path lead back to {str(folder)!r}; write the model that these "
-                "were trained on into its adapter_config.json"
-            )
-        seen.add(folder.resolve())
-        following = _named_base(folder / ADAPTER_CONFIG)
-        if not following:
-            return
-        folder = expanded(following)
-
-
-def _require_gguf() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError("reading a .gguf file needs the gguf package; run `pip install gguf`")
 
 
 def _set_gguf_eos(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:

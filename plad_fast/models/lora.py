@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from plad_fast.checks import require_packages
 from plad_fast.data.places import expanded, is_there
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.models.devices import best_device
@@ -46,10 +46,9 @@ class Lora:
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", 2.0 * self.r if self.alpha is None else self.alpha)
         object.__setattr__(self, "targets", self.targets or ALL_LINEAR)
-        _require_package("peft", "--lora-r")
         if self.in_4bit:
-            _require_package("bitsandbytes", "--load-in-4bit")
             _require_gpu()
+        require_packages("peft", *(["bitsandbytes"] if self.in_4bit else []))
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Lora | None:
@@ -142,8 +141,3 @@ def _require_gpu() -> None:
     # gradient, and do not say so.
     if best_device() == "cpu":
         raise UsageError("--load-in-4bit: bitsandbytes trains on a CUDA GPU, and there is none")
-
-
-def _require_package(name: str, option: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise UsageError(f"{option} needs {name}; run `pip install {name}`")

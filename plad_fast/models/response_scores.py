@@ -58,7 +58,7 @@ def score_pairs(
     Raises:
         UsageError: a pair that is not as above, or as `score_responses`.
     """
-    logps, _ = _score(model, tokenizer, _read_pairs(pairs), "pair", **options)
+    logps, _ = _score(model, tokenizer, _read_rows(pairs, responses=2), "pair", **options)
     chosen, rejected = np.stack(logps, axis=1)
     return {"chosen": chosen, "rejected": rejected}
 
@@ -90,29 +90,22 @@ def check_pairs(
         tokenizer, pairs, max_length: as `score_pairs` will get them.
         encoder_decoder: whether the model is one.
     """
-    _encode(tokenizer, _read_pairs(pairs), "pair", max_length, encoder_decoder)
+    _encode(tokenizer, _read_rows(pairs, responses=2), "pair", max_length, encoder_decoder)
 
 
-def _read_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
-    rows = _read_rows(pairs)
-    for row in rows:
-        if len(row.responses) != 2:
-            raise UsageError(
-                f"{row.name}: {len(row.responses)} responses; give one chosen and one rejected"
-            )
-    return rows
-
-
-def _read_rows(pairs: Sequence[Mapping[str, Any]]) -> list[_Row]:
+def _read_rows(pairs: Sequence[Mapping[str, Any]], *, responses: int | None = None) -> list[_Row]:
+    """Rows of so many responses each, or of any number."""
     found = plain_rows(pairs, "pairs")
     rows = []
     for index, pair in enumerate(found if isinstance(found, list) else map(without_nulls, found)):
         name = f"pair {pair.get('id', f'number {index}')}"
         try:
-            prompt, responses, template = read_row(pair)
+            row = _Row(name, *read_row(pair))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-        rows.append(_Row(name, prompt, responses, template))
+        if responses not in (None, count := len(row.responses)):
+            raise UsageError(f"{name}: {count} responses; give one chosen and one rejected")
+        rows.append(row)
     return rows
 
 
@@ -232,11 +225,9 @@ def _score(
     features = _encode(tokenizer, rows, unit, max_length, start is not None, token_limits(model))
     pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device
-    logps: dict[int, NDArray[np.float64]] = {}
-    ends: dict[int, NDArray[np.float64]] = {}
-    batches = [*_batches(features, batch_size)]
+    logps, ends = ([np.full(len(row.responses), np.nan) for row in rows] for _ in range(2))
     number, count = part
-    own = batches[number::count]
+    own = [*_batches(features, batch_size)][number::count]
     with (
         evaluating(model),
         torch.inference_mode(),
@@ -256,20 +247,18 @@ def _score(
             last = result.token_logprobs[(batch["cu_seqlens"][1:] - 1).to(device)]
             for found, values in ((logps, result.sums), (ends, last)):
                 by_row = values.double().cpu().numpy().reshape(-1, size)
-                found |= dict(zip(indices, by_row, strict=True))
+                for index, of_row in zip(indices, by_row, strict=True):
+                    found[index] = of_row
             bar.update(len(indices))
-    bad = sorted(index for index, values in logps.items() if not np.isfinite(values).all())
+    scored = sorted(index for _, indices in own for index in indices)
+    bad = [index for index in scored if not np.isfinite(logps[index]).all()]
     if bad:
         raise UsageError(
             f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
             f"first is {rows[bad[0]].name}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"
         )
-    for size, indices in batches:
-        others = {index: np.full(size, np.nan) for index in indices if index not in logps}
-        logps |= others
-        ends |= others
-    return [logps[index] for index in range(len(rows))], [ends[i] for i in range(len(rows))]
+    return logps, ends
 
 
 def _encode(
@@ -325,13 +314,10 @@ def _batches(features: Sequence[EncodedGroup], batch_size: int) -> Iterator[tupl
     Rows of like length share a batch, which leaves little padding.
     """
     by_size: dict[int, list[int]] = {}
-    for index in sorted(range(len(features)), key=lambda index: -_num_tokens(features[index])):
+    lengths = [longest(row["prompt_ids"], row["response_ids"], False) for row in features]
+    for index in sorted(range(len(features)), key=lambda index: -lengths[index]):
         by_size.setdefault(len(features[index]["response_ids"]), []).append(index)
     for size in sorted(by_size, reverse=True):
         indices = by_size[size]
         for start in range(0, len(indices), batch_size):
             yield size, indices[start : start + batch_size]
-
-
-def _num_tokens(feature: EncodedGroup) -> int:
-    return len(feature["prompt_ids"]) + max(map(len, feature["response_ids"]))

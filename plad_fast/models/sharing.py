@@ -18,9 +18,9 @@ from plad_fast.data.packing import LAYOUTS, PreferenceBatch, PreferenceCollator,
 from plad_fast.data.row_layout import Attended, RowLayout
 from plad_fast.errors import UsageError
 from plad_fast.models.adapters import base_model, token_limits
-from plad_fast.models.attention.flash import working_dtype
-from plad_fast.models.attention.packed import NotPackedError, check_implementation
+from plad_fast.models.attention.packed import IMPLEMENTATIONS, NotPackedError
 from plad_fast.models.attention.register import enable, is_enabled
+from plad_fast.models.attention.varlen import working_dtype
 from plad_fast.models.encoder_decoder import is_encoder_decoder
 from plad_fast.models.head import batch_hidden, causal_lm_logprobs, evaluating
 
@@ -58,7 +58,9 @@ def prepare(
     """
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
-    check_implementation(attention)
+    if attention not in ("auto", *IMPLEMENTATIONS):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UsageError(f"unknown attention {attention!r}; known: auto, {known}")
     lm = base_model(model)
     family = type(lm).__name__
     if is_encoder_decoder(model):

@@ -15,7 +15,7 @@ from plad_fast.recipe.settings import SELECTION, DistillConfig
 if TYPE_CHECKING:
     from plad_fast.data.prompts import Prompt
 
-_OF_TRAINING = (
+OF_TRAINING = (
     *("seed", "precision", "max_length", "training"),
     *("lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "merge"),
 )
@@ -27,26 +27,19 @@ STAGES: dict[str, tuple[str, ...]] = {
     "teacher's answers": ("teacher_samples",),
     "fine-tuning": (
         *("reasoning", "sft_epochs", "sft_learning_rate", "sft_batch_size", "lora_dropout"),
-        *_OF_TRAINING,
+        *OF_TRAINING,
     ),
     "samples": ("reasoning", "student_samples", "rejected_from", *_OF_SAMPLES),
     "pairs": SELECTION,
     "preference training": (
         *("loss", "beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token"),
-        *("epochs", "learning_rate", "batch_size", *_OF_TRAINING),
+        *("epochs", "learning_rate", "batch_size", *OF_TRAINING),
     ),
     # Of preference training, where it is validated.
     "validation": ("patience", "max_new_tokens", "reasoning"),
     "evaluation": (
-        *(
-            "reasoning",
-            "scorer",
-            "eval_scorer",
-            "calibration_samples",
-            "length_normalization",
-            "max_length",
-        ),
-        *_OF_SAMPLES,
+        *("reasoning", "scorer", "eval_scorer", "calibration_samples"),
+        *("length_normalization", "max_length", *_OF_SAMPLES),
     ),
 }
 # They say which prompts there are, and stages depend on these.

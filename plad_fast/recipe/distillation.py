@@ -32,15 +32,13 @@ from plad_fast.models.loading import (
 )
 from plad_fast.models.lora import Lora
 from plad_fast.pairs.build import build_answers
-from plad_fast.pairs.generation.sources import LazyLocalModel
 from plad_fast.recipe.cards import describe_student
 from plad_fast.recipe.data_checks import check_answers, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import RunPrompts
-from plad_fast.recipe.outcome import Outcome
 from plad_fast.recipe.rounds import Round
-from plad_fast.recipe.run import LocalTeacher, Run, last_logged, of_round
+from plad_fast.recipe.run import Run, last_logged, of_round, student_source
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.setting_checks import require_outside
 from plad_fast.recipe.settings import DistillConfig
@@ -114,25 +112,20 @@ def opened_run(
     evaluation = held_out_options(config, path / "evaluation", judges)
     for scorer in evaluation["scorers"].values():
         scorer.check([*prompts.held_out, *prompts.validation])
-    teacher = LocalTeacher(config)
+    source = student_source(config)
     if any(prompt.has_tools for prompt in prompts.all):
-        student = teacher.source
-        if config.student is not None:
-            student = find_model(config.student, "--student")
-        require_tools(config, prompts.all, load_tokenizer(student))
+        require_tools(config, prompts.all, load_tokenizer(source))
     texts = RecipeTexts(
         config,
         prompts.all,
         answers=path / "answers",
         pairs=path / "pairs",
-        teacher=LazyLocalModel(teacher.as_text, "teacher") if config.has_local_teacher else None,
         endpoints=judges,
     )
     if overwrite or not (path / "student").exists():
-        if config.student is not None:
-            check_loadable(find_model(config.student, "--student"))
+        check_loadable(source)
         if config.has_local_teacher:
-            check_loadable(teacher.source)
+            check_loadable(find_model(config.teachers[0], "--teacher"))
     folder = RunFolder(
         path,
         bound_settings(config, texts.teachers.made_by),
@@ -150,7 +143,7 @@ def opened_run(
             f"on, {len(prompts.held_out)} held out; run folder {folder.path}",
             flush=True,
         )
-        yield Distillation(config, prompts, teacher, texts, evaluation, folder)
+        yield Distillation(config, prompts, texts, evaluation, folder)
 
 
 class Distillation(Run):
@@ -161,7 +154,7 @@ class Distillation(Run):
         stages = [replace(stage, share=shares.get(stage.name, 0)) for stage in self._stages()]
         self.run_stages(stages)
         # Cheap, and made of what the stages left: done again by every run.
-        results = self._outcome.report(command)
+        results = self.report(command)
         table = comparison_table(results)
         print(f"\n{table}\n\nreport: {self.folder / 'report.html'}", flush=True)
         students = [self.folder / folder for folder in self.students]
@@ -196,10 +189,6 @@ class Distillation(Run):
         """Trains on the pairs unless that is done, after `make_pairs`, and returns the log."""
         self.folder.stage(Round(self, 1).stages()[2])
         return log_history(self.folder / "plad")
-
-    @property
-    def _outcome(self) -> Outcome:
-        return Outcome(self)
 
     def run_stages(self, stages: Sequence[Stage]) -> None:
         """Runs what is left of these."""
@@ -247,7 +236,7 @@ class Distillation(Run):
                     *self.students,
                     *self.teacher_files,
                     "pairs/held-out.jsonl",
-                    *(f"answers/{file.name}" for file in self._outcome.samples_of_pairs().values()),
+                    *(f"answers/{file.name}" for file in self.samples_of_pairs().values()),
                 ],
                 makes=["evaluation"],
                 checks_itself=True,  # stores and scores with fingerprints, also of other rounds
@@ -258,11 +247,9 @@ class Distillation(Run):
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
         config, source, layers = self.config, self.student_source, self.config.student_layers
-        if config.student is None:
-            model = self.teacher.model
-            layers = max(1, round(_LAYERS_KEPT * depth(model))) if layers is None else layers
-        else:
-            model = load_model(source, merge_adapters=True)
+        model = load_model(source, merge_adapters=True)
+        if config.student is None and layers is None:
+            layers = max(1, round(_LAYERS_KEPT * depth(model)))
         if layers is not None:
             model = drop_layers(model, layers)
         if (lora := Lora.of(vars(config))) is not None:
@@ -277,7 +264,6 @@ class Distillation(Run):
 
     def _answer(self) -> str:
         answered = self.texts.teachers.ask(renew=True)
-        vars(self.teacher).pop("model", None)  # makes room for the student
         stopped, total = self.texts.teachers.stopped, len(self.prompts.all)
         if answered.failures and stopped:
             raise UsageError(
@@ -323,18 +309,10 @@ class Distillation(Run):
         return f"{len(rows)} answers; {last_logged(log, 'nll', 'NLL {:.2f} nat per token')}"
 
     def _evaluate(self) -> str:
-        results, _ = self._outcome.measure()
+        results, _ = self.measure()
         return f"{results['n_prompts']} prompts, {results['n_pairs']} pairs"
 
 
 def _check_launch(config: DistillConfig) -> None:
-    check_launch(
-        {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size},
-        loss=config.loss,
-        loss_args=config.loss_args,
-        micro_batch_size=config.micro_batch_size,
-        max_tokens_per_batch=config.max_tokens_per_batch,
-        precision=config.precision,
-        load_in_4bit=config.load_in_4bit,
-        validates=config.validation > 0,
-    )
+    sizes = {"--batch-size": config.batch_size, "--sft-batch-size": config.sft_batch_size}
+    check_launch(sizes, vars(config), validates=config.validation > 0)

@@ -11,8 +11,7 @@ import torch
 from plad_fast import __version__
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import available
-from plad_fast.models.attention.flash import load_flash
-from plad_fast.models.attention.varlen import load_varlen
+from plad_fast.models.attention.varlen import load_flash, load_varlen
 from plad_fast.models.devices import autocast_dtype, best_device, why_autocast
 from plad_fast.ops.backend import BACKENDS, default_scratch_bytes, get_backend
 from plad_fast.ops.impl.products import products_for

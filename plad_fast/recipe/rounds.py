@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.records import found_scores, model_digest, recorded_scores
@@ -15,7 +15,6 @@ from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.recipe.dependencies import STAGES, stage_settings
 from plad_fast.recipe.inputs import dropped_file, show_pairs, write_pairs
-from plad_fast.recipe.outcome import Outcome
 from plad_fast.recipe.run import Run, last_logged, numbered, of_round
 from plad_fast.recipe.run_folder import Stage
 from plad_fast.recipe.texts import Answers
@@ -42,22 +41,21 @@ class Round:
         train = numbered("train", number)
         # The samples of the first round are also those of the held-out pairs.
         asked = [*self.run.prompts.pairs, *(self.run.prompts.held_out if is_first else ())]
-        students = [(self.run.folder / start, self.run.students[start])]
         base = [] if config.rejected_from == "sft" else ["student"]
-        students += [(self.run.folder / name, "base student") for name in base]
+        names = {start: self.run.students[start], **dict.fromkeys(base, "base student")}
+        students = [(self.run.folder / folder, name) for folder, name in names.items()]
         # Turn 0 is that of the held-out pairs.
         turns = {*config.sample_turns, *([0] if is_first else [])}
         stored = [texts.samples_file(number, turn) for turn in sorted(turns)]
         sample_files = [f"answers/{file.name}" for file in stored]
         files = [f"pairs/{name}.jsonl" for name in ([train, "held-out"] if is_first else [train])]
-        dropped = [str(PurePosixPath("pairs", dropped_file(Path(file)).name)) for file in files]
+        dropped = [f"pairs/{dropped_file(Path(file)).name}" for file in files]
 
         def samples() -> Answers:
-            options: dict[str, Any] = {"round_number": number, "others_aside": True}
-            drawn = texts.samples_in_turn(self.run.prompts.pairs, students, **options)
+            drawn = texts.samples_in_turn(self.run.prompts.pairs, students, round_number=number)
             if not is_first:
                 return drawn
-            return {**drawn, **texts.samples(self.run.prompts.held_out, *students[0], **options)}
+            return {**drawn, **texts.samples(self.run.prompts.held_out, *students[0])}
 
         def sample() -> str:
             count = sum(map(len, samples().values()))
@@ -86,10 +84,8 @@ class Round:
             return "; ".join([*told, *([] if spent is None else [f"judge: {spent}"])])
 
         def train_on_pairs() -> str:
-            options: dict[str, Any] = {
-                name: getattr(config, name) for name in STAGES["preference training"]
-            }
-            output, validation = numbered("plad", number), None
+            options = {name: getattr(config, name) for name in STAGES["preference training"]}
+            validation = None
             if self.run.prompts.validation:
                 # Of the student before it depends on no setting of this training.
                 validation = self._validation()
@@ -97,9 +93,8 @@ class Round:
                 made_by = {"weights": model_digest(self.run.folder / start), **validation.made_by}
                 known = found_scores(file, made_by, replace=True)
                 validation = replace(validation, start=known)
-            log = self.run.train(
-                start, texts.pairs(train), output, validation=validation, **options
-            )
+            options["validation"] = validation
+            log = self.run.train(start, texts.pairs(train), numbered("plad", number), **options)
             if validation is not None and validation.start is None:
                 recorded_scores(file, made_by, lambda: measures(checks(log)[0]), replace=True)
             accuracy = "{:.0%} of the last training pairs ranked right"
@@ -109,7 +104,7 @@ class Round:
             if not (spec.always_active or spec.is_likelihood):  # a hinge, which pairs may satisfy
                 below = "{:.0%} with a lead below the margin that the loss asks for"
                 told.append(last_logged(log, "active_pairs", below))
-            kept = [verdict for verdict, _ in Outcome(self.run).validations(number)]
+            kept = [verdict for verdict, _ in self.run.validations(number)]
             return "; ".join([", ".join(told), *kept])
 
         return [
@@ -154,11 +149,9 @@ class Round:
         """What a validated training depends on besides its own settings and the prompts."""
         if not self.run.prompts.validation:
             return {}
-        named = {name: getattr(self.run.config, name) for name in STAGES["validation"]}
-        named["max_new_tokens"] = self.run.config.student_tokens
         scorer = self._validation_scorer()
         return {
-            **named,
+            **stage_settings(self.run.config, "validation"),
             "saves_per_stage": self.run.config.saves_per_stage,
             "validation's scorer": None if scorer is None else scorer.settings(),
         }

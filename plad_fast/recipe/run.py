@@ -1,54 +1,33 @@
-"""What the stages of a run share: its settings, prompts, texts, scorers and folder."""
+"""What the stages of a run share: its settings, prompts, texts, scorers and folder; and what came
+out of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from plad_fast.data.places import OFFLINE
-from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import find_model, load_model, load_tokenizer, offline_teacher_path
-from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.recipe.inputs import RunPrompts
+from plad_fast.errors import UsageError
+from plad_fast.evaluation.held_out import HeldOut
+from plad_fast.evaluation.report.write import write_results
+from plad_fast.evaluation.run_students import evaluate_models
+from plad_fast.evaluation.students import StudentOutputs
+from plad_fast.models.loading import find_model
+from plad_fast.pairs.generation.answer_rows import row_id
+from plad_fast.recipe.data_checks import show_findings
+from plad_fast.recipe.dependencies import OF_TRAINING
+from plad_fast.recipe.doctor import versions
+from plad_fast.recipe.inputs import RunPrompts, data_of_run
 from plad_fast.recipe.run_folder import RunFolder
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.texts import RecipeTexts
+from plad_fast.recipe.validation import validation_table, verdict
 from plad_fast.training.train import train_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from plad_fast.training.trained_folders import log_history
 
 SFT, PLAD = "SFT student", "PLaD student"
-_OF_TRAINING = (
-    *("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing"),
-    *("seed", "precision", "max_length", "training"),
-    *("lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "merge"),
-)
-
-
-class LocalTeacher:
-    """The teacher's model, loaded once for the student and the answers: a GGUF file takes its
-    time."""
-
-    def __init__(self, config: DistillConfig) -> None:
-        is_offline = config.teacher == OFFLINE
-        self.source = str(offline_teacher_path()) if is_offline else config.teachers[0]
-        self._precision = config.precision
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        return load_model(self.source, merge_adapters=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process loads the model itself."""
-        return {name: value for name, value in vars(self).items() if name != "model"}
-
-    def as_text(self) -> LocalModel:
-        model = self.model.to(device=best_device(), dtype=autocast_dtype(self._precision))
-        return LocalModel(model, load_tokenizer(self.source), "teacher")
+_IN_MEMORY = ("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -57,7 +36,6 @@ class Run:
 
     config: DistillConfig
     prompts: RunPrompts
-    teacher: LocalTeacher
     texts: RecipeTexts
     evaluation: Mapping[str, Any]
     """Options of `evaluate_models`."""
@@ -66,12 +44,13 @@ class Run:
     @property
     def students(self) -> dict[str, str]:
         """Folder -> name of every student that is evaluated, in the order of training."""
-        rounds = self.config.rounds
-        names = {"sft": SFT}
-        for number in range(1, rounds + 1):
-            name = PLAD if rounds == 1 else f"PLaD round {number}"
-            names[numbered("plad", number)] = name
-        return names
+        if self.config.rounds == 1:
+            return {"sft": SFT, "plad": PLAD}
+        return {"sft": SFT, **{numbered("plad", n): f"PLaD round {n}" for n in self._rounds}}
+
+    @property
+    def _rounds(self) -> range:
+        return range(1, self.config.rounds + 1)
 
     @property
     def teacher_files(self) -> list[str]:
@@ -80,25 +59,125 @@ class Run:
     @property
     def student_source(self) -> str:
         """Of the model that the student is made of."""
-        student = self.config.student
-        return self.teacher.source if student is None else find_model(student, "--student")
+        return student_source(self.config)
 
     def train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
     ) -> list[dict[str, Any]]:
-        options |= {name: getattr(self.config, name) for name in _OF_TRAINING}
+        options |= {name: getattr(self.config, name) for name in (*OF_TRAINING, *_IN_MEMORY)}
         options["training"] = named_run(self.config, output)
-        saves = self.config.saves_per_stage
-        folder = self.folder
         return train_model(
-            folder / source,
+            self.folder / source,
             rows,
-            folder / output,
-            saves=saves,
+            self.folder / output,
+            saves=self.config.saves_per_stage,
             replace=True,
             base=f"../{source}",
             **options,
         )
+
+    def report(self, command: str) -> dict[str, Any]:
+        config, texts = self.config, self.texts
+        results, outputs = self.measure()
+        files = {
+            of_round("training pairs", number): texts.pairs_file(numbered("train", number))
+            for number in self._rounds
+        }
+        folders = [self.folder / name for name in self.students]
+        trainings = ["fine-tuning", *(of_round("preference training", n) for n in self._rounds)]
+        data = data_of_run(
+            {**files, "held-out pairs": texts.pairs_file("held-out")},
+            unit="pairs" if config.select == "all" else "prompts",
+            teacher=[answer.text for answer in texts.best_teacher_answers().values()],
+            students=outputs,
+        )
+        show_findings(data["findings"])
+        write_results(
+            self.folder.path,
+            results,
+            outputs,
+            self._held_out(),
+            title=self._title(),
+            config=config.as_dict() | config.results_settings(),
+            length_normalization=config.alpha,
+            trainings=dict(zip(trainings, folders, strict=True)),
+            stages=[{"name": name, **stage} for name, stage in self.folder.stages.items()],
+            data=data,
+            about=self._about(),
+            validations=self.validations(),
+            command=command,
+            versions=versions(),
+        )
+        return results
+
+    def _title(self) -> str:
+        config = self.config
+        sources = config.teachers
+        if config.has_local_teacher:
+            sources = (find_model(config.teachers[0], "--teacher"),)
+        teacher = " and ".join(map(_name_of, sources))
+        into = "" if config.student is None else f" into {_name_of(self.student_source)}"
+        return f"Distillation of {teacher}{into}"
+
+    def _about(self) -> str:
+        """What the students were trained on, so that nobody takes the whole gain for the
+        ranking's."""
+        answers, last = self.texts.best_teacher_answers(), list(self.students.values())[-1]
+        tuned_on = {prompt.id for prompt in self.prompts.sft if prompt.id in answers}
+        pairs = self.texts.pairs("train")
+        are_new = tuned_on.isdisjoint(prompt.id for prompt in self.prompts.pairs)
+        return (
+            f"The {SFT} was fine-tuned on {len(tuned_on)} of the teacher's answers; the {last} is "
+            f"that student trained further on {len(pairs)} pairs"
+            + " of other prompts, and owes part of any gain to the answers to these" * are_new
+            + "."
+        )
+
+    def measure(self) -> tuple[dict[str, Any], list[StudentOutputs]]:
+        return evaluate_models(
+            {name: self.folder / folder for folder, name in self.students.items()},
+            self._held_out(),
+            self.folder / "evaluation",
+            samples=self.samples_of_pairs(),
+            others_aside=True,
+            **self.evaluation,
+        )
+
+    def samples_of_pairs(self) -> dict[str, Path]:
+        """Those of the SFT student that the held-out pairs reject, where an evaluation needs no
+        more of them."""
+        return {} if self.config.calibration_samples else {SFT: self.texts.samples_file()}
+
+    def validations(self, *rounds: int) -> list[tuple[str, list[list[str]]]]:
+        """What the validation of each of these rounds, or of all, kept and why, with its table."""
+        students, found = list(self.students.items()), []
+        for number in rounds or self._rounds:
+            log = log_history(self.folder / students[number][0])
+            if told := verdict(log, students[number - 1][1]):
+                found.append((told, validation_table(log)))
+        return found
+
+    def _held_out(self) -> HeldOut:
+        answers = self.texts.best_teacher_answers()
+        prompts = [p for p in self.prompts.held_out if p.id in answers]
+        texts = {p.id: answers[p.id].text for p in prompts}
+        pairs = self.texts.pairs("held-out")
+        by_row = {row_id(p.id, 0): p.id for p in prompts}
+        for number, pair in enumerate(pairs, start=1):
+            if pair.get("id") not in by_row:
+                raise UsageError(
+                    f"{self.texts.pairs_file('held-out')}, row {number}: its id, "
+                    f"{pair.get('id')!r}, is not that of a held-out prompt that the teacher "
+                    "answered; put it right, or delete the file to have it made again"
+                )
+        return HeldOut(prompts, texts, pairs, [by_row[pair["id"]] for pair in pairs])
+
+
+def student_source(config: DistillConfig) -> str:
+    """The model that the student is made of: the teacher, unless one is named."""
+    if config.student is None:
+        return find_model(config.teachers[0], "--teacher")
+    return find_model(config.student, "--student")
 
 
 def named_run(config: DistillConfig, stage: str) -> dict[str, Any]:
@@ -124,3 +203,8 @@ def last_logged(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:
     """The last logged value of a metric, in words."""
     values = [entry[name] for entry in log if name in entry]
     return text.format(values[-1]) if values else f"no {name} logged"
+
+
+def _name_of(model: str) -> str:
+    """Of a hub id, a folder or a file."""
+    return Path(model).name.removesuffix(".gguf")

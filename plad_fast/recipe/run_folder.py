@@ -25,13 +25,13 @@ from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import cannot_write, held_folder, locked
 from plad_fast.data.records import (
     ELSEWHERE,
+    OR_ANEW,
     RecordFormat,
     as_json,
     changed_settings,
     digest,
     require_equal,
 )
-from plad_fast.data.store import fingerprint_of
 from plad_fast.errors import UsageError
 
 _RECORD = "run.json"
@@ -259,8 +259,7 @@ class RunFolder:
         return reasons, edits
 
     def _changed_settings(self, stage: Stage) -> list[str]:
-        now = as_json(stage.settings)
-        return changed_settings(self.stages[stage.name]["settings"], now)
+        return changed_settings(self.stages[stage.name]["settings"], as_json(stage.settings))
 
     def _require_no_edits(
         self, stage: Stage, reasons: Sequence[str], edits: Sequence[Change]
@@ -317,33 +316,19 @@ class RunFolder:
                 )
             return None
         record, problem = _FORMAT.read(path, settings=dict, stages=dict)
-        is_ours = problem in ("", "version") or self._is_ours(path)
-        if problem and overwrite and is_ours:
-            return {"settings": {}, "stages": {}, "emptying": True}
         if problem:
-            advice = "pass --overwrite to start anew, or " if is_ours else ""
+            # What a power cut leaves of a record, with nothing beside it but what runs make.
+            is_ours = problem == "version" or _FORMAT.begins(path.read_bytes())
+            if overwrite and is_ours:
+                return {"settings": {}, "stages": {}, "emptying": True}
             what = "is not the record of a run, or is damaged"
             if problem == "version":
-                what = (
-                    f"has version {record['version']}, this plad_fast writes version "
-                    f"{_FORMAT.version}"
-                )
-            raise UsageError(f"{path} {what}, so {self.path} is left alone; {advice}{ELSEWHERE}")
+                what = f"has version {record['version']}, this plad_fast writes {_FORMAT.version}"
+            advice = OR_ANEW if is_ours else ELSEWHERE
+            raise UsageError(f"{path} {what}, so {self.path} is left alone; {advice}")
         if (made_by := record.get("command", self._command)) != self._command:
             raise UsageError(f"{self.path} holds the results of `plad-fast {made_by}`; {ELSEWHERE}")
         return record
-
-    def _is_ours(self, record: Path) -> bool:
-        """Whether a record that cannot be read is what is left of one, or lies beside our files."""
-        content = record.read_bytes().rstrip(b"\0")
-        stores = self.path.glob("*.jsonl")  # of `pairs` and `evaluate`
-        if (content and _FORMAT.begins(content)) or any(map(fingerprint_of, stores)):
-            return True
-        try:
-            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return "sft_share" in config and "output_dir" in config
-        except (OSError, ValueError, TypeError):
-            return not content and [entry.name for entry in self.path.iterdir()] == [_RECORD]
 
 
 def require_whole(rows: Path) -> None:

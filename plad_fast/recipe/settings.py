@@ -19,12 +19,11 @@ from plad_fast.recipe.fields import (
     Rule,
     checked,
     each,
-    flag,
     free_setting,
     one_of,
     setting,
 )
-from plad_fast.recipe.setting_checks import check_adapters, check_together, expanded, require_with
+from plad_fast.recipe.setting_checks import check_together, expanded
 
 if TYPE_CHECKING:
     from plad_fast.pairs.select import PairFilters
@@ -315,23 +314,12 @@ class DistillConfig:
         turns = {"sft": range(count), "base": range(count, 2 * count), "mixed": range(2 * count)}
         return turns[self.rejected_from]
 
-    def endpoint_options(self) -> dict[str, Any]:
-        """Of an `Endpoint`, but for its address."""
-        names = ("api_key_env", "concurrency", "reasoning_tokens", "token_budget", "cost_budget")
-        prices = None if self.price_in is None else (self.price_in, self.price_out)
-        options = {name: getattr(self, name) for name in names}
-        return {**options, "timeout": self.request_timeout, "prices": prices}
-
     def pair_filters(self) -> PairFilters:
         from plad_fast.pairs.select import PairFilters
 
-        return PairFilters(
-            contradicted=self.drop_contradicted,
-            min_gap=self.min_gap,
-            max_length_ratio=self.max_length_ratio,
-            max_repetition=self.max_repetition,
-            max_overlap=self.max_overlap,
-        )
+        limits = ("min_gap", "max_length_ratio", "max_repetition", "max_overlap")
+        given = {name: getattr(self, name) for name in limits}
+        return PairFilters(contradicted=self.drop_contradicted, **given)
 
     @property
     def student_tokens(self) -> int:
@@ -353,26 +341,19 @@ class DistillConfig:
     @property
     def alpha(self) -> float:
         """`length_normalization`, or what the loss has it at."""
-        return self._terms[1]
-
-    @property
-    def _terms(self) -> tuple[float, float]:
-        from plad_fast.losses.registry import get_loss
-
-        return get_loss(self.loss).terms(self.sft_weight, self.length_normalization)
+        return self.results_settings()["length_normalization"]
 
     def results_settings(self) -> dict[str, Any]:
         """The settings on which results depend, as plain values, the loss's own among them."""
+        from plad_fast.losses.registry import get_loss
         from plad_fast.training.arguments import of_weights
 
         affecting = {f.name for f in dataclasses.fields(self) if f.metadata["affects_results"]}
         settings = {name: value for name, value in self.as_dict().items() if name in affecting}
-        sft_weight, alpha = self._terms
-        return settings | {
-            "sft_weight": sft_weight,
-            "length_normalization": alpha,
-            "training": of_weights(self.training or {}) or None,
-        }
+        terms = get_loss(self.loss).terms(self.sft_weight, self.length_normalization)
+        settings["sft_weight"], settings["length_normalization"] = terms
+        settings["training"] = of_weights(self.training or {}) or None
+        return settings
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values, for YAML and the report."""
@@ -410,18 +391,3 @@ class PairsConfig:
         "data that does not fit; default: all",
         AT_LEAST_1,
     )
-
-
-def check_training(settings: Mapping[str, Any]) -> None:
-    """Checks the settings of a training, by the names of `DistillConfig` and `TrainConfig`, before
-    a model or a row is read. Any but `loss` may be missing or None. UsageError with the flag's name
-    for a value out of range, an option that the loss does not have, or one that would do nothing.
-    """
-    from plad_fast.losses.objective import check_settings
-
-    for field in (*dataclasses.fields(DistillConfig), *dataclasses.fields(TrainConfig)):
-        if settings.get(field.name) is not None:
-            checked(field, settings[field.name])
-    check_settings(settings["loss"], settings, flag)
-    check_adapters(settings)
-    require_with("eval_pairs", settings, ("eval_steps", "metric_for_best_model"))

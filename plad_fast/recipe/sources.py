@@ -48,7 +48,7 @@ def open_teacher(
         precision=config.precision,
         base_url=None if is_others and not is_endpoint else config.base_url,
         batches=batches if config.batch else None,
-        **(config.endpoint_options() if is_endpoint else {}),
+        **(_endpoint_options(config) if is_endpoint else {}),
     )
     opened = open_it()
     if isinstance(opened, (EndpointModel, ColumnModel)):
@@ -78,7 +78,7 @@ def open_scorer(
     if not _is_judge(spec):
         return scoring.open_scorer(spec)
     known = (judges or {}).get(spec)
-    endpoint = known or {"base_url": config.base_url, **config.endpoint_options()}
+    endpoint = known or {"base_url": config.base_url, **_endpoint_options(config)}
     judge = scoring.open_scorer(spec, endpoint=endpoint, store=verdicts)
     if judges is not None and isinstance(judge, Judge):
         judges[spec] = judge.endpoint
@@ -150,6 +150,14 @@ def held_out_options(
         "calibration_samples": config.calibration_samples,
         "calibration_scorer": scorers.get(config.eval_scorer or config.scorer or ""),
     }
+
+
+def _endpoint_options(config: DistillConfig) -> dict[str, Any]:
+    """Of an `Endpoint`, but for its address."""
+    names = ("api_key_env", "concurrency", "reasoning_tokens", "token_budget", "cost_budget")
+    prices = None if config.price_in is None else (config.price_in, config.price_out)
+    options = {name: getattr(config, name) for name in names}
+    return {**options, "timeout": config.request_timeout, "prices": prices}
 
 
 def _is_endpoint(teacher: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,13 @@ from plad_fast.data.places import is_there
 from plad_fast.data.records import ELSEWHERE
 from plad_fast.data.store import fingerprint_of, has_rows
 from plad_fast.errors import UsageError
+from plad_fast.losses.objective import check_settings
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.build import PairReport
 from plad_fast.recipe.cards import describe_training, training_summary
 from plad_fast.recipe.data_checks import check_overlap, check_rows, require_learnable, show_findings
 from plad_fast.recipe.dependencies import bound_settings, stage_settings
+from plad_fast.recipe.fields import checked, flag
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import (
     dropped_file,
@@ -28,8 +32,13 @@ from plad_fast.recipe.inputs import (
     stream_pairs,
 )
 from plad_fast.recipe.run_folder import RunFolder, Stage
-from plad_fast.recipe.setting_checks import expanded, require_outside
-from plad_fast.recipe.settings import DistillConfig, check_training
+from plad_fast.recipe.setting_checks import (
+    check_adapters,
+    expanded,
+    require_outside,
+    require_with,
+)
+from plad_fast.recipe.settings import DistillConfig, TrainConfig
 from plad_fast.recipe.teachers import require_tools
 from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.training.launch import check_launch
@@ -88,10 +97,7 @@ def pair_folder(
     tokenizer = load_tokenizer(source)
     require_tools(config, prompts, tokenizer)
     texts = RecipeTexts(config, prompts, answers=path, pairs=path, endpoints=endpoints)
-    stored = [
-        *texts.teachers.stores,
-        *(texts.samples_file(1, turn) for turn in config.sample_turns),
-    ]
+    of_samples = [texts.samples_file(1, turn) for turn in config.sample_turns]
     file = texts.pairs_file("pairs")
     folder = RunFolder(
         path,
@@ -105,9 +111,7 @@ def pair_folder(
     with closing(folder):
         # Also where all pairs are made: what could not be answered is asked for again.
         texts.teachers.ask(renew=True)
-        samples = texts.samples_in_turn(
-            prompts, [(source, "student")], made_by=config.student, others_aside=True
-        )
+        samples = texts.samples_in_turn(prompts, [(source, "student")], made_by=config.student)
         drawn = {name: getattr(config, name) for name in ("teacher_samples", "student_samples")}
         scored = {} if texts.scorer is None else texts.scorer.settings()
         folder.stage(
@@ -117,13 +121,25 @@ def pair_folder(
                 stage_settings(
                     config, "pairs", prompts=prompts, references=True, **drawn, **scored
                 ),
-                reads=[store.name for store in stored],
+                reads=[store.name for store in (*texts.teachers.stores, *of_samples)],
                 makes=[file.name, dropped_file(file).name],
             )
         )
         rows = texts.pairs("pairs")
         unit = "pairs" if config.select == "all" else "prompts"
         return texts, rows, PairReport(len(rows), read_jsonl(dropped_file(file)), unit)
+
+
+def _check_settings(given: Mapping[str, Any]) -> None:
+    """By the names of `DistillConfig` and `TrainConfig`; any but `loss` may be missing or None.
+    UsageError with the flag's name for a value out of range, an option that the loss does not have,
+    or one that would do nothing."""
+    for field in (*fields(DistillConfig), *fields(TrainConfig)):
+        if given.get(field.name) is not None:
+            checked(field, given[field.name])
+    check_settings(given["loss"], given, flag)
+    check_adapters(given)
+    require_with("eval_pairs", given, ("eval_steps", "metric_for_best_model"))
 
 
 def has_answers(folder: Path) -> bool:
@@ -167,7 +183,7 @@ def train_on_pairs(
     """
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate, **options}
     given |= {} if eval_pairs is None else {"eval_pairs": eval_pairs}
-    check_training(given)
+    _check_settings(given)
     lora, _ = adapters_and_arguments(given)
     source = find_model(model, "--model")
     if push_to_hub is not None:
@@ -179,13 +195,10 @@ def train_on_pairs(
     if eval_pairs is not None:
         options["eval_rows"] = read_pairs(eval_pairs)
     compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
-    names = ("loss_args", "micro_batch_size", "max_tokens_per_batch", "precision", "load_in_4bit")
-    check_launch(
-        {"--batch-size": options.get("batch_size", DistillConfig.batch_size)},
-        loss=loss,
-        has_reference=all("reference_logps" in row for row in compared),
-        **{name: options.get(name, getattr(DistillConfig, name)) for name in names},
-    )
+    defaults = {field.name: field.default for field in fields(DistillConfig)}
+    settings = {**defaults, **given}
+    has_reference = all("reference_logps" in row for row in compared)
+    check_launch({"--batch-size": settings["batch_size"]}, settings, has_reference=has_reference)
     is_all = len(looked_at) == len(rows)
     findings = check_rows(looked_at, "pairs" if is_all else f"first {len(looked_at)} pairs")
     show_findings(findings)

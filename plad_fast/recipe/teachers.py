@@ -42,6 +42,7 @@ Answers = Mapping[str, Sequence[Answer]]
 @dataclass
 class _Teacher:
     spec: str
+    name: str
     store: Path
     sampling: Sampling
     made_by: dict[str, Any]
@@ -68,7 +69,6 @@ class Teachers:
         config: the settings.
         prompts: of the run.
         answers: folder of their stores, `teacher.jsonl`, `teacher-2.jsonl` and so on.
-        model: the first teacher, in place of the settings' own.
         scorer: decides between the answers of several.
         scores: store of what it says of them.
         endpoints: those that were opened before, by the teachers' specifications; they are asked
@@ -84,7 +84,6 @@ class Teachers:
         prompts: Sequence[Prompt],
         answers: Path,
         *,
-        model: TextModel | None,
         scorer: Scorer | None,
         scores: Path,
         endpoints: dict[str, Endpoint] | None = None,
@@ -95,9 +94,8 @@ class Teachers:
 
         def teacher(number: int, spec: str) -> _Teacher:
             # Made now, so that what is wrong with an endpoint's settings is found before any work.
-            is_first = number == 1
             name = "teacher" if len(config.teachers) == 1 else f"teacher {spec}"
-            store = answers / ("teacher.jsonl" if is_first else f"teacher-{number}.jsonl")
+            store = answers / ("teacher.jsonl" if number == 1 else f"teacher-{number}.jsonl")
             batches = batch_record(store)
             if batches.exists() and not config.batch:
                 raise UsageError(
@@ -105,9 +103,7 @@ class Teachers:
                     f"answers, or delete {batches} to give it up"
                 )
             require_prompts(batches, prompts)
-            opened = model if is_first else None
-            if opened is None:
-                opened = open_teacher(config, columns, spec, name, batches)
+            opened = open_teacher(config, columns, spec, name, batches)
             if isinstance(opened, EndpointModel) and endpoints is not None:
                 opened.endpoint = endpoints.setdefault(spec, opened.endpoint)
             made_by = teacher_fingerprint(spec, base_url=config.base_url, columns=columns)
@@ -115,7 +111,7 @@ class Teachers:
                 made_by["precision"] = config.precision
             sampling = teacher_sampling(config, spec)
             endpoint = getattr(opened, "endpoint", None)
-            return _Teacher(spec, store, sampling, made_by, opened, endpoint)
+            return _Teacher(spec, name, store, sampling, made_by, opened, endpoint)
 
         self._all = [teacher(*each) for each in enumerate(config.teachers, start=1)]
 
@@ -144,13 +140,7 @@ class Teachers:
 
     def usage(self) -> dict[str, str]:
         """What this run spent at endpoints, by teacher."""
-        return {
-            "teacher" if len(self._all) == 1 else f"teacher {teacher.spec}": str(
-                teacher.endpoint.usage
-            )
-            for teacher in self._all
-            if teacher.endpoint is not None
-        }
+        return {each.name: str(each.endpoint.usage) for each in self._all if each.endpoint}
 
     def try_out(self, *, overwrite: bool) -> None:
         """A word with each that is behind an endpoint, before long work."""
@@ -243,10 +233,8 @@ def require_tools(
                 f"prompts have tools, and a function is given the prompt alone: {spec} cannot call "
                 "them; name another --teacher"
             )
-        if (
-            kind in ("local", "vllm")
-            and load_tokenizer(rest).chat_template != tokenizer.chat_template
-        ):
+        runs_here = kind in ("local", "vllm")
+        if runs_here and load_tokenizer(rest).chat_template != tokenizer.chat_template:
             raise UsageError(
                 f"prompts have tools, and {spec} would write its calls in other marks than the "
                 "student, whose chat template is another; serve the teacher with a parser of calls "

@@ -31,16 +31,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from plad_fast.pairs.generation.endpoint.chat_endpoint import Endpoint
-    from plad_fast.pairs.generation.text_model import TextModel
 
 
 class RecipeTexts:
     """Answers, scores and pairs in two folders, stored as they come, and taken from the store the
     next time.
 
-    `teacher` takes the place of the first one of the settings, if given; `endpoints` are those of
-    teachers and judges, as in `Teachers` and `open_scorer`. UsageError where teacher or scorer
-    cannot be what the settings say.
+    `endpoints` are those of teachers and judges, as in `Teachers` and `open_scorer`. UsageError
+    where teacher or scorer cannot be what the settings say.
     """
 
     def __init__(
@@ -50,7 +48,6 @@ class RecipeTexts:
         *,
         answers: Path,
         pairs: Path,
-        teacher: TextModel | None = None,
         endpoints: dict[str, Endpoint] | None = None,
     ) -> None:
         self.config = config
@@ -68,16 +65,10 @@ class RecipeTexts:
             config,
             prompts,
             answers,
-            model=teacher,
             scorer=self.scorer,
             scores=pairs / "scores-teachers.jsonl",
             endpoints=endpoints,
         )
-
-    @property
-    def stores(self) -> list[Path]:
-        """The files that are filled up with what is asked, and are not to be lost."""
-        return [*self.teachers.stores, self.scores_file, self.verdicts_file, self.teachers.scores]
 
     def with_settings(self, config: DistillConfig) -> RecipeTexts:
         """The same texts, with other settings of the pairs, but for the scorer."""
@@ -113,13 +104,11 @@ class RecipeTexts:
         round_number: int = 1,
         turn: int = 0,
         n: int = 1,
-        others_aside: bool = False,
     ) -> Answers:
         """The samples of a student to some prompts, `n` of each.
 
         `name` is for progress and messages, and what the student is known by unless that is
-        `made_by`; `round_number` and `turn` are those of `student_sampling`, `others_aside` of
-        `stored_answers`.
+        `made_by`; `round_number` and `turn` are those of `student_sampling`.
         """
         precision = self.config.precision
         thinks = self.config.reasoning == "keep"
@@ -130,7 +119,7 @@ class RecipeTexts:
             self.samples_file(round_number, turn),
             replace(student_sampling(self.config, turn, round_number), n=n),
             fingerprint=self.student_made_by(made_by or name, model),
-            others_aside=others_aside,
+            others_aside=True,
             reasoning=self.config.reasoning,
         ).answers
         by = "student" if len(self.config.teachers) > 1 else ""

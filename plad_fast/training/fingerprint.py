@@ -64,16 +64,12 @@ def adapters_digest(model: nn.Module) -> str | None:
         for name, module in model.named_modules()
         if hasattr(module, "active_adapters") and hasattr(module, "adapter_layer_names")
     ]
-    return digest([_ordered({name: vars(config) for name, config in settings.items()}), used])
-
-
-def _ordered(value: Any) -> Any:
-    """Sets, whose order differs from process to process, as sorted lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _ordered(value[key]) for key in value}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    return [_ordered(item) for item in value] if isinstance(value, (list, tuple)) else value
+    # The order of a set differs from process to process.
+    plain = {
+        name: {k: sorted(map(repr, v)) if isinstance(v, set) else v for k, v in vars(of).items()}
+        for name, of in settings.items()
+    }
+    return digest([plain, used])
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss, read_loss_args
-from plad_fast.models.devices import autocast_dtype, require_one_gpu
+from plad_fast.models.devices import autocast_dtype
 from plad_fast.models.team import size
 from plad_fast.training.checkpoints import trainer_state
 
@@ -20,13 +21,8 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float32: "no"}
 
 def check_launch(
     batch_sizes: Mapping[str, int],
+    settings: Mapping[str, Any],
     *,
-    loss: str,
-    loss_args: str | None = None,
-    micro_batch_size: int | None = None,
-    max_tokens_per_batch: int | None = None,
-    precision: str = "auto",
-    load_in_4bit: bool = False,
     validates: bool = False,
     has_reference: bool = False,
 ) -> None:
@@ -35,15 +31,20 @@ def check_launch(
 
     Args:
         batch_sizes: flag -> rows in an optimizer step.
-        loss, loss_args, micro_batch_size, max_tokens_per_batch, precision, load_in_4bit: as
-            `train_model` will get them.
+        settings: `loss`, `loss_args`, `micro_batch_size`, `max_tokens_per_batch`, `precision` and
+            `load_in_4bit` that `train_model` will get.
         validates: whether it will get a validation.
         has_reference: whether the rows have `reference_logps`.
     """
-    if size() == 1:
-        require_one_gpu()
+    loss, precision, gpus = settings["loss"], settings["precision"], torch.cuda.device_count()
+    if size() == 1 and gpus > 1:  # the Trainer would spread a batch over all of them
+        raise UsageError(
+            f"{gpus} GPUs are visible and a process uses one; start a process for each, with "
+            f"torchrun --nproc-per-node {gpus} -m plad_fast ..., or choose a GPU, for example "
+            "with CUDA_VISIBLE_DEVICES=0 before the command"
+        )
     for flag, batch_size in batch_sizes.items():
-        split_batch(batch_size, micro_batch_size, flag)
+        split_batch(batch_size, settings["micro_batch_size"], flag)
     asked, own = _variable("MIXED_PRECISION", "no"), _DTYPES[autocast_dtype(precision)]
     if asked not in ("no", own):
         raise UsageError(
@@ -60,7 +61,7 @@ def check_launch(
         _require("fsdp_version", os.environ.get("FSDP_VERSION", "1"), "2")
         kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
         _require("fsdp_state_dict_type", kind, "FULL_STATE_DICT")
-    if wrapper == "DeepSpeed" and max_tokens_per_batch is not None:
+    if wrapper == "DeepSpeed" and settings["max_tokens_per_batch"] is not None:
         raise UsageError(
             "--max-tokens-per-batch makes several backwards a step, and DeepSpeed counts them; "
             "pass --max-tokens-per-batch none, and a --micro-batch-size that fits"
@@ -70,12 +71,13 @@ def check_launch(
             "--validation takes a whole model in every process, which DeepSpeed does not leave; "
             "pass --validation 0, or train with DDP (torchrun) or FSDP2"
         )
-    if wrapper and load_in_4bit:
+    if wrapper and settings["load_in_4bit"]:
         raise UsageError(
             f"--load-in-4bit: {wrapper} does not shard weights of four bits; leave it out, or "
             "train with DDP (torchrun)"
         )
-    compares = get_loss(loss).needs_reference_for(read_loss_args(loss, loss_args) or {})
+    options = read_loss_args(loss, settings["loss_args"]) or {}
+    compares = get_loss(loss).needs_reference_for(options)
     if wrapper and compares and not has_reference:
         raise UsageError(
             f"--loss {loss} compares with the model before training, and one that {wrapper} shards "

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -35,12 +36,12 @@ class Terminated(KeyboardInterrupt):
         return _name(self.number)
 
 
+@dataclass
 class Asked:
     """Whether a signal has asked the process to end."""
 
-    def __init__(self) -> None:
-        self.by: int | None = None
-        self.at = 0.0
+    by: int | None = None
+    at: float = 0.0
 
     def __bool__(self) -> bool:
         return self.by is not None
@@ -162,12 +163,8 @@ def _raise(number: int, _: FrameType | None) -> None:
     _hang_up(number)
     for each in _ENDING:
         if signal.getsignal(each) is _raise:
-            signal.signal(each, _pass)
+            signal.signal(each, lambda *_: None)  # it is ending, or `watch` ends it
     raise Terminated(number)
-
-
-def _pass(number: int, _: FrameType | None) -> None:
-    """The process is ending, or the thread of `raised_signals` ends it."""
 
 
 def _hang_up(number: int) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import plad_fast.models.attention.flash
 import plad_fast.models.attention.register
+import plad_fast.models.attention.varlen
 from plad_fast.data.packing import PreferenceCollator
 from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.flash import load_flash
 from plad_fast.models.attention.packed import packed_attention
+from plad_fast.models.attention.varlen import load_flash
 from plad_fast.models.head import causal_lm_logprobs
 from plad_fast.models.sharing import prepare
 from tests.support.naive import attention_by_definition, features, naive_logprobs, relative
@@ -88,7 +88,7 @@ class Fake:
 def install(monkeypatch):
     def put(*args, **kwargs):
         fake = Fake(*args, **kwargs)
-        for module in (plad_fast.models.attention.flash, plad_fast.models.attention.register):
+        for module in (plad_fast.models.attention.varlen, plad_fast.models.attention.register):
             monkeypatch.setattr(module, "load_flash", lambda: fake.function)
         return fake
 
@@ -260,7 +260,7 @@ def test_a_broken_build_is_named(monkeypatch, caplog):
     def fail(name):
         raise RuntimeError("undefined symbol")
 
-    monkeypatch.setattr(plad_fast.models.attention.flash.importlib, "import_module", fail)
+    monkeypatch.setattr(plad_fast.models.attention.varlen.importlib, "import_module", fail)
     with caplog.at_level(logging.WARNING, logger="plad_fast"):
         assert installed(monkeypatch) is None
     assert "flash_attn is installed and does not load: undefined symbol" in caplog.text

@@ -171,7 +171,7 @@ def test_a_finished_run_may_be_moved_and_is_not_done_again(
     files."""
     moved = shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
     monkeypatch.setattr("plad_fast.recipe.distillation.load_model", None)
-    monkeypatch.setattr("plad_fast.recipe.run.load_model", None)
+    monkeypatch.setattr("plad_fast.models.loading.load_model", None)
     monkeypatch.setattr("plad_fast.evaluation.run_students.load_model", None)
     assert main(arguments(tiny_teacher, moved)) == 0
     assert capsys.readouterr().out.count("done before") == len(STAGES)

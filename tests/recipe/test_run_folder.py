@@ -75,7 +75,7 @@ def test_a_record_of_another_version_is_named_and_replaced_on_demand_only(tmp_pa
     RunFolder(run, {"a": 1}).close()
     record = json.loads((run / "run.json").read_text()) | {"version": 7}
     (run / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=r"version 7.*version [0-9]+, so.*--overwrite"):
+    with pytest.raises(UsageError, match=r"version 7.*writes [0-9]+, so.*--overwrite"):
         RunFolder(run, {"a": 1})
     RunFolder(run, {"a": 1}, overwrite=True).close()
 
@@ -163,9 +163,9 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 CUT = json.dumps({"format": "plad-fast run", "version": 2, "settings": {}}, indent=2)[:40]
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 60, CUT.encode(), CUT[:9].encode(), b"no JSON"])
+@pytest.mark.parametrize("damage", [b"", b"\0" * 60, CUT.encode(), CUT[:9].encode()])
 def test_a_damaged_record_of_ours_is_replaced_where_that_is_asked_for(tmp_path, damage):
-    """After a power cut it may be empty, zeros, or its beginning; other files tell whose it was."""
+    """After a power cut it may be empty, zeros, or its beginning."""
     run = tmp_path / "run"
     RunFolder(run, {"a": 1}).close()
     (run / "config.json").write_text(json.dumps(DistillConfig().as_dict()))

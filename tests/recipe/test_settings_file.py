@@ -33,18 +33,10 @@ def test_yaml_that_is_not_utf8(tmp_path):
         load_settings(path)
 
 
-BOMB = "a: &a [x, x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n"
-    for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
-)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "is an alias"),
-        ("a: &a {x: 1}\nb: {<<: *a}", "is an alias"),
-        ("beta: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("beta: " + "[" * 5000 + "]" * 5000, "a value that YAML cannot read"),
         ("beta: [" + "[" * 50 + "]" * 50 + "]", "beta must be a finite number, got a list of 1"),
         ("seed: " + "7" * 5000, "a value that YAML cannot read"),
         ("seed: 0x" + "f" * 5000, "whole number, got a number of more than 200 digits"),
@@ -67,9 +59,8 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
         ("# beta: 1", "must hold `name: value` lines; it is empty"),
         ("beta: 1\nseed: [1", "line 2, is not YAML"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
-        ("# " + "x" * 2_000_000, "settings are a few lines"),
     ],
-    ids=range(26),
+    ids=range(23),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)

@@ -19,8 +19,9 @@ from plad_fast import PLaDConfig, PLaDTrainer, losses
 from plad_fast.cli import main
 from plad_fast.data.locks import locked
 from plad_fast.models.loading import load_model, load_tokenizer
+from plad_fast.recipe.fields import flag
 from plad_fast.recipe.run_folder import RunFolder
-from plad_fast.recipe.settings import DistillConfig, TrainConfig, flag
+from plad_fast.recipe.settings import DistillConfig, TrainConfig
 from plad_fast.training.train import train_model
 from tests.support.loss_options import REQUIRED
 from tests.support.recipe_runs import (

@@ -251,9 +251,8 @@ def rounded_attention(tensors, dtype, attend):
 def test_attention_over_a_packed_row(implementation, options):
     """No worse than plain products over the whole row, in the same 16 bits."""
     from plad_fast.data.row_layout import RowLayout
-    from plad_fast.models.attention.flash import load_flash
     from plad_fast.models.attention.packed import packed_attention
-    from plad_fast.models.attention.varlen import load_varlen
+    from plad_fast.models.attention.varlen import load_flash, load_varlen
 
     if implementation == "flash" and load_flash() is None:
         pytest.skip("flash-attn is not installed")

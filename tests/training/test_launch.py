@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from plad_fast.errors import UsageError
+from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.launch import check_launch, require_own_kind
 
 
@@ -25,4 +26,4 @@ def test_transformers_4_keeps_the_rows_at_once_of_a_checkpoint(tmp_path, monkeyp
 def test_a_single_process_takes_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UsageError, match=r"4 GPUs are visible.*torchrun --nproc-per-node 4"):
-        check_launch({"--batch-size": 4}, loss="sft", precision="float32")
+        check_launch({"--batch-size": 4}, vars(DistillConfig(loss="sft")))

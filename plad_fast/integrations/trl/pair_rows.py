@@ -182,8 +182,7 @@ def _groups(
     shared: list[int], chosen: list[int], rejected: list[int]
 ) -> tuple[tuple[int, ...], ...]:
     groups: list[tuple[int, ...]] = []
-    for trunk, better, worse in zip(shared, chosen, rejected, strict=True):
+    for trunk, a, b in zip(shared, chosen, rejected, strict=True):
         # Sequences that share nothing stand each for themselves.
-        alone = [(better,), (worse,)]
-        groups += [(trunk, better - trunk, worse - trunk)] if trunk else alone
+        groups += [(trunk, a - trunk, b - trunk)] if trunk else [(a,), (b,)]
     return tuple(groups)

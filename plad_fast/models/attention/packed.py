@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from plad_fast.data.row_layout import Attended, RowLayout, Span
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.flash import can_flash, flash_varlen
-from plad_fast.models.attention.varlen import can_varlen, torch_varlen
+from plad_fast.models.attention.varlen import can_flash, can_varlen, flash_varlen, torch_varlen
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +40,6 @@ _UNKNOWN = (
 
 class NotPackedError(UsageError):
     """A layer asks for what packed rows do not have."""
-
-
-def check_implementation(name: str) -> None:
-    """Refuses what no implementation is called, installed or not."""
-    if name not in ("auto", *IMPLEMENTATIONS):
-        raise UsageError(f"unknown attention {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
 
 
 @torch.compiler.disable

@@ -20,9 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from plad_fast.data.row_layout import RowLayout
 from plad_fast.errors import UsageError
-from plad_fast.models.attention.flash import load_flash
-from plad_fast.models.attention.packed import check_implementation, packed_attention
-from plad_fast.models.attention.varlen import load_varlen
+from plad_fast.models.attention.packed import packed_attention
+from plad_fast.models.attention.varlen import load_flash, load_varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +42,6 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
         implementation: "sdpa", "flash", "varlen", "flex", "eager", or "auto": the first of flash,
             varlen, sdpa and eager that is there, takes the tensors and has what the model asks for.
     """
-    check_implementation(implementation)
     if implementation == "flash" and load_flash() is None:
         raise UsageError(
             "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "
