@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,44 +22,64 @@ from tests.support.vocab_parallel_ranks import (
     sharded,
 )
 
+DRAWS = 16
+"""Problems of which the largest errors are compared. On one so small torch's own error is luck: in
+float32 that of d weight goes from 4e-7 to 2e-6 over draws, and doubles with a CPU's instructions.
+"""
+
 
 @case
 def sixteen_bits_stay_within_the_error_budget(group):
-    split = SPLITS[dist.get_world_size(group)][1]
+    """And float32."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        base = make_problem([3, 2, 5, 4], bias=True, width=32, scale=0.5, scratch_rows=4)
-        low = base.to(dtype)
-        truth, same = low.to(torch.float64), low.to(dtype)
-        upstream = torch.tensor([1.0, -2.0, 0.5, 3.0])
-        for problem in (truth, same):
-            sums, _ = oracle(problem)
+        found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for seed in range(DRAWS):
+            for what, results in _sums_and_gradients(dtype, seed, group).items():
+                found.setdefault(what, []).append(results)
+        for what, draws in found.items():
+            ours, same, truth = (torch.stack(each) for each in zip(*draws, strict=True))
+            assert_within_budget(ours, same, truth, f"{dtype} {what}")
+
+
+def _sums_and_gradients(
+    dtype: torch.dtype, seed: int, group: Any
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Ours, torch's in the same dtype, and torch's in float64, of a drawn problem."""
+    split = SPLITS[dist.get_world_size(group)][1]
+    base = make_problem([3, 2, 5, 4], bias=True, width=32, scale=0.5, scratch_rows=4, seed=seed)
+    low = base.to(dtype)
+    truth, same = low.to(torch.float64), low.to(dtype)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    expected = []
+    for problem in (same, truth):
+        sums, _ = oracle(problem)
+        (sums * upstream).sum().backward()
+        expected.append(sums)
+    found = {}
+    for kind in ("two phases", "one pass"):
+        mine = sharded(low, split, group)
+        if kind == "two phases":
+            sums = vocab_parallel_sequence_logprobs(*mine.inputs, **mine.options, group=group).sums
             (sums * upstream).sum().backward()
-        for kind in ("two phases", "one pass"):
-            mine = sharded(low, split, group)
-            if kind == "two phases":
-                sums = vocab_parallel_sequence_logprobs(
-                    *mine.inputs, **mine.options, group=group
-                ).sums
-                (sums * upstream).sum().backward()
-            else:
-                factors = dict(zip(range(4), upstream.tolist(), strict=True))
-                out = vocab_parallel_preference_loss(
-                    *mine.inputs,
-                    **mine.options,
-                    group=group,
-                    loss=lambda logps, scores: (logps * scores).sum(1),
-                    scores=torch.tensor(list(factors.values())),
-                    num_groups=1,
-                )
-                sums = out.sums
-                out.loss.backward()
-            assert mine.hidden.grad.dtype == mine.weight.grad.dtype == dtype
-            assert_within_budget(sums, oracle(same)[0], oracle(truth)[0], f"{kind} sums")
-            for name in ("hidden", "weight", "bias"):
-                grads = [getattr(p, name).grad for p in (mine, same, truth)]
-                if name != "hidden":
-                    grads[1:] = [g.split(split)[dist.get_rank(group)] for g in grads[1:]]
-                assert_within_budget(*grads, f"{kind} {dtype} d {name}")
+        else:
+            out = vocab_parallel_preference_loss(
+                *mine.inputs,
+                **mine.options,
+                group=group,
+                loss=lambda logps, scores: (logps * scores).sum(1),
+                scores=upstream,
+                num_groups=1,
+            )
+            sums = out.sums
+            out.loss.backward()
+        assert mine.hidden.grad.dtype == mine.weight.grad.dtype == dtype
+        found[f"{kind} sums"] = (sums, *expected)
+        for name in ("hidden", "weight", "bias"):
+            grads = [getattr(p, name).grad for p in (mine, same, truth)]
+            if name != "hidden":
+                grads[1:] = [g.split(split)[dist.get_rank(group)] for g in grads[1:]]
+            found[f"{kind} d {name}"] = tuple(grads)
+    return found
 
 
 @case
