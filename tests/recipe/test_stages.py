@@ -375,7 +375,7 @@ def test_pairs_that_were_cut_off_or_edited(tiny_teacher, pairs, tmp_path, capsys
     assert file.read_bytes() == b"".join(lines[1:])
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"form', b"\0" * 40, b"[1]"])
+@pytest.mark.parametrize("damage", [b"", b'{"form', b"\0" * 40])
 def test_a_damaged_record_is_replaced_where_that_is_asked_for(
     damage, tiny_teacher, pairs, tmp_path, capsys
 ):
