@@ -16,7 +16,7 @@ from tests.support.recipe_runs import arguments, kill_at, pair
 
 COUNT = 10
 CLIENT = "pairs.generation.endpoint.batch_client.BatchClient"
-RECORD = "pairs.generation.endpoint.batch._Record"
+RECORD = "pairs.generation.endpoint.batch._Run"
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def test_a_batch_is_made_watched_and_read(server, command, tmp_path, capsys):
     [
         (f"{CLIENT}.upload", 1),
         (f"{CLIENT}.create", 1),  # the file is there, and no batch
-        (f"{RECORD}.write", 2),  # the batch is there, and its id is not recorded
+        (f"{RECORD}._write", 2),  # the batch is there, and its id is not recorded
         (f"{CLIENT}.wait", 1),
         (f"{CLIENT}.lines", 1),
         ("data.store.RowStore.append", 2),  # the answers have come, and are not stored
-        (f"{RECORD}.write", 3),  # they are stored, and the batch is still recorded
+        (f"{RECORD}._write", 3),  # they are stored, and the batch is still recorded
     ],
 )
 def test_an_interrupted_batch_is_paid_for_once(
@@ -99,7 +99,7 @@ def test_an_interrupted_batch_is_paid_for_once(
 
 @pytest.mark.slow
 def test_a_batch_of_a_killed_run_is_found_again(server, command, tmp_path):
-    kill_at(f"{RECORD}.write", 2, command)
+    kill_at(f"{RECORD}._write", 2, command)
     assert list(server.batches) == ["batch_0"]
     assert main(command) == 0
     assert stored(tmp_path) == all_answers()
