@@ -11,6 +11,7 @@ from ast import literal_eval
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,15 +31,31 @@ from benchmarks.gpu.loss import all_implementations
 from benchmarks.gpu.summary import COUNTED, TABLES, losses, predictions
 from benchmarks.gpu.sweep import Sweep
 from benchmarks.gpu.worker import Section, Shape
+from tests.support.launched import SPAWN, run_module
 
 CUDA = torch.cuda.is_available()
+
+
+def one_fresh_process(command: list[str], **options: Any) -> Any:
+    """The other sections are forked from a process that has done most of the imports, which take
+    longer than what a section does."""
+    if command[2] == "benchmarks.gpu.environment":
+        return subprocess.Popen(command, **options)
+    process = SPAWN.Process(
+        target=run_module, args=(command[2:], options["env"], options["stdout"].name)
+    )
+    process.start()
+    return SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode, wait=process.join)
 
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of every section."""
     out = tmp_path_factory.mktemp("gpu")
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+    with (
+        mock.patch.dict(os.environ, OMP_NUM_THREADS="1"),
+        mock.patch("benchmarks.gpu.__main__.subprocess", SimpleNamespace(Popen=one_fresh_process)),
+    ):
         assert main(["--device=cpu", "--tiny", "--minutes=15", f"--out={out}"]) == 0
     return out
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,10 +17,10 @@ from torch import Tensor
 
 from benchmarks import loss
 from benchmarks.check import Oracle, compute_oracle, errors_of, mismatch
-from benchmarks.common import peak_memory
+from benchmarks.common import Record, peak_memory
 from benchmarks.data import PairBatch, make_pairs
 from benchmarks.loss import Failure
-from benchmarks.measure import Case, measure, save_oracle
+from benchmarks.measure import Case, measure, save_oracle, work
 from benchmarks.peers import IMPLS, Impl, Step, naive
 
 SMALL = Case(128, 32, 500, "float32", 0.5, response=8)
@@ -30,10 +33,20 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Table and CSV of a quick run of our implementations and of plain torch."""
+    """Table and CSV of a quick run of our implementations and of plain torch.
+
+    One of its processes is a fresh one, for the others stay in this.
+    """
+    run_worker = loss.run_worker
+
+    def worker(module: str, spec: Mapping[str, Any], *, threads: int | None) -> Record:
+        if spec["impl"] == "one-pass":
+            return run_worker(module, spec, threads=threads)
+        return work(json.loads(json.dumps(spec)))
+
     path = tmp_path_factory.mktemp("benchmark") / "loss.csv"
     options = ["--quick", "--device", "cpu", "--threads", "1", "--csv", str(path)]
-    with redirect_stdout(io.StringIO()) as output:
+    with mock.patch.object(loss, "run_worker", worker), redirect_stdout(io.StringIO()) as output:
         assert loss.main([*options, "--impl", "one-pass", "op", "naive"]) == 0
     return output.getvalue(), path
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import scaling, scaling_table
-from benchmarks.common import ROOT
 from benchmarks.measure import PRODUCTS
 from benchmarks.scaling_count import (
     GIB,
@@ -43,6 +41,7 @@ from plad_fast.ops.backend import (
 )
 from plad_fast.ops.impl.kernel_workspace import KernelWorkspace
 from plad_fast.ops.impl.workspace import Workspace
+from tests.support.launched import Started, python
 
 TINY = Shape("tiny", layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=500)
 WORK = Workload(pairs=4, prompt=32, response=16)
@@ -319,16 +318,15 @@ for tied in (False, True):
     wrapper.register_comm_hook(None, hook)
     step(wrapper, model)
     assert sum(buckets) == ddp_collectives(shape.parameters, WORLD).all_reduced, buckets
-print("equal")
 """
 
 
-def test_collectives_of_64_processes() -> None:
+def test_collectives_of_64_processes(tmp_path: Path) -> None:
     """FSDP2 and DDP of a world of 64 that exists in one process only: bytes and calls of a step."""
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECTIVES], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.endswith("equal\n"), done.stderr[-2000:]
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
+    started = Started(1, [str(script)], tmp_path / "logs", program=python)
+    assert started.statuses() == [0], started.said()
 
 
 def test_what_must_hold_of_any_plan() -> None:

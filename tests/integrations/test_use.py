@@ -6,7 +6,6 @@ import copy
 import importlib
 import operator
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,16 +213,7 @@ def test_other_trainers_are_refused():
 
 
 def test_nothing_else_needs_trl():
-    """A fresh process imports and computes with TRL blocked, and only this integration names it."""
-    code = """
-import sys
-sys.modules["trl"] = None
-import torch, plad_fast, plad_fast.integrations, plad_fast.losses.trl_options
-problem = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(4).long(), torch.tensor([0, 2, 4])
-assert plad_fast.fused_linear_preference_loss(*problem).loss.isfinite()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Only this integration names it; tests/system/test_imports.py computes without it."""
     package = Path(plad_fast.__file__).parent
     imports = re.compile(r"^\s*(import|from) trl\b", re.MULTILINE)
     users = {path.name for path in package.rglob("*.py") if imports.search(path.read_text())}

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -21,6 +18,7 @@ from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer
 from tests.support.endpoints import KEY, answers, generate, teacher
 from tests.support.fault_server import FAULTS, FaultServer, Step, answer_to, said, schedule
+from tests.support.launched import Started, python
 
 PROMPTS = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
 QUESTION = {prompt.id: prompt.content for prompt in PROMPTS}
@@ -99,20 +97,21 @@ def test_a_run_that_was_ended_goes_on_where_it_was(ending, tmp_path):
     def step(question, tries, body):
         return Step("hang") if sum(server.asked.values()) >= 40 else Step(delay=0.002)
 
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     with FaultServer(step) as server:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, server.url, str(path)], stderr=subprocess.PIPE
-        )
+        command = [str(script), server.url, str(path)]
+        started = Started(1, command, tmp_path / "logs", program=python)
         deadline = time.monotonic() + 120
         while server.faults["hang"] < 4 or len(stored(path)) < 40:
-            assert process.poll() is None
+            assert started.processes[0].is_alive(), started.said()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(process.pid, ending)
+        started.send(ending)
         start = time.monotonic()
-        _, error = process.communicate(timeout=30)
+        assert started.statuses(30) == [1 if ending == signal.SIGINT else -ending]
         assert time.monotonic() - start < 20  # the timeout is 60
-        assert (b"KeyboardInterrupt" in error) == (ending == signal.SIGINT)
+        assert ("KeyboardInterrupt" in started.said()) == (ending == signal.SIGINT)
         before = {row["id"] for row in stored(path)}
         assert len(before) >= 39  # the store takes back a row in whose writing it is interrupted
 

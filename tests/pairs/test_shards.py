@@ -69,14 +69,9 @@ def two_processes(folder, **more):
     return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
-def test_torchrun_gives_the_answers_of_one_process(folder, expected):
-    """Through the environment that torchrun sets, with no group made before."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.support.two_answerers", str(folder), json.dumps(SETTINGS)],
-        env=environment(), capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_give_the_answers_of_one(folder, expected):
+    statuses, errors = two_processes(folder)
+    assert statuses == [0, 0], errors
     assert json.loads((folder / "result.json").read_text()) == expected
     assert (folder / "loaded0").exists()
     assert (folder / "loaded1").exists()
@@ -85,10 +80,11 @@ def test_torchrun_gives_the_answers_of_one_process(folder, expected):
         assert [(r.partition("\t")[0], int("\t" in r)) for r in store.done] == [
             (p.id, k) for p in PROMPTS for k in range(2)
         ]
-    assert done.stderr.count("tiny:   0%") == 1  # one bar
+    assert "".join(errors).count("tiny:   0%") == 1  # one bar
 
 
 def test_torchrun_makes_the_pairs_of_one_process(tiny_teacher, tmp_path):
+    """Through the environment that torchrun sets, with no group made before."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p.content}) + "\n" for p in PROMPTS))
 

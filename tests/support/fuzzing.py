@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ def run(numbers: Iterable[int], *, tell: bool = False) -> list[int]:
     return failed
 
 
-def main(argument: str) -> int:
+def main(typed: Sequence[str]) -> int:
     # Slow to import, for which no case is to blame.
     import rouge_score.rouge_scorer  # noqa: F401
     import torch
@@ -134,7 +134,7 @@ def main(argument: str) -> int:
 
     faulthandler.enable()
     torch.set_num_threads(1)
-    first, _, last = argument.partition(":")
+    first, _, last = typed[0].partition(":")
     numbers = range(int(first), int(last) if last else int(first) + 1)
     began = time.perf_counter()
     failed = run(numbers, tell=not last)
@@ -144,4 +144,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,9 @@ FSDP2 = {
 }
 """What `accelerate launch` sets for `fsdp2.yaml`."""
 
-SPAWN = multiprocessing.get_context("forkserver")
+_RELEASED = "released"
+
+SPAWN = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 SPAWN.set_forkserver_preload(["tests.support.launched", "tests.support.two_answerers"])
 
 
@@ -70,15 +75,25 @@ class Started:
     """So many processes that run one command, their standard streams in files."""
 
     def __init__(
-        self, count: int, typed: Sequence[str], folder: Path, plant: str = "", **variables: str
+        self,
+        count: int,
+        typed: Sequence[str],
+        folder: Path,
+        plant: str = "",
+        largest_file: int | None = None,
+        program: Callable[[Sequence[str]], int] | None = None,
+        **variables: str,
     ) -> None:
+        """plant: of `_plant`. largest_file: in bytes; past it, writing fails as on a full disk.
+        program: what runs instead of `plad-fast`."""
         folder.mkdir(parents=True, exist_ok=True)
         meet = folder / f"meet{len(os.listdir(folder))}"
         self.logs = [folder / f"{meet.name}-{rank}.log" for rank in range(count)]
         self.processes: list[BaseProcess] = []
         for rank, log in enumerate(self.logs):
             own = {} if count == 1 else _place(rank, count)
-            given = (typed, environment(**own, **variables), meet.as_uri(), log, plant)
+            given = (typed, environment(**own, **variables), meet.as_uri(), log)
+            given += (plant, largest_file, program)
             self.processes.append(SPAWN.Process(target=_run, args=given))
             self.processes[-1].start()
 
@@ -95,6 +110,10 @@ class Started:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, number)
+
+    def release(self) -> None:
+        """Those that "hold"."""
+        (self.logs[0].parent / _RELEASED).touch()
 
     def statuses(self, timeout: float = 300) -> list[int | None]:
         """Once all have ended."""
@@ -119,31 +138,50 @@ def _place(rank: int, count: int) -> dict[str, str]:
     return {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in names.items()}
 
 
-def _run(typed: Sequence[str], variables: dict[str, str], meet: str, log: Path, plant: str) -> None:
+def _run(
+    typed: Sequence[str],
+    variables: dict[str, str],
+    meet: str,
+    log: Path,
+    plant: str,
+    largest_file: int | None,
+    program: Callable[[Sequence[str]], int] | None,
+) -> None:
     os.environ.clear()
     os.environ.update(variables)
+    gc.freeze()  # see tests/conftest.py
     torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _redirect(log)
     if plant:
         _plant(*plant.split())
+    if largest_file is not None:
+        import resource  # POSIX alone has it
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     os.chdir(log.parent)  # where the traceback of a failure may go
     several = "RANK" in variables
     if several:
         # A file rather than a port: nobody else can take it between its choice and its use.
         rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size)
-    status = main(typed)
-    if several:
+    status = (program or main)(typed)
+    if several and dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(status)
 
 
+def _redirect(log: Path | str) -> None:
+    """Both streams, into a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
 def _plant(function: str, call: str, deed: str) -> None:
-    """At a call of a function of `plad_fast`: "wait" says so and waits a little, "raise" raises in
-    the last process."""
+    """At a call of a function of `plad_fast`: "wait" says so and waits a little, "hold" says so and
+    waits for `Started.release`, "raise" raises in the last process."""
     path, _, name = f"plad_fast.{function}".rpartition(".")
     owner = pkgutil.resolve_name(path)
     real = getattr(owner, name)
@@ -156,11 +194,42 @@ def _plant(function: str, call: str, deed: str) -> None:
             if deed == "wait":
                 print("REACHED", flush=True)
                 time.sleep(2)
+            elif deed == "hold":
+                print("REACHED", flush=True)
+                while not Path(_RELEASED).exists():
+                    time.sleep(0.02)
             elif int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
                 raise RuntimeError("planted")
         return real(*args, **kwargs)
 
     setattr(owner, name, planted)
+
+
+def python(typed: Sequence[str]) -> int:
+    """As `python SCRIPT ARGUMENT ...`."""
+    sys.argv = list(typed)
+    sys.path.insert(0, str(Path(typed[0]).parent))
+    try:
+        runpy.run_path(typed[0], run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def run_module(typed: Sequence[str], variables: dict[str, str], log: str) -> None:
+    """As `python -m MODULE ARGUMENT ...` in a session of its own."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    gc.freeze()  # see tests/conftest.py
+    torch.set_num_threads(1)
+    _redirect(log)
+    sys.argv = list(typed)
+    os.chdir(ROOT)
+    runpy.run_module(typed[0], run_name="__main__", alter_sys=True)
 
 
 def main(typed: Sequence[str] | None = None) -> int:

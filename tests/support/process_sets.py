@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import importlib
 import os
 import subprocess
@@ -64,6 +65,7 @@ def main(folder: Path, sets: list[str]) -> int:
     wanted = os.environ.get("PLAD_TEST_CASES", "")
     for module, name, count in (each.split(":") for each in sets):
         cases, world = importlib.import_module(module), int(count)
+        gc.freeze()  # see tests/conftest.py
         chosen = {
             case: run
             for case, run in getattr(cases, name).items()

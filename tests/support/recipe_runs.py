@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 
 from plad_fast.models.loading import load_model
+from tests.support.launched import Started
 
 
 def arguments(teacher, output, *extra: str) -> list[str]:
@@ -64,35 +62,10 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-KILLABLE = """
-import pkgutil, sys, time
-from plad_fast.cli import main
-owner, _, name = "plad_fast.{function}".rpartition(".")
-owner = pkgutil.resolve_name(owner)
-real = getattr(owner, name)
-count = 0
-def wait(*args, **kwargs):
-    global count
-    count += 1
-    if count == {at}:
-        print("REACHED", flush=True)
-        time.sleep(60)
-    return real(*args, **kwargs)
-setattr(owner, name, wait)
-sys.exit(main({arguments!r}))
-"""
-
-
 def kill_at(function: str, at: int, arguments: list[str]) -> None:
     """Run a command and kill -9 it at the given call of a function of `plad_fast`."""
-    code = KILLABLE.format(function=function, at=at, arguments=arguments)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if "REACHED" in line:
-                break
-        else:
-            pytest.fail(f"{function} was never called {at} times: {process.stderr.read()}")
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        started = Started(1, arguments, Path(folder), f"{function} {at} hold")
+        started.wait_for("REACHED")
+        started.send(signal.SIGKILL)
+        assert started.statuses() == [-signal.SIGKILL]

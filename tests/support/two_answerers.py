@@ -37,14 +37,13 @@ class Failing(LocalModel):
 
 
 def main(folder: Path, settings: str) -> None:
-    if "PLAD_TEST_RENDEZVOUS" in os.environ:
-        # A file rather than a port: nobody else can take it between its choice and its use.
-        dist.init_process_group(
-            "gloo",
-            init_method=os.environ["PLAD_TEST_RENDEZVOUS"],
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
+    # A file rather than a port: nobody else can take it between its choice and its use.
+    dist.init_process_group(
+        "gloo",
+        init_method=os.environ["PLAD_TEST_RENDEZVOUS"],
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     model = LazyLocalModel(functools.partial(load, folder), "tiny")
     with led() as leads:
         if leads:
@@ -74,11 +73,3 @@ def run(folder: Path, settings: str, environment: dict[str, str], log: Path) -> 
             sys.stderr.flush()
             os._exit(1)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2])
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

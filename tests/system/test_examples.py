@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+
+from tests.support.launched import Started, python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["red", "a cat", "eleven", "tea", "the sea", "no", "north", "it rains"]
@@ -55,18 +54,13 @@ def test_all_loops_train_the_same_student(trained, arguments):
         torch.testing.assert_close(weights(arguments, name), trained, rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_train_it_too(trained, arguments):
+def test_two_processes_train_it_too(trained, arguments, tmp_path):
     """Half of each batch in each of them; a mean per process would weigh tokens by process."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(EXAMPLES / "accelerate_loop.py"), *arguments("two"), "--batch-size", "2"),
-    ]
-    cpu = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | cpu
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(re.findall("^loss ", done.stdout, flags=re.MULTILINE)) == 2, "steps"
+    command = [str(EXAMPLES / "accelerate_loop.py"), *arguments("two"), "--batch-size", "2"]
+    logs = tmp_path / "logs"
+    started = Started(2, command, logs, program=python, ACCELERATE_USE_CPU="true")
+    assert started.statuses() == [0, 0], started.said()
+    assert len(re.findall("^loss ", started.said(), flags=re.MULTILINE)) == 2, "steps"
     # AdamW's first steps have the size of the learning rate, whatever the gradient's rounding.
     torch.testing.assert_close(weights(arguments, "two"), trained, rtol=1e-4, atol=1e-5)
 

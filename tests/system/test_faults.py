@@ -9,12 +9,12 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from plad_fast.cli import main
+from tests.support.launched import Started
 from tests.support.recipe_runs import arguments, write_pairs
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -192,15 +192,8 @@ def test_a_halved_store_of_the_teacher_is_filled_up(finished, teacher, tmp_path,
 def test_a_full_disk_loses_nothing_that_was_finished(teacher, tmp_path):
     """The size limit on files stands in for a full disk: a write fails part of the way."""
     command = distill(teacher, tmp_path / "run")
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-        f"from plad_fast.cli import main; sys.exit(main({command!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", limited], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "what was finished is kept: make room and run the same command again" in done.stderr
-    assert "Traceback" not in done.stderr
+    started = Started(1, command, tmp_path / "logs", largest_file=60_000)
+    assert started.statuses() == [2], started.said()
+    assert "what was finished is kept: make room and run the same command again" in started.said()
+    assert "Traceback" not in started.said()
     assert run(command)[0] == 0

@@ -7,8 +7,6 @@ again: `python -m tests.support.fuzzing 1234`.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,29 +19,24 @@ from plad_fast import (
     linear_sequence_logprobs,
     sequence_logprobs,
 )
+from tests.support import fuzzing
 from tests.support.fuzzing import Case, verdict
+from tests.support.launched import Started
 from tests.support.problems import make_problem
 
 
-def run(numbers: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fuzzing", numbers],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    last = done.stdout.strip().rpartition("\n")[2]
-    assert done.returncode == 0, f"the last case was {last}\n{done.stderr[-6000:]}"
+def run(numbers: str, folder: Path) -> None:
+    started = Started(1, [numbers], folder, program=fuzzing.main)
+    assert started.statuses(3600) == [0], started.said()[-6000:]  # the last case is the last number
 
 
-def test_a_thousand_calls():
-    run("0:1000")
+def test_a_thousand_calls(tmp_path):
+    run("0:1000", tmp_path)
 
 
 @pytest.mark.slow
-def test_ten_thousand_calls():
-    run("0:10000")
+def test_ten_thousand_calls(tmp_path):
+    run("0:10000", tmp_path)
 
 
 def test_the_verdict_finds_what_it_looks_for():

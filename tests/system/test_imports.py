@@ -39,7 +39,7 @@ def run(code: str) -> str:
 
 HEAVY = [
     *("transformers", "triton", "datasets", "accelerate", "matplotlib", "rouge_score", "yaml"),
-    *("lazy_loader", "jinja2", "scipy", "filelock"),
+    *("lazy_loader", "jinja2", "scipy", "filelock", "trl"),
 ]
 
 
@@ -50,7 +50,7 @@ def test_import_needs_torch_alone():
 import sys
 for name in {HEAVY!r}:
     sys.modules[name] = None
-import torch, plad_fast
+import torch, plad_fast, plad_fast.integrations, plad_fast.losses.trl_options
 from plad_fast import *
 problem = torch.randn(4, 3), torch.randn(5, 3), torch.zeros(4).long(), torch.tensor([0, 2, 4])
 assert fused_linear_preference_loss(*problem).loss.isfinite()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pkgutil
-import subprocess
 import sys
 
 import pytest
 
 from plad_fast.cli import main
 from plad_fast.data.store import RowStore, fingerprint_of
-from tests.support.recipe_runs import KILLABLE, arguments, write_pairs
+from tests.support.launched import Started
+from tests.support.recipe_runs import arguments, write_pairs
 
 # Before anything is written, in the middle of the work, and while the results are written.
 MOMENTS = {
@@ -95,28 +95,20 @@ def test_the_second_command_changes_nothing(first, commands, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")
-def test_paid_answers_are_safe_from_another_process(commands, tmp_path, capsys):
+def test_paid_answers_are_safe_from_another_process(commands, tmp_path, tmp_path_factory, capsys):
     """Its --overwrite discards nothing, its settings are not recorded, and the first goes on."""
     plain, _ = commands
-    code = KILLABLE.format(function="recipe.inputs.write_jsonl", at=1, arguments=plain["pairs"])
-    code = code.replace("time.sleep(60)", "sys.stdin.readline()")
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert any("REACHED" in line for line in process.stdout)
-        before = contents(tmp_path / "out")
-        assert len((tmp_path / "out" / "teacher.jsonl").read_text().splitlines()) == 5
-        for extra in (["--overwrite"], ["--seed", "3"], ["--seed", "3", "--overwrite"]):
-            assert main([*plain["pairs"], *extra]) == 2
-            assert "another process" in capsys.readouterr().err
-        assert contents(tmp_path / "out") == before
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.wait() == 0
+    hold = "recipe.inputs.write_jsonl 1 hold"
+    started = Started(1, plain["pairs"], tmp_path_factory.mktemp("logs"), hold)
+    started.wait_for("REACHED")
+    before = contents(tmp_path / "out")
+    assert len((tmp_path / "out" / "teacher.jsonl").read_text().splitlines()) == 5
+    for extra in (["--overwrite"], ["--seed", "3"], ["--seed", "3", "--overwrite"]):
+        assert main([*plain["pairs"], *extra]) == 2
+        assert "another process" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    started.release()
+    assert started.statuses() == [0]
     assert (tmp_path / "out" / "pairs.jsonl").is_file()
 
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from plad_fast import UsageError
+from plad_fast import PLaDConfig, PLaDTrainer, UsageError, losses
 from plad_fast.cli import main
+from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.training import train as training
 from plad_fast.training import trained_folders
+from tests.support.launched import Started
+from tests.support.loss_options import REQUIRED
 from tests.support.recipe_runs import write_pairs
 from tests.support.saved_trainings import FAULTS, ROWS, damaged, files, steps_of, stop, train
+from tests.support.trainings import PAIRS
 
 
 def test_a_training_with_a_damaged_checkpoint_ends_with_the_same_weights(
@@ -164,18 +168,56 @@ def test_a_disk_that_fills_up_in_torch_save(killed, finished, tiny_teacher, tmp_
     command = ["train", "--model", str(tiny_teacher), "--pairs", str(pairs), "--batch-size", "2",
                "--learning-rate", "1e-3", "--saves-per-stage", "3", "--precision", "float32",
                "--output-dir", str(tmp_path / "out")]  # fmt: skip
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-        f"from plad_fast.cli import main; sys.exit(main({command!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", limited], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "what was finished is kept: make room and run the same command" in done.stderr
-    assert "Traceback" not in done.stderr
+    started = Started(1, command, tmp_path / "logs", largest_file=limit)
+    assert started.statuses() == [2], started.said()
+    assert "what was finished is kept: make room and run the same command" in started.said()
+    assert "Traceback" not in started.said()
     assert (tmp_path / "out.checkpoints" / "checkpoint-2" / "model.safetensors").is_file()
     assert main(command) == 0
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert weights == (finished / "model.safetensors").read_bytes()
+
+
+# One of each kind: none, by margin, by scores, with a reference, without pairs.
+ONE_OF_A_KIND = ("sft", "plad_ranking", "plad_listwise", "dpo", "kto")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        loss if loss in ONE_OF_A_KIND else pytest.param(loss, marks=pytest.mark.slow)
+        for loss in losses.available()
+    ],
+)
+def test_the_command_and_the_trainer_have_one_objective(loss, tiny_teacher, tmp_path):
+    """The loss of the first step on the same pairs, with the defaults of the command."""
+    rows = [{**row, "chosen_score": 0.5, "rejected_score": 0.25} for row in PAIRS[:4]]
+    loss_args = json.dumps(REQUIRED.get(loss, {}))
+    common = {"loss": loss, "learning_rate": 1e-3}
+    log = training.train_model(
+        *(tiny_teacher, rows, tmp_path / "out"),
+        **common,
+        loss_args=loss_args,
+        epochs=1.0,
+        precision="float32",
+    )
+    trainer = PLaDTrainer(
+        load_model(tiny_teacher, dtype=torch.float32),
+        PLaDConfig(
+            str(tmp_path / "run"),
+            **common,
+            loss_args=loss_args,
+            rank_end_token=False,  # the command's own default
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        processing_class=load_tokenizer(tiny_teacher),
+    )
+    trainer.train()
+    ours, theirs = trainer.state.log_history[0], log[0]
+    for name in ("loss", "nll", "logps/chosen"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
