@@ -17,6 +17,9 @@ import hypothesis
 import pytest
 import torch
 
+# Importing what the tests need is faster without; see `frozen_heap`.
+gc.disable()
+
 # Read when a kernel is defined: without a GPU all of them are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,6 +51,7 @@ def frozen_heap():
     that the libraries hold takes a quarter of a second to look through."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

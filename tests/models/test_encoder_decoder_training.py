@@ -160,6 +160,7 @@ def test_a_first_token_that_the_model_forces_is_kept(tokenizer):
         assert answer.text.startswith("Q") == (wanted is not None)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_distill_a_t5_of_a_decoder_only_teacher(tokenizer, tiny_teacher, tmp_path, capsys):
     """The recipe from pairs to report; the student loses decoder layers and keeps its encoder."""
     student, model = tmp_path / "t5", make_model("t5_v1_1")

@@ -196,6 +196,7 @@ def test_the_student_of_a_run_is_the_merged_model(role, adapters, tmp_path, monk
     )
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_evaluation_takes_what_can_be_loaded(base, adapters, pairs, tmp_path):
     command = ["evaluate", "--student", f"Base={base}", "--student", f"LoRA={adapters}",
                "--pairs", str(pairs), "--output-dir", str(tmp_path / "out"),

@@ -153,6 +153,7 @@ def test_training_says_it_before_a_model_is_loaded(
     assert ("nothing can be learned from this data" in printed.err) == (status == 2)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_an_evaluation_shows_it_in_terminal_and_report(tiny_teacher, tmp_path, capsys):
     data = rows(20, "{}", "{} ")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))

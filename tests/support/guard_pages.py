@@ -102,14 +102,15 @@ def kernels(name: str) -> ModuleType:
 
 
 Case = tuple[str, Callable[[], None]]
-_DTYPES = (torch.float32, torch.bfloat16)
+_LAYOUTS = ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
+"""A dtype, and whether the last two dimensions lie in memory the other way round."""
 _NO_SCALING = {"logit_scale": 1.0, "temperature": 1.0, "ignore_index": -100}
 
 
 def linear_cases(guard: Guard) -> Iterator[Case]:
     """Sizes about the blocks of 16, and rows that tensor descriptors and vectors can read."""
     shapes = [(17, 37, 7), (1, 1, 1), (33, 17, 33), (16, 15, 16), (5, 48, 24), (31, 33, 16)]
-    for (n, v, d), dtype, flip in itertools.product(shapes, _DTYPES, (False, True)):
+    for (n, v, d), (dtype, flip) in itertools.product(shapes, _LAYOUTS):
         label = f"N={n} V={v} D={d} {dtype} {'transposed' if flip else ''}"
         yield label, partial(_linear, guard, n, v, d, dtype, flip)
     yield "N=0", partial(_linear, guard, 0, 5, 3, torch.float32, False)
@@ -147,7 +148,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
 def rows_cases(guard: Guard) -> Iterator[Case]:
     """A block and one entry less or more, of two and three dimensions; in place and elsewhere."""
     shapes = [(3, 37), (1, 1), (2, 16), (5, 15), (2, 3, 17), (0, 9), (1, 4, 33)]
-    for shape, dtype, flip in itertools.product(shapes, _DTYPES, (False, True)):
+    for shape, (dtype, flip) in itertools.product(shapes, _LAYOUTS):
         label = f"{shape} {dtype} {'transposed' if flip else ''}"
         yield label, partial(_rows, guard, shape, dtype, flip)
 

@@ -16,6 +16,7 @@ import yaml
 
 from plad_fast.cli import main
 from tests.support.fault_server import FaultServer, reasoning
+from tests.support.launched import Started, python
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -83,8 +84,13 @@ def test_the_code_of_a_page_runs(page, endpoint, tiny_teacher, tmp_path, monkeyp
             names["trainer"] = dpo_trainer(tiny_teacher)
         if name := re.match(r"# (\w+\.py)\n", code):
             Path(name[1]).write_text(code, encoding="utf-8")
-        elif re.search(r"torch\.distributed|environ", code):
-            run_in_a_process_of_its_own(code)
+        elif "environ" in code:
+            run_in_a_fresh_process(code)
+        elif "torch.distributed" in code:
+            program = tmp_path / f"block{number}.py"
+            program.write_text(code, encoding="utf-8")
+            started = Started(1, [str(program)], tmp_path / "logs", program=python)
+            assert started.statuses() == [0], started.said()
         else:
             exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
@@ -104,7 +110,7 @@ def dpo_trainer(model: Path):
     )
 
 
-def run_in_a_process_of_its_own(code: str) -> None:
+def run_in_a_fresh_process(code: str) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -123,6 +129,7 @@ def test_every_command_is_of_a_kind_that_is_run_here():
             assert line.startswith(kinds), f"{page.name}: no test runs: {line}"
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     "page", [p for p in pages_with(lambda p: commands(p, "plad-fast ")) if p != README], ids=by_name
 )
