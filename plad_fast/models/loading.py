@@ -6,8 +6,9 @@ import functools
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Where nothing is said, transformers asks at the terminal whether to run a model's own code.
 _NO_FOREIGN_CODE = {"trust_remote_code": False}
+_READING = threading.RLock()
 
 
 def load_model(
@@ -73,7 +75,8 @@ def load_model(
         require_packages("gguf")
         dtype = torch.float32 if dtype == "auto" else dtype
         _keep_dense(location)
-    with _loading("a language model", source), gguf_read_once():
+    once = gguf_read_once() if "gguf_file" in location else nullcontext()
+    with _loading("a language model", source), once:
         base = _base_of_adapters(location)
         is_beside = base is not None and expanded(base).resolve() == expanded(source).resolve()
         if base is not None and (merge_adapters or not (is_beside or _is_found(location, base))):
@@ -166,21 +169,23 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 def gguf_read_once() -> Iterator[None]:
     """Within this each GGUF file's header is read once. transformers reads it for the config, the
     weights and the tokenizer, and lists the names of tensors for every module: most of the time
-    that a small model takes."""
-    if importlib.util.find_spec("gguf") is None:
+    that a small model takes. One thread at a time."""
+    try:
+        import gguf
+    except ImportError:
         yield
         return
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    functions = {name: getattr(gguf, name) for name in names}
-    try:
-        for name, function in functions.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in functions.items():
-            setattr(gguf, name, function)
+    # A folder of that name may be taken for the package.
+    names = [name for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)]
+    with _READING:
+        functions = {name: getattr(gguf, name) for name in names}
+        try:
+            for name, function in functions.items():
+                setattr(gguf, name, functools.cache(function))
+            yield
+        finally:
+            for name, function in functions.items():
+                setattr(gguf, name, function)
 
 
 def find_model(source: str, option: str) -> str:
@@ -195,12 +200,17 @@ def find_model(source: str, option: str) -> str:
         return str(place_of(source))
     require_there(source, option)
     path = expanded(source)
+    if str(path) == OFFLINE:  # ./offline, and not what the name alone means
+        path = path.absolute()
     return str(path) if is_there(path) else source
 
 
 def place_of(source: str | os.PathLike[str]) -> str | Path:
-    """`offline_teacher_path()` for "offline", anything else as it is."""
-    return offline_teacher_path() if os.fspath(source) == OFFLINE else os.fspath(source)
+    """`offline_teacher_path()` for the text "offline", anything else as it is; a `Path` of that
+    name is a folder."""
+    if os.fspath(source) != OFFLINE:
+        return os.fspath(source)
+    return offline_teacher_path() if isinstance(source, str) else Path(source).absolute()
 
 
 def check_loadable(source: str | os.PathLike[str]) -> None:

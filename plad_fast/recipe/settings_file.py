@@ -70,6 +70,9 @@ def _read(file: str | Path) -> dict[str, Any]:
     where = f"--config {file}"
     text = _text(file, where)
     try:
+        # One may hold itself, or mean more than memory holds.
+        if alias := next((e for e in yaml.parse(text) if isinstance(e, yaml.AliasEvent)), None):
+            raise UsageError(f"{where}: *{alias.anchor} is an alias; write out what it means")
         node: Any = yaml.compose(text, yaml.SafeLoader)
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -77,6 +80,8 @@ def _read(file: str | Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}," if mark is not None else ""
         said = " ".join(str(problem or error).split())[:_LONGEST]
         raise UsageError(f"{where}{line} is not YAML: {said}") from error
+    except UsageError:
+        raise
     except Exception as error:  # of numbers, dates and lists in lists without end
         said = " ".join(str(error).split())[:_LONGEST]
         raise UsageError(f"{where} holds a value that YAML cannot read: {said}") from error

@@ -49,8 +49,8 @@ _TAKEN = {
     **dict.fromkeys(("fsdp*", "deepspeed", "ddp_*", "local_rank", "*_config", "debug"), ""),
     **dict.fromkeys(("greater_is_better", "eval_on_start", "eval_delay", "label_names"), ""),
 }
-# What is logged, where, and how much of it is shown: no weight depends on these.
 _SHOWN = 3  # close names of a wrong one
+# What is logged, where, and how much of it is shown: no weight depends on these.
 _FREE = ("report_to", "run_name", "project", "trackio_*", "log_*", "logging_*", "disable_tqdm")
 
 

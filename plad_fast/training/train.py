@@ -312,9 +312,11 @@ class _Run:
         open_before = _open_runs()
         with deferred_signals(_NOTICE if rank() == 0 else "") as asked:
             trainer.add_callback(Checkpoints(self.checkpoints, self.training, asked))
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        for logger in _open_runs() - open_before:
-            sys.modules[logger].finish()
+            try:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            finally:
+                for logger in _open_runs() - open_before:
+                    sys.modules[logger].finish()
         step = trainer.state.global_step
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model

@@ -109,7 +109,9 @@ def publish(
     if checkpoint is not None:
         left_out = [*OF_TRAINING, CARD, *(["adapter_*"] if merge else [])]
         ignored = shutil.ignore_patterns(*left_out)
-        shutil.copytree(checkpoint, partial, ignore=ignored, copy_function=_link)
+        # What is merged writes the tokenizer again, in place.
+        copy = shutil.copy2 if merge else _link
+        shutil.copytree(checkpoint, partial, ignore=ignored, copy_function=copy)
     if checkpoint is None or merge:
         found = source if checkpoint is None else checkpoint
         load_model(found, dtype=torch.float32, merge_adapters=True).save_pretrained(partial)

