@@ -91,6 +91,10 @@ def paired_bootstrap(
         raise UsageError(f"n_resamples is {n_resamples!r}; take 2 or more (2000 is usual)")
     mean = float(values.mean())
     sums, counts = _by_group(values, groups)
+    try:
+        rng = np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        raise UsageError(f"seed is {seed!r}; give a whole number of at least 0") from None
     if len(sums) == 1:
         return Interval(mean, mean, mean, 0.0)
     resampled = bootstrap(
@@ -101,7 +105,7 @@ def paired_bootstrap(
         n_resamples=n_resamples,
         batch=max(1, _BOOTSTRAP_BLOCK // len(sums)),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=rng,
     )
     means = resampled.bootstrap_distribution
     tail = (1 - CONFIDENCE) / 2

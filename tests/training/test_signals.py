@@ -105,6 +105,8 @@ sys.exit(main({command!r}))
 
 def status_after_the_terminal_is_closed(code) -> int:
     """Of a program that says REACHED on the terminal and reads a line."""
+    # Under nohup, programs begin with the signal ignored.
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n{code}"
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
