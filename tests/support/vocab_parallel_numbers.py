@@ -23,8 +23,8 @@ from tests.support.vocab_parallel_ranks import (
 )
 
 DRAWS = 16
-"""Problems of which the largest errors are compared. On one so small torch's own error is luck: in
-float32 that of d weight goes from 4e-7 to 2e-6 over draws, and doubles with a CPU's instructions.
+"""Problems of which the largest float32 errors are compared. On one so small torch's own is luck:
+that of d weight goes from 4e-7 to 2e-6 over draws, and doubles with a CPU's instructions.
 """
 
 
@@ -33,7 +33,7 @@ def sixteen_bits_stay_within_the_error_budget(group):
     """And float32."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for seed in range(DRAWS):
+        for seed in range(DRAWS if dtype == torch.float32 else 1):
             for what, results in _sums_and_gradients(dtype, seed, group).items():
                 found.setdefault(what, []).append(results)
         for what, draws in found.items():
