@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from plad_fast.errors import UsageError
@@ -49,11 +50,6 @@ class _Team:
         self._talk(lambda: dist.broadcast_object_list(box, group=self.group, group_src=0))
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
-        found = [value] * self.size
-        self._talk(lambda: dist.all_gather_object(found, value, group=self.group))
-        return found
-
     def work(self, function: Callable[..., T], given: tuple[Any, ...]) -> list[T]:
         """This process's part, and what all of them have found."""
         self.works = True
@@ -66,6 +62,16 @@ class _Team:
         every = self.gather(found)
         self.works = False
         return every
+
+    def gather(self, value: T) -> list[T]:
+        found = [value] * self.size
+        self._talk(lambda: dist.all_gather_object(found, value, group=self.group))
+        return found
+
+    def largest(self, values: tuple[int, ...]) -> list[int]:
+        numbers = torch.tensor(values)
+        self._talk(lambda: dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group))
+        return numbers.tolist()
 
     def help(self) -> None:
         """Does the parts of this process until the first one has ended, and ends like it."""
@@ -163,7 +169,7 @@ def of_all(value: T) -> list[T]:
 
 def largest(*values: int) -> list[int]:
     """The largest of each value over all processes, which are all to ask."""
-    return [*map(max, zip(*of_all(values), strict=True))]
+    return list(values) if _team.size == 1 else _team.largest(values)
 
 
 def require_seen(path: Path) -> None:
