@@ -1,6 +1,6 @@
 """Sets of processes that talk over gloo, forked from one that has done the imports.
 
-    python -m tests.support.process_sets FOLDER tests.support.wrapped_losses:LOSSES:2 ...
+    start(folder, "ran", "tests.support.wrapped_losses:LOSSES:2", ...)
 
 runs the cases in the module's dict of that name in two processes, and so on. What a case returns or
 raises in each of them is left in FOLDER/LOSSES-2-<rank>.pt, as {name: ("ok", value) or ("failed",
@@ -14,10 +14,10 @@ import faulthandler
 import gc
 import importlib
 import os
-import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.launched import Started
+
 # Of one set; a hang must end in a failure.
 TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("PLAD_TEST_TIMEOUT", "240")))
 
 
 def start(folder: Path, name: str, *sets: str) -> tuple[Path, str]:
     """Runs sets in a program of their own. Returns the folder, and how they ended."""
-    log = folder / f"{name}.log"
-    with log.open("w") as output:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.support.process_sets", str(folder), *sets],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+    command = [str(folder), *sets]
+    started = Started(1, command, folder / f"{name}-logs", program=main, DS_ACCELERATOR="cpu")
+    statuses = started.statuses((1 + len(sets)) * TIMEOUT.total_seconds())
     # A set that ended early leaves the results of its first cases.
-    return folder, f"the processes ended with {done.returncode}:\n{log.read_text()[-4000:]}"
+    return folder, f"the processes ended with {statuses}:\n{started.said()[-4000:]}"
 
 
 def results(started: tuple[Path, str], name: str, world: int, case: str) -> list[Any]:
@@ -61,7 +56,8 @@ def results(started: tuple[Path, str], name: str, world: int, case: str) -> list
     return [value for _, value in left]
 
 
-def main(folder: Path, sets: list[str]) -> int:
+def main(typed: Sequence[str]) -> int:
+    folder, sets = Path(typed[0]), typed[1:]
     wanted = os.environ.get("PLAD_TEST_CASES", "")
     for module, name, count in (each.split(":") for each in sets):
         cases, world = importlib.import_module(module), int(count)
@@ -134,7 +130,3 @@ def _wait(children: list[int]) -> bool:
         os.kill(child, 9)
         os.waitpid(child, 0)
     return good
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -30,6 +30,7 @@ class Case:
     bias: Tensor | None = None  # (V,)
     options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
     config: RowsConfig | None = SMALL
+    row_width: int | None = None
 
     @property
     def keep(self) -> Tensor:
@@ -41,6 +42,7 @@ class Case:
             self.targets,
             bias=self.bias,
             entropy_order=entropy_order,
+            row_width=self.row_width,
             config=self.config,
             **self.options,
         )
@@ -68,6 +70,7 @@ class Case:
             out=torch.empty(self.logits.shape, dtype=self.logits.dtype) if out is None else out,
             rows=rows,
             scale=scale,
+            row_width=self.row_width,
             config=self.config,
             **self.options,
         )
@@ -190,4 +193,5 @@ def narrowed(case: Case, dtype: torch.dtype, row_width: int) -> tuple[Case, Tens
     memory = torch.full((*case.logits.shape[:-1], row_width), NAN)
     vocab = case.logits.shape[-1]
     memory[..., :vocab] = case.logits
-    return replace(case, logits=memory[..., :vocab]), memory.view(dtype)[..., :vocab]
+    case = replace(case, logits=memory[..., :vocab], row_width=row_width)
+    return case, memory.view(dtype)[..., :vocab]
