@@ -168,6 +168,8 @@ def vector(
     """The values as (n,) float64; raises UsageError unless there are `count` of them, or some, and
     all are finite. With `may_lack` NaN stands for a value that there is not."""
     try:
+        if np.iscomplexobj(values):  # the cast would drop the imaginary part
+            raise TypeError("complex numbers")
         array = np.asarray(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} must hold one real number for each example: {error}") from None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +26,7 @@ from plad_fast.data.places import (
 )
 from plad_fast.errors import UsageError, reason_of, reported_as
 from plad_fast.models.adapters import merged_adapters
+from plad_fast.models.gguf_files import gguf_read_once, keep_dense, set_gguf_eos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +35,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Where nothing is said, transformers asks at the terminal whether to run a model's own code.
 _NO_FOREIGN_CODE = {"trust_remote_code": False}
-_READING = threading.RLock()
 
 
 def load_model(
@@ -74,7 +72,7 @@ def load_model(
     if "gguf_file" in location:
         require_packages("gguf")
         dtype = torch.float32 if dtype == "auto" else dtype
-        _keep_dense(location)
+        keep_dense(location)
     once = gguf_read_once() if "gguf_file" in location else nullcontext()
     with _loading("a language model", source), once:
         base = _base_of_adapters(location)
@@ -154,7 +152,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     with _loading("a tokenizer", source, "save one there, by tokenizer.save_pretrained"):
         tokenizer = AutoTokenizer.from_pretrained(**location, **_NO_FOREIGN_CODE)
     if "gguf_file" in location and tokenizer.eos_token == tokenizer.bos_token:
-        _set_gguf_eos(tokenizer, Path(*location.values()))
+        set_gguf_eos(tokenizer, Path(*location.values()))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UsageError(
@@ -163,29 +161,6 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def gguf_read_once() -> Iterator[None]:
-    """Within this each GGUF file's header is read once. transformers reads it for the config, the
-    weights and the tokenizer, and lists the names of tensors for every module: most of the time
-    that a small model takes. One thread at a time."""
-    try:
-        import gguf
-    except ImportError:
-        yield
-        return
-    # A folder of that name may be taken for the package.
-    names = [name for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)]
-    with _READING:
-        functions = {name: getattr(gguf, name) for name in names}
-        try:
-            for name, function in functions.items():
-                setattr(gguf, name, functools.cache(function))
-            yield
-        finally:
-            for name, function in functions.items():
-                setattr(gguf, name, function)
 
 
 def find_model(source: str, option: str) -> str:
@@ -311,6 +286,7 @@ def _base_of_adapters(location: Mapping[str, Any]) -> str | None:
             "base_model_name_or_path; write a hub id or a folder there, or load the base model "
             "yourself and pass it to peft.PeftModel.from_pretrained"
         )
+    _require_an_end(Path(source), base)
     return base
 
 
@@ -321,6 +297,23 @@ def _is_found(adapters: Mapping[str, Any], base: str) -> bool:
         return False
     location = _locate(base)
     return "gguf_file" not in location and _base_of_adapters(location) is None
+
+
+def _require_an_end(source: Path, base: str) -> None:
+    """Refuses adapters on adapters that come back to the first ones."""
+    seen, folder = {source.resolve()}, expanded(base)
+    while is_there(folder / ADAPTER_CONFIG) and not is_there(folder / "config.json"):
+        if folder.resolve() in seen:
+            raise UsageError(
+                f"the adapters in {str(source)!r} go in a circle: the base models named by "
+                f"base_model_name_or_path lead back to {str(folder)!r}; write the model that these "
+                "were trained on into its adapter_config.json"
+            )
+        seen.add(folder.resolve())
+        following = _named_base(folder / ADAPTER_CONFIG)
+        if not following:
+            return
+        folder = expanded(following)
 
 
 def _named_base(config_file: str | os.PathLike[str], *, as_written: bool = False) -> str:
@@ -334,24 +327,6 @@ def _named_base(config_file: str | os.PathLike[str], *, as_written: bool = False
         raise UsageError(
             f"{config_file} is damaged ({reason_of(error)}); save the adapters again"
         ) from error
-
-
-def _set_gguf_eos(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """transformers 4 takes the BOS token of a Llama's GGUF file for its EOS token."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).get_field("tokenizer.ggml.eos_token_id")
-    if field is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-
-
-def _keep_dense(location: dict[str, Any]) -> None:
-    """Asks for dense weights where transformers would otherwise keep the GGUF blocks packed."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # such versions always dequantise
-        return
-    location["quantization_config"] = GgufConfig(dequantize=True)
 
 
 def _require_all_weights(

@@ -22,11 +22,11 @@ from plad_fast.data.records import digest, model_digest
 from plad_fast.data.store import has_rows
 from plad_fast.errors import UsageError
 from plad_fast.evaluation.report.terminal import comparison_table
+from plad_fast.models.gguf_files import gguf_read_once
 from plad_fast.models.layer_drop import depth, drop_layers
 from plad_fast.models.loading import (
     check_loadable,
     find_model,
-    gguf_read_once,
     load_model,
     load_tokenizer,
 )

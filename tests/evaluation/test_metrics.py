@@ -105,6 +105,8 @@ def test_nothing_but_ties_is_no_evidence():
         (lambda: metrics.paired_bootstrap([[1.0]]), r"shape \(1, 1\)"),
         (lambda: metrics.margins([1.0], [1.0, 2.0]), r"rejected_logps has shape \(2,\)"),
         (lambda: metrics.paired_bootstrap([1.0], n_resamples=1), "take 2 or more"),
+        (lambda: metrics.paired_bootstrap([1.0, 2.0], seed=1.5), "seed is 1.5"),
+        (lambda: metrics.margins(np.array([1j]), [1.0]), "chosen_logps must hold one real number"),
         (lambda: metrics.paired_bootstrap([1.0], groups="ab"), "1 examples and 2 groups"),
         (lambda: metrics.sign_test([1.0, 0.75]), "an outcome is 0.75"),
     ],

@@ -8,8 +8,6 @@ import io
 import json
 import pickle
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from plad_fast.errors import UsageError, reason_of
 from plad_fast.models.loading import (
     check_loadable,
     find_model,
-    gguf_read_once,
     is_encoder_decoder,
     load_model,
     load_tokenizer,
@@ -286,24 +283,6 @@ def test_a_folder_of_the_name_offline_is_that_folder(tiny_teacher, tmp_path, mon
     found = find_model("./offline", "--model")
     for source in (found, Path("offline"), "./offline"):
         assert Path(load_model(source).config.name_or_path).resolve() == tmp_path / "offline"
-
-
-def test_a_gguf_header_is_read_once(monkeypatch, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    read = []
-    monkeypatch.setattr(gguf, "GGUFReader", read.append)
-    reader = gguf.GGUFReader
-    with gguf_read_once(), gguf_read_once():
-        gguf.GGUFReader("a")
-        gguf.GGUFReader("a")
-    assert read == ["a"]
-    assert gguf.GGUFReader is reader
-
-
-def test_a_folder_of_the_name_gguf_is_no_library(monkeypatch, tiny_teacher):
-    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
-    with gguf_read_once():
-        load_model(tiny_teacher)
 
 
 def test_offline_is_the_model_of_the_wheel_in_python_too(tiny_teacher, monkeypatch):

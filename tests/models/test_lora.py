@@ -11,10 +11,12 @@ import transformers
 from safetensors.torch import load_file
 
 from plad_fast.cli import main
+from plad_fast.data.manifest import damage
 from plad_fast.models import lora
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_pairs
 from plad_fast.training import checkpoints
+from plad_fast.training.train import train_model
 from tests.support.recipe_runs import arguments, content, evaluate, train, write_pairs
 from tests.support.saved_trainings import stop
 
@@ -108,6 +110,22 @@ def test_a_killed_training_of_adapters_ends_with_the_same_weights(
     ours, theirs = (load_file(tmp_path / name / ADAPTERS) for name in ("out", "straight"))
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight), name
+
+
+@pytest.mark.parametrize("options", [{"base": "../elsewhere"}, {"merge": True}], ids=str)
+def test_a_checkpoint_is_whole_until_its_model_is_published(
+    options, tiny_teacher, pairs, tmp_path, monkeypatch
+):
+    """What a kill leaves is gone on from: no file that is written again is the checkpoint's."""
+    monkeypatch.setattr("plad_fast.training.train.discard_checkpoints", lambda output: None)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    train_model(tiny_teacher, rows, tmp_path / "out", loss="sft", epochs=1, learning_rate=1e-2,
+                lora_r=4, **options)  # fmt: skip
+    found = [*tmp_path.glob("out.checkpoints/checkpoint-*")]
+    assert found
+    assert [damage(path) for path in found] == [None] * len(found)
+    if "merge" in options:  # which writes the tokenizer again: the same bytes, unless it is killed
+        assert {file.stat().st_nlink for path in found for file in path.iterdir()} == {1}
 
 
 def test_the_reference_of_a_loss_is_the_model_without_adapters(tiny_teacher, pairs, tmp_path):

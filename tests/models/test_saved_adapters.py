@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -160,6 +161,27 @@ def test_tokens_trained_at_a_tied_head_are_not_merged_into_the_embeddings(others
     folder = save_adapters(base, tmp_path / "tokens", config)
     with pytest.raises(UsageError, match="which merging would change as well"):
         load_model(folder, merge_adapters=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("a", "a")])
+def test_adapters_in_a_circle_are_refused(first, second, adapters, tmp_path, pairs, capsys):
+    settings = json.loads((adapters / "adapter_config.json").read_text())
+    for name, other in ((first, second), (second, first), ("outer", first)):
+        shutil.copytree(adapters, tmp_path / name, dirs_exist_ok=True)
+        changed = {**settings, "base_model_name_or_path": str(tmp_path / other)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(changed))
+    for name in (first, "outer"):
+        assert model_digest(tmp_path / name)
+        for load in (
+            load_model,
+            load_tokenizer,
+            functools.partial(load_model, merge_adapters=True),
+        ):
+            with pytest.raises(UsageError, match="in a circle"):
+                load(tmp_path / name)
+    command = ["train", "--pairs", str(pairs), "--output-dir", str(tmp_path / "out"), "--model"]
+    assert main([*command, str(tmp_path / "outer")]) == 2
+    assert "in a circle" in capsys.readouterr().err
 
 
 def test_adapters_beside_their_model_are_not_merged_for_ever(base, adapters):

@@ -246,15 +246,6 @@ def test_a_callers_own_function_with_scores_and_counts():
     assert_equal_with_gradients(problem, ours.loss, unfused(problem, **options))
 
 
-def test_a_head_sharded_by_tensor_parallelism_is_sent_to_its_own_ops():
-    """`head_arguments` has a group for it."""
-    inputs = make_problem([2, 3]).inputs
-    with pytest.raises(UsageError, match=r"group: .*vocab_parallel_preference_loss"):
-        fused_linear_preference_loss(*inputs, group=object())
-    with pytest.raises(UsageError, match=r"group: .*vocab_parallel_sequence_logprobs"):
-        linear_sequence_logprobs(*inputs, group=object())
-
-
 def test_an_empty_batch_has_a_loss_of_zero_with_a_graph():
     problem = make_problem([])
     ours = fused_linear_preference_loss(*problem.inputs, sft_weight=1.0, **problem.options)
