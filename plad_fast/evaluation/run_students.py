@@ -32,6 +32,7 @@ from plad_fast.evaluation.samples import (
     require_samples,
 )
 from plad_fast.evaluation.students import Judge, StudentOutputs
+from plad_fast.models.adapters import merge_for_inference
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer, place_of
 from plad_fast.models.response_scores import score_responses, score_rows
@@ -334,7 +335,8 @@ class _Student:
         """The model, of which there is one at a time."""
         if not self._loaded or self._loaded[0].dtype != dtype:
             self._loaded.clear()  # makes room
-            self._loaded.append(load_model(self.path, dtype=dtype, device=best_device()))
+            model = load_model(self.path, dtype=dtype, device=best_device())
+            self._loaded.append(merge_for_inference(model))
         return self._loaded[0]
 
     def _text_model(self, name: str) -> LocalModel:

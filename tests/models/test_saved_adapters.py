@@ -15,6 +15,7 @@ from plad_fast.cli import main
 from plad_fast.data.records import model_digest
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
+from plad_fast.models.adapters import merge_for_inference
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_pairs
 from plad_fast.recipe.teachers import Teachers
@@ -71,6 +72,27 @@ def test_merged_adapters_are_ordinary_weights(base, adapters, tmp_path):
     same = load_model(base, merge_adapters=True)
     assert torch.equal(logits(same), logits(load_model(base)))
     assert load_tokenizer(adapters).get_vocab() == load_tokenizer(base).get_vocab()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_lora_is_merged_in_place_for_inference(tied, options, base, tmp_path):
+    """But where a weight is another layer's too, or the adapter is not plain LoRA."""
+    if tied:
+        tie(base)
+    targets = BODY if options else [*BODY, "lm_head"]
+    config = peft.LoraConfig(r=3, target_modules=targets, **options)
+    folder = save_adapters(base, tmp_path / "lora", config)
+    theirs = peft.PeftModel.from_pretrained(load_model(base), folder).eval()
+    want = logits(theirs)
+    model = merge_for_inference(theirs if options or tied else load_model(folder))
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    apart = {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A") and not layer.merged
+    }
+    assert apart == (set(BODY) if options else {"lm_head"} if tied else set())
 
 
 TRAINED_TOKENS = {

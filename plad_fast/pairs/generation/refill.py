@@ -63,8 +63,11 @@ class RowDecoder:
         self._cache: Any = DynamicCache()
         self._lengths: list[int] = []
         # No logits of a prompt's tokens but for the last: they would be the largest tensor of all.
+        # An index copies the states of the last tokens; of a slice, whose rows lie apart, PyTorch
+        # would make a product for each row, with a copy of the head for each.
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
-        self._options = {"logits_to_keep": 1} if supports is not None and supports() else {}
+        last = torch.tensor([-1], device=self._device)
+        self._options = {"logits_to_keep": last} if supports is not None and supports() else {}
 
     def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:  # (new, V)
         """Reads new prompts and adds rows for them, `copies` of each, after those there are."""

@@ -174,10 +174,11 @@ def open_local_model(
 ) -> LocalModel:
     """A model loaded into this process, on a GPU if there is one, with its tokenizer; `thinks` as
     in `LocalModel`."""
+    from plad_fast.models.adapters import merge_for_inference
     from plad_fast.models.loading import load_model, load_tokenizer  # brings in transformers
 
     model = load_model(source, dtype=autocast_dtype(precision), device=best_device())
-    return LocalModel(model, load_tokenizer(source), name, thinks=thinks)
+    return LocalModel(merge_for_inference(model), load_tokenizer(source), name, thinks=thinks)
 
 
 def _column(column: str, columns: Columns | None) -> Mapping[str, str | None]:

@@ -18,6 +18,7 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.data.records import model_digest
 from plad_fast.data.special_tokens import SpecialText
 from plad_fast.errors import UsageError, reported_as
+from plad_fast.models.adapters import merge_for_inference
 from plad_fast.models.devices import best_device
 from plad_fast.models.head import evaluating
 from plad_fast.models.loading import load_model, load_tokenizer, place_of
@@ -129,7 +130,7 @@ class Likelihood(_ModelScorer):
         return scores
 
     def _load(self, device: str) -> PreTrainedModel:
-        return load_model(self._source, dtype=self._dtype, device=device)
+        return merge_for_inference(load_model(self._source, dtype=self._dtype, device=device))
 
 
 class RewardModel(_ModelScorer):
