@@ -274,7 +274,8 @@ def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
     inner = base_model(model)
     holders = [inner] if "generation_config" not in vars(model) else [inner, model]
     own = [holder.generation_config for holder in holders]
-    model.eval()
+    if training:  # a call passes through all modules, and this is entered for every batch
+        model.eval()
     for holder in holders:
         holder.generation_config = config
     try:
