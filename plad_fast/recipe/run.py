@@ -206,5 +206,7 @@ def last_logged(log: Sequence[Mapping[str, Any]], name: str, text: str) -> str:
 
 
 def _name_of(model: str) -> str:
-    """Of a hub id, a folder or a file."""
+    """Of a hub id, a folder or a file, or of a column of answers."""
+    if model.startswith("column:"):
+        return f"the column {model.removeprefix('column:')!r}"
     return Path(model).name.removesuffix(".gguf")

@@ -85,7 +85,10 @@ def test_teachers_of_a_file_of_settings_and_the_whole_recipe(tiny_teacher, promp
     assert by == {"column:a", "column:b"}
     stages = json.loads((folder / "run.json").read_text())["stages"]
     assert set(stages["fine-tuning"]["read"]) >= {"answers/teacher-2.jsonl"}
-    assert "Distillation of column:a and column:b" in (folder / "report.html").read_text()
+    assert (
+        "Distillation of the column &#39;a&#39; and the column &#39;b&#39;"
+        in (folder / "report.html").read_text()
+    )
 
 
 def test_a_teacher_that_fails_on_the_way_loses_its_own_answers_alone(
