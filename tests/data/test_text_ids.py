@@ -119,7 +119,9 @@ def test_a_prompt_that_melts_into_its_answer_is_refused():
 def test_an_end_whose_text_is_no_token_is_added_as_one():
     """A slow tokenizer that splits special tokens, or one whose EOS is a plain word."""
     tokenizer = load(word_piece())
-    tokenizer._tokenizer.encode_special_tokens = True
+    tokenizer.split_special_tokens = True
+    end = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    assert end != [tokenizer.eos_token_id]
     [ids] = encode_group(tokenizer, "sky", [" is"], max_length=64)["response_ids"]
     assert ids == [*tokenizer(" is", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 

@@ -37,13 +37,15 @@ def masked(problem):
     problem.targets.clamp_(min=len(problem.weight) // 2)
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    "spec", [{}, {"softcap": 5.0}, {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.7}]
+)
 @pytest.mark.parametrize(
     "scratch_bytes", [2**14, 2**17, 2**20], ids=["row by row", "chunks", "whole"]
 )
 @pytest.mark.parametrize("change", [ordinary, rising, masked])
-def test_error_budget(change, scratch_bytes, softcap):
-    problem = make_problem(LENGTHS, width=64, vocab=503, bias=True, scale=0.4, softcap=softcap)
+def test_error_budget(change, scratch_bytes, spec):
+    problem = make_problem(LENGTHS, width=64, vocab=503, bias=True, scale=0.4, **spec)
     problem = problem.to(torch.bfloat16)
     problem.bias.requires_grad_(False)
     problem.scratch_bytes = scratch_bytes

@@ -115,6 +115,27 @@ def test_pairs_at_and_around_the_hinge(loss, scratch_rows):
     assert_equal_with_gradients(problem, ours.loss, unfused(problem, loss=loss))
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_group_is_active_whichever_of_its_responses_has_a_gradient(place):
+    """Also one whose best response has none, as in a list whose order is wrong behind the first."""
+    problem = make_problem([3, 2, 4, 1, 5, 2, 2, 3, 1])
+    signs = torch.tensor([1.0, -1.0, 1.0])  # log-probabilities are below 0
+
+    def loss(logps, scores):
+        return torch.relu(-scores[:, 0] * logps[:, place])
+
+    options = {
+        "loss": loss,
+        "group_size": 3,
+        "scores": signs.repeat_interleave(3),
+        "sft_weight": 0.0,
+        "length_normalization": 0.0,
+    }
+    ours = fused_linear_preference_loss(*problem.inputs, **options, **problem.options)
+    assert ours.active.tolist() == [True, False, True]
+    assert_equal_with_gradients(problem, ours.loss, unfused(problem, **options))
+
+
 @pytest.mark.parametrize("scratch_rows", [3, None])
 def test_all_inactive_multiplies_only_forward(scratch_rows, monkeypatch):
     """A satisfied batch costs one product and has exactly zero gradients."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from plad_fast import UsageError
@@ -10,6 +12,7 @@ from plad_fast.recipe.arguments import COMMANDS
 from plad_fast.recipe.inputs import (
     RunPrompts,
     answer_columns,
+    prompts_digest,
     read_jsonl,
     split_prompts,
     write_jsonl,
@@ -43,6 +46,15 @@ def test_copies_of_a_prompt_stay_on_one_side():
     assert kinds[0].isdisjoint(kinds[1])
     with pytest.raises(UsageError, match="4 different prompts with --held-out 8"):
         split_prompts(prompts, 8.0, seed=0)
+
+
+def test_whatever_changes_of_prompts_is_noticed():
+    """Also the words of one that keeps its id."""
+    first, second = Prompt("a", "p", "r"), Prompt("b", [{"role": "user", "content": "q"}])
+    changes = [{"id": "c"}, {"content": "q"}, {"reference": "s"}, {"reference": None}]
+    lists = [[replace(first, **change), second] for change in ({}, *changes)]
+    lists += [[first, replace(second, tools=({"name": "f"},))], [second, first], [first]]
+    assert len(set(map(prompts_digest, lists))) == len(lists)
 
 
 def test_rows_may_hold_any_line_separator(tmp_path):

@@ -314,6 +314,30 @@ def test_a_file_of_an_earlier_state_is_no_edit(tmp_path, capsys):
     assert "a.jsonl is an earlier one" in capsys.readouterr().out
 
 
+def test_a_store_that_gained_rows_is_read_again_and_not_made_again(tmp_path):
+    """Such as answers that were asked for once more, of which pairs are made."""
+    file, done = tmp_path / "run" / "a.jsonl", []
+
+    def add(key):
+        with RowStore.open(file, {}) as store:
+            store.append([{"id": key}])
+        return "made"
+
+    def again():
+        done.clear()
+        folder = RunFolder(tmp_path / "run", {})
+        folder.stage(Stage("a", lambda: done.append("a") or add("1"), makes=["a.jsonl"]))
+        folder.stage(Stage("b", lambda: done.append("b") or "read", reads=["a.jsonl"]))
+        folder.close()
+        return list(done)
+
+    assert again() == ["a", "b"]
+    assert again() == []
+    add("2")
+    assert again() == ["b"]
+    assert again() == []
+
+
 def test_stages_of_one_folder_that_checks_itself(tmp_path, capsys):
     """As the evaluations after one round and after two."""
     folder = RunFolder(tmp_path / "run", {})

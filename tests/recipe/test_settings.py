@@ -127,3 +127,10 @@ def test_students_have_room_for_the_reasoning_that_they_are_trained_on():
         assert stage_settings(config, "evaluation")["max_new_tokens"] == tokens
     with pytest.raises(UsageError, match="--max-new-tokens 40 and --reasoning-tokens 100 together"):
         DistillConfig(**given, reasoning="keep", max_length=140).require_room()
+
+
+def test_every_round_and_turn_of_a_student_has_a_seed_of_its_own():
+    """None of them the teacher's: equal models would give equal answers."""
+    config = DistillConfig(seed=5, student_temperature="0,1")
+    drawn = [student_sampling(config, turn, number) for turn in range(4) for number in range(1, 9)]
+    assert len({config.seed, *(sampling.seed for sampling in drawn)}) == 33

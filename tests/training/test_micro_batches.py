@@ -48,6 +48,11 @@ def test_packing_is_first_fit(parts, budget, padded, data):
     assert pack(lengths, None, padded=padded) == one
 
 
+def test_a_part_is_padded_to_the_longest_of_its_own_kind():
+    """Which another item of the bin may have than that of the other parts, or than the last."""
+    assert pack([(10, 0), (1, 8), (4, 4)], 36, padded=True) == [[0, 1], [2]]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_packing_a_large_set_takes_no_time(padded):
     """60,000 rows, as for a reference pass; a search of all bins would take minutes."""

@@ -99,6 +99,19 @@ def test_a_run_that_a_training_began_at_a_logger_ends_with_it(tiny_teacher, tmp_
     assert wandb.ended == 1
 
 
+def test_what_was_trained_on_other_rows_is_refused(
+    killed, finished, tiny_teacher, tmp_path, monkeypatch
+):
+    """As many as before, one of them edited: neither checkpoints nor a model are of these."""
+    edited = [*ROWS[:-1], {**ROWS[-1], "chosen": " maybe"}]
+    monkeypatch.setattr("tests.support.saved_trainings.ROWS", edited)
+    shutil.copytree(killed, tmp_path / "killed.checkpoints")
+    shutil.copytree(finished, tmp_path / "finished")
+    for name in ("killed", "finished"):
+        with pytest.raises(UsageError, match=r"rows was '12 rows, .* and is '12 rows, "):
+            train(tiny_teacher, tmp_path / name)
+
+
 def test_what_is_no_checkpoint_is_left_alone(killed, finished, tiny_teacher, tmp_path):
     """Also by the training's end, which removes what it made itself."""
     folder = shutil.copytree(killed, tmp_path / "out.checkpoints")
