@@ -240,8 +240,8 @@ _PAGE = """# The loss on an H100, by counting
 
 Made by `python -m benchmarks.counted` with {made_with}, at {commit}, on a machine without a GPU.
 **Nothing here was timed.** Launches, bytes, waits and flops are counted; rates are assumed.
-Differences of less than about a fifth mean nothing, and libraries that rely on the L2 cache come out
-too slow: use the tables for the counts, not to rank libraries.
+Differences of less than about a fifth mean nothing, and libraries that rely on the L2 cache come
+out too slow: use the tables for the counts, not to rank libraries.
 
 Forward and backward to hidden states and weight, N x D x V, bfloat16, pairs of {length} + {length}
 tokens of which a share a has a gradient. Every implementation runs its own code for an {device} on

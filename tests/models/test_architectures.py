@@ -111,7 +111,7 @@ def assert_same_gradients_in_training(model, batch):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("architecture", sweep())
+@pytest.mark.parametrize("architecture", [*sweep()])
 def test_fused_log_probs_are_those_of_the_models_own_logits(architecture):
     kind, model_type, class_name = architecture
     if kind == MORE_THAN_TEXT and not IS_NEW:
