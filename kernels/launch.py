@@ -1,8 +1,9 @@
-"""Block sizes, warps and stages of every launch, chosen here and nowhere else, and helpers of the
-launchers.
+"""Block sizes, warps and stages of launches, and helpers of the launchers.
 
-Configurations are frozen. They follow from dtype, shapes and compute capability by the two
-functions below; `python -m plad_fast.kernels.aot` compiles what these return.
+Every launcher takes a configuration from here unless its caller passes one: `linear_config`,
+`rows_config` and `vocab_splits` choose by dtype, shapes and GPU; a `SegmentsConfig` and `COMBINE`
+are constants. `python -m plad_fast.kernels.aot` compiles these. With PLAD_FAST_AUTOTUNE=1 the
+linear kernels take what `kernels.autotune` measures instead.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class SegmentsConfig:
-    """A sequence is read BLOCK_N tokens at a time."""
+    """Values of tokens are read BLOCK_N at a time."""
 
     BLOCK_N: int = 128
     num_warps: int = 4
     num_stages: int = 2
+
+
+COMBINE = SegmentsConfig(64, num_warps=2, num_stages=3)
+"""Of the kernel that folds the parts of a token's statistics."""
 
 
 @dataclass(frozen=True)
