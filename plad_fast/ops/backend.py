@@ -91,7 +91,12 @@ class LinearProblem(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """As the registered ops take them, one by one."""
-        return *self[:5], *self.options
+        return *self[:-1], *self.options
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the options."""
+        return self[:-1]
 
 
 class LinearStatistics(NamedTuple):
