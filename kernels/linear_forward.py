@@ -241,7 +241,7 @@ def _combine_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
 
 
-def linear_forward(
+def launch_linear_forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -267,7 +267,9 @@ def linear_forward(
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
     if config is None and num_tokens and autotune.wanted(hidden):
-        config = autotune.linear_config(linear_forward, hidden, weight, bias, targets, **options)
+        config = autotune.linear_config(
+            launch_linear_forward, hidden, weight, bias, targets, **options
+        )
     elif config is None:
         lean = launch.is_lean(bias, softcap, vocab)
         config = launch.linear_config(hidden.dtype, num_tokens, device, loads=loads, lean=lean)

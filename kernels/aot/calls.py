@@ -22,7 +22,7 @@ from plad_fast.kernels.launch import (
     SegmentsConfig,
 )
 from plad_fast.kernels.linear_backward import logits_gradient
-from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.linear_forward import launch_linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
 from plad_fast.kernels.segments import segment_sums
 from torch import Tensor
@@ -147,7 +147,7 @@ def _call_linear(call: Call) -> None:
         )
         for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
             for entropy_order in _orders(call):
-                linear_forward(
+                launch_linear_forward(
                     *(hidden, weight, bias, targets),
                     **options,
                     entropy_order=entropy_order,

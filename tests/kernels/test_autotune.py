@@ -306,7 +306,7 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     hidden, weight = torch.randn(3, 16), torch.randn(40, 16)
     targets = torch.tensor([0, 39, 7])
     for _ in range(2):
-        got = linear_forward.linear_forward(
+        got = linear_forward.launch_linear_forward(
             hidden, weight, None, targets, **options, entropy_order=0
         )
         d_logits = linear_backward.logits_gradient(
