@@ -6,7 +6,8 @@ and concerns one key: processes that tune at the same time disturb one another i
 
 A configuration decides the order of a sum, so two machines that measure differently may differ in
 the last bits; from then on each of them repeats itself. Processes that must agree to the bit share
-a cache that is filled before they start. Without the variable nothing here is called.
+a cache that is filled before they start. Launchers ask `wanted` first: without the variable they
+call nothing else here, and take what `kernels.launch` chooses.
 """
 
 from __future__ import annotations
@@ -94,15 +95,13 @@ def linear_config(
     *arguments: Any,
     **options: Any,
 ) -> LinearConfig:
-    """For these arguments of a launcher on `logits_tile`: the heuristic's choice, or, where that is
-    wanted, the fastest of its neighbours.
+    """For these arguments of a launcher on `logits_tile`, of one token or more: the fastest of
+    `launch.linear_candidates`.
     """
     (num_tokens, width), vocab = hidden.shape, len(weight)
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
     lean = launch.is_lean(bias, options["softcap"], vocab)
-    if not num_tokens or not wanted(hidden):
-        return launch.linear_config(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     candidates = launch.linear_candidates(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     # What the launcher tells apart has the heuristic's choice in common: the first candidate.
     order = options.get("entropy_order", 0)

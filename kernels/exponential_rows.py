@@ -11,8 +11,9 @@ of its raw products is g * factor * values:
 Neither depends on g, so a loss need not be known before the logits are gone, and the factors go to
 the small operand of a product. r is the largest logit but the target's of the first block that is
 not masked. Where a later block exceeds it by `_SLACK` nats, what is written so far is multiplied,
-and rounded, once more; values lie between exp(-87) and exp(`_SLACK`), which bfloat16 holds as
-float32 does. r never exceeds the lse, so that factors are |slope| at most.
+and rounded, once more: values are exp(`_SLACK`) at most, and V times that at y, which bfloat16
+holds as float32 does; those below exp(-87) are rounded to 0, or nearly so. r never exceeds the
+lse, so that factors are |slope| at most.
 
 Block k of the values covers what block k // 2 of the logits was read from: every block is written
 after it was read, if the warps of a program wait for one another between the two.

@@ -1,8 +1,9 @@
-"""Block sizes, warps and stages of every launch, chosen here and nowhere else, and helpers of the
-launchers.
+"""Block sizes, warps and stages of launches, and helpers of the launchers.
 
-Configurations are frozen. They follow from dtype, shapes and compute capability by the two
-functions below; `python -m plad_fast.kernels.aot` compiles what these return.
+Every launcher takes a configuration from here unless its caller passes one: `linear_config`,
+`rows_config` and `vocab_splits` choose by dtype, shapes and GPU; a `SegmentsConfig` and `COMBINE`
+are constants. `python -m plad_fast.kernels.aot` compiles these. With PLAD_FAST_AUTOTUNE=1 the
+linear kernels take what `kernels.autotune` measures instead.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class SegmentsConfig:
-    """A sequence is read BLOCK_N tokens at a time."""
+    """Values of tokens are read BLOCK_N at a time."""
 
     BLOCK_N: int = 128
     num_warps: int = 4
     num_stages: int = 2
+
+
+COMBINE = SegmentsConfig(64, num_warps=2, num_stages=3)
+"""Of the kernel that folds the parts of a token's statistics."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Device:
 
 TOKEN_GROUP = 16
 """Tiles of tokens that take all parts of the vocabulary before the next ones do: with 8 parts they
-fill a GPU of 132 multiprocessors, and their hidden states, 1 MiB a tile where D is 4096, its L2.
+fill a GPU of 132 multiprocessors, and their hidden states, 1 MiB a tile where D is 4096, take 16 of
+the 50 MiB of its L2.
 """
 
 # A stand-in for tensors on the CPU, which the interpreter runs.
@@ -113,12 +119,12 @@ def linear_config(
     """Of the forward and of the gradient of the logits, which are the same product.
 
     The largest tile whose accumulators stay in registers and whose pipeline fits shared memory.
-    16-bit operands: with TMA on 9.0 and 10.0 128 x 256, else 128 x 128; a bias, a softcap or an
-    odd vocabulary needs registers of its own and takes a narrower tile. On 8.6, 8.9 and 12.0,
-    where a block has 99 KiB of shared memory, steps are shorter. float32 runs on the ordinary
-    units, which a tile of 64 x 64 keeps busy. Operands that cannot be read in vectors pass through
-    registers, of which a small tile has enough. With few tokens BLOCK_N shrinks to them, as far as
-    the instruction allows.
+    16-bit operands: with TMA on 9.0 and 10.0 128 x 256, else 128 x 128; a bias, a softcap or a
+    vocabulary that 16 does not divide needs registers of its own and takes a narrower tile. On 8.6,
+    8.9 and 12.0, where a block has 99 KiB of shared memory, steps are shorter. float32 runs on the
+    ordinary units, which a tile of 64 x 64 keeps busy. Operands that cannot be read in vectors pass
+    through registers, of which a small tile has enough. With few tokens BLOCK_N shrinks to them, as
+    far as the instruction allows.
 
     Args:
         loads: of `load_kind`.
@@ -211,7 +217,8 @@ class LibraryFrom(NamedTuple):
 LIBRARY_FROM: dict[tuple[int, int], LibraryFrom] = {(9, 0): LibraryFrom(2048, 3072)}
 """By compute capability: from where on 16-bit operands are multiplied by the library, to logits in
 float32, which a kernel then reads row by row, rather than by our product, which keeps them in
-registers. What is measured on a GPU goes here; of the H100 it is a count, in picoseconds a logit:
+registers. What is measured on a GPU goes here. 9.0 are the H100, H200, GH200 and H20; its sizes are
+a count for the H100 SXM, in picoseconds a logit:
 
     D                            896    1024    2048    3072    4096
     ours, 450 to 560 TFLOP/s     4.0     4.4     7.8    11.2    14.6

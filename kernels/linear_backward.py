@@ -168,10 +168,15 @@ def logits_gradient(
         "scale": scale,
     }
     of_tokens = targets, lse, tail, miss, grad_logprobs, grad_lse
-    config = config or autotune.linear_config(
-        logits_gradient, hidden, weight, bias, *of_tokens, **options
-    )
-    loads = launch.load_kind(launch.device_of(hidden), hidden, weight)
+    device = launch.device_of(hidden)
+    loads = launch.load_kind(device, hidden, weight)
+    if config is None and autotune.wanted(hidden):
+        config = autotune.linear_config(
+            logits_gradient, hidden, weight, bias, *of_tokens, **options
+        )
+    elif config is None:
+        lean = launch.is_lean(bias, softcap, vocab)
+        config = launch.linear_config(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     cap_scale, z_scale = launch.logit_scales(softcap, logit_scale, temperature)
     grid = (triton.cdiv(num_tokens, config.BLOCK_N) * triton.cdiv(vocab, config.BLOCK_V),)
     _logits_gradient_kernel[grid](

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from plad_fast.kernels import autotune, launch
-from plad_fast.kernels.launch import LinearConfig
+from plad_fast.kernels.launch import COMBINE, LinearConfig
 from plad_fast.kernels.logits_rows import RowStatistics
 from plad_fast.kernels.primitives import (
     capped_logits,
@@ -28,8 +28,6 @@ from plad_fast.kernels.primitives import (
     without_target,
 )
 from torch import Tensor
-
-_COMBINED_TOKENS = 64
 
 
 @triton.jit
@@ -243,7 +241,7 @@ def _combine_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=exists)
 
 
-def linear_forward(
+def launch_linear_forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -266,11 +264,15 @@ def linear_forward(
         "ignore_index": ignore_index,
         "entropy_order": entropy_order,
     }
-    config = config or autotune.linear_config(
-        linear_forward, hidden, weight, bias, targets, **options
-    )
     device = launch.device_of(hidden)
     loads = launch.load_kind(device, hidden, weight)
+    if config is None and num_tokens and autotune.wanted(hidden):
+        config = autotune.linear_config(
+            launch_linear_forward, hidden, weight, bias, targets, **options
+        )
+    elif config is None:
+        lean = launch.is_lean(bias, softcap, vocab)
+        config = launch.linear_config(hidden.dtype, num_tokens, device, loads=loads, lean=lean)
     targets = targets.contiguous()
 
     def per_token() -> Tensor:
@@ -308,7 +310,7 @@ def linear_forward(
             ENTROPY_ORDER=entropy_order,
             **launch.linear_constants(hidden, weight, bias, softcap, config, loads),
         )
-        _combine_kernel[(triton.cdiv(num_tokens, _COMBINED_TOKENS),)](
+        _combine_kernel[(triton.cdiv(num_tokens, COMBINE.BLOCK_N),)](
             row_max,
             rest,
             moment,
@@ -323,7 +325,8 @@ def linear_forward(
             splits,
             ignore_index,
             ENTROPY_ORDER=entropy_order,
-            BLOCK_N=_COMBINED_TOKENS,
-            num_warps=2,
+            BLOCK_N=COMBINE.BLOCK_N,
+            num_warps=COMBINE.num_warps,
+            num_stages=COMBINE.num_stages,
         )
     return RowStatistics(logprobs, lse, tail, miss, entropy)

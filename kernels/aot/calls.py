@@ -22,7 +22,7 @@ from plad_fast.kernels.launch import (
     SegmentsConfig,
 )
 from plad_fast.kernels.linear_backward import logits_gradient
-from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.linear_forward import launch_linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
 from plad_fast.kernels.segments import segment_sums
 from torch import Tensor
@@ -42,7 +42,6 @@ _HEADS = ((2048, 128_256), (768, 50_257), (1001, 4099))
 """D and V: Llama-3.2-1B; GPT-2, whose vocabulary is odd; and rows that are not aligned."""
 _HEAD_WITH_A_TAIL = (896, 151_936)
 """Qwen2.5-0.5B, whose vocabulary is no multiple of the widest tile."""
-_TRITON_STAGES = 3  # what a launch without num_stages gets
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _call_linear(call: Call) -> None:
         )
         for config in (None, *(c for c in candidates if c.WARP_SPECIALIZE)):
             for entropy_order in _orders(call):
-                linear_forward(
+                launch_linear_forward(
                     *(hidden, weight, bias, targets),
                     **options,
                     entropy_order=entropy_order,
@@ -246,7 +245,7 @@ def _entry(kernel: JITFunction, values: dict[str, Any]) -> AotEntry:
 
 def _tile(values: dict[str, Any]) -> LinearConfig | RowsConfig | SegmentsConfig:
     blocks = [values[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in values]
-    rest = values["num_warps"], values.get("num_stages", _TRITON_STAGES)
+    rest = values["num_warps"], values["num_stages"]
     if len(blocks) == 3:
         return LinearConfig(*blocks, *rest, values["WARP_SPECIALIZE"])
     return (RowsConfig if "BLOCK_V" in values else SegmentsConfig)(*blocks, *rest)

@@ -2,7 +2,8 @@
 
 Fake implementations give `torch.compile` shapes that follow a dynamic N and S. What depends on the
 values of a tensor (checks, dropping rows) or on the device (a budget of 0 bytes stands for its
-default) happens inside of the ops. They take the options one by one, in the order of `HeadOptions`.
+default) happens inside of the ops. They take the options one by one, in the order of `HeadOptions`;
+a NamedTuple for each op has names for its arguments.
 
 N tokens, V vocabulary, D hidden, S sequences.
 """
@@ -10,8 +11,8 @@ N tokens, V vocabulary, D hidden, S sequences.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ OPTIONS = (
 )
 """Schemas of a `LinearProblem`'s tensors and of `HeadOptions`."""
 
+_NUM_TENSORS = len(LinearProblem._fields) - 1
+_NUM_ARGUMENTS = _NUM_TENSORS + len(HeadOptions._fields)
+
+Call = TypeVar("Call", bound=tuple[Any, ...])
+
 
 @contextlib.contextmanager
 def alone_on(tensor: Tensor) -> Iterator[None]:
@@ -40,10 +46,21 @@ def alone_on(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def problem_of(*arguments: Any) -> LinearProblem:
-    """The problem whose `arguments` these are."""
-    hidden, weight, bias, targets, cu_seqlens, *options = arguments
-    return LinearProblem(hidden, weight, bias, targets, cu_seqlens, HeadOptions(*options))
+def call_of(kind: Callable[..., Call], arguments: Sequence[Any]) -> Call:
+    """The arguments of a registered op as a NamedTuple, whose field `problem` stands for several of
+    them.
+    """
+    start = cast(Any, kind)._fields.index("problem")
+    options_at, stop = start + _NUM_TENSORS, start + _NUM_ARGUMENTS
+    options = HeadOptions(*arguments[options_at:stop])
+    problem = LinearProblem._make([*arguments[start:options_at], options])
+    return kind(*arguments[:start], problem, *arguments[stop:])
+
+
+def arguments_of(call: Any) -> tuple[Any, ...]:
+    """What `call_of` makes the call of."""
+    start = call._fields.index("problem")
+    return *call[:start], *call.problem.arguments, *call[start + 1 :]
 
 
 def empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -61,10 +78,35 @@ def is_batched(tensor: Tensor | None) -> bool:
     return tensor is not None and any(ask is not None and ask(tensor) for ask in asked)
 
 
+class _Forward(NamedTuple):
+    """Arguments of `linear_sequence_logprobs`."""
+
+    problem: LinearProblem
+    length_normalization: float
+    skip_inactive: bool
+    """For the backward."""
+    entropy_order: int
+
+
+class _Backward(NamedTuple):
+    """Arguments of `linear_sequence_logprobs_backward`."""
+
+    grad_sums: Tensor | None  # (S,)
+    grad_token: Tensor | None  # (N,)
+    grad_lse: Tensor | None  # (N,)
+    counts: Tensor  # (S,)
+    lse: Tensor  # (N,)
+    tail: Tensor  # (N,)
+    miss: Tensor  # (N,)
+    problem: LinearProblem
+    length_normalization: float
+    skip_inactive: bool
+    needs: Sequence[bool]
+
+
 def _linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Sums (S,), counts (S,) and `LinearStatistics`, whose entropy is empty if not asked for."""
-    *of_problem, alpha, _, entropy_order = arguments
-    problem = problem_of(*of_problem)
+    problem, alpha, _, entropy_order = call_of(_Forward, arguments)
     targets, cu_seqlens, options = problem.targets, problem.cu_seqlens, problem.options
     check.check_sequences(targets, cu_seqlens, len(problem.weight), options.ignore_index)
     with alone_on(problem.hidden):
@@ -75,17 +117,11 @@ def _linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return sums, counts, *empty_for_none(statistics.lse, *statistics)
 
 
-def _fake_linear_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+def _fake_linear_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = call_of(_Forward, arguments)
+    hidden, targets = call.problem.hidden, call.problem.targets
     dtype = accumulation_dtype(hidden.dtype)
-    entropy_order = options[-1]
-    num_tokens, num_sequences = hidden.shape[0], cu_seqlens.shape[0] - 1
+    num_tokens, num_sequences = hidden.shape[0], call.problem.cu_seqlens.shape[0] - 1
 
     def per_token() -> Tensor:
         return hidden.new_empty(num_tokens, dtype=dtype)
@@ -94,45 +130,43 @@ def _fake_linear_forward(
         hidden.new_empty(num_sequences, dtype=dtype),
         targets.new_empty(num_sequences),
         *(per_token() for _ in range(4)),
-        per_token() if entropy_order else hidden.new_empty(0, dtype=dtype),
+        per_token() if call.entropy_order else hidden.new_empty(0, dtype=dtype),
     )
 
 
-def _linear_gradients(
-    grad_sums: Tensor | None,  # (S,)
-    grad_token: Tensor | None,  # (N,)
-    grad_lse: Tensor | None,  # (N,)
-    counts: Tensor,  # (S,)
-    lse: Tensor,  # (N,)
-    tail: Tensor,  # (N,)
-    miss: Tensor,  # (N,)
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
+def _linear_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight and bias; empty where they are not needed."""
-    *of_problem, alpha, skip_inactive, needs = arguments
-    problem = problem_of(*of_problem)
+    call = call_of(_Backward, arguments)
+    problem, alpha, grad_lse = call.problem, call.length_normalization, call.grad_lse
     keep = problem.targets != problem.options.ignore_index
-    grad = torch.zeros_like(lse)
-    if grad_sums is not None:
-        per_token = grad_sums
+    grad = torch.zeros_like(call.lse)
+    if call.grad_sums is not None:
+        per_token = call.grad_sums
         if alpha:
-            per_token = grad_sums / counts.clamp(min=1).to(lse.dtype) ** alpha
+            per_token = per_token / call.counts.clamp(min=1).to(grad.dtype) ** alpha
         grad += per_token.repeat_interleave(problem.cu_seqlens.diff(), output_size=len(grad))
-    if grad_token is not None:
-        grad += grad_token
+    if call.grad_token is not None:
+        grad += call.grad_token
     upstream = Upstream(grad.where(keep, 0), None if grad_lse is None else grad_lse.where(keep, 0))
+    hidden, weight, bias = call.needs
     with alone_on(problem.hidden):
         grads = get_backend(problem.options.impl, problem.hidden).linear_backward(
-            problem, lse, tail, miss, upstream, tuple(needs), skip_inactive
+            problem,
+            call.lse,
+            call.tail,
+            call.miss,
+            upstream,
+            (hidden, weight, bias),
+            call.skip_inactive,
         )
     return empty_for_none(problem.hidden, *grads)
 
 
 def _fake_linear_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    leaves, needs = arguments[7:10], arguments[-1]
+    call = call_of(_Backward, arguments)
     return tuple(
-        torch.empty_like(leaf) if need and leaf is not None else leaves[0].new_empty(0)
-        for leaf, need in zip(leaves, needs, strict=True)
+        torch.empty_like(leaf) if need and leaf is not None else call.problem.hidden.new_empty(0)
+        for leaf, need in zip(call.problem.head, call.needs, strict=True)
     )
 
 
@@ -147,8 +181,9 @@ _linear_backward = register_op(
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, counts, _, lse, tail, miss, entropy = output
-    ctx.save_for_backward(counts, lse, tail, miss, *inputs[:5])
-    ctx.options = inputs[5:-1]
+    problem, ctx.length_normalization, ctx.skip_inactive, _ = call_of(_Forward, inputs)
+    ctx.save_for_backward(counts, lse, tail, miss, *problem.tensors)
+    ctx.options = problem.options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(counts, tail, miss, entropy)
 
@@ -163,9 +198,21 @@ def _differentiate_linear(
     *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
-    grads = _linear_backward(
-        grad_sums, grad_token, grad_lse, *ctx.saved_tensors, *ctx.options, list(needs)
+    counts, lse, tail, miss, *tensors = ctx.saved_tensors
+    call = _Backward(
+        grad_sums,
+        grad_token,
+        grad_lse,
+        counts,
+        lse,
+        tail,
+        miss,
+        LinearProblem._make([*tensors, ctx.options]),
+        ctx.length_normalization,
+        ctx.skip_inactive,
+        list(needs),
     )
+    grads = _linear_backward(*arguments_of(call))
     of_head = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return *of_head, *(None for _ in ctx.needs_input_grad[3:])
 

@@ -91,7 +91,12 @@ class LinearProblem(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """As the registered ops take them, one by one."""
-        return *self[:5], *self.options
+        return *self[:-1], *self.options
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the options."""
+        return self[:-1]
 
 
 class LinearStatistics(NamedTuple):
@@ -192,7 +197,11 @@ _ROWS_OF_A_CHUNK = 4096
 
 
 def get_backend(impl: str, tensor: Tensor) -> Backend:
-    """The backend for a tensor; a UsageError where the named one is unknown or cannot take it."""
+    """The backend for a tensor; a UsageError where the named one is unknown or cannot take it.
+
+    "auto" takes the first that is preferred and can, and logs which; as a warning where one that is
+    preferred cannot, unless the tensor is float64.
+    """
     if impl != "auto":
         if impl not in BACKENDS:
             known = ", ".join(["auto", *BACKENDS])
@@ -201,11 +210,18 @@ def get_backend(impl: str, tensor: Tensor) -> Backend:
         if reason := backend.unavailable(tensor):
             raise UsageError(f"impl={impl!r} cannot be used here: {reason}")
         return backend
+    why = ""
     for name in BACKENDS:
         backend = _load(name)
-        if backend.preferred(tensor) and backend.unavailable(tensor) is None:
-            _announce(name, tensor.device.type)
-            return backend
+        if not backend.preferred(tensor):
+            continue
+        if reason := backend.unavailable(tensor):
+            why += f"; impl={name!r} cannot be used here: {reason}"
+            continue
+        # float64 is asked for; whatever else keeps a preferred backend away should be known.
+        level = logging.WARNING if why and tensor.dtype != torch.float64 else logging.INFO
+        _announce(name, tensor.device.type, why, level)
+        return backend
     raise AssertionError("the torch backend takes every tensor")
 
 
@@ -247,5 +263,6 @@ def _load(name: str) -> Backend:
 
 
 @functools.cache
-def _announce(name: str, device_type: str) -> None:
-    logger.info("impl='auto' on %s: using the %s backend", device_type, name)
+def _announce(name: str, device_type: str, why: str, level: int) -> None:
+    """Once for each device and reason."""
+    logger.log(level, "impl='auto' on %s: using the %s backend%s", device_type, name, why)

@@ -25,9 +25,9 @@ from plad_fast.ops.autograd import (
     HEAD,
     OPTIONS,
     alone_on,
+    call_of,
     empty_for_none,
     is_batched,
-    problem_of,
 )
 from plad_fast.ops.backend import Head, HeadGradient, LinearProblem, Needs, get_backend
 from plad_fast.ops.impl import onepass
@@ -211,23 +211,45 @@ def _one_pass(
     return FusedLoss(loss, sums, counts, group_losses, active), grads
 
 
+class _Call(NamedTuple):
+    """Arguments of the registered op."""
+
+    problem: LinearProblem
+    scores: Tensor | None  # (S,)
+    reference_logps: Tensor | None  # (S,)
+    num_groups: Tensor | None  # ()
+    num_tokens: Tensor | None  # ()
+    group_size: int
+    sft_weight: float
+    length_normalization: float
+    needs: Sequence[bool]
+    loss: str
+    option_names: str
+    option_values: Sequence[float]
+
+    @property
+    def objective(self) -> Objective:
+        loss, options = get_loss(self.loss), _nested(self.option_names, self.option_values)
+        return Objective(loss, self.group_size, options, self.sft_weight, self.length_normalization)
+
+
 def _preference_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Loss, sums, counts, group losses, active; and the gradients for an upstream of 1."""
-    *tensors, group_size, sft_weight, alpha, needs, loss, names, values = arguments
-    *of_problem, scores, reference_logps, num_groups, num_tokens = tensors
-    objective = Objective(get_loss(loss), group_size, _nested(names, values), sft_weight, alpha)
+    call = call_of(_Call, arguments)
+    of_hidden, of_weight, of_bias = call.needs
     results, grads = _one_pass(
-        problem_of(*of_problem),
-        scores,
-        reference_logps,
-        num_groups,
-        num_tokens,
-        objective,
-        tuple(needs),
+        call.problem,
+        call.scores,
+        call.reference_logps,
+        call.num_groups,
+        call.num_tokens,
+        call.objective,
+        (of_hidden, of_weight, of_bias),
     )
-    dtype = _gradient_dtype(of_problem[0])
+    hidden = call.problem.hidden
+    dtype = _gradient_dtype(hidden)
     rounded = (None if grad is None else grad.to(dtype) for grad in grads)
-    return *results, *empty_for_none(of_problem[0], *rounded)
+    return *results, *empty_for_none(hidden, *rounded)
 
 
 def _gradient_dtype(hidden: Tensor) -> torch.dtype:
@@ -235,18 +257,12 @@ def _gradient_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def _fake_preference_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    group_size, _, _, needs, *_ = arguments[-7:]
+def _fake_preference_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = call_of(_Call, arguments)
+    hidden, targets = call.problem.hidden, call.problem.targets
     dtype = accumulation_dtype(hidden.dtype)
-    num_sequences = cu_seqlens.shape[0] - 1
-    num_groups = num_sequences // group_size
+    num_sequences = call.problem.cu_seqlens.shape[0] - 1
+    num_groups = num_sequences // call.group_size
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(num_sequences, dtype=dtype),
@@ -257,13 +273,13 @@ def _fake_preference_forward(
             torch.empty_like(leaf, dtype=_gradient_dtype(hidden))
             if need and leaf is not None
             else hidden.new_empty(0)
-            for leaf, need in zip((hidden, weight, bias), needs, strict=True)
+            for leaf, need in zip(call.problem.head, call.needs, strict=True)
         ),
     )
 
 
 def _save_preference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, *_ = inputs
+    hidden, weight, bias = call_of(_Call, inputs).problem.head
     ctx.save_for_backward(*output[5:])
     # Otherwise the saved gradients, being outputs, would get zeros of their own size.
     ctx.set_materialize_grads(False)

@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels import autotune
+from plad_fast.kernels import autotune, launch
 from plad_fast.kernels.autotune import cache_folder, key_of, tuned, wanted
 from plad_fast.kernels.launch import RowsConfig
 from triton.runtime.errors import OutOfResources, PTXASError
+
+from tests.support.linear_cases import Case
+from tests.support.problems import make_problem
 
 SMALL, LARGE, HUGE = (RowsConfig(block, num_warps=4) for block in (16, 64, 256))
 TIMES = {SMALL: 3.0, LARGE: 1.0, HUGE: 2.0}
@@ -303,7 +306,7 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     hidden, weight = torch.randn(3, 16), torch.randn(40, 16)
     targets = torch.tensor([0, 39, 7])
     for _ in range(2):
-        got = linear_forward.linear_forward(
+        got = linear_forward.launch_linear_forward(
             hidden, weight, None, targets, **options, entropy_order=0
         )
         d_logits = linear_backward.logits_gradient(
@@ -315,6 +318,16 @@ def test_launchers_ask_for_their_configuration(monkeypatch, tmp_path, named):
     torch.testing.assert_close(got.token_logprobs, want.gather(1, targets[:, None]).squeeze(1))
     onehot = torch.nn.functional.one_hot(targets, 40)
     torch.testing.assert_close(d_logits, onehot - want.exp(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_variable_launchers_take_the_heuristics_choice(monkeypatch):
+    monkeypatch.delenv("PLAD_FAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(autotune, "linear_config", mock.Mock(side_effect=AssertionError))
+    chosen = mock.Mock(side_effect=launch.linear_config)
+    monkeypatch.setattr(launch, "linear_config", chosen)
+    case = Case(make_problem([3], vocab=40, dtype=torch.float32), config=None)
+    case.backward(case.forward(), torch.ones(3))
+    assert chosen.call_count == 2
 
 
 def test_each_order_of_the_entropy_has_a_key_of_its_own(monkeypatch, tmp_path):

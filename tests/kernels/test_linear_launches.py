@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.linear_backward import logits_gradient
-from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.linear_forward import launch_linear_forward
 
 from tests.support import interpreter
 from tests.support.linear_cases import (
@@ -53,7 +53,7 @@ def test_rows_that_are_one_row():
     one_row = problem.hidden.detach()[:1].expand(5, 16)
     options = {**Case(problem).options, "entropy_order": 1}
     expanded, copied = (
-        linear_forward(hidden, problem.weight.detach(), None, problem.targets, **options)
+        launch_linear_forward(hidden, problem.weight.detach(), None, problem.targets, **options)
         for hidden in (one_row, one_row.contiguous())
     )
     for mine, other in zip(expanded, copied, strict=True):
@@ -108,7 +108,7 @@ def test_offsets_beyond_31_bits(sparse, argument, dtype):
     if argument != "out":
         place = ("hidden", "weight").index(argument)
         operands[place] = far.copy_(operands[place])
-    ours = linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
+    ours = launch_linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
     assert torch.equal(ours.token_logprobs, want.token_logprobs)
     logits_gradient(
         *operands,
@@ -131,7 +131,7 @@ def test_columns_beyond_31_bits(sparse, argument):
     place = ("hidden", "weight").index(argument)
     rows = len(operands[place])
     operands[place] = sparse((rows, 20), (1, 2**28), torch.float32).copy_(operands[place])
-    ours = linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
+    ours = launch_linear_forward(*operands, **case.options, entropy_order=0, config=case.config)
     assert torch.equal(ours.token_logprobs, want)
 
 

@@ -12,7 +12,7 @@ import torch
 from plad_fast import UsageError, linear_sequence_logprobs
 from plad_fast.models.devices import autocast_dtype
 from plad_fast.ops import backend as dispatch
-from plad_fast.ops.impl import products
+from plad_fast.ops.impl import chunked, products, triton_backend
 from plad_fast.recipe.doctor import diagnose
 from tests.support import wide_products
 from tests.support.problems import make_problem
@@ -210,3 +210,26 @@ def test_auto_says_once_what_it_took(caplog):
         for _ in range(3):
             linear_sequence_logprobs(*problem.inputs)
     assert [r.message for r in caplog.records] == ["impl='auto' on cpu: using the torch backend"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "missing", "level"),
+    [
+        (torch.bfloat16, "triton is 3.3.0; the kernels need 3.4 or newer", logging.WARNING),
+        (torch.float64, "triton is 3.3.0; the kernels need 3.4 or newer", logging.INFO),
+        (torch.float64, None, logging.INFO),  # float64 is the torch backend's
+    ],
+)
+def test_auto_says_once_why_a_gpu_goes_without_kernels(monkeypatch, caplog, dtype, missing, level):
+    monkeypatch.setattr(triton_backend, "_missing", lambda: missing)
+    dispatch._announce.cache_clear()
+    on_gpu = mock.Mock(is_cuda=True, device=torch.device("cuda"), dtype=dtype)
+    with caplog.at_level(logging.INFO, logger="plad_fast"):
+        taken = [dispatch.get_backend("auto", on_gpu) for _ in range(3)]
+    assert taken == [chunked] * 3
+    (record,) = caplog.records
+    assert record.levelno == level
+    assert record.message == (
+        "impl='auto' on cuda: using the torch backend; impl='triton' cannot be used here: "
+        + (missing or "the kernels compute in float32; float64 is the torch backend's")
+    )

@@ -127,7 +127,7 @@ def _linear(guard: Guard, n: int, v: int, d: int, dtype: torch.dtype, flip: bool
     operands = hidden, weight, bias, targets
     for splits, entropy_order in ((1, 1), (-(-v // 16), 2)):
         with mock.patch.object(launch, "vocab_splits", lambda *_, splits=splits: splits):
-            ours = forward.linear_forward(
+            ours = forward.launch_linear_forward(
                 *operands,
                 softcap=3.0 if flip else None,
                 **_NO_SCALING,

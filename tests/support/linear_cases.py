@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from plad_fast.kernels import launch
 from plad_fast.kernels.launch import LinearConfig
 from plad_fast.kernels.linear_backward import logits_gradient
-from plad_fast.kernels.linear_forward import linear_forward
+from plad_fast.kernels.linear_forward import launch_linear_forward
 from plad_fast.kernels.logits_rows import RowStatistics
 from torch import Tensor
 from triton.runtime import interpreter
@@ -74,7 +74,7 @@ class Case:
                 launch, "vocab_splits", lambda *args: self.splits or heuristic(*args)
             ),
         ):
-            return linear_forward(
+            return launch_linear_forward(
                 *self.operands, **self.options, entropy_order=entropy_order, config=self.config
             )
 

@@ -24,7 +24,7 @@ from plad_fast.ops.backend import (
 )
 from plad_fast.ops.impl.exponentials import workspace_for
 from plad_fast.ops.impl.products import accumulation_dtype
-from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
+from plad_fast.ops.impl.softmax_rows import SoftmaxStatistics, logits_gradient_, softmax_rows_
 from plad_fast.ops.impl.workspace import HeadGradients, Workspace
 
 __all__ = [
@@ -92,7 +92,7 @@ def linear_backward(
     for chunk in workspace.chunks(len(active_rows)):
         rows = _slice_if_whole(active_rows[chunk], chunk, len(hidden) == len(active_rows))
         h, t = hidden[rows], targets[rows]
-        statistics: RowStatistics = workspace.forward(h, t)
+        statistics: SoftmaxStatistics = workspace.forward(h, t)
         grad_lse = None if upstream.lse is None else upstream.lse[rows]
         grads.add(workspace.gradient(t, statistics, upstream.logprobs[rows], grad_lse), h, rows)
     return grads.finish(weight.dtype)

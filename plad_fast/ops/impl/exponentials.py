@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadOptions, Needs
 from plad_fast.ops.impl.products import CpuBfloat16Products, Operand, products_for
-from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_
+from plad_fast.ops.impl.softmax_rows import SoftmaxStatistics, logits_
 from plad_fast.ops.impl.workspace import BLOCK_SHARE, TokenStatistics, Workspace, moves
 
 _MOST_ROWS = 1024  # of a block; with more of them its columns are too few for a fast product
@@ -74,7 +74,7 @@ class ExponentialWorkspace(Workspace):
         self._slope = None
         self._buffer = weight.new_empty(self.rows if for_gradient else 0, vocab)
 
-    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
+    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> SoftmaxStatistics:
         """Statistics of n <= rows tokens, with r for the largest logit."""
         assert not entropy_order
         count = max(1, -(-len(hidden) // min(_MOST_ROWS, self._entries)))
@@ -88,7 +88,7 @@ class ExponentialWorkspace(Workspace):
             )
         ]
         reference, sum_exp, token_logprobs, miss = map(torch.cat, zip(*parts, strict=True))
-        return RowStatistics(reference, sum_exp, token_logprobs, miss, None)
+        return SoftmaxStatistics(reference, sum_exp, token_logprobs, miss, None)
 
     def gradient(
         self,
@@ -98,7 +98,7 @@ class ExponentialWorkspace(Workspace):
         grad_lse: Tensor | None = None,
         order: Tensor | None = None,
     ) -> Operand:
-        assert isinstance(statistics, RowStatistics)
+        assert isinstance(statistics, SoftmaxStatistics)
         assert grad_lse is None
         of_rows = grad_logprobs * (-self.options.slope / statistics.sum_exp)
         if order is not None:

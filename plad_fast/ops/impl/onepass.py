@@ -2,8 +2,9 @@
 
 A preference loss sees a token only through its sequence's sum, so the gradient of the logits is
 one number per sequence times (onehot - p). As soon as the groups of a chunk are summed, their
-loss and that number are known, while their exponentials still lie in the scratch buffer: the
-gradient is made in place and multiplied on. Groups with a zero gradient cost their forward only.
+loss and that number are known, while their logits, or exponentials of these, still lie in the
+scratch buffer: the gradient is made in place and multiplied on. Groups with a zero gradient cost
+their forward only.
 
 Of a group that is longer than the buffer the last rows are treated so; the logits of the others
 are computed a second time once the gradient of the group is known.
@@ -196,7 +197,7 @@ class _OnePass:
         active: Tensor | None,  # (n,) bool, on the CPU; None for all
         start: int,
     ) -> None:
-        """The exponentials of all n rows are still in the buffer."""
+        """What `Workspace.forward` left of all n rows is still in the buffer."""
         rows: Tensor | slice = slice(start, start + len(grad))
         targets = self.problem.targets[rows]
         order = None

@@ -17,7 +17,7 @@ _CACHED_ENTRIES = 2**19
 """Logits that a CPU takes through all passes at a time, so that they stay in its cache."""
 
 
-class RowStatistics(NamedTuple):
+class SoftmaxStatistics(NamedTuple):
     """What of a row of logits survives the chunk it was computed in."""
 
     row_max: Tensor  # (n,)
@@ -26,8 +26,8 @@ class RowStatistics(NamedTuple):
     miss: Tensor  # (n,) 1 - p(target)
     entropy: Tensor | None  # (n,), nat
 
-    def take(self, rows: Tensor) -> RowStatistics:
-        return RowStatistics(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+    def take(self, rows: Tensor) -> SoftmaxStatistics:
+        return SoftmaxStatistics(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
 
 def softmax_rows_(
@@ -38,7 +38,7 @@ def softmax_rows_(
     tanh_slope: Tensor | None = None,  # (n, V), filled with d softcap / d argument
     entropy_order: int = 0,
     block_rows: int = 1,
-) -> RowStatistics:
+) -> SoftmaxStatistics:
     """Turn raw products into unnormalised probabilities and take each row's statistics.
 
     The entropy is Shannon's (order 1) or Renyi's of order 2, -log of the sum of squared
@@ -65,7 +65,7 @@ def softmax_rows_(
         for block in (slice(i, i + rows) for i in range(0, len(buffer), rows))
     ]
     row_max, sum_exp, token_logprobs, miss, entropy = zip(*parts, strict=True)
-    return RowStatistics(
+    return SoftmaxStatistics(
         torch.cat(row_max),
         torch.cat(sum_exp),
         torch.cat(token_logprobs),
@@ -82,7 +82,7 @@ def _softmax_block_(
     tanh_slope: Tensor | None,
     entropy_order: int,
     block_rows: int,
-) -> RowStatistics:
+) -> SoftmaxStatistics:
     logits_(buffer, options, bias, tanh_slope)
     row_max = buffer.amax(dim=1)
     buffer.sub_(row_max.unsqueeze(1))
@@ -101,7 +101,7 @@ def _softmax_block_(
     if moment is not None:
         of_order_2 = entropy_order == 2
         entropy = 2 * log_sum - moment.log() if of_order_2 else log_sum - moment / sum_exp
-    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
+    return SoftmaxStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, entropy)
 
 
 def logits_(
@@ -143,7 +143,7 @@ def logits_gradient_(
     buffer: Tensor,  # (n, V): as softmax_rows_ left it; d raw product on return
     targets: Tensor,  # (n,)
     options: HeadOptions,
-    statistics: RowStatistics,  # of the same rows
+    statistics: SoftmaxStatistics,  # of the same rows
     grad_logprobs: Tensor,  # (n,)
     grad_lse: Tensor | None = None,  # (n,)
     tanh_slope: Tensor | None = None,  # (n, V)

@@ -29,14 +29,15 @@ _NO_TARGET = -(2**31)  # wherever the columns are counted from
 
 def linear_forward(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
     from plad_fast.kernels import launch
-    from plad_fast.kernels.linear_forward import linear_forward as kernel
+    from plad_fast.kernels.linear_forward import launch_linear_forward
 
     hidden, weight, bias, targets, _, options = problem
     if len(hidden) and launch.uses_library(hidden, gradient=False):
         return _forward_by_library(problem, entropy_order)
-    return LinearStatistics(
-        *kernel(hidden, weight, bias, targets, **options.of_logits, entropy_order=entropy_order)
+    statistics = launch_linear_forward(
+        hidden, weight, bias, targets, **options.of_logits, entropy_order=entropy_order
     )
+    return LinearStatistics(*statistics)
 
 
 def _forward_by_library(problem: LinearProblem, entropy_order: int) -> LinearStatistics:
@@ -47,7 +48,7 @@ def _forward_by_library(problem: LinearProblem, entropy_order: int) -> LinearSta
     scratch_bytes = options.scratch_on(hidden.device)
     block_bytes = scratch_bytes // BLOCK_SHARE
     products = products_for(weight, block_bytes)
-    # The rows of an odd vocabulary, too, begin where vectors do.
+    # Rows begin where vectors do, whatever the vocabulary is.
     stride = -(-len(weight) // ALIGNED_ENTRIES) * ALIGNED_ENTRIES
     most = max(1, (scratch_bytes - block_bytes) // (stride * products.dtype.itemsize))
     rows = min(len(hidden), balanced(len(hidden), most, min(most, ALIGNED_ROWS)))

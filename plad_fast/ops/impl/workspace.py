@@ -1,4 +1,6 @@
-"""Scratch memory of the torch backend: one buffer, reused for every chunk of rows."""
+"""Scratch memory for logits, one buffer that every chunk of rows reuses, and accumulators of the
+head's gradients.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from plad_fast.losses.terms import segment_sums
 from plad_fast.ops.backend import Head, HeadGradient, HeadOptions, Needs, sent
 from plad_fast.ops.impl.products import Operand, Products, products_for
-from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_gradient_, softmax_rows_
+from plad_fast.ops.impl.softmax_rows import SoftmaxStatistics, logits_gradient_, softmax_rows_
 
 BLOCK_SHARE = 16
 """The share of the budget that goes to blocks of the weight; the rest holds logits."""
@@ -85,8 +87,8 @@ class Workspace:
         hidden: Tensor,  # (n, D)
         targets: Tensor,  # (n,)
         entropy_order: int = 0,
-    ) -> RowStatistics:
-        """Statistics of n <= rows tokens; their exponentials stay in the buffer."""
+    ) -> SoftmaxStatistics:
+        """Statistics of n <= rows tokens; what the gradient is made of stays in the buffer."""
         buffer, slope = self._buffers(len(hidden))
         self.products.logits(hidden, out=buffer)
         return softmax_rows_(
@@ -105,7 +107,7 @@ class Workspace:
 
         It is made in the buffer and takes the place of what `forward` has left there.
         """
-        assert isinstance(statistics, RowStatistics)
+        assert isinstance(statistics, SoftmaxStatistics)
         if order is not None:
             self._keep_rows_(order)
             order = sent(order, targets.device)

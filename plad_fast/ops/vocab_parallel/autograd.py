@@ -25,7 +25,7 @@ from plad_fast.ops.backend import (
     Upstream,
 )
 from plad_fast.ops.impl import onepass
-from plad_fast.ops.impl.softmax_rows import RowStatistics
+from plad_fast.ops.impl.softmax_rows import SoftmaxStatistics
 from plad_fast.ops.impl.workspace import HeadGradients
 from plad_fast.ops.preference_autograd import FusedLoss, differentiable
 from plad_fast.ops.registration import first_order_only
@@ -107,7 +107,9 @@ class ShardedTokens(torch.autograd.Function):
             for chunk in workspace.chunks(len(active_rows)):
                 rows = active_rows[chunk]
                 h, t = hidden[rows], targets[rows]
-                whole = RowStatistics(row_max[rows], sum_exp[rows], miss[rows], miss[rows], None)
+                whole = SoftmaxStatistics(
+                    row_max[rows], sum_exp[rows], miss[rows], miss[rows], None
+                )
                 statistics = seen_by_shard(whole, workspace.part(h, t))
                 of_lse = None if grad_lse is None else grad_lse[rows]
                 d_logits = workspace.gradient(t, statistics, upstream.logprobs[rows], of_lse)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plad_fast.ops.backend import Head, HeadOptions
-from plad_fast.ops.impl.softmax_rows import RowStatistics, logits_
+from plad_fast.ops.impl.softmax_rows import SoftmaxStatistics, logits_
 from plad_fast.ops.impl.workspace import Workspace
 from plad_fast.ops.vocab_parallel.group import Shards
 
@@ -46,7 +46,7 @@ def shard_part_(
     return torch.stack([shard_max, rest, target.where(owned, 0)], dim=1)
 
 
-def whole_statistics(parts: Tensor) -> RowStatistics:  # (W, n, 3)
+def whole_statistics(parts: Tensor) -> SoftmaxStatistics:  # (W, n, 3)
     """Statistics of the rows over the whole vocabulary. Shards are added in their order."""
     shard_max, rests, targets = parts.unbind(dim=2)
     row_max = shard_max.amax(dim=0)
@@ -54,13 +54,13 @@ def whole_statistics(parts: Tensor) -> RowStatistics:  # (W, n, 3)
     centred_target = targets.sum(dim=0) - row_max
     sum_exp = rest + centred_target.exp()
     log_sum = torch.where(centred_target == 0, rest.log1p(), sum_exp.log())
-    return RowStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, None)
+    return SoftmaxStatistics(row_max, sum_exp, centred_target - log_sum, rest / sum_exp, None)
 
 
 def seen_by_shard(
-    whole: RowStatistics,
+    whole: SoftmaxStatistics,
     part: Tensor,  # (n, 3)
-) -> RowStatistics:
+) -> SoftmaxStatistics:
     """The sum of exponentials counted from the shard's own maximum, as its buffer is."""
     return whole._replace(sum_exp=whole.sum_exp * (whole.row_max - part[:, 0]).exp())
 
@@ -103,7 +103,7 @@ class ShardWorkspace(Workspace):
         columns, owned = self._columns(targets)
         return shard_part_(buffer, columns, owned, self.options, self.bias, slope)
 
-    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> RowStatistics:
+    def forward(self, hidden: Tensor, targets: Tensor, entropy_order: int = 0) -> SoftmaxStatistics:
         """One collective."""
         assert not entropy_order
         part = self.part(hidden, targets)
