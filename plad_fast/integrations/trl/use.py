@@ -201,7 +201,7 @@ def _kind_of(trainer: Any) -> _Kind:
             return kind
     raise UsageError(
         f"{type(trainer).__name__} is not known here; known are trl.DPOTrainer and the CPOTrainer "
-        "and ORPOTrainer of trl.experimental"
+        "and ORPOTrainer of trl.experimental; leave this one as it is"
     )
 
 
