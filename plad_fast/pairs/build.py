@@ -34,7 +34,10 @@ Answers = Mapping[str, Answer] | Mapping[str, Sequence[Answer]]
 _REASONS = {
     "missing": ("answered", "let both models answer the same prompts"),
     "empty": ("answered", "check that the prompts fit the models' chat template"),
-    "truncated": ("finished", "raise max_new_tokens, in another folder: shorter answers are not taken over"),
+    "truncated": (
+        "finished",
+        "raise max_new_tokens, in another folder: shorter answers are not taken over",
+    ),
     "identical": (
         "paired",
         "give the student another seed or a higher temperature, or take a smaller student",
