@@ -123,8 +123,9 @@ def _check_deepspeed(max_tokens_per_batch: int | None, own: str, *, validates: b
 
 
 def require_own_kind(checkpoint: Path, micro_batch_size: int) -> None:
-    """Raises UsageError for a checkpoint that another wrapper has saved than this run's, and where
-    transformers 4 would go on with other rows at once than these."""
+    """Raises UsageError for a checkpoint that another wrapper has saved than this run's, for one of
+    DeepSpeed in another number of processes, and where transformers 4 would go on with other rows
+    at once than these."""
     kinds = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
     saved = next((name for name, files in kinds.items() if any(checkpoint.glob(files))), "")
     if saved != _wrapper():
