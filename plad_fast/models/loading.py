@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from plad_fast.checks import require_packages
@@ -198,6 +199,18 @@ def check_loadable(source: str | os.PathLike[str]) -> None:
             f"folder {str(folder)!r} holds no weights ({', '.join(patterns)}); save the model "
             "there with model.save_pretrained"
         )
+
+
+def has_own_weights(source: str | os.PathLike[str]) -> bool:
+    """Whether a model is loaded as it is stored: not from a .gguf file, and without adapters."""
+    location = _locate(place_of(source))
+    return "gguf_file" not in location and _base_of_adapters(location) is None
+
+
+def load_whole() -> None:
+    """Has transformers load models whole again: once ZeRO-3 is configured for a training, each
+    process gets a part of their weights alone, also where they are to answer or to be merged."""
+    unset_hf_deepspeed_config()
 
 
 def is_encoder_decoder(source: str | os.PathLike[str]) -> bool:

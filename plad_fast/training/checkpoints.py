@@ -24,7 +24,7 @@ logger = logging.getLogger("plad_fast")
 
 OF_TRAINING = (
     *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, NAME),
-    *("pytorch_model_fsdp*", "global_step*", "latest", "zero_to_fp32.py"),  # of FSDP and DeepSpeed
+    *("pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*.py"),  # of FSDP and DeepSpeed
 )
 """Patterns of what a checkpoint has beside a model's files."""
 _KEPT = 2  # the one before is there for the case that the newest is damaged

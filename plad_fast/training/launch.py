@@ -9,12 +9,20 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import DeepSpeedPlugin
 
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, reported_as
 from plad_fast.losses.registry import get_loss, read_loss_args
 from plad_fast.models.devices import autocast_dtype
 from plad_fast.models.team import size
 from plad_fast.training.checkpoints import trainer_state
+
+_AUTOMATIC = {
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--batch-size",
+    "gradient_clipping": "--training max_grad_norm=...",
+}
+"""Of DeepSpeed's settings, which the Trainer fills in."""
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -61,16 +69,8 @@ def check_launch(
         _require("fsdp_version", os.environ.get("FSDP_VERSION", "1"), "2")
         kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
         _require("fsdp_state_dict_type", kind, "FULL_STATE_DICT")
-    if wrapper == "DeepSpeed" and settings["max_tokens_per_batch"] is not None:
-        raise UsageError(
-            "--max-tokens-per-batch makes several backwards a step, and DeepSpeed counts them; "
-            "pass --max-tokens-per-batch none, and a --micro-batch-size that fits"
-        )
-    if wrapper == "DeepSpeed" and validates:
-        raise UsageError(
-            "--validation takes a whole model in every process, which DeepSpeed does not leave; "
-            "pass --validation 0, or train with DDP (torchrun) or FSDP2"
-        )
+    if wrapper == "DeepSpeed":
+        _check_deepspeed(settings["max_tokens_per_batch"], own, validates=validates)
     if wrapper and settings["load_in_4bit"]:
         raise UsageError(
             f"--load-in-4bit: {wrapper} does not shard weights of four bits; leave it out, or "
@@ -86,9 +86,46 @@ def check_launch(
         )
 
 
+def _check_deepspeed(max_tokens_per_batch: int | None, own: str, *, validates: bool) -> None:
+    if max_tokens_per_batch is not None:
+        raise UsageError(
+            "--max-tokens-per-batch makes several backwards a step, and DeepSpeed counts them; "
+            "pass --max-tokens-per-batch none, and a --micro-batch-size that fits"
+        )
+    if validates:
+        raise UsageError(
+            "--validation takes a whole model in every process, which DeepSpeed does not leave; "
+            "pass --validation 0, or train with DDP (torchrun) or FSDP2"
+        )
+    with reported_as(
+        "the launcher's settings of DeepSpeed cannot be read; mend them", "accelerate"
+    ):
+        plugin = DeepSpeedPlugin()
+    if plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+        raise UsageError(
+            "the launcher leaves zero3_save_16bit_model off (in a file of DeepSpeed's own: "
+            "stage3_gather_16bit_weights_on_model_save), and checkpoints would have no model; "
+            "set it to true"
+        )
+    asked = plugin.deepspeed_config
+    for name, decides in _AUTOMATIC.items():
+        if (found := asked.get(name)) != "auto":
+            raise UsageError(
+                f"the launcher asks for {name} {found}, and {decides} decides; leave it out, or "
+                "set it to auto in a file of DeepSpeed's own"
+            )
+    for name in ("fp16", "bf16"):
+        if asked.get(name, {}).get("enabled", "auto") not in ("auto", name == own):
+            raise UsageError(
+                f"the launcher's file of DeepSpeed decides {name}.enabled, and --precision is "
+                f"{own} here; set it to auto"
+            )
+
+
 def require_own_kind(checkpoint: Path, micro_batch_size: int) -> None:
-    """Raises UsageError for a checkpoint that another wrapper has saved than this run's, and where
-    transformers 4 would go on with other rows at once than these."""
+    """Raises UsageError for a checkpoint that another wrapper has saved than this run's, for one of
+    DeepSpeed in another number of processes, and where transformers 4 would go on with other rows
+    at once than these."""
     kinds = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
     saved = next((name for name, files in kinds.items() if any(checkpoint.glob(files))), "")
     if saved != _wrapper():
@@ -96,6 +133,13 @@ def require_own_kind(checkpoint: Path, micro_batch_size: int) -> None:
             f"{checkpoint} was saved under {saved or 'neither FSDP nor DeepSpeed'}, and this run "
             f"is under {_wrapper() or 'neither'}; start it as before, or delete "
             f"{checkpoint.parent} to train from the beginning"
+        )
+    shares = len([*checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")])
+    if shares and shares != size():
+        raise UsageError(
+            f"{checkpoint} was saved by {shares} processes, whose shares DeepSpeed does not divide "
+            f"among {size()}; start {shares} again, or delete {checkpoint.parent} to train from "
+            "the beginning"
         )
     rows = trainer_state(checkpoint)["train_batch_size"]
     if transformers.__version__.startswith("4.") and rows != micro_batch_size:

@@ -20,7 +20,14 @@ from plad_fast.data.streams import StreamedRows
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import check_loadable, load_model, load_tokenizer, place_of
+from plad_fast.models.loading import (
+    check_loadable,
+    has_own_weights,
+    load_model,
+    load_tokenizer,
+    load_whole,
+    place_of,
+)
 from plad_fast.models.lora import Lora, load_with_lora
 from plad_fast.models.team import rank, require_seen, together
 from plad_fast.training.arguments import of_weights, training_arguments
@@ -317,6 +324,7 @@ class _Run:
             finally:
                 for logger in _open_runs() - open_before:
                     sys.modules[logger].finish()
+                load_whole()
         step = trainer.state.global_step
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
@@ -349,6 +357,8 @@ def _trainer(
         "save_total_limit": None,  # `Checkpoints` sees to it
     }
     config = PLaDConfig(**{**shared, **options})
+    if not has_own_weights(source):
+        load_whole()
     if lora is None:
         model: Any = load_model(source, dtype=torch.float32, merge_adapters=True)
     else:

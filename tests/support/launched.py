@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import pkgutil
@@ -41,6 +42,13 @@ FSDP2 = {
 }
 """What `accelerate launch` sets for `fsdp2.yaml`."""
 
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+"""What it sets for `deepspeed.yaml`."""
+
 _RELEASED = "released"
 
 SPAWN = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -50,6 +58,7 @@ SPAWN.set_forkserver_preload(["tests.support.launched", "tests.support.two_answe
 def environment(**more: str) -> dict[str, str]:
     """Of a process on CPUs, with one thread."""
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    own["DS_ACCELERATOR"] = "cpu"
     return {**os.environ, **own, **more}
 
 
@@ -234,6 +243,9 @@ def run_module(typed: Sequence[str], variables: dict[str, str], log: str) -> Non
 
 def main(typed: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and "RANK" in os.environ:
+        # Which would be compiled first.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     with cpus_as_accelerators() if is_fsdp else contextlib.nullcontext():
         return cli.main(typed)

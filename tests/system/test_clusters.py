@@ -23,7 +23,7 @@ from tests.support.recipe_runs import train, write_pairs
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "examples" / "clusters"
-ACCELERATE = ("ddp.yaml", "fsdp2.yaml", "multi_node.yaml")
+ACCELERATE = ("ddp.yaml", "deepspeed.yaml", "fsdp2.yaml", "multi_node.yaml")
 
 
 def test_every_file_is_in_the_table():
@@ -40,6 +40,9 @@ def test_accelerate_reads_its_files(name):
     if name == "fsdp2.yaml":
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    if name == "deepspeed.yaml":
+        assert config.deepspeed_config["zero_stage"] == 3
+        assert config.deepspeed_config["zero3_save_16bit_model"]
 
 
 def test_skypilot_starts_every_process():
@@ -99,15 +102,20 @@ def test_a_slurm_job_goes_back_into_the_queue(sent, status, requeued, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("name", ["ddp.yaml", "deepspeed.yaml", "fsdp2.yaml"])
 def test_accelerate_launch_trains_as_one_process(name, tiny_teacher, tmp_path):
+    more, atol = ["--learning-rate", "1e-3"], 1e-6
+    if name == "deepspeed.yaml":
+        pytest.importorskip("deepspeed")
+        atol = 1e-5  # as its other tests have it
+        more += ["--max-tokens-per-batch", "none", "--micro-batch-size", "1"]
     pairs = write_pairs(tmp_path / "pairs.jsonl", 5)
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
-    assert main(train(teacher, pairs, tmp_path / "one", "--learning-rate", "1e-3")) == 0
+    assert main(train(teacher, pairs, tmp_path / "one", *more)) == 0
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"),
         *("--config_file", str(CLUSTERS / name), "-m", "tests.support.launched"),
-        *train(teacher, pairs, tmp_path / "two", "--learning-rate", "1e-3"),
+        *train(teacher, pairs, tmp_path / "two", *more),
     ]
     done = subprocess.run(
         command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False
@@ -115,4 +123,4 @@ def test_accelerate_launch_trains_as_one_process(name, tiny_teacher, tmp_path):
     assert done.returncode == 0, done.stderr
     found, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("two", "one"))
     for weight, value in expected.items():
-        torch.testing.assert_close(found[weight], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[weight], value, rtol=0, atol=atol)

@@ -3,6 +3,7 @@ were ended in between; and one of them says why they end."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -18,13 +19,19 @@ import torch
 from safetensors.torch import load_file
 
 from plad_fast.cli import main
-from tests.support.launched import FSDP2, Started, environment
+from tests.support.launched import FSDP2, ZERO3, Started, environment
 from tests.support.recipe_runs import arguments, evaluate, train, write_pairs
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and sends POSIX signals")
 
 AGAIN = 75
 IN_TRAINING = "training.trainer.fused_linear_preference_loss"
+DEEPSPEED = "ACCELERATE_DEEPSPEED_"
+OF_DEEPSPEED = ("--max-tokens-per-batch", "none", "--micro-batch-size", "1")
+
+with_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +45,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def assert_same_weights(folder: Path, other: Path) -> None:
+def assert_same_weights(folder: Path, other: Path, atol: float = 1e-6) -> None:
     found, expected = weights(folder), weights(other)
     assert found.keys() == expected.keys()
     for name, weight in found.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=atol)
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
+def assert_same_run(folder: Path, other: Path, atol: float = 1e-6) -> None:
     for name in ("pairs/train.jsonl", "pairs/held-out.jsonl"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     for name in ("sft", "plad"):
-        assert_same_weights(folder / name, other / name)
+        assert_same_weights(folder / name, other / name, atol)
     assert not [path.name for path in folder.rglob("*") if ".rank" in path.name]
     assert (folder / "report.html").is_file()
 
@@ -187,6 +194,52 @@ def test_a_checkpoint_of_fsdp2_goes_on_under_fsdp2_alone(teacher, pairs, trained
     assert_same_weights(tmp_path / "out", trained_alone)
 
 
+@pytest.mark.slow
+@with_deepspeed
+@pytest.mark.parametrize("more", [(), ("--lora-r", "2")], ids=["weights", "adapters"])
+def test_distill_under_deepspeed_equals_one_process(more, teacher, tmp_path):
+    """Models that answer are whole again after a training; adapters are merged for the next."""
+
+    def command(folder: str) -> list[str]:
+        return [*small(teacher, tmp_path / folder), "--validation", "0", *OF_DEEPSPEED, *more]
+
+    assert main(command("alone")) == 0
+    started = Started(2, command("out"), tmp_path / "logs", **ZERO3)
+    assert started.statuses() == [0, 0], started.said()
+    assert_same_run(tmp_path / "out", tmp_path / "alone", atol=1e-5)
+
+
+@pytest.mark.slow
+@with_deepspeed
+@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("more", [(), ("--lora-r", "2")], ids=["weights", "adapters"])
+def test_a_checkpoint_of_deepspeed_goes_on_in_as_many_processes(
+    more, stage, teacher, pairs, tmp_path
+):
+    def command(folder: str) -> list[str]:
+        evaluates = ("--eval-pairs", str(pairs), "--eval-steps", "3")
+        return [*training(teacher, pairs, tmp_path / folder), *evaluates, *OF_DEEPSPEED, *more]
+
+    assert main(command("alone")) == 0
+    variables = {**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    started = Started(2, command("out"), tmp_path / "logs", f"{IN_TRAINING} 5 wait", **variables)
+    started.wait_for("REACHED")
+    started.send(signal.SIGTERM)
+    assert started.statuses(60) == [AGAIN, AGAIN], started.said()
+    for count, own, said in (
+        (1, variables, "saved by 2 processes, whose shares DeepSpeed does not divide among 1"),
+        (2, {}, "was saved under DeepSpeed, and this run is under neither"),
+    ):
+        refused = Started(count, command("out"), tmp_path / "logs", **own)
+        assert refused.statuses() == [2] * count, refused.said()
+        assert said in refused.errors()[0]
+    again = Started(2, command("out"), tmp_path / "logs", **variables)
+    assert again.statuses() == [0, 0], again.said()
+    assert_same_weights(tmp_path / "out", tmp_path / "alone", atol=1e-5)
+    names = [{path.name for path in (tmp_path / run).iterdir()} for run in ("out", "alone")]
+    assert names[0] == names[1]
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_failure_in_one_process_ends_all_with_one_message(command, teacher, pairs, tmp_path):
     typed, plant = training(teacher, pairs, tmp_path / "out"), f"{IN_TRAINING} 2 raise"
@@ -209,7 +262,18 @@ def test_a_failure_in_one_process_ends_all_with_one_message(command, teacher, pa
         ((), FSDP2 | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT"),
         ((), {"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16"),
         ((), {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend inductor"),
-        ((), {"ACCELERATE_USE_DEEPSPEED": "true"}, "--max-tokens-per-batch none"),
+        ((), ZERO3, "--max-tokens-per-batch none"),
+        (
+            OF_DEEPSPEED,
+            ZERO3 | {DEEPSPEED + "ZERO3_SAVE_16BIT_MODEL": "false"},
+            "zero3_save_16bit_model",
+        ),
+        (OF_DEEPSPEED, ZERO3 | {DEEPSPEED + "CONFIG_FILE": "no.json"}, "settings of DeepSpeed"),
+        (
+            OF_DEEPSPEED,
+            ZERO3 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+            "gradient_accumulation_steps 1, and --batch-size",
+        ),
     ],
 )
 def test_refused_before_any_work(typed, variables, said, teacher, pairs, tmp_path):
