@@ -104,10 +104,9 @@ def test_a_slurm_job_goes_back_into_the_queue(sent, status, requeued, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp.yaml", "deepspeed.yaml", "fsdp2.yaml"])
 def test_accelerate_launch_trains_as_one_process(name, tiny_teacher, tmp_path):
-    more, atol = ["--learning-rate", "1e-3"], 1e-6
+    more = ["--learning-rate", "1e-3"]
     if name == "deepspeed.yaml":
         pytest.importorskip("deepspeed")
-        atol = 1e-5  # as its other tests have it
         more += ["--max-tokens-per-batch", "none", "--micro-batch-size", "1"]
     pairs = write_pairs(tmp_path / "pairs.jsonl", 5)
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
@@ -122,5 +121,7 @@ def test_accelerate_launch_trains_as_one_process(name, tiny_teacher, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("two", "one"))
+    # A hundredth of a step: Adam divides gradients by their size, however small, and their rounding
+    # with them.
     for weight, value in expected.items():
-        torch.testing.assert_close(found[weight], value, rtol=0, atol=atol)
+        torch.testing.assert_close(found[weight], value, rtol=0, atol=1e-5)
