@@ -25,6 +25,7 @@ _MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _ADAPTED = frozenset(
     ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper", "peft.ModulesToSaveWrapper")
 )
+_MERGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ADVICE = "leave lm_head out of the target modules and out of quantisation"
 
 
@@ -287,8 +288,8 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
 
 def merge_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     """Adds plain LoRA in place to the weights that it is on, so that a layer costs one product
-    instead of three. Left apart are adapters of other kinds, and those on quantised weights and on
-    weights that another layer shares.
+    instead of three. Left apart are adapters of other kinds, adapters with a bias on layers without
+    one, and those on quantised weights and on weights that another layer shares.
 
     Args:
         model: in evaluation mode. It can no longer train these adapters.
@@ -304,9 +305,11 @@ def merge_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     holders = Counter(id(weight) for part in parts for weight in part._parameters.values())
     layers: list[Any] = [part for part in parts if type(part) is Linear]
     for layer in layers:
-        weight = layer.get_base_layer().weight
+        base = layer.get_base_layer()
         has_variant = any(getattr(layer, "lora_variant", {})) or any(layer.use_dora.values())
-        if weight.is_floating_point() and holders[id(weight)] == 1 and not has_variant:
+        has_own_bias = base.bias is None and any(getattr(layer, "lora_bias", {}).values())
+        is_own = base.weight.dtype in _MERGED and holders[id(base.weight)] == 1
+        if is_own and not (has_variant or has_own_bias):
             layer.merge()
     return model
 

@@ -75,7 +75,7 @@ def test_merged_adapters_are_ordinary_weights(base, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_lora_is_merged_in_place_for_inference(tied, options, base, tmp_path):
     """But where a weight is another layer's too, or the adapter is not plain LoRA."""
     if tied:

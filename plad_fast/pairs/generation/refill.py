@@ -66,7 +66,8 @@ class RowDecoder:
         # An index copies the states of the last tokens; of a slice, whose rows lie apart, PyTorch
         # would make a product for each row, with a copy of the head for each.
         supports = getattr(base_model(model), "_supports_logits_to_keep", None)
-        last = torch.tensor([-1], device=self._device)
+        places = set((getattr(base_model(model), "hf_device_map", None) or {}).values())
+        last = 1 if len(places) > 1 else torch.tensor([-1], device=self._device)
         self._options = {"logits_to_keep": last} if supports is not None and supports() else {}
 
     def admit(self, prompts: Sequence[list[int]], copies: Sequence[int]) -> Tensor:  # (new, V)
