@@ -95,6 +95,11 @@ def test_where_it_is_logged_is_no_other_training(tiny_teacher, pairs, tmp_path, 
         ("report_to=tensorboard", "tensorboard to be installed"),
         ("report_to=pigeon", "pigeon is not supported"),
         ("torch_compile=true", "torch_compile=True is not supported"),
+        ("adam_beta1=2", "--training adam_beta1=2.0: the trainer does not take it"),
+        ("adam_epsilon=-1", "--training adam_epsilon=-1.0: the trainer does not take it"),
+        ("weight_decay=-1", "--training: weight_decay must not be negative"),
+        ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs"),
+        ("lr_scheduler_type=warmup_stable_decay", "num_decay_steps"),
         ("optim", "--training must be KEY=VALUE"),
     ],
 )
@@ -125,6 +130,24 @@ def test_no_value_leaves_a_setting_as_it_is():
     assert training_arguments({"warmup_steps": 5})["warmup_steps"] == 5
     with pytest.raises(UsageError, match="did you mean optim"):
         training_arguments({"optm": None, "optim_": 3})
+
+
+def test_the_setting_that_is_refused_is_named_alone():
+    others = {"max_grad_norm": 0.5, "optim": "adamw_torch", "lr_scheduler_type": "cosine"}
+    with pytest.raises(UsageError, match=r"--training optim=\S+ adam_beta2=1.5: .*beta") as caught:
+        training_arguments({**others, "adam_beta2": 1.5})
+    assert "cosine" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"--training lr_scheduler_\S+ lr_.*'cycles'.*") as caught:
+        training_arguments({**others, "lr_scheduler_kwargs": {"cycles": 1}})
+    assert "adamw" not in str(caught.value)
+
+
+def test_a_number_in_a_mapping_is_one_however_yaml_reads_it():
+    """YAML 1.1 takes 1e-7 for text; a flag's value is read as YAML."""
+    kwargs = yaml.safe_load("{min_lr: 1e-7}")
+    assert kwargs == {"min_lr": "1e-7"}
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
+    assert training_arguments(given)["lr_scheduler_kwargs"] == {"min_lr": 1e-7}
 
 
 @pytest.fixture
