@@ -16,41 +16,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.training.config import PLaDConfig
+from plad_fast.training.setting_names import advice, spellings
 
-# Patterns of names -> the flag that sets it; "" where the program decides.
-_TAKEN = {
-    "output_dir": "--output-dir",
-    "loss": "--loss",
-    "beta": "--beta",
-    "loss_args": "--loss-args",
-    "sft_weight": "--sft-weight",
-    "length_normalization": "--length-normalization",
-    "rank_end_token": "--rank-end-token",
-    "learning_rate": "--learning-rate",
-    "num_train_epochs": "--epochs",
-    "max_steps": "--epochs",
-    "per_device_train_batch_size": "--batch-size and --micro-batch-size",
-    "gradient_accumulation_steps": "--batch-size and --micro-batch-size",
-    "auto_find_batch_size": "--max-tokens-per-batch",
-    "max_tokens_per_batch": "--max-tokens-per-batch",
-    "max_length": "--max-length",
-    "seed": "--seed",
-    "[bf]*16": "--precision",
-    "[bf]*16_full_eval": "--precision",
-    "*_checkpointing": "--gradient-checkpointing",
-    "save_st*": "--saves-per-stage",
-    "eval_st*": "--eval-pairs and --eval-steps of `plad-fast train`",
-    "*_best_model*": "--eval-pairs and --metric-for-best-model of `plad-fast train`",
-    "push_to_hub*": "--push-to-hub",
-    "hub_*": "--push-to-hub",
-    **dict.fromkeys(
-        ("use_cpu", "no_cuda", "use_mps_device", "save_*", "do_*", "resume_from_checkpoint"), ""
-    ),
-    **dict.fromkeys(("overwrite_output_dir", "remove_unused_columns", "reference_cache"), ""),
-    **dict.fromkeys(("ignore_data_skip", "restore_callback*", "enable_jit_checkpoint"), ""),
-    **dict.fromkeys(("fsdp*", "deepspeed", "ddp_*", "local_rank", "*_config", "debug"), ""),
-    **dict.fromkeys(("greater_is_better", "eval_on_start", "eval_delay", "label_names"), ""),
-}
 _SHOWN = 3  # close names of a wrong one
 # What is logged, where, and how much of it is shown: no weight depends on these.
 _FREE = ("report_to", "run_name", "project", "trackio_*", "log_*", "logging_*", "disable_tqdm")
@@ -109,11 +76,12 @@ def training_arguments(
         return {}
     known = [field.name for field in fields(PLaDConfig) if field.init]
     for name in texts:
-        if name in known and (taken := [p for p in _TAKEN if fnmatch(name, p)]):
-            use = f"use {_TAKEN[taken[0]]}" if _TAKEN[taken[0]] else "the command decides it itself"
-            raise UsageError(f"--training {name}: {use}")
+        if name in known and (instead := advice(name)) is not None:
+            raise UsageError(f"--training {name}: {instead}")
         if name not in known:
-            free = [one for one in known if not any(fnmatch(one, taken) for taken in _TAKEN)]
+            if ours := spellings(name):
+                raise UsageError(f"--training {name}: use {' or '.join(ours)}")
+            free = [one for one in known if advice(one) is None]
             where = "see transformers.TrainingArguments and plad_fast.training.PLaDConfig"
             hints = "; ".join([*_close(name, free), where])
             raise UsageError(f"--training {name}: no such setting of the trainer; {hints}")

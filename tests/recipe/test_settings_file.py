@@ -72,6 +72,22 @@ def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("lr: 1", "unknown setting 'lr' of distill; did you mean learning_rate?"),
+        ("gradient_accumulation_steps: 2", "did you mean batch_size and micro_batch_size?"),
+        ("base_model: m", "did you mean student?"),
+        ("optim: sgd", "did you mean training.optim?"),
+        ("bta: 1", "did you mean beta?"),
+    ],
+)
+def test_names_of_other_programs_are_answered_with_ours(text, meant, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(meant)):
+        load_settings(tmp_path / "c.yaml", [*DistillConfig.__dataclass_fields__])
+
+
 def test_a_settings_file_that_is_none(tmp_path):
     (tmp_path / "c.yaml").mkdir()
     with pytest.raises(UsageError, match="is no file; give a YAML file"):
