@@ -15,7 +15,7 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import DistillConfig, PairsConfig, TrainConfig
-from plad_fast.training.setting_names import spellings
+from plad_fast.training.setting_names import advice, spellings
 
 _LONGEST = 200  # characters of what the YAML library says
 FIELDS = {
@@ -55,6 +55,8 @@ def load_settings(
             close = close or difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(known)}"
             raise UsageError(f"--config {path}: unknown setting {shown(key)} of {command}; {hint}")
+        if name == "training" and isinstance(value, dict):
+            _check_training(value, f"--config {path}: training")
         settings[name] = value if name in raw else coerce(name, value, f"--config {path}: {name}")
     return settings
 
@@ -65,6 +67,16 @@ def coerce(name: str, value: Any, where: str) -> Any:
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
     return read_value(str(FIELDS[name].type) if name in FIELDS else "str", value, where)
+
+
+def _check_training(settings: dict[Any, Any], where: str) -> None:
+    """Raises UsageError, with the keys of the file, for what another setting sets."""
+    for key, value in settings.items():
+        instead = advice(str(key).replace("-", "_"))
+        if instead is not None and value is not None:
+            if instead.startswith("use --"):
+                instead = _as_keys(instead.replace("use", "set", 1))
+            raise UsageError(f"{where}.{key}: {instead}")
 
 
 def _as_keys(text: str) -> str:

@@ -72,6 +72,17 @@ def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_of_the_trainer_that_another_one_sets(tmp_path):
+    (tmp_path / "c.yaml").write_text("training: {optim: sgd, fp16: null, save-steps: 5}")
+    with pytest.raises(UsageError, match=r"c.yaml: training.save-steps: set saves_per_stage$"):
+        load_settings(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("training: {deepspeed: ds.json}")
+    with pytest.raises(UsageError, match=r"training.deepspeed: start .* `accelerate launch --conf"):
+        load_settings(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("training: {optim: sgd, fp16: null}")
+    assert load_settings(tmp_path / "c.yaml")["training"]["optim"] == "sgd"
+
+
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
