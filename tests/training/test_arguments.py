@@ -69,6 +69,17 @@ def test_where_it_is_logged_is_no_other_training(tiny_teacher, pairs, tmp_path, 
     assert of_weights({"run_name": "mine", "report_to": ["x"], "optim": "sgd"}) == {"optim": "sgd"}
 
 
+def test_without_a_progress_bar_every_log_is_a_line(tiny_teacher, pairs, tmp_path, capsys):
+    run(tiny_teacher, pairs, tmp_path / "bar")
+    assert "%|" in capsys.readouterr().err
+    run(tiny_teacher, pairs, tmp_path / "out", "--training", "disable_tqdm=true")
+    printed = capsys.readouterr()
+    assert "%|" not in printed.err
+    log = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    lines = [line for line in printed.out.splitlines() if line.startswith("{")]
+    assert len(lines) == len(log) + 1  # the last one sums up
+
+
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
