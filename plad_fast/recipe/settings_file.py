@@ -18,6 +18,7 @@ from plad_fast.recipe.settings import DistillConfig, PairsConfig, TrainConfig
 from plad_fast.training.setting_names import advice, spellings
 
 _LONGEST = 200  # characters of what the YAML library says
+_OF_ONE_FILE = ("pairs", "eval_pairs", "prompts")
 FIELDS = {
     field.name: field
     for settings in (DistillConfig, TrainConfig, PairsConfig, TuneConfig)
@@ -66,6 +67,8 @@ def coerce(name: str, value: Any, where: str) -> Any:
     stand for no value."""
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
+    if name in _OF_ONE_FILE and isinstance(value, list):
+        raise UsageError(f"{where} takes one file, got {shown(value)}; join several into one first")
     return read_value(str(FIELDS[name].type) if name in FIELDS else "str", value, where)
 
 

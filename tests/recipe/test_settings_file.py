@@ -48,6 +48,11 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("output_dir: 2024-02-03", "output_dir must be text, got a date; put it in quotes"),
         ("prompt_column: on", "prompt_column must be text, got True; put it in quotes"),
         ("split: 007", "split must be text, got 7; put it in quotes"),
+        (
+            "eval_pairs: [a, b]",
+            "eval_pairs takes one file, got ['a', 'b']; join several into one first",
+        ),
+        ("loss: [dpo, sft]", "loss must be text, got ['dpo', 'sft']; it takes one"),
         ("prompts: !!set {a, b}", "prompts must be text, got a set of 2"),
         ("prompts: !!binary aGVsbG8=", "prompts must be text, got a bytes"),
         ("prompts: !!python/object/apply:os.getcwd []", "is not YAML"),
@@ -62,7 +67,7 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("beta: 1\nseed: [1", "line 2, is not YAML"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
     ],
-    ids=range(25),
+    ids=range(27),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
