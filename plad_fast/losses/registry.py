@@ -5,6 +5,7 @@ B groups of K responses each.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ from plad_fast.checks import check_length_normalization, check_weight, shown
 from plad_fast.errors import UsageError
 
 _FROM_THE_CALL = ("scores", "counts", "reference_logps", "length_normalization")
+_CLOSE = 0.8  # to be taken for a name: of all letters, those that agree
 # Other arguments of the ops: an option of this name would never reach the loss.
 _RESERVED = {
     *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
@@ -147,7 +149,8 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
     """The registered loss of that name or function, or a description of the caller's own function.
 
     Raises:
-        UsageError: unknown name, the message lists the known ones; neither a name nor a function.
+        UsageError: unknown name, with the one that may be meant or a list of all; neither a name
+            nor a function.
     """
     if callable(loss):
         for spec in _REGISTRY.values():
@@ -160,8 +163,20 @@ def get_loss(loss: str | Callable[..., Tensor]) -> LossSpec:
             f"{', '.join(available())}"
         )
     if loss not in _REGISTRY:
-        raise UsageError(f"unknown loss {loss!r}; known losses: {', '.join(available())}")
+        raise UsageError(f"unknown loss {loss!r}; {_hint(loss)}")
     return _REGISTRY[loss]
+
+
+def _hint(unknown: str) -> str:
+    """At the loss that is meant, by TRL's name or a mistyped one."""
+    from plad_fast.losses.trl_options import DPO_LOSSES, REFUSED_DPO_LOSSES
+
+    if unknown in DPO_LOSSES:
+        return f"TRL's {unknown} is {DPO_LOSSES[unknown]} here"
+    if unknown in REFUSED_DPO_LOSSES:
+        return f"TRL's {unknown} does not work here: {REFUSED_DPO_LOSSES[unknown]}"
+    close = difflib.get_close_matches(unknown, available(), 1, cutoff=_CLOSE)
+    return f"did you mean {close[0]}?" if close else f"known losses: {', '.join(available())}"
 
 
 def read_loss_args(

@@ -15,6 +15,7 @@ from plad_fast.recipe.fields import flag
 from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import SELECTION, DistillConfig, TrainConfig
 from plad_fast.recipe.settings_file import FIELDS, coerce, load_settings
+from plad_fast.training.setting_names import advice, spellings
 
 _EPILOG = """\
 `plad-fast COMMAND --help` lists a command's settings. To begin with, run
@@ -69,15 +70,13 @@ _GROUPS = {
     "memory, precision, checkpoints": (*_RESOURCES, "tokens_on_disk"),
     "teacher or judge by endpoint": (*_ENDPOINT, "batch"),
 }
-# Of transformers' trainer, and looked for among the flags.
-_OF_TRAINER = ("optim", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay",
-               "max_grad_norm", "report_to", "run_name", "logging_steps")  # fmt: skip
 _METAVARS = {"output_dir": "DIR", "pairs": "FILE", "search": "NAME=VALUES"}
 # Given several times as flags, and as they stand there in a file.
 _LISTED = {("evaluate", "student"), ("tune", "search")}
 _OF_TYPES = {
     "int": "N", "float": "X", "str": "TEXT", "bool": "true|false", "Mapping": "KEY=VALUE",
 }  # fmt: skip
+_CLOSE = 0.75  # to be taken for a flag: of all letters, those that agree
 _OF_MODEL = "hub id, folder or .gguf file, or offline"
 
 
@@ -345,19 +344,30 @@ def _unrecognized(
     flags = {name: list(parser._option_string_actions) for name, parser in commands.items()}
     hints = []
     for word in unknown:
-        name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-").lower()
-        if not word.startswith("-") or not name[2:3].isalpha():
-            continue
-        others = [other for other in commands if name in flags[other]]
-        if close := difflib.get_close_matches(name, flags[command], n=1):
-            hints.append(f"did you mean {close[0]}?")
-        elif name.strip("-").replace("-", "_") in _OF_TRAINER and command in ("train", "distill"):
-            hints.append(f"settings of the trainer are given as --training {name[2:]}=...")
-        elif others:
-            hints.append(f"{name} is a flag of {_listed(others)}, not of {command}")
+        if word.startswith("-") and word.lstrip("-")[:1].isalpha():
+            name = word.partition("=")[0].lstrip("-").replace("-", "_").lower()
+            hints += _meant(name, command, flags)
     if not hints and "=" in unknown[0] and "--training" in flags[command]:
         hints.append("repeat --training for each KEY=VALUE")
+    if not hints and unknown[0].endswith((".yaml", ".yml")) and "--config" in flags[command]:
+        hints.append(f"did you mean --config {unknown[0]}?")
     if not hints and not unknown[0].startswith("-"):
         hints.append("a value with spaces needs quotes")
     hints = hints or [f"plad-fast {command} --help lists the flags"]
     return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *dict.fromkeys(hints)])
+
+
+def _meant(name: str, command: str, flags: Mapping[str, Sequence[str]]) -> list[str]:
+    """A hint at the flag of a name that the command does not know, or none."""
+    spelled = [(text, text.split()[0]) for text in (flag(name), *spellings(name))]
+    for text, first in spelled:
+        if first in flags[command]:
+            return [f"did you mean {text}?"]
+    for _, first in spelled:
+        if others := [other for other in flags if first in flags[other]]:
+            return [f"{first} is a flag of {_listed(others)}, not of {command}"]
+    own = {option.lstrip("-"): option for option in flags[command]}
+    if close := difflib.get_close_matches(name.replace("_", "-"), own, n=1, cutoff=_CLOSE):
+        return [f"did you mean {own[close[0]]}?"]
+    instead = advice(name) if "--training" in flags[command] else None
+    return [f"{flag(name)}: {instead}"] if instead else []

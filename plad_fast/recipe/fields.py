@@ -82,7 +82,8 @@ def read_value(kind: str, value: Any, where: str) -> Any:
             first, *others = (read_value("str", text, where) for text in value)
             return (first, *others) if others else first
         if not isinstance(value, str):  # of 007, "no" or a date YAML keeps no spelling
-            raise UsageError(f"{where} must be text, got {shown(value)}; put it in quotes")
+            advice = "it takes one" if isinstance(value, (list, tuple)) else "put it in quotes"
+            raise UsageError(f"{where} must be text, got {shown(value)}; {advice}")
         return value
     for name, read, what in (
         ("Mapping", _mapping, "KEY=VALUE, or a mapping in a file"),

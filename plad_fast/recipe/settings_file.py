@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import DistillConfig, PairsConfig, TrainConfig
+from plad_fast.training.setting_names import advice, spellings
 
 _LONGEST = 200  # characters of what the YAML library says
+_OF_ONE_FILE = ("pairs", "eval_pairs", "prompts")
 FIELDS = {
     field.name: field
     for settings in (DistillConfig, TrainConfig, PairsConfig, TuneConfig)
@@ -48,9 +51,13 @@ def load_settings(
     for key, value in _read(path).items():
         name = key.replace("-", "_")
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+            meant = [_as_keys(text) for text in spellings(name)]
+            close = [text for text in meant if re.split(r"\W", text)[0] in known]
+            close = close or difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(known)}"
             raise UsageError(f"--config {path}: unknown setting {shown(key)} of {command}; {hint}")
+        if name == "training" and isinstance(value, dict):
+            _check_training(value, f"--config {path}: training")
         settings[name] = value if name in raw else coerce(name, value, f"--config {path}: {name}")
     return settings
 
@@ -60,7 +67,25 @@ def coerce(name: str, value: Any, where: str) -> Any:
     stand for no value."""
     if isinstance(value, str) and value.lower() in ("none", "null"):
         value = None
+    if name in _OF_ONE_FILE and isinstance(value, list):
+        raise UsageError(f"{where} takes one file, got {shown(value)}; join several into one first")
     return read_value(str(FIELDS[name].type) if name in FIELDS else "str", value, where)
+
+
+def _check_training(settings: dict[Any, Any], where: str) -> None:
+    """Raises UsageError, with the keys of the file, for what another setting sets."""
+    for key, value in settings.items():
+        instead = advice(str(key).replace("-", "_"))
+        if instead is not None and value is not None:
+            if instead.startswith("use --"):
+                instead = _as_keys(instead.replace("use", "set", 1))
+            raise UsageError(f"{where}.{key}: {instead}")
+
+
+def _as_keys(text: str) -> str:
+    """With the names that stand in a file for flags."""
+    text = re.sub(r"--training (\w+)=\.\.\.", r"training.\1", text)
+    return re.sub(r"--([\w-]+)", lambda found: found[1].replace("-", "_"), text)
 
 
 def _read(file: str | Path) -> dict[str, Any]:

@@ -5,53 +5,28 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from fnmatch import fnmatch
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser, Trainer
+import torch
+from transformers import HfArgumentParser, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.training.config import PLaDConfig
+from plad_fast.training.setting_names import advice, spellings
 
-# Patterns of names -> the flag that sets it; "" where the program decides.
-_TAKEN = {
-    "output_dir": "--output-dir",
-    "loss": "--loss",
-    "beta": "--beta",
-    "loss_args": "--loss-args",
-    "sft_weight": "--sft-weight",
-    "length_normalization": "--length-normalization",
-    "rank_end_token": "--rank-end-token",
-    "learning_rate": "--learning-rate",
-    "num_train_epochs": "--epochs",
-    "max_steps": "--epochs",
-    "per_device_train_batch_size": "--batch-size and --micro-batch-size",
-    "gradient_accumulation_steps": "--batch-size and --micro-batch-size",
-    "auto_find_batch_size": "--max-tokens-per-batch",
-    "max_tokens_per_batch": "--max-tokens-per-batch",
-    "max_length": "--max-length",
-    "seed": "--seed",
-    "[bf]*16": "--precision",
-    "[bf]*16_full_eval": "--precision",
-    "*_checkpointing": "--gradient-checkpointing",
-    "save_st*": "--saves-per-stage",
-    "eval_st*": "--eval-pairs and --eval-steps of `plad-fast train`",
-    "*_best_model*": "--eval-pairs and --metric-for-best-model of `plad-fast train`",
-    "push_to_hub*": "--push-to-hub",
-    "hub_*": "--push-to-hub",
-    **dict.fromkeys(
-        ("use_cpu", "no_cuda", "use_mps_device", "save_*", "do_*", "resume_from_checkpoint"), ""
-    ),
-    **dict.fromkeys(("overwrite_output_dir", "remove_unused_columns", "reference_cache"), ""),
-    **dict.fromkeys(("ignore_data_skip", "restore_callback*", "enable_jit_checkpoint"), ""),
-    **dict.fromkeys(("fsdp*", "deepspeed", "ddp_*", "local_rank", "*_config", "debug"), ""),
-    **dict.fromkeys(("greater_is_better", "eval_on_start", "eval_delay", "label_names"), ""),
-}
 _SHOWN = 3  # close names of a wrong one
 # What is logged, where, and how much of it is shown: no weight depends on these.
 _FREE = ("report_to", "run_name", "project", "trackio_*", "log_*", "logging_*", "disable_tqdm")
+
+# Names on which what is made depends.
+_OF_OPTIMIZER = ("optim*", "adam_*")
+_OF_SCHEDULER = ("lr_scheduler_*",)
+_STEPS = 1000  # of the schedule that is tried out
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class _Parser(HfArgumentParser):
@@ -101,36 +76,66 @@ def training_arguments(
         return {}
     known = [field.name for field in fields(PLaDConfig) if field.init]
     for name in texts:
-        if name in known and (taken := [p for p in _TAKEN if fnmatch(name, p)]):
-            use = f"use {_TAKEN[taken[0]]}" if _TAKEN[taken[0]] else "the command decides it itself"
-            raise UsageError(f"--training {name}: {use}")
+        if name in known and (instead := advice(name)) is not None:
+            raise UsageError(f"--training {name}: {instead}")
         if name not in known:
-            free = [one for one in known if not any(fnmatch(one, taken) for taken in _TAKEN)]
+            if ours := spellings(name):
+                raise UsageError(f"--training {name}: use {' or '.join(ours)}")
+            free = [one for one in known if advice(one) is None]
             where = "see transformers.TrainingArguments and plad_fast.training.PLaDConfig"
             hints = "; ".join([*_close(name, free), where])
             raise UsageError(f"--training {name}: no such setting of the trainer; {hints}")
-    # Lists and mappings are as the trainer wants them.
+    # Lists and mappings are as the trainer wants them, but for the numbers in them.
     plain = {name: v for name, v in texts.items() if not isinstance(v, (list, dict))}
     words = [f"--{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in plain.items()]
     parsed = _Parser(PLaDConfig, allow_abbrev=False).parse_args(["--output_dir=-", *words])
-    settings = {name: getattr(parsed, name) if name in plain else texts[name] for name in texts}
+    settings = {n: getattr(parsed, n) if n in plain else _numbers(texts[n]) for n in texts}
     _try_out(settings, {"eval_strategy": "steps", "eval_steps": 1} if evaluates else {})
     return settings
 
 
+def _numbers(value: Any) -> Any:
+    """With numbers in place of texts such as 1e-7, which YAML reads as text for want of a dot."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    is_number = isinstance(value, str) and _EXPONENT.fullmatch(value)
+    return float(value) if is_number else value
+
+
 def _try_out(settings: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     """Finds out at once what a trainer would refuse once its model and data are loaded."""
-    listed = " ".join(f"{name}={value}" for name, value in settings.items())
-    with reported_as(f"--training {listed}: the trainer does not take it"):
+    with _refused(settings, ("*",)):
         try:
-            config = PLaDConfig("unused", use_cpu=True, **settings, **others)
+            # Some schedules end at a rate that has to be below the first one, which a flag sets.
+            config = PLaDConfig("-", use_cpu=True, learning_rate=1.0, **settings, **others)
         except UsageError as error:
             raise UsageError(f"--training: {error}") from None
-        # These two make optimizers of parts of a model, which is not there yet.
-        if not config.optim_target_modules:
-            Trainer.get_optimizer_cls_and_kwargs(config)
         for callback in get_reporting_integration_callbacks(config.report_to):
             callback()
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    # These two make optimizers of parts of a model, which is not there yet.
+    if not config.optim_target_modules:
+        with _refused(settings, _OF_OPTIMIZER):
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
+            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+                kind(parameters, **options)
+    with _refused(settings, _OF_SCHEDULER):
+        optimizer = torch.optim.SGD(parameters, lr=config.learning_rate)
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=_STEPS,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+
+
+def _refused(settings: Mapping[str, Any], names: Sequence[str]) -> AbstractContextManager[None]:
+    """Turns what a library raises into a line with the settings of these names."""
+    listed = [f"{k}={v}" for k, v in settings.items() if any(fnmatch(k, name) for name in names)]
+    return reported_as(f"--training {' '.join(listed)}: the trainer does not take it")
 
 
 def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:

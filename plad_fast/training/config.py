@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from plad_fast.checks import check_number, is_whole
+from plad_fast.checks import check_number, check_weight, is_whole
 from plad_fast.data.packing import LAYOUTS
 from plad_fast.data.text_ids import check_cut
 from plad_fast.errors import UsageError
@@ -162,6 +162,7 @@ class PLaDConfig(TrainingArguments):
                 raise UsageError(f"{name} must be a finite number, got {value}")
         if self.temperature <= 0:
             raise UsageError(f"temperature must be positive, got {self.temperature}")
+        check_weight("weight_decay", self.weight_decay)
         check_cut(self.max_length, self.truncation_side)
         if self.max_length < 2:
             raise UsageError(f"max_length must be at least 2 tokens, got {self.max_length}")

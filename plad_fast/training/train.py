@@ -372,8 +372,9 @@ def _trainer(
         processing_class=load_tokenizer(source),
         reference_model=None if lora is None else BASE,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Progress)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress)
     return trainer
 
 

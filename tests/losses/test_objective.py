@@ -159,7 +159,11 @@ def mixture(parts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "dpo2"}, "unknown loss 'dpo2'; known losses: apo_down, apo_zero, bco_pair"),
+        ({"loss": "dpo2"}, "unknown loss 'dpo2'; did you mean dpo?"),
+        ({"loss": "mine"}, "unknown loss 'mine'; known losses: apo_down, apo_zero, bco_pair"),
+        ({"loss": "sigmoid"}, "unknown loss 'sigmoid'; TRL's sigmoid is dpo here"),
+        ({"loss": "hinge"}, "TRL's hinge is dpo_hinge here"),
+        ({"loss": "aot"}, "TRL's aot does not work here: it sorts the pairs of a batch"),
         ({"beta": -1.0}, "beta .* at least 0, got -1"),
         ({"beta": float("nan")}, "beta of loss 'plad_ranking' must be a finite number, got nan"),
         ({"gamma": 1.0}, "has no option 'gamma'; it has: beta"),

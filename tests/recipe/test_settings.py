@@ -29,7 +29,7 @@ from plad_fast.recipe.sources import student_sampling
         ("student_layers", 1.9, "whole number"),
         ("student_layers", [0, 1.9], "whole number"),
         ("student_layers", True, "whole number"),
-        ("prompts", ["a.jsonl", "b.jsonl"], "must be text"),
+        ("prompts", ["a.jsonl", "b.jsonl"], "takes one file"),
         ("teacher", {"name": "x"}, "must be text"),
     ],
 )

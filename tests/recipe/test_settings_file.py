@@ -48,6 +48,11 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("output_dir: 2024-02-03", "output_dir must be text, got a date; put it in quotes"),
         ("prompt_column: on", "prompt_column must be text, got True; put it in quotes"),
         ("split: 007", "split must be text, got 7; put it in quotes"),
+        (
+            "eval_pairs: [a, b]",
+            "eval_pairs takes one file, got ['a', 'b']; join several into one first",
+        ),
+        ("loss: [dpo, sft]", "loss must be text, got ['dpo', 'sft']; it takes one"),
         ("prompts: !!set {a, b}", "prompts must be text, got a set of 2"),
         ("prompts: !!binary aGVsbG8=", "prompts must be text, got a bytes"),
         ("prompts: !!python/object/apply:os.getcwd []", "is not YAML"),
@@ -62,7 +67,7 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("beta: 1\nseed: [1", "line 2, is not YAML"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
     ],
-    ids=range(25),
+    ids=range(27),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
@@ -70,6 +75,33 @@ def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
         load_settings(tmp_path / "c.yaml")
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_of_the_trainer_that_another_one_sets(tmp_path):
+    (tmp_path / "c.yaml").write_text("training: {optim: sgd, fp16: null, save-steps: 5}")
+    with pytest.raises(UsageError, match=r"c.yaml: training.save-steps: set saves_per_stage$"):
+        load_settings(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("training: {deepspeed: ds.json}")
+    with pytest.raises(UsageError, match=r"training.deepspeed: start .* `accelerate launch --conf"):
+        load_settings(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("training: {optim: sgd, fp16: null}")
+    assert load_settings(tmp_path / "c.yaml")["training"]["optim"] == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("lr: 1", "unknown setting 'lr' of distill; did you mean learning_rate?"),
+        ("gradient_accumulation_steps: 2", "did you mean batch_size and micro_batch_size?"),
+        ("base_model: m", "did you mean student?"),
+        ("optim: sgd", "did you mean training.optim?"),
+        ("bta: 1", "did you mean beta?"),
+    ],
+)
+def test_names_of_other_programs_are_answered_with_ours(text, meant, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(meant)):
+        load_settings(tmp_path / "c.yaml", [*DistillConfig.__dataclass_fields__])
 
 
 def test_a_settings_file_that_is_none(tmp_path):

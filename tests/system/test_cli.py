@@ -97,7 +97,7 @@ BAD_INPUTS = {
     ),
     "layers out of order": ([*GOOD, "--student-layers", "1,0"], "increasing indices"),
     "beta below 0": ([*GOOD, "--beta", "-1"], "--beta must be at least 0, got -1"),
-    "unknown loss": ([*GOOD, "--loss", "dpo2"], "unknown loss 'dpo2'; known losses"),
+    "unknown loss": ([*GOOD, "--loss", "dpo2"], "unknown loss 'dpo2'; did you mean dpo"),
     "a loss that needs scores": ([*GOOD, "--loss", "plad_margin"], "choose a --scorer"),
     "a number that is none": (
         [*GOOD, "--epochs", "many"],

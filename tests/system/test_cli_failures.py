@@ -85,6 +85,9 @@ def test_flags_have_to_be_spelt_out(short, capsys):
         ("train --batch_size 4", "plad-fast train --model", "did you mean --batch-size?"),
         ("train -model x", "plad-fast train --model", "did you mean --model?"),
         ("pairs --rounds=2", "plad-fast pairs --teacher", "a flag of distill, not of pairs"),
+        ("distill --pairs p", "plad-fast distill", "--pairs is a flag of train and evaluate, not"),
+        ("pairs --lr 1", "plad-fast pairs", "--learning-rate is a flag of distill, tune and"),
+        ("train c.yaml", "plad-fast train", "c.yaml; did you mean --config c.yaml?"),
         ("doctor --qqq", "plad-fast doctor", "plad-fast doctor --help lists the flags"),
         ("train my model", "plad-fast train", "a value with spaces needs quotes"),
         ("train --training a=b c=d", "plad-fast train", "c=d; repeat --training for each KEY=VAL"),
@@ -101,6 +104,35 @@ def test_what_is_mistyped_is_told_with_the_usage_of_the_command(typed, usage, me
     assert printed.startswith(f"usage: {usage}")
     assert message in printed
     assert len(printed.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train --lr 1", "--learning-rate"),
+        ("train --per-device-train-batch-size 1", "--batch-size and --micro-batch-size"),
+        ("train --gradient_accumulation_steps 1", "--batch-size and --micro-batch-size"),
+        ("train --logging-steps 1", "--training logging_steps=..."),
+        ("train --warmup-ratio 0.1", "--training warmup_steps=..., below 1 a share of the steps"),
+        ("train --save-steps 1", "--saves-per-stage"),
+        ("train --save-per-stage 1", "--saves-per-stage"),
+        ("train --max-steps 1", "--epochs"),
+        ("train --dataset d", "--pairs"),
+        ("distill --dataset d", "--prompts"),
+        ("pairs --dataset-name d", "--prompts"),
+        ("train --use-peft", "--lora-r"),
+        ("train --model-name-or-path m", "--model"),
+        ("train --student m", "--model"),
+        ("distill --model m", "--student"),
+        ("train --bf16", "--precision"),
+        ("train --output o", "--output-dir"),
+        ("train --max-len 9", "--max-length"),
+    ],
+)
+def test_the_flags_of_other_programs_are_answered_with_ours(typed, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(typed.split())
+    assert f"; did you mean {meant}" in capsys.readouterr().err
 
 
 CONFIGS = {

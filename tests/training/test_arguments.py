@@ -69,6 +69,17 @@ def test_where_it_is_logged_is_no_other_training(tiny_teacher, pairs, tmp_path, 
     assert of_weights({"run_name": "mine", "report_to": ["x"], "optim": "sgd"}) == {"optim": "sgd"}
 
 
+def test_without_a_progress_bar_every_log_is_a_line(tiny_teacher, pairs, tmp_path, capsys):
+    run(tiny_teacher, pairs, tmp_path / "bar")
+    assert "%|" in capsys.readouterr().err
+    run(tiny_teacher, pairs, tmp_path / "out", "--training", "disable_tqdm=true")
+    printed = capsys.readouterr()
+    assert "%|" not in printed.err
+    log = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    lines = [line for line in printed.out.splitlines() if line.startswith("{")]
+    assert len(lines) == len(log) + 1  # the last one sums up
+
+
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
@@ -80,11 +91,14 @@ def test_where_it_is_logged_is_no_other_training(tiny_teacher, pairs, tmp_path, 
         ("output_dir=x", "use --output-dir"),
         ("eval_steps=5", "use --eval-pairs and --eval-steps"),
         ("push_to_hub=true", "use --push-to-hub"),
-        ("fsdp=full_shard", "the command decides it itself"),
+        ("fsdp=full_shard", "fsdp: start the command with `accelerate launch --config_file"),
+        ("deepspeed=ds.json", "start the command with `accelerate launch --config_file"),
+        ("ddp_backend=gloo", "the command decides it itself"),
         ("gradient_checkpointing=true", "use --gradient-checkpointing"),
         ("weight_decy=0.1", "did you mean weight_decay?"),
         ("flavour=0.1", "flavour: no such setting of the trainer"),
-        ("lr=0.1", "did you mean lr_scheduler_type or lr_scheduler_kwargs?"),
+        ("lr=0.1", "--training lr: use --learning-rate"),
+        ("lr_schedule=1", "did you mean lr_scheduler_type or lr_scheduler_kwargs?"),
         ("warmup=1", "did you mean warmup_steps"),
         ("zzz=1", "trainer; see transformers.TrainingArguments and plad_fast.training.PLaDConfig"),
         ("weight_decay=much", "weight_decay: invalid float value: 'much'"),
@@ -95,6 +109,11 @@ def test_where_it_is_logged_is_no_other_training(tiny_teacher, pairs, tmp_path, 
         ("report_to=tensorboard", "tensorboard to be installed"),
         ("report_to=pigeon", "pigeon is not supported"),
         ("torch_compile=true", "torch_compile=True is not supported"),
+        ("adam_beta1=2", "--training adam_beta1=2.0: the trainer does not take it"),
+        ("adam_epsilon=-1", "--training adam_epsilon=-1.0: the trainer does not take it"),
+        ("weight_decay=-1", "--training: weight_decay must not be negative"),
+        ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs"),
+        ("lr_scheduler_type=warmup_stable_decay", "num_decay_steps"),
         ("optim", "--training must be KEY=VALUE"),
     ],
 )
@@ -125,6 +144,24 @@ def test_no_value_leaves_a_setting_as_it_is():
     assert training_arguments({"warmup_steps": 5})["warmup_steps"] == 5
     with pytest.raises(UsageError, match="did you mean optim"):
         training_arguments({"optm": None, "optim_": 3})
+
+
+def test_the_setting_that_is_refused_is_named_alone():
+    others = {"max_grad_norm": 0.5, "optim": "adamw_torch", "lr_scheduler_type": "cosine"}
+    with pytest.raises(UsageError, match=r"--training optim=\S+ adam_beta2=1.5: .*beta") as caught:
+        training_arguments({**others, "adam_beta2": 1.5})
+    assert "cosine" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"--training lr_scheduler_\S+ lr_.*'cycles'.*") as caught:
+        training_arguments({**others, "lr_scheduler_kwargs": {"cycles": 1}})
+    assert "adamw" not in str(caught.value)
+
+
+def test_a_number_in_a_mapping_is_one_however_yaml_reads_it():
+    """YAML 1.1 takes 1e-7 for text; a flag's value is read as YAML."""
+    kwargs = yaml.safe_load("{min_lr: 1e-7}")
+    assert kwargs == {"min_lr": "1e-7"}
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
+    assert training_arguments(given)["lr_scheduler_kwargs"] == {"min_lr": 1e-7}
 
 
 @pytest.fixture
