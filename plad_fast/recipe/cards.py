@@ -13,7 +13,10 @@ from plad_fast.recipe.validation import verdict
 from plad_fast.training.card import without_folders, write_card
 from plad_fast.training.trained_folders import found_record
 
-_SHOWN = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
+_SHOWN = (
+    *("loss", "nll", "ranking_accuracy", "margin"),
+    *("rewards/accuracies", "rewards/margins", "active_pairs"),
+)
 _NOT_SETTINGS = ("source", "rows", "eval_pairs")  # of the record of a training
 # Free to change in a run that goes on; a new one depends on them.
 _OF_NEW_RUNS = ("rounds", "saves_per_stage", "reasoning_tokens")
