@@ -147,6 +147,11 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
+    if best == "completion" and rejected is None and _is_truth(row.get("label")):
+        raise UsageError(
+            "unpaired rows (completion, label) are not read; pair them, or keep the rows whose "
+            "label is true, without that column, for loss='sft'"
+        )
     if isinstance(rejected, (list, tuple)) and not _is_messages(rejected):
         responses += read_contents(rejected, "rejected")
     elif rejected is not None:
@@ -185,6 +190,11 @@ def _numbers(values: Any) -> list[float]:
         return []
     numbers = [v for v in values if isinstance(v, Real) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) else []  # type: ignore[return-value]
+
+
+def _is_truth(value: Any) -> bool:
+    """Whether it is true or false, also as the text that CSV files have."""
+    return isinstance(value, bool) or str(value).lower() in ("true", "false")
 
 
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:
