@@ -37,14 +37,14 @@ def training_summary(log: Sequence[Mapping[str, Any]]) -> str:
 def describe_training(
     folder: Path,
     model: str,
-    pairs: str,
-    eval_pairs: str | None,
+    data: Mapping[str, str | None],
     log: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes the card of a model of `plad-fast train`."""
+    """Writes the card of a model of `plad-fast train`; `data` has the settings that name it."""
+    pairs = data["pairs"] or ""
     record = found_record(folder) or {}
     settings = {name: value for name, value in record.items() if name not in _NOT_SETTINGS}
-    settings = {"model": model, "pairs": pairs, "eval_pairs": eval_pairs, **settings}
+    settings = {"model": model, **data, **settings}
     write_card(
         folder,
         base_model=model,

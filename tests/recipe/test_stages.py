@@ -110,6 +110,23 @@ def test_the_first_row_is_checked_before_the_model_is_loaded(
     refused(train("model", pairs, tmp_path / "out", *wrong), said)
 
 
+@pytest.mark.parametrize("more", [(), ("--tokens-on-disk",)])
+def test_pairs_come_from_the_named_split(more, tiny_teacher, tmp_path, refused, monkeypatch):
+    """A folder of files has splits as a data set of the hub has."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 2), ("test", 3), ("validation", 4)):
+        write_pairs(tmp_path / "data" / f"{name}.jsonl", count)
+    of_data = tmp_path / "data"
+    splits = ("--split", "test", "--eval-pairs", str(of_data), "--eval-split", "validation")
+    record = recorded(tiny_teacher, of_data, tmp_path / "out", *splits, *more)
+    assert (record["rows"][:6], record["eval_pairs"][:6]) == ("3 rows", "4 rows")
+    assert "split: test" in (tmp_path / "out" / "README.md").read_text()
+    command = train(tiny_teacher, of_data, tmp_path / "other", *more)
+    refused([*command, "--split", "dev"], "'train', 'validation', 'test'")
+    refused([*command, "--eval-split", "test"], "--eval-split does nothing without --eval-pairs")
+
+
 def test_fine_tuning_has_no_weights_of_preferences(tiny_teacher, pairs, tmp_path):
     record = recorded(tiny_teacher, pairs, tmp_path / "out", "--loss", "sft")
     assert (record["sft_weight"], record["length_normalization"]) == (0.0, 0.0)
