@@ -25,7 +25,7 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.arguments import COMMANDS, QUICKSTART_SHARES, given_settings, parse_command
 from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.training.signals import Terminated, raised_signals
+from plad_fast.training.signals import Terminated, ignore_signals, raised_signals
 
 _OVERWRITE = "--overwrite"
 _FAILURE_LOG = "plad-fast-error.log"
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _ended_by(ended.number, typed)
         except KeyboardInterrupt:
             status = _ended_by(signal.SIGINT, typed)
+        if argv is None and status in (_INTERRUPTED, _TERMINATED):
+            ignore_signals()  # the process ends now, and libraries may take their time over it
         if _is_one_of_several():
             from plad_fast.models.team import leave
 

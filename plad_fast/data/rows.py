@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import json
@@ -105,8 +106,7 @@ class TokenLimits(NamedTuple):
 def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -> None:
     """Raises UsageError if no row of these columns can be read; see `tokenize_dataset`."""
     there = set(columns)
-    listed = ", ".join(sorted(map(str, there))[:_MOST_LISTED]) + ", …" * (len(there) > _MOST_LISTED)
-    found = f"{name} has the columns {listed}"
+    found = f"{name} has the columns {_listed(sorted(map(str, there)))}"
     with_prompt = "prompt" in there and there & {"responses", "chosen", "completion"}
     if not with_prompt and not there >= {"chosen", "rejected"}:
         raise UsageError(
@@ -118,6 +118,31 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
         wanted = score_columns(there)
         if not there.issuperset(wanted):
             raise UsageError(f"{found}; this loss needs scores in {' and '.join(wanted)}")
+
+
+def require_first_row(row: Mapping[str, Any], *, compares: bool, name: str) -> None:
+    """Raises UsageError if the first row of a file cannot be read, or has one response where the
+    loss compares several, with the columns that are there; `name` is the file's."""
+    try:
+        _, responses, _ = read_row(row)
+    except UsageError as error:
+        lacks = "" if "prompt" in row else f"{_lacks('prompt', row, name)}; "
+        raise UsageError(f"{lacks}{'' if lacks else f'{name}, '}row 1: {error}") from None
+    if compares and len(responses) == 1 and not {"rejected", "responses"} & row.keys():
+        raise UsageError(
+            f"{_lacks('rejected', row, name)}, and the loss compares responses; add it, or "
+            "fine-tune on the chosen ones with loss='sft'"
+        )
+
+
+def _lacks(column: str, row: Mapping[str, Any], name: str) -> str:
+    close = difflib.get_close_matches(column, map(str, row), n=1, cutoff=0.8)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{name} has no column {column} (it has {_listed([*map(str, row)])}{hint})"
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(columns[:_MOST_LISTED]) + ", …" * (len(columns) > _MOST_LISTED)
 
 
 def score_columns(columns: Collection[str]) -> list[str]:
@@ -147,6 +172,11 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
+    if best == "completion" and rejected is None and _is_truth(row.get("label")):
+        raise UsageError(
+            "unpaired rows (completion, label) are not read; pair them, or keep the rows whose "
+            "label is true, without that column, for loss='sft'"
+        )
     if isinstance(rejected, (list, tuple)) and not _is_messages(rejected):
         responses += read_contents(rejected, "rejected")
     elif rejected is not None:
@@ -185,6 +215,11 @@ def _numbers(values: Any) -> list[float]:
         return []
     numbers = [v for v in values if isinstance(v, Real) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) else []  # type: ignore[return-value]
+
+
+def _is_truth(value: Any) -> bool:
+    """Whether it is true or false, also as the text that CSV files have."""
+    return isinstance(value, bool) or str(value).lower() in ("true", "false")
 
 
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:

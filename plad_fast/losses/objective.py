@@ -88,6 +88,12 @@ class Objective:
         return self.spec.needs_reference_for(self.options)
 
     @property
+    def beta(self) -> float | Tensor:
+        """What a gain on the reference is multiplied by: 1 for a loss without a beta."""
+        beta = self.options.get("beta", self.spec.options.get("beta"))
+        return 1.0 if beta is None else beta
+
+    @property
     def always_active(self) -> bool:
         """See `LossSpec`; and the likelihood of responses that are all the best of their groups."""
         return self.spec.always_active or (self.spec.is_likelihood and self.group_size == 1)

@@ -57,7 +57,7 @@ _EVALUATION = ("eval_scorer", "calibration_samples")
 _GROUPS = {
     "search": _OF_TUNING,
     "models and seed": ("output_dir", "teacher", "student", "student_layers", "seed"),
-    "prompts": (*_PROMPTS, "part_size", "held_out", "validation", "sft_share"),
+    "data": (*_PROMPTS, "part_size", "held_out", "validation", "sft_share"),
     "answers": ("teacher_temperature", *_GENERATION, "rejected_from", *_ENGINE),
     "scores and pairs": _SELECTION,
     "fine-tuning": ("sft_epochs", "sft_learning_rate", "sft_batch_size"),
@@ -65,7 +65,7 @@ _GROUPS = {
         *("rounds", "loss", "epochs", "learning_rate", *_LOSS, "patience", "training"),
     ),
     "adapters": _ADAPTERS,
-    "evaluation": (*_EVALUATION, "eval_pairs", "eval_steps", "metric_for_best_model"),
+    "evaluation": (*_EVALUATION, "eval_pairs", "eval_split", "eval_steps", "metric_for_best_model"),
     "publishing": ("push_to_hub",),
     "memory, precision, checkpoints": (*_RESOURCES, "tokens_on_disk"),
     "teacher or judge by endpoint": (*_ENDPOINT, "batch"),
@@ -165,11 +165,12 @@ COMMANDS = {
         needs=("model", "pairs", "output_dir"),
         settings=(
             *("loss", "epochs", "learning_rate", *_LOSS, *_RESOURCES, "seed", "training"),
-            *(*_ADAPTERS, *_OF_TRAIN, "push_to_hub"),
+            *(*_ADAPTERS, *_OF_TRAIN, "split", "push_to_hub"),
         ),
         help={
             "model": f"{_OF_MODEL}; PEFT adapters are merged into their base first",
             "pairs": "JSONL, JSON, CSV, Parquet or hub dataset of prompt, chosen, rejected",
+            "split": "split of --pairs, where these are a hub dataset",
             "output_dir": "folder to make for the trained model",
             "loss": "preference loss, or sft to fine-tune on the chosen responses alone; "
             "`plad-fast doctor` lists the losses",

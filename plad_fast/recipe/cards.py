@@ -13,7 +13,10 @@ from plad_fast.recipe.validation import verdict
 from plad_fast.training.card import without_folders, write_card
 from plad_fast.training.trained_folders import found_record
 
-_SHOWN = ("loss", "nll", "ranking_accuracy", "margin", "active_pairs")
+_SHOWN = (
+    *("loss", "nll", "ranking_accuracy", "margin"),
+    *("rewards/accuracies", "rewards/margins", "active_pairs"),
+)
 _NOT_SETTINGS = ("source", "rows", "eval_pairs")  # of the record of a training
 # Free to change in a run that goes on; a new one depends on them.
 _OF_NEW_RUNS = ("rounds", "saves_per_stage", "reasoning_tokens")
@@ -34,14 +37,14 @@ def training_summary(log: Sequence[Mapping[str, Any]]) -> str:
 def describe_training(
     folder: Path,
     model: str,
-    pairs: str,
-    eval_pairs: str | None,
+    data: Mapping[str, str | None],
     log: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes the card of a model of `plad-fast train`."""
+    """Writes the card of a model of `plad-fast train`; `data` has the settings that name it."""
+    pairs = data["pairs"] or ""
     record = found_record(folder) or {}
     settings = {name: value for name, value in record.items() if name not in _NOT_SETTINGS}
-    settings = {"model": model, "pairs": pairs, "eval_pairs": eval_pairs, **settings}
+    settings = {"model": model, **data, **settings}
     write_card(
         folder,
         base_model=model,

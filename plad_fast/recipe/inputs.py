@@ -137,12 +137,12 @@ class RunPrompts:
         return cls(prompts, train, held_out, validation, sft, train[len(sft) :] or train)
 
 
-def read_pairs(path: str) -> list[dict[str, Any]]:
-    """Rows of a pairs file. Chat messages in CSV or JSON text are not unpacked, but refused, and so
-    is a file that is damaged, empty, without the columns that rows need, or was cut off since
-    `plad-fast pairs` or a run made it (UsageError)."""
+def read_pairs(path: str, split: str = "train") -> list[dict[str, Any]]:
+    """Rows of a pairs file, or of the split of a hub data set. Chat messages in CSV or JSON text
+    are not unpacked, but refused, and so is a file that is damaged, empty, without the columns that
+    rows need, or was cut off since `plad-fast pairs` or a run made it (UsageError)."""
     require_whole(Path(path).expanduser())
-    table = read_table(path, "train")
+    table = read_table(path, split)
     require_columns(table.columns, with_scores=False, name=path)
     rows = table.rows
     if not isinstance(rows, list):  # of the hub, by way of Arrow
@@ -150,16 +150,16 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
     return [_checked(row, number, path) for number, row in enumerate(rows, start=1)]
 
 
-def stream_pairs(path: str) -> StreamedRows:
+def stream_pairs(path: str, split: str = "train") -> StreamedRows:
     """As `read_pairs`, with a row in memory at a time."""
     require_whole(Path(path).expanduser())
-    rows = StreamedRows(functools.partial(_stream, path), path)
+    rows = StreamedRows(functools.partial(_stream, path, split), path)
     require_columns(rows.columns, with_scores=False, name=path)
     return rows
 
 
-def _stream(path: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(stream_rows(path), start=1):
+def _stream(path: str, split: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(stream_rows(path, split), start=1):
         yield _checked(row, number, path)
 
 

@@ -373,6 +373,7 @@ class TrainConfig:
     eval_pairs: str | None = setting(
         None, "pairs to measure while training; the best checkpoint becomes the model"
     )
+    eval_split: str = setting("train", "split of --eval-pairs, where these are a hub dataset")
     eval_steps: int | None = setting(
         None, "optimizer steps between evaluations; default: a tenth of all", AT_LEAST_1
     )

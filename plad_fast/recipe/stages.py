@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
 from plad_fast.data.places import is_there
+from plad_fast.data.plain_rows import plain_row
 from plad_fast.data.records import ELSEWHERE
+from plad_fast.data.rows import require_first_row
 from plad_fast.data.store import fingerprint_of, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import check_settings
+from plad_fast.losses.registry import get_loss
 from plad_fast.models.loading import check_loadable, find_model, load_tokenizer
 from plad_fast.pairs.build import PairReport
 from plad_fast.recipe.cards import describe_training, training_summary
@@ -139,7 +142,7 @@ def _check_settings(given: Mapping[str, Any]) -> None:
             checked(field, given[field.name])
     check_settings(given["loss"], given, flag)
     check_adapters(given)
-    require_with("eval_pairs", given, ("eval_steps", "metric_for_best_model"))
+    require_with("eval_pairs", given, ("eval_split", "eval_steps", "metric_for_best_model"))
 
 
 def has_answers(folder: Path) -> bool:
@@ -156,7 +159,9 @@ def train_on_pairs(
     loss: str = "plad_ranking",
     epochs: float = 1.0,
     learning_rate: float = 2e-5,
+    split: str = "train",
     eval_pairs: str | None = None,
+    eval_split: str | None = None,
     tokens_on_disk: bool = False,
     push_to_hub: str | None = None,
     overwrite: bool = False,
@@ -167,7 +172,8 @@ def train_on_pairs(
     Args:
         model: hub id, folder or .gguf file.
         pairs: JSONL, JSON, CSV or Parquet in the standard preference format.
-        eval_pairs: likewise; see `eval_rows` of `train_model`.
+        split: of `pairs` where they are a hub data set.
+        eval_pairs, eval_split: likewise; see `eval_rows` of `train_model`.
         tokens_on_disk: hold neither pairs nor token ids in memory: the pairs are read several
             times, and their token ids lie beside the checkpoints until the end. The weights are
             those of a training that holds them.
@@ -183,6 +189,7 @@ def train_on_pairs(
     """
     given = {"loss": loss, "epochs": epochs, "learning_rate": learning_rate, **options}
     given |= {} if eval_pairs is None else {"eval_pairs": eval_pairs}
+    given |= {} if eval_split is None else {"eval_split": eval_split}
     _check_settings(given)
     lora, _ = adapters_and_arguments(given)
     source = find_model(model, "--model")
@@ -190,11 +197,15 @@ def train_on_pairs(
         has_adapters = lora is not None and not options.get("merge")
         is_here = is_there(expanded_path(source))
         check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
-    rows = stream_pairs(pairs) if tokens_on_disk else read_pairs(pairs)
+    rows = (stream_pairs if tokens_on_disk else read_pairs)(pairs, split)
     looked_at = [*islice(rows, LOOKED_AT if tokens_on_disk else None)]
     if eval_pairs is not None:
-        options["eval_rows"] = read_pairs(eval_pairs)
+        options["eval_rows"] = read_pairs(eval_pairs, eval_split or TrainConfig.eval_split)
     compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
+    for row, file in zip(compared, (pairs, eval_pairs), strict=False):
+        # Before the model, which may have to be downloaded; the other rows are checked after it.
+        compares = not get_loss(loss).is_likelihood
+        require_first_row(plain_row(row), compares=compares, name=str(file))
     defaults = {field.name: field.default for field in fields(DistillConfig)}
     settings = {**defaults, **given}
     has_reference = all("reference_logps" in row for row in compared)
@@ -231,7 +242,9 @@ def train_on_pairs(
     if done_before:
         print("done before, with the same settings and pairs", flush=True)
     print(f"{training_summary(log)}\nmodel: {folder}", flush=True)
-    describe_training(folder, model, pairs, eval_pairs, log)
+    data = {"pairs": pairs, "eval_pairs": eval_pairs, "eval_split": eval_split}
+    data |= {} if split == DistillConfig.split else {"split": split}
+    describe_training(folder, model, data, log)
     if push_to_hub is not None:
         print(f"pushed: {push(folder, push_to_hub)}", flush=True)
     return folder

@@ -53,10 +53,14 @@ class PreferenceMeter:
 
     _NAMES = ("groups", "loss", "nll", "nll_tokens", "tokens", "logps/chosen")
     _PAIR_NAMES = ("logps/rejected", "margin", "ranking_accuracy", "active_pairs", "saved_tokens")
+    _REWARD_NAMES = tuple(
+        f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")
+    )
 
     def __init__(self, objective: Objective, *, router_loss: bool = False) -> None:
         self._objective = objective
         self._columns = self._NAMES + (self._PAIR_NAMES if objective.group_size > 1 else ())
+        self._columns += self._REWARD_NAMES if objective.needs_reference else ()
         self._columns += ("router_loss",) * router_loss
         self.reset()
 
@@ -85,6 +89,8 @@ class PreferenceMeter:
         self,
         out: FusedLoss,
         group_tokens: Tensor,  # (B, 2) of `PreferenceBatch`
+        *,
+        reference_logps: Tensor | None = None,  # (S,), plain sums
         router_loss: Tensor | None = None,  # (), of these groups together
     ) -> Tensor:  # (B, metrics) float32
         """The metrics of every group in a batch; rows may be summed in any order."""
@@ -107,6 +113,15 @@ class PreferenceMeter:
                 (chosen > rejected).float().mean(1),
                 out.active,
                 group_tokens[:, 1] - group_tokens[:, 0],
+            ]
+        if self._objective.needs_reference:
+            assert reference_logps is not None
+            rewards = self._objective.beta * (plain - reference_logps.view(shape))
+            columns += [
+                rewards[:, 0],
+                rewards[:, 1:].mean(1),
+                (rewards[:, :1] - rewards[:, 1:]).mean(1),
+                (rewards[:, :1] > rewards[:, 1:]).float().mean(1),
             ]
         if router_loss is not None:
             columns.append(router_loss.detach().expand(len(logps)))

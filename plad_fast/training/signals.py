@@ -51,6 +51,8 @@ class Asked:
 def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Terminated`, once, as SIGINT raises KeyboardInterrupt.
 
+    They are put back at the end, unless they are ignored by then (`ignore_signals`).
+
     After a second signal the process has a moment to end, then it is ended: code that never comes
     back to Python holds up the handlers of signals, and traps nobody.
 
@@ -129,9 +131,17 @@ def deferred_signals(notice: str) -> Iterator[Asked]:
             signal.signal(number, note)
         yield asked
     finally:
-        _restore(before)
+        # After a second signal they are no longer these, and that process is ending.
+        _restore({n: before[n] for n in before if signal.getsignal(n) is note})
     if asked.by is not None:
         _deliver(asked.by, before)
+
+
+def ignore_signals() -> None:
+    """For a process that has said how it ends: no signal changes its exit status any more."""
+    if _is_main_thread():
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _is_main_thread() -> bool:
@@ -147,7 +157,8 @@ def _defaults() -> dict[Any, Any]:
 
 def _restore(before: dict[Any, Any]) -> None:
     for number, handler in before.items():
-        signal.signal(number, handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `ignore_signals` leaves them
+            signal.signal(number, handler)
 
 
 def _deliver(number: int, before: dict[Any, Any]) -> None:

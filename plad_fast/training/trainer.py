@@ -67,6 +67,10 @@ class PLaDTrainer(Trainer):
     * `logps/chosen`, `logps/rejected`: s(y) as the loss sees it
     * `margin`: s of the best response minus the mean of the others
     * `ranking_accuracy`: the share of the others that score below the best
+    * `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, for losses on a
+      reference, as in TRL: of beta times what the log-probability, a plain sum, has gained on the
+      reference's. beta is 1 for a loss without one (`mixture`); `margin` and `ranking_accuracy`
+      leave the reference out
     * `active_pairs`: the share of groups whose loss has a gradient
     * `saved_tokens`: the share of tokens that shared prompts spared the model
     * `skipped_backwards`: the share of micro-batches that had no gradient and ran no backward
@@ -274,7 +278,12 @@ class PLaDTrainer(Trainer):
             with router_losses(module, wanted=self._has_router_loss) as routing:
                 out = through_head(module, inputs, loss_of)
             own = routing[0] if routing else None
-            rows = self._train_meter.rows(out, inputs["group_tokens"], own)
+            rows = self._train_meter.rows(
+                out,
+                inputs["group_tokens"],
+                reference_logps=inputs.get("reference_logps"),
+                router_loss=own,
+            )
             if own is None:
                 return out.loss, rows, out.active
             # A mean over its tokens already: of several micro-batches it is one over groups.

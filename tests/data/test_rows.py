@@ -118,6 +118,18 @@ def test_conversations_that_part_early_share_what_comes_before(tiny_tokenizer):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
 
 
+@pytest.mark.parametrize("label", [True, False, "False"])
+def test_unpaired_rows_are_refused(tiny_tokenizer, label):
+    """To fine-tune on all of them would teach the bad completions, too."""
+    row = {"prompt": "p", "completion": "c", "label": label}
+    with pytest.raises(
+        UsageError, match=r"row 1: unpaired rows \(completion, label\) are not read"
+    ):
+        tokenize_dataset([row], tiny_tokenizer, max_length=64, first_only=True)
+    for fine in ({**row, "label": 3}, {**row, "label": None}, {**row, "rejected": "r"}):
+        tokenize_dataset([fine], tiny_tokenizer, max_length=64)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 @pytest.mark.parametrize("chat", [True, False])
 def test_pair_files_train_in_trl(tiny_model, tiny_tokenizer, tmp_path, chat):

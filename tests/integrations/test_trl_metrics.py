@@ -42,6 +42,30 @@ def test_an_empty_response_is_worth_nothing_in_the_metrics(build, kind, options)
     assert all(math.isfinite(value) for value in found.values())
 
 
+@pytest.mark.parametrize(("loss", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_rewards_of_our_trainer_are_those_of_trl(build, make, loss, theirs):
+    """In training over micro-batches and accumulation, and over the batches of an evaluation."""
+    common = {"learning_rate": 0.0, "beta": 0.3}
+    plain = build(
+        loss_type=[theirs], with_eval=True, max_steps=1, **common,
+        **{f"per_device_{kind}_batch_size": len(PAIRS) for kind in ("train", "eval")},
+    )  # fmt: skip
+    fast = make(
+        PAIRS, loss=loss, eval_rows=PAIRS, reference_model=plain.ref_model, **common,
+        length_normalization=None,
+        per_device_train_batch_size=3, gradient_accumulation_steps=2, max_tokens_per_batch=40,
+    )  # fmt: skip
+    for expected, found in (
+        (first_log(plain), first_log(fast)),
+        (plain.evaluate(), fast.evaluate()),
+    ):
+        prefix = "eval_" if "eval_loss" in expected else ""
+        assert found[f"{prefix}margin"] != pytest.approx(expected[f"{prefix}rewards/margins"], 1e-3)
+        for name in OF_PAIRS if loss == "dpo" else OF_PAIRS - {"logps/chosen", "logps/rejected"}:
+            name = prefix + name
+            assert found[name] == pytest.approx(expected[name], 1e-5, 2e-5), name
+
+
 LONG = {"prompt": "p", "chosen": "a" * 90, "rejected": "b" * 99}
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,52 @@ def test_the_defaults_of_the_help_are_those_of_the_training(
     assert (record["sft_weight"], record["length_normalization"]) == (1.0, 1.0)
     spelt_out = [part for name in RECORDED for part in (flag(name), str(record[name]))]
     assert recorded(tiny_teacher, pairs, tmp_path / "out", *spelt_out) == record
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"question": "p", "chosen": "a", "rejected": "b"},
+            "p.jsonl has no column prompt (it has question, chosen, rejected); row 1: prompt is",
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejceted": "b"},
+            "p.jsonl has no column rejected (it has prompt, chosen, rejceted; did you mean "
+            "rejceted?), and the loss compares responses",
+        ),
+        ({"prompt": "p", "chosen": 3, "rejected": "b"}, "p.jsonl, row 1: chosen is 3"),
+        ({"prompt": "p", "completion": "c", "label": True}, "p.jsonl, row 1: unpaired rows"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--tokens-on-disk",)])
+def test_the_first_row_is_checked_before_the_model_is_loaded(
+    row, said, more, pairs, tmp_path, monkeypatch, refused
+):
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text(json.dumps(row) + "\n")
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")  # and no weights
+    refused(train("model", "p.jsonl", tmp_path / "out", *more), said)
+    wrong = ("--eval-pairs", "p.jsonl", *more)
+    refused(train("model", pairs, tmp_path / "out", *wrong), said)
+
+
+@pytest.mark.parametrize("more", [(), ("--tokens-on-disk",)])
+def test_pairs_come_from_the_named_split(more, tiny_teacher, tmp_path, refused, monkeypatch):
+    """A folder of files has splits as a data set of the hub has."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 2), ("test", 3), ("validation", 4)):
+        write_pairs(tmp_path / "data" / f"{name}.jsonl", count)
+    of_data = tmp_path / "data"
+    splits = ("--split", "test", "--eval-pairs", str(of_data), "--eval-split", "validation")
+    record = recorded(tiny_teacher, of_data, tmp_path / "out", *splits, *more)
+    assert (record["rows"][:6], record["eval_pairs"][:6]) == ("3 rows", "4 rows")
+    assert "split: test" in (tmp_path / "out" / "README.md").read_text()
+    command = train(tiny_teacher, of_data, tmp_path / "other", *more)
+    refused([*command, "--split", "dev"], "'train', 'validation', 'test'")
+    refused([*command, "--eval-split", "test"], "--eval-split does nothing without --eval-pairs")
 
 
 def test_fine_tuning_has_no_weights_of_preferences(tiny_teacher, pairs, tmp_path):

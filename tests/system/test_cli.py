@@ -150,7 +150,7 @@ BAD_INPUTS = {
     ),
     "pairs without a rejected answer": (
         [*TRAIN, "--pairs", "{data}/unranked.jsonl"],
-        "compares responses, but the rows have one response each",
+        r"unranked.jsonl has no column rejected \(it has .*\), and the loss compares responses",
     ),
     "pairs without the columns of pairs": (
         [*TRAIN, "--pairs", "{data}/question.jsonl"],

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from plad_fast.errors import UsageError
 from plad_fast.training.metrics import PreferenceMeter
-from tests.support.trainings import PAIRS
+from tests.support.trainings import PAIRS, RANKED
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -39,6 +39,24 @@ def test_a_best_metric_that_no_evaluation_has_is_refused_at_once(make, wanted, s
     assert f"eval_{wanted.removeprefix('eval_')}" in found
 
 
+def test_rewards_are_a_best_metric_of_losses_on_a_reference(make):
+    """Without a beta they are gains in nats, and with several rejected responses means."""
+    options = {**BEST, "metric_for_best_model": "rewards/accuracies"}
+    options |= {"load_best_model_at_end": True, "max_steps": 2}
+    trainer = make(
+        RANKED, eval_rows=RANKED, loss="mixture", loss_args={"parts": {"dpo": {}}}, **options
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.state.best_metric == max(log["eval_rewards/accuracies"] for log in logs)
+    last = logs[-1]
+    gain = last["eval_rewards/chosen"] - last["eval_rewards/rejected"]
+    assert last["eval_rewards/margins"] == pytest.approx(gain, 1e-4)
+    before = make(RANKED, eval_rows=RANKED, loss="plad_ranking").evaluate()
+    gained = last["eval_logps/chosen"] - before["eval_logps/chosen"]
+    assert last["eval_rewards/chosen"] == pytest.approx(gained, 1e-4)
+
+
 def test_callbacks_may_bring_the_best_metric(make):
     class Own(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -53,7 +71,9 @@ def test_callbacks_may_bring_the_best_metric(make):
 def test_nll_is_that_of_tokens_and_time_left_out_is_none():
     """One pair of 3 and 4 tokens, its log-probabilities divided by these numbers."""
     spec = SimpleNamespace(is_likelihood=False)
-    objective = SimpleNamespace(group_size=2, length_normalization=1.0, sft_weight=0.5, spec=spec)
+    objective = SimpleNamespace(
+        group_size=2, length_normalization=1.0, sft_weight=0.5, spec=spec, needs_reference=False
+    )
     out = SimpleNamespace(
         sums=torch.tensor([-1.0, -2.0]),
         counts=torch.tensor([3, 4]),

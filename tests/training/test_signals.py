@@ -207,6 +207,51 @@ def test_a_step_that_hangs_traps_nobody(tiny_teacher, pairs, tmp_path):
         assert "run the same command again" in process.stderr.read()
 
 
+ENDING = """
+import atexit, signal, sys
+from plad_fast import cli
+def run(typed):
+    signal.raise_signal({number})
+def more():
+    print("ending", flush=True)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.raise_signal(number)
+    print("ended", flush=True)
+atexit.register(more)
+cli._attempt = run
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, AGAIN), (signal.SIGINT, 130)])
+def test_a_signal_while_the_process_ends_does_not_change_its_exit_status(number, status):
+    """Slurm sends more than one, and requeues by the status."""
+    code = ENDING.format(number=int(number))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "ending\nended\n"), done.stderr
+    assert done.stderr.count("run the same command again") == 1
+
+
+def test_a_third_signal_does_not_disturb_the_end_that_the_second_began(monkeypatch):
+    monkeypatch.setattr(signals, "_SAME", 0)
+
+    def run():
+        with raised_signals(lambda number: 0):
+            try:
+                with deferred_signals(""):
+                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                reached.append(True)
+
+    reached = []
+    with pytest.raises(Terminated):
+        run()
+    assert reached
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_answers_are_kept_when_their_making_is_ended(send, tiny_teacher, pairs, tmp_path, capfd):
     """A stage without checkpoints ends at once: every answer is on the disk when it has come."""
 
