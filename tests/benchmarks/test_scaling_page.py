@@ -126,18 +126,6 @@ def test_the_script_of_the_page_on_two_processes(options: list[str], workplace: 
     assert list(Path("run").glob("*model.safetensors"))
 
 
-@pytest.mark.slow
-def test_the_command_line_is_for_one_process(workplace: list[str], tiny_teacher: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "plad_fast", "train", "--model", str(tiny_teacher), "--pairs", "pairs.jsonl",
-         "--output-dir", "out"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "another process" in done.stderr
-
-
 def test_the_picture_is_drawn_from_the_csv(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks.scaling_plot import draw
