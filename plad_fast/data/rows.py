@@ -137,7 +137,7 @@ def require_first_row(row: Mapping[str, Any], *, compares: bool, name: str) -> N
 
 def _lacks(column: str, row: Mapping[str, Any], name: str) -> str:
     close = difflib.get_close_matches(column, map(str, row), n=1, cutoff=0.8)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; rename {close[0]}" if close else ""
     return f"{name} has no column {column} (it has {_listed([*map(str, row)])}{hint})"
 
 
@@ -172,10 +172,10 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Content, list[Content]]:
     best = "completion" if row.get("chosen") is None and "completion" in row else "chosen"
     responses = [read_content(row.get(best), best)]
     rejected = row.get("rejected")
-    if best == "completion" and rejected is None and _is_truth(row.get("label")):
+    if best == "completion" and rejected is None and row.get("label") is not None:
         raise UsageError(
-            "unpaired rows (completion, label) are not read; pair them, or keep the rows whose "
-            "label is true, without that column, for loss='sft'"
+            "unpaired rows (completion, label) are not read; pair them, or keep the good ones, "
+            "without the column label, for loss='sft'"
         )
     if isinstance(rejected, (list, tuple)) and not _is_messages(rejected):
         responses += read_contents(rejected, "rejected")
@@ -215,11 +215,6 @@ def _numbers(values: Any) -> list[float]:
         return []
     numbers = [v for v in values if isinstance(v, Real) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) else []  # type: ignore[return-value]
-
-
-def _is_truth(value: Any) -> bool:
-    """Whether it is true or false, also as the text that CSV files have."""
-    return isinstance(value, bool) or str(value).lower() in ("true", "false")
 
 
 def _without_prompt(chosen: Any, rejected: Any) -> tuple[Content, list[Content]]:

@@ -207,7 +207,7 @@ def has_own_weights(source: str | os.PathLike[str]) -> bool:
     return "gguf_file" not in location and _base_of_adapters(location) is None
 
 
-def load_whole() -> None:
+def end_loading_in_parts() -> None:
     """Has transformers load models whole again: once ZeRO-3 is configured for a training, each
     process gets a part of their weights alone, also where they are to answer or to be merged."""
     unset_hf_deepspeed_config()

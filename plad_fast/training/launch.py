@@ -111,8 +111,9 @@ def _check_deepspeed(max_tokens_per_batch: int | None, own: str, *, validates: b
     for name, decides in _AUTOMATIC.items():
         if (found := asked.get(name)) != "auto":
             raise UsageError(
-                f"the launcher asks for {name} {found}, and {decides} decides; leave it out, or "
-                "set it to auto in a file of DeepSpeed's own"
+                f"{name} is {'not set' if found is None else found} for DeepSpeed, and {decides} "
+                "decides; leave it out of accelerate's file, and set it to auto in one of "
+                "DeepSpeed's own"
             )
     for name in ("fp16", "bf16"):
         if asked.get(name, {}).get("enabled", "auto") not in ("auto", name == own):

@@ -22,10 +22,10 @@ from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import (
     check_loadable,
+    end_loading_in_parts,
     has_own_weights,
     load_model,
     load_tokenizer,
-    load_whole,
     place_of,
 )
 from plad_fast.models.lora import Lora, load_with_lora
@@ -324,7 +324,7 @@ class _Run:
             finally:
                 for logger in _open_runs() - open_before:
                     sys.modules[logger].finish()
-                load_whole()
+                end_loading_in_parts()
         step = trainer.state.global_step
         del trainer
         gc.collect()  # a Trainer refers to itself; its optimizer is twice the model
@@ -358,7 +358,7 @@ def _trainer(
     }
     config = PLaDConfig(**{**shared, **options})
     if not has_own_weights(source):
-        load_whole()
+        end_loading_in_parts()
     if lora is None:
         model: Any = load_model(source, dtype=torch.float32, merge_adapters=True)
     else:

@@ -118,7 +118,7 @@ def test_conversations_that_part_early_share_what_comes_before(tiny_tokenizer):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)
 
 
-@pytest.mark.parametrize("label", [True, False, "False"])
+@pytest.mark.parametrize("label", [True, False, "False", 0])
 def test_unpaired_rows_are_refused(tiny_tokenizer, label):
     """To fine-tune on all of them would teach the bad completions, too."""
     row = {"prompt": "p", "completion": "c", "label": label}
@@ -126,7 +126,7 @@ def test_unpaired_rows_are_refused(tiny_tokenizer, label):
         UsageError, match=r"row 1: unpaired rows \(completion, label\) are not read"
     ):
         tokenize_dataset([row], tiny_tokenizer, max_length=64, first_only=True)
-    for fine in ({**row, "label": 3}, {**row, "label": None}, {**row, "rejected": "r"}):
+    for fine in ({**row, "label": None}, {**row, "rejected": "r"}):
         tokenize_dataset([fine], tiny_tokenizer, max_length=64)
 
 

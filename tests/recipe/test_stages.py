@@ -90,8 +90,8 @@ def test_the_defaults_of_the_help_are_those_of_the_training(
         ),
         (
             {"prompt": "p", "chosen": "a", "rejceted": "b"},
-            "p.jsonl has no column rejected (it has prompt, chosen, rejceted; did you mean "
-            "rejceted?), and the loss compares responses",
+            "p.jsonl has no column rejected (it has prompt, chosen, rejceted; rename "
+            "rejceted), and the loss compares responses",
         ),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "p.jsonl, row 1: chosen is 3"),
         ({"prompt": "p", "completion": "c", "label": True}, "p.jsonl, row 1: unpaired rows"),
