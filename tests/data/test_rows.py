@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 
 import pytest
 from datasets import Dataset
 
 from plad_fast.data.prompts import Prompt
+from plad_fast.data.rows import require_first_row
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
@@ -128,6 +130,27 @@ def test_unpaired_rows_are_refused(tiny_tokenizer, label):
         tokenize_dataset([row], tiny_tokenizer, max_length=64, first_only=True)
     for fine in ({**row, "label": None}, {**row, "rejected": "r"}):
         tokenize_dataset([fine], tiny_tokenizer, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"question": "p", "chosen": "a", "rejected": "b"},
+            "p.jsonl has no column prompt (it has question, chosen, rejected); row 1: prompt is",
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejceted": "b"},
+            "p.jsonl has no column rejected (it has prompt, chosen, rejceted; rename "
+            "rejceted), and the loss compares responses",
+        ),
+        ({"prompt": "p", "chosen": 3, "rejected": "b"}, "p.jsonl, row 1: chosen is 3"),
+        ({"prompt": "p", "completion": "c", "label": True}, "p.jsonl, row 1: unpaired rows"),
+    ],
+)
+def test_the_first_row_of_a_file_names_file_and_columns(row, said):
+    with pytest.raises(UsageError, match="^" + re.escape(said)):
+        require_first_row(row, compares=True, name="p.jsonl")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")

@@ -81,28 +81,13 @@ def test_the_defaults_of_the_help_are_those_of_the_training(
     assert recorded(tiny_teacher, pairs, tmp_path / "out", *spelt_out) == record
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        (
-            {"question": "p", "chosen": "a", "rejected": "b"},
-            "p.jsonl has no column prompt (it has question, chosen, rejected); row 1: prompt is",
-        ),
-        (
-            {"prompt": "p", "chosen": "a", "rejceted": "b"},
-            "p.jsonl has no column rejected (it has prompt, chosen, rejceted; rename "
-            "rejceted), and the loss compares responses",
-        ),
-        ({"prompt": "p", "chosen": 3, "rejected": "b"}, "p.jsonl, row 1: chosen is 3"),
-        ({"prompt": "p", "completion": "c", "label": True}, "p.jsonl, row 1: unpaired rows"),
-    ],
-)
 @pytest.mark.parametrize("more", [(), ("--tokens-on-disk",)])
 def test_the_first_row_is_checked_before_the_model_is_loaded(
-    row, said, more, pairs, tmp_path, monkeypatch, refused
+    more, pairs, tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
-    Path("p.jsonl").write_text(json.dumps(row) + "\n")
+    Path("p.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejceted": "b"}\n')
+    said = "p.jsonl has no column rejected (it has prompt, chosen, rejceted; rename rejceted)"
     Path("model").mkdir()
     Path("model", "config.json").write_text("{}")  # and no weights
     refused(train("model", "p.jsonl", tmp_path / "out", *more), said)
