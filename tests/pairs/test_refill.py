@@ -12,7 +12,7 @@ import transformers
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.refill import Row, RowDecoder, refilled, why_not_refill
+from plad_fast.pairs.generation.refill import RowDecoder, why_not_refill
 from plad_fast.pairs.generation.sampling import Sampling
 from tests.support.tiny_models import PADDED, SHARED, VOCAB, make_model
 
@@ -62,6 +62,16 @@ def test_answers_are_those_of_generate(name, numbers):
             assert len({a.n_tokens for a in expected.values()}) > 2
         assert answers(model, numbers, asked, refill=True, **options) == expected
     assert model.training
+
+
+def test_a_model_over_two_devices_is_refilled_too(numbers):
+    """An index of the last token would lie on the first of them, and its states on the last."""
+    model = make_model("llama")
+    asked = prompts(4)
+    expected = answers(model, numbers, asked, refill=True)
+    model.hf_device_map = {"model.layers.0": "cpu", "lm_head": "cpu:0"}
+    assert isinstance(RowDecoder(model, 0)._options["logits_to_keep"], int)
+    assert answers(model, numbers, asked, refill=True) == expected
 
 
 @pytest.mark.parametrize("name", [*SHARED, *PADDED])

@@ -51,9 +51,6 @@ def test_a_file_of_deepspeed_leaves_to_the_command_what_it_decides(
     file.write_text(json.dumps({name: v for name, v in asked.items() if v is not None}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    settings = {
-        **vars(DistillConfig(loss="sft", precision="float32")),
-        "max_tokens_per_batch": None,
-    }
+    config = DistillConfig(loss="sft", precision="float32", max_tokens_per_batch=None)
     with nullcontext() if said is None else pytest.raises(UsageError, match=said):
         check_launch({"--batch-size": 4}, vars(config))
