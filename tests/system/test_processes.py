@@ -272,7 +272,7 @@ def test_a_failure_in_one_process_ends_all_with_one_message(command, teacher, pa
         (
             OF_DEEPSPEED,
             ZERO3 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
-            "gradient_accumulation_steps 1, and --batch-size",
+            "gradient_accumulation_steps is 1",
         ),
     ],
 )
