@@ -61,8 +61,11 @@ class Setting:
     """Of a student to a held-out prompt at each temperature above 0."""
     pair_epochs: float = 2.0
     """Passes of PLaD's ranking loss over its pairs, which set the compute of every arm."""
+    sft_learning_rate: float = 1e-4
     learning_rate: str = "3e-6..1e-4"
     """Searched in every arm."""
+    lora_r: int = 0
+    """Rank of LoRA adapters, which are trained in place of all weights."""
     checkpoints: int = 4
     """Of a training, each validated."""
     trials: int = 8
@@ -91,7 +94,8 @@ class Study:
             student_temperature=(1.0, 1.5),
             max_new_tokens=setting.max_new_tokens,
             validation=setting.validation,
-            sft_learning_rate=1e-4,
+            sft_learning_rate=setting.sft_learning_rate,
+            lora_r=setting.lora_r or None,
             seed=seed,
             saves_per_stage=setting.checkpoints,
             patience=setting.checkpoints,  # all of the compute is spent

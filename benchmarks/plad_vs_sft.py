@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--likelihood", metavar="MODEL", help="a second model that rates answers")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that everything runs")
     for setting in fields(Setting):
-        if isinstance(setting.default, (int, float)):
+        if isinstance(setting.default, (int, float, str)):
             flag = "--" + setting.name.replace("_", "-")
             parser.add_argument(flag, type=type(setting.default))
     parser.add_argument(

@@ -55,7 +55,7 @@ def rows_of(command):
 
 def test_quick_run(command, monkeypatch, capsys):
     """Arms have their rows; a second run computes nothing and says the same."""
-    some = [*command, "--arms", "PLaD listwise", "--seeds", "0"]
+    some = [*command, "--arms", "PLaD listwise", "--seeds", "0", "--lora-r", "2"]
     assert plad_vs_sft.main(some) == 0
     first = capsys.readouterr().out
     rows = rows_of(command)
