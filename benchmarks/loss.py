@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, "float16"])
     parser.add_argument("--active", nargs="+", type=float, metavar="SHARE")
     parser.add_argument("--response", type=int, help="tokens of a response (default 64)")
     parser.add_argument("--ragged", action="store_true", help="responses of unequal lengths")

@@ -21,7 +21,6 @@ from benchmarks.check import (
     mismatch,
 )
 from benchmarks.common import (
-    DTYPES,
     Record,
     peak_memory,
     print_record,
@@ -55,15 +54,20 @@ class Case:
             self.vocab,
             response=self.response,
             active=self.active,
-            dtype=DTYPES[self.dtype],
+            dtype=self.torch_dtype,
             device=torch.device(self.device),
             ragged=self.ragged,
         )
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
     def gradient_bytes(self) -> int:
         """Size of d_hidden and d_weight, which every implementation has to hold in the end."""
-        return (self.tokens + self.vocab) * self.hidden * DTYPES[self.dtype].itemsize
+        return (self.tokens + self.vocab) * self.hidden * self.torch_dtype.itemsize
 
     def __str__(self) -> str:
         lengths = f"about {self.response}" if self.ragged else f"{self.response}"
@@ -101,7 +105,7 @@ def measure(impl: Impl, case: Case, oracle: Oracle, *, repeats: int, seconds: fl
         them: those inside of Triton kernels), and for all but bare products
         `extra_bytes` (see `peak_memory`), `loss` and the errors.
     """
-    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    device, dtype = torch.device(case.device), case.torch_dtype
     step = impl.prepare(case.batch())
     record: Record = {"status": "ok", "compile_s": 0.0}
     if impl.compiled:

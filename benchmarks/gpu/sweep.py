@@ -22,7 +22,7 @@ from plad_fast.kernels.launch import LinearConfig, RowsConfig
 
 from benchmarks import peers
 from benchmarks.check import errors_of, mismatch
-from benchmarks.common import DTYPES, time_runs
+from benchmarks.common import time_runs
 from benchmarks.gpu import parts
 from benchmarks.gpu.loss import oracle_of
 from benchmarks.gpu.worker import Section, Shape
@@ -99,7 +99,7 @@ def run_ops(section: Section, shape: Shape) -> None:
             assert loss is not None
             errors = errors_of(loss, *step.gradients(), oracle_of(section, shape, 1.0))
             row["error"] = max(errors.values())
-            problem = mismatch(errors, DTYPES[case.dtype])
+            problem = mismatch(errors, case.torch_dtype)
             if problem:
                 row["status"] = f"wrong: {problem}"
 
