@@ -141,7 +141,7 @@ def linear_config(
         many = rows >= 64
         # What compiles without a spilled register, which no rule foretells.
         width, step, stages = 64, 32, 3
-        if major == 8:
+        if major in (8, 12):
             step, stages = (16, 3) if many else (32, 2)
         elif major == 9 and many:
             stages = 2

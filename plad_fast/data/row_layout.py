@@ -84,7 +84,9 @@ class RowLayout:
     def once(self, key: object, make: Callable[[], Made]) -> Made:
         """What `make` gives, kept: the layers of a model ask for the same things."""
         if key not in self._made:
-            self._made[key] = make()
+            # Asked for under inference mode, it may be saved for a backward later.
+            with torch.inference_mode(False):
+                self._made[key] = make()
         return self._made[key]
 
     def mask(

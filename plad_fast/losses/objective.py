@@ -116,10 +116,12 @@ class Objective:
 
     def _probe(self, device: torch.device) -> None:
         draw = torch.Generator().manual_seed(0)
-        sums = -5 * torch.rand(2, self.group_size, generator=draw).to(device)
-        scores = torch.rand(2, self.group_size, generator=draw).to(device)
-        counts = torch.randint(1, 9, sums.shape, generator=draw).to(device)
-        reference = -5 * torch.rand(2, self.group_size, generator=draw).to(device)
+        # Where the generator is: torch's default device may be another.
+        drawn: dict[str, Any] = {"size": (2, self.group_size), "generator": draw, "device": "cpu"}
+        sums = -5 * torch.rand(**drawn).to(device)
+        scores = torch.rand(**drawn).to(device)
+        counts = torch.randint(1, 9, **drawn).to(device)
+        reference = -5 * torch.rand(**drawn).to(device)
         tensors = sums, counts, scores, reference
         try:
             both = self.group_losses(*tensors)

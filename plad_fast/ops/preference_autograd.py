@@ -167,7 +167,7 @@ def linear_preference_loss(
 def _as_tensor(count: float | Tensor | None) -> Tensor | None:
     if count is None or isinstance(count, Tensor):
         return count
-    return torch.tensor(count, dtype=torch.float64)
+    return torch.tensor(count, dtype=torch.float64, device="cpu")
 
 
 def _one_pass(

@@ -155,6 +155,19 @@ def test_layers_share_what_is_made():
     assert layout.mask(1, 4, 2, CPU).tolist() == [[False, False, True, True]]
 
 
+def test_what_is_made_under_inference_mode_may_be_saved_for_a_backward():
+    """flash-attn does so with offsets, and autograd refuses tensors of that mode."""
+    layout = RowLayout(((3, 2, 1),))
+
+    def made():
+        offsets = layout.varlen(CPU)[:2]
+        return *offsets, layout.mask(1, 4, 2, CPU), layout.multiplicities(CPU)
+
+    with torch.inference_mode():
+        made()
+    assert not any(tensor.is_inference() for tensor in made())
+
+
 def test_layouts_are_values():
     """They travel from workers of a data loader, and compilers compare them."""
     layout = RowLayout(((3, 2, 1),))

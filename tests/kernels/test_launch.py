@@ -100,6 +100,17 @@ def test_how_operands_are_read(dtype, width, layout, device, loads):
     assert launch.load_kind(device, good, matrix) == loads
 
 
+@pytest.mark.parametrize("num_tokens", [16, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_of_12_0_takes_the_tiles_of_8_9(dtype, num_tokens):
+    """It has the same memory and units; in float32 steps of 32 spill registers there, too."""
+    found = [
+        launch.linear_config(dtype, num_tokens, Device(capability, 142), loads="vector", lean=True)
+        for capability in ((8, 9), (12, 0))
+    ]
+    assert found[0] == found[1]
+
+
 def test_few_tokens_fill_the_gpu():
     """4 tiles of tokens on 132 multiprocessors; the vocabulary is split until they are busy."""
     tile = launch.linear_config(torch.bfloat16, 512, HOPPER, loads="tma", lean=True)

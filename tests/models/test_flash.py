@@ -226,10 +226,10 @@ def test_autocast(install, name):
     found.sum().backward()
 
 
-def installed(monkeypatch, **packages):
+def installed(monkeypatch, capability=(9, 0), **packages):
     """Makes modules importable, and all others that might hold flash-attn not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     for name in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, packages.get(name))
     load_flash.cache_clear()
@@ -253,6 +253,16 @@ def test_the_newest_version_is_taken(monkeypatch):
     assert installed(monkeypatch, flash_attn=two) == 2
     assert installed(monkeypatch, flash_attn=module()) is None
     assert installed(monkeypatch) is None
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+@pytest.mark.usefixtures("forget")
+def test_version_3_is_of_hopper_alone(monkeypatch, capability):
+    """Its requirements say so; on a B200 it ends with "no kernel image is available"."""
+    three, two = module(flash_attn_varlen_func=3), module(flash_attn_varlen_func=2)
+    packages = {"flash_attn_interface": three, "flash_attn": two}
+    assert installed(monkeypatch, capability, **packages) == 2
+    assert installed(monkeypatch, capability, flash_attn_interface=three) is None
 
 
 @pytest.mark.usefixtures("forget")

@@ -17,6 +17,7 @@ from plad_fast import (
     preference_loss,
     sequence_logprobs,
 )
+from plad_fast.ops.impl import products
 from plad_fast.ops.impl.workspace import compacting_order
 from tests.support.loss_options import REQUIRED
 from tests.support.problems import assert_within_budget, make_problem, oracle, problems
@@ -139,7 +140,6 @@ def test_a_group_is_active_whichever_of_its_responses_has_a_gradient(place):
 @pytest.mark.parametrize("scratch_rows", [3, None])
 def test_all_inactive_multiplies_only_forward(scratch_rows, monkeypatch):
     """A satisfied batch costs one product and has exactly zero gradients."""
-    from plad_fast.ops.impl import products
 
     def refuse(*args):
         raise AssertionError("a gradient product ran")
@@ -159,8 +159,6 @@ def test_all_inactive_multiplies_only_forward(scratch_rows, monkeypatch):
 
 def test_only_active_rows_are_multiplied(monkeypatch):
     """Half of the pairs inactive: half of the rows in the gradient products."""
-    from plad_fast.ops.impl import products
-
     seen = []
     real = products.Products.grad_hidden
 
@@ -221,8 +219,6 @@ def test_float16_gradients_survive_until_the_loss_scale_arrives():
 
 
 def test_no_gradient_is_made_without_a_leaf_that_wants_one(monkeypatch):
-    from plad_fast.ops.impl import products
-
     monkeypatch.setattr(products.Products, "grad_hidden", None)
     monkeypatch.setattr(products.Products, "add_grad_weight", None)
     problem = make_problem([4, 4])
@@ -335,6 +331,31 @@ def test_inference_mode_tells_which_groups_are_active():
     assert ours.active.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("scratch_rows", [3, 9, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_default_device_does_not_matter(dtype, scratch_rows, monkeypatch):
+    """Many set it to their GPU, while lengths and orders of rows are read on the CPU."""
+    monkeypatch.setattr(products, "cpu_multiplies_bfloat16", lambda: True)
+    scores = torch.tensor([1.0, -1.0, 0.0, 0.0, 1.0, 2.0])
+    found = []
+    for device in ("meta", "cpu"):
+        problem = make_problem(
+            [5, 4, 3, 6, 2, 2], ignored=0.2, dtype=dtype, scratch_rows=scratch_rows
+        )
+        with torch.device(device):
+            ours = fused_linear_preference_loss(
+                *problem.inputs,
+                loss=lambda logps, scores: (logps * scores).sum(1),
+                scores=scores,
+                num_groups=3,
+                **problem.options,
+            )
+            ours.loss.backward()
+        assert ours.active.tolist() == [True, False, True]
+        found.append([ours.loss, *(leaf.grad for leaf in problem.leaves)])
+    assert all(map(torch.equal, *found))
+
+
 def test_gradients_are_freed_with_the_graph():
     """The tensors of the first backward are handed over, not kept beside `.grad`."""
     problem = make_problem([4, 4])
@@ -346,8 +367,6 @@ def test_gradients_are_freed_with_the_graph():
 
 def test_a_long_group_computes_only_its_first_rows_again(monkeypatch):
     """Of 10 rows in a buffer of 7 the last 7 are still there when the gradient is known."""
-    from plad_fast.ops.impl import products
-
     seen = []
     real = products.Products.logits
     monkeypatch.setattr(

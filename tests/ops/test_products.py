@@ -153,6 +153,20 @@ def test_every_strategy_of_products(strategy, dtype, adds_to_wide, monkeypatch):
         assert (rounded.double() - want).norm() / want.norm() < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_shard_without_rows_has_products_too(strategy, dtype, monkeypatch):
+    """Of tensor parallelism over more ranks than the vocabulary has blocks."""
+    wide_products.install(monkeypatch)
+    hidden, weight = torch.randn(3, 12).to(dtype), torch.empty(0, 12, dtype=dtype)
+    made = strategy(weight, block_bytes=700)
+    d_logits = torch.empty(3, 0)
+    made.logits(hidden, d_logits)
+    operand = made.operand(d_logits)
+    made.add_grad_weight(operand, hidden, torch.empty(0, 12), overwrite=True)
+    assert torch.equal(made.grad_hidden(operand).float(), torch.zeros(3, 12))
+
+
 def test_what_lies_behind_a_row_of_an_operand_reaches_no_product():
     """With AMX oneDNN reads rows to a multiple of 32 entries. Behind these is the second half of
     float32 numbers whose lower halves are NaN in bfloat16."""

@@ -28,6 +28,7 @@ def varlen_attention(
     assert q.dtype in (torch.bfloat16, torch.float16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert q.shape[2] == k.shape[2] == v.shape[2]
+    assert q.shape[2] % 8 == 0  # version 3 takes no other
     assert k.shape[1] == v.shape[1]
     assert q.shape[1] % k.shape[1] == 0
     for offsets, total, longest in (

@@ -2,8 +2,8 @@
 
 Implementations, all of the same result:
 
-* "flash": one call of flash-attn's `flash_attn_varlen_func` (versions 2 and 3), in 16-bit types on
-  NVIDIA GPUs;
+* "flash": one call of flash-attn's `flash_attn_varlen_func` (version 2, and 3 on Hopper), in 16-bit
+  types on NVIDIA GPUs;
 * "varlen": one call of PyTorch's own `varlen_attn` (2.12 or newer), which needs no further package
   and has neither softcap nor dropout, in 16-bit types on NVIDIA GPUs;
 * "sdpa": PyTorch's scaled_dot_product_attention, a call for every span of the row;

@@ -45,7 +45,7 @@ def enable(model: PreTrainedModel, implementation: str = "auto") -> None:
     if implementation == "flash" and load_flash() is None:
         raise UsageError(
             "attention='flash' needs flash-attn on an NVIDIA GPU of compute capability 8.0 or "
-            "newer; `pip install flash-attn`, or take attention='auto'"
+            "newer (version 3: 9.0); `pip install flash-attn`, or take attention='auto'"
         )
     if implementation == "varlen" and load_varlen() is None:
         raise UsageError(

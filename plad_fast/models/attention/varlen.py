@@ -26,18 +26,27 @@ _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _WIDEST = 256
 """Channels of a head that the kernels take."""
 
-_PACKAGES = ("flash_attn_interface", "flash_attn")  # version 3 first
+_VERSION_3, _VERSION_2 = "flash_attn_interface", "flash_attn"
+_OF_VERSION_3 = (9, 0)
+"""The compute capability of the H100 and H800, which version 3 requires: elsewhere it loads, and
+fails when it is called.
+"""
 _TORCH = "torch.nn.attention.varlen"
 # Before these came, in PyTorch 2.10 and 2.11, the causal mask and shared keys were asked otherwise.
 _NEEDED = {"scale", "window_size", "enable_gqa"}
 _WIDTHS = 8
-"""Of which PyTorch's kernels take multiples."""
+"""Of which PyTorch's kernels and version 3 take multiples; version 2 fills up by itself."""
 
 
 @functools.cache
 def load_flash() -> Callable[..., Any] | None:
-    """`flash_attn_varlen_func` of the newest flash-attn that is installed, or None."""
-    for package in _PACKAGES if _has_gpu() else ():
+    """`flash_attn_varlen_func` of the newest flash-attn that is installed and made for this GPU, or
+    None.
+    """
+    if not _has_gpu():
+        return None
+    runs_3 = torch.cuda.get_device_capability() == _OF_VERSION_3
+    for package in (_VERSION_3, _VERSION_2) if runs_3 else (_VERSION_2,):
         try:
             return importlib.import_module(package).flash_attn_varlen_func
         except (ImportError, AttributeError):
@@ -174,7 +183,7 @@ def torch_varlen(
     assert attend is not None
     spans = row_layout.varlen(query.device)
     out = attend(
-        *_as_sequences("varlen_attn", query, key, value, row_layout, _WIDTHS),
+        *_as_sequences("varlen_attn", query, key, value, row_layout),
         spans.cu_seqlens_q,
         spans.cu_seqlens_k,
         spans.max_seqlen_q,
@@ -193,9 +202,8 @@ def _as_sequences(
     key: Tensor,  # (1, G, T, C)
     value: Tensor,  # (1, G, T, C)
     row_layout: RowLayout,
-    multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (T, H, W), (K, G, W), (K, G, W)
-    """All in the working type and of one width W, a multiple of `multiple`: zeros fill it up.
+    """All in the working type and of one width W, a multiple of `_WIDTHS`: zeros fill it up.
 
     Raises UsageError where `taker` does not take that type.
     """
@@ -206,7 +214,7 @@ def _as_sequences(
             "take attention='auto'"
         )
     widest = max(query.shape[-1], value.shape[-1])
-    widest += -widest % multiple
+    widest += -widest % _WIDTHS
     query, key, value = (
         nn.functional.pad(x, (0, widest - x.shape[-1])).to(dtype) for x in (query, key, value)
     )

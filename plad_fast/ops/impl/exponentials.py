@@ -118,7 +118,7 @@ class ExponentialWorkspace(Workspace):
         step = max(1, min(vocab, self._entries // max(rows, 1)))
         block = hidden.new_empty(rows * step, dtype=self.products.dtype)
         by_target = targets.argsort(stable=True)
-        edges = torch.arange(0, vocab + step, step)
+        edges = torch.arange(0, vocab + step, step, device=targets.device)
         ends = torch.searchsorted(targets[by_target], edges).tolist()
         reference = block.new_empty(rows, 1)
         rest = block.new_zeros(rows)
@@ -160,7 +160,8 @@ class ExponentialWorkspace(Workspace):
             if len(out):
                 out[:, columns].copy_(logits)
         if len(out):
-            out[torch.arange(rows), targets] = (rest * -slope_at_target).to(out.dtype)
+            every = torch.arange(rows, device=targets.device)
+            out[every, targets] = (rest * -slope_at_target).to(out.dtype)
         sum_exp = rest + centred.exp()
         # Where the target is as likely as r, rest is all that its probability lacks.
         likely = (rest * (-centred).exp()).log1p_().neg_()

@@ -64,7 +64,8 @@ def linear_preference_loss(
         if asks:
             assert bounds is not None
             size = objective.group_size
-            lengths = torch.tensor(bounds[group.first * size : group.last * size + 1]).diff()
+            own = bounds[group.first * size : group.last * size + 1]
+            lengths = torch.tensor(own, device="cpu").diff()
         call.run(*group, lengths)
     results = call.results()
     dtype = None if call.half or workspace.keeps_wide else problem.weight.dtype
@@ -218,8 +219,10 @@ class _OnePass:
         """The buffer has moved on: of these n rows the active ones are computed a second time."""
         if not len(grad):
             return
-        places = torch.arange(len(grad)) if active is None else active.nonzero().squeeze(1)
-        places = sent(places, grad.device)
+        if active is None:
+            places = torch.arange(len(grad), device=grad.device)
+        else:
+            places = sent(active.nonzero().squeeze(1), grad.device)
         for chunk in self.workspace.chunks(len(places)):
             local = places[chunk]
             rows = start + local

@@ -263,7 +263,7 @@ class CudaHalfProducts(Products):
 
     def operand(self, d_logits: Tensor) -> Operand:
         scale = None
-        if self.weight.dtype == torch.float16:
+        if self.scales_operands and d_logits.numel():
             scale = self.operand_scale(torch.linalg.vector_norm(d_logits, ord=torch.inf))
             assert scale is not None
             d_logits.div_(scale)

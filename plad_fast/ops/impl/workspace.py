@@ -160,7 +160,7 @@ def compacting_order(active: Tensor) -> Tensor:  # (n,) bool -> (number of activ
 
 def moves(order: Tensor) -> tuple[Tensor, Tensor]:
     """Of an order on the CPU: rows that leave their place, and the places that they take."""
-    places = (order != torch.arange(len(order))).nonzero().squeeze(1)
+    places = (order != torch.arange(len(order), device="cpu")).nonzero().squeeze(1)
     return order[places], places
 
 
