@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from plad_fast.data.files import replacing
 from plad_fast.data.rows import TokenLimits
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 
 _AT_ONCE = 10_000  # rows
 _WRITTEN_AT_ONCE = 1000  # rows
@@ -159,11 +159,9 @@ def require_column_ids(dataset: Dataset, column: str, limits: TokenLimits, name:
         found = pyarrow.compute.min_max(flat).as_py()
         if flat.null_count or (found["min"] or 0) < 0 or (found["max"] or 0) >= limit:
             for number, row in enumerate(table[column].to_pylist(), start=first):
-                try:
+                with located(f"{name}, row {number}"):
                     for ids in [row] if depth == 1 else row or ():
                         _require_below(limit, part, ids or ())
-                except UsageError as error:
-                    raise UsageError(f"{name}, row {number}: {error}") from None
         first += len(table)
 
 

@@ -30,7 +30,7 @@ from plad_fast.data.rows import (
 )
 from plad_fast.data.streams import StreamedRows
 from plad_fast.data.text_ids import EncodedGroup, TextIds, check_cut
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,7 +200,7 @@ def tokenize_dataset(
     with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        try:
+        with located(f"{name}, row {index + 1}"):
             prompt, responses, template = read_row(row)
             numbers: dict[str, list[float]] = {}
             if with_reference:
@@ -222,8 +222,6 @@ def tokenize_dataset(
                 )
             if limits is not None:
                 require_ids(group["prompt_ids"], group["response_ids"], limits)
-        except UsageError as error:
-            raise UsageError(f"{name}, row {index + 1}: {error}") from None
         length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
         kept = {key: values[: len(responses)] for key, values in numbers.items()}
         return {**group, "length": length, **kept}
