@@ -234,7 +234,6 @@ def test_a_line_that_is_no_answer_is_refused(path, damage):
             sampling,
             fingerprint={},
             others_aside=True,
-            progress=False,
         )
 
     run()

@@ -43,7 +43,6 @@ def single(model, folder, **options):
         folder / "answers.jsonl",
         Sampling(**SETTINGS),
         fingerprint={},
-        progress=False,
         **options,
     )
     rows = [vars(a) for answers in answered.answers.values() for a in answers]
