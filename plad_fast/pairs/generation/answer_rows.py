@@ -53,12 +53,12 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
     store.require(_is_answer)
     digests = {prompt.id: prompt.digest for prompt, _ in wanted.values()}
     for key, (prompt, _) in wanted.items():
-        if key in store.done and store.rows[key]["prompt"] != digests[prompt.id]:
+        if key in store.rows and store.rows[key]["prompt"] != digests[prompt.id]:
             raise UsageError(
                 f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
                 "another output folder, or --overwrite"
             )
-    return [key for key in wanted if key not in store.done]
+    return [key for key in wanted if key not in store.rows]
 
 
 def collect(

@@ -86,14 +86,14 @@ def stored_scores(
         batches = [
             {keys[index]: items[index] for index in batch}
             for batch in _batches(items, batch_size)
-            if any(keys[index] not in store.done for index in batch)
+            if any(keys[index] not in store.rows for index in batch)
         ]
         if batches and size() > 1 and getattr(scorer, "sharded", False):
             together(_score_share, scorer, batches, store.path, settings)
             merge_shards(store, settings, order)
         elif batches:
             _score(scorer, batches, store)
-        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
+        return [store.rows[key]["score"] if key in store.rows else math.nan for key in keys]
 
 
 def _score_share(
