@@ -264,7 +264,7 @@ class Distillation(Run):
         return f"{depth(model)} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        answered = self.texts.teachers.ask(renew=True)
+        answered = self.texts.teachers.ask()
         stopped, total = self.texts.teachers.stopped, len(self.prompts.all)
         if answered.failures and stopped:
             raise UsageError(
