@@ -96,7 +96,7 @@ def dialogsum_pairs(
     Raises:
         ValueError: the file has no such rows, or too few.
     """
-    from plad_fast.data.tokenization import encode_group
+    from plad_fast.data.text_ids import TextIds
 
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     if len(rows) < max(count, 2) or not all({"dialogue", "summary"} <= row.keys() for row in rows):
@@ -113,8 +113,7 @@ def dialogsum_pairs(
             (o for o in others if rows[o]["summary"] != row["summary"]),
             key=lambda o: abs(lengths[o] - lengths[index]),
         )
-        group = encode_group(
-            tokenizer,
+        group = TextIds(tokenizer).encode(
             [{"role": "user", "content": REQUEST.format(dialogue=row["dialogue"])}],
             [row["summary"], rows[other]["summary"]],
             max_length=10**9,

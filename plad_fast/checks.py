@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -69,6 +70,12 @@ def check_group_size(group_size: int) -> None:
 def is_whole(number: Any) -> bool:
     """An integer, be it from numpy."""
     return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Such as "--model, --pairs and --output-dir"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def shown(value: Any) -> str:

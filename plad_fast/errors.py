@@ -35,6 +35,15 @@ def reported_as(problem: str, library: str = "transformers") -> Iterator[None]:
         raise UsageError(f"{problem} ({library} says: {reason_of(error)})") from error
 
 
+@contextlib.contextmanager
+def located(place: str) -> Iterator[None]:
+    """Puts the place before the message of a `UsageError`: a row, a file, a flag."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+
+
 def reason_of(error: BaseException) -> str:
     """The library's words in a line, but for advice to unpickle or run what somebody else wrote.
 

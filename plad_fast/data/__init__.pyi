@@ -6,6 +6,5 @@ from .prompts import as_messages as as_messages
 from .prompts import builtin_prompts as builtin_prompts
 from .prompts import load_prompts as load_prompts
 from .store import RowStore as RowStore
-from .tokenization import encode_group as encode_group
-from .tokenization import encode_prompt as encode_prompt
+from .text_ids import TextIds as TextIds
 from .tokenization import tokenize_dataset as tokenize_dataset

@@ -1,7 +1,8 @@
 """Short states of files that a stage read and made: enough to tell an edited file from a cut one.
 
 Of JSON lines every row has a digest. A file that holds the first of the recorded rows and no more
-was cut; one that reads as a whole and holds other rows was edited by somebody, on purpose.
+was cut; one that reads as a whole and holds other rows was edited by somebody, on purpose. The
+folder of a model has a list of such states, by which it is later told whole from damaged.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plad_fast.data.records import digest, file_digest
+from plad_fast.data.records import RecordFormat, digest, file_digest
+from plad_fast.errors import UsageError
 
 State = dict[str, Any]
 """JSON values. Of a folder: {"files": {name: state}}, names with slashes. Of JSON lines: {"rows":
@@ -25,6 +27,10 @@ after which nothing is counted. Of any other file: {"bytes": their number, "sha2
 CARD = "README.md"
 """What is said of a model, beside it. People edit it; it is no part of a folder's state."""
 
+MANIFEST = "files.json"
+"""The list of the states of a folder's files."""
+
+_FORMAT = RecordFormat("plad-fast files", 1)
 _DIGITS = 8  # of a row
 
 
@@ -55,7 +61,7 @@ def state_of(path: Path) -> State | None:
     return _of_file(path) if path.is_file() else None
 
 
-def is_state_of_file(value: Any) -> bool:
+def _is_state_of_file(value: Any) -> bool:
     """Whether a value from a record can be the state of a file."""
     if not isinstance(value, dict):
         return False
@@ -77,6 +83,57 @@ def changes(name: str, path: Path, recorded: Mapping[str, Any], *, grown: bool) 
         for part, then in recorded["files"].items()
     )
     return [change for change in found if change is not None]
+
+
+def write_manifest(folder: Path, **about: Any) -> None:
+    """Write `files.json`: the states (`state_of`) of all files in the folder, at any depth, and
+    beside them `about`. `sync_tree` or `publish_folder` make it durable."""
+    states = state_of(folder)
+    assert states is not None
+    files = {name: state for name, state in states["files"].items() if name != MANIFEST}
+    _FORMAT.write(folder / MANIFEST, **about, files=files)
+
+
+def listed_files(folder: Path) -> dict[str, State]:
+    """Names of files with what is recorded of each; empty where there is no list to be read."""
+    try:
+        return _FORMAT.read(folder / MANIFEST, files=dict).fields.get("files", {})
+    except OSError:
+        return {}
+
+
+def damage(folder: Path, **about: Any) -> str | None:
+    """Reason why a folder is not as its list says, in words; None if all of it is as it was
+    written.
+
+    Files that are not listed do not count; the list has to have recorded `about`. Raises OSError
+    where a file is there and cannot be read.
+    """
+    kinds = {name: type(value) for name, value in about.items()}
+    try:
+        record, problem = _FORMAT.read(folder / MANIFEST, files=dict, **kinds)
+    except IsADirectoryError:
+        return f"{MANIFEST} is damaged"
+    if problem:
+        what = {"missing": "missing", "damaged": "damaged"}.get(problem, "of another version")
+        return f"{MANIFEST} is {what}"
+    if not all(map(_is_state_of_file, record["files"].values())):
+        return f"{MANIFEST} is damaged"
+    if any(record[name] != value for name, value in about.items()):
+        return f"{MANIFEST} is of another folder"
+    found = (
+        change.text
+        for name, state in record["files"].items()
+        for change in changes(name, folder / name, state, grown=False)
+    )
+    return next(found, None)
+
+
+def require_whole(folder: Path, advice: str) -> None:
+    """Raise a UsageError that names the file unless a model's folder is as it was written; `advice`
+    says what else to do than to put the file back."""
+    if reason := damage(folder):
+        raise UsageError(f"{folder} is damaged: {reason}; put that file back, or {advice}")
 
 
 def _compare(name: str, now: State | None, then: Mapping[str, Any], grown: bool) -> Change | None:

@@ -6,9 +6,12 @@ of its content. So the content is synced before the rename, and the folder of th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 # Of file systems that know no sync of a folder: some of networks and of user space.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR}
@@ -23,23 +26,31 @@ _OF_TORCH = ("pytorchstreamwriter failed writing", "iostream error", "unexpected
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text next to `path`, then rename it into place; folders are made as needed.
-
-    It is on the disk when this returns. After an OSError what was at `path` before is still there.
-    """
+    """Write UTF-8 text in place of what is at `path`; see `replacing`."""
     path = Path(path)
+    with replacing(path) as file:
+        file.write(text.encode())
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file next to `path` that is renamed into its place at the end of the block; folders are
+    made as needed.
+
+    It is on the disk then. After an exception what was at `path` before is still there.
+    """
     make_folders(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-    return path
 
 
 def make_folders(path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from plad_fast.checks import shown
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 
 BUILTIN = {"builtin": "builtin_prompts.jsonl", "builtin:calendar": "builtin_calendar.jsonl"}
 """Prompts that ship with the package: general ones, and messages to make calendar entries of, both
@@ -78,10 +78,8 @@ def holds_model(folder: Path) -> bool:
 def require_there(source: str, option: str) -> None:
     """Raises UsageError, with the option it was given under, for a model's path at which there is
     none; `source` is a hub id, a folder or a .gguf file, and no hub is asked."""
-    try:
+    with located(option):
         path = expanded(source)
-    except UsageError as error:
-        raise UsageError(f"{option}: {error}") from None
     if not source.strip():
         raise UsageError(f"{option}: no model is named; give a hub id, a folder or a .gguf file")
     is_gguf = path.suffix.lower() == ".gguf"

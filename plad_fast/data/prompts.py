@@ -25,7 +25,7 @@ from plad_fast.data.records import digest
 from plad_fast.data.rows import read_content, read_tools
 from plad_fast.data.tables import Row, Table, read_table, refuse_written_lists
 from plad_fast.data.unicode import mend
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,17 +199,14 @@ def wording(content: Content) -> str:
 def check_tools(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
     """Raises UsageError where the chat template does not show the tools, calls and results of
     prompts, or a call in an answer."""
-    asked = [prompt for prompt in prompts if prompt.has_tools]
     call = {"type": "function", "function": {"name": "probe", "arguments": {}}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-    for prompt in asked:
+    for prompt in filter(lambda prompt: prompt.has_tools, prompts):
         messages = _messages(prompt.content)
-        try:
+        with located(f"prompt {prompt.id!r}"):
             head = render_prompt(tokenizer, messages, prompt.template)
             if prompt.tools:
                 ChatTemplate(tokenizer, prompt.template).whole(messages, answer, head)
-        except UsageError as error:
-            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
 
 
 def require_unique_ids(prompts: Sequence[Prompt]) -> None:

@@ -162,8 +162,8 @@ def require_equal(
 
 
 def changed_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, setting by setting; one in a mapping by the names of both, with a dot."""
-    before, after = _flat(found), _flat(now)
+    """In words, setting by setting; see `flattened`."""
+    before, after = flattened(found), flattened(now)
     return [
         f"{name} was {before.get(name, 'not set')!r} and is {after.get(name, 'not set')!r}"
         for name in sorted(before.keys() | after.keys())
@@ -171,11 +171,12 @@ def changed_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     ]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """With the settings in a mapping by the names of both, with a dot."""
     flat = {}
     for name, value in settings.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-        flat.update(inner or {prefix + name: value})
+        inner = flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {}
+        flat.update(inner or {f"{prefix}{name}": value})
     return flat
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import pyarrow
 import pyarrow.compute
 from datasets import Dataset
 
+from plad_fast.data.files import replacing
 from plad_fast.data.rows import TokenLimits
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 
 _AT_ONCE = 10_000  # rows
 _WRITTEN_AT_ONCE = 1000  # rows
@@ -77,20 +77,12 @@ def dataset_on_disk(groups: Iterator[Mapping[str, Any]], path: Path | None) -> D
     """Groups of token ids that are mapped into memory from a file, written unless it is there."""
     assert path is not None
     if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            first = next(groups, None)
-            schema = pyarrow.schema([*_GROUP, *(c for c in _NUMBERS if c.name in (first or ()))])
-            rows = itertools.chain([] if first is None else [first], groups)
-            with temporary.open("wb") as file:
-                with pyarrow.ipc.new_stream(file, schema) as out:
-                    while some := [*itertools.islice(rows, _WRITTEN_AT_ONCE)]:
-                        out.write_table(pyarrow.Table.from_pylist(some, schema))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        first = next(groups, None)
+        schema = pyarrow.schema([*_GROUP, *(c for c in _NUMBERS if c.name in (first or ()))])
+        rows = itertools.chain([] if first is None else [first], groups)
+        with replacing(path) as file, pyarrow.ipc.new_stream(file, schema) as out:
+            while some := [*itertools.islice(rows, _WRITTEN_AT_ONCE)]:
+                out.write_table(pyarrow.Table.from_pylist(some, schema))
     return Dataset.from_file(str(path))
 
 
@@ -167,11 +159,9 @@ def require_column_ids(dataset: Dataset, column: str, limits: TokenLimits, name:
         found = pyarrow.compute.min_max(flat).as_py()
         if flat.null_count or (found["min"] or 0) < 0 or (found["max"] or 0) >= limit:
             for number, row in enumerate(table[column].to_pylist(), start=first):
-                try:
+                with located(f"{name}, row {number}"):
                     for ids in [row] if depth == 1 else row or ():
                         _require_below(limit, part, ids or ())
-                except UsageError as error:
-                    raise UsageError(f"{name}, row {number}: {error}") from None
         first += len(table)
 
 

@@ -15,7 +15,7 @@ from plad_fast.checks import shown
 from plad_fast.data.chat import Content, Message, is_blank
 from plad_fast.data.chat_template import common_length
 from plad_fast.data.unicode import require_unicode
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 
 # What `apply_chat_template` sets itself for a template, or takes in some version of transformers;
 # its further parameters are added to these.
@@ -66,10 +66,8 @@ def _reserved() -> frozenset[str]:
 def read_tools(row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     """The tools of a row whose prompt is asked; raises UsageError for `chat_template_kwargs`, with
     which it is not."""
-    try:
+    with located(name):
         options = read_template_options(row)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
     tools = options.pop("tools", [])
     if options:
         raise UsageError(

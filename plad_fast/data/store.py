@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ class RowStore:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self._rows: dict[str, Row] = {}
+        self.rows: dict[str, Row] = {}
+        """Those stored so far, by id, in the order they came; `append` adds to them."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: after a failed write nothing is left behind to be written later.
@@ -66,16 +67,6 @@ class RowStore:
         """
         return cls(Path(path).expanduser(), as_json(fingerprint))
 
-    @property
-    def done(self) -> KeysView[str]:
-        """The ids stored so far."""
-        return self._rows.keys()
-
-    @property
-    def rows(self) -> Mapping[str, Row]:
-        """The rows stored so far, by id, in the order they came."""
-        return self._rows
-
     def append(self, rows: Sequence[Row]) -> None:
         """Writes rows through to the disk; a row whose id is stored already is left out.
 
@@ -83,15 +74,15 @@ class RowStore:
         """
         new: dict[str, Row] = {}
         for row in map(mend, rows):
-            if row["id"] not in self._rows:
+            if row["id"] not in self.rows:
                 new.setdefault(row["id"], row)
         self._write(b"".join(map(_line, new.values())))
-        self._rows.update(new)
+        self.rows.update(new)
 
     def require(self, fits: Callable[[Row], bool]) -> None:
         """Raises UsageError for a stored row that lacks what rows of its kind have, as `fits` says;
         none has passed a check but that it has an id."""
-        for row in self._rows.values():
+        for row in self.rows.values():
             if not fits(row):
                 raise UsageError(
                     f"{self.path}: the line with the id {shown(row['id'])} is damaged; delete that "
@@ -127,7 +118,7 @@ class RowStore:
         require_equal(found["fingerprint"], settings, self.path, _OR_ANEW)
         for number, line in enumerate(lines, start=2):
             row = self._parse(line, number, ("id",))
-            self._rows.setdefault(row["id"], row)
+            self.rows.setdefault(row["id"], row)
         if not content.endswith(b"\n"):
             logger.info("%s: cut off an unfinished last line", self.path)
             self._file.truncate(content.rfind(b"\n") + 1)

@@ -57,10 +57,15 @@ class Specials(NamedTuple):
 
 
 class TextIds:
-    """A tokenizer of a student, with what is found out about it once.
+    """Token ids of prompts and responses, by the tokenizer of a student.
 
-    The responses of an encoder-decoder model are texts of their own. With `split_special_tokens`,
-    special tokens in chat messages are text, as the rest of these.
+    Args:
+        tokenizer: of the student.
+        encoder_decoder: whether the student is such a model: the prompt is the encoder's text then,
+            and the responses are the decoder's.
+        split_special_tokens: encode special tokens that stand in chat messages as the text they
+            are there; the chat template's own stay tokens, and so do marks of thoughts and tool
+            calls. False makes tokens of them, as in plain text.
     """
 
     def __init__(
@@ -94,8 +99,22 @@ class TextIds:
         *,
         thinks: bool = True,
     ) -> list[int]:
-        """As `plad_fast.data.tokenization.encode_prompt`; without `thinks`, up to the thought that
-        the chat template opens, as responses without a thought are trained."""
+        """Token ids after which the model starts to answer.
+
+        A chat template writes its special tokens itself. Plain text gets the ones the tokenizer
+        puts in front (BOS), once, and never those it puts behind (EOS): the text goes on. To an
+        encoder the prompt is a text of its own: plain text gets all of the tokenizer's.
+
+        Args:
+            prompt: plain text or chat messages.
+            template: what the chat template gets beside messages, such as `tools`.
+            thinks: False ends before the thought that the chat template opens, as responses without
+                a thought are trained.
+
+        Raises:
+            UsageError: the prompt has no tokens, so nothing could predict the first response token;
+                or messages that the chat template refuses, or that end in the assistant's.
+        """
         if isinstance(prompt, str):
             if self.encoder_decoder:
                 return _required(self.tokenizer(prompt)["input_ids"])
@@ -114,7 +133,34 @@ class TextIds:
         truncation_side: str = "left",
         template: Mapping[str, Any] | None = None,
     ) -> EncodedGroup:
-        """As `plad_fast.data.tokenization.encode_group`."""
+        """Token ids of one prompt and of its responses, whose tokens are those behind the prompt.
+
+        Prompt and response are one text to the tokenizer. Where the last tokens of a prompt are
+        others once a response follows (a space that goes with the next word, a generation prompt
+        that opens a thought which an answer does without), all responses begin where the prompt and
+        a whole text part; `moved` says what of the prompt that is.
+
+        All responses see the same prompt. It is cut, if it must be, so that the longest response
+        fits into `max_length` tokens behind it; a BOS token in front survives the cut. Responses
+        are never cut: a text cut short is not what its author preferred.
+
+        For an encoder-decoder model prompt and responses have `max_length` tokens to themselves
+        each, with the special tokens the tokenizer gives a source and a target, which survive a
+        cut; an EOS token ends every response in any case.
+
+        Args:
+            prompt: plain text or chat messages.
+            responses: K texts or lists of messages, best first; see `data.chat.as_conversation`.
+                All keys of such a message go to the chat template, such as `tool_calls`.
+            max_length: of prompt and response together; of an encoder-decoder model, of each.
+            truncation_side: the side from which a long prompt loses tokens, "left" or "right".
+            template: what the chat template gets beside messages, such as `tools`.
+
+        Raises:
+            UsageError: a prompt or a response that is neither text nor messages, no responses, a
+                message of a response with a key that the chat template does not show, or a
+                `max_length` or `truncation_side` that is none.
+        """
         check_cut(max_length, truncation_side)
         prompt, answers = as_conversation(
             read_content(prompt, "prompt"), read_contents(responses, "responses")

@@ -1,4 +1,4 @@
-"""Preference data as token ids: text to ids, rows of a dataset to ids."""
+"""Rows of a preference dataset as token ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from plad_fast.data.chat import Content
 from plad_fast.data.plain_rows import made_by_arrow, plain_row, plain_rows, without_nulls
 from plad_fast.data.row_sets import (
     checked_tokens,
@@ -29,92 +28,14 @@ from plad_fast.data.rows import (
     score_columns,
 )
 from plad_fast.data.streams import StreamedRows
-from plad_fast.data.text_ids import EncodedGroup, TextIds, check_cut
-from plad_fast.errors import UsageError
+from plad_fast.data.text_ids import TextIds, check_cut
+from plad_fast.errors import UsageError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    *,
-    encoder_decoder: bool = False,
-    split_special_tokens: bool = True,
-) -> list[int]:
-    """Token ids after which the model starts to answer.
-
-    A chat template writes its special tokens itself. Plain text gets the ones the tokenizer puts
-    in front (BOS), once, and never those it puts behind (EOS): the text goes on. For an encoder,
-    which reads the prompt as a text of its own, plain text gets all of the tokenizer's.
-
-    Args:
-        tokenizer, encoder_decoder, split_special_tokens: see `encode_group`.
-        prompt: plain text or chat messages.
-
-    Raises:
-        UsageError: the prompt has no tokens, so nothing could predict the first response token; or
-            messages that the chat template refuses, or that end in the assistant's.
-    """
-    return TextIds(
-        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
-    ).prompt(prompt)
-
-
-def encode_group(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    responses: Sequence[Content],
-    *,
-    max_length: int,
-    truncation_side: str = "left",
-    encoder_decoder: bool = False,
-    template: Mapping[str, Any] | None = None,
-    split_special_tokens: bool = True,
-) -> EncodedGroup:
-    """Token ids of one prompt and of its responses, whose tokens are those behind the prompt.
-
-    Prompt and response are one text to the tokenizer. Where the last tokens of a prompt are others
-    once a response follows (a space that goes with the next word, a generation prompt that opens a
-    thought which an answer does without), all responses begin where the prompt and a whole text
-    part; `moved` says what of the prompt that is.
-
-    All responses see the same prompt. It is cut, if it must be, so that the longest response fits
-    into `max_length` tokens behind it; a BOS token in front survives the cut. Responses are never
-    cut: a text cut short is not what its author preferred.
-
-    For an encoder-decoder model the prompt is the encoder's text and the responses are the
-    decoder's: each has `max_length` tokens to itself, with the special tokens the tokenizer gives
-    a source and a target, which survive a cut; an EOS token ends every response in any case.
-
-    Args:
-        tokenizer: of the student.
-        prompt: plain text or chat messages.
-        responses: K texts or lists of messages, best first; see `data.chat.as_conversation`.
-            All keys of such a message go to the chat template, such as `tool_calls`.
-        max_length: of prompt and response together; of an encoder-decoder model, of each.
-        truncation_side: the side from which a long prompt loses tokens, "left" or "right".
-        encoder_decoder: whether the student is such a model.
-        template: what the chat template gets beside messages, such as `tools`.
-        split_special_tokens: encode special tokens that stand in chat messages as the text they
-            are there; the chat template's own stay tokens, and so do marks of thoughts and tool
-            calls. False makes tokens of them, as in plain text.
-
-    Raises:
-        UsageError: a prompt or a response that is neither text nor messages, no responses, a
-            message of a response with a key that the chat template does not show, or a
-            `max_length` or `truncation_side` that is none.
-    """
-    encoder = TextIds(
-        tokenizer, encoder_decoder=encoder_decoder, split_special_tokens=split_special_tokens
-    )
-    return encoder.encode(
-        prompt, responses, max_length=max_length, truncation_side=truncation_side, template=template
-    )
 
 
 def tokenize_dataset(
@@ -155,8 +76,8 @@ def tokenize_dataset(
             place of a text as none. One that holds `prompt_ids` and `response_ids` is taken as it
             is, long rows too. Of `StreamedRows` the token ids are written to their file, or are
             those that are there already.
-        tokenizer, max_length, truncation_side, encoder_decoder, split_special_tokens: see
-            `encode_group`.
+        tokenizer, encoder_decoder, split_special_tokens: see `TextIds`.
+        max_length, truncation_side: see `TextIds.encode`.
         first_only: keep the best response only, as fine-tuning on the teacher's answers does.
         with_scores: read the scores, which must then be there; None reads them if a row has some.
         with_reference: keep `reference_logps`, one per response, where a row has some. They are of
@@ -200,7 +121,7 @@ def tokenize_dataset(
     with_reference = with_reference and holds_any(dataset, ["reference_logps"])
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        try:
+        with located(f"{name}, row {index + 1}"):
             prompt, responses, template = read_row(row)
             numbers: dict[str, list[float]] = {}
             if with_reference:
@@ -222,8 +143,6 @@ def tokenize_dataset(
                 )
             if limits is not None:
                 require_ids(group["prompt_ids"], group["response_ids"], limits)
-        except UsageError as error:
-            raise UsageError(f"{name}, row {index + 1}: {error}") from None
         length = longest(group["prompt_ids"], group["response_ids"], encoder_decoder)
         kept = {key: values[: len(responses)] for key, values in numbers.items()}
         return {**group, "length": length, **kept}

@@ -210,7 +210,7 @@ class _Task:
             values["score"] = score
         answers = [student.answers[key] for key in keys]
         values["mean_words"] = text_metrics.word_counts(answers)
-        values["repetition_4"] = text_metrics.repetition_shares(answers, 4)
+        values["repetition_4"] = text_metrics.repetition_shares(answers)
         return _Measured(values, answers, student.pair_prompts)
 
     def row(

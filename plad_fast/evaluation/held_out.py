@@ -11,7 +11,7 @@ from plad_fast.data.plain_rows import made_by_arrow, without_nulls
 from plad_fast.data.prompts import Prompt, read_reference
 from plad_fast.data.rows import read_row, read_tools
 from plad_fast.data.unicode import mend
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 from plad_fast.pairs.generation.reasoning import spoken
 
 
@@ -51,7 +51,7 @@ def read_held_out(
     pair_prompts: list[str] = []
     from_arrow = made_by_arrow(rows)
     for number, row in enumerate(rows, start=1):
-        try:
+        with located(f"{source}, row {number}"):
             prompt, responses, template = read_row(without_nulls(row) if from_arrow else row)
             reference = read_reference(row.get("reference"), "reference")
             if len(responses) < 2:
@@ -62,8 +62,6 @@ def read_held_out(
             best = spoken(best, reasoning)
             if is_blank(best):
                 raise UsageError("the best response has no text to compare; leave the row out")
-        except UsageError as error:
-            raise UsageError(f"{source}, row {number}: {error}") from None
         tools = tuple(read_tools(row, f"{source}, row {number}") if template else ())
         row_id = mend(str(number - 1 if row.get("id") is None else row["id"]))
         prompt_id = ids.setdefault(Prompt("", prompt, tools=tools).digest, row_id)

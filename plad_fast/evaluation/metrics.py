@@ -99,7 +99,7 @@ def paired_bootstrap(
         return Interval(mean, mean, mean, 0.0)
     resampled = bootstrap(
         (sums, counts),
-        _mean_of_groups,
+        lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis),
         paired=True,
         vectorized=True,
         n_resamples=n_resamples,
@@ -129,10 +129,6 @@ def _by_group(
     index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
     sums = np.bincount(index, weights=values).astype(np.float64)
     return sums, np.bincount(index).astype(np.float64)
-
-
-def _mean_of_groups(sums: FloatArray, counts: FloatArray, axis: int) -> FloatArray:
-    return sums.sum(axis=axis) / counts.sum(axis=axis)
 
 
 def sign_test(

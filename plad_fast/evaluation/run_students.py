@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import as_messages
-from plad_fast.data.records import digest, model_digest, recorded_scores
+from plad_fast.data.records import digest, recorded_scores
 from plad_fast.evaluation.calibration import ScoredSamples
 from plad_fast.evaluation.compare import evaluate_students
 from plad_fast.evaluation.held_out import HeldOut
@@ -34,7 +33,7 @@ from plad_fast.evaluation.samples import (
 from plad_fast.evaluation.students import Judge, StudentOutputs
 from plad_fast.models.adapters import merge_for_inference
 from plad_fast.models.devices import autocast_dtype, best_device
-from plad_fast.models.loading import load_model, load_tokenizer, place_of
+from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_responses, score_rows
 from plad_fast.models.team import rank, size, together
 from plad_fast.pairs.build import as_response
@@ -42,7 +41,7 @@ from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.set_aside import set_aside
-from plad_fast.pairs.generation.sources import LazyLocalModel
+from plad_fast.pairs.generation.sources import LazyLocalModel, student_fingerprint
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge as EndpointJudge
 from plad_fast.pairs.select import is_usable
@@ -308,12 +307,9 @@ class _Student:
 
     @cached_property
     def _made_by(self) -> dict[str, Any]:
-        # The weights rather than the path: a run folder may move, and a path get other weights.
-        weights = model_digest(place_of(self.path))
-        made_by = {"student": self.name, "weights": weights, "precision": self.precision}
-        if self.reasoning == "keep" and opens_thought(self.tokenizer):
-            made_by["reasoning"] = "keep"
-        return made_by
+        return student_fingerprint(
+            self.name, self.path, precision=self.precision, reasoning=self.reasoning
+        )
 
     def _answers(self, file: Path, sampling: Sampling) -> Answered:
         load = partial(self._text_model, file.stem)

@@ -17,7 +17,7 @@ from plad_fast.data.row_sets import longest, require_ids
 from plad_fast.data.rows import TokenLimits, read_row
 from plad_fast.data.text_ids import EncodedGroup, TextIds
 from plad_fast.data.tokenization import report_texts
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 from plad_fast.models.adapters import pad_token_id, token_limits
 from plad_fast.models.encoder_decoder import decoder_start_token
 from plad_fast.models.head import causal_lm_logprobs, evaluating
@@ -99,10 +99,8 @@ def _read_rows(pairs: Sequence[Mapping[str, Any]], *, responses: int | None = No
     rows = []
     for index, pair in enumerate(found if isinstance(found, list) else map(without_nulls, found)):
         name = f"pair {pair.get('id', f'number {index}')}"
-        try:
+        with located(name):
             row = _Row(name, *read_row(pair))
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
         if responses not in (None, count := len(row.responses)):
             raise UsageError(f"{name}: {count} responses; give one chosen and one rejected")
         rows.append(row)
@@ -275,12 +273,10 @@ def _encode(
     encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
     features = []
     for name, prompt, responses, template in rows:
-        try:
+        with located(name):
             group = encoder.encode(prompt, responses, max_length=max_length, template=template)
             if limits is not None:
                 _require_room(group, limits, encoder_decoder)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
         features.append(group)
     too_long = [row for row, group in zip(rows, features, strict=True) if not group["fits"]]
     if too_long:

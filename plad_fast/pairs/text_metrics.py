@@ -81,15 +81,15 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetition_shares(texts: Sequence[str], n: int = 4) -> NDArray[np.float64]:
-    """The share of n-grams that came before in the same text, for each text; (n texts,) in [0, 1).
+def repetition_shares(texts: Sequence[str]) -> NDArray[np.float64]:
+    """The share of 4-grams that came before in the same text, for each text; (texts,) in [0, 1).
 
-    Near 0 for ordinary prose, near 1 for a model caught in a loop. A text shorter than n words has
-    nothing to repeat and counts 0.
+    Near 0 for ordinary prose, near 1 for a model caught in a loop. A text shorter than four words
+    has nothing to repeat and counts 0.
 
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training".
     """
-    return np.array([1 - distinct_n([text], n) if _ngrams(text, n) else 0.0 for text in texts])
+    return np.array([1 - distinct_n([text], 4) if _ngrams(text, 4) else 0.0 for text in texts])
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from plad_fast import __version__
+from plad_fast.checks import listed
 from plad_fast.recipe.fields import flag
 from plad_fast.recipe.search import TuneConfig
 from plad_fast.recipe.settings import SELECTION, DistillConfig, TrainConfig
@@ -238,7 +239,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             both = isinstance(value, dict) and key in settings
             settings[key] = {**settings[key], **value} if both else value
     if missing := [flag(need) for need in command.needs if need not in settings]:
-        arguments.parser.error(f"{name} needs {_listed(missing)}, as flags or in --config")
+        arguments.parser.error(f"{name} needs {listed(missing)}, as flags or in --config")
     return settings
 
 
@@ -323,12 +324,6 @@ def _unescape(text: str) -> str:
     return re.sub(r"(\\?)\\n", lambda found: r"\n" if found[1] else "\n", text)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Such as "--model, --pairs and --output-dir"."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
-
-
 def _refuse_command(parser: argparse.ArgumentParser, typed: Sequence[str]) -> NoReturn:
     every = f"there are {', '.join(COMMANDS)}"
     if typed[0].startswith("-"):
@@ -366,7 +361,7 @@ def _meant(name: str, command: str, flags: Mapping[str, Sequence[str]]) -> list[
             return [f"did you mean {text}?"]
     for _, first in spelled:
         if others := [other for other in flags if first in flags[other]]:
-            return [f"{first} is a flag of {_listed(others)}, not of {command}"]
+            return [f"{first} is a flag of {listed(others)}, not of {command}"]
     own = {option.lstrip("-"): option for option in flags[command]}
     if close := difflib.get_close_matches(name.replace("_", "-"), own, n=1, cutoff=_CLOSE):
         return [f"did you mean {own[close[0]]}?"]

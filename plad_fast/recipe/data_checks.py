@@ -126,13 +126,7 @@ def require_learnable(findings: Sequence[Finding], advice: str) -> None:
 def show_findings(findings: Sequence[Finding | str]) -> None:
     """Prints what to look at, if there is anything."""
     if findings:
-        print(data_block(findings), flush=True)
-
-
-def data_block(findings: Sequence[Finding | str]) -> str:
-    """The findings as lines for a terminal, under a heading; empty if there are none."""
-    lines = [f"   - {text}" for text in dict.fromkeys(map(str, findings))]
-    return "\n".join(["   check your data:", *lines]) if lines else ""
+        print("   check your data:", *dict.fromkeys(map(str, findings)), sep="\n   - ", flush=True)
 
 
 def _check_sides(pairs: Sequence[tuple[str, str]], what: str) -> list[Finding]:

@@ -198,7 +198,7 @@ class Distillation(Run):
 
     def _stages(self) -> list[Stage]:
         of = partial(stage_settings, self.config)
-        source = self.student_source
+        source = student_source(self.config)
         rounds = range(1, self.config.rounds + 1)
         judge = {} if self.evaluation["judge"] is None else {"judge": self.evaluation["judge"]}
         scorers = {**self.evaluation["scorers"], **judge}
@@ -246,7 +246,8 @@ class Distillation(Run):
     @gguf_read_once()
     def _make_student(self) -> str:
         """First, because it finds out whether the models can be loaded at all."""
-        config, source, layers = self.config, self.student_source, self.config.student_layers
+        config, layers = self.config, self.config.student_layers
+        source = student_source(config)
         model = load_model(source, merge_adapters=True)
         if config.student is None and layers is None:
             layers = max(1, round(_LAYERS_KEPT * depth(model)))
@@ -263,7 +264,7 @@ class Distillation(Run):
         return f"{depth(model)} layers, from {config.student or 'the teacher'}"
 
     def _answer(self) -> str:
-        answered = self.texts.teachers.ask(renew=True)
+        answered = self.texts.teachers.ask()
         stopped, total = self.texts.teachers.stopped, len(self.prompts.all)
         if answered.failures and stopped:
             raise UsageError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from plad_fast.data.manifest import NAME as MANIFEST
+from plad_fast.data.file_states import MANIFEST
 from plad_fast.errors import UsageError, reason_of, reported_as
 from plad_fast.training.trained_folders import LOG, RECORD
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.data.file_states import state_of
-from plad_fast.data.files import sync_folder, write_atomically
+from plad_fast.data.files import replacing, write_atomically
 from plad_fast.data.locks import cannot_write
 from plad_fast.data.places import BUILTIN, expanded
 from plad_fast.data.records import digest_of_list
@@ -148,15 +147,10 @@ def _require_new(ids: set[int], rows: Sequence[Mapping[str, Any]], source: str) 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
     """One file of all that are there, whole or as it was before."""
-    temporary = whole.with_name(f".{whole.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(whole) as file:
             for part in filter(Path.exists, parts):
                 with part.open("rb") as rows:
                     shutil.copyfileobj(rows, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, whole)
-        sync_folder(whole.parent)
     except OSError as error:
         raise cannot_write(whole.parent, error) from error

@@ -56,11 +56,6 @@ class Run:
     def teacher_files(self) -> list[str]:
         return [f"answers/{store.name}" for store in self.texts.teachers.stores]
 
-    @property
-    def student_source(self) -> str:
-        """Of the model that the student is made of."""
-        return student_source(self.config)
-
     def train(
         self, source: str, rows: Sequence[Mapping[str, Any]], output: str, **options: Any
     ) -> list[dict[str, Any]]:
@@ -116,7 +111,7 @@ class Run:
         if config.has_local_teacher:
             sources = (find_model(config.teachers[0], "--teacher"),)
         teacher = " and ".join(map(_name_of, sources))
-        into = "" if config.student is None else f" into {_name_of(self.student_source)}"
+        into = "" if config.student is None else f" into {_name_of(student_source(config))}"
         return f"Distillation of {teacher}{into}"
 
     def _about(self) -> str:

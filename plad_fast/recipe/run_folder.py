@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plad_fast.checks import listed
 from plad_fast.data.file_states import Change, changes, state_of
 from plad_fast.data.files import publish_folder
 from plad_fast.data.locks import cannot_write, held_folder, locked
@@ -153,7 +154,8 @@ class RunFolder:
                 anew.setdefault(f"{change.text}, and is kept as edited", [])
                 causes.setdefault(change.name, []).append(f"{change.text}, and is kept as edited")
         for reason, names in anew.items():
-            print(f"{reason}: {_listed(names)} anew" if names else reason, flush=True)
+            run = f": {listed(names)} {'run' if names[1:] else 'runs'} anew" if names else ""
+            print(f"{reason}{run}", flush=True)
 
     def stage(self, stage: Stage) -> None:
         """Run a stage unless it is done.
@@ -350,9 +352,3 @@ def require_whole(rows: Path) -> None:
             f"{cut}, so it was cut off: run the command that made it again, or copy the file "
             "elsewhere if this part of it is meant"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    """In a sentence, with its verb."""
-    *others, last = names
-    return f"{', '.join(others)} and {last} run" if others else f"{last} runs"

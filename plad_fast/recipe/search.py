@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from plad_fast.checks import shown
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 from plad_fast.recipe.dependencies import STAGES
 from plad_fast.recipe.fields import AT_LEAST_1, POSITIVE, checked, flag, free_setting, read_value
 from plad_fast.recipe.settings import DistillConfig
@@ -208,11 +208,9 @@ class SearchSpace:
             start = {name: _ends(values)[0] for name, values in space.items()}
             every = [(name, value) for name in space for value in _ends(space[name])]
             for name, value in [("loss", loss), *every]:
-                try:
+                what = "" if name == "loss" else f" with {name} {shown(value)}"
+                with located(f"search: loss {loss}{what}"):
                     replace(self.config, **{**start, "loss": loss, name: value})
-                except UsageError as error:
-                    what = "" if name == "loss" else f" with {name} {shown(value)}"
-                    raise UsageError(f"search: loss {loss}{what}: {error}") from None
 
 
 def _mapping(search: Any) -> dict[str, Any]:

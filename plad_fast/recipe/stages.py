@@ -113,7 +113,7 @@ def pair_folder(
     )
     with closing(folder):
         # Also where all pairs are made: what could not be answered is asked for again.
-        texts.teachers.ask(renew=True)
+        texts.teachers.ask()
         samples = texts.samples_in_turn(prompts, [(source, "student")], made_by=config.student)
         drawn = {name: getattr(config, name) for name in ("teacher_samples", "student_samples")}
         scored = {} if texts.scorer is None else texts.scorer.settings()

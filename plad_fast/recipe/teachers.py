@@ -148,18 +148,17 @@ class Teachers:
             if isinstance(teacher.model, EndpointModel):
                 teacher.model.try_out(teacher.sampling, teacher.store, overwrite=overwrite)
 
-    def ask(self, *, renew: bool = False) -> Answered:
+    def ask(self) -> Answered:
         """Let each answer what it has not answered yet, and let go of its model; see
-        `stored_answers`. With `renew`, answers to what prompts were before are put aside first;
-        those of another teacher or other settings are refused, for they may have been paid for.
+        `stored_answers`. Answers to what prompts were before are put aside first; those of another
+        teacher or other settings are refused, for they may have been paid for.
 
         Of several, one that fails on the way loses what it has not answered, with a warning;
         UsageError where all do."""
         every = Answered({}, [])
         errors: list[AskingError] = []
         for teacher in self._all:
-            if renew:
-                renew_answers(teacher.store, self._prompts, teacher.sampling, teacher.settings)
+            renew_answers(teacher.store, self._prompts, teacher.sampling, teacher.settings)
             sharded = getattr(teacher.model, "sharded", False)
             try:
                 answered = stored_answers(

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plad_fast.checks import require_packages
-from plad_fast.data.chat import opens_thought
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.records import digest, model_digest
-from plad_fast.models.loading import load_tokenizer
+from plad_fast.data.records import digest
 from plad_fast.pairs.build import NoPairsError, PairReport, build_pairs
 from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.set_aside import set_aside
-from plad_fast.pairs.generation.sources import LazyLocalModel, open_local_model
+from plad_fast.pairs.generation.sources import (
+    LazyLocalModel,
+    open_local_model,
+    student_fingerprint,
+)
 from plad_fast.pairs.generation.text_model import Answer
 from plad_fast.pairs.scoring.judge import Judge
 from plad_fast.pairs.scoring.stored import score_answers
@@ -110,17 +112,19 @@ class RecipeTexts:
         `name` is for progress and messages, and what the student is known by unless that is
         `made_by`; `round_number` and `turn` are those of `student_sampling`.
         """
-        precision = self.config.precision
-        thinks = self.config.reasoning == "keep"
+        precision, reasoning = self.config.precision, self.config.reasoning
+        thinks = reasoning == "keep"
         load = partial(open_local_model, model, name, precision=precision, thinks=thinks)
         drawn = stored_answers(
             lambda: on_engine(self.config, partial(LazyLocalModel, load, name), name),
             prompts,
             self.samples_file(round_number, turn),
             replace(student_sampling(self.config, turn, round_number), n=n),
-            fingerprint=self.student_made_by(made_by or name, model),
+            fingerprint=student_fingerprint(
+                made_by or name, model, precision=precision, reasoning=reasoning
+            ),
             others_aside=True,
-            reasoning=self.config.reasoning,
+            reasoning=reasoning,
         ).answers
         by = "student" if len(self.config.teachers) > 1 else ""
         return {key: [replace(answer, by=by) for answer in own] for key, own in drawn.items()}
@@ -164,14 +168,6 @@ class RecipeTexts:
             return replace(own[prompt.id][again], sample=number)
 
         return {p.id: [sample(p, k) for k in range(config.student_samples)] for p in prompts}
-
-    def student_made_by(self, name: str, model: str | Path) -> dict[str, Any]:
-        """What a student's samples depend on besides prompts and sampling."""
-        precision = self.config.precision
-        made_by = {"student": name, "weights": model_digest(model), "precision": precision}
-        if self.config.reasoning == "keep" and opens_thought(load_tokenizer(model)):
-            made_by["reasoning"] = "keep"  # the student begins with one, as it does not else
-        return made_by
 
     def make_pairs(
         self,

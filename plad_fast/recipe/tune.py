@@ -95,7 +95,9 @@ def search(run: Distillation, space: SearchSpace, plan: TuneConfig, file: Path) 
             shown = ", ".join(f"{name} {_cell(value)}" for name, value in settings.items())
             print(f"== trial {len(trials)}: {shown}", flush=True)
             outcome = _outcome(run, settings, f"trial-{len(trials)}")
-            print(f"   {outcome.get('problem') or _score(outcome)}", flush=True)
+            if (told := outcome.get("problem")) is None:
+                told = f"score {outcome['score']:.3f}, before {outcome['start']['score']:.3f}"
+            print(f"   {told}", flush=True)
             store.append([{"id": str(len(trials)), "settings": settings, **outcome}])
     if all(trial["score"] is None for trial in trials[: plan.trials]):
         raise UsageError(f"all trials failed, the first: {trials[0]['problem']}")
@@ -167,10 +169,6 @@ def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[
 
 def _failure(error: UsageError) -> dict[str, Any]:
     return {"score": None, "problem": str(error), "seconds": 0.0}
-
-
-def _score(trial: Mapping[str, Any]) -> str:
-    return f"score {trial['score']:.3f}, before {trial['start']['score']:.3f}"
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from transformers import HfArgumentParser, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from plad_fast.errors import UsageError, reported_as
+from plad_fast.errors import UsageError, located, reported_as
 from plad_fast.training.config import PLaDConfig
 from plad_fast.training.setting_names import advice, spellings
 
@@ -107,11 +107,9 @@ def _numbers(value: Any) -> Any:
 def _try_out(settings: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     """Finds out at once what a trainer would refuse once its model and data are loaded."""
     with _refused(settings, ("*",)):
-        try:
+        with located("--training"):
             # Some schedules end at a rate that has to be below the first one, which a flag sets.
             config = PLaDConfig("-", use_cpu=True, learning_rate=1.0, **settings, **others)
-        except UsageError as error:
-            raise UsageError(f"--training: {error}") from None
         for callback in get_reporting_integration_callbacks(config.report_to):
             callback()
     parameters = [torch.nn.Parameter(torch.zeros(1))]

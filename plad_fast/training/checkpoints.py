@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from plad_fast.data.file_states import MANIFEST, damage, write_manifest
 from plad_fast.data.files import sync_folder, sync_tree
-from plad_fast.data.manifest import NAME, damage, write_manifest
 from plad_fast.models.team import largest, rank
 from plad_fast.training.signals import Asked
 from plad_fast.training.validation import best_check, has_stalled
@@ -23,7 +23,7 @@ from plad_fast.training.validation import best_check, has_stalled
 logger = logging.getLogger("plad_fast")
 
 OF_TRAINING = (
-    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, NAME),
+    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", TRAINER_STATE_NAME, MANIFEST),
     *("pytorch_model_fsdp*", "global_step*", "latest", "zero_to_*.py"),  # of FSDP and DeepSpeed
 )
 """Patterns of what a checkpoint has beside a model's files."""

@@ -141,7 +141,7 @@ def add_reference_logps(
         known = _read_finished(path)
         if len(known) != len(rows):
             with RowStore.open(path, settings) as store:
-                done = {int(key) for key in store.done}
+                done = {int(key) for key in store.rows}
                 scorer.run(batches, done, lambda new: store.append(_to_rows(new)))
                 known = _from_rows(store.rows.values())
     return dataset.add_column("reference_logps", [known[index] for index in range(len(rows))])

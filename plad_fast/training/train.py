@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import ProgressCallback
 
+from plad_fast.data.file_states import require_whole
 from plad_fast.data.locks import locked
-from plad_fast.data.manifest import require_whole
 from plad_fast.data.records import digest, model_digest
 from plad_fast.data.streams import StreamedRows
 from plad_fast.errors import UsageError

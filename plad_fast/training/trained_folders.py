@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from plad_fast.data.file_states import CARD
+from plad_fast.data.file_states import CARD, MANIFEST, listed_files, write_manifest
 from plad_fast.data.files import publish_folder, write_atomically
 from plad_fast.data.locks import locked
-from plad_fast.data.manifest import NAME as MANIFEST
-from plad_fast.data.manifest import listed_files, write_manifest
 from plad_fast.data.records import RecordFormat, as_json, require_equal
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import ADAPTER_CONFIG, load_model, load_tokenizer

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from plad_fast.data.chat import written_out
-from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
+from plad_fast.data.text_ids import TextIds
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from tests.support.tokenizer_families import (
     BOS,
@@ -35,7 +36,7 @@ def says(text, **more):
 
 def trained(tokenizer, prompt, response, **options):
     """Prompt and response as text."""
-    group = encode_group(tokenizer, prompt, [response], max_length=2000, **options)
+    group = TextIds(tokenizer).encode(prompt, [response], max_length=2000, **options)
     return tokenizer.decode(group["prompt_ids"]), tokenizer.decode(group["response_ids"][0])
 
 
@@ -109,7 +110,7 @@ def test_where_earlier_turns_change_the_answer_stands_behind_the_prompt_as_it_is
     assert before.endswith("What is the sky?!<|im_end|>\n<|im_start|>assistant\n")
     assert after == "blue!<|im_end|>"
     with pytest.raises(UsageError, match="the response has tool_calls"):
-        encode_group(tokenizer, USER, [says("", tool_calls=[CALL])], max_length=500)
+        TextIds(tokenizer).encode(USER, [says("", tool_calls=[CALL])], max_length=500)
 
 
 CALL = {"type": "function", "function": {"name": "get", "arguments": {"city": "Rome"}}}
@@ -163,7 +164,7 @@ def test_a_content_that_the_template_leaves_out_beside_a_call_is_refused():
     )
     tokenizer = load(byte_level(), template, eos="<|im_end|>")
     with pytest.raises(UsageError, match="the key 'content', which the chat template"):
-        encode_group(tokenizer, USER, [says("I look it up.", tool_calls=[CALL])], max_length=500)
+        TextIds(tokenizer).encode(USER, [says("I look it up.", tool_calls=[CALL])], max_length=500)
     assert "Rome" in trained(tokenizer, USER, says("", tool_calls=[CALL]))[1]
 
 
@@ -203,17 +204,17 @@ def test_templates_that_write_none_get_an_empty_content():
     tokenizer = load(byte_level(), TEMPLATES["qwen"], eos="<|im_end|>")
     assert "None" not in trained(tokenizer, prompt, "ok")[0]
     with pytest.raises(UsageError, match="whose content is None"):
-        encode_group(tokenizer, says(None, tool_calls=None), ["x"], max_length=500)
+        TextIds(tokenizer).encode(says(None, tool_calls=None), ["x"], max_length=500)
     with pytest.raises(UsageError, match="whose content is None"):
-        encode_group(
-            tokenizer, [{"role": "user", "content": None, "name": "a"}], ["x"], max_length=500
+        TextIds(tokenizer).encode(
+            [{"role": "user", "content": None, "name": "a"}], ["x"], max_length=500
         )
 
 
 def test_a_prompt_that_ends_in_an_answer_is_refused(qwen):
     prompt = [*USER, *says('{"a":')]
     for ask in (
-        lambda: encode_prompt(qwen, prompt),
+        lambda: TextIds(qwen).prompt(prompt),
         lambda: tokenize_dataset([{"prompt": prompt, "chosen": " 1}"}], qwen, max_length=99),
     ):
         with pytest.raises(UsageError, match="the prompt ends in an assistant message"):
@@ -269,7 +270,7 @@ def test_special_tokens_in_messages_are_text(backend, caplog):
     tokenizer = load(backend(), TEMPLATES["qwen"], eos="<|im_end|>")
     said = "blue<|im_end|> <s>green</s><|ad_hoc|><|im_start|>user"
     prompt = [{"role": "user", "content": "<|im_start|>sky?"}]
-    group = encode_group(tokenizer, prompt, [said, "blue"], max_length=500)
+    group = TextIds(tokenizer).encode(prompt, [said, "blue"], max_length=500)
     ids = group["prompt_ids"] + group["response_ids"][0]
     marks = [token for token in tokenizer.convert_ids_to_tokens(ids) if token in SPECIALS[2:]]
     assert marks == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
@@ -281,9 +282,8 @@ def test_special_tokens_in_messages_are_text(backend, caplog):
         tokenize_dataset([row], tokenizer, max_length=500)
     assert any("1 of 1 rows hold special tokens" in r.getMessage() for r in caplog.records)
 
-    as_tokens = encode_group(tokenizer, prompt, [said], max_length=500, split_special_tokens=False)[
-        "response_ids"
-    ][0]
+    as_they_stand = TextIds(tokenizer, split_special_tokens=False)
+    [as_tokens] = as_they_stand.encode(prompt, [said], max_length=500)["response_ids"]
     assert tokenizer.convert_tokens_to_ids("<|ad_hoc|>") in as_tokens
     assert tokenizer.bos_token_id in as_tokens
 
@@ -291,7 +291,7 @@ def test_special_tokens_in_messages_are_text(backend, caplog):
 def test_special_tokens_in_messages_are_the_bytes_of_their_text():
     tokenizer = load(single_bytes(), TEMPLATES["qwen"], eos="<|im_end|>")
     said = "a<|im_end|></s>b"
-    group = encode_group(tokenizer, [{"role": "user", "content": said}], [said], max_length=500)
+    group = TextIds(tokenizer).encode([{"role": "user", "content": said}], [said], max_length=500)
     start, newline = (
         tokenizer.convert_tokens_to_ids("<|im_start|>"),
         tokenizer("\n")["input_ids"][1:],
@@ -325,16 +325,18 @@ def test_no_message_can_forge_a_special_token(qwen):
     for digits in (_special_text._MARK, _special_text._RENAMED):
         forged = f"{digits}{qwen.eos_token_id:07}</s>"
         with pytest.raises(UsageError, match=digits):
-            encode_group(qwen, USER, [forged], max_length=99)
-    [ids] = encode_group(qwen, USER, ["<|im_<|im_end|>end|>"], max_length=99)["response_ids"]
+            TextIds(qwen).encode(USER, [forged], max_length=99)
+    [ids] = TextIds(qwen).encode(USER, ["<|im_<|im_end|>end|>"], max_length=99)["response_ids"]
     assert ids.count(qwen.eos_token_id) == 1
 
 
 def test_marks_of_thoughts_and_calls_and_plain_text_stay_tokens(qwen):
-    ids = encode_group(qwen, USER, ["<think>hm</think><tool_call>"], max_length=99)["response_ids"]
+    ids = TextIds(qwen).encode(USER, ["<think>hm</think><tool_call>"], max_length=99)[
+        "response_ids"
+    ]
     tokens = qwen.convert_ids_to_tokens(ids[0])
     assert {"<think>", "</think>", "<tool_call>"} <= set(tokens)
-    ids = encode_prompt(qwen, f"<|im_start|>user\nsky?<|im_end|>{BOS}")
+    ids = TextIds(qwen).prompt(f"<|im_start|>user\nsky?<|im_end|>{BOS}")
     assert qwen.convert_tokens_to_ids("<|im_start|>") in ids
     assert ids[-1] == qwen.bos_token_id
 
@@ -342,13 +344,13 @@ def test_marks_of_thoughts_and_calls_and_plain_text_stay_tokens(qwen):
 def test_a_slow_tokenizer_refuses_special_tokens_in_messages_by_name(qwen, monkeypatch):
     monkeypatch.setattr(type(qwen), "is_fast", False)
     with pytest.raises(UsageError, match=r"'<\|im_end\|>'.*split_special_tokens=False"):
-        encode_group(qwen, USER, ["a<|im_end|>b"], max_length=99)
-    assert encode_group(qwen, USER, ["a"], max_length=99)["fits"]
+        TextIds(qwen).encode(USER, ["a<|im_end|>b"], max_length=99)
+    assert TextIds(qwen).encode(USER, ["a"], max_length=99)["fits"]
     # What is a special token by its name alone is one.
     bytes_alone = ByT5Tokenizer()
     bytes_alone.chat_template = TEMPLATES["zephyr"]
     with pytest.raises(UsageError, match="'</s>'"):
-        encode_group(bytes_alone, USER, ["a</s>b"], max_length=99)
+        TextIds(bytes_alone).encode(USER, ["a</s>b"], max_length=99)
 
 
 TRL = ["deepseek_r1_distill", "nemotron_3_nano", "qwen3", "qwen3_5_nothink", "qwen3_5_think",

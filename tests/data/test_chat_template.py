@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 from plad_fast.data.chat import is_blank
-from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
+from plad_fast.data.text_ids import TextIds
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.models.response_scores import score_pairs
 
@@ -60,7 +61,7 @@ def test_a_template_that_marks_no_end_still_teaches_to_stop(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    group = encode_group(tokenizer, CHAT, ["yes"], max_length=64)
+    group = TextIds(tokenizer).encode(CHAT, ["yes"], max_length=64)
     assert tokenizer.decode(group["prompt_ids"]) == "user: hi\nassistant: "
     assert tokenizer.decode(group["response_ids"][0]) == "yes<|end|>"
 
@@ -200,7 +201,7 @@ def test_a_prompt_that_shows_nothing_is_empty(tiny_tokenizer, text):
     bare = copy.deepcopy(tiny_tokenizer)
     bare._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     with pytest.raises(UsageError, match="empty"):
-        encode_prompt(bare, text)
+        TextIds(bare).prompt(text)
     row = {"chosen": f"{text} a", "rejected": f"{text} b"}
     with pytest.raises(UsageError, match="row 1: prompt is None"):
         tokenize_dataset([row], tiny_tokenizer, max_length=64)

@@ -37,7 +37,7 @@ def says(text):
 def scores(tmp_path):
     scorer = open_scorer("rougeL")
     path = tmp_path / "scores.jsonl"
-    return score_answers(scorer, PROMPTS, [TEACHER, STUDENT], path, progress=False)
+    return score_answers(scorer, PROMPTS, [TEACHER, STUDENT], path)
 
 
 # ROUGE-L to the four words of the reference: of six words four agree, of three two, of one none.

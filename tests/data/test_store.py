@@ -34,14 +34,14 @@ def path(tmp_path):
 
 def test_rows_come_back_and_the_first_of_an_id_counts(path):
     with RowStore.open(path, SETTINGS) as store:
-        assert not store.done
+        assert not store.rows
         store.append(rows("a", "b"))
         store.append([*rows("b", text="later"), {"id": "c", "text": "ü\u2028\n\ud800"}])
         store.append([])
     with path.open("ab") as file:
         file.write(b'{"id": "a", "text": "by hand"}\n')
     with RowStore.open(path, SETTINGS) as store:
-        assert store.done == {"a", "b", "c"}
+        assert store.rows.keys() == {"a", "b", "c"}
         assert {row["text"] for row in store.rows.values()} == {"t", "ü\u2028\n\ufffd"}
 
 
@@ -55,10 +55,10 @@ def test_every_torn_end_is_cut_off(path):
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with RowStore.open(path, {}) as store:
-            assert store.done == ({"a"} if size >= first else set())
+            assert store.rows.keys() == ({"a"} if size >= first else set())
             store.append(rows("bü"))
         with RowStore.open(path, {}) as store:
-            assert store.done == ({"a", "bü"} if size >= first else {"bü"}), size
+            assert store.rows.keys() == ({"a", "bü"} if size >= first else {"bü"}), size
     assert 0 < header < first
 
 
@@ -66,7 +66,7 @@ KILLED = """
 import sys, time
 from plad_fast.data.store import RowStore
 with RowStore.open(sys.argv[1], {}) as store:
-    first = len(store.done)
+    first = len(store.rows)
     for batch in range(10_000):
         print(batch, flush=True)
         store.append([{"id": f"{first + 8 * batch + i}", "text": "x" * 2000} for i in range(8)])
@@ -91,9 +91,9 @@ def test_a_killed_run_loses_at_most_its_last_batch_and_leaves_no_lock(path):
         ids = [json.loads(line).get("id") for line in path.read_bytes().split(b"\n")[1:-1]]
         assert len(ids) == len(set(ids))
         with RowStore.open(path, {}) as store:
-            assert store.done == {str(i) for i in range(len(store.done))}
+            assert store.rows.keys() == {str(i) for i in range(len(store.rows))}
             # A batch is announced before it is written: the last one of each run may be lost.
-            assert len(store.done) >= 8 * (announced - 2)
+            assert len(store.rows) >= 8 * (announced - 2)
 
 
 def test_other_settings_are_named(path):
@@ -152,7 +152,7 @@ def test_two_writers_are_told_apart(path):
             RowStore.open(path, SETTINGS)
         store.append(rows("a"))
     with RowStore.open(path, SETTINGS) as store:
-        assert store.done == {"a"}
+        assert store.rows.keys() == {"a"}
 
 
 def test_a_full_disk_loses_nothing_that_was_stored(path):
@@ -169,10 +169,10 @@ def test_a_full_disk_loses_nothing_that_was_stored(path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == before
-        assert store.done == {"a"}
+        assert store.rows.keys() == {"a"}
         store.append(rows("b"))
     with RowStore.open(path, SETTINGS) as store:
-        assert store.done == {"a", "b"}
+        assert store.rows.keys() == {"a", "b"}
 
 
 def test_an_interrupted_write_is_taken_back(path, monkeypatch):
@@ -234,7 +234,6 @@ def test_a_line_that_is_no_answer_is_refused(path, damage):
             sampling,
             fingerprint={},
             others_aside=True,
-            progress=False,
         )
 
     run()

@@ -8,7 +8,8 @@ import logging
 import pytest
 import torch
 
-from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
+from plad_fast.data.text_ids import TextIds
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.models.response_scores import score_responses
 from tests.support.tokenizer_families import (
@@ -73,7 +74,7 @@ def shared_start(lists):
 def test_log_probabilities_are_those_of_the_whole_text(tokenizer, model, row):
     prompt, responses = ROWS[row]
     wholes = [whole_ids(tokenizer, prompt, response) for response in responses]
-    head = encode_prompt(tokenizer, prompt)
+    head = TextIds(tokenizer).prompt(prompt)
     # What all sequences have in common is given; the rest is what a response is made of.
     start = min(shared_start([head, ids]) for ids in wholes)
     start = min(start, len(head))
@@ -85,7 +86,7 @@ def test_log_probabilities_are_those_of_the_whole_text(tokenizer, model, row):
         taken = logps.gather(1, torch.tensor(ids[1:])[:, None]).flatten()
         expected.append(taken[start - 1 :].sum().item())
 
-    group = encode_group(tokenizer, prompt, responses, max_length=256)
+    group = TextIds(tokenizer).encode(prompt, responses, max_length=256)
     assert [group["prompt_ids"] + ids for ids in group["response_ids"]] == wholes
     assert len(group["prompt_ids"]) == start
     assert bool(group["moved"]) == (start < len(head))
@@ -111,7 +112,7 @@ def test_a_prompt_that_melts_into_its_answer_is_refused():
     tokenizer = load(byte_level(), bos=False)
     assert len(tokenizer("user")["input_ids"]) == 1
     with pytest.raises(UsageError, match="first token of the prompt"):
-        encode_group(tokenizer, "us", ["er"], max_length=64)
+        TextIds(tokenizer).encode("us", ["er"], max_length=64)
     with pytest.raises(UsageError, match="row 1: the first token"):
         tokenize_dataset([{"prompt": "us", "chosen": "er"}], tokenizer, max_length=64)
 
@@ -122,7 +123,7 @@ def test_an_end_whose_text_is_no_token_is_added_as_one():
     tokenizer.split_special_tokens = True
     end = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     assert end != [tokenizer.eos_token_id]
-    [ids] = encode_group(tokenizer, "sky", [" is"], max_length=64)["response_ids"]
+    [ids] = TextIds(tokenizer).encode("sky", [" is"], max_length=64)["response_ids"]
     assert ids == [*tokenizer(" is", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 

@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from plad_fast.data.rows import TokenLimits
-from plad_fast.data.tokenization import encode_group, encode_prompt, tokenize_dataset
+from plad_fast.data.text_ids import TextIds
+from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -41,14 +42,14 @@ def eos_tokenizer(tiny_tokenizer):
 )
 def test_prompt_has_one_bos_and_no_eos(tiny_tokenizer, eos_tokenizer, prompt, expected):
     for tokenizer in (tiny_tokenizer, eos_tokenizer):
-        assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == expected
+        assert tokenizer.decode(TextIds(tokenizer).prompt(prompt)) == expected
 
 
 def test_responses_end_their_turn_once(tiny_tokenizer, eos_tokenizer):
     """The end mark is trained, and a tokenizer that appends EOS does not double it."""
     for tokenizer in (tiny_tokenizer, eos_tokenizer):
-        group = encode_group(
-            tokenizer, CHAT, ["yes", [{"role": "assistant", "content": "no"}]], max_length=64
+        group = TextIds(tokenizer).encode(
+            CHAT, ["yes", [{"role": "assistant", "content": "no"}]], max_length=64
         )
         texts = [tokenizer.decode(ids) for ids in group["response_ids"]]
         assert texts == ["yes<|end|>", "no<|end|>"]
@@ -59,28 +60,27 @@ def test_responses_end_their_turn_once(tiny_tokenizer, eos_tokenizer):
 def test_text_that_ends_in_eos_gets_no_other(tiny_tokenizer, eos_tokenizer, encoder_decoder):
     """As in TRL, where it is added only if it is missing."""
     for tokenizer in (tiny_tokenizer, eos_tokenizer):
-        group = encode_group(
-            tokenizer, "p", ["yes<|end|>", "no"], max_length=64, encoder_decoder=encoder_decoder
-        )
+        encoder = TextIds(tokenizer, encoder_decoder=encoder_decoder)
+        group = encoder.encode("p", ["yes<|end|>", "no"], max_length=64)
         ends = [ids.count(tokenizer.eos_token_id) for ids in group["response_ids"]]
         assert ends == [1, 1]
         assert all(ids[-1] == tokenizer.eos_token_id for ids in group["response_ids"])
 
 
 def test_left_cut_keeps_bos_and_the_end_of_the_prompt(tiny_tokenizer):
-    group = encode_group(tiny_tokenizer, "abcdef", ["xyz", "x"], max_length=7)
+    group = TextIds(tiny_tokenizer).encode("abcdef", ["xyz", "x"], max_length=7)
     # The longest response is xyz and its end mark: three tokens are left for the prompt.
     assert tiny_tokenizer.decode(group["prompt_ids"]) == "<|bos|>ef"
     assert (group["truncated"], group["fits"]) == (True, True)
 
 
 def test_right_cut_keeps_the_start_of_the_prompt(tiny_tokenizer):
-    group = encode_group(tiny_tokenizer, "abcdef", ["xyz"], max_length=7, truncation_side="right")
+    group = TextIds(tiny_tokenizer).encode("abcdef", ["xyz"], max_length=7, truncation_side="right")
     assert tiny_tokenizer.decode(group["prompt_ids"]) == "<|bos|>ab"
 
 
 def test_response_is_never_cut(tiny_tokenizer):
-    group = encode_group(tiny_tokenizer, "p", ["x" * 20], max_length=10)
+    group = TextIds(tiny_tokenizer).encode("p", ["x" * 20], max_length=10)
     assert not group["fits"]
     assert len(group["response_ids"][0]) == 21
 
@@ -92,7 +92,7 @@ def test_empty_prompt_without_bos_is_refused(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     with pytest.raises(UsageError, match="empty"):
-        encode_prompt(tokenizer, "")
+        TextIds(tokenizer).prompt("")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from plad_fast.data.packing import PreferenceCollator
-from plad_fast.data.tokenization import encode_group
+from plad_fast.data.text_ids import TextIds
 from plad_fast.errors import UsageError
 from plad_fast.models.head import causal_lm_logprobs, check_architecture
 from plad_fast.models.layer_drop import depth, drop_layers
@@ -115,14 +115,8 @@ def test_prompts_and_responses_are_texts_of_their_own(tiny_tokenizer, template, 
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def group(prompt, length, side="left"):
-        return encode_group(
-            tokenizer,
-            prompt,
-            ["xyz", "w"],
-            max_length=length,
-            truncation_side=side,
-            encoder_decoder=True,
-        )
+        ids = TextIds(tokenizer, encoder_decoder=True)
+        return ids.encode(prompt, ["xyz", "w"], max_length=length, truncation_side=side)
 
     letters = tokenizer("abcdefgh", add_special_tokens=False)["input_ids"]
     whole, left, right = group("abcdefgh", 10), group("abcdefgh", 6), group("abcdefgh", 6, "right")
@@ -139,7 +133,7 @@ def test_prompts_and_responses_are_texts_of_their_own(tiny_tokenizer, template, 
 def test_an_end_inside_of_a_response_is_no_end(tiny_tokenizer):
     bare = tokenizer_like_t5(tiny_tokenizer, "$A")
     end = bare.eos_token_id
-    group = encode_group(bare, "p", [f"x{END}y"], max_length=9, encoder_decoder=True)
+    group = TextIds(bare, encoder_decoder=True).encode("p", [f"x{END}y"], max_length=9)
     assert group["response_ids"][0][-1] == end
     assert group["response_ids"][0].count(end) == 2
 

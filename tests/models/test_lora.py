@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from plad_fast.cli import main
-from plad_fast.data.manifest import damage
+from plad_fast.data.file_states import damage
 from plad_fast.models import lora
 from plad_fast.models.loading import load_model, load_tokenizer
 from plad_fast.models.response_scores import score_pairs

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from plad_fast.data.tokenization import encode_group
+from plad_fast.data.text_ids import TextIds
 from plad_fast.errors import UsageError
 from plad_fast.models.response_scores import score_pairs, score_with_ends
 
@@ -27,7 +27,7 @@ PAIRS = [
 
 def naive_logps(model, tokenizer, prompt, response):
     """Of every token of the response."""
-    group = encode_group(tokenizer, prompt, [response], max_length=1000)
+    group = TextIds(tokenizer).encode(prompt, [response], max_length=1000)
     prompt_ids, [response_ids] = group["prompt_ids"], group["response_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()

@@ -42,9 +42,7 @@ class Scripted:
 
 
 def run(path, model, prompts=PROMPTS, **options):
-    return stored_answers(
-        lambda: model, prompts, path, Sampling(**options), fingerprint={}, progress=False
-    )
+    return stored_answers(lambda: model, prompts, path, Sampling(**options), fingerprint={})
 
 
 def texts(answered):
@@ -70,9 +68,7 @@ MANY = [Prompt(str(i), f"prompt {i}") for i in range(40)]
 
 
 def answers_to_many(path, model, n=1, **options):
-    return stored_answers(
-        lambda: model, MANY, path, Sampling(9, n=n), fingerprint={}, progress=False, **options
-    )
+    return stored_answers(lambda: model, MANY, path, Sampling(9, n=n), fingerprint={}, **options)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -179,7 +175,7 @@ def test_answers_of_another_model_are_refused(tmp_path):
     def ask(model, **options):
         return stored_answers(
             lambda: model, PROMPTS, tmp_path / "a.jsonl", Sampling(),
-            progress=False, **options,
+            **options,
         )  # fmt: skip
 
     ask(Scripted({("1", 0)}), fingerprint={"model": "old"})
@@ -295,7 +291,7 @@ def test_a_store_gives_the_reasoning_in_each_way_that_it_is_asked_for(tmp_path):
         for reasoning, texts in expected.items():
             found = stored_answers(
                 load, prompts, tmp_path / "a.jsonl", Sampling(9), fingerprint={},
-                progress=False, reasoning=reasoning,
+                reasoning=reasoning,
             )  # fmt: skip
             first = [*found.first.values()]
             assert [answer.text for answer in first] == texts

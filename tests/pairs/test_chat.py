@@ -197,7 +197,7 @@ def test_half_an_emoji_is_mended_where_it_comes_in(raw, text, tmp_path):
     with FaultServer(lambda *_: Step(body=reply.encode())) as server:
         for _ in range(2):
             found = stored_answers(
-                lambda: teacher(server), prompts, path, Sampling(8), fingerprint={}, progress=False
+                lambda: teacher(server), prompts, path, Sampling(8), fingerprint={}
             )
             assert found.answers["0"][0].text == text
     assert sum(server.asked.values()) == 1

@@ -33,9 +33,7 @@ def environment(monkeypatch):
 
 
 def run(teacher, path, prompts=PROMPTS, **sampling):
-    return stored_answers(
-        lambda: teacher, prompts, path, Sampling(**sampling), fingerprint={}, progress=False
-    )
+    return stored_answers(lambda: teacher, prompts, path, Sampling(**sampling), fingerprint={})
 
 
 def stored(path) -> list[dict]:
@@ -85,7 +83,7 @@ from plad_fast.pairs import Endpoint, EndpointModel, Sampling, stored_answers
 url, path = sys.argv[1:]
 teacher = EndpointModel(Endpoint("m", base_url=url, timeout=60, concurrency=4))
 prompts = [Prompt(f"p{i}", f"question {i}") for i in range(200)]
-stored_answers(lambda: teacher, prompts, path, Sampling(), fingerprint={}, progress=False)
+stored_answers(lambda: teacher, prompts, path, Sampling(), fingerprint={})
 """
 
 

@@ -172,7 +172,7 @@ def teacher_at(*urls, **options):
 
 def run(model, folder, prompts=PROMPTS):
     path = folder / "teacher.jsonl"
-    return stored_answers(lambda: model, prompts, path, Sampling(), fingerprint={}, progress=False)
+    return stored_answers(lambda: model, prompts, path, Sampling(), fingerprint={})
 
 
 def texts(answered):

@@ -36,9 +36,7 @@ def test_a_column_answers_the_prompts_of_its_rows(tmp_path):
         columns=lambda name: column_answers(str(data), name, prompt_template="Q: {q}"),
     )
     path = tmp_path / "t.jsonl"
-    found = stored_answers(
-        lambda: teacher, prompts, path, Sampling(), fingerprint={}, progress=False
-    )
+    found = stored_answers(lambda: teacher, prompts, path, Sampling(), fingerprint={})
     assert [answer.text for answer in found.first.values()] == ["one", "two"]
     [failure] = found.failures
     assert failure == Failure(prompts[2].id, "column:gold has no answer to it")

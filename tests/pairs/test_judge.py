@@ -236,10 +236,10 @@ def test_scores_are_stored_beside_the_verdicts(tmp_path):
     judge = Judge(Fake(longer), store=tmp_path / "verdicts.jsonl")
     answers = {"p": [Answer("p", text, "stop", 1, k) for k, text in enumerate(["bb", "a", "ccc"])]}
     path = tmp_path / "scores.jsonl"
-    scores = score_answers(judge, [PROMPT], [answers], path, progress=False)
+    scores = score_answers(judge, [PROMPT], [answers], path)
     assert scores == {("p", "ccc"): 1.0, ("p", "bb"): 0.5, ("p", "a"): 0.0}
     silent = Judge(Fake(None))
-    again = stored_scores(silent, [(PROMPT, text) for _, text in scores], path, progress=False)
+    again = stored_scores(silent, [(PROMPT, text) for _, text in scores], path)
     assert again == list(scores.values())
 
 

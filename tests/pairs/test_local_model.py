@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.tokenization import encode_group
+from plad_fast.data.text_ids import TextIds
 from plad_fast.errors import UsageError
 from plad_fast.pairs.generation.local_model import LocalModel, end_tokens, prompt_ids
 from plad_fast.pairs.generation.refill import Row
@@ -183,7 +183,7 @@ def test_an_answer_keeps_the_marks_of_its_thought_and_loses_other_special_tokens
 def test_a_model_is_asked_what_a_student_is_trained_on(tiny_tokenizer):
     """Special tokens in a prompt are text there as here."""
     content = [{"role": "user", "content": "a<|end|>b"}]
-    group = encode_group(tiny_tokenizer, content, ["c"], max_length=99)
+    group = TextIds(tiny_tokenizer).encode(content, ["c"], max_length=99)
     asked = prompt_ids(tiny_tokenizer, [Prompt("p", content), Prompt("q", "a<|end|>b")])
     assert asked == {"p": group["prompt_ids"], "q": group["prompt_ids"]}
     chat = [*content, {"role": "assistant", "content": "so"}]

@@ -74,11 +74,11 @@ def test_scores_of_other_weights_are_refused(tiny_teacher, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_teacher, folder)
     path = tmp_path / "scores.jsonl"
-    stored_scores(Likelihood(str(folder)), ITEMS, path, progress=False)
+    stored_scores(Likelihood(str(folder)), ITEMS, path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UsageError, match="weights was"):
-        stored_scores(Likelihood(str(folder)), ITEMS, path, progress=False)
+        stored_scores(Likelihood(str(folder)), ITEMS, path)
 
 
 @pytest.fixture(scope="module")

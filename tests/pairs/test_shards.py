@@ -43,7 +43,6 @@ def single(model, folder, **options):
         folder / "answers.jsonl",
         Sampling(**SETTINGS),
         fingerprint={},
-        progress=False,
         **options,
     )
     rows = [vars(a) for answers in answered.answers.values() for a in answers]
@@ -77,7 +76,7 @@ def test_two_processes_give_the_answers_of_one(folder, expected):
     assert (folder / "loaded1").exists()
     assert not list(folder.glob("*rank*"))
     with RowStore.open(folder / "answers.jsonl", Sampling(**SETTINGS).settings()) as store:
-        assert [(r.partition("\t")[0], int("\t" in r)) for r in store.done] == [
+        assert [(r.partition("\t")[0], int("\t" in r)) for r in store.rows] == [
             (p.id, k) for p in PROMPTS for k in range(2)
         ]
     assert "".join(errors).count("tiny:   0%") == 1  # one bar

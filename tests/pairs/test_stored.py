@@ -54,30 +54,30 @@ def many(n=4):
 @pytest.mark.parametrize("damage", [{}, {"score": None}, {"score": "1.0"}, {"score": True}])
 def test_a_stored_line_that_is_no_score_is_refused(damage, tmp_path):
     path = tmp_path / "scores.jsonl"
-    stored_scores(Scripted(), many(), path, progress=False)
+    stored_scores(Scripted(), many(), path)
     header, line, *_ = path.read_text().splitlines()
     damaged = json.dumps({"id": json.loads(line)["id"], **damage})
     path.write_text(f"{header}\n{damaged}\n")
     with pytest.raises(UsageError, match="damaged; delete that line"):
-        stored_scores(Scripted(), many(), path, progress=False)
+        stored_scores(Scripted(), many(), path)
 
 
 def test_a_killed_run_goes_on_in_the_same_batches(tmp_path):
     """Not even the rounding of a batch then tells where it was killed."""
     path = tmp_path / "scores.jsonl"
     whole = Scripted()
-    scores = stored_scores(whole, many(), tmp_path / "whole.jsonl", batch_size=4, progress=False)
+    scores = stored_scores(whole, many(), tmp_path / "whole.jsonl", batch_size=4)
     assert scores == [1.0] * 4 + [2.0] * 4
     assert whole.asked == [["0 ", "0 0 ", "1 ", "1 1 "], ["2 ", "2 2 ", "3 ", "3 3 "]]
     with pytest.raises(KeyboardInterrupt):
-        stored_scores(Scripted(kill_at=1), many(), path, batch_size=4, progress=False)
+        stored_scores(Scripted(kill_at=1), many(), path, batch_size=4)
     # As if killed while writing: the last line is lost, and the one before it is cut.
     path.write_bytes(path.read_bytes()[:-100])
     second = Scripted()
-    assert stored_scores(second, many(), path, batch_size=4, progress=False) == scores
+    assert stored_scores(second, many(), path, batch_size=4) == scores
     assert second.asked == whole.asked
     third = Scripted()
-    assert stored_scores(third, many(), path, progress=False) == scores
+    assert stored_scores(third, many(), path) == scores
     assert third.asked == []
     lines = [p.read_text().splitlines() for p in (path, tmp_path / "whole.jsonl")]
     assert lines[0] == lines[1]
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_in_the_same_batches(tmp_path):
 
 def test_a_score_belongs_to_the_texts_not_to_the_ids(tmp_path):
     path = tmp_path / "scores.jsonl"
-    stored_scores(Scripted(), [(Prompt("a", "p"), "x y")], path, progress=False)
+    stored_scores(Scripted(), [(Prompt("a", "p"), "x y")], path)
     edited = Scripted()
     stored_scores(edited, [(Prompt("a", "q"), "x y"), (Prompt("a", "q"), "x y")], path)
     assert edited.asked == [["x y"]]
@@ -97,7 +97,7 @@ def test_a_score_belongs_to_the_texts_not_to_the_ids(tmp_path):
 
 def test_relative_scores_are_asked_for_anew_when_a_rival_comes(tmp_path):
     path = tmp_path / "scores.jsonl"
-    assert stored_scores(Scripted(relative=True), many(), path, progress=False) == [2] * 8
+    assert stored_scores(Scripted(relative=True), many(), path) == [2] * 8
     scorer = Scripted(relative=True)
     more = [*many(), (Prompt("3", "prompt 3"), "new")]
     assert stored_scores(scorer, more, path, batch_size=1) == [2, 2, 2, 3] * 2 + [3]
@@ -106,11 +106,11 @@ def test_relative_scores_are_asked_for_anew_when_a_rival_comes(tmp_path):
 
 def test_what_could_not_be_had_is_tried_again_by_another_run(tmp_path):
     path = tmp_path / "scores.jsonl"
-    scores = stored_scores(Scripted(mute=["2 "]), many(), path, progress=False)
+    scores = stored_scores(Scripted(mute=["2 "]), many(), path)
     assert math.isnan(scores[2])
     assert sum(map(math.isnan, scores)) == 1
     again = Scripted()
-    assert stored_scores(again, many(), path, progress=False) == [1.0] * 4 + [2.0] * 4
+    assert stored_scores(again, many(), path) == [1.0] * 4 + [2.0] * 4
     assert len(again.asked) == 1
 
 

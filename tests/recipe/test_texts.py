@@ -31,7 +31,7 @@ def test_answers_of_another_teacher_are_refused_and_left_alone(tmp_path):
         store.append([{"id": "0", "prompt": "p", "text": "t"}])
     before = store_file.read_bytes()
     with pytest.raises(UsageError, match="teacher was 'openai:m' and is 'column:gold'"):
-        texts.teachers.ask(renew=True)
+        texts.teachers.ask()
     assert [path.name for path in answers.iterdir()] == ["teacher.jsonl"]
     assert store_file.read_bytes() == before
 

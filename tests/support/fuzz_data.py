@@ -46,7 +46,7 @@ def tokenizer() -> Any:
 
 
 def encoding(draw: Draw) -> Case:
-    from plad_fast.data.tokenization import encode_group
+    from plad_fast.data.text_ids import TextIds
 
     prompt, size = draw.choice(TEXTS), draw.randint(1, 4)
     texts = [draw.choice(TEXTS) for _ in range(size)]
@@ -68,7 +68,7 @@ def encoding(draw: Draw) -> Case:
             # A group that cannot fit is no fault: `fits` says so.
             kinds = {"max_length": [None, "5", 1.5, math.nan], "truncation_side": [None, "up", 3]}
             options[fault] = draw.choice(kinds[fault])
-    arguments = (tokenizer(), prompt, texts)
+    arguments = (prompt, texts)
 
     def check(group: Any) -> None:
         longest = max(len(ids) for ids in group["response_ids"])
@@ -80,7 +80,7 @@ def encoding(draw: Draw) -> Case:
             assert len(group["prompt_ids"]) + longest <= options["max_length"], "too long"
         assert group["prompt_ids"], "no prompt"
 
-    return plain("encode_group", encode_group, arguments, options, check, names)
+    return plain("encode", TextIds(tokenizer()).encode, arguments, options, check, names)
 
 
 def collating(draw: Draw) -> Case:

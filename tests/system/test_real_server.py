@@ -62,9 +62,7 @@ def served(folder, log, *, patience: float = 120):
 
 def answers(model, prompts, path, sampling):
     made_by = {"m": model.name}
-    return stored_answers(
-        lambda: model, prompts, path, sampling, fingerprint=made_by, progress=False
-    )
+    return stored_answers(lambda: model, prompts, path, sampling, fingerprint=made_by)
 
 
 def test_pairs_from_a_served_teacher(tiny_teacher, tiny_tokenizer, tmp_path, monkeypatch):

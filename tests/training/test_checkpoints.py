@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from plad_fast.data.manifest import damage
+from plad_fast.data.file_states import damage
 from plad_fast.training.checkpoints import Checkpoints, has_ended, newest_checkpoint
 from plad_fast.training.signals import Asked
 from tests.support.saved_trainings import FAULTS, damaged, files, steps_of, stop, train

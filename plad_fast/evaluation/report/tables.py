@@ -143,9 +143,9 @@ def number(value: float, decimals: int = PERCENT, signed: bool = False) -> str:
     return format(value, f"{'+' * signed}{kind}").replace("-", "\u2212")
 
 
-def bounds(interval: Mapping[str, float], decimals: int = PERCENT) -> str:
+def bounds(interval: Mapping[str, float]) -> str:
     """Such as "53% to 71%"."""
-    return f"{number(interval['low'], decimals)} to {number(interval['high'], decimals)}"
+    return f"{number(interval['low'])} to {number(interval['high'])}"
 
 
 def difference(interval: Mapping[str, float], decimals: int = PERCENT) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import jinja2
 
 from plad_fast.data.chat import written_out
 from plad_fast.data.files import write_atomically
+from plad_fast.data.records import flattened
 from plad_fast.evaluation.compare import write_metrics
 from plad_fast.evaluation.held_out import HeldOut
 from plad_fast.evaluation.report.plots import (
@@ -39,7 +40,7 @@ _EXAMPLES = 8
 _EXTREMES = 2
 """Of them, of the biggest wins and of the biggest losses each."""
 _SECRET = re.compile(
-    r"api_?key(?!_env$)|secret|password|credential|(?:^|hub_|hf_|auth_|access_)token$",
+    r"api_?key(?!_env$)|secret|password|credential|(?:^|\.|hub_|hf_|auth_|access_)token$",
     re.IGNORECASE,
 )
 _SECRET_OPTION = re.compile(
@@ -217,7 +218,10 @@ def write_report(
         stages=stages,
         command=_SECRET_OPTION.sub(r"\1***", command),
         versions=versions or {},
-        settings=_flatten(config),
+        settings=[
+            (name, "***" if value and _SECRET.search(name) else value)
+            for name, value in flattened(config).items()
+        ],
     )
     return write_atomically(path, page)
 
@@ -241,16 +245,6 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", "***" if value and _SECRET.search(str(key)) else value))
-    return rows
 
 
 def _setting(value: Any) -> str:

@@ -53,12 +53,12 @@ def missing_from(store: RowStore, wanted: Mapping[str, tuple[Prompt, int]]) -> l
     store.require(_is_answer)
     digests = {prompt.id: prompt.digest for prompt, _ in wanted.values()}
     for key, (prompt, _) in wanted.items():
-        if key in store.done and store.rows[key]["prompt"] != digests[prompt.id]:
+        if key in store.rows and store.rows[key]["prompt"] != digests[prompt.id]:
             raise UsageError(
                 f"prompt {prompt.id!r} is not the one that {store.path} has an answer to; choose "
                 "another output folder, or --overwrite"
             )
-    return [key for key in wanted if key not in store.done]
+    return [key for key in wanted if key not in store.rows]
 
 
 def collect(
@@ -88,7 +88,7 @@ def report_failures(answered: Answered, store_path: Path, name: str) -> None:
 
     Raises UsageError where there is nothing else.
     """
-    path = failure_list(store_path)
+    path = store_path.with_suffix(".failed.jsonl")
     failures = answered.failures
     if not failures:
         path.unlink(missing_ok=True)
@@ -100,10 +100,6 @@ def report_failures(answered: Answered, store_path: Path, name: str) -> None:
         raise NoAnswersError(f"{name} gave no answer; the first failure: {failures[0].reason}")
     what = f"{name}: {len(failures)} answers could not be had, listed in {path}"
     logger.warning("%s; the first reason: %s", what, failures[0].reason)
-
-
-def failure_list(store_path: Path) -> Path:
-    return store_path.with_suffix(".failed.jsonl")
 
 
 def batch_record(store_path: Path) -> Path:

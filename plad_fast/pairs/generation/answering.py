@@ -37,7 +37,6 @@ def stored_answers(
     *,
     fingerprint: Mapping[str, Any],
     others_aside: bool = False,
-    progress: bool = True,
     to_the_end: bool = False,
     reasoning: str = "drop",
 ) -> Answered:
@@ -60,7 +59,6 @@ def stored_answers(
         fingerprint: what else the answers depend on, such as the model's name.
         others_aside: keep answers of another fingerprint, and those to what these prompts were
             before, in files beside the store, rather than raise an error; see `set_aside`.
-        progress: show a bar on the standard error stream.
         to_the_end: answers that are cut off are of no use. Once sixteen prompts are answered, and
             before more are paid for, it is an error if no answer to them ended, and a warning if
             most did not. Models that several processes share are not watched.
@@ -87,14 +85,12 @@ def stored_answers(
         wanted = [every[key] for key in answer_rows.missing_from(store, every)]
         model = load() if wanted else None
         if model is not None and size() > 1 and getattr(model, "sharded", False):
-            for part in together(_ask_for_share, model, wanted, path, settings, sampling, progress):
+            for part in together(_ask_for_share, model, wanted, path, settings, sampling):
                 failures |= part
             merge_shards(store, settings, order)
         elif model is not None:
             stored = len(every) - len(wanted)
-            failures = _ask(
-                model, wanted, store, sampling, stored, progress=progress, to_the_end=to_the_end
-            )
+            failures = _ask(model, wanted, store, sampling, stored, to_the_end=to_the_end)
         answered = answer_rows.collect(prompts, store, sampling, failures, reasoning)
         if model is not None:
             answer_rows.report_failures(answered, path, model.name)
@@ -107,14 +103,11 @@ def _ask_for_share(
     path: Path,
     settings: Mapping[str, Any],
     sampling: Sampling,
-    progress: bool,
 ) -> dict[str, Failure]:
     """The part of one process, stored in a file of its own; returns what failed."""
     mine = share(wanted, rank(), size())
     with open_shard(path, settings) as shard:
-        if not mine:
-            return {}
-        return _ask(model, mine, shard, sampling, progress=progress and rank() == 0)
+        return _ask(model, mine, shard, sampling) if mine else {}
 
 
 def renew_answers(
@@ -136,7 +129,6 @@ def _ask(
     sampling: Sampling,
     stored: int = 0,  # before, for the bar
     *,
-    progress: bool,
     to_the_end: bool = False,
 ) -> dict[str, Failure]:
     """Stores the answers that are wanted as they come, and returns what failed by row id."""
@@ -152,7 +144,7 @@ def _ask(
         initial=stored,
         desc=model.name,
         unit="prompt" if sampling.n == 1 else "answer",
-        disable=not progress,
+        disable=rank() > 0,
     ) as bar:
         for batch in _asked(model.generate_samples(wanted, sampling)):
             new: list[Row] = []

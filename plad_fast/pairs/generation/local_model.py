@@ -14,7 +14,7 @@ from plad_fast.data.chat import decode_answer, turn_end_token
 from plad_fast.data.chat_template import opened_thought
 from plad_fast.data.packing import padded
 from plad_fast.data.prompts import Prompt, as_messages
-from plad_fast.errors import UsageError
+from plad_fast.errors import UsageError, located
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
 from plad_fast.pairs.generation.refill import Row, refilled, require_finite, why_not_refill
@@ -133,11 +133,9 @@ class LocalModel(TextModel):
             batches = self._generated(rows, sampling, config)
         while True:
             # The model is in its own mode whenever answers are handed out.
-            with _generating(self.model, config), torch.inference_mode():
-                try:
-                    finished = next(batches, None)
-                except UsageError as error:
-                    raise UsageError(f"model {self.name}: {error}") from None
+            here = located(f"model {self.name}")
+            with _generating(self.model, config), torch.inference_mode(), here:
+                finished = next(batches, None)
             if finished is None:
                 return
             yield [self._finish(row, ends) for row in finished]
@@ -222,10 +220,8 @@ def prompt_ids(
     ids = {}
     for prompt in prompts:
         content = as_messages(tokenizer, prompt.content) if chat else prompt.content
-        try:
+        with located(f"prompt {prompt.id!r}"):
             ids[prompt.id] = encoder.prompt(content, prompt.template, thinks=thinks)
-        except UsageError as error:
-            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
     return ids
 
 

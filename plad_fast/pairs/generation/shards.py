@@ -38,19 +38,16 @@ def open_shard(store: Path, fingerprint: Mapping[str, Any]) -> RowStore:
     return RowStore.open(store.with_name(name), fingerprint)
 
 
-def shard_paths(store: Path) -> list[Path]:
-    """The shares that there are, of this run or of one that was killed."""
-    name = re.compile(rf"{re.escape(store.stem)}\.rank\d+of\d+{re.escape(store.suffix)}")
-    found = store.parent.glob(f"{glob.escape(store.stem)}.rank*")
-    return sorted(path for path in found if name.fullmatch(path.name))
-
-
 def merge_shards(store: RowStore, fingerprint: Mapping[str, Any], order: Mapping[str, int]) -> None:
-    """Moves all shares into the store; raises UsageError for one of another run, or still open.
+    """Moves all shares into the store, of this run or of one that was killed; raises UsageError for
+    one of other settings, or still open.
 
     Rows are added in `order`, row id -> place; others come last.
     """
-    paths = shard_paths(store.path)
+    stem, suffix = store.path.stem, store.path.suffix
+    name = re.compile(rf"{re.escape(stem)}\.rank\d+of\d+{re.escape(suffix)}")
+    found = store.path.parent.glob(f"{glob.escape(stem)}.rank*")
+    paths = sorted(path for path in found if name.fullmatch(path.name))
     rows: list[dict[str, Any]] = []
     for path in paths:
         with RowStore.open(path, fingerprint) as shard:

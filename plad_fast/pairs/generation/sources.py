@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.checks import shown
+from plad_fast.data.chat import opens_thought
 from plad_fast.data.places import OFFLINE, expanded, is_there, names_path, require_there
 from plad_fast.data.records import digest, model_digest
 from plad_fast.errors import UsageError
@@ -101,6 +102,19 @@ def teacher_fingerprint(
     if kind == "python":
         return {"teacher": spec, **given.source_settings(given.import_function(rest))}
     return {"teacher": spec, "weights": model_digest(rest)}
+
+
+def student_fingerprint(
+    name: str, model: str | os.PathLike[str], *, precision: str, reasoning: str
+) -> dict[str, Any]:
+    """Likewise for a student's answers: its weights rather than its path, for a folder may move,
+    and get other weights."""
+    from plad_fast.models.loading import load_tokenizer, place_of  # brings in transformers
+
+    made_by = {"student": name, "weights": model_digest(place_of(model)), "precision": precision}
+    if reasoning == "keep" and opens_thought(load_tokenizer(model)):
+        made_by["reasoning"] = "keep"  # it begins with a thought, as it does not else
+    return made_by
 
 
 def split_spec(spec: str) -> tuple[str, str]:

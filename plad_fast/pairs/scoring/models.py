@@ -17,7 +17,7 @@ from plad_fast.data.packing import padded
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.data.records import model_digest
 from plad_fast.data.special_tokens import SpecialText
-from plad_fast.errors import UsageError, reported_as
+from plad_fast.errors import UsageError, located, reported_as
 from plad_fast.models.adapters import merge_for_inference
 from plad_fast.models.devices import best_device
 from plad_fast.models.head import evaluating
@@ -189,12 +189,10 @@ class RewardModel(_ModelScorer):
         content = as_messages(self._tokenizer, prompt.content)
         if isinstance(content, str):
             return self._tokenizer(content, text)["input_ids"]
-        try:
+        with located(f"prompt {prompt.id!r}"):
             # Special tokens are the template's alone, as in training.
             conversation = special.hide(content), special.hide(text)
             return special.ids([render_conversation(self._tokenizer, *conversation)])[0]
-        except UsageError as error:
-            raise UsageError(f"prompt {prompt.id!r}: {error}") from None
 
     @cached_property
     def _config(self) -> PretrainedConfig | None:

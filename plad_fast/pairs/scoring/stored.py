@@ -23,8 +23,6 @@ def score_answers(
     prompts: Sequence[Prompt],
     answers: Sequence[Mapping[str, Sequence[Answer]]],
     path: str | os.PathLike[str],
-    *,
-    progress: bool = True,
 ) -> Scores:
     """Scores of all answers that can stand in a pair, in the form that `build_pairs` takes.
 
@@ -32,7 +30,7 @@ def score_answers(
         scorer: from `open_scorer`, or your own.
         prompts: with ids of their own.
         answers: of the teacher, of the student and so on, each by prompt id.
-        path, progress: see `stored_scores`.
+        path: see `stored_scores`.
 
     Returns:
         (Prompt id, text) -> score, without those that could not be had.
@@ -48,7 +46,7 @@ def score_answers(
         for answer in given.get(prompt.id, ())
         if is_usable(answer)
     ]
-    scores = stored_scores(scorer, items, path, progress=progress)
+    scores = stored_scores(scorer, items, path)
     pairs = zip(items, scores, strict=True)
     return {(prompt.id, text): score for (prompt, text), score in pairs if not math.isnan(score)}
 
@@ -59,7 +57,6 @@ def stored_scores(
     path: str | os.PathLike[str],
     *,
     batch_size: int = 64,
-    progress: bool = True,
 ) -> list[float]:
     """Scores from a store, which is filled up first where it lacks some.
 
@@ -72,7 +69,6 @@ def stored_scores(
         items: what to score; equal ones are scored once.
         path: of the store, whose fingerprint are the scorer's settings.
         batch_size: items between two writes, at least.
-        progress: show a bar on the standard error stream.
 
     Returns:
         For each item its score; NaN where the scorer could not have it, which another run tries
@@ -90,14 +86,14 @@ def stored_scores(
         batches = [
             {keys[index]: items[index] for index in batch}
             for batch in _batches(items, batch_size)
-            if any(keys[index] not in store.done for index in batch)
+            if any(keys[index] not in store.rows for index in batch)
         ]
         if batches and size() > 1 and getattr(scorer, "sharded", False):
-            together(_score_share, scorer, batches, store.path, settings, progress)
+            together(_score_share, scorer, batches, store.path, settings)
             merge_shards(store, settings, order)
         elif batches:
-            _score(scorer, batches, store, progress=progress)
-        return [store.rows[key]["score"] if key in store.done else math.nan for key in keys]
+            _score(scorer, batches, store)
+        return [store.rows[key]["score"] if key in store.rows else math.nan for key in keys]
 
 
 def _score_share(
@@ -105,21 +101,18 @@ def _score_share(
     batches: Sequence[Mapping[str, Item]],
     path: Path,
     settings: Mapping[str, Any],
-    progress: bool,
 ) -> None:
     """The part of one process, stored in a file of its own."""
     with open_shard(path, settings) as shard:
-        _score(scorer, batches[rank() :: size()], shard, progress=progress and rank() == 0)
+        _score(scorer, batches[rank() :: size()], shard)
 
 
-def _score(
-    scorer: Scorer, batches: Sequence[Mapping[str, Item]], store: RowStore, *, progress: bool
-) -> None:
+def _score(scorer: Scorer, batches: Sequence[Mapping[str, Item]], store: RowStore) -> None:
     """Stores the scores that can be had, batch by batch."""
     from tqdm import tqdm
 
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=scorer.name, unit="answer", disable=not progress) as bar:
+    with tqdm(total=total, desc=scorer.name, unit="answer", disable=rank() > 0) as bar:
         for batch in batches:
             scores = zip(batch.items(), scorer.score([*batch.values()]), strict=True)
             store.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from plad_fast.data.manifest import damage, write_manifest
+from plad_fast.data.file_states import damage, write_manifest
 
 
 def test_a_list_is_of_all_files_at_any_depth(tmp_path):
