@@ -275,7 +275,8 @@ class Distillation(Run):
         if not finished:
             raise UsageError(
                 f"the teacher finished none of its {total} answers within --max-new-tokens "
-                f"{self.config.max_new_tokens}; raise it, or ask for short answers"
+                f"{self.config.max_new_tokens}; raise it in another --output-dir (or with "
+                "--overwrite), or ask for short answers"
             )
         findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
         show_findings(findings)
@@ -294,7 +295,8 @@ class Distillation(Run):
         )
         if not rows:
             raise UsageError(
-                "the teacher finished no answer for fine-tuning; raise --max-new-tokens"
+                "the teacher finished no answer for fine-tuning; raise --max-new-tokens in "
+                "another --output-dir (or with --overwrite)"
             )
         log = self.train(
             "student",
