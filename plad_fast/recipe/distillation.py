@@ -281,7 +281,8 @@ class Distillation(Run):
         findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
         show_findings(findings)
         require_learnable(findings, "take another teacher, or ask other prompts")
-        told = [f"{len(finished)} of {total} answers finished, the others are dropped"]
+        others = ", the others are dropped" if len(finished) < total else ""
+        told = [f"{len(finished)} of {total} answers finished{others}"]
         if answered.failures:
             told.append(f"{len(answered.failures)} could not be had")
         spent = self.texts.teachers.usage()
