@@ -105,9 +105,9 @@ def test_a_slurm_job_goes_back_into_the_queue(sent, status, requeued, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp.yaml", "deepspeed.yaml", "fsdp2.yaml"])
 def test_accelerate_launch_trains_as_one_process(name, tiny_teacher, tmp_path):
-    # Adam divides gradients by their size, however small, and their rounding with them: what it moves
-    # a weight by is a part of the learning rate (4e-4 to 1e-3 of it, over these steps). This one is
-    # five times the default, at which 1e-6 is a hundredth of a step.
+    # Adam divides gradients by their size, however small, and their rounding with them: weights
+    # differ by a share of the learning rate (5e-4 and 1.2e-3 on two kinds of CPU), which says
+    # nothing of the processes. At this rate, five times the default, 1e-6 is a hundredth of it.
     more = ["--learning-rate", "1e-4"]
     if name == "deepspeed.yaml":
         pytest.importorskip("deepspeed")
