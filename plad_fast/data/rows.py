@@ -7,13 +7,14 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 from plad_fast.checks import shown
 from plad_fast.data.chat import Content, Message, is_blank
 from plad_fast.data.chat_template import common_length
+from plad_fast.data.plain_rows import plain_row
 from plad_fast.data.unicode import require_unicode
 from plad_fast.errors import UsageError, located
 
@@ -118,19 +119,33 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
             raise UsageError(f"{found}; this loss needs scores in {' and '.join(wanted)}")
 
 
-def require_first_row(row: Mapping[str, Any], *, compares: bool, name: str) -> None:
-    """Raises UsageError if the first row of a file cannot be read, or has one response where the
-    loss compares several, with the columns that are there; `name` is the file's."""
-    try:
-        _, responses, _ = read_row(row)
-    except UsageError as error:
-        lacks = "" if "prompt" in row else f"{_lacks('prompt', row, name)}; "
-        raise UsageError(f"{lacks}{'' if lacks else f'{name}, '}row 1: {error}") from None
-    if compares and len(responses) == 1 and not {"rejected", "responses"} & row.keys():
-        raise UsageError(
-            f"{_lacks('rejected', row, name)}, and the loss compares responses; add it, or "
-            "fine-tune on the chosen ones with loss='sft'"
-        )
+def require_pairs(rows: Iterable[Mapping[str, Any]], *, compares: bool, name: str) -> None:
+    """Raises UsageError for the first row of a file that cannot be read or, where the loss compares
+    responses, has one alone or another number than those before; `name` is the file's."""
+    size = None
+    for number, row in enumerate(rows, start=1):
+        try:
+            _, responses, _ = read_row(plain_row(row))
+        except UsageError as error:
+            lacks = "" if number > 1 or "prompt" in row else f"{_lacks('prompt', row, name)}; "
+            place = f"row {number}" if lacks else f"{name}, row {number}"
+            raise UsageError(f"{lacks}{place}: {error}") from None
+        if not compares:
+            continue
+        if len(responses) == 1:
+            lacks = f"{name}, row {number} has no rejected response"
+            if number == 1 and not {"rejected", "responses"} & row.keys():
+                lacks = _lacks("rejected", row, name)
+            raise UsageError(
+                f"{lacks}, and the loss compares responses; add it, or fine-tune on the chosen "
+                "ones with loss='sft'"
+            )
+        if size not in (None, len(responses)):
+            raise UsageError(
+                f"{name}, row {number} has {len(responses)} responses, and the rows before it have "
+                f"{size}; keep that many of each, or train on them one after the other"
+            )
+        size = len(responses)
 
 
 def _lacks(column: str, row: Mapping[str, Any], name: str) -> str:

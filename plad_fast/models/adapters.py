@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -267,7 +268,8 @@ def merged_adapters(source: str | os.PathLike[str], model: PreTrainedModel) -> P
         "save_pretrained writes"
     )
     problem = f"cannot merge the adapters of {adapters!r} into their base model; {advice}"
-    with reported_as(problem, "peft"):
+    with reported_as(problem, "peft"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
         adapted = PeftModel.from_pretrained(model, adapters)
         if _on_some_of_tied_weights(adapted.get_base_model()):
             raise UsageError(

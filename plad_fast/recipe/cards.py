@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_fast.data.places import BUILTIN
+from plad_fast.models.loading import ADAPTER_CONFIG
 from plad_fast.recipe.doctor import versions
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.validation import verdict
@@ -50,7 +51,7 @@ def describe_training(
         base_model=model,
         facts={
             "data": f"{without_folders(pairs)}: {record.get('rows', 'rows unknown')}",
-            **_facts(record),
+            **_facts(record, folder),
             "outcome": training_summary(log),
         },
         command="plad-fast train",
@@ -74,7 +75,7 @@ def describe_student(
         facts={
             "teacher": ", ".join(map(without_folders, config.teachers)),
             "data": f"{prompts}: {record.get('rows', 'rows unknown')}",
-            **_facts(record),
+            **_facts(record, folder),
             "outcome": training_summary(log),
             **({"kept by validation": kept} if kept else {}),
         },
@@ -86,8 +87,8 @@ def describe_student(
     )
 
 
-def _facts(record: Mapping[str, Any]) -> dict[str, str]:
-    """Loss and adapters, of the record of a training."""
+def _facts(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Loss and adapters, of the record of a training and its model."""
     names = ("loss", "beta", "loss_args", "sft_weight", "length_normalization", "rank_end_token")
     loss = ", ".join(f"{n} {record[n]}" for n in names if record.get(n))
     trained = "all weights"
@@ -96,6 +97,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
             f"LoRA adapters of rank {record['lora_r']}, alpha {record['lora_alpha']:g}, on "
             f"{record['lora_targets']}"
             + ", frozen weights in 4 bits" * record["load_in_4bit"]
-            + ", merged" * record["merge"]
+            # Also where validation has kept the student before the training.
+            + ", merged" * (not (folder / ADAPTER_CONFIG).exists())
         )
     return {"loss": loss.removeprefix("loss "), "trained": trained}

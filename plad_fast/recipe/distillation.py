@@ -276,12 +276,14 @@ class Distillation(Run):
         if not finished:
             raise UsageError(
                 f"the teacher finished none of its {total} answers within --max-new-tokens "
-                f"{self.config.max_new_tokens}; raise it, or ask for short answers"
+                f"{self.config.max_new_tokens}; raise it in another --output-dir (or with "
+                "--overwrite), or ask for short answers"
             )
         findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
         show_findings(findings)
         require_learnable(findings, "take another teacher, or ask other prompts")
-        told = [f"{len(finished)} of {total} answers finished, the others are dropped"]
+        others = ", the others are dropped" if len(finished) < total else ""
+        told = [f"{len(finished)} of {total} answers finished{others}"]
         if answered.failures:
             told.append(f"{len(answered.failures)} could not be had")
         spent = self.texts.teachers.usage()
@@ -295,7 +297,8 @@ class Distillation(Run):
         )
         if not rows:
             raise UsageError(
-                "the teacher finished no answer for fine-tuning; raise --max-new-tokens"
+                "the teacher finished no answer for fine-tuning; raise --max-new-tokens in "
+                "another --output-dir (or with --overwrite)"
             )
         log = self.train(
             "student",

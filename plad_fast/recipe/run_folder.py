@@ -240,7 +240,8 @@ class RunFolder:
                 # What is cut off can be made again, unless it was edited; a store is filled up.
                 was_edited = change.name in done.get("edited", ())
                 if stage.checks_itself:
-                    reasons.append(change.text)
+                    is_less = change.kind in ("missing", "cut")
+                    reasons.append(change.text if is_less else f"{change.name} is another")
                 elif change.kind == "edited":
                     if digest(state_of(self.path / change.name)) in done.get("earlier", ()):
                         reasons.append(f"{change.name} is an earlier one")

@@ -102,6 +102,8 @@ def _read(file: str | Path) -> dict[str, Any]:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        if isinstance(error, yaml.scanner.ScannerError):  # where what was not ended began
+            mark = error.context_mark or mark
         line = f", line {mark.line + 1}," if mark is not None else ""
         said = " ".join(str(problem or error).split())[:_LONGEST]
         raise UsageError(f"{where}{line} is not YAML: {said}") from error

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from plad_fast.data.locks import held_folder
 from plad_fast.data.places import expanded as expanded_path
 from plad_fast.data.places import is_there
-from plad_fast.data.plain_rows import plain_row
 from plad_fast.data.records import ELSEWHERE
-from plad_fast.data.rows import require_first_row
+from plad_fast.data.rows import require_pairs
 from plad_fast.data.store import fingerprint_of, has_rows
 from plad_fast.errors import UsageError
 from plad_fast.losses.objective import check_settings
@@ -202,10 +201,9 @@ def train_on_pairs(
     if eval_pairs is not None:
         options["eval_rows"] = read_pairs(eval_pairs, eval_split or TrainConfig.eval_split)
     compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
-    for row, file in zip(compared, (pairs, eval_pairs), strict=False):
-        # Before the model, which may have to be downloaded; the other rows are checked after it.
-        compares = not get_loss(loss).is_likelihood
-        require_first_row(plain_row(row), compares=compares, name=str(file))
+    # Before the model, which may have to be downloaded.
+    for rows_read, file in ((looked_at, pairs), (options.get("eval_rows", ()), eval_pairs)):
+        require_pairs(rows_read, compares=not get_loss(loss).is_likelihood, name=str(file))
     defaults = {field.name: field.default for field in fields(DistillConfig)}
     settings = {**defaults, **given}
     has_reference = all("reference_logps" in row for row in compared)

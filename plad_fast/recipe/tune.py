@@ -24,6 +24,7 @@ from plad_fast.recipe.run import named_run
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.validation import MEASURES, measures
+from plad_fast.training.launch import sharded_by
 from plad_fast.training.validation import SCORE, checks
 
 Trial = dict[str, Any]
@@ -56,6 +57,12 @@ def tune(
     require_packages("optuna")
     if config.rounds > 1:
         raise UsageError(f"--rounds {config.rounds}: a search is of one round")
+    if sharded_by() == "DeepSpeed":
+        raise UsageError(
+            "a search validates with a whole model in every process, which DeepSpeed does not "
+            "leave; search with DDP (torchrun) or FSDP2, and train under DeepSpeed with what it "
+            "finds and --validation 0"
+        )
     space = SearchSpace.of(config, plan.search, fixed)
     prompts = RunPrompts.of(config)
     if not prompts.validation:

@@ -61,8 +61,8 @@ class AnswerCheck:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise UsageError(
-                "the teacher finished no answer to a validation prompt; raise --max-new-tokens, or "
-                "keep the last checkpoint with --validation 0"
+                "the teacher finished no answer to a validation prompt; raise --max-new-tokens in "
+                "another --output-dir, or keep the last checkpoint with --validation 0"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def check_launch(
             f"the launcher asks for dynamo_backend {compiler}, and the loss would be compiled "
             "again for every step; set it to no"
         )
-    wrapper = _wrapper()
+    wrapper = sharded_by()
     if wrapper == "FSDP":
         _require("fsdp_version", os.environ.get("FSDP_VERSION", "1"), "2")
         kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
@@ -129,10 +129,10 @@ def require_own_kind(checkpoint: Path, micro_batch_size: int) -> None:
     at once than these."""
     kinds = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
     saved = next((name for name, files in kinds.items() if any(checkpoint.glob(files))), "")
-    if saved != _wrapper():
+    if saved != sharded_by():
         raise UsageError(
             f"{checkpoint} was saved under {saved or 'neither FSDP nor DeepSpeed'}, and this run "
-            f"is under {_wrapper() or 'neither'}; start it as before, or delete "
+            f"is under {sharded_by() or 'neither'}; start it as before, or delete "
             f"{checkpoint.parent} to train from the beginning"
         )
     shares = len([*checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")])
@@ -171,8 +171,8 @@ def split_batch(
     return micro, batch_size // (micro * count)
 
 
-def _wrapper() -> str:
-    """What shards the model, if anything does."""
+def sharded_by() -> str:
+    """What the launcher has shard the model: "FSDP", "DeepSpeed", or ""."""
     names = ("FSDP", "DeepSpeed")
     return next((name for name in names if _variable(f"USE_{name.upper()}") == "true"), "")
 

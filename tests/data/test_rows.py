@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from plad_fast.data.prompts import Prompt
-from plad_fast.data.rows import require_first_row
+from plad_fast.data.rows import require_pairs
 from plad_fast.data.tokenization import tokenize_dataset
 from plad_fast.errors import UsageError
 from plad_fast.pairs.build import build_pairs
@@ -150,7 +150,24 @@ def test_unpaired_rows_are_refused(tiny_tokenizer, label):
 )
 def test_the_first_row_of_a_file_names_file_and_columns(row, said):
     with pytest.raises(UsageError, match="^" + re.escape(said)):
-        require_first_row(row, compares=True, name="p.jsonl")
+        require_pairs([row], compares=True, name="p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "p.jsonl, row 3 has no rejected response, and"),
+        ({"chosen": "a", "rejected": "b"}, "p.jsonl, row 3: prompt is None"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]},
+            "p.jsonl, row 3 has 3 responses, and the rows before it have 2; keep that many",
+        ),
+    ],
+)
+def test_a_row_unlike_those_before_it(row, said):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UsageError, match="^" + re.escape(said)):
+        require_pairs([good, good, row], compares=True, name="p.jsonl")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")

@@ -60,6 +60,19 @@ def test_every_round_is_kept_apart(two_rounds):
     assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
 
 
+def test_fewer_rounds_with_another_setting_and_back(two_rounds, tiny_teacher, tmp_path, capsys):
+    """Each has evaluations of its own in the same folder."""
+    folder = shutil.copytree(two_rounds, tmp_path / "run")
+    for rounds, epochs in (("1", "1"), ("2", "1"), ("1", "2")):
+        changed = ("--rounds", rounds, "--sft-epochs", epochs)
+        assert main(arguments(tiny_teacher, folder, *changed)) == 0
+    said = capsys.readouterr().out
+    assert "evaluation/sft-student-logps.json is another: evaluation, round 2 runs anew" in said
+    assert "in place of" not in said
+    names = [row["name"] for row in json.loads((folder / "metrics.json").read_text())["students"]]
+    assert names == ["SFT student", "PLaD student"]
+
+
 @pytest.mark.slow
 def test_three_kills_at_random_change_no_byte_of_the_pairs(two_rounds, tiny_teacher, tmp_path):
     """Whatever the moment after loading: the moments differ from run to run of this test."""

@@ -354,7 +354,7 @@ def test_stages_of_one_folder_that_checks_itself(tmp_path, capsys):
         folder.announce([stage(name, x)])
         folder.stage(stage(name, x))
     assert (folder / "both" / "scores.json").read_text() == "two 1"
-    assert "both/scores.json is not as it was written: two runs anew" in capsys.readouterr().out
+    assert "both/scores.json is another: two runs anew" in capsys.readouterr().out
     with pytest.raises(UsageError, match="is not as it was written; put it right"):
         folder.announce([replace(stage("one", 2), checks_itself=False)])
 

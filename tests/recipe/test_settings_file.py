@@ -65,9 +65,10 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("just words", "must hold `name: value` lines; not 'just words'"),
         ("# beta: 1", "must hold `name: value` lines; it is empty"),
         ("beta: 1\nseed: [1", "line 2, is not YAML"),
+        ("beta: 1\nseed 1\nloss: dpo", "line 2, is not YAML"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
     ],
-    ids=range(27),
+    ids=range(28),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)

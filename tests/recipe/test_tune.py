@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from plad_fast.errors import UsageError
 from plad_fast.recipe.search import SearchSpace
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.training.trained_folders import log_history
+from tests.support.launched import Started
 from tests.support.recipe_runs import arguments, kill_at
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -231,6 +233,26 @@ def test_refusals_before_any_work(tiny_teacher, tmp_path, capsys, extra, message
     assert main(command(tiny_teacher, tmp_path / "run", *extra)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_search_is_refused_under_deepspeed_at_once(tiny_teacher, tmp_path, monkeypatch, capsys):
+    """Not with the settings that it takes to train there, which a search cannot have."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(command(tiny_teacher, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert "DeepSpeed does not leave; search with DDP (torchrun) or FSDP2, and train" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_a_search_in_two_processes_equals_one(tuned, tiny_teacher, tmp_path):
+    started = Started(2, command(tiny_teacher, tmp_path / "run"), tmp_path / "logs")
+    assert started.statuses() == [0, 0], started.said()
+    for ours, theirs in zip(trials_of(tmp_path / "run"), trials_of(tuned), strict=True):
+        assert ours.pop("settings") == theirs.pop("settings")
+        assert ours.pop("start") == pytest.approx(theirs.pop("start"), abs=1e-5)
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_search_in_a_file(tiny_teacher, tmp_path, capsys):

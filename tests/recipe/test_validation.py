@@ -8,6 +8,7 @@ import pytest
 
 from plad_fast.cli import main
 from plad_fast.data.records import model_digest
+from plad_fast.models.loading import load_model
 from plad_fast.recipe import validation
 from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.settings import DistillConfig
@@ -47,6 +48,19 @@ def test_a_student_that_gets_worse_is_not_delivered(tiny_teacher, tmp_path, caps
     # Equal weights answer and rank alike.
     sft, plad = json.loads((run / "metrics.json").read_text())["students"]
     assert {**sft, "name": ""} == {**plad, "name": ""}
+
+
+def test_a_kept_student_with_adapters_is_a_whole_model_and_says_so(tiny_teacher, tmp_path):
+    run = tmp_path / "run"
+    nothing_learned = ("--learning-rate", "1e-12", "--epochs", "1", "--saves-per-stage", "1")
+    assert main(command(tiny_teacher, run, "--lora-r", "2", *nothing_learned)) == 0
+    sft, plad = ((run / name / "README.md").read_text() for name in ("sft", "plad"))
+    trained = "LoRA adapters of rank 2, alpha 4, on all-linear"
+    assert f"{trained} |" in sft
+    assert "adapter_config.json" in sft
+    assert f"{trained}, merged |" in plad
+    assert "adapter_config.json" not in plad
+    assert load_model(run / "plad").config.num_hidden_layers == 1
 
 
 @pytest.fixture(scope="module")

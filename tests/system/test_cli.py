@@ -27,6 +27,7 @@ def data(tmp_path):
     write("numbers.jsonl", [{"prompt": 3}])
     write("long.jsonl", [*good, {"prompt": "x " * 400}])
     write("unranked.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in good])
+    write("gap.jsonl", [*good[:5], {**good[5], "rejected": None}, *good[6:]])
     asked = {**good[1], "prompt": [{"role": "user", "content": "Say 1."}]}
     write("tools.jsonl", [good[0], {**asked, "tools": [{"name": "f"}]}])
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
@@ -151,6 +152,18 @@ BAD_INPUTS = {
     "pairs without a rejected answer": (
         [*TRAIN, "--pairs", "{data}/unranked.jsonl"],
         r"unranked.jsonl has no column rejected \(it has .*\), and the loss compares responses",
+    ),
+    # Each before the model, which cannot be loaded.
+    "a pair without a rejected answer": (
+        [*TRAIN, "--model", "{weightless}", "--pairs", "{data}/gap.jsonl"],
+        "gap.jsonl, row 6 has no rejected response, and the loss compares responses; add it",
+    ),
+    "a pair for evaluation without a rejected answer": (
+        [
+            *(*TRAIN, "--model", "{weightless}", "--pairs", "{data}/good.jsonl"),
+            *("--eval-pairs", "{data}/gap.jsonl"),
+        ],
+        "gap.jsonl, row 6 has no rejected response",
     ),
     "pairs without the columns of pairs": (
         [*TRAIN, "--pairs", "{data}/question.jsonl"],
