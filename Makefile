@@ -11,17 +11,18 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfi
 	--no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 RUN ?= runs/quickstart
-# `make check` leaves out files that take more than seven seconds.
-LONG = benchmarks/% data/test_rows integrations/% kernels/test_aot kernels/test_autotune \
-	kernels/test_exponential_rows kernels/test_guard_pages kernels/test_linear% \
-	kernels/test_logits_rows models/test_architectures models/test_encoder_decoder% \
-	models/test_lora models/test_register models/test_router models/test_saved_adapters \
-	ops/test_autograd ops/test_cuda_counts ops/test_onepass ops/test_registration \
-	ops/test_sliced_gradients ops/test_triton_backend ops/test_vocab_parallel \
-	pairs/test_chat_endpoint pairs/test_client pairs/test_ranks pairs/test_refill \
-	pairs/test_retries pairs/test_shards recipe/test_distillation recipe/test_hub \
-	recipe/test_parts recipe/test_rounds recipe/test_settings_file recipe/test_stages \
-	recipe/test_texts recipe/test_validation training/test_arguments training/test_checkpoints \
+# `make check` leaves out files that take more than six seconds.
+LONG = benchmarks/% data/test_rows evaluation/test_run_students integrations/% kernels/test_aot \
+	kernels/test_autotune kernels/test_exponential_rows kernels/test_guard_pages \
+	kernels/test_linear% kernels/test_logits_rows models/test_architectures \
+	models/test_encoder_decoder% models/test_lora models/test_packed models/test_register \
+	models/test_router models/test_saved_adapters ops/test_autograd ops/test_cuda_counts \
+	ops/test_exponentials ops/test_onepass ops/test_registration ops/test_sliced_gradients \
+	ops/test_triton_backend ops/test_vocab_parallel pairs/test_chat pairs/test_chat_endpoint \
+	pairs/test_client pairs/test_ranks pairs/test_refill pairs/test_retries pairs/test_shards \
+	recipe/test_distillation recipe/test_hub recipe/test_parts recipe/test_rounds \
+	recipe/test_settings_file recipe/test_stages recipe/test_texts recipe/test_tune \
+	recipe/test_validation training/test_arguments training/test_checkpoints \
 	training/test_micro_batches training/test_peft training/test_signals training/test_train \
 	training/test_trainer system/%
 FAST = $(filter-out $(patsubst %,tests/%.py,$(LONG)),$(wildcard tests/*/test_*.py)) \
