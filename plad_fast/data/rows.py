@@ -119,20 +119,21 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
             raise UsageError(f"{found}; this loss needs scores in {' and '.join(wanted)}")
 
 
-def require_pairs(rows: Iterable[Mapping[str, Any]], *, compares: bool, name: str) -> None:
-    """Raises UsageError for the first row of a file that cannot be read or, where the loss compares
-    responses, has one alone or another number than those before; `name` is the file's."""
+def require_pairs(
+    rows: Iterable[Mapping[str, Any]], *, compares: bool, with_scores: bool, name: str
+) -> None:
+    """Raises UsageError for the first row of a file that cannot be read, lacks the scores that the
+    loss needs or, where this compares responses, has one alone or another number than those before;
+    `name` is the file's."""
     size = None
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(map(plain_row, rows), start=1):
         try:
-            _, responses, _ = read_row(plain_row(row))
+            _, responses, _ = read_row(row)
         except UsageError as error:
             lacks = "" if number > 1 or "prompt" in row else f"{_lacks('prompt', row, name)}; "
             place = f"row {number}" if lacks else f"{name}, row {number}"
             raise UsageError(f"{lacks}{place}: {error}") from None
-        if not compares:
-            continue
-        if len(responses) == 1:
+        if compares and len(responses) == 1:
             lacks = f"{name}, row {number} has no rejected response"
             if number == 1 and not {"rejected", "responses"} & row.keys():
                 lacks = _lacks("rejected", row, name)
@@ -140,12 +141,15 @@ def require_pairs(rows: Iterable[Mapping[str, Any]], *, compares: bool, name: st
                 f"{lacks}, and the loss compares responses; add it, or fine-tune on the chosen "
                 "ones with loss='sft'"
             )
-        if size not in (None, len(responses)):
+        if compares and size not in (None, len(responses)):
             raise UsageError(
                 f"{name}, row {number} has {len(responses)} responses, and the rows before it have "
                 f"{size}; keep that many of each, or train on them one after the other"
             )
         size = len(responses)
+        if with_scores:
+            with located(f"{name}, row {number}"):
+                read_scores(row, size if compares else 1)
 
 
 def _lacks(column: str, row: Mapping[str, Any], name: str) -> str:

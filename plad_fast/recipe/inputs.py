@@ -137,24 +137,27 @@ class RunPrompts:
         return cls(prompts, train, held_out, validation, sft, train[len(sft) :] or train)
 
 
-def read_pairs(path: str, split: str = "train") -> list[dict[str, Any]]:
+def read_pairs(
+    path: str, split: str = "train", *, with_scores: bool = False
+) -> list[dict[str, Any]]:
     """Rows of a pairs file, or of the split of a hub data set. Chat messages in CSV or JSON text
     are not unpacked, but refused, and so is a file that is damaged, empty, without the columns that
-    rows need, or was cut off since `plad-fast pairs` or a run made it (UsageError)."""
+    rows need, those of scores included if asked for, or was cut off since `plad-fast pairs` or a
+    run made it (UsageError)."""
     require_whole(Path(path).expanduser())
     table = read_table(path, split)
-    require_columns(table.columns, with_scores=False, name=path)
+    require_columns(table.columns, with_scores=with_scores, name=path)
     rows = table.rows
     if not isinstance(rows, list):  # of the hub, by way of Arrow
         rows = [without_nulls(row) for row in rows]
     return [_checked(row, number, path) for number, row in enumerate(rows, start=1)]
 
 
-def stream_pairs(path: str, split: str = "train") -> StreamedRows:
+def stream_pairs(path: str, split: str = "train", *, with_scores: bool = False) -> StreamedRows:
     """As `read_pairs`, with a row in memory at a time."""
     require_whole(Path(path).expanduser())
     rows = StreamedRows(functools.partial(_stream, path, split), path)
-    require_columns(rows.columns, with_scores=False, name=path)
+    require_columns(rows.columns, with_scores=with_scores, name=path)
     return rows
 
 

@@ -148,6 +148,8 @@ def _require_new(ids: set[int], rows: Sequence[Mapping[str, Any]], source: str) 
 def _join(parts: Sequence[Path], whole: Path) -> None:
     """One file of all that are there, whole or as it was before."""
     try:
+        for left in whole.parent.glob(f".{whole.name}.*.tmp"):  # by a kill, and as large
+            left.unlink()
         with replacing(whole) as file:
             for part in filter(Path.exists, parts):
                 with part.open("rb") as rows:

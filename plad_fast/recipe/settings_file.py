@@ -102,7 +102,8 @@ def _read(file: str | Path) -> dict[str, Any]:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-        if isinstance(error, yaml.scanner.ScannerError):  # where what was not ended began
+        # Where what was not ended began; of an escape in a text of several lines, its own line.
+        if isinstance(error, yaml.scanner.ScannerError) and "escape" not in str(problem):
             mark = error.context_mark or mark
         line = f", line {mark.line + 1}," if mark is not None else ""
         said = " ".join(str(problem or error).split())[:_LONGEST]

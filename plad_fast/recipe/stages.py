@@ -196,14 +196,16 @@ def train_on_pairs(
         has_adapters = lora is not None and not options.get("merge")
         is_here = is_there(expanded_path(source))
         check_push(push_to_hub, adapters_on=source if has_adapters and is_here else None)
-    rows = (stream_pairs if tokens_on_disk else read_pairs)(pairs, split)
+    compares, scored = not get_loss(loss).is_likelihood, get_loss(loss).needs_scores
+    rows = (stream_pairs if tokens_on_disk else read_pairs)(pairs, split, with_scores=scored)
     looked_at = [*islice(rows, LOOKED_AT if tokens_on_disk else None)]
     if eval_pairs is not None:
-        options["eval_rows"] = read_pairs(eval_pairs, eval_split or TrainConfig.eval_split)
+        of_eval = eval_split or TrainConfig.eval_split
+        options["eval_rows"] = read_pairs(eval_pairs, of_eval, with_scores=scored)
     compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
     # Before the model, which may have to be downloaded.
     for rows_read, file in ((looked_at, pairs), (options.get("eval_rows", ()), eval_pairs)):
-        require_pairs(rows_read, compares=not get_loss(loss).is_likelihood, name=str(file))
+        require_pairs(rows_read, compares=compares, with_scores=scored, name=str(file))
     defaults = {field.name: field.default for field in fields(DistillConfig)}
     settings = {**defaults, **given}
     has_reference = all("reference_logps" in row for row in compared)

@@ -150,7 +150,7 @@ def test_unpaired_rows_are_refused(tiny_tokenizer, label):
 )
 def test_the_first_row_of_a_file_names_file_and_columns(row, said):
     with pytest.raises(UsageError, match="^" + re.escape(said)):
-        require_pairs([row], compares=True, name="p.jsonl")
+        require_pairs([row], compares=True, with_scores=False, name="p.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,16 @@ def test_the_first_row_of_a_file_names_file_and_columns(row, said):
 def test_a_row_unlike_those_before_it(row, said):
     good = {"prompt": "p", "chosen": "a", "rejected": "b"}
     with pytest.raises(UsageError, match="^" + re.escape(said)):
-        require_pairs([good, good, row], compares=True, name="p.jsonl")
+        require_pairs([good, good, row], compares=True, with_scores=False, name="p.jsonl")
+
+
+def test_rows_without_the_scores_of_the_loss():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    scored = {**row, "chosen_score": 1.0, "rejected_score": 0.0}
+    said = "p.jsonl, row 2: the scores are [None, None] for 2 responses; give one each"
+    with pytest.raises(UsageError, match="^" + re.escape(said)):
+        require_pairs([scored, row], compares=True, with_scores=True, name="p.jsonl")
+    require_pairs([scored, scored], compares=True, with_scores=True, name="p.jsonl")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")

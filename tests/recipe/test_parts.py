@@ -80,6 +80,8 @@ def test_killed_extended_and_refused(tiny_teacher, prompts, tmp_path, capsys):
     ):
         assert main(command(tiny_teacher, prompts, out, *extra)) == 2
         assert message in capsys.readouterr().err
+    for name in ("pairs", "dropped"):  # as a kill leaves them while parts are joined
+        (out / f".{name}.jsonl.1.tmp").write_text("{}")
     other = ("--top-p", "0.5")  # of the student's alone
     kill_at(
         "recipe.texts.build_pairs",
@@ -90,6 +92,7 @@ def test_killed_extended_and_refused(tiny_teacher, prompts, tmp_path, capsys):
     assert main(command(tiny_teacher, prompts, out, "--part-size", "8", *other)) == 0
     assert main(command(tiny_teacher, prompts, tmp_path / "whole", *other)) == 0
     assert rows(out / "pairs.jsonl") == rows(tmp_path / "whole" / "pairs.jsonl")
+    assert not list(out.glob(".*.tmp"))
     anew = command(tiny_teacher, prompts, out, "--part-size", "12", "--overwrite")
     assert main(anew) == 0
     assert sorted(place.stem for place in (out / "parts").glob("*.jsonl")) == ["00001", "00002"]

@@ -66,9 +66,10 @@ def test_yaml_that_is_not_utf8(tmp_path):
         ("# beta: 1", "must hold `name: value` lines; it is empty"),
         ("beta: 1\nseed: [1", "line 2, is not YAML"),
         ("beta: 1\nseed 1\nloss: dpo", "line 2, is not YAML"),
+        ('prompts: "a\n  b\n  \\q"', "line 3, is not YAML: found unknown escape character 'q'"),
         ("beta: 'x" + "y" * 10_000 + "'", "beta must be a finite number, got 'xyyy"),
     ],
-    ids=range(28),
+    ids=range(29),
 )
 def test_what_a_settings_file_may_not_hold(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)

@@ -165,6 +165,13 @@ BAD_INPUTS = {
         ],
         "gap.jsonl, row 6 has no rejected response",
     ),
+    "pairs without the scores of the loss": (
+        [
+            *(*TRAIN, "--model", "{weightless}", "--pairs", "{data}/good.jsonl"),
+            *("--loss", "plad_margin"),
+        ],
+        "good.jsonl has the columns .*; this loss needs scores in chosen_score and rejected_score",
+    ),
     "pairs without the columns of pairs": (
         [*TRAIN, "--pairs", "{data}/question.jsonl"],
         "has the columns question; it needs",
