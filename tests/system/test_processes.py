@@ -120,6 +120,22 @@ def test_distill_in_two_processes_equals_one(variables, teacher, alone, tmp_path
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_the_last_student_of_two_processes_equals_that_of_one(variables, teacher, tmp_path):
+    """Which validation would give up for the student before."""
+
+    def command(folder: str) -> list[str]:
+        return [*small(teacher, tmp_path / folder), "--validation", "0"]
+
+    assert main(command("alone")) == 0
+    started = Started(2, command("run"), tmp_path / "logs", **variables)
+    assert started.statuses() == [0, 0], started.said()
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "alone" / "plad", tmp_path / "alone" / "sft")
+
+
 @pytest.mark.parametrize("variables", [{}, FSDP2], ids=["ddp", "fsdp2"])
 def test_training_in_two_processes_equals_one(variables, teacher, pairs, trained_alone, tmp_path):
     folder = tmp_path / "out"
