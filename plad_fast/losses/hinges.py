@@ -15,6 +15,7 @@ from plad_fast.losses.terms import (
     check_not_negative,
     check_positive,
     first_against_each,
+    first_and_others,
     power_rewards,
 )
 
@@ -31,8 +32,8 @@ def plad_ranking(
     is the mean over them.
     """
     check_not_negative("beta", beta)
-    check_group_size(logps, at_least=2)
-    return torch.relu(beta - logps[:, :1] + logps[:, 1:]).mean(dim=1)
+    first, others = first_and_others(logps)
+    return torch.relu(beta - first + others).mean(dim=1)
 
 
 @register_loss("plad_margin", sft_weight=1.0, length_normalization=1.0)
@@ -49,7 +50,8 @@ def plad_margin(
     """
     check_not_negative("beta", beta)
     gaps = beta * first_against_each(scores)
-    return torch.relu(gaps - logps[:, :1] + logps[:, 1:]).mean(dim=1)
+    first, others = first_and_others(logps)
+    return torch.relu(gaps - first + others).mean(dim=1)
 
 
 @register_loss("plad_listwise", sft_weight=1.0, length_normalization=1.0)

@@ -31,8 +31,18 @@ def first_against_each(
     rewards: Tensor,  # (B, K)
 ) -> Tensor:  # (B, K - 1)
     """How much more the first response is worth than each of the others."""
-    check_group_size(rewards, at_least=2)
-    return rewards[:, :1] - rewards[:, 1:]
+    first, others = first_and_others(rewards)
+    return first - others
+
+
+def first_and_others(
+    values: Tensor,  # (B, K)
+) -> tuple[Tensor, Tensor]:  # (B, 1), (B, K - 1)
+    """The best response and the rest. Two slices in their place would be differentiated into two
+    tensors of zeros and a sum."""
+    check_group_size(values, at_least=2)
+    first, others = values.split((1, values.shape[1] - 1), dim=1)
+    return first, others
 
 
 def divergence_rewards(

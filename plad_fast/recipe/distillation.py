@@ -38,7 +38,7 @@ from plad_fast.recipe.dependencies import bound_settings, stage_settings
 from plad_fast.recipe.hub import check_push, push
 from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.rounds import Round
-from plad_fast.recipe.run import Run, last_logged, of_round, student_source
+from plad_fast.recipe.run import NLL, Run, last_logged, of_round, student_source
 from plad_fast.recipe.run_folder import RunFolder, Stage
 from plad_fast.recipe.setting_checks import require_outside
 from plad_fast.recipe.settings import DistillConfig
@@ -310,7 +310,7 @@ class Distillation(Run):
             batch_size=config.sft_batch_size,
             lora_dropout=config.lora_dropout,
         )
-        return f"{len(rows)} answers; {last_logged(log, 'nll', 'NLL {:.2f} nat per token')}"
+        return f"{len(rows)} answers; {last_logged(log, 'nll', NLL)}"
 
     def _evaluate(self) -> str:
         results, _ = self.measure()

@@ -15,7 +15,7 @@ from plad_fast.pairs.build import build_pairs
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.recipe.dependencies import STAGES, stage_settings
 from plad_fast.recipe.inputs import dropped_file, show_pairs, write_pairs
-from plad_fast.recipe.run import Run, last_logged, numbered, of_round
+from plad_fast.recipe.run import NLL, Run, last_logged, numbered, of_round
 from plad_fast.recipe.run_folder import Stage
 from plad_fast.recipe.texts import Answers
 from plad_fast.recipe.validation import AnswerCheck, measures
@@ -97,13 +97,15 @@ class Round:
             log = self.run.train(start, texts.pairs(train), numbered("plad", number), **options)
             if validation is not None and validation.start is None:
                 recorded_scores(file, made_by, lambda: measures(checks(log)[0]), replace=True)
-            accuracy = "{:.0%} of the last training pairs ranked right"
-            ranked = last_logged(log, "ranking_accuracy", accuracy)
-            told = [ranked]
             spec = get_loss(config.loss)
-            if not (spec.always_active or spec.is_likelihood):  # a hinge, which pairs may satisfy
-                below = "{:.0%} with a lead below the margin that the loss asks for"
-                told.append(last_logged(log, "active_pairs", below))
+            if spec.is_likelihood:
+                told = [last_logged(log, "nll", NLL)]
+            else:
+                accuracy = "{:.0%} of the last training pairs ranked right"
+                told = [last_logged(log, "ranking_accuracy", accuracy)]
+                if not spec.always_active:  # a hinge, which pairs may satisfy
+                    below = "{:.0%} with a lead below the margin that the loss asks for"
+                    told.append(last_logged(log, "active_pairs", below))
             kept = [verdict for verdict, _ in self.run.validations(number)]
             return "; ".join([", ".join(told), *kept])
 

@@ -27,6 +27,7 @@ from plad_fast.training.train import train_model
 from plad_fast.training.trained_folders import log_history
 
 SFT, PLAD = "SFT student", "PLaD student"
+NLL = "NLL {:.2f} nat per token"
 _IN_MEMORY = ("micro_batch_size", "max_tokens_per_batch", "gradient_checkpointing")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -61,6 +62,14 @@ def test_a_kept_student_with_adapters_is_a_whole_model_and_says_so(tiny_teacher,
     assert f"{trained}, merged |" in plad
     assert "adapter_config.json" not in plad
     assert load_model(run / "plad").config.num_hidden_layers == 1
+
+
+def test_more_fine_tuning_is_told_by_its_likelihood(tiny_teacher, tmp_path, capsys):
+    more = ("--loss", "sft", "--sft-weight", "0", "--epochs", "1", "--saves-per-stage", "1")
+    assert main(command(tiny_teacher, tmp_path / "run", *more)) == 0
+    told = capsys.readouterr().out
+    assert len(re.findall(r"NLL \d\.\d\d nat per token", told)) == 2
+    assert "ranking_accuracy" not in told.partition("evaluation")[0]
 
 
 @pytest.fixture(scope="module")

@@ -227,11 +227,13 @@ def _difference(model: Any, pad: int) -> float:
     found = [decoder.admit([first[:9], stays[:5]], [1, 1]), decoder.step([first[9], stays[5]])]
     decoder.keep([1])
     found += [decoder.admit([comes[:7]], [1]), decoder.step([stays[6], comes[7]])]
-    read = (first[:9], stays[:5], first[:10], stays[:6], comes[:7], stays, comes[:8])
-    expected = [
-        model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1] for ids in read
+    whole = [
+        model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
+        for ids in (first[:10], stays, comes[:8])
     ]
+    places = ((0, 8), (1, 4), (0, 9), (1, 5), (2, 6), (1, 6), (2, 7))
+    expected = torch.stack([whole[row][place] for row, place in places])
     distance = torch.cat(found).float().log_softmax(-1)
-    distance -= torch.stack(expected).float().log_softmax(-1)
+    distance -= expected.float().log_softmax(-1)
     # Masked logits are -inf both ways.
     return float(distance[distance.isfinite()].abs().mean())
