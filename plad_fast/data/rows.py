@@ -121,11 +121,11 @@ def require_columns(columns: Collection[str], *, with_scores: bool, name: str) -
 
 def require_pairs(
     rows: Iterable[Mapping[str, Any]], *, compares: bool, with_scores: bool, name: str
-) -> None:
+) -> int:
     """Raises UsageError for the first row of a file that cannot be read, lacks the scores that the
     loss needs or, where this compares responses, has one alone or another number than those before;
-    `name` is the file's."""
-    size = None
+    `name` is the file's. Returns the number of responses, of the last row, or 0 of no rows."""
+    size = 0
     for number, row in enumerate(map(plain_row, rows), start=1):
         try:
             _, responses, _ = read_row(row)
@@ -141,7 +141,7 @@ def require_pairs(
                 f"{lacks}, and the loss compares responses; add it, or fine-tune on the chosen "
                 "ones with loss='sft'"
             )
-        if compares and size not in (None, len(responses)):
+        if compares and size not in (0, len(responses)):
             raise UsageError(
                 f"{name}, row {number} has {len(responses)} responses, and the rows before it have "
                 f"{size}; keep that many of each, or train on them one after the other"
@@ -150,6 +150,7 @@ def require_pairs(
         if with_scores:
             with located(f"{name}, row {number}"):
                 read_scores(row, size if compares else 1)
+    return size
 
 
 def _lacks(column: str, row: Mapping[str, Any], name: str) -> str:

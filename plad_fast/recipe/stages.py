@@ -204,8 +204,15 @@ def train_on_pairs(
         options["eval_rows"] = read_pairs(eval_pairs, of_eval, with_scores=scored)
     compared = [looked_at[0], *options.get("eval_rows", [])[:1]]
     # Before the model, which may have to be downloaded.
-    for rows_read, file in ((looked_at, pairs), (options.get("eval_rows", ()), eval_pairs)):
+    of_training, of_evaluation = (
         require_pairs(rows_read, compares=compares, with_scores=scored, name=str(file))
+        for rows_read, file in ((looked_at, pairs), (options.get("eval_rows", ()), eval_pairs))
+    )
+    if compares and of_evaluation not in (0, of_training):
+        raise UsageError(
+            f"the rows of --pairs have {of_training} responses each, those of --eval-pairs "
+            f"{of_evaluation}; make them equal"
+        )
     defaults = {field.name: field.default for field in fields(DistillConfig)}
     settings = {**defaults, **given}
     has_reference = all("reference_logps" in row for row in compared)

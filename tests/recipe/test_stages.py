@@ -93,6 +93,9 @@ def test_the_first_row_is_checked_before_the_model_is_loaded(
     refused(train("model", "p.jsonl", tmp_path / "out", *more), said)
     wrong = ("--eval-pairs", "p.jsonl", *more)
     refused(train("model", pairs, tmp_path / "out", *wrong), said)
+    Path("p.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": ["b", "c"]}\n')
+    said = "rows of --pairs have 2 responses each, those of --eval-pairs 3"
+    refused(train("model", pairs, tmp_path / "out", *wrong), said)
 
 
 @pytest.mark.parametrize("more", [(), ("--tokens-on-disk",)])
