@@ -113,7 +113,7 @@ def led() -> Iterator[bool]:
         yield True
         return
     # Its own group: the training's may be one that only sends from GPU to GPU.
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _team = team = _Team(dist.get_rank(), dist.get_world_size(), group)
     # Or transformers would leave all models but the first process's empty, also those that answer.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -216,6 +216,11 @@ def launched() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" in os.environ
 
 
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _connected() -> bool:
     if not dist.is_available():
         return False
@@ -226,7 +231,7 @@ def _connected() -> bool:
         from accelerate import PartialState
 
         PartialState()
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(_disconnect)
         if not dist.is_initialized():
             raise UsageError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no other process; use "
