@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -60,7 +61,9 @@ def test_a_missing_ray_is_named_before_a_teacher_is_asked(
 
 
 @pytest.fixture
-def ray():
+def ray(monkeypatch):
+    # Its workers are 15 steps nicer than the command: beside other work they get 3% of a core.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     return pytest.importorskip("ray")
 
 
@@ -94,7 +97,7 @@ def rows(path):
     return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
 
-def until(holds, patience=120):
+def until(holds, patience=600):  # machines are shared
     deadline = time.monotonic() + patience
     while not holds():
         assert time.monotonic() < deadline
@@ -115,23 +118,29 @@ def actors():
 
 @pytest.mark.slow
 def test_pairs_are_those_of_one_process_though_an_actor_is_killed(
-    ray, tiny_teacher, prompts, tmp_path
+    ray, tiny_teacher, prompts, tmp_path, monkeypatch
 ):
+    # An actor has a core: where Ray finds but one, the second would never start.
+    monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_cpus=2))
     assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "one")) == 0
     store = tmp_path / "ray" / "teacher.jsonl"
     killed = []
+    over = threading.Event()
 
     def kill():
-        until(lambda: rows(store) > 0)
-        before = actors()
-        assert len(before) == 2
-        before[0].kill()
-        killed.append(rows(store))
+        while not over.wait(0.02):
+            if rows(store) > 0 and len(both := actors()) == 2:
+                both[0].kill()
+                killed.append(rows(store))
+                return
 
     killer = threading.Thread(target=kill)
     killer.start()
-    assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "ray", *RAY)) == 0
-    killer.join()
+    try:
+        assert main(pair(tiny_teacher, tiny_teacher, prompts, tmp_path / "ray", *RAY)) == 0
+    finally:
+        over.set()
+        killer.join()
     assert killed
     assert killed[0] < 160
     names = ("pairs.jsonl", "dropped.jsonl")
