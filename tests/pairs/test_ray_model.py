@@ -21,6 +21,7 @@ import pytest
 from plad_fast.cli import main
 from plad_fast.data.prompts import Prompt
 from plad_fast.errors import UsageError
+from plad_fast.pairs.generation import ray_model
 from plad_fast.pairs.generation.ray_model import RayModel, _parts
 from plad_fast.recipe.settings import DistillConfig
 from tests.support.recipe_runs import pair
@@ -70,7 +71,7 @@ def ray(monkeypatch):
 @pytest.mark.parametrize(
     ("actors", "gpus", "has", "pool"),
     [
-        (None, None, {}, (1, 0)),
+        (None, None, {"CPU": 1.0}, (1, 0)),
         (3, None, {"CPU": 2.0}, (3, 0)),
         (None, None, {"GPU": 8.0}, (8, 1)),
         (None, 0.5, {"GPU": 8.0}, (16, 0.5)),
@@ -78,11 +79,23 @@ def ray(monkeypatch):
         (2, 0, {"GPU": 8.0}, (2, 0)),
     ],
 )
-def test_there_is_an_actor_for_every_gpu(actors, gpus, has, pool, ray):
+def test_there_is_an_actor_for_every_gpu(actors, gpus, has, pool, monkeypatch):
+    monkeypatch.setattr(ray_model, "require_packages", lambda name: None)
     cluster = types.SimpleNamespace(cluster_resources=lambda: has)
     assert RayModel(dict, "m", actors=actors, gpus=gpus)._pool(cluster) == pool
     with pytest.raises(UsageError, match="is to have 9 GPUs, and the cluster has"):
         RayModel(dict, "m", gpus=9)._pool(cluster)
+
+
+def test_more_actors_than_the_cluster_has_room_for_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(ray_model, "require_packages", lambda name: None)
+    cluster = types.SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "GPU": 2.0})
+    for actors, gpus in ((4, 0), (2, 1), (5, 0), (3, 1)):
+        RayModel(dict, "m", actors=actors, gpus=gpus)._pool(cluster)
+    assert [record.getMessage() for record in caplog.records] == [
+        "m: the cluster has cores for 4 of 5 actors",
+        "m: the cluster has GPUs for 2 of 3 actors",
+    ]
 
 
 @pytest.fixture

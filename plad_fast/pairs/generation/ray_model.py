@@ -18,6 +18,8 @@ from plad_fast.errors import UsageError, reported_as
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.generation.text_model import Answer, Batches, Failure, TextModel, Wanted
 
+logger = logging.getLogger(__name__)
+
 _BATCHES = 8  # that an actor takes at a time: what a killed run loses, and enough to refill from
 _LIVES = 3  # actors that the same prompts may cost; Ray itself would try for ever
 
@@ -88,14 +90,22 @@ class RayModel(TextModel):
 
     def _pool(self, ray: Any) -> tuple[int, float]:
         """Number of actors, and the GPUs of each."""
-        has = ray.cluster_resources().get("GPU", 0)
+        resources = ray.cluster_resources()
+        has = resources.get("GPU", 0)
         gpus = self._gpus if self._gpus is not None else min(has, 1)
         if gpus > has:
             raise UsageError(
                 f"{self.name}: an actor is to have {gpus:g} GPUs, and the cluster has {has:g}; "
                 "lower --gpus-per-actor, or start nodes with GPUs"
             )
-        return self._actors or (int(has // gpus) if gpus else 1), gpus
+        room = int(has // gpus if gpus else resources.get("CPU", 0))
+        actors = self._actors or (room if gpus else 1)
+        if actors > room:
+            place = "GPUs" if gpus else "cores"
+            logger.warning(
+                "%s: the cluster has %s for %d of %d actors", self.name, place, room, actors
+            )
+        return actors, gpus
 
 
 class _Actor:
