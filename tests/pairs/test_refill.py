@@ -31,14 +31,12 @@ def numbers():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="2", pad_token="0")
 
 
-def prompts(count, *, longest=11, shared=0):
-    """Of tokens of their own, behind `shared` ones that all begin with."""
+def prompts(count, *, longest=11):
     draw = random.Random(0)
     lengths = [draw.randint(1, longest) for _ in range(count)]
-    beginning = [draw.randint(3, VOCAB - 1) for _ in range(shared)]
-    own = [[draw.randint(3, VOCAB - 1) for _ in range(length)] for length in lengths]
     return [
-        Prompt(f"p{i}", " ".join(map(str, [*beginning, *tokens]))) for i, tokens in enumerate(own)
+        Prompt(f"p{i}", " ".join(str(draw.randint(3, VOCAB - 1)) for _ in range(length)))
+        for i, length in enumerate(lengths)
     ]
 
 
@@ -64,16 +62,6 @@ def test_answers_are_those_of_generate(name, numbers):
             assert len({a.n_tokens for a in expected.values()}) > 2
         assert answers(model, numbers, asked, refill=True, **options) == expected
     assert model.training
-
-
-@pytest.mark.parametrize("name", REFILLED)
-def test_answers_to_prompts_that_begin_alike_are_those_of_generate(name, numbers):
-    model = make_model(name)
-    model.generation_config.eos_token_id = list(range(2, 12))
-    asked = prompts(8, shared=80)
-    for options in ({"batch_size": 4}, {"batch_size": 6, "n": 2, "temperature": 0.9}):
-        expected = answers(model, numbers, asked, refill=False, **options)
-        assert answers(model, numbers, asked, refill=True, **options) == expected
 
 
 def test_a_model_over_two_devices_is_refilled_too(numbers):
@@ -147,37 +135,13 @@ def test_rows_come_and_go():
                 assert columns == max(map(len, rows))
 
 
-def shapes_read(model):
+def test_a_prompt_is_read_once_for_its_samples():
+    model = make_model("llama").eval()
     seen = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
-    return seen
-
-
-def test_what_prompts_begin_with_is_read_once():
-    """Also where one prompt is the beginning of the others, and where rows are there already."""
-    model = make_model("llama").eval()
-    decoder, seen = RowDecoder(model, 0, least_saved=6), shapes_read(model)
-    beginning = [5, 9, 7, 8]
-    together = [[*beginning, 6], [*beginning, 4, 6, 3], beginning]
-    with torch.inference_mode():
-        decoder.admit([[7, 5]], [1])
-        decoder.admit(together, [2, 1, 1])
-        nothing_saved = [[5, 9, 3], [5, 9, 4]]
-        decoder.admit(nothing_saved, [1, 1])
-        assert seen == [(1, 2), (1, 3), (3, 4), (2, 3)]
-        rows = [[7, 5], together[0], *together, *nothing_saved]
-        logits = decoder.step([11] * len(rows))
-        whole = [torch.tensor([[*row, 11]]) for row in rows]
-        expected = [model(input_ids=ids).logits[0, -1] for ids in whole]
-    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_a_prompt_is_read_once_for_its_samples():
-    model = make_model("llama").eval()
-    seen = shapes_read(model)
     rows = [Row("a", [5, 6, 7], k) for k in range(4)] + [Row("b", [8, 9], k) for k in range(4)]
     with torch.inference_mode():
         list(refilled(model, rows, Sampling(3, n=4, batch_size=8), set(), 0))

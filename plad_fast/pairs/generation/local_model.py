@@ -49,9 +49,8 @@ class LocalModel(TextModel):
         thinks: go on with the thought that the chat template opens, if it does; an answer then
             begins with that mark. False: leave the mark out of the prompt, as a student has it that
             was trained on answers without a thought.
-        refill: a finished row of a batch makes room for another prompt, and what new prompts all
-            begin with is read once. False, and wherever the model's cache does not allow it:
-            batches last as long as their longest answer.
+        refill: a finished row of a batch makes room for another prompt. False, and wherever the
+            model's cache does not allow it: batches last as long as their longest answer.
     """
 
     sharded = True

@@ -9,9 +9,7 @@ Letters: R rows in use, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,15 +51,13 @@ class RowDecoder:
 
     Keys and values of all rows end at the same column, and begin at the first that a row uses. The
     model is a causal LM that `why_not_refill` has nothing against; the pad token, which fills up
-    shorter prompts, may be any. What prompts that come together begin with, such as examples or a
-    system message, is read once if that saves `least_saved` tokens or more.
+    shorter prompts, may be any.
     """
 
-    def __init__(self, model: Any, pad_token: int, least_saved: int = 128) -> None:
+    def __init__(self, model: Any, pad_token: int) -> None:
         from transformers import DynamicCache
 
         self._model = model
-        self._least_saved = least_saved if _attends_by_positions(model) else math.inf
         self._pad_token = pad_token
         self._device = model.device
         self._cache: Any = DynamicCache()
@@ -78,39 +74,18 @@ class RowDecoder:
         """Reads new prompts and adds rows for them, `copies` of each, after those there are."""
         from transformers import DynamicCache
 
+        ids, mask = (t.to(self._device) for t in padded(prompts, self._pad_token, "left"))
         prefilled = DynamicCache()
-        shared = self._read_once(prompts, prefilled)
-        rest = padded([prompt[shared:] for prompt in prompts], self._pad_token, "left")
-        ids, mask = (tensor.to(self._device) for tensor in rest)
-        mask = functional.pad(mask, (shared, 0), value=1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-        logits = self._forward(ids, mask, positions, prefilled)
+        logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), prefilled)
         depth = base_model(self._model).config.get_text_config().num_hidden_layers
         filled = [layer.get_seq_length() for layer in prefilled.layers]
-        if filled != [mask.shape[1]] * depth:
+        if filled != [ids.shape[1]] * depth:
             raise ValueError("its layers do not all keep keys and values of every token")
-        if shared:
-            _pad_in_front(prefilled, shared, (1 - mask).sum(-1, keepdim=True))
         there = [(self._cache, [*range(len(self._lengths))])] if self._lengths else []
         sources = [i for i, count in enumerate(copies) for _ in range(count)]
         self._lengths += [len(prompts[i]) for i in sources]
         self._arrange([*there, (prefilled, sources)])
         return logits[sources]
-
-    def _read_once(self, prompts: Sequence[list[int]], cache: Any) -> int:
-        """Reads what all prompts begin with into a row of the cache for each; its length."""
-        # In lexicographic order the outermost two tell.
-        pairs = zip(min(prompts)[:-1], max(prompts), strict=False)
-        beginning = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        if len(beginning) * (len(prompts) - 1) < self._least_saved:
-            return 0
-        ids = torch.tensor([beginning], device=self._device)
-        positions = torch.arange(len(beginning), device=self._device)[None]
-        self._forward(ids, torch.ones_like(ids), positions, cache)
-        for layer in cache.layers:
-            layer.keys = layer.keys.expand(len(prompts), -1, -1, -1)
-            layer.values = layer.values.expand(len(prompts), -1, -1, -1)
-        return len(beginning)
 
     def step(self, tokens: Sequence[int]) -> Tensor:  # (R, V)
         """Logits of the next token of each row after these."""
@@ -154,32 +129,6 @@ class RowDecoder:
             **self._options,
         )
         return output.logits[:, -1]
-
-
-def _pad_in_front(
-    cache: Any,
-    shared: int,
-    pads: Tensor,  # (rows, 1)
-) -> None:
-    """Moves the columns of padding that follow the first `shared` ones before them."""
-    for layer in cache.layers:
-        columns, behind = torch.arange(layer.keys.shape[2], device=pads.device), pads + shared
-        places = torch.where(columns < behind, (columns - pads) % behind, columns)
-        places = places[:, None, :, None].to(layer.keys.device)
-        layer.keys = layer.keys.take_along_dim(places, dim=2)
-        layer.values = layer.values.take_along_dim(places, dim=2)
-
-
-def _attends_by_positions(model: Any) -> bool:
-    """Whether keys may lie in any column: no layer has a window of columns, and positions are
-    given."""
-    from transformers import DynamicCache
-
-    lm = base_model(model)
-    config = lm.config.get_text_config()
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    has_window = not kinds <= {"DynamicLayer"} or hasattr(config, "window_size")  # GPT-Neo's
-    return not has_window and "position_ids" in inspect.signature(lm.forward).parameters
 
 
 def refilled(
@@ -274,8 +223,7 @@ def _difference(model: Any, pad: int) -> float:
     first, stays, comes = (
         torch.randint(vocab, (length + 2,), generator=draw).tolist() for length in (9, 5, 7)
     )
-    stays[:2] = first[:2]
-    decoder = RowDecoder(model, pad, least_saved=1)
+    decoder = RowDecoder(model, pad)
     found = [decoder.admit([first[:9], stays[:5]], [1, 1]), decoder.step([first[9], stays[5]])]
     decoder.keep([1])
     found += [decoder.admit([comes[:7]], [1]), decoder.step([stays[6], comes[7]])]
