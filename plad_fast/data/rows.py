@@ -124,7 +124,7 @@ def require_pairs(
 ) -> int:
     """Raises UsageError for the first row of a file that cannot be read, lacks the scores that the
     loss needs or, where this compares responses, has one alone or another number than those before;
-    `name` is the file's. Returns the number of responses, of the last row, or 0 of no rows."""
+    `name` is the file's. Returns how many responses its last row has, 0 without rows."""
     size = 0
     for number, row in enumerate(map(plain_row, rows), start=1):
         try:

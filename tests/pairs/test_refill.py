@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 
@@ -12,9 +13,15 @@ import transformers
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.refill import Row, RowDecoder, refilled, why_not_refill
+from plad_fast.pairs.generation.refill import (
+    Row,
+    RowDecoder,
+    refill_length,
+    refilled,
+    why_not_refill,
+)
 from plad_fast.pairs.generation.sampling import Sampling
-from tests.support.tiny_models import PADDED, SHARED, VOCAB, make_model
+from tests.support.tiny_models import PADDED, SHARED, VOCAB, causal_lm, make_model
 
 REFILLED = [*SHARED, "gpt_neo", "bloom", "falcon_alibi"]
 PLAIN = ["mamba", "recurrent_gemma"]
@@ -31,9 +38,9 @@ def numbers():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="2", pad_token="0")
 
 
-def prompts(count, *, longest=11):
+def prompts(count, *, longest=11, at_least=1):
     draw = random.Random(0)
-    lengths = [draw.randint(1, longest) for _ in range(count)]
+    lengths = [draw.randint(at_least, longest) for _ in range(count)]
     return [
         Prompt(f"p{i}", " ".join(str(draw.randint(3, VOCAB - 1)) for _ in range(length)))
         for i, length in enumerate(lengths)
@@ -62,6 +69,25 @@ def test_answers_are_those_of_generate(name, numbers):
             assert len({a.n_tokens for a in expected.values()}) > 2
         assert answers(model, numbers, asked, refill=True, **options) == expected
     assert model.training
+
+
+def test_rows_whose_frequencies_change_with_the_longest_do_not_come_and_go(numbers):
+    """LongRoPE has others once a row is longer than 64 tokens; kept keys would be those before."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 2.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    name = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
+    of_model = {} if name == "rope_parameters" else {"original_max_position_embeddings": 64}
+    theta = {"rope_theta": 10000.0} if name == "rope_parameters" else {}
+    model = causal_lm("Llama", **of_model, **{name: {**rope, **factors, **theta}})
+    assert refill_length(model) == 64
+    assert refill_length(make_model("llama")) == math.inf
+    short, long = prompts(5, longest=40), prompts(3, longest=90, at_least=70)
+    asked = [*short, *(Prompt(f"long {p.id}", p.content) for p in long)]
+    for options in ({"temperature": 0}, {"temperature": 0.8}):
+        alone = {}
+        for prompt in asked:
+            alone |= answers(model, numbers, [prompt], refill=False, **options)
+        assert answers(model, numbers, asked, refill=True, batch_size=2, **options) == alone
 
 
 def test_a_model_over_two_devices_is_refilled_too(numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,13 @@ from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError, located
 from plad_fast.models.adapters import base_model
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import Row, refilled, require_finite, why_not_refill
+from plad_fast.pairs.generation.refill import (
+    Row,
+    refill_length,
+    refilled,
+    require_finite,
+    why_not_refill,
+)
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
 from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
@@ -50,7 +57,8 @@ class LocalModel(TextModel):
             begins with that mark. False: leave the mark out of the prompt, as a student has it that
             was trained on answers without a thought.
         refill: a finished row of a batch makes room for another prompt. False, and wherever the
-            model's cache does not allow it: batches last as long as their longest answer.
+            model's cache or the length of a prompt does not allow it: batches last as long as their
+            longest answer.
     """
 
     sharded = True
@@ -127,10 +135,14 @@ class LocalModel(TextModel):
         pad = self.tokenizer.pad_token_id
         pad = min(ends, default=0) if pad is None else pad
         config = self._generation_config(sampling, ends, pad)
+        apart = len(rows)  # of the rows, the longest
         if rows and self._can_refill(config, pad):
-            batches = refilled(self.model, rows, sampling, ends, pad)
-        else:
-            batches = self._generated(rows, sampling, config)
+            room = refill_length(self.model) - sampling.max_new_tokens
+            apart = sum(len(row.prompt) > room for row in rows)
+        batches = itertools.chain(
+            self._generated(rows[:apart], sampling, config),
+            refilled(self.model, rows[apart:], sampling, ends, pad),
+        )
         while True:
             # The model is in its own mode whenever answers are handed out.
             here = located(f"model {self.name}")
