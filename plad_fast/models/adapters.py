@@ -4,6 +4,8 @@ saved adapters as part of their base model's weights."""
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import warnings
 from collections import Counter
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from plad_fast.data.rows import TokenLimits
 from plad_fast.errors import UsageError, reported_as
 from plad_fast.models.wrappers import own_class
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +87,37 @@ def token_limits(model: nn.Module) -> TokenLimits:
     shared = not getattr(base.config, "is_encoder_decoder", False)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     return TokenLimits(embeddings, min(embeddings, outputs) if shared else outputs, positions)
+
+
+def steady_length(model: nn.Module) -> float:
+    """Tokens up to which a sequence has the same rotary frequencies in any batch.
+
+    Beyond, LongRoPE (and dynamic NTK, beyond the positions of the model) takes other ones for all
+    rows of a batch, as its longest row wants them.
+    """
+    base: Any = base_model(model)
+    config = base.config.get_text_config()
+    of_all = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [of_all, *(value for value in of_all.values() if isinstance(value, dict))]
+    limits = [
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for rope in each
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "su", "dynamic")
+    ]
+    return min(limits, default=math.inf)
+
+
+def warn_of_length(model: nn.Module, longest: int, name: str) -> None:
+    """Tells where the numbers of `name`, with a sequence this long, depend on their batches."""
+    if longest > (steady := steady_length(model)):
+        logger.warning(
+            "%s have a sequence of %d tokens: beyond %d this model has other rotary frequencies, "
+            "for all of a batch, so that log-probabilities depend on what else is in it; set "
+            "max_length=%d or less",
+            *(name, longest, steady, steady),
+        )
 
 
 def _rows_of(layer: Any, name: str) -> int:

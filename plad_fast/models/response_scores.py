@@ -18,7 +18,7 @@ from plad_fast.data.rows import TokenLimits, read_row
 from plad_fast.data.text_ids import EncodedGroup, TextIds
 from plad_fast.data.tokenization import report_texts
 from plad_fast.errors import UsageError, located
-from plad_fast.models.adapters import pad_token_id, token_limits
+from plad_fast.models.adapters import pad_token_id, token_limits, warn_of_length
 from plad_fast.models.encoder_decoder import decoder_start_token
 from plad_fast.models.head import causal_lm_logprobs, evaluating
 
@@ -221,6 +221,8 @@ def _score(
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
     start = decoder_start_token(model)
     features = _encode(tokenizer, rows, unit, max_length, start is not None, token_limits(model))
+    lengths = [longest(group["prompt_ids"], group["response_ids"], False) for group in features]
+    warn_of_length(model, max(lengths), f"the {unit}s")
     pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device
     logps, ends = ([np.full(len(row.responses), np.nan) for row in rows] for _ in range(2))

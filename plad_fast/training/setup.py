@@ -19,6 +19,7 @@ from plad_fast.models.adapters import (
     require_whole_loss,
     token_limits,
     vocabulary_size,
+    warn_of_length,
     without_adapters,
 )
 from plad_fast.models.attention.register import enable
@@ -133,6 +134,7 @@ def tokenize(
             f"{name} has sequences of {longest} tokens and the model has {positions} positions; "
             f"set max_length={positions} or less"
         )
+    warn_of_length(model, longest, f"the rows of {name}")
     return dataset
 
 

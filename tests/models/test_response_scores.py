@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ import transformers
 
 from plad_fast.data.text_ids import TextIds
 from plad_fast.errors import UsageError
+from plad_fast.models.adapters import steady_length
 from plad_fast.models.response_scores import score_pairs, score_with_ends
+from plad_fast.training.config import PLaDConfig
+from plad_fast.training.trainer import PLaDTrainer
+from tests.support.tiny_models import longrope_llama
 
 PAIRS = [
     {"id": "a", "prompt": "Say hello: ", "chosen": "hello", "rejected": "hm"},
@@ -57,6 +62,21 @@ def test_score_pairs_agrees_with_full_logits(tiny_model, tiny_tokenizer, alpha, 
         ]
         assert scores[side].dtype == np.float64
         np.testing.assert_allclose(scores[side], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [None, 8, 500])
+def test_rows_whose_numbers_depend_on_their_batch_are_told(
+    length, tiny_model, tiny_tokenizer, caplog
+):
+    vocab = tiny_model.config.vocab_size
+    model = tiny_model if length is None else longrope_llama(length, vocab_size=vocab)
+    assert steady_length(model) == (length or math.inf)
+    score_pairs(model, tiny_tokenizer, PAIRS, progress=False)
+    data = {"train_dataset": PAIRS, "processing_class": tiny_tokenizer}
+    PLaDTrainer(model, PLaDConfig(report_to=[], use_cpu=True), **data)
+    told = [record.getMessage() for record in caplog.records if "frequencies" in record.message]
+    places = ["the pairs", "the rows of train_dataset"] if length == 8 else []
+    assert [text.partition(" have a sequence of ")[0] for text in told] == places
 
 
 def test_ends_are_the_last_tokens_of_responses(tiny_model, tiny_tokenizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 import re
 
@@ -16,12 +15,11 @@ from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.refill import (
     Row,
     RowDecoder,
-    refill_length,
     refilled,
     why_not_refill,
 )
 from plad_fast.pairs.generation.sampling import Sampling
-from tests.support.tiny_models import PADDED, SHARED, VOCAB, causal_lm, make_model
+from tests.support.tiny_models import PADDED, SHARED, VOCAB, longrope_llama, make_model
 
 REFILLED = [*SHARED, "gpt_neo", "bloom", "falcon_alibi"]
 PLAIN = ["mamba", "recurrent_gemma"]
@@ -72,15 +70,8 @@ def test_answers_are_those_of_generate(name, numbers):
 
 
 def test_rows_whose_frequencies_change_with_the_longest_do_not_come_and_go(numbers):
-    """LongRoPE has others once a row is longer than 64 tokens; kept keys would be those before."""
-    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 2.0}
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    name = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
-    of_model = {} if name == "rope_parameters" else {"original_max_position_embeddings": 64}
-    theta = {"rope_theta": 10000.0} if name == "rope_parameters" else {}
-    model = causal_lm("Llama", **of_model, **{name: {**rope, **factors, **theta}})
-    assert refill_length(model) == 64
-    assert refill_length(make_model("llama")) == math.inf
+    """Kept keys would have those of before."""
+    model = longrope_llama(64)
     short, long = prompts(5, longest=40), prompts(3, longest=90, at_least=70)
     asked = [*short, *(Prompt(f"long {p.id}", p.content) for p in long)]
     for options in ({"temperature": 0}, {"temperature": 0.8}):

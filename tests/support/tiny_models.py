@@ -32,12 +32,23 @@ _LLAMA_LIKE = {
 _EVERY_OTHER = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def causal_lm(family: str, /, *, without: tuple[str, ...] = (), **options: Any) -> Any:
+def _causal_lm(family: str, /, *, without: tuple[str, ...] = (), **options: Any) -> Any:
     """`family`ForCausalLM from a config of that family: Llama's entries, less `without`."""
     config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     entries = {key: value for key, value in _LLAMA_LIKE.items() if key not in without}
     config = getattr(transformers, config_name)(**{**entries, **options})
     return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def longrope_llama(length: int, **options: Any) -> Any:
+    """A Llama with other rotary frequencies in batches that have a row of more than that."""
+    rope = {"rope_type": "longrope", "factor": 2.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    own = {"original_max_position_embeddings": length}
+    if transformers.__version__ >= "5":
+        rope |= {**own, "rope_theta": 10000.0}
+        return _causal_lm("Llama", rope_parameters={**rope, **factors}, **options)
+    return _causal_lm("Llama", **own, rope_scaling={**rope, **factors}, **options)
 
 
 def _of_gpt2_kind(family: str, /, **options: Any) -> Any:
@@ -50,13 +61,13 @@ def _of_gpt2_kind(family: str, /, **options: Any) -> Any:
 
 
 SHARED: dict[str, Callable[[], Any]] = {
-    "llama": lambda: causal_lm("Llama"),
-    "qwen2": lambda: causal_lm("Qwen2"),
-    "qwen2_window": lambda: causal_lm(
+    "llama": lambda: _causal_lm("Llama"),
+    "qwen2": lambda: _causal_lm("Qwen2"),
+    "qwen2_window": lambda: _causal_lm(
         "Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
-    "qwen3": lambda: causal_lm("Qwen3", head_dim=8),
-    "gemma2": lambda: causal_lm(
+    "qwen3": lambda: _causal_lm("Qwen3", head_dim=8),
+    "gemma2": lambda: _causal_lm(
         "Gemma2",
         head_dim=8,
         sliding_window=WINDOW,
@@ -64,11 +75,11 @@ SHARED: dict[str, Callable[[], Any]] = {
         final_logit_softcapping=5.0,
         query_pre_attn_scalar=4,
     ),
-    "gemma3": lambda: causal_lm(
+    "gemma3": lambda: _causal_lm(
         "Gemma3", head_dim=8, sliding_window=WINDOW, layer_types=_EVERY_OTHER
     ),
-    "mistral": lambda: causal_lm("Mistral", sliding_window=WINDOW),
-    "gpt_neox": lambda: causal_lm("GPTNeoX", without=("num_key_value_heads",), rotary_pct=0.5),
+    "mistral": lambda: _causal_lm("Mistral", sliding_window=WINDOW),
+    "gpt_neox": lambda: _causal_lm("GPTNeoX", without=("num_key_value_heads",), rotary_pct=0.5),
     "gpt2": lambda: _of_gpt2_kind(
         "GPT2",
         n_embd=32,
@@ -80,8 +91,8 @@ SHARED: dict[str, Callable[[], Any]] = {
         resid_pdrop=0.0,
         embd_pdrop=0.0,
     ),
-    "phi3": lambda: causal_lm("Phi3", sliding_window=WINDOW),
-    "gpt_oss": lambda: causal_lm(
+    "phi3": lambda: _causal_lm("Phi3", sliding_window=WINDOW),
+    "gpt_oss": lambda: _causal_lm(
         "GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW
     ),
 }
@@ -102,7 +113,7 @@ PADDED: dict[str, Callable[[], Any]] = {
         resid_dropout=0.0,
     ),
     "mamba": lambda: _of_gpt2_kind("Mamba", hidden_size=32, num_hidden_layers=2, state_size=4),
-    "recurrent_gemma": lambda: causal_lm(
+    "recurrent_gemma": lambda: _causal_lm(
         "RecurrentGemma", lru_width=32, attention_window_size=WINDOW, head_dim=8
     ),
     "bloom": lambda: _of_gpt2_kind("Bloom", hidden_size=32, n_layer=2, n_head=4),

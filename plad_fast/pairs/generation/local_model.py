@@ -16,15 +16,9 @@ from plad_fast.data.chat_template import opened_thought
 from plad_fast.data.packing import padded
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.errors import UsageError, located
-from plad_fast.models.adapters import base_model
+from plad_fast.models.adapters import base_model, steady_length
 from plad_fast.models.encoder_decoder import decoder_start_token
-from plad_fast.pairs.generation.refill import (
-    Row,
-    refill_length,
-    refilled,
-    require_finite,
-    why_not_refill,
-)
+from plad_fast.pairs.generation.refill import Row, refilled, require_finite, why_not_refill
 from plad_fast.pairs.generation.sampling import RowSampler, Sampling
 from plad_fast.pairs.generation.text_model import Answer, TextModel, Wanted
 
@@ -137,7 +131,7 @@ class LocalModel(TextModel):
         config = self._generation_config(sampling, ends, pad)
         apart = len(rows)  # of the rows, the longest
         if rows and self._can_refill(config, pad):
-            room = refill_length(self.model) - sampling.max_new_tokens
+            room = steady_length(self.model) - sampling.max_new_tokens  # keys would not fit
             apart = sum(len(row.prompt) > room for row in rows)
         batches = itertools.chain(
             self._generated(rows[:apart], sampling, config),

@@ -10,7 +10,6 @@ Letters: R rows in use, V vocabulary.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -175,25 +174,6 @@ def refilled(
             finished = [row for row, done in zip(running, is_done, strict=True) if done]
             running = [running[place] for place in kept]
             yield finished
-
-
-def refill_length(model: Any) -> float:
-    """Tokens of prompt and answer up to which rows may come and go.
-
-    With more, rotary frequencies change with the longest row there is (LongRoPE; dynamic NTK beyond
-    the positions of the model), and no longer fit keys that were kept.
-    """
-    config = base_model(model).config.get_text_config()
-    of_all = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    each = [of_all, *(value for value in of_all.values() if isinstance(value, dict))]
-    limits = [
-        rope.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
-        for rope in each
-        if rope.get("rope_type", rope.get("type")) in ("longrope", "su", "dynamic")
-    ]
-    return min(limits, default=math.inf)
 
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
