@@ -32,7 +32,8 @@ _INTRODUCTION = """\
 Every language-model class of transformers {version}, and how the fused loss handles it. For each
 class a small random model is built, with scales and softcaps that matter, and its log-probabilities
 are compared with those of the model's own logits, one sequence at a time. Sums over a response may
-differ by 1e-3 nats plus a relative 1e-4.
+differ by 1e-3 nats plus a relative 1e-4. Beyond the first length of LongRoPE (4096 tokens of Phi-3)
+transformers gives all rows of a batch other rotary frequencies; trainer and scores warn of that.
 
 * **right, prompts shared**: equal in padded rows, and in packed rows that hold every prompt once.
 * **right, rows padded**: equal in padded rows; `prepare` detects that the model cannot share
