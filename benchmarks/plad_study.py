@@ -31,7 +31,7 @@ from plad_fast.pairs.text_metrics import ROUGE_NAMES, repetition_shares, rouge, 
 from plad_fast.recipe.distillation import Distillation, opened_run
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.tune import best_trial, search
+from plad_fast.recipe.tune import Trial, search
 from plad_fast.training.validation import checks
 
 FORWARD = 1 / 3
@@ -106,14 +106,14 @@ class Study:
         with opened_run(self.config, self.prompts) as run:
             yield run
 
-    def tune(self, run: Distillation, arm: Arm) -> dict[str, Any]:
-        """The settings of an arm that answered validation prompts best."""
+    def tune(self, run: Distillation, arm: Arm) -> list[Trial]:
+        """Trials of an arm on validation prompts."""
         config = self._of_arm(run, arm)
         searched = {"learning_rate": self.setting.learning_rate, **arm.search}
         space = SearchSpace.of(config, searched, fixed={f.name for f in fields(config)})
         plan = TuneConfig(trials=self.setting.trials)
         file = self.folder / "trials" / f"{slug(arm.name)}.jsonl"
-        return best_trial(search(run.with_settings(config), space, plan, file))["settings"]
+        return search(run.with_settings(config), space, plan, file)
 
     def measure_arm(
         self, run: Distillation, arm: Arm, settings: Mapping[str, Any]

@@ -12,6 +12,8 @@ Everything is kept in --output-dir: a killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -27,6 +29,7 @@ from benchmarks.plad_table import Row, draw, summarise, table
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import best_device
 from plad_fast.models.loading import offline_teacher_path
+from plad_fast.recipe.tune import Trial, best_trial
 
 TINY = {
     **{"sft": 4, "pairs": 8, "validation": 2, "held_out": 4, "longest": 10**6},
@@ -48,6 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [arm.name for arm in ARMS[1:]]
     parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")
     parser.add_argument("--student", help="folder or .gguf file; default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--tuned", type=Path, metavar="CSV", help="trials of an earlier run, in place of new ones"
+    )
     parser.add_argument("--likelihood", metavar="MODEL", help="a second model that rates answers")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that everything runs")
     for setting in fields(Setting):
@@ -61,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [file for file in (args.dialogsum, *(args.scitldr or ())) if file is not None]
     if not given:
         parser.error("give the data of a task: --dialogsum or --scitldr")
-    for file in given:
+    for file in (*given, *filter(None, [args.tuned])):
         if not file.is_file():
             parser.error(f"there is no file {str(file)!r}")
     if args.csv is None and args.arms == names and not args.tiny:
@@ -77,11 +83,16 @@ def read_setting(args: argparse.Namespace) -> Setting:
 
 
 def run_task(
-    task: Task, setting: Setting, folder: Path, seeds: Sequence[int], arms: Sequence[Arm]
+    task: Task,
+    setting: Setting,
+    folder: Path,
+    seeds: Sequence[int],
+    arms: Sequence[Arm],
+    trials: dict[str, list[Trial]],
 ) -> list[Row]:
-    """Rows of the student before and of the arms, which have the settings found with one seed."""
+    """Rows of the student before and of the arms, with the best settings of their trials, by name,
+    to which those that are missing are added with the first of the seeds."""
     found: dict[str, list[Any]] = {}
-    settings: dict[str, Any] = {}
     for seed in seeds:
         study = Study(setting, task, folder, seed)
         with study.opened() as run:
@@ -89,9 +100,10 @@ def run_task(
             found.setdefault(SFT, []).append(study.measure_start(run))
             for arm in arms:
                 print(f"#### {task.name}, seed {seed}: {arm.name}", flush=True)
-                if arm.name not in settings:
-                    settings[arm.name] = study.tune(run, arm)
-                measured = study.measure_arm(run, arm, settings[arm.name])
+                if arm.name not in trials:
+                    trials[arm.name] = study.tune(run, arm)
+                best = best_trial(trials[arm.name])["settings"]
+                measured = study.measure_arm(run, arm, best)
                 found.setdefault(arm.name, []).append(measured)
     return [
         row
@@ -100,15 +112,49 @@ def run_task(
     ]
 
 
+_OF_TRIAL = ("score", "step", "words", "repetition", "cut_off", "nll", "end_logp", "seconds")
+
+
+def trial_rows(task: str, arm: str, trials: Sequence[Trial]) -> list[Row]:
+    """Of the CSV of trials; `start` is the score of the student before."""
+    return [
+        {
+            **{"task": task, "arm": arm, "settings": json.dumps(trial["settings"])},
+            **{
+                "start": trial.get("start", {}).get("score"),
+                **{n: trial.get(n) for n in _OF_TRIAL},
+            },
+        }
+        for trial in trials
+    ]
+
+
+def read_trials(file: Path, task: str) -> dict[str, list[Trial]]:
+    """Trials of a task in such a CSV: the settings and scores, by arm."""
+    found: dict[str, list[Trial]] = {}
+    with file.open(newline="") as rows:
+        for row in csv.DictReader(rows):
+            if row["task"] == task:
+                score = float(row["score"]) if row["score"] else None
+                trial = {"settings": json.loads(row["settings"]), "score": score}
+                found.setdefault(row["arm"], []).append(trial)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     arms = [ARMS[0], *(arm for arm in ARMS[1:] if arm.name in args.arms)]
-    rows = []
+    rows: list[Row] = []
+    of_trials: list[Row] = []
     try:
         setting = read_setting(args)
         for task in read_tasks(args.scitldr, args.dialogsum):
             folder = args.output_dir / slug(task.name)
-            rows += run_task(task, setting, folder, args.seeds, arms)
+            trials = read_trials(args.tuned, task.name) if args.tuned else {}
+            rows += run_task(task, setting, folder, args.seeds, arms, trials)
+            of_trials += [
+                r for arm, done in trials.items() for r in trial_rows(task.name, arm, done)
+            ]
     except UsageError as error:
         print(f"plad_vs_sft: error: {error}", file=sys.stderr)
         return 2
@@ -117,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = environment(torch.device(best_device()))
         write_csv(args.csv, [row | facts for row in rows])
         draw(rows, args.csv.with_suffix(".png"))
-        print(f"\nwrote {args.csv} and {args.csv.with_suffix('.png')}")
+        if args.tuned is None:
+            write_csv(args.csv.with_name(f"{args.csv.stem}_trials.csv"), of_trials)
+        print(f"\nwrote {args.csv} and what lies beside it")
     return 0
 
 

@@ -71,6 +71,21 @@ def test_quick_run(command, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
 
 
+def test_settings_of_earlier_trials_are_taken(command, tmp_path):
+    """A run with them measures what the one that found them did, and searches nothing."""
+    file = tmp_path / "again.csv"
+    trials = Path(command[-1]).with_name("out_trials.csv")
+    again = [*command, "--output-dir", str(tmp_path / "run"), "--csv", str(file), "--lora-r", "2"]
+    again += ["--arms", "PLaD listwise", "--seeds", "0", "--tuned", str(trials)]
+    assert plad_vs_sft.main(again) == 0
+    assert not list((tmp_path / "run").glob("*/*/trials"))
+    assert file.read_text().replace("\r", "") == Path(command[-1]).read_text().replace("\r", "")
+    assert {arm: len(of) for arm, of in plad_vs_sft.read_trials(trials, "DialogSum").items()} == {
+        "SFT longer": 1,
+        "PLaD listwise": 1,
+    }
+
+
 @pytest.mark.slow
 def test_both_tasks_and_all_arms(command, data, tiny_teacher, tmp_path):
     path = tmp_path / "out.csv"
