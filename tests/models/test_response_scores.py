@@ -66,14 +66,14 @@ def test_score_pairs_agrees_with_full_logits(tiny_model, tiny_tokenizer, alpha, 
 
 @pytest.mark.parametrize("length", [None, 8, 500])
 def test_rows_whose_numbers_depend_on_their_batch_are_told(
-    length, tiny_model, tiny_tokenizer, caplog
+    length, tiny_model, tiny_tokenizer, tmp_path, caplog
 ):
     vocab = tiny_model.config.vocab_size
     model = tiny_model if length is None else longrope_llama(length, vocab_size=vocab)
     assert steady_length(model) == (length or math.inf)
     score_pairs(model, tiny_tokenizer, PAIRS, progress=False)
     data = {"train_dataset": PAIRS, "processing_class": tiny_tokenizer}
-    PLaDTrainer(model, PLaDConfig(report_to=[], use_cpu=True), **data)
+    PLaDTrainer(model, PLaDConfig(str(tmp_path), report_to=[], use_cpu=True), **data)
     told = [record.getMessage() for record in caplog.records if "frequencies" in record.message]
     places = ["the pairs", "the rows of train_dataset"] if length == 8 else []
     assert [text.partition(" have a sequence of ")[0] for text in told] == places
