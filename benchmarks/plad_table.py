@@ -45,8 +45,16 @@ def summarise(task: str, arm: str, found: Measures, baseline: Measures) -> list[
         of_seeds = [_auroc(m) for m in found] if KINDS[kind] == 1 else []
         measured = [value for value in of_seeds if value is not None]
         row["auroc"] = float(np.mean(measured)) if measured else None
+        row["kept"] = ", ".join(kept(m["validated"]) for m in found if "validated" in m)
         rows.append(row)
     return rows
+
+
+def kept(validated: Sequence[tuple[int, float]]) -> str:
+    """The checkpoint that validation kept, of steps and scores that begin with the student before:
+    "20 of 40" steps, or "0 of 40" where none was better than that."""
+    best, _ = max(validated, key=lambda check: check[1])  # the first of equal ones
+    return f"{best} of {validated[-1][0]}"
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:  # (S, P)

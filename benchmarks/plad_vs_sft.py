@@ -119,25 +119,36 @@ def trial_rows(task: str, arm: str, trials: Sequence[Trial]) -> list[Row]:
     """Of the CSV of trials; `start` is the score of the student before."""
     return [
         {
-            **{"task": task, "arm": arm, "settings": json.dumps(trial["settings"])},
-            **{
-                "start": trial.get("start", {}).get("score"),
-                **{n: trial.get(n) for n in _OF_TRIAL},
-            },
+            "task": task,
+            "arm": arm,
+            "settings": json.dumps(trial["settings"]),
+            "start": trial.get("start", {}).get("score"),
+            **{name: trial.get(name) for name in _OF_TRIAL},
         }
         for trial in trials
     ]
 
 
-def read_trials(file: Path, task: str) -> dict[str, list[Trial]]:
-    """Trials of a task in such a CSV: the settings and scores, by arm."""
+def read_trials(file: Path, task: str, arms: Sequence[Arm]) -> dict[str, list[Trial]]:
+    """Trials of these arms in such a CSV: the settings and scores.
+
+    Raises:
+        UsageError: another file, or an arm that was not tried on the task.
+    """
     found: dict[str, list[Trial]] = {}
     with file.open(newline="") as rows:
-        for row in csv.DictReader(rows):
-            if row["task"] == task:
-                score = float(row["score"]) if row["score"] else None
-                trial = {"settings": json.loads(row["settings"]), "score": score}
+        reader = csv.DictReader(rows)
+        if missing := {"task", "arm", "settings", "score"} - {*(reader.fieldnames or ())}:
+            raise UsageError(f"{file} has no column {min(missing)}; give a CSV of trials")
+        for row in reader:
+            if row["task"] == task and row["score"]:  # those that failed have none
+                trial = {"settings": json.loads(row["settings"]), "score": float(row["score"])}
                 found.setdefault(row["arm"], []).append(trial)
+    if untried := [arm.name for arm in arms if arm.name not in found]:
+        raise UsageError(
+            f"{file} has no trial of {', '.join(untried)} on {task}; name other --arms, or leave "
+            "--tuned out"
+        )
     return found
 
 
@@ -150,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = read_setting(args)
         for task in read_tasks(args.scitldr, args.dialogsum):
             folder = args.output_dir / slug(task.name)
-            trials = read_trials(args.tuned, task.name) if args.tuned else {}
+            trials = read_trials(args.tuned, task.name, arms) if args.tuned else {}
             rows += run_task(task, setting, folder, args.seeds, arms, trials)
             of_trials += [
                 r for arm, done in trials.items() for r in trial_rows(task.name, arm, done)

@@ -99,10 +99,13 @@ def steady_length(model: nn.Module) -> float:
     config = base.config.get_text_config()
     of_all = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [of_all, *(value for value in of_all.values() if isinstance(value, dict))]
-    limits = [
-        rope.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
+    of_model = (
+        getattr(config, "original_max_position_embeddings", None)
+        or getattr(config, "max_position_embeddings", None)
+        or math.inf
+    )
+    limits: list[float] = [
+        rope.get("original_max_position_embeddings") or of_model
         for rope in each
         if rope.get("rope_type", rope.get("type")) in ("longrope", "su", "dynamic")
     ]

@@ -221,7 +221,7 @@ def _score(
         raise UsageError(f"batch_size is {batch_size}; pass 1 or more")
     start = decoder_start_token(model)
     features = _encode(tokenizer, rows, unit, max_length, start is not None, token_limits(model))
-    lengths = [longest(group["prompt_ids"], group["response_ids"], False) for group in features]
+    lengths = (longest(group["prompt_ids"], group["response_ids"], False) for group in features)
     warn_of_length(model, max(lengths), f"the {unit}s")
     pad, layout = pad_token_id(tokenizer, model), prepare(model)
     device = next(model.parameters()).device

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,37 +56,54 @@ def rows_of(command):
         return list(csv.DictReader(file))
 
 
-def test_quick_run(command, monkeypatch, capsys):
-    """Arms have their rows; a second run computes nothing and says the same."""
+@pytest.fixture(scope="module")
+def quick(command):
+    """A command that was run, and what it said."""
     some = [*command, "--arms", "PLaD listwise", "--seeds", "0", "--lora-r", "2"]
-    assert plad_vs_sft.main(some) == 0
-    first = capsys.readouterr().out
-    rows = rows_of(command)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert plad_vs_sft.main(some) == 0
+    return some, said.getvalue()
+
+
+@pytest.fixture
+def trials(quick, command):
+    """The CSV of its trials."""
+    return str(Path(command[-1]).with_name("out_trials.csv"))
+
+
+def test_quick_run(quick, monkeypatch, capsys):
+    """Arms have their rows; a second run computes nothing and says the same."""
+    some, first = quick
+    rows = rows_of(some)
     arms = ["SFT", "SFT longer", "PLaD listwise"]
     assert [(r["arm"], r["answers"]) for r in rows] == [(a, k) for a in arms for k in KINDS]
     assert all(0 <= float(r["rougeL"]) <= 1 for r in rows)
     assert float(rows[3]["rougeL_more"]) == float(rows[3]["rougeL_more_high"]) == 0
-    assert rows[0]["likelihood"] == ""
-    assert Path(command[-1]).with_suffix(".png").is_file()
+    assert rows[0]["likelihood"] == rows[0]["kept"] == ""
+    assert all(re.fullmatch(r"\d+ of [1-9]\d*", row["kept"]) for row in rows[3:])
+    assert Path(some[some.index("--csv") + 1]).with_suffix(".png").is_file()
     monkeypatch.setattr("benchmarks.plad_study.load_model", None)
     monkeypatch.setattr("plad_fast.training.train.load_model", None)
     assert plad_vs_sft.main(some) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
 
 
-def test_settings_of_earlier_trials_are_taken(command, tmp_path):
+def test_settings_of_earlier_trials_are_taken(quick, trials, tmp_path):
     """A run with them measures what the one that found them did, and searches nothing."""
-    file = tmp_path / "again.csv"
-    trials = Path(command[-1]).with_name("out_trials.csv")
-    again = [*command, "--output-dir", str(tmp_path / "run"), "--csv", str(file), "--lora-r", "2"]
-    again += ["--arms", "PLaD listwise", "--seeds", "0", "--tuned", str(trials)]
-    assert plad_vs_sft.main(again) == 0
+    some, _ = quick
+    places = ["--output-dir", str(tmp_path / "run"), "--csv", str(tmp_path / "again.csv")]
+    assert plad_vs_sft.main([*some, *places, "--tuned", trials]) == 0
     assert not list((tmp_path / "run").glob("*/*/trials"))
-    assert file.read_text().replace("\r", "") == Path(command[-1]).read_text().replace("\r", "")
-    assert {arm: len(of) for arm, of in plad_vs_sft.read_trials(trials, "DialogSum").items()} == {
-        "SFT longer": 1,
-        "PLaD listwise": 1,
-    }
+    with open(places[-1], newline="") as file:
+        assert list(csv.DictReader(file)) == rows_of(some)
+
+
+def test_an_arm_without_trials_is_named(command, trials, capsys):
+    both = [*command, "--arms", "PLaD listwise", "DPO"]
+    assert plad_vs_sft.main([*both, "--tuned", trials]) == 2
+    assert "has no trial of DPO on DialogSum" in capsys.readouterr().err
+    assert plad_vs_sft.main([*command, "--tuned", command[-1]]) == 2
+    assert "has no column score; give a CSV of trials" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,12 +12,7 @@ import transformers
 
 from plad_fast.data.prompts import Prompt
 from plad_fast.pairs.generation.local_model import LocalModel
-from plad_fast.pairs.generation.refill import (
-    Row,
-    RowDecoder,
-    refilled,
-    why_not_refill,
-)
+from plad_fast.pairs.generation.refill import Row, RowDecoder, refilled, why_not_refill
 from plad_fast.pairs.generation.sampling import Sampling
 from tests.support.tiny_models import PADDED, SHARED, VOCAB, longrope_llama, make_model
 
