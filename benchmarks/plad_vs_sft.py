@@ -159,9 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_trials: list[Row] = []
     try:
         setting = read_setting(args)
-        for task in read_tasks(args.scitldr, args.dialogsum):
-            folder = args.output_dir / slug(task.name)
-            trials = read_trials(args.tuned, task.name, arms) if args.tuned else {}
+        tasks = read_tasks(args.scitldr, args.dialogsum)
+        tried: dict[str, dict[str, list[Trial]]] = {task.name: {} for task in tasks}
+        if args.tuned:
+            tried = {task.name: read_trials(args.tuned, task.name, arms) for task in tasks}
+        for task in tasks:
+            folder, trials = args.output_dir / slug(task.name), tried[task.name]
             rows += run_task(task, setting, folder, args.seeds, arms, trials)
             of_trials += [
                 r for arm, done in trials.items() for r in trial_rows(task.name, arm, done)
