@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         unwrap(wrapper).save_pretrained(args.output_dir)
-    accelerator.wait_for_everyone()  # gloo may hang if its group ends right after a reduction
+    accelerator.wait_for_everyone()
+    # gloo may hang if its group ends while the wrapper holds it.
+    wrapper, optimizer, batches = accelerator.free_memory(wrapper, optimizer, batches)
     accelerator.end_training()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -54,11 +55,25 @@ def test_all_loops_train_the_same_student(trained, arguments):
         torch.testing.assert_close(weights(arguments, name), trained, rtol=1e-5, atol=1e-6)
 
 
+def ending_the_group(typed):
+    """As `python`. A wrapper that is freed after its group was destroyed waits for gloo's threads
+    with Python's lock held, which they may wait for in turn."""
+    destroy = dist.destroy_process_group
+
+    def destroyed(*args):
+        destroy(*args)
+        names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+        assert not [name for name in names if "gloo" in name], "the group is still held"
+
+    dist.destroy_process_group = destroyed
+    return python(typed)
+
+
 def test_two_processes_train_it_too(trained, arguments, tmp_path):
     """Half of each batch in each of them; a mean per process would weigh tokens by process."""
     command = [str(EXAMPLES / "accelerate_loop.py"), *arguments("two"), "--batch-size", "2"]
     logs = tmp_path / "logs"
-    started = Started(2, command, logs, program=python, ACCELERATE_USE_CPU="true")
+    started = Started(2, command, logs, program=ending_the_group, ACCELERATE_USE_CPU="true")
     assert started.statuses() == [0, 0], started.said()
     assert len(re.findall("^loss ", started.said(), flags=re.MULTILINE)) == 2, "steps"
     # AdamW's first steps have the size of the learning rate, whatever the gradient's rounding.
