@@ -103,7 +103,11 @@ RULES: dict[str, Rule] = {
         lambda a: once(a, ("logprobs_ptr", "factor_ptr", "out_ptr")), makes_gradient=True
     ),
     "_move_rows_kernel": Rule(_move_rows),
+    "_scale_rows_kernel": Rule(
+        lambda a: once(a, ("first_out_ptr", "second_out_ptr")[: 1 + a["HAS_SECOND"]])
+    ),
     "_segment_sums_kernel": Rule(lambda a: once(a, ("sums_ptr",))),
+    "_expand_segments_kernel": Rule(lambda a: once(a, ("out_ptr",))),
 }
 """By the name of the kernel."""
 
@@ -129,6 +133,10 @@ def invented(arguments: Arguments, known: Callable[[Any], Tensor | None]) -> dic
         found["miss_ptr"] = 1 - values.exp()
     values, bounds = known(arguments.get("values_ptr")), known(arguments.get("cu_seqlens_ptr"))
     if values is not None and bounds is not None:
-        before = torch.cat([values.new_zeros(1), values.reshape(-1).cumsum(0)])
-        found["sums_ptr"] = before[bounds[1:]] - before[bounds[:-1]]
+        if "sums_ptr" in arguments:
+            bounds = bounds - arguments["origin"]
+            before = torch.cat([values.new_zeros(1), values.reshape(-1).cumsum(0)])
+            found["sums_ptr"] = before[bounds[1:]] - before[bounds[:-1]]
+        else:
+            found["out_ptr"] = values.repeat_interleave(bounds.diff())
     return found

@@ -234,3 +234,66 @@ def move_rows_(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+
+
+@triton.jit
+def _scale_rows_kernel(
+    grads_ptr,
+    factors_ptr,
+    first_ptr,
+    first_out_ptr,
+    second_ptr,
+    second_out_ptr,
+    width,
+    stride_fn,
+    stride_fd,
+    stride_fon,
+    stride_fod,
+    stride_sn,
+    stride_sd,
+    stride_son,
+    stride_sod,
+    HAS_SECOND: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    inside = offs_d < width
+    scale = tl.load(grads_ptr + row) * tl.load(factors_ptr + row)
+    values = tl.load(first_ptr + row * stride_fn + offs_d * stride_fd, mask=inside).to(tl.float32)
+    out_ptrs = first_out_ptr + row * stride_fon + offs_d * stride_fod
+    tl.store(out_ptrs, (values * scale).to(first_out_ptr.dtype.element_ty), mask=inside)
+    if HAS_SECOND:
+        second_ptrs = second_ptr + row * stride_sn + offs_d * stride_sd
+        values = tl.load(second_ptrs, mask=inside).to(tl.float32)
+        out_ptrs = second_out_ptr + row * stride_son + offs_d * stride_sod
+        tl.store(out_ptrs, (values * scale).to(second_out_ptr.dtype.element_ty), mask=inside)
+
+
+def scale_rows(
+    grads: Tensor,  # (N,) float32
+    factors: Tensor,  # (N,) float32
+    first: tuple[Tensor, Tensor],  # (N, D) each
+    second: tuple[Tensor, Tensor] | None = None,  # (N, D) each
+    config: RowsConfig | None = None,
+) -> None:
+    """Rows of a matrix times grads * factors, in float32, rounded into the other of its pair; of
+    one matrix or two. One launch.
+    """
+    count, width = first[0].shape
+    pairs = (first, second or first)
+    assert all(tensor.shape == (count, width) for pair in pairs for tensor in pair)
+    config = config or launch.rows_config(width)
+    if count and width:
+        _scale_rows_kernel[(count, triton.cdiv(width, config.BLOCK_V))](
+            grads.contiguous(),
+            factors.contiguous(),
+            *first,
+            *pairs[1],
+            width,
+            *(stride for pair in pairs for tensor in pair for stride in tensor.stride()),
+            HAS_SECOND=second is not None,
+            BLOCK_D=config.BLOCK_V,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )

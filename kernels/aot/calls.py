@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from plad_fast.kernels import launch
-from plad_fast.kernels.exponential_rows import exponential_rows, move_rows_
+from plad_fast.kernels.exponential_rows import exponential_rows, move_rows_, scale_rows
 from plad_fast.kernels.launch import (
     AotEntry,
     Device,
@@ -24,7 +24,7 @@ from plad_fast.kernels.launch import (
 from plad_fast.kernels.linear_backward import logits_gradient
 from plad_fast.kernels.linear_forward import launch_linear_forward
 from plad_fast.kernels.logits_rows import logits_rows_backward, logits_rows_forward
-from plad_fast.kernels.segments import segment_sums
+from plad_fast.kernels.segments import expand_segments, segment_sums
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -123,11 +123,13 @@ def _call(call: Call) -> None:
     row_width = -(-head[1] // 64) * 64
     _call_rows(call, torch.float32, row_width)
     if dtype == torch.bfloat16 and (head == _HEADS[0] or not case.rest):
-        _call_exponentials(head[1], case, row_width)
+        _call_exponentials(head, case, row_width)
     if not case.bias:
         # Logits that the user holds.
         _call_rows(call, dtype)
-    segment_sums(_empty(5), _empty(3, dtype=torch.int64))
+    bounds = _empty(3, dtype=torch.int64)
+    segment_sums(_empty(5), bounds)
+    expand_segments(_empty(2), bounds, 0, 5)
 
 
 def _call_linear(call: Call) -> None:
@@ -193,8 +195,8 @@ def _call_rows(call: Call, dtype: torch.dtype, row_width: int | None = None) -> 
     )
 
 
-def _call_exponentials(vocab: int, case: Case, row_width: int) -> None:
-    n = _TOKENS[-1]
+def _call_exponentials(head: tuple[int, int], case: Case, row_width: int) -> None:
+    n, (width, vocab) = _TOKENS[-1], head
     memory, targets = _empty(n, row_width), _empty(n, dtype=torch.int64)
     values = memory.view(torch.bfloat16)[:, :vocab]
     bias = _empty(vocab, dtype=torch.bfloat16) if case.bias else None
@@ -202,6 +204,10 @@ def _call_exponentials(vocab: int, case: Case, row_width: int) -> None:
         memory[:, :vocab], targets, bias=bias, out=values, row_width=row_width, **_options(case)
     )
     move_rows_(values, targets, targets)
+    hidden = _empty(n, width, dtype=torch.bfloat16)
+    of_hidden, of_weight = (_empty(n, width), hidden), (hidden, hidden)
+    for matrices in ((of_hidden, of_weight), (of_hidden,), (of_weight,)):
+        scale_rows(_empty(n), _empty(n), *matrices)
 
 
 def _options(case: Case) -> dict[str, Any]:

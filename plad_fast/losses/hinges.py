@@ -16,6 +16,7 @@ from plad_fast.losses.terms import (
     check_positive,
     first_against_each,
     first_and_others,
+    mean_over_others,
     power_rewards,
 )
 
@@ -33,7 +34,7 @@ def plad_ranking(
     """
     check_not_negative("beta", beta)
     first, others = first_and_others(logps)
-    return torch.relu(beta - first + others).mean(dim=1)
+    return mean_over_others(torch.relu(beta - first + others))
 
 
 @register_loss("plad_margin", sft_weight=1.0, length_normalization=1.0)
@@ -51,7 +52,7 @@ def plad_margin(
     check_not_negative("beta", beta)
     gaps = beta * first_against_each(scores)
     first, others = first_and_others(logps)
-    return torch.relu(gaps - first + others).mean(dim=1)
+    return mean_over_others(torch.relu(gaps - first + others))
 
 
 @register_loss("plad_listwise", sft_weight=1.0, length_normalization=1.0)
@@ -90,4 +91,6 @@ def slic(
     """
     check_positive("beta", beta)
     check_not_negative("delta", delta)
-    return torch.relu(delta - beta * first_against_each(power_rewards(logps, alpha))).mean(dim=1)
+    return mean_over_others(
+        torch.relu(delta - beta * first_against_each(power_rewards(logps, alpha)))
+    )

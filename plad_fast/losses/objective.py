@@ -18,7 +18,7 @@ from torch import Tensor
 from plad_fast.checks import check_group_size, check_length_normalization, check_weight
 from plad_fast.errors import UsageError
 from plad_fast.losses.registry import LossSpec, get_loss, read_loss_args
-from plad_fast.losses.terms import length_normalized
+from plad_fast.losses.terms import per_length
 
 _probed: weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 """By function: the options, group sizes and devices that it was probed with."""
@@ -145,16 +145,22 @@ class Objective:
         counts: Tensor,  # (B, K)
         scores: Tensor | None = None,  # (B, K)
         reference_logps: Tensor | None = None,  # (B, K), plain sums
+        lengths: Tensor | None = None,  # (B, K)
     ) -> Tensor:  # (B,)
-        """The loss of every group, without the regulariser."""
+        """The loss of every group, without the regulariser.
+
+        lengths: counts, and 1 in place of 0; None if the caller has not made them.
+        """
         alpha = self.length_normalization if self.spec.length_normalized else 0.0
+        if alpha and lengths is None:
+            lengths = counts.clamp(min=1)
         if reference_logps is not None:
-            reference_logps = length_normalized(reference_logps, counts, alpha)
+            reference_logps = per_length(reference_logps, lengths, alpha)
         given: dict[str, Any] = {
             **{"counts": counts, "scores": scores, "reference_logps": reference_logps},
             "length_normalization": self.length_normalization,
         }
-        logps = length_normalized(sums, counts, alpha)
+        logps = per_length(sums, lengths, alpha)
         if logps is sums:  # which is not the function's to work in
             logps = sums.clone()
         losses = self.spec.fn(logps, **{k: given[k] for k in self.spec.takes}, **self.options)

@@ -30,6 +30,7 @@ from plad_fast.losses.terms import (
     divergence_rewards,
     first_against_each,
     log_loss,
+    mean_over_others,
     means,
 )
 
@@ -51,7 +52,7 @@ def dpo(
     2023, "A note on DPO with noisy preferences", cDPO).
     """
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
-    return log_loss(gaps, label_smoothing).mean(dim=1)
+    return mean_over_others(log_loss(gaps, label_smoothing))
 
 
 @register_loss("dpo_robust", always_active=True)
@@ -72,7 +73,7 @@ def dpo_robust(
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
     check_share(label_smoothing)
     right = (1 - label_smoothing) * log_loss(gaps)
-    return ((right - label_smoothing * log_loss(-gaps)) / (1 - 2 * label_smoothing)).mean(dim=1)
+    return mean_over_others((right - label_smoothing * log_loss(-gaps)) / (1 - 2 * label_smoothing))
 
 
 @register_loss("dpo_hinge")
@@ -90,7 +91,7 @@ def dpo_hinge(
     gradient is 0.
     """
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
-    return torch.relu(1 - gaps).mean(dim=1)
+    return mean_over_others(torch.relu(1 - gaps))
 
 
 @register_loss("ipo", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -113,7 +114,7 @@ def ipo(
     ratios = logps - reference_logps
     rewards = divergence_rewards(ratios, f_divergence, f_alpha, MAX_SQUARED_EXPONENT)
     gaps = first_against_each(means(rewards, counts))
-    return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
+    return mean_over_others((gaps - 1 / (2 * beta)) ** 2)
 
 
 @register_loss("dpo_norm", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -133,7 +134,7 @@ def dpo_norm(
     """
     check_positive("beta", beta)
     rewards = divergence_rewards(logps - reference_logps, f_divergence, f_alpha)
-    return log_loss(beta * first_against_each(means(rewards, counts))).mean(dim=1)
+    return mean_over_others(log_loss(beta * first_against_each(means(rewards, counts))))
 
 
 @register_loss("exo_pair", always_active=True)
@@ -156,7 +157,7 @@ def exo_pair(
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
     right = torch.sigmoid(gaps) * (F.logsigmoid(gaps) - math.log1p(-label_smoothing))
     wrong = torch.sigmoid(-gaps) * (F.logsigmoid(-gaps) - math.log(label_smoothing))
-    return (right + wrong).mean(dim=1)
+    return mean_over_others(right + wrong)
 
 
 @register_loss("discopop", always_active=True)
@@ -180,7 +181,7 @@ def discopop(
     logistic = torch.sigmoid(-gaps / tau) * log_loss(gaps)
     # In one exponent: apart, infinity would meet 0.
     exponential = torch.exp(F.logsigmoid(gaps / tau) - gaps)
-    return (logistic + exponential).mean(dim=1)
+    return mean_over_others(logistic + exponential)
 
 
 def _scaled_gaps(

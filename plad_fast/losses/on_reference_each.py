@@ -24,6 +24,7 @@ from plad_fast.losses.terms import (
     check_positive,
     first_against_each,
     log_loss,
+    mean_over_others,
 )
 
 
@@ -40,7 +41,7 @@ def bco_pair(
     batches.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    return log_loss(rewards[:, 0]) + log_loss(-rewards[:, 1:]).mean(dim=1)
+    return log_loss(rewards[:, 0]) + mean_over_others(log_loss(-rewards[:, 1:]))
 
 
 @register_loss("nca_pair", always_active=True)
@@ -73,7 +74,7 @@ def sppo_hard(
     check_group_size(logps, at_least=2)
     gains = logps - reference_logps
     target = 1 / (2 * beta)
-    return (gains[:, 0] - target) ** 2 + ((gains[:, 1:] + target) ** 2).mean(dim=1)
+    return (gains[:, 0] - target) ** 2 + mean_over_others((gains[:, 1:] + target) ** 2)
 
 
 @register_loss("apo_zero", always_active=True)
@@ -88,7 +89,7 @@ def apo_zero(
     D'Oosterlinck et al., equation 7: for chosen responses better than the model's own.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    return torch.sigmoid(-rewards[:, 0]) + torch.sigmoid(rewards[:, 1:]).mean(dim=1)
+    return torch.sigmoid(-rewards[:, 0]) + mean_over_others(torch.sigmoid(rewards[:, 1:]))
 
 
 @register_loss("apo_down", always_active=True)
@@ -104,7 +105,7 @@ def apo_down(
     """
     rewards = _rewards(logps, reference_logps, beta)
     gaps = first_against_each(rewards)
-    return torch.sigmoid(rewards[:, 0]) + torch.sigmoid(-gaps).mean(dim=1)
+    return torch.sigmoid(rewards[:, 0]) + mean_over_others(torch.sigmoid(-gaps))
 
 
 @register_loss("kto", always_active=True)

@@ -25,6 +25,7 @@ from plad_fast.losses.terms import (
     check_positive,
     first_against_each,
     log_loss,
+    mean_over_others,
     means,
     power_rewards,
 )
@@ -45,7 +46,7 @@ def cpo(
     """
     check_positive("beta", beta)
     odds = beta * first_against_each(power_rewards(logps, alpha))
-    return log_loss(odds, label_smoothing).mean(dim=1)
+    return mean_over_others(log_loss(odds, label_smoothing))
 
 
 @register_loss("cpo_ipo", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -63,7 +64,7 @@ def cpo_ipo(
     check_positive("beta", beta)
     rewards = power_rewards(means(logps, counts), alpha, MAX_SQUARED_EXPONENT)
     gaps = first_against_each(rewards)
-    return ((gaps - 1 / (2 * beta)) ** 2).mean(dim=1)
+    return mean_over_others((gaps - 1 / (2 * beta)) ** 2)
 
 
 @register_loss("simpo", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -83,7 +84,7 @@ def simpo(
     check_positive("beta", beta)
     check_not_negative("gamma", gamma)
     odds = beta * first_against_each(power_rewards(means(logps, counts), alpha)) - gamma
-    return log_loss(odds, label_smoothing).mean(dim=1)
+    return mean_over_others(log_loss(odds, label_smoothing))
 
 
 @register_loss(
@@ -105,7 +106,7 @@ def orpo(
     check_not_negative("beta", beta)
     average = means(logps, counts).clamp(max=-NEAREST_TO_ONE)
     log_odds = average - torch.log(-torch.expm1(average))
-    return beta * log_loss(first_against_each(log_odds)).mean(dim=1)
+    return beta * mean_over_others(log_loss(first_against_each(log_odds)))
 
 
 @register_loss("sft", mean_over="tokens", length_normalized=False)

@@ -99,6 +99,13 @@ def means(
     return sums / counts.clamp(min=1)
 
 
+def mean_over_others(
+    values: Tensor,  # (B, K - 1), of all responses but the first
+) -> Tensor:  # (B,)
+    """Of a pair's only one it is the value itself, for which a GPU need not be called."""
+    return values.squeeze(1) if values.shape[1] == 1 else values.mean(dim=1)
+
+
 def log_loss(odds: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid of each, a share of it taken the other way round; of the shape of `odds`."""
     check_share(label_smoothing)
@@ -159,7 +166,16 @@ def length_normalized(
     alpha: float,
 ) -> Tensor:  # (S,)
     """sums / counts ** alpha; an empty sequence stays 0."""
+    return per_length(sums, counts.clamp(min=1) if alpha else None, alpha)
+
+
+def per_length(
+    sums: Tensor,  # (S,) or (B, K)
+    lengths: Tensor | None,  # of the same shape, 1 or more; may be None if alpha is 0
+    alpha: float,
+) -> Tensor:  # of the same shape
+    """sums / lengths ** alpha."""
     if alpha == 0:
         return sums
-    counts = counts.clamp(min=1)
-    return sums / (counts if alpha == 1 else counts.to(sums.dtype) ** alpha)
+    assert lengths is not None
+    return sums / (lengths if alpha == 1 else lengths.to(sums.dtype) ** alpha)

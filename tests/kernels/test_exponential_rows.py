@@ -15,7 +15,12 @@ from tests.support.problems import assert_within_budget
 
 pytest.importorskip("triton")
 
-from plad_fast.kernels.exponential_rows import ExponentialRows, exponential_rows, move_rows_
+from plad_fast.kernels.exponential_rows import (
+    ExponentialRows,
+    exponential_rows,
+    move_rows_,
+    scale_rows,
+)
 from plad_fast.kernels.launch import RowsConfig
 
 from tests.support import interpreter
@@ -182,3 +187,30 @@ def test_moved_rows_fill_the_front(active):
     move_rows_(values, *moves(order), config=RowsConfig(16, num_warps=4))
     assert torch.equal(values[: len(order)], want)
     assert torch.equal(values[len(order) :], before[len(order) :])
+
+
+@pytest.mark.parametrize("shape", [(3, 37), (1, 1), (5, 16), (0, 4), (4, 0)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_scaled_rows_are_rounded_once(shape, flip):
+    """As PyTorch rounds products of its own, into matrices of any strides."""
+    grads, factors = normal(shape[0], seed=1), normal(shape[0], seed=2)
+    wide = normal(*shape, seed=3)
+    half = normal(*shape, seed=4).to(torch.bfloat16)
+    outs = torch.zeros(2, *shape, dtype=torch.bfloat16)
+    if flip:
+        wide, half, outs = (x.mT.contiguous().mT for x in (wide, half, outs))
+    config = RowsConfig(16, num_warps=4)
+    scale_rows(grads, factors, (wide, outs[0]), (half, outs[1]), config)
+    scale = (grads * factors)[:, None]
+    assert torch.equal(outs[0], (wide * scale).to(torch.bfloat16))
+    assert torch.equal(outs[1], (half.float() * scale).to(torch.bfloat16))
+    alone = torch.zeros(shape, dtype=torch.bfloat16)
+    scale_rows(grads, factors, (half, alone), config=config)
+    assert torch.equal(alone, outs[1])
+
+
+def test_scaling_two_matrices_is_one_launch(launched):
+    rows, factors = torch.ones(2, 3), torch.ones(2)
+    scale_rows(factors, factors, (rows, rows.clone()), (rows, rows.clone()))
+    scale_rows(factors[:0], factors[:0], (rows[:0], rows[:0]))
+    assert launched == ["_scale_rows_kernel"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from plad_fast.kernels.launch import SegmentsConfig
-from plad_fast.kernels.segments import segment_sums
+from plad_fast.kernels.segments import expand_segments, segment_sums
 
 from tests.support import interpreter
 from tests.support.problems import NAN, normal
@@ -35,11 +35,41 @@ def test_segment_sums_are_rounded_once(lengths, step, block, size):
     bounds = [1 + n for n in itertools.accumulate([0, *lengths])]
     values = torch.full((bounds[-1] + 2, step), NAN)[:, 0]
     values[bounds[0] : bounds[-1]] = size * normal(sum(lengths), seed=3)
-    ours = segment_sums(values, torch.tensor(bounds), SegmentsConfig(block))
+    ours = segment_sums(values, torch.tensor(bounds), config=SegmentsConfig(block))
     assert ours.dtype == torch.float32
     exact = [math.fsum(values[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
     # A double sum may be on the other side of a tie that the exact one is near.
     torch.testing.assert_close(ours, torch.tensor(exact, dtype=torch.float32), rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("origin", [0, 3])
+def test_sums_of_a_part_of_the_sequences(origin):
+    """Of which the values are given, and bounds counted from another token."""
+    values = normal(20, seed=4)
+    bounds = torch.tensor([3, 7, 7, 20])
+    want = segment_sums(values, bounds)
+    assert torch.equal(segment_sums(values[origin:], bounds, origin), want)
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=6),
+    step=st.integers(1, 3),
+    block=st.sampled_from([1, 16, 128]),
+    origin=st.sampled_from([0, 5, 2**40]),
+)
+def test_expanded_segments_are_repeated_values(lengths, step, block, origin):
+    values = torch.full((len(lengths), step), NAN)
+    values[:, 0] = normal(len(lengths), seed=2)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)]) + origin
+    ours = expand_segments(values[:, 0], bounds, origin, sum(lengths), SegmentsConfig(block))
+    assert torch.equal(ours, values[:, 0].repeat_interleave(torch.tensor(lengths).long()))
+
+
+def test_expanding_is_one_launch(launched):
+    expand_segments(torch.ones(1), torch.tensor([0, 5]), 0, 5)
+    expand_segments(torch.ones(0), torch.tensor([0]), 0, 0)
+    assert launched == ["_expand_segments_kernel"]
 
 
 def test_segment_sums_cancel():

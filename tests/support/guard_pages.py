@@ -199,6 +199,10 @@ def _exponentials(guard: Guard, n: int, vocab: int, ignored: bool) -> None:
     ends = guard.keep(torch.arange(n)[:1]), guard.keep(torch.arange(n)[-1:])
     for sources, places in (ends, ends[::-1]):
         rows.move_rows_(out, sources, places, config)
+    factors = guard.normal(n), guard.normal(n)
+    matrices = (guard.normal(n, vocab), out), (out, guard.normal(n, vocab, dtype=torch.bfloat16))
+    rows.scale_rows(*factors, *matrices, config=config)
+    rows.scale_rows(*factors, matrices[1], config=config)
 
 
 def segments_cases(guard: Guard) -> Iterator[Case]:
@@ -209,7 +213,9 @@ def segments_cases(guard: Guard) -> Iterator[Case]:
 def _segments(guard: Guard, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     config = kernels("launch").SegmentsConfig(16)
-    kernels("segments").segment_sums(guard.normal(sum(lengths)), guard.keep(bounds), config)
+    segments, kept = kernels("segments"), guard.keep(bounds)
+    segments.segment_sums(guard.normal(sum(lengths)), kept, config=config)
+    segments.expand_segments(guard.normal(len(lengths)), kept, 0, sum(lengths), config)
 
 
 CASES = {

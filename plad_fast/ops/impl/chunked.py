@@ -86,9 +86,7 @@ def linear_backward(
     active_rows = active.nonzero().squeeze(1)
     make = Workspace if upstream.lse is not None else functools.partial(workspace_for, needs=needs)
     workspace = make(problem.head, options, len(active_rows), for_gradient=True)
-    grads = HeadGradients(
-        problem.head, needs, workspace.products, weight_dtype=workspace.grad_weight_dtype
-    )
+    grads = HeadGradients(problem.head, needs, workspace, weight_dtype=workspace.grad_weight_dtype)
     for chunk in workspace.chunks(len(active_rows)):
         rows = _slice_if_whole(active_rows[chunk], chunk, len(hidden) == len(active_rows))
         h, t = hidden[rows], targets[rows]

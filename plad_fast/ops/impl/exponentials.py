@@ -100,12 +100,12 @@ class ExponentialWorkspace(Workspace):
     ) -> Operand:
         assert isinstance(statistics, SoftmaxStatistics)
         assert grad_lse is None
-        of_rows = grad_logprobs * (-self.options.slope / statistics.sum_exp)
+        of_rows = (grad_logprobs, -self.options.slope / statistics.sum_exp)
         if order is not None:
             for source, place in torch.stack(moves(order), dim=1).tolist():
                 self._buffer[place] = self._buffer[source]
-            of_rows = of_rows[order]
-        return Operand(self._buffer[: len(of_rows)], of_rows=of_rows)
+            of_rows = (of_rows[0][order], of_rows[1][order])
+        return Operand(self._buffer[: len(of_rows[0])], of_rows=of_rows)
 
     def _block_of_rows(
         self,

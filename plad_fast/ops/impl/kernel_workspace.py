@@ -119,9 +119,9 @@ class KernelWorkspace(Workspace):
         rows = None if order is None else sent(order, targets.device)
         if isinstance(statistics, ExponentialRows):
             assert grad_lse is None
-            of_rows = grad_logprobs * statistics.factor
+            of_rows = (grad_logprobs, statistics.factor)
             if order is not None:
-                of_rows = of_rows[rows]
+                of_rows = (of_rows[0][rows], of_rows[1][rows])
                 move_rows_(self._operands, *sent(torch.stack(moves(order)), targets.device))
             return Operand(self._operands[:count], of_rows=of_rows)
         assert isinstance(statistics, RowStatistics)
@@ -146,8 +146,25 @@ class KernelWorkspace(Workspace):
         )
         return Operand(values, scale)
 
-    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """In one launch."""
+    # In one launch each.
+
+    def segment_sums(self, values: Tensor, cu_seqlens: Tensor, origin: int) -> Tensor:
         from plad_fast.kernels.segments import segment_sums
 
-        return segment_sums(values, cu_seqlens)
+        return segment_sums(values, cu_seqlens, origin)
+
+    def expand_segments(
+        self, values: Tensor, cu_seqlens: Tensor, origin: int, num_tokens: int
+    ) -> Tensor:
+        from plad_fast.kernels.segments import expand_segments
+
+        return expand_segments(values, cu_seqlens, origin, num_tokens)
+
+    @staticmethod
+    def scale_rows(factors: tuple[Tensor, Tensor] | None, *matrices: tuple[Tensor, Tensor]) -> None:
+        from plad_fast.kernels.exponential_rows import scale_rows
+
+        if factors is None:
+            Workspace.scale_rows(factors, *matrices)
+        else:
+            scale_rows(*factors, *matrices)

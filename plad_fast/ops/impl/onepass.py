@@ -108,7 +108,6 @@ class _OnePass:
         workspace: Workspace,
     ) -> None:
         self.problem = problem
-        self.constants = constants
         self.objective = objective
         self.denominators = denominators
         self.workspace = workspace
@@ -118,12 +117,17 @@ class _OnePass:
         self.grads = HeadGradients(
             problem.head,
             needs,
-            workspace.products,
+            workspace,
             hidden_dtype=hidden_dtype,
             weight_dtype=workspace.grad_weight_dtype,
         )
-        self._lengths = problem.cu_seqlens.diff()
-        self._counts = self._lengths if counts is None else counts
+        counts = problem.cu_seqlens.diff() if counts is None else counts
+        # Of all groups at once, and made so that autograd takes them under inference mode, too.
+        with torch.inference_mode(False), torch.enable_grad():
+            self._counts, self._lengths = counts, counts.clamp(min=1)
+            self._constants = [
+                None if c is None else c.to(workspace.products.dtype, copy=True) for c in constants
+            ]
         # What the value is of each group's loss, and of the sums of a group.
         of_groups, of_tokens = denominators
         dtype = workspace.products.dtype
@@ -149,15 +153,14 @@ class _OnePass:
         chunks = _chunks_with_full_last(start, stop, workspace.rows)
         parts = [workspace.forward(hidden[rows], targets[rows]) for rows in chunks]
         offsets = self.problem.cu_seqlens[first * size : last * size + 1]
-        lengths = self._lengths[first * size : last * size]
         found = [part.token_logprobs for part in parts]
         if len(found) != 1:
             found = [torch.cat([hidden.new_empty(0, dtype=workspace.products.dtype), *found])]
-        sums = workspace.segment_sums(found[0], offsets - start if start else offsets)
+        sums = workspace.segment_sums(found[0], offsets, start)
         grad_sums = self._differentiate(slice(first * size, last * size), sums)
         if not (chunks and self.grads.wanted):
             return
-        grad = grad_sums.repeat_interleave(lengths, output_size=stop - start)
+        grad = workspace.expand_segments(grad_sums, offsets, start, stop - start)
         active = None
         if host_lengths is not None:
             active = (grad_sums.cpu() != 0).repeat_interleave(host_lengths)
@@ -178,13 +181,11 @@ class _OnePass:
         with torch.inference_mode(False), torch.enable_grad():
             sums = sums.clone() if sums.is_inference() else sums
             leaf = sums.reshape(shape).detach().requires_grad_()
-            constants = (
-                None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
-                for c in self.constants
+            counts, lengths = (x[span].reshape(shape) for x in (self._counts, self._lengths))
+            scores, reference_logps = (
+                None if c is None else c[span].reshape(shape) for c in self._constants
             )
-            losses = self.objective.group_losses(
-                leaf, self._counts[span].reshape(shape), *constants
-            )
+            losses = self.objective.group_losses(leaf, counts, scores, reference_logps, lengths)
             refuse_outside_gradients(losses, leaf)
             grad = _gradient(losses, leaf, self._of_losses)
         self._found.append(_Found(leaf.detach(), losses.detach(), grad))

@@ -62,8 +62,8 @@ class Operand(NamedTuple):
     values: Tensor  # (n, V)
     scale: Tensor | None = None
     """(), what results are to be multiplied by; None for 1."""
-    of_rows: Tensor | None = None
-    """(n,), what rows are to be multiplied by, outside of the products; None for 1."""
+    of_rows: tuple[Tensor, Tensor] | None = None
+    """(n,) each: rows are to be multiplied by both, outside of the products; None for 1."""
 
 
 class Products:

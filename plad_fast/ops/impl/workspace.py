@@ -130,9 +130,34 @@ class Workspace:
         """The first rows of the buffer, and of the one for the derivative of the cap."""
         return self._buffer[:count], None if self._slope is None else self._slope[:count]
 
-    def segment_sums(self, values: Tensor, cu_seqlens: Tensor) -> Tensor:  # (N,), (S + 1,)
+    def segment_sums(
+        self,
+        values: Tensor,  # (n,)
+        cu_seqlens: Tensor,  # (S + 1,), of which the first is `origin`
+        origin: int,
+    ) -> Tensor:  # (S,)
         """Sums of consecutive values, in a fixed order."""
-        return segment_sums(values, cu_seqlens)
+        return segment_sums(values, cu_seqlens - origin if origin else cu_seqlens)
+
+    def expand_segments(
+        self,
+        values: Tensor,  # (S,)
+        cu_seqlens: Tensor,  # (S + 1,), from `origin` to origin + num_tokens
+        origin: int,
+        num_tokens: int,
+    ) -> Tensor:  # (num_tokens,)
+        """A number of each sequence to one of each of its tokens."""
+        return values.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+
+    @staticmethod
+    def scale_rows(
+        factors: tuple[Tensor, Tensor] | None,  # (n,) each
+        *matrices: tuple[Tensor, Tensor],  # (n, D) each
+    ) -> None:
+        """Rows of the first of each pair times both factors, if any, rounded into the second."""
+        scale = None if factors is None else torch.mul(*factors).unsqueeze(1)
+        for values, out in matrices:
+            out.copy_(values) if scale is None else torch.mul(values, scale, out=out)
 
     def _keep_rows_(self, order: Tensor) -> None:
         """Bring the buffer's rows order[0], order[1], ... to its front."""
@@ -180,7 +205,7 @@ class HeadGradients:
         self,
         head: Head,
         needs: Needs,
-        products: Products,
+        workspace: Workspace,
         *,
         hidden_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
@@ -188,7 +213,8 @@ class HeadGradients:
         hidden, weight, bias = (
             leaf if need else None for leaf, need in zip(head, needs, strict=True)
         )
-        self.products = products
+        self.products = products = workspace.products
+        self._scale_rows = workspace.scale_rows
         self.hidden = None if hidden is None else torch.zeros_like(hidden, dtype=hidden_dtype)
         weight_dtype = weight_dtype or products.dtype
         self.weight = None if weight is None else torch.empty_like(weight, dtype=weight_dtype)
@@ -209,16 +235,19 @@ class HeadGradients:
             assert not (isinstance(d_logits, Operand) and d_logits.of_rows is not None)
             self.bias += _column_sums(d_logits, self.products.dtype)
         operand = d_logits if isinstance(d_logits, Operand) else self.products.operand(d_logits)
-        of_rows = None if operand.of_rows is None else operand.of_rows.unsqueeze(1)
+        matrices = []
         if self.hidden is not None:
             product = self.products.grad_hidden(operand)
-            if isinstance(rows, slice):
-                _rounded(product, of_rows, self.hidden[rows])
-            else:
-                self.hidden[rows] = _rounded(product, of_rows, self.hidden.new_empty(product.shape))
+            is_slice = isinstance(rows, slice)
+            own = self.hidden[rows] if is_slice else self.hidden.new_empty(product.shape)
+            matrices.append((product, own))
+        if self.weight is not None and operand.of_rows is not None:
+            matrices.append((hidden, torch.empty_like(hidden)))
+            hidden = matrices[-1][1]
+        self._scale_rows(operand.of_rows, *matrices)
+        if self.hidden is not None and not is_slice:
+            self.hidden[rows] = matrices[0][1]
         if self.weight is not None:
-            if of_rows is not None:
-                hidden = _rounded(hidden, of_rows, torch.empty_like(hidden))
             overwrite, self._weight_is_empty = self._weight_is_empty, False
             if self.weight.dtype == self.products.dtype:
                 self.products.add_grad_weight(operand, hidden, self.weight, overwrite=overwrite)
@@ -241,11 +270,6 @@ class HeadGradients:
             None if weight is None else weight.to(dtype),
             None if bias is None else bias.to(dtype),
         )
-
-
-def _rounded(values: Tensor, factors: Tensor | None, out: Tensor) -> Tensor:
-    """Rows times their factors, in the dtype of `out`."""
-    return out.copy_(values) if factors is None else torch.mul(values, factors, out=out)
 
 
 def _column_sums(d_logits: Tensor | Operand, dtype: torch.dtype) -> Tensor:  # (V,)

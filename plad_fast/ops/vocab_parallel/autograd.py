@@ -101,7 +101,7 @@ class ShardedTokens(torch.autograd.Function):
             grads = HeadGradients(
                 head,
                 ctx.needs_input_grad[:3],
-                workspace.products,
+                workspace,
                 hidden_dtype=workspace.grad_hidden_dtype,
             )
             for chunk in workspace.chunks(len(active_rows)):
