@@ -238,12 +238,13 @@ def move_rows_(
 
 @triton.jit
 def _scale_rows_kernel(
-    grads_ptr,
-    factors_ptr,
     first_ptr,
     first_out_ptr,
     second_ptr,
     second_out_ptr,
+    grads_ptr,
+    factors_ptr,
+    rows_ptr,
     width,
     stride_fn,
     stride_fd,
@@ -254,14 +255,18 @@ def _scale_rows_kernel(
     stride_son,
     stride_sod,
     HAS_SECOND: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    offs_d = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     inside = offs_d < width
     scale = tl.load(grads_ptr + row) * tl.load(factors_ptr + row)
     values = tl.load(first_ptr + row * stride_fn + offs_d * stride_fd, mask=inside).to(tl.float32)
-    out_ptrs = first_out_ptr + row * stride_fon + offs_d * stride_fod
+    place = row
+    if HAS_ROWS:
+        place = tl.load(rows_ptr + row).to(tl.int64)
+    out_ptrs = first_out_ptr + place * stride_fon + offs_d * stride_fod
     tl.store(out_ptrs, (values * scale).to(first_out_ptr.dtype.element_ty), mask=inside)
     if HAS_SECOND:
         second_ptrs = second_ptr + row * stride_sn + offs_d * stride_sd
@@ -271,29 +276,35 @@ def _scale_rows_kernel(
 
 
 def scale_rows(
-    grads: Tensor,  # (N,) float32
-    factors: Tensor,  # (N,) float32
-    first: tuple[Tensor, Tensor],  # (N, D) each
-    second: tuple[Tensor, Tensor] | None = None,  # (N, D) each
+    grads: Tensor,  # (n,) float32
+    factors: Tensor,  # (n,) float32
+    first: tuple[Tensor, Tensor],  # (n, D) and (n, D), or (N, D) with `rows`
+    second: tuple[Tensor, Tensor] | None = None,  # (n, D) each, which may be the same
+    *,
+    rows: Tensor | None = None,  # (n,) int64
     config: RowsConfig | None = None,
 ) -> None:
     """Rows of a matrix times grads * factors, in float32, rounded into the other of its pair; of
     one matrix or two. One launch.
+
+    Args:
+        rows: the row of the first pair's other matrix that each goes to; None for 0, 1, ...
     """
     count, width = first[0].shape
-    pairs = (first, second or first)
-    assert all(tensor.shape == (count, width) for pair in pairs for tensor in pair)
+    second_or_first = first if second is None else second
     config = config or launch.rows_config(width)
     if count and width:
         _scale_rows_kernel[(count, triton.cdiv(width, config.BLOCK_V))](
+            *first,
+            *second_or_first,
             grads.contiguous(),
             factors.contiguous(),
-            *first,
-            *pairs[1],
+            grads if rows is None else rows.contiguous(),
             width,
-            *(stride for pair in pairs for tensor in pair for stride in tensor.stride()),
+            *(n for matrix in (*first, *second_or_first) for n in matrix.stride()),
             HAS_SECOND=second is not None,
-            BLOCK_D=config.BLOCK_V,
+            HAS_ROWS=rows is not None,
+            BLOCK_V=config.BLOCK_V,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

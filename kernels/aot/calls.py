@@ -206,8 +206,10 @@ def _call_exponentials(head: tuple[int, int], case: Case, row_width: int) -> Non
     move_rows_(values, targets, targets)
     hidden = _empty(n, width, dtype=torch.bfloat16)
     of_hidden, of_weight = (_empty(n, width), hidden), (hidden, hidden)
-    for matrices in ((of_hidden, of_weight), (of_hidden,), (of_weight,)):
-        scale_rows(_empty(n), _empty(n), *matrices)
+    for rows in (None, targets):
+        scale_rows(_empty(n), _empty(n), of_hidden, of_weight, rows=rows)
+        scale_rows(_empty(n), _empty(n), of_hidden, rows=rows)
+    scale_rows(_empty(n), _empty(n), of_weight)
 
 
 def _options(case: Case) -> dict[str, Any]:

@@ -200,13 +200,26 @@ def test_scaled_rows_are_rounded_once(shape, flip):
     if flip:
         wide, half, outs = (x.mT.contiguous().mT for x in (wide, half, outs))
     config = RowsConfig(16, num_warps=4)
-    scale_rows(grads, factors, (wide, outs[0]), (half, outs[1]), config)
+    scale_rows(grads, factors, (wide, outs[0]), (half, outs[1]), config=config)
     scale = (grads * factors)[:, None]
     assert torch.equal(outs[0], (wide * scale).to(torch.bfloat16))
     assert torch.equal(outs[1], (half.float() * scale).to(torch.bfloat16))
-    alone = torch.zeros(shape, dtype=torch.bfloat16)
-    scale_rows(grads, factors, (half, alone), config=config)
+    alone = half.clone()
+    scale_rows(grads, factors, (alone, alone), config=config)
     assert torch.equal(alone, outs[1])
+
+
+def test_scaled_rows_go_where_they_belong():
+    """And leave the others alone."""
+    grads, factors, values = normal(3, seed=1), normal(3, seed=2), normal(3, 20, seed=3)
+    hidden = normal(3, 20, seed=4)
+    places = torch.tensor([5, 0, 3])
+    out, scaled = torch.full((6, 20), NAN), torch.empty(3, 20)
+    scale_rows(grads, factors, (values, out), (hidden, scaled), rows=places)
+    scale = (grads * factors)[:, None]
+    assert torch.equal(out[places], values * scale)
+    assert torch.equal(scaled, hidden * scale)
+    assert out[[1, 2, 4]].isnan().all()
 
 
 def test_scaling_two_matrices_is_one_launch(launched):

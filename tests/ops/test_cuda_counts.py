@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.cuda_counts import A, B, C, Counts, count_one_pass, count_op
+from benchmarks.cuda_counts import A, B, C, Counts, Shape, count_one_pass, count_op
 from plad_fast.ops.impl.products import _ADDS_TO_WIDE
 
 pytestmark = pytest.mark.skipif(
@@ -70,8 +70,11 @@ def test_one_pass_writes_the_gradient_of_the_head_once_a_chunk_and_once_scaled(s
 
 
 def test_one_pass_launches_little_around_products_and_loss():
-    """Four launches a chunk, eight of the loss and its gradient, and those of a call."""
+    """Four launches a chunk, four more where rows are left out, eight of PLaD's ranking loss and
+    its gradient, and those of a call."""
     assert count_one_pass(C).launches_per_chunk <= 12
+    assert count_one_pass(C, active=0.5).launches_per_chunk <= 16
+    assert count_one_pass(C, loss="dpo").launches_per_chunk <= 16
     assert len(count_one_pass(A).launches) <= 45
 
 
@@ -86,6 +89,17 @@ def test_one_pass_reads_logits_once(active):
     moved = active * (1 - active)
     expected = (6 + 4 * moved) * logits
     assert sum(x.read + x.written for x in of_rows) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("active", [1.0, 0.9, 0.5])
+def test_one_pass_keeps_to_the_scratch_memory_it_is_given(active):
+    """Of many rows of a small vocabulary, where hidden states and their gradients weigh most."""
+    shape = Shape(32_768, 4096, 2048)
+    head, hidden = shape.vocab * shape.width, shape.tokens * shape.width
+    counts = count_one_pass(shape, active=active, scratch_bytes=2**28)
+    assert counts.chunks > 4
+    results = 2 * hidden + 4 * head  # the gradient of the head as it is accumulated
+    assert counts.peak_bytes <= results + 2 * hidden + 2**28 + 2**22
 
 
 @SHAPES

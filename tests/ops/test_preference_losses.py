@@ -331,6 +331,25 @@ def test_inference_mode_tells_which_groups_are_active():
     assert ours.active.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_loss_may_write_into_its_scores_whatever_the_chunks(inference):
+    """And keep what it is given for its derivative."""
+
+    def loss(logps, *, scores, counts):
+        scores[:, 0] = logps[:, 0]
+        return (logps / counts * scores).sum(1)
+
+    found = []
+    for scratch_rows in (9, None):
+        problem = make_problem([5, 4, 3, 6, 2, 2], scratch_rows=scratch_rows)
+        with torch.inference_mode(inference):
+            ours = fused_linear_preference_loss(
+                *problem.inputs, loss=loss, scores=torch.arange(6.0), **problem.options
+            )
+        found.append(ours.group_losses)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("scratch_rows", [3, 9, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchs_default_device_does_not_matter(dtype, scratch_rows, monkeypatch):

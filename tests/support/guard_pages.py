@@ -202,7 +202,8 @@ def _exponentials(guard: Guard, n: int, vocab: int, ignored: bool) -> None:
     factors = guard.normal(n), guard.normal(n)
     matrices = (guard.normal(n, vocab), out), (out, guard.normal(n, vocab, dtype=torch.bfloat16))
     rows.scale_rows(*factors, *matrices, config=config)
-    rows.scale_rows(*factors, matrices[1], config=config)
+    order = guard.keep(torch.arange(n).flip(0))
+    rows.scale_rows(*factors, matrices[0], rows=order, config=config)
 
 
 def segments_cases(guard: Guard) -> Iterator[Case]:
@@ -215,7 +216,9 @@ def _segments(guard: Guard, lengths: list[int]) -> None:
     config = kernels("launch").SegmentsConfig(16)
     segments, kept = kernels("segments"), guard.keep(bounds)
     segments.segment_sums(guard.normal(sum(lengths)), kept, config=config)
-    segments.expand_segments(guard.normal(len(lengths)), kept, 0, sum(lengths), config)
+    origin, later = 2**40, guard.keep(bounds + 2**40)
+    segments.segment_sums(guard.normal(sum(lengths)), later, origin, config)
+    segments.expand_segments(guard.normal(len(lengths)), later, origin, sum(lengths), config)
 
 
 CASES = {

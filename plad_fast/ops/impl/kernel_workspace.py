@@ -161,10 +161,18 @@ class KernelWorkspace(Workspace):
         return expand_segments(values, cu_seqlens, origin, num_tokens)
 
     @staticmethod
-    def scale_rows(factors: tuple[Tensor, Tensor] | None, *matrices: tuple[Tensor, Tensor]) -> None:
+    def scale_rows(
+        factors: tuple[Tensor, Tensor],
+        rows: Tensor | slice,
+        product: tuple[Tensor, Tensor] | None,
+        hidden: tuple[Tensor, Tensor] | None,
+    ) -> None:
         from plad_fast.kernels.exponential_rows import scale_rows
 
-        if factors is None:
-            Workspace.scale_rows(factors, *matrices)
+        if product is None:
+            if hidden is not None:
+                scale_rows(*factors, hidden)
+        elif isinstance(rows, slice):
+            scale_rows(*factors, (product[0], product[1][rows]), hidden)
         else:
-            scale_rows(*factors, *matrices)
+            scale_rows(*factors, product, hidden, rows=rows)

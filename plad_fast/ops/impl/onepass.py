@@ -108,6 +108,7 @@ class _OnePass:
         workspace: Workspace,
     ) -> None:
         self.problem = problem
+        self.constants = constants
         self.objective = objective
         self.denominators = denominators
         self.workspace = workspace
@@ -122,12 +123,9 @@ class _OnePass:
             weight_dtype=workspace.grad_weight_dtype,
         )
         counts = problem.cu_seqlens.diff() if counts is None else counts
-        # Of all groups at once, and made so that autograd takes them under inference mode, too.
-        with torch.inference_mode(False), torch.enable_grad():
-            self._counts, self._lengths = counts, counts.clamp(min=1)
-            self._constants = [
-                None if c is None else c.to(workspace.products.dtype, copy=True) for c in constants
-            ]
+        with torch.inference_mode(False):  # or autograd could not keep them
+            self._counts = counts.clone() if counts.is_inference() else counts
+            self._lengths = counts.clamp(min=1)
         # What the value is of each group's loss, and of the sums of a group.
         of_groups, of_tokens = denominators
         dtype = workspace.products.dtype
@@ -183,7 +181,8 @@ class _OnePass:
             leaf = sums.reshape(shape).detach().requires_grad_()
             counts, lengths = (x[span].reshape(shape) for x in (self._counts, self._lengths))
             scores, reference_logps = (
-                None if c is None else c[span].reshape(shape) for c in self._constants
+                None if c is None else c[span].reshape(shape).to(sums.dtype, copy=True)
+                for c in self.constants
             )
             losses = self.objective.group_losses(leaf, counts, scores, reference_logps, lengths)
             refuse_outside_gradients(losses, leaf)

@@ -151,13 +151,18 @@ class Workspace:
 
     @staticmethod
     def scale_rows(
-        factors: tuple[Tensor, Tensor] | None,  # (n,) each
-        *matrices: tuple[Tensor, Tensor],  # (n, D) each
+        factors: tuple[Tensor, Tensor],  # (n,) each
+        rows: Tensor | slice,  # n of N
+        product: tuple[Tensor, Tensor] | None,  # (n, D) and (N, D)
+        hidden: tuple[Tensor, Tensor] | None,  # (n, D) each, which may be the same
     ) -> None:
-        """Rows of the first of each pair times both factors, if any, rounded into the second."""
-        scale = None if factors is None else torch.mul(*factors).unsqueeze(1)
-        for values, out in matrices:
-            out.copy_(values) if scale is None else torch.mul(values, scale, out=out)
+        """Rows of the first of each pair times both factors, rounded into the second: into `rows`
+        of the product's. No method, so that who keeps it does not keep the buffer."""
+        scale = torch.mul(*factors).unsqueeze(1)
+        if product is not None:
+            _write(*product, rows, scale)
+        if hidden is not None:
+            torch.mul(hidden[0], scale, out=hidden[1])
 
     def _keep_rows_(self, order: Tensor) -> None:
         """Bring the buffer's rows order[0], order[1], ... to its front."""
@@ -228,25 +233,26 @@ class HeadGradients:
     def add(
         self,
         d_logits: Tensor | Operand,  # (n, V), may be overwritten
-        hidden: Tensor,  # (n, D)
+        hidden: Tensor,  # (n, D); a copy that may be overwritten unless `rows` is a slice
         rows: Tensor | slice,  # which of the N rows these are
     ) -> None:
         if self.bias is not None:
             assert not (isinstance(d_logits, Operand) and d_logits.of_rows is not None)
             self.bias += _column_sums(d_logits, self.products.dtype)
         operand = d_logits if isinstance(d_logits, Operand) else self.products.operand(d_logits)
-        matrices = []
+        product = None
         if self.hidden is not None:
-            product = self.products.grad_hidden(operand)
-            is_slice = isinstance(rows, slice)
-            own = self.hidden[rows] if is_slice else self.hidden.new_empty(product.shape)
-            matrices.append((product, own))
-        if self.weight is not None and operand.of_rows is not None:
-            matrices.append((hidden, torch.empty_like(hidden)))
-            hidden = matrices[-1][1]
-        self._scale_rows(operand.of_rows, *matrices)
-        if self.hidden is not None and not is_slice:
-            self.hidden[rows] = matrices[0][1]
+            product = self.products.grad_hidden(operand), self.hidden
+        if operand.of_rows is not None:
+            scaled = None
+            if self.weight is not None:
+                # Rows that were gathered belong to nobody else.
+                own = torch.empty_like(hidden) if isinstance(rows, slice) else hidden
+                scaled = hidden, own
+                hidden = own
+            self._scale_rows(operand.of_rows, rows, product, scaled)
+        elif product is not None:
+            _write(*product, rows)
         if self.weight is not None:
             overwrite, self._weight_is_empty = self._weight_is_empty, False
             if self.weight.dtype == self.products.dtype:
@@ -270,6 +276,16 @@ class HeadGradients:
             None if weight is None else weight.to(dtype),
             None if bias is None else bias.to(dtype),
         )
+
+
+def _write(
+    values: Tensor, matrix: Tensor, rows: Tensor | slice, scale: Tensor | None = None
+) -> None:
+    """matrix[rows] = values * scale, rounded."""
+    out = matrix[rows] if isinstance(rows, slice) else matrix.new_empty(values.shape)
+    out.copy_(values) if scale is None else torch.mul(values, scale, out=out)
+    if not isinstance(rows, slice):
+        matrix[rows] = out
 
 
 def _column_sums(d_logits: Tensor | Operand, dtype: torch.dtype) -> Tensor:  # (V,)
