@@ -91,6 +91,18 @@ def _move_rows(arguments: Arguments) -> Touched:
     return Touched([moved, *sized([sources, places])], [moved])
 
 
+def _scale_rows(arguments: Arguments) -> Touched:
+    """As many rows as are read are written, wherever they go."""
+    written, read = [], sized([arguments["grads_ptr"], arguments["factors_ptr"]])
+    if arguments["HAS_ROWS"]:
+        read += sized([arguments["rows_ptr"]])
+    for name in ("first", "second")[: 1 + arguments["HAS_SECOND"]]:
+        values, out = arguments[f"{name}_ptr"], arguments[f"{name}_out_ptr"]
+        read += sized([values])
+        written.append((out, float(values.numel() * out.element_size())))
+    return Touched(read, written)
+
+
 RULES: dict[str, Rule] = {
     "_linear_forward_kernel": Rule(_linear_forward),
     "_combine_kernel": Rule(_rows_forward),
@@ -103,9 +115,7 @@ RULES: dict[str, Rule] = {
         lambda a: once(a, ("logprobs_ptr", "factor_ptr", "out_ptr")), makes_gradient=True
     ),
     "_move_rows_kernel": Rule(_move_rows),
-    "_scale_rows_kernel": Rule(
-        lambda a: once(a, ("first_out_ptr", "second_out_ptr")[: 1 + a["HAS_SECOND"]])
-    ),
+    "_scale_rows_kernel": Rule(_scale_rows),
     "_segment_sums_kernel": Rule(lambda a: once(a, ("sums_ptr",))),
     "_expand_segments_kernel": Rule(lambda a: once(a, ("out_ptr",))),
 }
