@@ -92,6 +92,12 @@ def table(rows: Sequence[Row]) -> str:
     return format_table(header, lines)
 
 
+def _label(arm: str, rows: Sequence[Row]) -> str:
+    """With the number of seeds, if others have more."""
+    seeds = {row["arm"]: int(row["seeds"]) for row in rows}
+    return arm if seeds[arm] == max(seeds.values()) else f"{arm}, seeds: {seeds[arm]}"
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """ROUGE-L beyond that of more fine-tuning, with its interval."""
     import matplotlib
@@ -119,7 +125,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.axvline(0, color="#555555", linewidth=1)
         panel.set_title(task, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yticks(range(len(arms)), arms)
+    axes[0][0].set_yticks(range(len(arms)), [_label(arm, shown) for arm in arms])
     axes[0][0].invert_yaxis()
     axes[0][0].legend(frameon=False, fontsize=9)
     figure.supxlabel("ROUGE-L more than with fine-tuning of equal compute, in points", fontsize=10)
