@@ -127,7 +127,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(arms)), [_label(arm, shown) for arm in arms])
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(frameon=False, fontsize=9)
+    where = {"loc": "lower right", "bbox_to_anchor": (1.05, 0.99), "ncol": len(KINDS)}
+    axes[0][-1].legend(frameon=False, fontsize=9, columnspacing=1, handletextpad=0.1, **where)
     figure.supxlabel("ROUGE-L more than with fine-tuning of equal compute, in points", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Software": None})
