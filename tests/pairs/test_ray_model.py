@@ -236,7 +236,10 @@ def test_a_cluster_that_runs_is_used_and_left_alone(ray, tiny_teacher, tmp_path,
             (parent,) = {json.loads(line)["text"].split()[-1] for line in lines}
             of_cluster = psutil.Process(cluster.pid).children(recursive=True)
             assert int(parent) in {process.pid for process in of_cluster}
-            until(lambda: not actors())
+            # Of processes that have given their cores back, some never end (seen with Ray 2.60).
+            ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
+            until(lambda: ray.available_resources().get("CPU") == 2)
+            ray.shutdown()
             assert cluster.poll() is None
         finally:
             for process in [*psutil.Process(cluster.pid).children(recursive=True), cluster]:
