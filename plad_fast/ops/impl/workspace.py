@@ -157,7 +157,8 @@ class Workspace:
         hidden: tuple[Tensor, Tensor] | None,  # (n, D) each, which may be the same
     ) -> None:
         """Rows of the first of each pair times both factors, rounded into the second: into `rows`
-        of the product's. No method, so that who keeps it does not keep the buffer."""
+        of the product's. Static, so that a reference to it does not keep the buffer alive.
+        """
         scale = torch.mul(*factors).unsqueeze(1)
         if product is not None:
             _write(*product, rows, scale)
