@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import format_table
-from benchmarks.plad_arms import BASELINE
 from benchmarks.plad_study import KINDS
-from plad_fast.evaluation.calibration import ScoredSamples, evaluate_calibration
+from plad_fast.evaluation.metrics import won
 from plad_fast.pairs.text_metrics import ROUGE_NAMES
 
 RESAMPLES = 4000
@@ -24,9 +23,11 @@ Row = dict[str, Any]
 Measures = Sequence[Mapping[str, Any]]  # of `Study`, seed by seed
 
 
-def summarise(task: str, arm: str, found: Measures, baseline: Measures) -> list[Row]:
+def summarise(
+    task: str, arm: str, found: Measures, baseline: Measures, start: Measures
+) -> list[Row]:
     """Rows of the CSV, one for each kind of answer: measures with their intervals, and `_more`,
-    the difference from the baseline with its own."""
+    the difference from the baseline with its own; that of AUROC is from the student before."""
     rows = []
     for kind in KINDS:
         row: Row = {"task": task, "arm": arm, "answers": kind, "seeds": len(found)}
@@ -42,9 +43,14 @@ def summarise(task: str, arm: str, found: Measures, baseline: Measures) -> list[
             for label, values in ((name, ours), (f"{name}_more", ours - theirs)):
                 row[label] = float(values.mean())
                 row[f"{label}_low"], row[f"{label}_high"] = interval(values)
-        of_seeds = [_auroc(m) for m in found] if KINDS[kind] == 1 else []
-        measured = [value for value in of_seeds if value is not None]
-        row["auroc"] = float(np.mean(measured)) if measured else None
+        row |= dict.fromkeys(("auroc", "auroc_more", "auroc_more_low", "auroc_more_high"))
+        if KINDS[kind] == 1:
+            ours, theirs = (np.stack([_auroc(m) for m in of]) for of in (found, start))
+            if np.isfinite(ours).any():
+                row["auroc"] = float(np.nanmean(ours))
+            if np.isfinite(more := ours - theirs).any():
+                row["auroc_more"] = float(np.nanmean(more))
+                row["auroc_more_low"], row["auroc_more_high"] = interval(more)
         row["kept"] = ", ".join(kept(m["validated"]) for m in found if "validated" in m)
         rows.append(row)
     return rows
@@ -58,26 +64,32 @@ def kept(validated: Sequence[tuple[int, float]]) -> str:
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:  # (S, P)
-    """95 % of the means of resampled seeds and prompts."""
+    """95 % of the means of resampled seeds and prompts; NaN stands for what there is not."""
     generator = np.random.default_rng(seed)
     seeds, prompts = (generator.integers(count, size=(RESAMPLES, count)) for count in values.shape)
-    means = values[seeds[:, :, None], prompts[:, None, :]].mean(axis=(1, 2))
-    low, high = np.quantile(means, [0.025, 0.975])
+    drawn = values[seeds[:, :, None], prompts[:, None, :]]
+    there = np.isfinite(drawn)
+    with np.errstate(invalid="ignore"):  # none there
+        means = drawn.sum(axis=(1, 2), where=there) / there.sum(axis=(1, 2))
+    low, high = np.nanquantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
-def _auroc(measures: Mapping[str, Any]) -> float | None:
-    """How often the better of two samples of a prompt is the likelier one to the student."""
-    of_one = measures["at 1"]
-    logps, quality = ([np.array(values) for values in of_one[n]] for n in ("logp", SHOWN))
-    samples = ScoredSamples("", measures["ids"], logps, quality)
-    found = evaluate_calibration([samples], n_resamples=10)["students"][0]["auroc_within"]
-    return None if found is None else found["mean"]
+def _auroc(measures: Mapping[str, Any]) -> np.ndarray:
+    """(P,) how often the better of two samples of a prompt is the likelier one to the student; NaN
+    where all are equally good."""
+    logps, quality = (np.array(measures["at 1"][name]) for name in ("logp", SHOWN))  # (P, K)
+    is_better = quality[:, :, None] > quality[:, None, :]
+    likelier = won(logps[:, :, None] - logps[:, None, :])
+    count = is_better.sum(axis=(1, 2))
+    agreeing = np.sum(likelier, axis=(1, 2), where=is_better)
+    return np.divide(agreeing, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each arm of a task: ROUGE-L of every kind with the interval of its difference from
-    more fine-tuning, then repetition and words of greedy answers, and calibration."""
+    the baseline, repetition and words of greedy answers, and calibration with the interval of its
+    difference from the student before."""
     header = ["task and arm", *(f"R-L {kind}" for kind in KINDS), "rep-4", "words", "AUROC"]
     lines = []
     for start in range(0, len(rows), len(KINDS)):
@@ -87,8 +99,10 @@ def table(rows: Sequence[Row]) -> str:
             low, high = (100 * row[f"{SHOWN}_more_{end}"] for end in ("low", "high"))
             cells.append(f"{100 * row[SHOWN]:.1f} [{low:+.1f}, {high:+.1f}]")
         cells += [f"{of_arm[0]['repetition']:.3f}", f"{of_arm[0]['words']:.0f}"]
-        auroc = of_arm[-1]["auroc"]
-        lines.append([*cells, "-" if auroc is None else f"{auroc:.3f}"])
+        auroc, low, high = (of_arm[-1][f"auroc{end}"] for end in ("", "_more_low", "_more_high"))
+        cells.append("-" if auroc is None else f"{auroc:.3f}")
+        cells[-1] += "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+        lines.append(cells)
     return format_table(header, lines)
 
 
@@ -98,15 +112,15 @@ def _label(arm: str, rows: Sequence[Row]) -> str:
     return arm if seeds[arm] == max(seeds.values()) else f"{arm}, seeds: {seeds[arm]}"
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """ROUGE-L beyond that of more fine-tuning, with its interval."""
+def draw(rows: Sequence[Row], path: Path, baseline: str) -> None:
+    """ROUGE-L beyond that of the baseline, with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    shown = [row for row in rows if row["arm"] != BASELINE]
+    shown = [row for row in rows if row["arm"] != baseline]
     arms = list(dict.fromkeys(row["arm"] for row in shown))
     size = 1 + 3.5 * len(tasks), 0.5 * len(arms) + 1.3
     figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
@@ -129,7 +143,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes[0][0].invert_yaxis()
     where = {"loc": "lower right", "bbox_to_anchor": (1.05, 0.99), "ncol": len(KINDS)}
     axes[0][-1].legend(frameon=False, fontsize=9, columnspacing=1, handletextpad=0.1, **where)
-    figure.supxlabel("ROUGE-L more than with fine-tuning of equal compute, in points", fontsize=10)
+    figure.supxlabel(f"ROUGE-L more than with {baseline}, in points", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)

@@ -50,9 +50,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     names = [arm.name for arm in ARMS[1:]]
     parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")
+    parser.add_argument(
+        "--against", default=BASELINE, metavar="ARM", help=f"what to compare with: {BASELINE}"
+    )
     parser.add_argument("--student", help="folder or .gguf file; default: SmolLM2-135M-Instruct")
     parser.add_argument(
-        "--tuned", type=Path, metavar="CSV", help="trials of an earlier run, in place of new ones"
+        "--tuned", type=Path, metavar="CSV", help="trials of an earlier run; other arms are tried"
     )
     parser.add_argument("--likelihood", metavar="MODEL", help="a second model that rates answers")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that everything runs")
@@ -64,6 +67,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--csv", type=Path, help="default: in results/, unless some arms are left out"
     )
     args = parser.parse_args(argv)
+    if args.against not in (shown := [SFT, BASELINE, *args.arms]):
+        parser.error(f"--against {args.against}: not among the arms {', '.join(shown)}")
     given = [file for file in (args.dialogsum, *(args.scitldr or ())) if file is not None]
     if not given:
         parser.error("give the data of a task: --dialogsum or --scitldr")
@@ -89,9 +94,11 @@ def run_task(
     seeds: Sequence[int],
     arms: Sequence[Arm],
     trials: dict[str, list[Trial]],
+    baseline: str,
 ) -> list[Row]:
     """Rows of the student before and of the arms, with the best settings of their trials, by name,
-    to which those that are missing are added with the first of the seeds."""
+    to which those that are missing are added with the first of the seeds. `baseline` is the arm
+    that the others are compared with."""
     found: dict[str, list[Any]] = {}
     for seed in seeds:
         study = Study(setting, task, folder, seed)
@@ -108,7 +115,7 @@ def run_task(
     return [
         row
         for name, measures in found.items()
-        for row in summarise(task.name, name, measures, found[BASELINE])
+        for row in summarise(task.name, name, measures, found[baseline], found[SFT])
     ]
 
 
@@ -129,26 +136,23 @@ def trial_rows(task: str, arm: str, trials: Sequence[Trial]) -> list[Row]:
     ]
 
 
-def read_trials(file: Path, task: str, arms: Sequence[Arm]) -> dict[str, list[Trial]]:
-    """Trials of these arms in such a CSV: the settings and scores.
+def read_trials(file: Path) -> dict[str, dict[str, list[Trial]]]:
+    """Task -> arm -> trials, of such a CSV.
 
     Raises:
-        UsageError: another file, or an arm that was not tried on the task.
+        UsageError: another file.
     """
-    found: dict[str, list[Trial]] = {}
+    found: dict[str, dict[str, list[Trial]]] = {}
     with file.open(newline="") as rows:
         reader = csv.DictReader(rows)
-        if missing := {"task", "arm", "settings", "score"} - {*(reader.fieldnames or ())}:
+        needed = {"task", "arm", "settings", "start", *_OF_TRIAL}
+        if missing := needed - {*(reader.fieldnames or ())}:
             raise UsageError(f"{file} has no column {min(missing)}; give a CSV of trials")
         for row in reader:
-            if row["task"] == task and row["score"]:  # those that failed have none
-                trial = {"settings": json.loads(row["settings"]), "score": float(row["score"])}
-                found.setdefault(row["arm"], []).append(trial)
-    if untried := [arm.name for arm in arms if arm.name not in found]:
-        raise UsageError(
-            f"{file} has no trial of {', '.join(untried)} on {task}; name other --arms, or leave "
-            "--tuned out"
-        )
+            if row["score"]:  # those that failed have none
+                values = {name: json.loads(row[name]) for name in ("settings", *_OF_TRIAL)}
+                trial = {**values, "start": {"score": json.loads(row["start"])}}
+                found.setdefault(row["task"], {}).setdefault(row["arm"], []).append(trial)
     return found
 
 
@@ -156,29 +160,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     arms = [ARMS[0], *(arm for arm in ARMS[1:] if arm.name in args.arms)]
     rows: list[Row] = []
-    of_trials: list[Row] = []
     try:
         setting = read_setting(args)
         tasks = read_tasks(args.scitldr, args.dialogsum)
-        tried: dict[str, dict[str, list[Trial]]] = {task.name: {} for task in tasks}
-        if args.tuned:
-            tried = {task.name: read_trials(args.tuned, task.name, arms) for task in tasks}
+        tried = read_trials(args.tuned) if args.tuned else {}
         for task in tasks:
-            folder, trials = args.output_dir / slug(task.name), tried[task.name]
-            rows += run_task(task, setting, folder, args.seeds, arms, trials)
-            of_trials += [
-                r for arm, done in trials.items() for r in trial_rows(task.name, arm, done)
-            ]
+            folder, trials = args.output_dir / slug(task.name), tried.setdefault(task.name, {})
+            rows += run_task(task, setting, folder, args.seeds, arms, trials, args.against)
     except UsageError as error:
         print(f"plad_vs_sft: error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{len(args.seeds)} seeds; [the difference from {BASELINE}]\n{table(rows)}")
+    print(f"\n{len(args.seeds)} seeds; [the difference from {args.against}; AUROC's from {SFT}]")
+    print(table(rows))
     if args.csv:
         facts = environment(torch.device(best_device()))
         write_csv(args.csv, [row | facts for row in rows])
-        draw(rows, args.csv.with_suffix(".png"))
-        if args.tuned is None:
-            write_csv(args.csv.with_name(f"{args.csv.stem}_trials.csv"), of_trials)
+        draw(rows, args.csv.with_suffix(".png"), args.against)
+        of_trials = [
+            row
+            for task, arms_tried in tried.items()
+            for arm, trials in arms_tried.items()
+            for row in trial_rows(task, arm, trials)
+        ]
+        write_csv(args.csv.with_name(f"{args.csv.stem}_trials.csv"), of_trials)
         print(f"\nwrote {args.csv} and what lies beside it")
     return 0
 

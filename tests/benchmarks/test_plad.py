@@ -86,6 +86,19 @@ def test_quick_run(quick, monkeypatch, capsys):
     monkeypatch.setattr("plad_fast.training.train.load_model", None)
     assert plad_vs_sft.main(some) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
+    seen = {}
+
+    def seeing(task, arm, found, baseline, start):
+        seen[arm] = found is baseline, found is start
+        return summarise(task, arm, found, baseline, start)
+
+    monkeypatch.setattr(plad_vs_sft, "summarise", seeing)
+    assert plad_vs_sft.main([*some, "--against", "PLaD listwise"]) == 0
+    assert seen == dict(zip(arms, [(False, True), (False, False), (True, False)], strict=True))
+    assert "the difference from PLaD listwise;" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        plad_vs_sft.main([*some, "--against", "DPO"])
+    assert "--against DPO: not among the arms SFT, SFT longer" in capsys.readouterr().err
 
 
 def test_settings_of_earlier_trials_are_taken(quick, trials, tmp_path):
@@ -98,12 +111,20 @@ def test_settings_of_earlier_trials_are_taken(quick, trials, tmp_path):
         assert list(csv.DictReader(file)) == rows_of(some)
 
 
-def test_an_arm_without_trials_is_named(command, trials, capsys):
-    both = [*command, "--arms", "PLaD listwise", "DPO"]
-    assert plad_vs_sft.main([*both, "--tuned", trials]) == 2
-    assert "has no trial of DPO on DialogSum" in capsys.readouterr().err
+def test_only_arms_without_trials_are_tried(command, trials, tmp_path, capsys):
+    """Their trials are written below the earlier ones, which stay as they are."""
+    out = tmp_path / "more.csv"
+    some = [*command, "--arms", "PLaD listwise", "SODA", "--seeds", "0", "--lora-r", "2"]
+    some += ["--output-dir", str(tmp_path / "run"), "--csv", str(out), "--tuned", trials]
+    assert plad_vs_sft.main(some) == 0
+    (tried,) = (tmp_path / "run").glob("*/*/trials/*.jsonl")
+    assert tried.stem == "soda"
+    earlier, more = Path(trials).read_text(), out.with_name("more_trials.csv").read_text()
+    assert more.startswith(earlier)
+    assert [row.split(",")[1] for row in more[len(earlier) :].splitlines()] == ["SODA"]
+    capsys.readouterr()
     assert plad_vs_sft.main([*command, "--tuned", command[-1]]) == 2
-    assert "has no column score; give a CSV of trials" in capsys.readouterr().err
+    assert "has no column end_logp; give a CSV of trials" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -202,14 +223,16 @@ def measures(scores):
 
 
 def test_rows_by_hand():
-    """The better sample is the likelier one of the first prompt only."""
+    """The better sample is the likelier one of the first prompt only; the baseline's samples of
+    that prompt are equally good, so AUROC is compared on the second one."""
     arm, baseline = measures([[0.4, 0.2], [0.3, 0.1]]), measures([[0.1, 0.1], [0.2, 0.0]])
-    greedy, _, at_one = summarise("t", "x", [arm, arm], [baseline, baseline])
+    greedy, _, at_one = summarise("t", "x", [arm, arm], [baseline] * 2, [baseline] * 2)
     assert greedy["rougeL"] == pytest.approx(0.25)
     assert greedy["rougeL_more"] == pytest.approx(0.15)
     assert greedy["rougeL_more_low"] == pytest.approx(0.1)
     assert at_one["auroc"] == pytest.approx(0.5)
-    assert greedy["auroc"] is None
+    assert at_one["auroc_more"] == at_one["auroc_more_high"] == 0
+    assert greedy["auroc"] is greedy["auroc_more"] is None
 
 
 def test_intervals_are_over_seeds_and_prompts():
