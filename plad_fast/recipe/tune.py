@@ -23,7 +23,7 @@ from plad_fast.recipe.inputs import RunPrompts
 from plad_fast.recipe.run import named_run
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
-from plad_fast.recipe.validation import MEASURES, measures
+from plad_fast.recipe.validation import MEASURES, measure_cell, measures
 from plad_fast.training.launch import sharded_by
 from plad_fast.training.validation import SCORE, checks
 
@@ -135,7 +135,7 @@ def trials_table(trials: Sequence[Trial]) -> str:
     start = {"id": "before", "settings": {}, "step": 0, **best_trial(trials)["start"]}
     lines = [["trial", *MEASURES.values(), *names, "step", "minutes"]]
     for trial in [start, *ranked]:
-        measured = (f"{trial[name]:.3f}" if name in trial else "" for name in MEASURES)
+        measured = (measure_cell(name, trial[name]) if name in trial else "" for name in MEASURES)
         if "problem" in trial:
             measured = ("failed" if name == "score" else "" for name in MEASURES)
         settings = (_cell(trial["settings"].get(name, "")) for name in names)

@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     from plad_fast.pairs.scoring.scorers import Scorer
 
 MEASURES = {
-    "score": "score of the answers",
+    "score": "score",
     "words": "words",
     "repetition": "repetition",
     "cut_off": "cut off",
-    "nll": "NLL of the teacher's answer",
-    "end_logp": "log-probability of its end",
+    "nll": "teacher's NLL",
+    "end_logp": "log P(its end)",
 }
 """Metrics of `AnswerCheck.measure` and their titles."""
+
+
+def measure_cell(name: str, value: float) -> str:
+    return f"{value:.{1 if name == 'words' else 3}f}"
 
 
 @dataclass(frozen=True)
@@ -161,5 +165,6 @@ def validation_table(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The checks of a training for the report: a line of titles, then one for each check."""
     lines = [["step", *MEASURES.values()]]
     for entry in checks(log):
-        lines.append([str(entry["step"]), *(f"{v:.3f}" for v in measures(entry).values())])
+        cells = (measure_cell(name, value) for name, value in measures(entry).items())
+        lines.append([str(entry["step"]), *cells])
     return lines
