@@ -76,14 +76,27 @@ def read_tasks(scitldr: Sequence[Path] | None, dialogsum: Path | None) -> list[T
     return tasks
 
 
-def run_prompts(parts: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> RunPrompts:
-    """The prompts of a run on these parts, whose rows become the file that the run reads."""
+def run_prompts(
+    parts: Mapping[str, Sequence[Mapping[str, Any]]], file: Path, fine_tune_on: str = "own"
+) -> RunPrompts:
+    """The prompts of a run on these parts, whose rows become the file that the run reads.
+
+    With `fine_tune_on` "all" in place of "own" both parts to train on are for both.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if fine_tune_on not in ("own", "all"):
+        raise UsageError(f"fine_tune_on must be own or all, not {fine_tune_on!r}")
     write_jsonl(file, [row for part in PARTS for row in parts[part]])
     sft, pairs, validation, held_out = (
         [Prompt(row["id"], row["prompt"], row["answer"]) for row in parts[part]] for part in PARTS
     )
     every = [*sft, *pairs, *validation, *held_out]
-    return RunPrompts(every, [*sft, *pairs], held_out, validation, sft, pairs)
+    train = [*sft, *pairs]
+    if fine_tune_on == "all":
+        sft = pairs = train
+    return RunPrompts(every, train, held_out, validation, sft, pairs)
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ SFT = "SFT"
 _NLL = {"sft_weight": "0.1,0.3,1"}
 _DPO = {"beta": "0.02..1", "sft_weight": "0,0.1,1"}
 ARMS = (
-    Arm("SFT longer", {"loss": "sft"}),
+    Arm("SFT longer", {"loss": "sft", "select": "teacher"}),
     Arm("PLaD ranking", {"loss": "plad_ranking"}, {"beta": "0.5..16", **_NLL}),
     Arm("PLaD margin", {"loss": "plad_margin"}, {"beta": "5..400", **_NLL}),
     Arm(
@@ -121,6 +134,6 @@ ARMS = (
         },
     ),
     Arm("IPO", {"loss": "ipo"}, _DPO),
-    Arm("SODA", {"loss": "dpo", "rejected_from": "base"}, _DPO),
+    Arm("SODA", {"loss": "dpo", "rejected_from": "base", "select": "teacher"}, _DPO),
 )
 BASELINE = ARMS[0].name

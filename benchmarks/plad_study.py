@@ -27,6 +27,7 @@ from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.scorers import open_scorer
+from plad_fast.pairs.select import NEED_SCORES
 from plad_fast.pairs.text_metrics import ROUGE_NAMES, repetition_shares, rouge, word_counts
 from plad_fast.recipe.distillation import Distillation, opened_run
 from plad_fast.recipe.search import SearchSpace, TuneConfig
@@ -55,8 +56,14 @@ class Setting:
     longest: int = 400
     """Tokens of a prompt."""
     max_new_tokens: int = 64
+    fine_tune_on: str = "own"
+    """`own` prompts, apart from those of the pairs, or `all`: then there are pairs of all too."""
     candidates: int = 4
     """Samples of a prompt of the pairs: all of them in ranked lists, the first in pairs."""
+    student_temperature: str = "0.7,1"
+    """Of these samples, in turn."""
+    select: str = "teacher"
+    """What makes a pair, as `select` of the recipe."""
     samples: int = 4
     """Of a student to a held-out prompt at each temperature above 0."""
     pair_epochs: float = 2.0
@@ -80,7 +87,7 @@ class Study:
         self.folder = folder / f"seed-{seed}"
         parts = task.read(vars(setting), setting.longest, setting.student)
         file = folder / "data.jsonl"
-        self.prompts = run_prompts(parts, file)
+        self.prompts = run_prompts(parts, file, setting.fine_tune_on)
         self._budget: float | None = None
         self.references = {row["id"]: row["references"] for row in parts["held_out"]}
         self.config = DistillConfig(
@@ -91,7 +98,8 @@ class Study:
             output_dir=str(self.folder / "run"),
             scorer="rougeL",
             student_samples=setting.candidates,
-            student_temperature=(1.0, 1.5),
+            student_temperature=tuple(map(float, setting.student_temperature.split(","))),
+            select=setting.select,
             max_new_tokens=setting.max_new_tokens,
             validation=setting.validation,
             sft_learning_rate=setting.sft_learning_rate,
@@ -219,7 +227,7 @@ class Study:
             text = content if isinstance(content, str) else content[-1]["content"]
             return len(tokenizer(text)["input_ids"])
 
-        drawn = self.setting.candidates if arm.config.select == "ranked" else 1
+        drawn = self.setting.candidates if arm.config.select in NEED_SCORES else 1
         epoch = sampled = chosen = 0.0
         for row in rows:
             responses = row.get("responses") or [row["chosen"], row["rejected"]]

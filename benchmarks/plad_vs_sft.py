@@ -150,8 +150,8 @@ def read_trials(file: Path) -> dict[str, dict[str, list[Trial]]]:
             raise UsageError(f"{file} has no column {min(missing)}; give a CSV of trials")
         for row in reader:
             if row["score"]:  # those that failed have none
-                values = {name: json.loads(row[name]) for name in ("settings", *_OF_TRIAL)}
-                trial = {**values, "start": {"score": json.loads(row["start"])}}
+                trial = {n: json.loads(row[n] or "null") for n in ("settings", *_OF_TRIAL)}
+                trial["start"] = {"score": json.loads(row["start"] or "null")}
                 found.setdefault(row["task"], {}).setdefault(row["arm"], []).append(trial)
     return found
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks import plad_vs_sft
-from benchmarks.plad_arms import ARMS, SFT, read_tasks
+from benchmarks.plad_arms import ARMS, SFT, read_tasks, run_prompts
 from benchmarks.plad_study import KINDS, Study
 from benchmarks.plad_table import interval, summarise
+from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.recipe.inputs import read_jsonl
 from plad_fast.recipe.settings import DistillConfig
@@ -174,6 +175,11 @@ def test_arms_cost_the_same(command, data, tiny_teacher):
     assert chosen == sum(length["prompt"]) + sum(length["chosen"])
     others = sum(length["prompt"]) + sum(length["rejected"])
     assert drawn == pytest.approx(others / 3 * count / len(rows))
+    # To choose the worst one, all were sampled.
+    with study.opened() as run:
+        _, of_all, _ = study._costs(run, {"select": "best-worst-pooled"})
+        _, of_first, _ = study._costs(run, {"select": "teacher"})
+    assert of_all == pytest.approx(study.setting.candidates * of_first, rel=0.2)
 
 
 def test_parts_are_apart_and_held_out_is_of_the_last_file(data, tiny_teacher):
@@ -186,6 +192,18 @@ def test_parts_are_apart_and_held_out_is_of_the_last_file(data, tiny_teacher):
     assert {row["id"][0] for part in ("sft", "pairs", "validation") for row in parts[part]} == {"0"}
     row = parts["held_out"][0]
     assert row["answer"] == row["references"][0] != row["references"][1]
+
+
+def test_pairs_can_be_of_the_prompts_of_fine_tuning(data, tiny_teacher, tmp_path):
+    (task,) = read_tasks(data["scitldr"], None)
+    sizes = {"sft": 3, "pairs": 4, "validation": 2, "held_out": 3}
+    parts = task.read(sizes, 10**6, str(tiny_teacher))
+    apart, together = (run_prompts(parts, tmp_path / "data", of) for of in ("own", "all"))
+    assert (len(apart.sft), len(apart.pairs)) == (3, 4)
+    assert together.sft == together.pairs == together.train == apart.train
+    assert together.held_out == apart.held_out
+    with pytest.raises(UsageError, match="must be own or all, not 'both'"):
+        run_prompts(parts, tmp_path / "data", "both")
 
 
 def test_arms_can_be_searched():
