@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.plad_arms import SFT, Arm, Task, run_prompts
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.data.records import model_digest, recorded_scores
+from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer
@@ -27,7 +28,6 @@ from plad_fast.pairs.generation.answering import stored_answers
 from plad_fast.pairs.generation.local_model import LocalModel
 from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.scorers import open_scorer
-from plad_fast.pairs.select import NEED_SCORES
 from plad_fast.pairs.text_metrics import ROUGE_NAMES, repetition_shares, rouge, word_counts
 from plad_fast.recipe.distillation import Distillation, opened_run
 from plad_fast.recipe.search import SearchSpace, TuneConfig
@@ -83,6 +83,8 @@ class Study:
     """A seed of a task in a folder of its own. What was done is taken from there again."""
 
     def __init__(self, setting: Setting, task: Task, folder: Path, seed: int) -> None:
+        if setting.select == "best-worst-student" and setting.candidates < 2:
+            raise UsageError("best-worst-student needs 2 candidates or more")
         self.setting, self.seed = setting, seed
         self.folder = folder / f"seed-{seed}"
         parts = task.read(vars(setting), setting.longest, setting.student)
@@ -98,7 +100,7 @@ class Study:
             output_dir=str(self.folder / "run"),
             scorer="rougeL",
             student_samples=setting.candidates,
-            student_temperature=tuple(map(float, setting.student_temperature.split(","))),
+            student_temperature=_numbers(setting.student_temperature),
             select=setting.select,
             max_new_tokens=setting.max_new_tokens,
             validation=setting.validation,
@@ -227,7 +229,7 @@ class Study:
             text = content if isinstance(content, str) else content[-1]["content"]
             return len(tokenizer(text)["input_ids"])
 
-        drawn = self.setting.candidates if arm.config.select in NEED_SCORES else 1
+        drawn = 1 if arm.config.select == "teacher" else self.setting.candidates
         epoch = sampled = chosen = 0.0
         for row in rows:
             responses = row.get("responses") or [row["chosen"], row["rejected"]]
@@ -237,6 +239,13 @@ class Study:
             sampled += FORWARD * drawn * (prompt + sum(others) / len(others))
         # What came to nothing was sampled too.
         return epoch, sampled * len(self.prompts.pairs) / len(rows), chosen
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UsageError(f"student_temperature must be like 0.7,1 and not {text!r}") from None
 
 
 def slug(name: str) -> str:

@@ -27,7 +27,8 @@ def summarise(
     task: str, arm: str, found: Measures, baseline: Measures, start: Measures
 ) -> list[Row]:
     """Rows of the CSV, one for each kind of answer: measures with their intervals, and `_more`,
-    the difference from the baseline with its own; that of AUROC is from the student before."""
+    the difference from the baseline with its own. That of AUROC is from the student before, over
+    the prompts of which both have samples of different worth."""
     rows = []
     for kind in KINDS:
         row: Row = {"task": task, "arm": arm, "answers": kind, "seeds": len(found)}

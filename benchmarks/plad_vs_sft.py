@@ -15,7 +15,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             flag = "--" + setting.name.replace("_", "-")
             parser.add_argument(flag, type=type(setting.default))
     parser.add_argument(
-        "--csv", type=Path, help="default: in results/, unless some arms are left out"
+        "--csv",
+        type=Path,
+        help="default: in results/, if all arms are compared with more fine-tuning",
     )
     args = parser.parse_args(argv)
     if args.against not in (shown := [SFT, BASELINE, *args.arms]):
@@ -75,7 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for file in (*given, *filter(None, [args.tuned])):
         if not file.is_file():
             parser.error(f"there is no file {str(file)!r}")
-    if args.csv is None and args.arms == names and not args.tiny:
+    is_whole = args.arms == names and args.against == BASELINE
+    if args.csv is None and is_whole and not args.tiny:
         args.csv = RESULTS / "plad_study.csv"
     return args
 
@@ -113,7 +116,7 @@ def run_task(
                 measured = study.measure_arm(run, arm, best)
                 found.setdefault(arm.name, []).append(measured)
     return [
-        row
+        row | {"against": baseline}
         for name, measures in found.items()
         for row in summarise(task.name, name, measures, found[baseline], found[SFT])
     ]
@@ -149,11 +152,28 @@ def read_trials(file: Path) -> dict[str, dict[str, list[Trial]]]:
         if missing := needed - {*(reader.fieldnames or ())}:
             raise UsageError(f"{file} has no column {min(missing)}; give a CSV of trials")
         for row in reader:
-            if row["score"]:  # those that failed have none
-                trial = {n: json.loads(row[n] or "null") for n in ("settings", *_OF_TRIAL)}
-                trial["start"] = {"score": json.loads(row["start"] or "null")}
-                found.setdefault(row["task"], {}).setdefault(row["arm"], []).append(trial)
+            trial: Trial = {n: float(row[n]) if row[n] else None for n in _OF_TRIAL}
+            trial["step"] = int(row["step"]) if row["step"] else None
+            trial["start"] = {"score": float(row["start"]) if row["start"] else None}
+            trial["settings"] = json.loads(row["settings"])
+            found.setdefault(row["task"], {}).setdefault(row["arm"], []).append(trial)
     return found
+
+
+def require_equal_tuning(
+    task: str, trials: Mapping[str, Sequence[Trial]], arms: Sequence[Arm], count: int
+) -> None:
+    """Raises UsageError if arms that are still to be tried would have more or fewer trials than
+    those that were, or if all trials of an arm failed."""
+    tried = {arm.name: trials[arm.name] for arm in arms if arm.name in trials}
+    for name, done in tried.items():
+        if all(trial["score"] is None for trial in done):
+            raise UsageError(f"all trials of {name} on {task} failed; remove its rows from the CSV")
+        if len(tried) < len(arms) and len(done) != count:
+            raise UsageError(
+                f"there are {len(done)} trials of {name} on {task}, and other arms would have "
+                f"{count}; give --trials {len(done)}, or name only --arms that were tried"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = read_setting(args)
         tasks = read_tasks(args.scitldr, args.dialogsum)
         tried = read_trials(args.tuned) if args.tuned else {}
+        for task in tasks:
+            require_equal_tuning(task.name, tried.get(task.name, {}), arms, setting.trials)
         for task in tasks:
             folder, trials = args.output_dir / slug(task.name), tried.setdefault(task.name, {})
             rows += run_task(task, setting, folder, args.seeds, arms, trials, args.against)

@@ -35,8 +35,8 @@ MEASURES = {
     "words": "words",
     "repetition": "repetition",
     "cut_off": "cut off",
-    "nll": "teacher's NLL",
-    "end_logp": "log P(its end)",
+    "nll": "NLL of teacher's",
+    "end_logp": "log P(end)",
 }
 """Metrics of `AnswerCheck.measure` and their titles."""
 

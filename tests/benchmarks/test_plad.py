@@ -72,7 +72,7 @@ def trials(quick, command):
     return str(Path(command[-1]).with_name("out_trials.csv"))
 
 
-def test_quick_run(quick, monkeypatch, capsys):
+def test_quick_run(quick, monkeypatch, capsys, tmp_path):
     """Arms have their rows; a second run computes nothing and says the same."""
     some, first = quick
     rows = rows_of(some)
@@ -94,9 +94,11 @@ def test_quick_run(quick, monkeypatch, capsys):
         return summarise(task, arm, found, baseline, start)
 
     monkeypatch.setattr(plad_vs_sft, "summarise", seeing)
-    assert plad_vs_sft.main([*some, "--against", "PLaD listwise"]) == 0
+    other = ["--against", "PLaD listwise", "--csv", str(tmp_path / "other.csv")]
+    assert plad_vs_sft.main([*some, *other]) == 0
     assert seen == dict(zip(arms, [(False, True), (False, False), (True, False)], strict=True))
     assert "the difference from PLaD listwise;" in capsys.readouterr().out
+    assert {row["against"] for row in rows_of(other[1:])} == {"PLaD listwise"}
     with pytest.raises(SystemExit, match="2"):
         plad_vs_sft.main([*some, "--against", "DPO"])
     assert "--against DPO: not among the arms SFT, SFT longer" in capsys.readouterr().err
@@ -115,17 +117,35 @@ def test_settings_of_earlier_trials_are_taken(quick, trials, tmp_path):
 def test_only_arms_without_trials_are_tried(command, trials, tmp_path, capsys):
     """Their trials are written below the earlier ones, which stay as they are."""
     out = tmp_path / "more.csv"
+    failed = 'DialogSum,DPO,"{}",,,,,,,,,1.5\n'  # is kept as well
+    given = tmp_path / "given.csv"
+    given.write_text(Path(trials).read_text() + failed)
     some = [*command, "--arms", "PLaD listwise", "SODA", "--seeds", "0", "--lora-r", "2"]
-    some += ["--output-dir", str(tmp_path / "run"), "--csv", str(out), "--tuned", trials]
+    some += ["--output-dir", str(tmp_path / "run"), "--csv", str(out), "--tuned", str(given)]
     assert plad_vs_sft.main(some) == 0
     (tried,) = (tmp_path / "run").glob("*/*/trials/*.jsonl")
     assert tried.stem == "soda"
-    earlier, more = Path(trials).read_text(), out.with_name("more_trials.csv").read_text()
+    earlier, more = (
+        given.read_text().replace('"{}"', "{}"),
+        out.with_name("more_trials.csv").read_text(),
+    )
     assert more.startswith(earlier)
     assert [row.split(",")[1] for row in more[len(earlier) :].splitlines()] == ["SODA"]
     capsys.readouterr()
-    assert plad_vs_sft.main([*command, "--tuned", command[-1]]) == 2
-    assert "has no column end_logp; give a CSV of trials" in capsys.readouterr().err
+
+
+def test_trials_that_do_not_do(command, trials, tmp_path, capsys):
+    def refused(*more):
+        assert plad_vs_sft.main([*command, *more]) == 2
+        return capsys.readouterr().err
+
+    assert "has no column end_logp; give a CSV of" in refused("--tuned", command[-1])
+    assert "1 trials of SFT longer on DialogSum, and other arms would have 3; give --trials 1" in (
+        refused("--tuned", trials, "--trials", "3")
+    )
+    failed = tmp_path / "failed.csv"
+    failed.write_text(Path(trials).read_text().splitlines()[0] + "\nDialogSum,DPO,{},,,,,,,,,\n")
+    assert "all trials of DPO on DialogSum failed" in refused("--tuned", str(failed))
 
 
 @pytest.mark.slow
@@ -177,9 +197,27 @@ def test_arms_cost_the_same(command, data, tiny_teacher):
     assert drawn == pytest.approx(others / 3 * count / len(rows))
     # To choose the worst one, all were sampled.
     with study.opened() as run:
-        _, of_all, _ = study._costs(run, {"select": "best-worst-pooled"})
         _, of_first, _ = study._costs(run, {"select": "teacher"})
-    assert of_all == pytest.approx(study.setting.candidates * of_first, rel=0.2)
+        for select in ("all", "best-worst-pooled"):
+            _, of_each, _ = study._costs(run, {"select": select})
+            assert of_each == pytest.approx(study.setting.candidates * of_first, rel=0.2)
+
+
+def test_settings_reach_the_run(command, data):
+    more = [
+        "--fine-tune-on",
+        "all",
+        "--select",
+        "best-worst-pooled",
+        "--student-temperature",
+        "0,1",
+    ]
+    args = plad_vs_sft.parse([*command, *more])
+    (task,) = read_tasks(None, data["dialogsum"])
+    study = Study(plad_vs_sft.read_setting(args), task, args.output_dir / "settings", 0)
+    assert study.config.select == "best-worst-pooled"
+    assert study.config.student_temperature == (0.0, 1.0)
+    assert len(study.prompts.sft) == len(study.prompts.pairs) == 4 + 8
 
 
 def test_parts_are_apart_and_held_out_is_of_the_last_file(data, tiny_teacher):
@@ -225,6 +263,9 @@ def test_arms_can_be_searched():
     [
         (["--sft", "9"], "DialogSum has 7 rows left for 8 pairs"),
         (["--scitldr", "DIALOGSUM", "DIALOGSUM"], "has no columns abstract and tldrs"),
+        (["--student-temperature", "0.7,"], "must be like 0.7,1 and not '0.7,'"),
+        (["--fine-tune-on", "both"], "must be own or all, not 'both'"),
+        (["--select", "best-worst-student", "--candidates", "1"], "needs 2 candidates or more"),
     ],
 )
 def test_data_that_does_not_do(command, data, capsys, extra, message):
@@ -241,15 +282,16 @@ def measures(scores):
 
 
 def test_rows_by_hand():
-    """The better sample is the likelier one of the first prompt only; the baseline's samples of
-    that prompt are equally good, so AUROC is compared on the second one."""
+    """The better sample is the likelier one of the first prompt only, which is the only one where
+    the student before can be compared."""
     arm, baseline = measures([[0.4, 0.2], [0.3, 0.1]]), measures([[0.1, 0.1], [0.2, 0.0]])
-    greedy, _, at_one = summarise("t", "x", [arm, arm], [baseline] * 2, [baseline] * 2)
+    start = measures([[0.1, 0.4], [0.1, 0.1]])  # the worse sample is the likelier one, and neither
+    greedy, _, at_one = summarise("t", "x", [arm, arm], [baseline] * 2, [start] * 2)
     assert greedy["rougeL"] == pytest.approx(0.25)
     assert greedy["rougeL_more"] == pytest.approx(0.15)
     assert greedy["rougeL_more_low"] == pytest.approx(0.1)
     assert at_one["auroc"] == pytest.approx(0.5)
-    assert at_one["auroc_more"] == at_one["auroc_more_high"] == 0
+    assert at_one["auroc_more"] == at_one["auroc_more_high"] == 1
     assert greedy["auroc"] is greedy["auroc_more"] is None
 
 
