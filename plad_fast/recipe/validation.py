@@ -35,7 +35,7 @@ MEASURES = {
     "words": "words",
     "repetition": "repetition",
     "cut_off": "cut off",
-    "nll": "NLL of teacher's",
+    "nll": "NLL",
     "end_logp": "log P(end)",
 }
 """Metrics of `AnswerCheck.measure` and their titles."""
