@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.plad_arms import SFT, Arm, Task, run_prompts
 from plad_fast.data.prompts import Prompt, as_messages
 from plad_fast.data.records import model_digest, recorded_scores
-from plad_fast.errors import UsageError
 from plad_fast.losses.registry import get_loss
 from plad_fast.models.devices import autocast_dtype, best_device
 from plad_fast.models.loading import load_model, load_tokenizer
@@ -30,6 +29,7 @@ from plad_fast.pairs.generation.sampling import Sampling
 from plad_fast.pairs.scoring.scorers import open_scorer
 from plad_fast.pairs.text_metrics import ROUGE_NAMES, repetition_shares, rouge, word_counts
 from plad_fast.recipe.distillation import Distillation, opened_run
+from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.tune import Trial, search
@@ -83,8 +83,6 @@ class Study:
     """A seed of a task in a folder of its own. What was done is taken from there again."""
 
     def __init__(self, setting: Setting, task: Task, folder: Path, seed: int) -> None:
-        if setting.select == "best-worst-student" and setting.candidates < 2:
-            raise UsageError("best-worst-student needs 2 candidates or more")
         self.setting, self.seed = setting, seed
         self.folder = folder / f"seed-{seed}"
         parts = task.read(vars(setting), setting.longest, setting.student)
@@ -92,6 +90,9 @@ class Study:
         self.prompts = run_prompts(parts, file, setting.fine_tune_on)
         self._budget: float | None = None
         self.references = {row["id"]: row["references"] for row in parts["held_out"]}
+        temperatures = read_value(
+            "tuple[float, ...]", setting.student_temperature, "--student-temperature"
+        )
         self.config = DistillConfig(
             teacher="column:answer",
             student=setting.student,
@@ -100,7 +101,7 @@ class Study:
             output_dir=str(self.folder / "run"),
             scorer="rougeL",
             student_samples=setting.candidates,
-            student_temperature=_numbers(setting.student_temperature),
+            student_temperature=temperatures,
             select=setting.select,
             max_new_tokens=setting.max_new_tokens,
             validation=setting.validation,
@@ -239,13 +240,6 @@ class Study:
             sampled += FORWARD * drawn * (prompt + sum(others) / len(others))
         # What came to nothing was sampled too.
         return epoch, sampled * len(self.prompts.pairs) / len(rows), chosen
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, text.split(",")))
-    except ValueError:
-        raise UsageError(f"student_temperature must be like 0.7,1 and not {text!r}") from None
 
 
 def slug(name: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.common import format_table
 from benchmarks.plad_study import KINDS
-from plad_fast.evaluation.metrics import won
+from plad_fast.evaluation.calibration import WITHIN, ScoredSamples, measure_within
 from plad_fast.pairs.text_metrics import ROUGE_NAMES
 
 RESAMPLES = 4000
@@ -79,12 +79,9 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:  # (S, P
 def _auroc(measures: Mapping[str, Any]) -> np.ndarray:
     """(P,) how often the better of two samples of a prompt is the likelier one to the student; NaN
     where all are equally good."""
-    logps, quality = (np.array(measures["at 1"][name]) for name in ("logp", SHOWN))  # (P, K)
-    is_better = quality[:, :, None] > quality[:, None, :]
-    likelier = won(logps[:, :, None] - logps[:, None, :])
-    count = is_better.sum(axis=(1, 2))
-    agreeing = np.sum(likelier, axis=(1, 2), where=is_better)
-    return np.divide(agreeing, count, out=np.full(len(count), np.nan), where=count > 0)
+    logps, quality = (list(map(np.array, measures["at 1"][name])) for name in ("logp", SHOWN))
+    samples = ScoredSamples("", measures["ids"], logps, quality)
+    return measure_within(samples)[WITHIN.index("auroc_within")]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -122,7 +122,7 @@ def evaluate_calibration(
             for name, there in found
         }
 
-    measured = [_measured(student) for student in students]
+    measured = [measure_within(student) for student in students]
     rows = []
     for student, own in zip(students, measured, strict=True):
         counts = [len(logps) for logps in student.logps]
@@ -182,7 +182,7 @@ def reliability(
     return curve
 
 
-def _measured(samples: ScoredSamples) -> FloatArray:  # (len(WITHIN), P)
+def measure_within(samples: ScoredSamples) -> FloatArray:  # (len(WITHIN), P)
     """The measures of every prompt, NaN where it has none."""
     count = len(samples.prompt_ids)
     within = dict(zip(WITHIN, np.full((len(WITHIN), count), np.nan), strict=True))

@@ -40,6 +40,11 @@ def check_together(config: DistillConfig) -> None:
         raise UsageError("--price-in and --price-out belong together; give both")
     if get_loss(config.loss).needs_scores and config.scorer is None:
         raise UsageError(f"--loss {config.loss} needs scores of the answers; choose a --scorer")
+    if config.select == "best-worst-student" and config.student_samples < 2:
+        raise UsageError(
+            "--select best-worst-student chooses among samples of a prompt; give --student-samples "
+            "2 or more"
+        )
     temperatures, turns = config.temperatures, len(config.sample_turns)
     for samples, temperature, are_same in (
         ("teacher_samples", "teacher_temperature", config.teacher_temperature == 0),

@@ -87,16 +87,18 @@ def test_quick_run(quick, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("plad_fast.training.train.load_model", None)
     assert plad_vs_sft.main(some) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
-    seen = {}
+    seen, drawn = {}, []
 
     def seeing(task, arm, found, baseline, start):
         seen[arm] = found is baseline, found is start
         return summarise(task, arm, found, baseline, start)
 
     monkeypatch.setattr(plad_vs_sft, "summarise", seeing)
+    monkeypatch.setattr("benchmarks.plad_table._label", lambda arm, _: drawn.append(arm) or arm)
     other = ["--against", "PLaD listwise", "--csv", str(tmp_path / "other.csv")]
     assert plad_vs_sft.main([*some, *other]) == 0
     assert seen == dict(zip(arms, [(False, True), (False, False), (True, False)], strict=True))
+    assert drawn == arms[:2]
     assert "the difference from PLaD listwise;" in capsys.readouterr().out
     assert {row["against"] for row in rows_of(other[1:])} == {"PLaD listwise"}
     with pytest.raises(SystemExit, match="2"):
@@ -114,7 +116,7 @@ def test_settings_of_earlier_trials_are_taken(quick, trials, tmp_path):
         assert list(csv.DictReader(file)) == rows_of(some)
 
 
-def test_only_arms_without_trials_are_tried(command, trials, tmp_path, capsys):
+def test_only_arms_without_trials_are_tried(command, trials, tmp_path):
     """Their trials are written below the earlier ones, which stay as they are."""
     out = tmp_path / "more.csv"
     failed = 'DialogSum,DPO,"{}",,,,,,,,,1.5\n'  # is kept as well
@@ -131,7 +133,6 @@ def test_only_arms_without_trials_are_tried(command, trials, tmp_path, capsys):
     )
     assert more.startswith(earlier)
     assert [row.split(",")[1] for row in more[len(earlier) :].splitlines()] == ["SODA"]
-    capsys.readouterr()
 
 
 def test_trials_that_do_not_do(command, trials, tmp_path, capsys):
@@ -204,14 +205,8 @@ def test_arms_cost_the_same(command, data, tiny_teacher):
 
 
 def test_settings_reach_the_run(command, data):
-    more = [
-        "--fine-tune-on",
-        "all",
-        "--select",
-        "best-worst-pooled",
-        "--student-temperature",
-        "0,1",
-    ]
+    more = ["--select", "best-worst-pooled", "--student-temperature", "0,1"]
+    more += ["--fine-tune-on", "all"]
     args = plad_vs_sft.parse([*command, *more])
     (task,) = read_tasks(None, data["dialogsum"])
     study = Study(plad_vs_sft.read_setting(args), task, args.output_dir / "settings", 0)
@@ -263,9 +258,12 @@ def test_arms_can_be_searched():
     [
         (["--sft", "9"], "DialogSum has 7 rows left for 8 pairs"),
         (["--scitldr", "DIALOGSUM", "DIALOGSUM"], "has no columns abstract and tldrs"),
-        (["--student-temperature", "0.7,"], "must be like 0.7,1 and not '0.7,'"),
+        (["--student-temperature", "0.7,"], "--student-temperature"),
         (["--fine-tune-on", "both"], "must be own or all, not 'both'"),
-        (["--select", "best-worst-student", "--candidates", "1"], "needs 2 candidates or more"),
+        (
+            ["--select", "best-worst-student", "--candidates", "1"],
+            "give --student-samples 2 or more",
+        ),
     ],
 )
 def test_data_that_does_not_do(command, data, capsys, extra, message):
