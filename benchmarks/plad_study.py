@@ -53,7 +53,7 @@ class Setting:
     pairs: int = 160
     validation: int = 60
     held_out: int = 100
-    longest: int = 400
+    longest: int = 420
     """Tokens of a prompt."""
     max_new_tokens: int = 64
     fine_tune_on: str = "own"
