@@ -33,7 +33,6 @@ from plad_fast.recipe.fields import read_value
 from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.tune import Trial, search
-from plad_fast.training.validation import checks
 
 FORWARD = 1 / 3
 """What a token counts that went forward only."""
@@ -135,9 +134,8 @@ class Study:
             trained = run.with_settings(replace(self._of_arm(run, arm), **settings))
             trained.prepare()
             trained.make_pairs()
-            found = checks(trained.train_on_pairs())
-            validated = [[check["step"], check["validation/score"]] for check in found]
-            return {**self._measures(arm.name, run.folder / "plad"), "validated": validated}
+            log = trained.train_on_pairs()
+            return {**self._measures(arm.name, run.folder / "plad"), "log": log}
 
         return self._recorded(run, arm.name, compute, settings={**arm.settings, **settings})
 

@@ -16,6 +16,7 @@ from benchmarks.common import format_table
 from benchmarks.plad_study import KINDS
 from plad_fast.evaluation.calibration import WITHIN, ScoredSamples, measure_within
 from plad_fast.pairs.text_metrics import ROUGE_NAMES
+from plad_fast.training.validation import PREFIX, best_check, checks
 
 RESAMPLES = 4000
 SHOWN = "rougeL"
@@ -52,16 +53,17 @@ def summarise(
             if np.isfinite(more := ours - theirs).any():
                 row["auroc_more"] = float(np.nanmean(more))
                 row["auroc_more_low"], row["auroc_more_high"] = interval(more)
-        row["kept"] = ", ".join(kept(m["validated"]) for m in found if "validated" in m)
+        row["kept"] = ", ".join(kept(m["log"]) for m in found if "log" in m)
         rows.append(row)
     return rows
 
 
-def kept(validated: Sequence[tuple[int, float]]) -> str:
-    """The checkpoint that validation kept, of steps and scores that begin with the student before:
-    "20 of 40" steps, or "0 of 40" where none was better than that."""
-    best, _ = max(validated, key=lambda check: check[1])  # the first of equal ones
-    return f"{best} of {validated[-1][0]}"
+def kept(log: Sequence[Mapping[str, Any]]) -> str:
+    """The checkpoint that validation kept, of the log of a training: "20 of 40" steps, or "0 of 40"
+    where none was better than the student before."""
+    best = best_check(log)
+    assert best is not None
+    return f"{best['step']} of {checks(log)[-1]['step']}"
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:  # (S, P)
@@ -102,6 +104,52 @@ def table(rows: Sequence[Row]) -> str:
         cells[-1] += "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
         lines.append(cells)
     return format_table(header, lines)
+
+
+_LOGGED = ("nll", "logps/chosen", "logps/rejected", "margin", "ranking_accuracy", "active_pairs")
+
+
+def training_rows(task: str, arm: str, seeds: Sequence[int], found: Measures) -> list[Row]:
+    """How the trainings of an arm went: a row for each check by validation, with what it found and
+    the means of what was logged since the one before. Log-probabilities and margins are as the loss
+    sees them, sums or means over tokens."""
+    rows = []
+    for seed, measures in zip(seeds, found, strict=True):
+        log, before = measures.get("log", []), 0
+        for number, check in enumerate(checks(log)):
+            since = [
+                each for each in log if "loss" in each and before < each["step"] <= check["step"]
+            ]
+            before = check["step"]
+            row: Row = {"task": task, "arm": arm, "seed": seed, "check": number, "step": before}
+            row |= {name: value for name, value in check.items() if name.startswith(PREFIX)}
+            for name in _LOGGED:
+                values = [each[name] for each in since if name in each]
+                row[name] = float(np.mean(values)) if values else None
+            rows.append(row)
+    return rows
+
+
+def training_table(rows: Sequence[Row]) -> str:
+    """A line for each arm of a task: means over seeds, check by check from step 0 on, of what
+    validation found, and between the checks of the share of pairs that were ranked right."""
+    shown = {
+        **{"validation/score": ("R-L", 100, 1), "validation/nll": ("NLL", 1, 3)},
+        **{"validation/end_logp": ("log P(end)", 1, 2), "validation/words": ("words", 1, 1)},
+        **{"validation/repetition": ("rep-4", 1, 3), "ranking_accuracy": ("ranked", 1, 2)},
+    }
+    lines = []
+    for task, arm in dict.fromkeys((row["task"], row["arm"]) for row in rows):
+        own = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
+        cells = [f"{task} {arm}"]
+        for name, (_, factor, digits) in shown.items():
+            means = [
+                np.mean([row[name] for row in own if row["check"] == number])
+                for number in sorted({row["check"] for row in own if row[name] is not None})
+            ]
+            cells.append(", ".join(f"{factor * mean:.{digits}f}" for mean in means) or "-")
+        lines.append(cells)
+    return format_table(["task and arm", *(label for label, _, _ in shown.values())], lines)
 
 
 def _label(arm: str, rows: Sequence[Row]) -> str:

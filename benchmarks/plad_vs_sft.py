@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ import torch
 from benchmarks.common import RESULTS, environment, write_csv
 from benchmarks.plad_arms import ARMS, BASELINE, SFT, Arm, Task, read_tasks
 from benchmarks.plad_study import Setting, Study, slug
-from benchmarks.plad_table import Row, draw, summarise, table
+from benchmarks.plad_table import Row, draw, summarise, table, training_rows, training_table
 from plad_fast.errors import UsageError
 from plad_fast.models.devices import best_device
 from plad_fast.models.loading import offline_teacher_path
@@ -98,10 +99,10 @@ def run_task(
     arms: Sequence[Arm],
     trials: dict[str, list[Trial]],
     baseline: str,
-) -> list[Row]:
-    """Rows of the student before and of the arms, with the best settings of their trials, by name,
-    to which those that are missing are added with the first of the seeds. `baseline` is the arm
-    that the others are compared with."""
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the student before and of the arms, and of their trainings, with the best settings of
+    their trials, by name, to which those that are missing are added with the first of the seeds.
+    `baseline` is the arm that the others are compared with."""
     found: dict[str, list[Any]] = {}
     for seed in seeds:
         study = Study(setting, task, folder, seed)
@@ -115,11 +116,13 @@ def run_task(
                 best = best_trial(trials[arm.name])["settings"]
                 measured = study.measure_arm(run, arm, best)
                 found.setdefault(arm.name, []).append(measured)
-    return [
+    rows = [
         row | {"against": baseline}
         for name, measures in found.items()
         for row in summarise(task.name, name, measures, found[baseline], found[SFT])
     ]
+    trainings = [training_rows(task.name, name, seeds, of_arm) for name, of_arm in found.items()]
+    return rows, [*itertools.chain(*trainings)]
 
 
 _OF_TRIAL = ("score", "step", "words", "repetition", "cut_off", "nll", "end_logp", "seconds")
@@ -180,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     arms = [ARMS[0], *(arm for arm in ARMS[1:] if arm.name in args.arms)]
     rows: list[Row] = []
+    trainings: list[Row] = []
     try:
         setting = read_setting(args)
         tasks = read_tasks(args.scitldr, args.dialogsum)
@@ -188,15 +192,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_equal_tuning(task.name, tried.get(task.name, {}), arms, setting.trials)
         for task in tasks:
             folder, trials = args.output_dir / slug(task.name), tried.setdefault(task.name, {})
-            rows += run_task(task, setting, folder, args.seeds, arms, trials, args.against)
+            found = run_task(task, setting, folder, args.seeds, arms, trials, args.against)
+            rows, trainings = rows + found[0], trainings + found[1]
     except UsageError as error:
         print(f"plad_vs_sft: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # SIGTERM's too
+        print("plad_vs_sft: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     print(f"\n{len(args.seeds)} seeds; [the difference from {args.against}; AUROC's from {SFT}]")
     print(table(rows))
+    print("\non validation prompts, before, in the course of and after training; means over seeds")
+    print(training_table(trainings))
     if args.csv:
         facts = environment(torch.device(best_device()))
         write_csv(args.csv, [row | facts for row in rows])
+        write_csv(args.csv.with_name(f"{args.csv.stem}_training.csv"), trainings)
         draw(rows, args.csv.with_suffix(".png"), args.against)
         of_trials = [
             row

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import plad_vs_sft
 from benchmarks.plad_arms import ARMS, SFT, read_tasks, run_prompts
 from benchmarks.plad_study import KINDS, Study
-from benchmarks.plad_table import interval, summarise
+from benchmarks.plad_table import interval, summarise, training_rows, training_table
 from plad_fast.errors import UsageError
 from plad_fast.models.loading import load_tokenizer
 from plad_fast.recipe.inputs import read_jsonl
@@ -82,6 +82,16 @@ def test_quick_run(quick, monkeypatch, capsys, tmp_path):
     assert float(rows[3]["rougeL_more"]) == float(rows[3]["rougeL_more_high"]) == 0
     assert rows[0]["likelihood"] == rows[0]["kept"] == ""
     assert all(re.fullmatch(r"\d+ of [1-9]\d*", row["kept"]) for row in rows[3:])
+    with open(Path(some[some.index("--csv") + 1]).with_name("out_training.csv")) as file:
+        trainings = list(csv.DictReader(file))
+    assert [(r["arm"], r["check"]) for r in trainings] == [
+        (arm, check) for arm in arms[1:] for check in "01"
+    ]
+    assert trainings[1]["ranking_accuracy"] == ""  # no pairs
+    assert 0 <= float(trainings[3]["ranking_accuracy"]) <= 1
+    for start, end in zip(trainings[::2], trainings[1::2], strict=True):
+        steps = start["step"], end["step"], end["step"]
+        assert steps == ("0", *[r["kept"].split()[2] for r in rows if r["arm"] == end["arm"]][:2])
     assert Path(some[some.index("--csv") + 1]).with_suffix(".png").is_file()
     monkeypatch.setattr("benchmarks.plad_study.load_model", None)
     monkeypatch.setattr("plad_fast.training.train.load_model", None)
@@ -104,6 +114,17 @@ def test_quick_run(quick, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         plad_vs_sft.main([*some, "--against", "DPO"])
     assert "--against DPO: not among the arms SFT, SFT longer" in capsys.readouterr().err
+
+
+def test_interrupted(quick, monkeypatch, capsys):
+    """It ends in one line, and later goes on: see `test_quick_run`."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "measure_arm", interrupt)
+    assert plad_vs_sft.main(quick[0]) == 130
+    assert capsys.readouterr().err.endswith("the same command goes on from here\n")
 
 
 def test_settings_of_earlier_trials_are_taken(quick, trials, tmp_path):
@@ -291,6 +312,34 @@ def test_rows_by_hand():
     assert at_one["auroc"] == pytest.approx(0.5)
     assert at_one["auroc_more"] == at_one["auroc_more_high"] == 1
     assert greedy["auroc"] is greedy["auroc_more"] is None
+
+
+def test_trainings_by_hand():
+    """What was logged belongs to the check after it, that of the same step included."""
+
+    def check(step, score):
+        names = ("nll", "end_logp", "words", "repetition")
+        others = {f"validation/{name}": step for name in names}
+        return {"step": step, "validation/score": score, **others}
+
+    log = [
+        *(check(0, 0.25), {"step": 1, "loss": 1.0, "ranking_accuracy": 0.5, "nll": 3.0}),
+        *(check(2, 0.75), {"step": 2, "loss": 1.0, "ranking_accuracy": 0.75, "nll": 1.0}),
+        *({"step": 4, "loss": 1.0, "ranking_accuracy": 1.0, "nll": 0.5}, check(4, 0.5)),
+        {"step": 4, "train_loss": 1.0},
+    ]
+    rows = training_rows("t", "x", [5, 6], [{"log": log}, {"log": log}])
+    assert [(r["seed"], r["check"], r["step"]) for r in rows[:4]] == [
+        *((5, 0, 0), (5, 1, 2), (5, 2, 4), (6, 0, 0))
+    ]
+    assert [r["ranking_accuracy"] for r in rows[:3]] == [None, 0.625, 1.0]
+    assert [r["nll"] for r in rows[:3]] == [None, 2.0, 0.5]
+    assert rows[0]["margin"] is None
+    assert training_rows("t", SFT, [5], [{}]) == []
+    rows[4] |= {"validation/score": 1.0}  # of the other seed
+    of_arm = training_table(rows).splitlines()[-1]
+    assert "25.0, 87.5, 50.0" in of_arm
+    assert "0.62, 1.00" in of_arm
 
 
 def test_intervals_are_over_seeds_and_prompts():
