@@ -55,7 +55,7 @@ class StudentOutputs:
     chosen_logps: FloatArray = field(default_factory=lambda: np.empty(0))
     """(P,) log-probability of the teacher's answer, in nats, normalised as in training."""
     rejected_logps: FloatArray = field(default_factory=lambda: np.empty(0))
-    """(P,) log-probability of the pair's rejected answer."""
+    """(P,) log-probability of the pair's rejected answer, its end token included."""
     pair_ids: Sequence[str] = ()
     """(P,) the pair that each log-probability belongs to."""
     own_rejected_logps: FloatArray | None = None

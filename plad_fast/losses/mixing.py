@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from plad_fast.checks import check_weight
+from plad_fast.checks import check_length_normalization, check_weight
 from plad_fast.errors import UsageError
+from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import LossSpec, available, get_loss, register_loss
-from plad_fast.losses.terms import length_normalized
+
+_OF_A_PART = ("weight", "length_normalization")
 
 
 def _a_part_needs_it(options: Mapping[str, Any]) -> bool:
@@ -26,16 +28,16 @@ def mixture(
     *,
     counts: Tensor,  # (B, K)
     reference_logps: Tensor | None = None,  # (B, K), plain sums
-    length_normalization: float = 0.0,
     parts: Mapping[str, Mapping[str, Any]],
 ) -> Tensor:  # (B,)
     """Sum over parts of weight times loss, each length-normalised as it is when alone.
 
     parts: {"dpo": {"weight": 0.8, "beta": 0.1}, "bco_pair": {"weight": 0.2}}: registered losses by
-    name, each with a weight (1 if left out) and options of its own. What needs scores, and means
-    over tokens, cannot be a part: the likelihood of the best responses is `sft_weight`. Parts that
-    can go without scores do. Reference log-probabilities are needed if a part needs them. So
-    weighted are MPO, Wang et al. 2024, arXiv 2411.10442, section 3.2, and TRL's `loss_weights`.
+    name, each with a weight (1 if left out), a `length_normalization` (the loss's own if left out)
+    and options of its own. What needs scores, and means over tokens, cannot be a part: the
+    likelihood of the best responses is `sft_weight`. Parts that can go without scores do. Reference
+    log-probabilities are needed if a part needs them. So weighted are MPO, Wang et al. 2024, arXiv
+    2411.10442, section 3.2, and TRL's `loss_weights`.
     """
     if not isinstance(parts, Mapping) or not parts:
         raise UsageError(f'parts must be like {{"dpo": {{"weight": 0.8}}}}, got {parts!r}')
@@ -44,19 +46,16 @@ def mixture(
         spec = _part(name)
         if not isinstance(given, Mapping):
             raise UsageError(f"parts[{name!r}] must map names of options to values, got {given!r}")
-        options = {key: value for key, value in given.items() if key != "weight"}
-        spec.check_options(options, beside=["weight"])
+        options = {key: value for key, value in given.items() if key not in _OF_A_PART}
+        spec.check_options(options, beside=_OF_A_PART)
         weight = given.get("weight", 1.0)
         check_weight(f"the weight of {name!r} in parts", weight)
-        alpha = length_normalization if spec.length_normalized else 0.0
-        constants: dict[str, Any] = {"counts": counts, "length_normalization": length_normalization}
-        if reference_logps is not None:
-            constants["reference_logps"] = length_normalized(reference_logps, counts, alpha)
-        elif spec.needs_reference:
+        alpha = given.get("length_normalization", spec.length_normalization)
+        check_length_normalization(alpha)
+        if spec.needs_reference and reference_logps is None:
             raise UsageError(f"{name!r} in parts needs reference_logps")
-        taken = {key: constants[key] for key in spec.takes if key in constants}
-        own = length_normalized(logps, counts, alpha).clone()  # the function may work in place
-        total = total + weight * spec.fn(own, **taken, **options)
+        part = Objective(spec, logps.shape[1], options, length_normalization=alpha)
+        total = total + weight * part.group_losses(logps, counts, None, reference_logps)
     return total
 
 

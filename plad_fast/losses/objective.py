@@ -51,7 +51,7 @@ class Objective:
         has_scores: bool,
         has_reference: bool = False,
         device: torch.device | str = "cpu",
-        **options: Any,
+        options: Mapping[str, Any],
     ) -> Objective:
         """Check names, options and, unless a graph is being traced, shapes: by calls on two groups
         of random numbers, once for a function with its options.
@@ -60,8 +60,9 @@ class Objective:
             sft_weight, length_normalization: None for the loss's own, see `LossSpec`.
 
         Raises:
-            UsageError: unknown loss or option, missing scores or reference, negative weights, or
-                a function that does not return one number per group, each group on its own.
+            UsageError: unknown loss or option, missing scores or reference, negative weights, a
+                likelihood counted twice, or a function that does not return one number per group,
+                each group on its own.
         """
         spec = get_loss(loss)
         spec.check_options(options)
@@ -78,6 +79,11 @@ class Objective:
         sft_weight, length_normalization = spec.terms(sft_weight, length_normalization)
         check_weight("sft_weight", sft_weight)
         check_length_normalization(length_normalization)
+        if spec.is_likelihood and sft_weight:
+            raise UsageError(
+                f"loss {spec.name!r} is the likelihood itself, which sft_weight={sft_weight} would "
+                "count twice; leave sft_weight out"
+            )
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
         if not torch.compiler.is_compiling():
             objective._probe_once(torch.device(device))
@@ -225,7 +231,7 @@ def check_settings(
     options = read_loss_args(loss, settings.get("loss_args"), beta=beta) or {}
     if beta is not None:
         options["beta"] = beta
-    Objective.bind(loss, group_size=2, has_scores=True, has_reference=True, **options)
+    Objective.bind(loss, group_size=2, has_scores=True, has_reference=True, options=options)
 
 
 def refuse_outside_gradients(losses: Tensor, leaf: Tensor) -> None:

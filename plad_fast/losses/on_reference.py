@@ -29,7 +29,7 @@ from plad_fast.losses.terms import (
     check_share,
     divergence_rewards,
     first_against_each,
-    log_loss,
+    logistic_loss,
     mean_over_others,
     means,
 )
@@ -52,7 +52,7 @@ def dpo(
     2023, "A note on DPO with noisy preferences", cDPO).
     """
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
-    return mean_over_others(log_loss(gaps, label_smoothing))
+    return mean_over_others(logistic_loss(gaps, label_smoothing))
 
 
 @register_loss("dpo_robust", always_active=True)
@@ -72,8 +72,10 @@ def dpo_robust(
     """
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
     check_share(label_smoothing)
-    right = (1 - label_smoothing) * log_loss(gaps)
-    return mean_over_others((right - label_smoothing * log_loss(-gaps)) / (1 - 2 * label_smoothing))
+    right = (1 - label_smoothing) * logistic_loss(gaps)
+    return mean_over_others(
+        (right - label_smoothing * logistic_loss(-gaps)) / (1 - 2 * label_smoothing)
+    )
 
 
 @register_loss("dpo_hinge")
@@ -134,7 +136,7 @@ def dpo_norm(
     """
     check_positive("beta", beta)
     rewards = divergence_rewards(logps - reference_logps, f_divergence, f_alpha)
-    return mean_over_others(log_loss(beta * first_against_each(means(rewards, counts))))
+    return mean_over_others(logistic_loss(beta * first_against_each(means(rewards, counts))))
 
 
 @register_loss("exo_pair", always_active=True)
@@ -178,7 +180,7 @@ def discopop(
     if not 0 < tau <= 1:
         raise UsageError(f"tau is the softness of a switch and must lie in (0, 1], got {tau}")
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
-    logistic = torch.sigmoid(-gaps / tau) * log_loss(gaps)
+    logistic = torch.sigmoid(-gaps / tau) * logistic_loss(gaps)
     # In one exponent: apart, infinity would meet 0.
     exponential = torch.exp(F.logsigmoid(gaps / tau) - gaps)
     return mean_over_others(logistic + exponential)

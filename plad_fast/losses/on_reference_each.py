@@ -23,7 +23,7 @@ from plad_fast.losses.terms import (
     check_not_negative,
     check_positive,
     first_against_each,
-    log_loss,
+    logistic_loss,
     mean_over_others,
 )
 
@@ -41,7 +41,7 @@ def bco_pair(
     batches.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    return log_loss(rewards[:, 0]) + mean_over_others(log_loss(-rewards[:, 1:]))
+    return logistic_loss(rewards[:, 0]) + mean_over_others(logistic_loss(-rewards[:, 1:]))
 
 
 @register_loss("nca_pair", always_active=True)
@@ -56,7 +56,7 @@ def nca_pair(
     Chen et al., section 4.1, with all preference on the first response.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    return log_loss(rewards[:, 0]) + log_loss(-rewards).mean(dim=1)
+    return logistic_loss(rewards[:, 0]) + logistic_loss(-rewards).mean(dim=1)
 
 
 @register_loss("sppo_hard", always_active=True)

@@ -26,7 +26,7 @@ _CLOSE = 0.8  # to be taken for a name: of all letters, those that agree
 _RESERVED = {
     *("hidden", "weight", "bias", "targets", "cu_seqlens", "loss", "group_size", "sft_weight"),
     *("softcap", "logit_scale", "temperature", "ignore_index"),
-    *("num_groups", "num_tokens", "impl", "scratch_bytes"),
+    *("num_groups", "num_tokens", "impl", "scratch_bytes", "group", "sums"),
 }
 
 
@@ -71,7 +71,7 @@ class LossSpec:
 
     @property
     def is_likelihood(self) -> bool:
-        """The loss is the likelihood of the best responses, to which `sft_weight` adds nothing."""
+        """The loss is the likelihood of the best responses: `sft_weight` would double it."""
         return self.mean_over == "tokens"
 
     def check_options(self, options: Mapping[str, Any], *, beside: Sequence[str] = ()) -> None:

@@ -106,11 +106,11 @@ def mean_over_others(
     return values.squeeze(1) if values.shape[1] == 1 else values.mean(dim=1)
 
 
-def log_loss(odds: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid of each, a share of it taken the other way round; of the shape of `odds`."""
+def logistic_loss(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid of each, a share of it taken the other way round; of the shape of `logits`."""
     check_share(label_smoothing)
-    right = -(1 - label_smoothing) * F.logsigmoid(odds)
-    return right - label_smoothing * F.logsigmoid(-odds) if label_smoothing else right
+    right = -(1 - label_smoothing) * F.logsigmoid(logits)
+    return right - label_smoothing * F.logsigmoid(-logits) if label_smoothing else right
 
 
 def check_positive(name: str, value: float) -> None:

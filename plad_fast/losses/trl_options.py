@@ -216,10 +216,9 @@ def _checked(loss: str, options: dict[str, Any], sft_weight: float) -> Translate
             loss,
             group_size=2,
             sft_weight=sft_weight,
-            length_normalization=0.0,
             has_scores=True,
             has_reference=True,
-            **options,
+            options=options,
         )
     except UsageError as error:
         word = str(error).partition(" ")[0]

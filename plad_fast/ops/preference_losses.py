@@ -62,7 +62,7 @@ def preference_loss(
         has_scores=scores is not None,
         has_reference=reference_logps is not None,
         device=sums.device,
-        **options,
+        options=options,
     )
     sums, counts = sums.reshape(-1, group_size), counts.reshape(-1, group_size)
     scores, reference_logps = (
@@ -161,7 +161,7 @@ def fused_linear_preference_loss(
         has_scores=scores is not None,
         has_reference=reference_logps is not None,
         device=device,
-        **loss_options,
+        options=loss_options,
     )
     return linear_preference_loss(
         problem, scores, reference_logps, objective, num_groups, num_tokens

@@ -25,7 +25,7 @@ from plad_fast.recipe.search import SearchSpace, TuneConfig
 from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.validation import MEASURES, measure_cell, measures
 from plad_fast.training.launch import sharded_by
-from plad_fast.training.validation import SCORE, checks
+from plad_fast.training.validation import best_check, checks
 
 Trial = dict[str, Any]
 """`id`, its number; `settings`; `seconds`; `score`, and with it the further `MEASURES` of the best
@@ -123,8 +123,8 @@ def verdict(best: Trial) -> str:
     what = "above" if best["score"] > start else "not above"
     return (
         f"trial {best['id']} is best: its score on validation prompts, {best['score']:.3f}, is "
-        f"{what} that of the SFT student, {start:.3f}. The best of several looks better than it "
-        "is: what it is worth, held-out prompts tell"
+        f"{what} that of the SFT student, {start:.3f}. The best of several trials looks better "
+        "than it is; held-out prompts show what it is worth"
     )
 
 
@@ -163,7 +163,8 @@ def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[
         return _failure(error)
     found = checks(trial.train_on_pairs())
     # The student before is kept where no checkpoint is better, which would make trials equal.
-    best = max(found[1:], key=lambda entry: (entry[SCORE], entry["step"]))
+    best = best_check(found[1:])
+    assert best is not None
     stages = run.folder.stages
     return {
         **measures(best),

@@ -148,8 +148,6 @@ class PLaDConfig(TrainingArguments):
         self._check_supported()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)
-        if self.fine_tunes and self.sft_weight:
-            raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
 
     def _check_numbers(self) -> None:
         """Finite numbers, and whole ones for counts: a file of settings may hold anything."""
@@ -195,7 +193,7 @@ class PLaDConfig(TrainingArguments):
             length_normalization=self.length_normalization,
             has_scores=True,
             has_reference=True,
-            **self.loss_options,
+            options=self.loss_options,
         )
 
     @property

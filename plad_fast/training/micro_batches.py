@@ -72,8 +72,9 @@ class MicroBatches:
     def pack(self, rows: Features, parts: Iterable[Sequence[int]]) -> list[list[int]]:
         """Numbers of the rows that run together; those of different parts never do.
 
-        There are as many micro-batches in every process, at the end without rows if need be:
-        forwards under FSDP, and under DDP those of models with buffers, are for all of them.
+        Every process gets the same number of micro-batches, the last ones empty if need be: all
+        processes take part in a forward pass under FSDP, and under DDP in one of a model with
+        buffers.
         """
         bins = []
         for part in parts:

@@ -51,7 +51,7 @@ def whole_in_every_process(accelerator: Accelerator) -> bool:
 
 @contextlib.contextmanager
 def whole(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
-    """The model inside DDP or FSDP2, whose forwards are nothing to the other processes.
+    """The model inside DDP or FSDP2, whose forward passes no other process takes part in.
 
     All of them enter and leave this together. Under FSDP2 each has all weights meanwhile.
     """
@@ -94,7 +94,8 @@ def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Re
 def require_finite(loss: Tensor, module: nn.Module, accelerator: Accelerator, step: int) -> None:
     """Raise a UsageError in all processes if the loss of one of them is not finite.
 
-    Called before the backward of the optimizer step numbered `step`; the model may be sharded.
+    Called before the weights change in the optimizer step numbered `step`; the model may be
+    sharded.
     """
     finite = torch.isfinite(loss.detach())
     if accelerator.num_processes == 1:

@@ -366,13 +366,15 @@ class ReferencePass:
     def _add(
         self, model: PreTrainedModel, dataset: Dataset, name: str, folder: str = ""
     ) -> Dataset:
-        most = max(count_tokens(row, self.collate.layout) for row in dataset)
+        budget = self.args.max_tokens_per_batch
+        if budget is None:  # the largest row, at least
+            budget = max([_TOKENS, *(count_tokens(row, self.collate.layout) for row in dataset)])
         cache = self.args.reference_cache or Path(self.args.output_dir, "reference")
         return add_reference_logps(
             dataset,
             model,
             collate=self.collate,
-            max_tokens_per_batch=self.args.max_tokens_per_batch or max(_TOKENS, most),
+            max_tokens_per_batch=budget,
             cache=Path(cache, folder),
             temperature=self.args.temperature,
             impl=self.args.impl,

@@ -111,8 +111,8 @@ def train_model(
 
     Checkpoints lie in `<output>.checkpoints` until the model is saved: the newest two, each three
     times the size of the weights, and for a moment a third. The newest that is as it was written is
-    resumed from. One more is made every ten minutes, and at the end of the step at which Ctrl-C,
-    SIGTERM or SIGHUP comes, whose usual effect comes after that.
+    resumed from. Further ones are made at least ten minutes apart, and at the end of the step
+    at which Ctrl-C, SIGTERM or SIGHUP comes, whose usual effect comes after that.
 
     Linear schedule, a tenth of it warm-up; AdamW without weight decay; gradients clipped at norm 1,
     unless `training` says otherwise; trained parameters in float32.

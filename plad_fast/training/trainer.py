@@ -143,7 +143,9 @@ class PLaDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         always = self._objective.sft_weight or args.fine_tunes or self._has_router_loss
         self._skipper = BackwardSkipper(
-            self.accelerator, may_be_inactive=not always, wanted=args.skip_inactive
+            self.accelerator,
+            may_be_inactive=not (always or self._objective.always_active),
+            wanted=args.skip_inactive,
         )
         self.add_callback(self._skipper.rows)
         self.add_callback(AtBegin(self._begin))
@@ -261,7 +263,14 @@ class PLaDTrainer(Trainer):
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         if self.accelerator.sync_gradients:
             self._skipper.end_step()
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        if not self.is_deepspeed_enabled:
+            self._require_finite(total)  # once a batch, since a GPU is waited for
+        return total
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Before the optimizer's step; see `require_finite`."""
+        require_finite(loss, unwrap(self.model), self.accelerator, self.state.global_step)
 
     def compute_loss(
         self,
@@ -312,7 +321,8 @@ class PLaDTrainer(Trainer):
         with self.accelerator.autocast():
             loss, rows, active = call_inside(model, module, forward, inputs["input_ids"])
         if num_items_in_batch is not None:
-            require_finite(loss, module, self.accelerator, self.state.global_step)
+            if self.is_deepspeed_enabled:  # whose backward makes the step
+                self._require_finite(loss)
             if inputs.get("index") == [FILLER]:
                 loss, rows = loss * 0, rows[:0]
             self._train_meter.add(rows)

@@ -145,20 +145,24 @@ def test_the_family_holds_together():
     torch.testing.assert_close(mixed, want)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", ["dpo", "ipo", "cpo", "simpo"])
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["plad_ranking", "plad_listwise", "dpo", "ipo", "cpo", "simpo"])
 def test_a_mixture_of_one_loss_is_that_loss_under_any_length_normalisation(name, alpha):
+    """Its own where none is given; that of the mixture is for the metrics alone."""
     sums, counts = torch.tensor([-6.0, -8.0, -3.0, -2.0]), torch.tensor([4, 9, 1, 5])
-    options = {"length_normalization": alpha, "sft_weight": 0.0}
+    options = {"sft_weight": 0.0}
     if losses.get_loss(name).needs_reference:
         options["reference_logps"] = torch.tensor([-7.0, -5.0, -3.5, -1.0])
-    alone = preference_loss(sums, counts, loss=name, **options)
-    mixed = preference_loss(sums, counts, loss="mixture", parts={name: {}}, **options)
-    assert mixed.item() == alone.item()
-    double = preference_loss(
-        sums, counts, loss="mixture", parts={name: {"weight": 2.0}, "cpo_ipo": {}}, **options
-    )
-    other = preference_loss(sums, counts, loss="cpo_ipo", length_normalization=alpha)
+    own = {} if alpha is None else {"length_normalization": alpha}
+    alone = preference_loss(sums, counts, loss=name, **own, **options)
+    for of_all in ({}, {"length_normalization": 0.3}):
+        mixed = preference_loss(
+            sums, counts, loss="mixture", parts={name: own}, **of_all, **options
+        )
+        assert mixed.item() == alone.item()
+    parts = {name: {"weight": 2.0, **own}, "cpo_ipo": {}}
+    double = preference_loss(sums, counts, loss="mixture", parts=parts, **options)
+    other = preference_loss(sums, counts, loss="cpo_ipo")
     torch.testing.assert_close(double, 2 * alone + other)
 
 

@@ -176,6 +176,7 @@ def mixture(parts):
         ({"loss": lambda logps: logps.sum()}, r"for 2 groups the shape \(2,\)"),
         ({"loss": lambda logps, *, tau: logps[:, 0]}, "needs the option tau"),
         ({"loss": lambda logps, *, bias=0.0: logps[:, 0] + bias}, "a parameter named 'bias'"),
+        ({"loss": lambda logps, *, group=0.0: logps[:, 0] + group}, "a parameter named 'group'"),
         ({"loss": lambda logps: logps[:, 0] - logps.mean()}, "treat groups independently"),
         ({"loss": lambda logps: logps[:, 0] * torch.ones(3)}, "failed on two groups"),
         ({"loss": torch.relu}, "shows no signature"),
@@ -233,8 +234,16 @@ def mixture(parts):
         (mixture({"dpo": {"beta": "1"}}), "beta of loss 'dpo' must be a number, got '1'"),
         (mixture({"dpo": {"beta": math.inf}}), "beta of loss 'dpo' must be a finite number"),
         (mixture({losses.dpo: {}}), "parts must name registered losses"),
-        (mixture({"dpo": {"tau": 1}}), "loss 'dpo' has no option 'tau'; it has: weight, beta"),
+        (
+            mixture({"dpo": {"tau": 1}}),
+            "option 'tau'; it has: weight, length_normalization, beta",
+        ),
         (mixture({"kto": {}}), "loss 'kto' needs the option kl"),
+        (mixture({"dpo": {"length_normalization": -1}}), "must be at least 0 and finite, got -1"),
+        (
+            {"loss": "sft", "sft_weight": 0.5},
+            "'sft' is the likelihood itself, .*; leave sft_weight",
+        ),
         ({"loss": "mixture", "parts": {"cpo": {}, "dpo": {}}}, "'mixture' needs reference_logps"),
         (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),
         (mixture({"plad_margin": {}}), "'plad_margin' needs scores"),
@@ -244,6 +253,16 @@ def mixture(parts):
 def test_refusals_say_what_was_wrong(options, message):
     with pytest.raises(UsageError, match=message):
         preference_loss(torch.zeros(4), torch.ones(4).long(), **options)
+
+
+def test_an_option_may_have_the_name_of_an_argument_inside():
+    def loss(logps, *, device=0.0, has_scores=0.0):
+        return logps[:, 0] * 0 + device + has_scores
+
+    found = preference_loss(
+        torch.zeros(4), torch.ones(4).long(), loss=loss, device=1.0, has_scores=0.5
+    )
+    assert found == 1.5
 
 
 def test_a_function_is_probed_once_with_its_options():

@@ -43,7 +43,7 @@ def test_every_translation_is_of_a_loss_that_takes_its_options():
         Objective.bind(
             *(loss,),
             **{"group_size": 2, "has_scores": True, "has_reference": True},
-            **{"sft_weight": sft_weight, **options},
+            **{"sft_weight": sft_weight, "options": options},
         )
 
 

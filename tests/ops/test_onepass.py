@@ -148,7 +148,7 @@ def test_losses_say_whether_a_response_may_be_without_a_gradient(name):
 
 def test_a_likelihood_of_single_responses_is_always_active():
     for size in (1, 2):
-        objective = Objective.bind("sft", group_size=size, has_scores=False)
+        objective = Objective.bind("sft", group_size=size, has_scores=False, options={})
         assert objective.always_active == (size == 1)
 
 
@@ -167,6 +167,7 @@ def test_ignored_targets_as_zeros_equal_those_left_out(loss, scratch_rows):
         has_reference=True,
         sft_weight=0.3,
         length_normalization=1.0,
+        options={},
     )
     reference = -torch.arange(6.0)
     found = []

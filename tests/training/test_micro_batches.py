@@ -148,12 +148,16 @@ def test_satisfied_groups_run_together_and_without_a_backward(make):
     assert_same_weights(weights(skipping), weights(plain), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"sft_weight": 0.1, "beta": 0.0}, {"loss": "sft"}])
-def test_a_regulariser_keeps_every_backward(make, options):
+@pytest.mark.parametrize(
+    "options", [{"sft_weight": 0.1, "beta": 0.0}, {"loss": "sft"}, {"loss": "cpo", "beta": 1.0}]
+)
+def test_a_regulariser_or_a_loss_without_hinge_keeps_every_backward(make, options):
+    """And asks no GPU for the groups that are active."""
     trainer = make(max_steps=4, **options)
     ran = count_backwards(trainer)
     trainer.train()
     assert len(ran) == 4
+    assert "skipped_backwards" not in last_log(trainer)
 
 
 @pytest.mark.parametrize("restored", [False, True])

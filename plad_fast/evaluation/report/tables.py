@@ -301,7 +301,7 @@ def _texts(metrics: Mapping[str, Any], change: Mapping[str, Any] | None) -> Tile
     repeated = [f"{r['name']}: {number(r['repetition_4'])}" for r in others if r["n"]]
     details = (
         f"Words in an answer ({', '.join(words)}). {number(row['repetition_4'])} of its runs of "
-        f"four words stood before in the same answer ({', '.join(repeated)})."
+        f"four words occurred earlier in the same answer ({', '.join(repeated)})."
     )
     finding, direction = _alone(change, "wrote no answers"), 0
     if change is not None and change["mean_words"] is not None:

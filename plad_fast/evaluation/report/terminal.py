@@ -21,7 +21,7 @@ _COLUMNS = (
 _LEGEND = {
     "ranking_accuracy": "rank acc.: share of pairs in which the teacher's answer is the likelier",
     "distinct_2": "dist-2: different word pairs divided by all word pairs",
-    "repetition_4": "rep-4: share of four-word runs that stood before in the same answer",
+    "repetition_4": "rep-4: share of four-word runs that occurred earlier in the same answer",
 }
 _COMPARED = (
     ("ranking_accuracy", "ranking accuracy", 3),

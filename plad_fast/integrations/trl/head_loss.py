@@ -159,7 +159,7 @@ class HeadLoss:
             group_size=group_size,
             reference_logps=reference_logps,
             sft_weight=self.sft_weight if loss is None else 0.0,
-            length_normalization=0.0,
+            length_normalization=0.0,  # for plain sums
             impl=self.impl,
             scratch_bytes=self.scratch_bytes,
             **(self.options if loss is None else {}),

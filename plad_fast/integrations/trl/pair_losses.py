@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plad_fast.checks import check_flag, check_number
 from plad_fast.errors import UsageError
+from plad_fast.losses.objective import Objective
 from plad_fast.losses.registry import get_loss
 from plad_fast.losses.terms import means
 from plad_fast.losses.trl_options import Translated, translate_dpo
@@ -50,9 +51,8 @@ def pair_losses(
     options: Mapping[str, Any],
 ) -> Tensor:  # (B,)
     """A registered loss with its options."""
-    given = {"counts": counts, "reference_logps": reference_logps, "length_normalization": 0.0}
-    spec = get_loss(name)
-    return spec.fn(logps, **{k: given[k] for k in spec.takes if k in given}, **options)
+    objective = Objective(get_loss(name), 2, options)
+    return objective.group_losses(logps, counts, reference_logps=reference_logps)
 
 
 def with_prompt_nll(

@@ -166,7 +166,7 @@ def vocab_parallel_preference_loss(
             has_scores=scores is not None,
             has_reference=reference_logps is not None,
             device=hidden.device,
-            **loss_options,
+            options=loss_options,
         )
 
     call = agreed_call(
