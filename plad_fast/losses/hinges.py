@@ -14,9 +14,9 @@ from plad_fast.losses.terms import (
     check_group_size,
     check_not_negative,
     check_positive,
-    first_against_each,
-    first_and_others,
-    mean_over_others,
+    chosen_and_rejected,
+    margins,
+    mean_over_rejected,
     power_rewards,
 )
 
@@ -33,8 +33,8 @@ def plad_ranking(
     is the mean over them.
     """
     check_not_negative("beta", beta)
-    first, others = first_and_others(logps)
-    return mean_over_others(torch.relu(beta - first + others))
+    first, others = chosen_and_rejected(logps)
+    return mean_over_rejected(torch.relu(beta - first + others))
 
 
 @register_loss("plad_margin", sft_weight=1.0, length_normalization=1.0)
@@ -50,9 +50,9 @@ def plad_margin(
     model, ROUGE to a reference, a judge). The mean over the rejected responses if they are many.
     """
     check_not_negative("beta", beta)
-    gaps = beta * first_against_each(scores)
-    first, others = first_and_others(logps)
-    return mean_over_others(torch.relu(gaps - first + others))
+    gaps = beta * margins(scores)
+    first, others = chosen_and_rejected(logps)
+    return mean_over_rejected(torch.relu(gaps - first + others))
 
 
 @register_loss("plad_listwise", sft_weight=1.0, length_normalization=1.0)
@@ -91,6 +91,4 @@ def slic(
     """
     check_positive("beta", beta)
     check_not_negative("delta", delta)
-    return mean_over_others(
-        torch.relu(delta - beta * first_against_each(power_rewards(logps, alpha)))
-    )
+    return mean_over_rejected(torch.relu(delta - beta * margins(power_rewards(logps, alpha))))

@@ -95,7 +95,7 @@ class Objective:
 
     @property
     def beta(self) -> float | Tensor:
-        """What a gain on the reference is multiplied by: 1 for a loss without a beta."""
+        """What a log-ratio to the reference is multiplied by: 1 for a loss without a beta."""
         beta = self.options.get("beta", self.spec.options.get("beta"))
         return 1.0 if beta is None else beta
 

@@ -1,9 +1,9 @@
-"""Losses of the difference between two responses' gains on a reference.
+"""Losses of the difference between two responses' log-ratios to a reference.
 
-A gain is log (p / p_ref) = s - s_ref, and d the gain of y+ less that of y-. An `f_divergence`
-other than "reverse_kl" holds the policy to the reference by another divergence than DPO's: a gain
-is then f'(p / p_ref), see `plad_fast.losses.terms.divergence_rewards`. `f_alpha` is the order of
-"alpha_divergence".
+A log-ratio is log (p / p_ref) = s - s_ref, and d that of y+ less that of y-. An `f_divergence`
+other than "reverse_kl" holds the policy to the reference by another divergence than DPO's: in place
+of a log-ratio stands f'(p / p_ref), see `plad_fast.losses.terms.divergence_rewards`. `f_alpha` is
+the order of "alpha_divergence".
 
 With more than one rejected response each is the mean over the pairs that the first response forms
 with each of the others.
@@ -28,9 +28,9 @@ from plad_fast.losses.terms import (
     check_positive,
     check_share,
     divergence_rewards,
-    first_against_each,
     logistic_loss,
-    mean_over_others,
+    margins,
+    mean_over_rejected,
     means,
 )
 
@@ -52,7 +52,7 @@ def dpo(
     2023, "A note on DPO with noisy preferences", cDPO).
     """
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
-    return mean_over_others(logistic_loss(gaps, label_smoothing))
+    return mean_over_rejected(logistic_loss(gaps, label_smoothing))
 
 
 @register_loss("dpo_robust", always_active=True)
@@ -73,7 +73,7 @@ def dpo_robust(
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
     check_share(label_smoothing)
     right = (1 - label_smoothing) * logistic_loss(gaps)
-    return mean_over_others(
+    return mean_over_rejected(
         (right - label_smoothing * logistic_loss(-gaps)) / (1 - 2 * label_smoothing)
     )
 
@@ -93,7 +93,7 @@ def dpo_hinge(
     gradient is 0.
     """
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
-    return mean_over_others(torch.relu(1 - gaps))
+    return mean_over_rejected(torch.relu(1 - gaps))
 
 
 @register_loss("ipo", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -106,7 +106,7 @@ def ipo(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Tensor:  # (B,)
-    """IPO: (d - 1 / (2 beta)) ** 2, d as in `dpo` but with gains divided by the number of tokens.
+    """IPO: (d - 1 / (2 beta)) ** 2, d as in `dpo` but of log-ratios a token.
 
     Azar et al., equation 17, where beta is called tau. The paper does not speak of means; TRL
     normalises so, whose authors had it confirmed by the paper's. They are taken here whatever
@@ -115,8 +115,8 @@ def ipo(
     check_positive("beta", beta)
     ratios = logps - reference_logps
     rewards = divergence_rewards(ratios, f_divergence, f_alpha, MAX_SQUARED_EXPONENT)
-    gaps = first_against_each(means(rewards, counts))
-    return mean_over_others((gaps - 1 / (2 * beta)) ** 2)
+    gaps = margins(means(rewards, counts))
+    return mean_over_rejected((gaps - 1 / (2 * beta)) ** 2)
 
 
 @register_loss("dpo_norm", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -129,14 +129,14 @@ def dpo_norm(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Tensor:  # (B,)
-    """`dpo` with gains divided by the number of tokens: TRL's `sigmoid_norm`.
+    """`dpo` of log-ratios divided by the number of tokens: TRL's `sigmoid_norm`.
 
     The length-normalised DPO of Tulu 3, Lambert et al. 2024, arXiv 2411.15124. For DPO's own
     divergence it is `dpo` with a length normalisation of 1, and is so whatever the caller's.
     """
     check_positive("beta", beta)
     rewards = divergence_rewards(logps - reference_logps, f_divergence, f_alpha)
-    return mean_over_others(logistic_loss(beta * first_against_each(means(rewards, counts))))
+    return mean_over_rejected(logistic_loss(beta * margins(means(rewards, counts))))
 
 
 @register_loss("exo_pair", always_active=True)
@@ -159,7 +159,7 @@ def exo_pair(
     gaps = _scaled_gaps(logps - reference_logps, beta, f_divergence, f_alpha)
     right = torch.sigmoid(gaps) * (F.logsigmoid(gaps) - math.log1p(-label_smoothing))
     wrong = torch.sigmoid(-gaps) * (F.logsigmoid(-gaps) - math.log(label_smoothing))
-    return mean_over_others(right + wrong)
+    return mean_over_rejected(right + wrong)
 
 
 @register_loss("discopop", always_active=True)
@@ -183,7 +183,7 @@ def discopop(
     logistic = torch.sigmoid(-gaps / tau) * logistic_loss(gaps)
     # In one exponent: apart, infinity would meet 0.
     exponential = torch.exp(F.logsigmoid(gaps / tau) - gaps)
-    return mean_over_others(logistic + exponential)
+    return mean_over_rejected(logistic + exponential)
 
 
 def _scaled_gaps(
@@ -193,4 +193,4 @@ def _scaled_gaps(
     f_alpha: float,
 ) -> Tensor:  # (B, K - 1)
     check_positive("beta", beta)
-    return beta * first_against_each(divergence_rewards(ratios, f_divergence, f_alpha))
+    return beta * margins(divergence_rewards(ratios, f_divergence, f_alpha))

@@ -1,6 +1,6 @@
-"""Losses that judge every response's own gain on a reference: log (p / p_ref) = s - s_ref.
+"""Losses that judge every response's own log-ratio to a reference, log (p / p_ref) = s - s_ref.
 
-r is beta times a gain. With more than one rejected response a term of y- is the mean over them,
+r is beta times a log-ratio. With several rejected responses a term of y- is the mean over them,
 unless the docstring says otherwise.
 
 BCO, Jung et al. 2024, arXiv 2404.04656. NCA, Chen et al. 2024, arXiv 2402.05369. SPPO, Wu et al.
@@ -22,9 +22,9 @@ from plad_fast.losses.terms import (
     check_group_size,
     check_not_negative,
     check_positive,
-    first_against_each,
     logistic_loss,
-    mean_over_others,
+    margins,
+    mean_over_rejected,
 )
 
 
@@ -41,7 +41,7 @@ def bco_pair(
     batches.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    return logistic_loss(rewards[:, 0]) + mean_over_others(logistic_loss(-rewards[:, 1:]))
+    return logistic_loss(rewards[:, 0]) + mean_over_rejected(logistic_loss(-rewards[:, 1:]))
 
 
 @register_loss("nca_pair", always_active=True)
@@ -72,9 +72,9 @@ def sppo_hard(
     """
     check_positive("beta", beta)
     check_group_size(logps, at_least=2)
-    gains = logps - reference_logps
+    log_ratios = logps - reference_logps
     target = 1 / (2 * beta)
-    return (gains[:, 0] - target) ** 2 + mean_over_others((gains[:, 1:] + target) ** 2)
+    return (log_ratios[:, 0] - target) ** 2 + mean_over_rejected((log_ratios[:, 1:] + target) ** 2)
 
 
 @register_loss("apo_zero", always_active=True)
@@ -89,7 +89,7 @@ def apo_zero(
     D'Oosterlinck et al., equation 7: for chosen responses better than the model's own.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    return torch.sigmoid(-rewards[:, 0]) + mean_over_others(torch.sigmoid(rewards[:, 1:]))
+    return torch.sigmoid(-rewards[:, 0]) + mean_over_rejected(torch.sigmoid(rewards[:, 1:]))
 
 
 @register_loss("apo_down", always_active=True)
@@ -104,8 +104,8 @@ def apo_down(
     D'Oosterlinck et al., equation 8: for chosen responses worse than the model's own.
     """
     rewards = _rewards(logps, reference_logps, beta)
-    gaps = first_against_each(rewards)
-    return torch.sigmoid(rewards[:, 0]) + mean_over_others(torch.sigmoid(-gaps))
+    gaps = margins(rewards)
+    return torch.sigmoid(rewards[:, 0]) + mean_over_rejected(torch.sigmoid(-gaps))
 
 
 @register_loss("kto", always_active=True)
@@ -145,9 +145,9 @@ def kto(
         desirable = torch.arange(logps.shape[1], device=logps.device) == 0
     else:
         desirable = scores > 0
-    gains = beta * (logps - reference_logps - kl)
-    good = desirable_weight * torch.sigmoid(-gains)
-    bad = undesirable_weight * torch.sigmoid(gains)
+    rewards = beta * (logps - reference_logps - kl)
+    good = desirable_weight * torch.sigmoid(-rewards)
+    bad = undesirable_weight * torch.sigmoid(rewards)
     return torch.where(desirable, good, bad).mean(dim=1)
 
 

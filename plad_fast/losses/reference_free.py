@@ -23,9 +23,9 @@ from plad_fast.losses.terms import (
     NEAREST_TO_ONE,
     check_not_negative,
     check_positive,
-    first_against_each,
     logistic_loss,
-    mean_over_others,
+    margins,
+    mean_over_rejected,
     means,
     power_rewards,
 )
@@ -45,8 +45,8 @@ def cpo(
     has `sft_weight=1` beside it, and TRL's `cpo_alpha` is that weight.
     """
     check_positive("beta", beta)
-    logits = beta * first_against_each(power_rewards(logps, alpha))
-    return mean_over_others(logistic_loss(logits, label_smoothing))
+    logits = beta * margins(power_rewards(logps, alpha))
+    return mean_over_rejected(logistic_loss(logits, label_smoothing))
 
 
 @register_loss("cpo_ipo", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -63,8 +63,8 @@ def cpo_ipo(
     """
     check_positive("beta", beta)
     rewards = power_rewards(means(logps, counts), alpha, MAX_SQUARED_EXPONENT)
-    gaps = first_against_each(rewards)
-    return mean_over_others((gaps - 1 / (2 * beta)) ** 2)
+    gaps = margins(rewards)
+    return mean_over_rejected((gaps - 1 / (2 * beta)) ** 2)
 
 
 @register_loss("simpo", length_normalized=False, length_normalization=1.0, always_active=True)
@@ -83,8 +83,8 @@ def simpo(
     """
     check_positive("beta", beta)
     check_not_negative("gamma", gamma)
-    logits = beta * first_against_each(power_rewards(means(logps, counts), alpha)) - gamma
-    return mean_over_others(logistic_loss(logits, label_smoothing))
+    logits = beta * margins(power_rewards(means(logps, counts), alpha)) - gamma
+    return mean_over_rejected(logistic_loss(logits, label_smoothing))
 
 
 @register_loss(
@@ -106,7 +106,7 @@ def orpo(
     check_not_negative("beta", beta)
     average = means(logps, counts).clamp(max=-NEAREST_TO_ONE)
     log_odds = average - torch.log(-torch.expm1(average))
-    return beta * mean_over_others(logistic_loss(first_against_each(log_odds)))
+    return beta * mean_over_rejected(logistic_loss(margins(log_odds)))
 
 
 @register_loss("sft", mean_over="tokens", length_normalized=False)

@@ -27,22 +27,22 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 """Their names are TRL's, of `f_divergence_type`."""
 
 
-def first_against_each(
+def margins(
     rewards: Tensor,  # (B, K)
 ) -> Tensor:  # (B, K - 1)
-    """How much more the first response is worth than each of the others."""
-    first, others = first_and_others(rewards)
-    return first - others
+    """How much more the chosen response is worth than each of the rejected ones."""
+    chosen, rejected = chosen_and_rejected(rewards)
+    return chosen - rejected
 
 
-def first_and_others(
+def chosen_and_rejected(
     values: Tensor,  # (B, K)
 ) -> tuple[Tensor, Tensor]:  # (B, 1), (B, K - 1)
     """The best response and the rest. Two slices in their place would be differentiated into two
     tensors of zeros and a sum."""
     check_group_size(values, at_least=2)
-    first, others = values.split((1, values.shape[1] - 1), dim=1)
-    return first, others
+    chosen, rejected = values.split((1, values.shape[1] - 1), dim=1)
+    return chosen, rejected
 
 
 def divergence_rewards(
@@ -99,7 +99,7 @@ def means(
     return sums / counts.clamp(min=1)
 
 
-def mean_over_others(
+def mean_over_rejected(
     values: Tensor,  # (B, K - 1), of all responses but the first
 ) -> Tensor:  # (B,)
     """Of a pair's only one it is the value itself, for which a GPU need not be called."""
