@@ -1,4 +1,4 @@
-"""The one exception that means "the caller can mend this"."""
+"""The exception that means "the caller can mend this", and what puts it into words."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ class UsageError(ValueError):
     The message says what was wrong and what to do about it. The command line prints it without
     a traceback and exits with status 2.
     """
+
+
+class NotFiniteError(UsageError):
+    """The loss of a training, or the logits of a model, are NaN or infinite: a training that
+    diverged, or weights that were broken before."""
 
 
 _LONGEST = 400
@@ -41,7 +46,8 @@ def located(place: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
+        error.args = (f"{place}: {error}",)
+        raise
 
 
 def reason_of(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from plad_fast.recipe.settings import DistillConfig
 from plad_fast.recipe.validation import verdict
 from plad_fast.training.card import without_folders, write_card
 from plad_fast.training.trained_folders import found_record
+from plad_fast.training.validation import best_check
 
 _SHOWN = (
     *("loss", "nll", "ranking_accuracy", "margin"),
@@ -67,6 +68,8 @@ def describe_student(
     """Writes the card of a student of `plad-fast distill`, with the table of its evaluation, and
     the step that validation kept."""
     record, kept = found_record(folder) or {}, verdict(log, "student before this training")
+    best = best_check(log)
+    until = [entry for entry in log if best is None or entry["step"] <= best["step"]]
     prompts = without_folders(config.prompts)
     settings = config.results_settings() | {name: getattr(config, name) for name in _OF_NEW_RUNS}
     write_card(
@@ -76,7 +79,7 @@ def describe_student(
             "teacher": ", ".join(map(without_folders, config.teachers)),
             "data": f"{prompts}: {record.get('rows', 'rows unknown')}",
             **_facts(record, folder),
-            "outcome": training_summary(log),
+            **({"outcome": told} if (told := training_summary(until)) else {}),
             **({"kept by validation": kept} if kept else {}),
         },
         evaluation=evaluation,

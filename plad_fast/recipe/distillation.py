@@ -279,6 +279,16 @@ class Distillation(Run):
                 f"{self.config.max_new_tokens}; raise it in another --output-dir (or with "
                 "--overwrite), or ask for short answers"
             )
+        for prompts, purpose in (
+            *((self.prompts.sft, "fine-tuning"), (self.prompts.pairs, "pairs")),
+            *((self.prompts.held_out, "evaluation"), (self.prompts.validation, "validation")),
+        ):
+            if prompts and not any(prompt.id in finished for prompt in prompts):
+                raise UsageError(
+                    f"the teacher finished no answer to the {len(prompts)} prompts for {purpose}; "
+                    "raise --max-new-tokens in another --output-dir (or with --overwrite), or give "
+                    "prompts that it answers"
+                )
         findings = check_answers([answer.text for answer in finished.values()], "teacher's answers")
         show_findings(findings)
         require_learnable(findings, "take another teacher, or ask other prompts")

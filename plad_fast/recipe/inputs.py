@@ -86,6 +86,9 @@ def split_prompts(
     measured on what it was trained on. Raises UsageError where fewer than two different prompts
     would be left on a side.
     """
+    for name, share in (("--held-out", held_out), ("--validation", validation)):
+        if share > 1 and share != int(share):
+            raise UsageError(f"{name} {share:g} is neither a share below 1 nor a number of prompts")
     copies: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         copies.setdefault(wording(prompt.content), []).append(prompt)

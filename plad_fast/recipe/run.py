@@ -25,6 +25,7 @@ from plad_fast.recipe.texts import RecipeTexts
 from plad_fast.recipe.validation import validation_table, verdict
 from plad_fast.training.train import train_model
 from plad_fast.training.trained_folders import log_history
+from plad_fast.training.validation import best_check
 
 SFT, PLAD = "SFT student", "PLaD student"
 NLL = "NLL {:.2f} nat per token"
@@ -120,11 +121,15 @@ class Run:
         ranking's."""
         answers, last = self.texts.best_teacher_answers(), list(self.students.values())[-1]
         tuned_on = {prompt.id for prompt in self.prompts.sft if prompt.id in answers}
-        pairs = self.texts.pairs("train")
+        told = f"The {SFT} was fine-tuned on {len(tuned_on)} of the teacher's answers; the {last}"
+        best = {n: best_check(log_history(self.folder / numbered("plad", n))) for n in self._rounds}
+        kept = [n for n, check in best.items() if check is None or check["step"] > 0]
+        if not kept:
+            return f"{told} is that student, which validation kept."
+        pairs = sum(len(self.texts.pairs(numbered("train", number))) for number in kept)
         are_new = tuned_on.isdisjoint(prompt.id for prompt in self.prompts.pairs)
         return (
-            f"The {SFT} was fine-tuned on {len(tuned_on)} of the teacher's answers; the {last} is "
-            f"that student trained further on {len(pairs)} pairs"
+            f"{told} is that student trained further on {pairs} pairs"
             + " of other prompts, and owes part of any gain to the answers to these" * are_new
             + "."
         )

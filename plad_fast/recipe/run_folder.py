@@ -144,7 +144,7 @@ class RunFolder:
             reasons, edits = self._differences(stage, inputs=False)
             because = dict.fromkeys(why for name in stage.reads for why in causes.get(name, ()))
             self._require_no_edits(stage, [*reasons, *because], edits)
-            for reason in because or reasons:
+            for reason in dict.fromkeys([*because, *reasons]):
                 anew.setdefault(reason, []).append(stage.name)
             # What is remade of damage is expected to come out the same.
             certain = [*because, *self._changed_settings(stage)]
@@ -339,8 +339,10 @@ def require_whole(rows: Path) -> None:
     no more, and the folder that holds such a file."""
     if any((folder / _RECORD).is_file() for folder in (rows, rows.parent)):
         for name in ("pairs.jsonl", "train.jsonl", "pairs/train.jsonl"):
-            if (rows / name).is_file():
-                raise UsageError(f"{rows} is a folder of plad-fast; give the file {rows / name}")
+            if (file := rows / name).is_file():
+                others = file.with_name("held-out.jsonl")
+                apart = f", or to evaluate {others}" if others.is_file() else ""
+                raise UsageError(f"{rows} is a folder of plad-fast; give the file {file}{apart}")
     made: dict[Path, Any] = {}
     for folder in (rows.parent, rows.parent.parent):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):

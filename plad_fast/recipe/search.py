@@ -220,7 +220,7 @@ def _mapping(search: Any) -> dict[str, Any]:
         found = dict(search or {})
         if not all(isinstance(name, str) for name in found):
             raise UsageError(f"search has a name that is no text: {shown(list(found))}")
-        return found
+        return {name: _DEFAULT if values is None else values for name, values in found.items()}
     found = {}
     for text in [search] if isinstance(search, str) else search:
         name, equals, values = text.partition("=") if isinstance(text, str) else ("", "", "")

@@ -6,6 +6,7 @@ and counts by the best of its checkpoints. Held-out prompts have no part in it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from plad_fast.checks import require_packages
 from plad_fast.data.files import write_atomically
 from plad_fast.data.store import RowStore
-from plad_fast.errors import UsageError
+from plad_fast.errors import NotFiniteError, UsageError
 from plad_fast.pairs.build import NoPairsError
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.recipe.data_checks import NothingToLearnError
@@ -101,7 +102,9 @@ def search(run: Distillation, space: SearchSpace, plan: TuneConfig, file: Path) 
                 break
             shown = ", ".join(f"{name} {_cell(value)}" for name, value in settings.items())
             print(f"== trial {len(trials)}: {shown}", flush=True)
+            began = time.monotonic()
             outcome = _outcome(run, settings, f"trial-{len(trials)}")
+            outcome["seconds"] = time.monotonic() - began
             if (told := outcome.get("problem")) is None:
                 told = f"score {outcome['score']:.3f}, before {outcome['start']['score']:.3f}"
             print(f"   {told}", flush=True)
@@ -150,8 +153,9 @@ def trials_table(trials: Sequence[Trial]) -> str:
 
 
 def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What came out of a trial, which fails by settings that contradict each other or leave too few
-    pairs; any other error ends the search. Where it is logged, `name` is a part of its name."""
+    """What came out of a trial, which fails by settings that contradict each other, leave too few
+    pairs or make the training diverge; any other error ends the search. Where it is logged, `name`
+    is a part of its name."""
     try:
         training = named_run(run.config, name)
         trial = run.with_settings(replace(run.config, training=training or None, **settings))
@@ -159,24 +163,17 @@ def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[
         return _failure(error)
     try:
         trial.make_pairs()
-    except (NoPairsError, NothingToLearnError) as error:
+        found = checks(trial.train_on_pairs())
+    except (NoPairsError, NothingToLearnError, NotFiniteError) as error:
         return _failure(error)
-    found = checks(trial.train_on_pairs())
     # The student before is kept where no checkpoint is better, which would make trials equal.
     best = best_check(found[1:])
     assert best is not None
-    stages = run.folder.stages
-    return {
-        **measures(best),
-        "step": best["step"],
-        "start": measures(found[0]),
-        # Of the stages' last attempts, also where an earlier command made them.
-        "seconds": sum(stages[name]["seconds"] for name in ("pairs", "preference training")),
-    }
+    return {**measures(best), "step": best["step"], "start": measures(found[0])}
 
 
 def _failure(error: UsageError) -> dict[str, Any]:
-    return {"score": None, "problem": str(error), "seconds": 0.0}
+    return {"score": None, "problem": str(error)}
 
 
 def _cell(value: Any) -> str:

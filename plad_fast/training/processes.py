@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from plad_fast.errors import UsageError
+from plad_fast.errors import NotFiniteError, UsageError
 from plad_fast.models.wrappers import call_inside, own_class
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def of_first_process(accelerator: Accelerator, find: Callable[[], Result]) -> Re
 
 
 def require_finite(loss: Tensor, module: nn.Module, accelerator: Accelerator, step: int) -> None:
-    """Raise a UsageError in all processes if the loss of one of them is not finite.
+    """Raise a NotFiniteError in all processes if the loss of one of them is not finite.
 
     Called before the weights change in the optimizer step numbered `step`; the model may be
     sharded.
@@ -100,13 +100,13 @@ def require_finite(loss: Tensor, module: nn.Module, accelerator: Accelerator, st
     finite = torch.isfinite(loss.detach())
     if accelerator.num_processes == 1:
         if not finite:
-            raise UsageError(_not_finite(loss, module, step))
+            raise NotFiniteError(_not_finite(loss, module, step))
         return
     if accelerator.gather(finite.long()[None]).all():
         return
     rank = accelerator.process_index
     found = [] if finite else [f"process {rank}: {_not_finite(loss, module, step)}"]
-    raise UsageError("\n".join(gather_object(found)))
+    raise NotFiniteError("\n".join(gather_object(found)))
 
 
 def _not_finite(loss: Tensor, module: nn.Module, step: int) -> str:

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 _GRACE = 3.0  # seconds that a second signal leaves the main thread to end by itself
+_SOON = 0.05  # seconds after which a signal that was dropped comes once more
 _SAME = 1.0  # seconds: `timeout` and other wrappers send a signal twice
 _ENDING = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)
@@ -51,7 +52,8 @@ class Asked:
 def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Terminated`, once, as SIGINT raises KeyboardInterrupt.
 
-    They are put back at the end, unless they are ignored by then (`ignore_signals`).
+    They are put back at the end, unless they are ignored by then (`ignore_signals`). Where Python
+    drops what was raised, in a `__del__` say, the signal comes once more.
 
     After a second signal the process has a moment to end, then it is ended: code that never comes
     back to Python holds up the handlers of signals, and traps nobody.
@@ -78,17 +80,30 @@ def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
             elif time.monotonic() - first >= _SAME and not ended.wait(_GRACE):
                 os._exit(leave(number))
 
-    before = _defaults()
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=watch, name="plad-fast-signals", daemon=True)
-    watcher.start()
-    try:
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, KeyboardInterrupt) or not _is_main_thread():
+            hook(what)
+            return
+        arm()
+        number = getattr(what.exc_value, "number", signal.SIGINT)
+        threading.Timer(_SOON, os.kill, (os.getpid(), number)).start()
+
+    def arm() -> None:
         for number in before:
             if number != signal.SIGINT:
                 signal.signal(number, _raise)
+
+    before, hook = _defaults(), sys.unraisablehook
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="plad-fast-signals", daemon=True)
+    watcher.start()
+    sys.unraisablehook = dropped
+    try:
+        arm()
         yield
     finally:
         ended.set()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(wakeup)
         _restore(before)
         os.close(writing)  # which ends the thread

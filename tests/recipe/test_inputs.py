@@ -30,6 +30,9 @@ def test_split_is_disjoint_complete_and_seeded():
     assert len(split_prompts(prompts, 6, seed=3)[1]) == 6
     with pytest.raises(UsageError, match="each needs at least"):
         split_prompts(prompts, 19.0, seed=0)
+    for shares, name in (((1.5, 0, 0.0), "--held-out 1.5"), ((0.25, 0, 2.5), "--validation 2.5")):
+        with pytest.raises(UsageError, match=f"{name} is neither a share below 1 nor a number"):
+            split_prompts(prompts, *shares)
 
 
 def test_copies_of_a_prompt_stay_on_one_side():

@@ -223,7 +223,11 @@ def chain(tmp_path):
         stages = [
             Stage("a", make("a", "1", "2", "3"), {"x": settings.get("x", 1)}, makes=["a.jsonl"]),
             Stage("b", make("b", "4"), {"y": settings.get("y", 1)}, makes=["b.jsonl"]),
-            Stage("c", make("c", "5"), reads=["a.jsonl", "b.jsonl"], makes=["c.jsonl"]),
+            Stage(
+                *("c", make("c", "5"), {"z": settings.get("z", 1)}),
+                reads=["a.jsonl", "b.jsonl"],
+                makes=["c.jsonl"],
+            ),
         ]
         folder = RunFolder(tmp_path / "run", {})
         try:
@@ -237,6 +241,14 @@ def chain(tmp_path):
     assert again() == ["a", "b", "c"]
     assert again() == []
     return again
+
+
+def test_a_stage_runs_anew_for_its_own_reason_and_for_that_of_what_it_reads(chain, capsys):
+    capsys.readouterr()
+    assert chain(x=2, z=2) == ["a", "c"]
+    told = capsys.readouterr().out
+    assert "x was 1 and is 2: a and c run anew" in told
+    assert "z was 1 and is 2: c runs anew" in told
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,8 @@ def test_a_folder_of_ours_is_no_file_of_pairs(tiny_teacher, tmp_path, refused):
         write_pairs(folder / name, 4)
         command = train(tiny_teacher, folder, tmp_path / "out")
         refused(command, f"give the file {folder / name}")
+    (folder / "held-out.jsonl").touch()
+    refused(command, f"give the file {folder / name}, or to evaluate {folder / 'held-out.jsonl'}")
 
 
 def test_a_finished_training_is_recognised_and_another_refused(

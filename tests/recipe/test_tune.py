@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 
 import pytest
 import yaml
@@ -134,6 +135,25 @@ def test_trials_without_pairs_fail_and_the_search_goes_on(tuned, tiny_teacher, t
     assert trials_of(copy) == trials_of(tuned)
 
 
+def test_a_training_that_diverges_fails_its_trial_alone(tuned, tiny_teacher, tmp_path):
+    copy = shutil.copytree(tuned, tmp_path / "run")
+    _, *given = arguments(tiny_teacher, copy, "--validation", "4", "--saves-per-stage", "2")
+    search = ("--search", "learning_rate=1e30,1e-3", "--search", "loss=dpo", "--trials", "2")
+    began = time.monotonic()
+    assert main(["tune", *given, *search]) == 0
+    took = time.monotonic() - began
+    failed, done = map(json.loads, (copy / "tune/trials.jsonl").read_text().splitlines()[1:])
+    assert failed["score"] is None
+    assert done["score"] > 0
+    for told in ("NaN or infinite logits", "the loss is nan"):
+        if told in failed["problem"]:
+            break
+    else:
+        pytest.fail(failed["problem"])
+    # Once each: the pairs of both trials are the same.
+    assert 0 < failed["seconds"] < failed["seconds"] + done["seconds"] < took
+
+
 def test_a_search_without_names_is_of_the_default_values():
     config = DistillConfig(scorer="rougeL", loss="dpo")
     space = SearchSpace.of(config, None, ["epochs"]).by_loss["dpo"]
@@ -160,6 +180,8 @@ def test_what_is_named_is_searched_and_nothing_else():
         "sft": {"epochs": CategoricalDistribution((1.0, 2.0, 4.0))},
     }
     assert SearchSpace.of(DistillConfig(), "beta=0.1,2").by_loss["plad_ranking"].keys() == {"beta"}
+    by_name, empty = (SearchSpace.of(DistillConfig(), of) for of in (["beta"], {"beta": None}))
+    assert by_name.by_loss == empty.by_loss
 
 
 def test_no_combination_is_tried_twice():

@@ -46,6 +46,11 @@ def test_a_student_that_gets_worse_is_not_delivered(tiny_teacher, tmp_path, caps
     assert len(found) == 2  # of four: patience 1
     assert all(entry.keys() >= MEASURED for entry in found)
     assert found[0]["validation/score"] == found[0]["validation/words"]
+    sentence = "the PLaD student is that student, which validation kept."
+    assert sentence in (run / "report.html").read_text()
+    card = (run / "plad" / "README.md").read_text()
+    assert "kept by validation" in card
+    assert "outcome" not in card  # that of the weights that were not kept
     # Equal weights answer and rank alike.
     sft, plad = json.loads((run / "metrics.json").read_text())["students"]
     assert {**sft, "name": ""} == {**plad, "name": ""}
@@ -121,6 +126,28 @@ def test_too_many_validation_prompts_are_refused(tiny_teacher, tmp_path, capsys)
     assert main(command(tiny_teacher, tmp_path / "run", "--validation", "15")) == 2
     assert "--validation 15 of 16 prompts leaves 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("purpose", ["fine-tuning", "pairs", "evaluation", "validation"])
+def test_prompts_without_an_answer_are_refused_before_the_training(
+    purpose, tiny_teacher, tmp_path, capsys
+):
+    rows = [{"prompt": f"how is {n}", "answer": f"it is {n}"} for n in range(12)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--teacher", "column:answer", "--prompts", str(file), "--validation", "2")
+    config = DistillConfig(teacher="column:answer", prompts=str(file), validation=2, held_out=4)
+    prompts, part = RunPrompts.of(config), {"fine-tuning": "sft", "evaluation": "held_out"}
+    unanswered = {prompt.content for prompt in getattr(prompts, part.get(purpose, purpose))}
+    for row in rows:
+        row["answer"] = "" if row["prompt"] in unanswered else row["answer"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = ("--student", str(tiny_teacher), "--held-out", "4", "--max-new-tokens", "20")
+    output = ("--output-dir", str(tmp_path / "run"))
+    assert main(["distill", *given, *student, *output]) == 2
+    told = f"the teacher finished no answer to the {len(unanswered)} prompts for {purpose}"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_metrics_are_those_of_the_students_answers(tiny_model, tiny_tokenizer):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -62,6 +63,23 @@ def send(monkeypatch):
         monkeypatch.setattr(module, name, wait)
 
     return at
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_whose_exception_python_drops_comes_once_more(number):
+    """As in a `__del__`, which the collector may call at any time."""
+
+    class Sending:
+        def __del__(self):
+            signal.raise_signal(number)
+            time.sleep(0)
+
+    hook = sys.unraisablehook
+    with raised_signals(lambda _: 1):
+        Sending()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plad_fast.data.packing import padded
-from plad_fast.errors import UsageError
+from plad_fast.errors import NotFiniteError, UsageError
 from plad_fast.models.adapters import base_model, vocabulary_size
 from plad_fast.pairs.generation.sampling import Sampling, TokenSampler
 
@@ -37,10 +37,10 @@ class Row:
 
 
 def require_finite(rows: Sequence[Row], broken: Sequence[bool]) -> None:
-    """Raises UsageError for the first row with NaN or infinite logits."""
+    """Raises NotFiniteError for the first row with NaN or infinite logits."""
     for row, is_broken in zip(rows, broken, strict=True):
         if is_broken:
-            raise UsageError(
+            raise NotFiniteError(
                 f"it produced NaN or infinite logits for prompt {row.prompt_id!r}; load it in "
                 "bfloat16 or float32, and check that its training did not diverge"
             )

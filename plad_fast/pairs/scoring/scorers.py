@@ -69,7 +69,8 @@ class Rouge(Scorer):
             raise UsageError(
                 f"{len(lacking)} of {len(prompts)} prompts have no reference, the first is "
                 f"{lacking[0]!r}, and {self.name} compares with one; name its column "
-                "(--reference-column), drop these prompts, or choose another scorer"
+                "(--reference-column; in rows of pairs it is `reference`), drop these prompts, or "
+                "choose another scorer"
             )
 
     def score(self, items: Sequence[Item]) -> list[float]:
