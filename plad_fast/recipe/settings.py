@@ -51,7 +51,9 @@ class DistillConfig:
         "for several, between whose answers the scorer decides",
     )
     teacher_samples: int = setting(1, "number of teacher answers per prompt", AT_LEAST_1)
-    student_samples: int = setting(1, "number of student samples per prompt", AT_LEAST_1)
+    student_samples: int = setting(
+        1, "number of student samples per prompt, of which --select teacher pairs one", AT_LEAST_1
+    )
 
     base_url: str | None = setting(
         None,
