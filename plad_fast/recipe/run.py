@@ -46,9 +46,8 @@ class Run:
     @property
     def students(self) -> dict[str, str]:
         """Folder -> name of every student that is evaluated, in the order of training."""
-        if self.config.rounds == 1:
-            return {"sft": SFT, "plad": PLAD}
-        return {"sft": SFT, **{numbered("plad", n): f"PLaD round {n}" for n in self._rounds}}
+        further = {numbered("plad", number): f"{PLAD} {number}" for number in self._rounds[1:]}
+        return {"sft": SFT, "plad": PLAD, **further}
 
     @property
     def _rounds(self) -> range:

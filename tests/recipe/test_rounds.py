@@ -28,7 +28,11 @@ def pairs(folder):
 def two_rounds(finished_run, tiny_teacher, tmp_path_factory):
     """A run of one round that was then asked for another."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("rounds") / "run")
+    answers = {file: file.stat().st_mtime_ns for file in (folder / "evaluation").glob("plad-*")}
+    assert len(answers) == 3
     assert main(arguments(tiny_teacher, folder, "--rounds", "2")) == 0
+    # The first round's student is not evaluated again.
+    assert {file: file.stat().st_mtime_ns for file in answers} == answers
     for name in ("train.jsonl", "held-out.jsonl"):
         assert pairs(folder)[name] == (finished_run / "pairs" / name).read_bytes()
     return folder
@@ -57,7 +61,7 @@ def test_every_round_is_kept_apart(two_rounds):
     )
     metrics = json.loads((two_rounds / "metrics.json").read_text())
     names = [row["name"] for row in metrics["students"]]
-    assert names == ["SFT student", "PLaD round 1", "PLaD round 2"]
+    assert names == ["SFT student", "PLaD student", "PLaD student 2"]
 
 
 def test_fewer_rounds_with_another_setting_and_back(two_rounds, tiny_teacher, tmp_path, capsys):
