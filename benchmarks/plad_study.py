@@ -148,7 +148,7 @@ class Study:
     ) -> dict[str, Any]:
         shared = {n: v for n, v in vars(self.setting).items() if n not in ("trials",)}
         start = model_digest(run.folder / "sft")
-        made_by = {**made_by, "setting": shared, "start": start}
+        made_by = {**made_by, "setting": shared, "start": start, "has": "log"}
         return recorded_scores(self.folder / f"{slug(name)}.json", made_by, compute, replace=True)
 
     def _measures(self, name: str, model: Path) -> dict[str, Any]:

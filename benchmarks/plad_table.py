@@ -143,9 +143,10 @@ def training_table(rows: Sequence[Row]) -> str:
         own = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
         cells = [f"{task} {arm}"]
         for name, (_, factor, digits) in shown.items():
+            there = [row for row in own if row[name] is not None]
             means = [
-                np.mean([row[name] for row in own if row["check"] == number])
-                for number in sorted({row["check"] for row in own if row[name] is not None})
+                np.mean([row[name] for row in there if row["check"] == number])
+                for number in sorted({row["check"] for row in there})
             ]
             cells.append(", ".join(f"{factor * mean:.{digits}f}" for mean in means) or "-")
         lines.append(cells)

@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"plad_vs_sft: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # SIGTERM's too
+    except KeyboardInterrupt:
         print("plad_vs_sft: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     print(f"\n{len(args.seeds)} seeds; [the difference from {args.against}; AUROC's from {SFT}]")

@@ -52,6 +52,10 @@ def mixture(
         check_weight(f"the weight of {name!r} in parts", weight)
         alpha = given.get("length_normalization", spec.length_normalization)
         check_length_normalization(alpha)
+        if not spec.length_normalized and "length_normalization" in given:
+            raise UsageError(
+                f"{name!r} in parts takes no length_normalization: it normalises by itself"
+            )
         if spec.needs_reference and reference_logps is None:
             raise UsageError(f"{name!r} in parts needs reference_logps")
         part = Objective(spec, logps.shape[1], options, length_normalization=alpha)

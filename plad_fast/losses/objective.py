@@ -60,9 +60,8 @@ class Objective:
             sft_weight, length_normalization: None for the loss's own, see `LossSpec`.
 
         Raises:
-            UsageError: unknown loss or option, missing scores or reference, negative weights, a
-                likelihood counted twice, or a function that does not return one number per group,
-                each group on its own.
+            UsageError: unknown loss or option, missing scores or reference, negative weights, or
+                a function that does not return one number per group, each group on its own.
         """
         spec = get_loss(loss)
         spec.check_options(options)
@@ -79,11 +78,6 @@ class Objective:
         sft_weight, length_normalization = spec.terms(sft_weight, length_normalization)
         check_weight("sft_weight", sft_weight)
         check_length_normalization(length_normalization)
-        if spec.is_likelihood and sft_weight:
-            raise UsageError(
-                f"loss {spec.name!r} is the likelihood itself, which sft_weight={sft_weight} would "
-                "count twice; leave sft_weight out"
-            )
         objective = cls(spec, group_size, options, sft_weight, length_normalization)
         if not torch.compiler.is_compiling():
             objective._probe_once(torch.device(device))

@@ -17,7 +17,7 @@ from plad_fast.data.row_sets import longest, require_ids
 from plad_fast.data.rows import TokenLimits, read_row
 from plad_fast.data.text_ids import EncodedGroup, TextIds
 from plad_fast.data.tokenization import report_texts
-from plad_fast.errors import UsageError, located
+from plad_fast.errors import NotFiniteError, UsageError, located
 from plad_fast.models.adapters import pad_token_id, token_limits, warn_of_length
 from plad_fast.models.encoder_decoder import decoder_start_token
 from plad_fast.models.head import causal_lm_logprobs, evaluating
@@ -253,7 +253,7 @@ def _score(
     scored = sorted(index for _, indices in own for index in indices)
     bad = [index for index in scored if not np.isfinite(logps[index]).all()]
     if bad:
-        raise UsageError(
+        raise NotFiniteError(
             f"{len(bad)} of {len(rows)} {unit}s have a log-probability that is not finite, the "
             f"first is {rows[bad[0]].name}; the model has diverged or overflows "
             "in its dtype: train with a lower learning rate, or load it in float32"

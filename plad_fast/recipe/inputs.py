@@ -87,7 +87,7 @@ def split_prompts(
     would be left on a side.
     """
     for name, share in (("--held-out", held_out), ("--validation", validation)):
-        if share > 1 and share != int(share):
+        if share > 1 and not float(share).is_integer():
             raise UsageError(f"{name} {share:g} is neither a share below 1 nor a number of prompts")
     copies: dict[str, list[Prompt]] = {}
     for prompt in prompts:

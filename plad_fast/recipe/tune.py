@@ -6,6 +6,7 @@ and counts by the best of its checkpoints. Held-out prompts have no part in it.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from plad_fast.checks import require_packages
 from plad_fast.data.files import write_atomically
 from plad_fast.data.store import RowStore
 from plad_fast.errors import NotFiniteError, UsageError
+from plad_fast.models.team import size
 from plad_fast.pairs.build import NoPairsError
 from plad_fast.pairs.generation.set_aside import set_aside
 from plad_fast.recipe.data_checks import NothingToLearnError
@@ -105,7 +107,9 @@ def search(run: Distillation, space: SearchSpace, plan: TuneConfig, file: Path) 
             began = time.monotonic()
             outcome = _outcome(run, settings, f"trial-{len(trials)}")
             outcome["seconds"] = time.monotonic() - began
-            if (told := outcome.get("problem")) is None:
+            if (told := outcome.get("problem")) is not None:
+                gc.collect()  # of a training that diverged the trainer, which refers to itself
+            else:
                 told = f"score {outcome['score']:.3f}, before {outcome['start']['score']:.3f}"
             print(f"   {told}", flush=True)
             store.append([{"id": str(len(trials)), "settings": settings, **outcome}])
@@ -154,8 +158,8 @@ def trials_table(trials: Sequence[Trial]) -> str:
 
 def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What came out of a trial, which fails by settings that contradict each other, leave too few
-    pairs or make the training diverge; any other error ends the search. Where it is logged, `name`
-    is a part of its name."""
+    pairs or, in one process, make the training diverge; any other error ends the search. Where it
+    is logged, `name` is a part of its name."""
     try:
         training = named_run(run.config, name)
         trial = run.with_settings(replace(run.config, training=training or None, **settings))
@@ -164,7 +168,11 @@ def _outcome(run: Distillation, settings: Mapping[str, Any], name: str) -> dict[
     try:
         trial.make_pairs()
         found = checks(trial.train_on_pairs())
-    except (NoPairsError, NothingToLearnError, NotFiniteError) as error:
+    except (NoPairsError, NothingToLearnError) as error:
+        return _failure(error)
+    except NotFiniteError as error:
+        if size() > 1:  # the other processes may be elsewhere
+            raise
         return _failure(error)
     # The student before is kept where no checkpoint is better, which would make trials equal.
     best = best_check(found[1:])

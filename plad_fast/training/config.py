@@ -148,6 +148,8 @@ class PLaDConfig(TrainingArguments):
         self._check_supported()
         self.loss_args = read_loss_args(self.loss, self.loss_args, beta=self.beta)
         self.objective(group_size=2)
+        if self.fine_tunes and self.sft_weight:
+            raise UsageError(f"loss {self.loss!r} is the likelihood itself; set sft_weight to 0")
 
     def _check_numbers(self) -> None:
         """Finite numbers, and whole ones for counts: a file of settings may hold anything."""

@@ -68,6 +68,8 @@ def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     ended = threading.Event()
+    resent: list[int] = []  # for `watch` they are no second signals
+    timers: list[threading.Timer] = []
 
     def watch() -> None:
         first = None
@@ -75,7 +77,9 @@ def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
             number = next((number for number in arrived if number in _ENDING), None)
             if number is None:
                 continue
-            if first is None:
+            if resent:
+                resent.pop()
+            elif first is None:
                 first = time.monotonic()
             elif time.monotonic() - first >= _SAME and not ended.wait(_GRACE):
                 os._exit(leave(number))
@@ -86,7 +90,9 @@ def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
             return
         arm()
         number = getattr(what.exc_value, "number", signal.SIGINT)
-        threading.Timer(_SOON, os.kill, (os.getpid(), number)).start()
+        resent.append(number)
+        timers.append(threading.Timer(_SOON, os.kill, (os.getpid(), number)))
+        timers[-1].start()
 
     def arm() -> None:
         for number in before:
@@ -104,6 +110,8 @@ def raised_signals(leave: Callable[[int], int]) -> Iterator[None]:
     finally:
         ended.set()
         sys.unraisablehook = hook
+        for timer in timers:
+            timer.cancel()
         signal.set_wakeup_fd(wakeup)
         _restore(before)
         os.close(writing)  # which ends the thread

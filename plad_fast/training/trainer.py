@@ -73,7 +73,8 @@ class PLaDTrainer(Trainer):
       leave the reference out
     * `active_pairs`: the share of groups whose loss has a gradient
     * `saved_tokens`: the share of tokens that shared prompts spared the model
-    * `skipped_backwards`: the share of micro-batches that had no gradient and ran no backward
+    * `skipped_backwards`: the share of micro-batches that had no gradient and ran no backward,
+      under a loss that groups can satisfy
     * `tokens_per_second`: tokens that entered the model, prompts included
     * `router_loss`: what a mixture of experts adds to the loss if its config asks for it
       (`output_router_logits`) as the trainer is made, a mean over groups; `loss` includes it

@@ -154,13 +154,14 @@ def test_a_mixture_of_one_loss_is_that_loss_under_any_length_normalisation(name,
     if losses.get_loss(name).needs_reference:
         options["reference_logps"] = torch.tensor([-7.0, -5.0, -3.5, -1.0])
     own = {} if alpha is None else {"length_normalization": alpha}
+    in_part = own if losses.get_loss(name).length_normalized else {}
     alone = preference_loss(sums, counts, loss=name, **own, **options)
     for of_all in ({}, {"length_normalization": 0.3}):
         mixed = preference_loss(
-            sums, counts, loss="mixture", parts={name: own}, **of_all, **options
+            sums, counts, loss="mixture", parts={name: in_part}, **of_all, **options
         )
         assert mixed.item() == alone.item()
-    parts = {name: {"weight": 2.0, **own}, "cpo_ipo": {}}
+    parts = {name: {"weight": 2.0, **in_part}, "cpo_ipo": {}}
     double = preference_loss(sums, counts, loss="mixture", parts=parts, **options)
     other = preference_loss(sums, counts, loss="cpo_ipo")
     torch.testing.assert_close(double, 2 * alone + other)

@@ -240,10 +240,7 @@ def mixture(parts):
         ),
         (mixture({"kto": {}}), "loss 'kto' needs the option kl"),
         (mixture({"dpo": {"length_normalization": -1}}), "must be at least 0 and finite, got -1"),
-        (
-            {"loss": "sft", "sft_weight": 0.5},
-            "'sft' is the likelihood itself, .*; leave sft_weight",
-        ),
+        (mixture({"ipo": {"length_normalization": 0}}), "'ipo' in parts takes no length_normal"),
         ({"loss": "mixture", "parts": {"cpo": {}, "dpo": {}}}, "'mixture' needs reference_logps"),
         (mixture({"sft": {}}), "'sft' is a mean over tokens .*; set sft_weight"),
         (mixture({"plad_margin": {}}), "'plad_margin' needs scores"),

@@ -196,7 +196,7 @@ def draw_loss(draw: Draw, arguments: dict[str, Any], like: int) -> None:
         arguments["scores"] = torch.randn(like, generator=generator).double()
     if spec.needs_reference_for(arguments) or draw.maybe(0.1):
         arguments["reference_logps"] = -5 * torch.rand(like, generator=generator)
-    if draw.maybe(0.4) and not spec.is_likelihood:
+    if draw.maybe(0.4):
         arguments["sft_weight"] = draw.choice([0.0, 0.1, 2])
     if draw.maybe(0.3):
         arguments["num_groups"] = draw.choice([0, 3, 8.0, torch.tensor(5), torch.tensor(0)])

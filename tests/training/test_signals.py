@@ -66,7 +66,7 @@ def send(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_whose_exception_python_drops_comes_once_more(number):
+def test_a_signal_whose_exception_python_drops_comes_once_more(number, monkeypatch):
     """As in a `__del__`, which the collector may call at any time."""
 
     class Sending:
@@ -74,11 +74,16 @@ def test_a_signal_whose_exception_python_drops_comes_once_more(number):
             signal.raise_signal(number)
             time.sleep(0)
 
-    hook = sys.unraisablehook
+    hook, left = sys.unraisablehook, []
+    monkeypatch.setattr(signals, "_SAME", 0.0)  # as if the first had been long ago
+    monkeypatch.setattr(signals, "_GRACE", 0.1)
+    monkeypatch.setattr(os, "_exit", left.append)
     with raised_signals(lambda _: 1):
         Sending()
         with pytest.raises(KeyboardInterrupt):
             time.sleep(10)
+        time.sleep(0.5)
+    assert not left  # it was no second signal
     assert sys.unraisablehook is hook
 
 
